@@ -1,0 +1,175 @@
+"""The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1), and the one owner of latent normalisation.
+
+Diffusion wants latents with mean 0 and variance 1. Tools around Stable Diffusion know one number for that,
+`scaling_factor`, and most have 0.18215 hard-coded. So the statistics of each channel are folded into the two 1×1
+convolutions next to the latent (`fold`), and latent × 0.18215 is right for every loader, with nothing to remember.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ldm.errors import UserError
+
+SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
+_DEAD = 0.05  # a channel whose mean moves less than this share of its deviation tells the decoder nothing
+
+
+def build_autoencoder(
+    *,
+    channels: Sequence[int],
+    layers: int,
+    latent_channels: int,
+    groups: int = 32,
+    attention: bool = True,
+    resolution: int = 32,
+) -> AutoencoderKL:
+    """An AutoencoderKL from random weights; latents are 2^(levels − 1) times smaller a side.
+
+    Raises UserError when the groups don't divide a level's channels.
+    """
+    if odd := [c for c in channels if c % groups]:
+        raise UserError(f"model.groups {groups} doesn't divide model.channels {odd}: choose a common divisor")
+    levels = len(channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
+        latent_channels=latent_channels,
+        norm_num_groups=groups,
+        mid_block_add_attention=attention,
+        sample_size=resolution,
+        scaling_factor=SCALING_FACTOR,
+    )
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents: q(z | x) of the autoencoder."""
+
+    mean: Tensor  # (b, c, h, w)
+    std: Tensor  # (b, c, h, w)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Mean + deviation × noise (noise of the mean's shape)."""
+        return self.mean + self.std * noise
+
+
+class Autoencoder:
+    """An AutoencoderKL as the diffusion sees it: latents normalised, pictures in [−1, 1].
+
+    `encode` gives the posterior already multiplied by the scaling factor; `decode` takes such latents.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
+        self.latent_channels: int = vae.config.latent_channels
+        self.scale: float = vae.config.scaling_factor
+
+    @classmethod
+    def load(cls, where: str | Path) -> Self:
+        """From a folder (an AutoencoderKL, or a pipeline with `vae/` in it) or a hub id; safetensors only."""
+        folder = Path(where)
+        if folder.is_dir():
+            folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{str(where)!r} holds no autoencoder: looked for config.json there and in vae/")
+            where = folder
+        elif str(where).count("/") != 1 or str(where).startswith((".", "/")):
+            raise UserError(f"no autoencoder at {str(where)!r}: give a stage 1 run's model/ folder, or a hub id")
+        try:
+            vae = AutoencoderKL.from_pretrained(str(where), use_safetensors=True, low_cpu_mem_usage=False)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"can't load an autoencoder from {str(where)!r}: {error}") from None
+        if vae.config.get("shift_factor") or vae.config.get("latents_mean"):
+            raise UserError(
+                f"the autoencoder at {str(where)!r} shifts its latents, which Stable Diffusion pipelines ignore: "
+                "use one with scaling_factor alone"
+            )
+        return cls(vae)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the weights and the scaling factor: equal exactly when the latents are."""
+        total = hashlib.sha256(repr(self.scale).encode())
+        for name, value in sorted(self.vae.state_dict().items()):
+            total.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Posterior:
+        """Pictures (b, 3, H, W) in [−1, 1] to the posterior of their normalised latents."""
+        q = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return Posterior(q.mean * self.scale, q.std * self.scale)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (b, c, h, w) to float32 pictures (b, 3, H, W), not clipped."""
+        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype) / self.scale).sample.float()
+
+
+class LatentStatistics(NamedTuple):
+    """Of posterior samples before folding, a channel each, float64."""
+
+    mean: Tensor  # (c,)
+    std: Tensor  # (c,), floored
+    dead: list[int]
+    """Channels whose posterior mean hardly depends on the picture."""
+
+
+def latent_statistics(sums: Tensor) -> LatentStatistics:
+    """From `latent_sums` added up over a data set (and over processes)."""
+    n, sample, square, mean, mean_square = sums.double().unbind(1)
+    std = (square / n - (sample / n) ** 2).clamp_min(0).sqrt()
+    signal = (mean_square / n - (mean / n) ** 2).clamp_min(0).sqrt()
+    floor = 1e-3 * std.max().clamp_min(1e-6)
+    dead = (signal < _DEAD * std.clamp_min(floor)).nonzero().flatten().tolist()
+    return LatentStatistics(sample / n, torch.maximum(std, floor), dead)
+
+
+def latent_sums(posterior: Posterior, noise: Tensor) -> Tensor:
+    """Count, Σ sample, Σ sample², Σ mean, Σ mean² of each channel: (c, 5) float64, to be added up."""
+    mean, sample = posterior.mean.double(), posterior.sample(noise).double()
+    each = torch.stack([torch.ones_like(mean), sample, sample**2, mean, mean**2])  # (5, b, c, h, w)
+    return each.sum(dim=(1, 3, 4)).T
+
+
+@torch.no_grad()
+def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Fold z → (z − mean) / std into `quant_conv` and `post_quant_conv`, in place and exactly.
+
+    With s = std × scaling_factor, the encoder's latent becomes (z − mean) / s, so that latent × scaling_factor has
+    mean 0 and variance 1, and the decoder undoes it. Both convolutions are 1×1, so this is a change of their
+    weights alone; without them it couldn't be exact (the decoder pads with zeros), hence UserError.
+    """
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise UserError("an autoencoder without quant convolutions can't be normalised exactly: use one that has them")
+    mean, s = mean.double(), std.double() * vae.config.scaling_factor
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    c = len(mean)
+    weight, bias = quant.weight.double(), quant.bias.double()
+    weight[:c] /= s.view(-1, 1, 1, 1)
+    bias[:c] = (bias[:c] - mean) / s
+    bias[c:] -= 2 * s.log()  # the variance shrinks by s²
+    quant.weight.copy_(weight)
+    quant.bias.copy_(bias)
+    weight, bias = post.weight.double(), post.bias.double()
+    post.bias.copy_(bias + weight[:, :, 0, 0] @ mean)
+    post.weight.copy_(weight * s.view(1, -1, 1, 1))
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
+    """`latent_sums` of an unfolded autoencoder over (pictures, noise) batches; zeros where there are none."""
+    total = torch.zeros(channels, 5, dtype=torch.float64, device=vae.device)
+    for pixels, noise in batches:
+        q = vae.encode(pixels.to(vae.device)).latent_dist
+        total += latent_sums(Posterior(q.mean, q.std), noise.to(vae.device))
+    return total

@@ -1,0 +1,36 @@
+"""Network + parameterization → the denoiser E[x0 | x_t] that samplers and guidance work with.
+
+The state x_t is kept in float32 (float64 in float64 work) while the network runs in its own dtype. The
+casts are here, and the conversion to x0, which divides by a small alpha, is on the state's side of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.parameterization import Target, to_x0
+from ldm.schedule import Level
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t (b, c, h, w), index (b,), condition (b, …)) → output (b, c, h, w)."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """`(x_t, level, condition) → x0_hat`, for a batch at one level.
+
+    `dtype` is what the network takes; None gives it the state as it is (the network casts for itself).
+    """
+
+    network: Network
+    target: Target
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x_t: Tensor, level: Level, condition: Tensor) -> Tensor:
+        """E[x0 | x_t], (b, c, h, w), in x_t's dtype. The network's index is int64, float32 if fractional."""
+        index_dtype = torch.int64 if isinstance(level.index, int) else torch.float32
+        index = torch.full((len(x_t),), level.index, dtype=index_dtype, device=x_t.device)
+        output = self.network(x_t.to(self.dtype or x_t.dtype), index, condition).to(x_t.dtype)
+        return to_x0(self.target, output, x_t, level.alpha, level.sigma)

@@ -1,0 +1,53 @@
+"""The whole road on a CPU, offline: Shapes data, stages 0, 1 and 2, then a report and a sheet of samples.
+
+Runs the commands that a user would type, and prints each. Interrupted, it continues where it stopped.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ldm.errors import RunError
+from train.checkpoint import atomic_folder
+from train.cli import command
+
+RUNS = Path("runs/demo")
+DATA = "data/shapes"
+STAGES = {
+    "data": f"scripts/make_dataset.py shapes --out {DATA} --size 32 --train 20000 --test 1000 --seed 0",
+    "clip": f"scripts/train_clip.py configs/shapes/clip.yaml --data {DATA} --out {RUNS}/clip",
+    "vae": f"scripts/train_vae.py configs/shapes/vae.yaml --data {DATA} --out {RUNS}/vae",
+    "ldm": f"scripts/train_ldm.py configs/shapes/ldm.yaml --data {DATA} --vae {RUNS}/vae/model "
+    f"--text-encoder {RUNS}/clip/model --out {RUNS}/ldm",
+    "evaluate": f"scripts/evaluate.py --model {RUNS}/ldm/model --data {DATA} --split test --out {RUNS}/report",
+}
+
+
+def main() -> None:
+    RUNS.mkdir(parents=True, exist_ok=True)
+    clock = RUNS / "seconds.json"  # a stage that was interrupted adds up over the calls
+    seconds = json.loads(clock.read_text()) if clock.is_file() else {}
+    for stage, line in STAGES.items():
+        print(f"\n$ python {line}", flush=True)
+        begun = time.perf_counter()
+        status = subprocess.run([sys.executable, *line.split()]).returncode
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
+        clock.write_text(json.dumps(seconds))
+        if status:
+            raise RunError(f"{stage} ended with status {status}; `make demo` again goes on from there")
+    with atomic_folder(RUNS / "model") as folder:
+        shutil.copytree(RUNS / "ldm" / "model", folder, dirs_exist_ok=True)
+    shutil.copy(RUNS / "report" / "samples.png", RUNS / "samples.png")
+    measured = json.loads((RUNS / "report" / "report.json").read_text())
+    rounded = {stage: round(s, 1) for stage, s in seconds.items()}
+    report = {"seconds": rounded | {"total": round(sum(seconds.values()), 1)}} | measured
+    (RUNS / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\n{report['seconds']['total'] / 60:.1f} minutes. Look at {RUNS}/samples.png; figures in {RUNS}/report.json.")
+    print(f'Now yours: python scripts/txt2img.py --model {RUNS}/model --prompt "a large red star on a black background"')
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,96 @@
+"""Measure a trained model on a data set, and write a report with a sheet of what it paints."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ldm.errors import UserError
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.samplers import SamplerKind
+from train.cli import command, overlay
+from train.config import DataConfig
+from train.data.dataset import PictureDataset
+from train.data.shapes import is_shapes, prompts
+from train.data.sources import open_source
+from train.evaluation import alignment, autoencoder_quality, paint
+from train.run import versions
+from train.sheets import in_rows, sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure a model: reconstruction on held-out pictures and, on a Shapes set, whether pictures fit their prompts."""
+
+    model: str = ""
+    """Folder of the model, e.g. runs/ldm/model."""
+    data: str = ""
+    """Folder of captioned pictures."""
+    split: Literal["test", "train"] = "test"
+    """Which part of them; without a split of its own, the held-out share is the test part."""
+    out: str = "report"
+    """Folder for report.json and samples.png."""
+    prompts: int = 256
+    """Shapes prompts of each kind, seen and unseen."""
+    pictures: int = 1000
+    """Pictures that are reconstructed, at most."""
+    steps: int = 25
+    """Sampler steps."""
+    guidance_scale: float = 4.0
+    """Guidance; 1 is the conditional prediction alone."""
+    sampler: SamplerKind = "dpmpp_2m"
+    """ddpm, ddim, euler or dpmpp_2m."""
+    seed: int = 0
+    """Of the prompts and of the noise."""
+    batch_size: int = 64
+    """Pictures painted at once."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Device."""
+
+
+def evaluate(o: Options) -> dict[str, Any]:
+    """The report, also written to `o.out` with a sheet."""
+    for name in ("model", "data"):
+        if not getattr(o, name):
+            raise UserError(f"--{name} is missing")
+    pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device)
+    side = pipe.unet.config.sample_size * pipe.autoencoder.factor
+    train, test = open_source(o.data, DataConfig(resolution=side))
+    dataset = PictureDataset(test if o.split == "test" else train, side, o.seed, shuffle=False)
+    count, b = min(o.pictures, len(dataset.source)), o.batch_size
+    places = [list(range(first, min(first + b, count))) for first in range(0, count, b)]
+    report: dict[str, Any] = {
+        "vae": autoencoder_quality(pipe.autoencoder, (dataset.__getitems__(part)["pixels"] for part in places))
+    }
+    how = {"steps": o.steps, "guidance_scale": o.guidance_scale, "sampler": o.sampler, "seed": o.seed, "batch_size": b}
+    if is_shapes(o.data):
+        report["alignment"] = {"prompts": o.prompts}
+        pictures, captions = [], []
+        for kind in ("seen", "unseen"):
+            scenes = prompts(kind, o.prompts, o.seed)
+            report["alignment"][kind], painted = alignment(pipe, scenes, **how)
+            pictures += list(painted[:16])
+            captions += [scene.caption for scene in scenes[:16]]
+    else:
+        captions = [dataset.source[k].captions[0] for k in range(min(16, count))]
+        pictures = list(paint(pipe, captions, **how))
+    report["settings"] = how | {"model": o.model, "data": o.data, "split": o.split, "pictures": count}
+    report["versions"] = versions()
+    folder = Path(o.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet(in_rows(pictures, 8), captions).save(folder / "samples.png")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def main() -> None:
+    o = overlay(Options, Options())
+    report = evaluate(o)
+    print(json.dumps({k: report[k] for k in ("vae", "alignment") if k in report}, indent=2))
+    print(f"written to {o.out}/report.json and {o.out}/samples.png")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,138 @@
+"""Schedules against their definition (the Markov chain of the betas) and against diffusers' tables."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+from ldm.errors import UserError
+from ldm.schedule import Schedule, timesteps
+
+KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@pytest.mark.parametrize("T", [1000, 77])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_equal_diffusers(kind, T):
+    theirs = DDPMScheduler(T, beta_start=0.00085, beta_end=0.012, beta_schedule=KINDS[kind])
+    ours = Schedule.build(kind, T, 0.00085, 0.012)
+    assert (ours.alpha_bar - theirs.alphas_cumprod.double()).abs().max() < 1e-6
+    read = Schedule.from_diffusers(theirs.config)
+    assert torch.equal(read.alpha_bar, ours.alpha_bar)
+
+
+def test_closed_form_equals_the_chain():
+    # q(x_i | x_{i-1}) = N(sqrt(1 - beta_i) x_{i-1}, beta_i), from a known x_0: mean and variance step by step.
+    for kind in KINDS:
+        schedule = Schedule.build(kind)
+        alpha, sigma = schedule(torch.arange(1, schedule.T + 1, dtype=torch.float64) / schedule.T)
+        mean, variance = 1.0, 0.0
+        for i, beta in enumerate(schedule.betas.tolist()):
+            mean, variance = (1 - beta) ** 0.5 * mean, (1 - beta) * variance + beta
+            assert alpha[i].item() == pytest.approx(mean, rel=1e-12)
+            assert sigma[i].item() ** 2 == pytest.approx(variance, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_function_of_time(kind):
+    schedule = Schedule.build(kind, 50)
+    grid = torch.arange(1, 51, dtype=torch.float64) / 50
+    alpha, sigma = schedule(grid)
+    torch.testing.assert_close(alpha**2, schedule.alpha_bar, rtol=1e-14, atol=0)
+    torch.testing.assert_close((alpha / sigma) ** 2, schedule.snr, rtol=1e-13, atol=0)
+    # Between grid points (and down to 0 at t = 0) sigma / alpha is linear; everywhere alpha^2 + sigma^2 = 1.
+    t = torch.linspace(0, 1, 997, dtype=torch.float64)
+    alpha, sigma = schedule(t)
+    ratio = np.interp(t * 50, np.arange(51), [0.0, *schedule.snr.rsqrt().tolist()])
+    np.testing.assert_allclose(sigma / alpha, ratio, rtol=1e-12)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=0, atol=1e-15)
+    assert (sigma.diff() > 0).all()
+    assert (alpha[0], sigma[0]) == (1, 0)
+
+
+def test_levels_stand_where_the_index_says():
+    schedule = Schedule.build("scaled_linear")
+    for i in (0, 1, 13, 500, 998, 999):
+        level = schedule.level(i)
+        assert level.index == i
+        assert isinstance(level.index, int)
+        assert schedule.index(level.t) == pytest.approx(i, abs=1e-9)
+        assert level.alpha**2 == pytest.approx(schedule.alpha_bar[i].item(), rel=1e-14)
+    assert isinstance(schedule.level(3.0).index, int)
+    assert schedule.level(957.375).index == 957.375
+    assert (schedule.level(-1).alpha, schedule.level(-1).sigma, schedule.level(-1).t) == (1, 0, 0)
+    for outside in (-1.5, 999.5, float("nan")):
+        with pytest.raises(ValueError, match="index"):
+            schedule.level(outside)
+
+
+def test_trained_betas_survive_json_bit_for_bit():
+    ours = Schedule.build("cosine", 300)
+    theirs = DDIMScheduler(300, trained_betas=ours.betas.tolist())
+    read = Schedule.from_diffusers(json.loads(theirs.to_json_string()))
+    assert torch.equal(read.betas, ours.betas)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({}, "beta_schedule None"),  # flow-matching schedulers' configurations have none
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"beta_schedule": "linear", "beta_start": 0.1}, "beta_end None"),
+        ({"beta_schedule": "linear", "beta_start": -0.1, "beta_end": 0.1}, "-0.1"),
+        ({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": "many"}, "many"),
+        ({"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, "2 trained_betas for 3"),
+        ({"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "beta 1.0"),
+        ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, "beta nan"),
+        ({"trained_betas": [0.1, None], "num_train_timesteps": 2}, "numbers"),
+        ({"trained_betas": 0.1}, "list"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(config, names):
+    with pytest.raises(UserError, match=names):
+        Schedule.from_diffusers(config)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    ("cls", "how"),
+    [
+        (DDIMScheduler, {}),
+        (DDPMScheduler, {}),
+        (EulerDiscreteScheduler, {"whole": False}),
+        (DPMSolverMultistepScheduler, {"spare": True}),
+    ],
+)
+def test_timesteps_equal_diffusers(cls, how, spacing):
+    base = DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=1)
+    theirs = cls.from_config(base.config)
+    for n in [*range(2, 130), 333, 500, 998]:
+        theirs.set_timesteps(n)
+        # At 61, 103, … trailing steps a rounding gives diffusers one timestep too many, at index -1.
+        expected = theirs.timesteps.double().numpy()[:n]
+        ours = timesteps(n, 1000, spacing, 1, **how)
+        np.testing.assert_allclose(ours, expected, rtol=1e-7)  # Euler's are float32
+        assert len(ours) == n
+        assert ours.min() >= 0
+        assert how or (ours == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "spacing", "spare"),
+    [
+        (0, "leading", False),
+        (-3, "trailing", False),
+        (1001, "trailing", False),
+        (1000, "leading", False),  # the offset takes the first one to index 1000
+        (1000, "leading", True),  # 1000 // 1001 = 0
+        (1000, "linspace", True),  # two alike
+    ],
+)
+def test_steps_that_do_not_fit_are_refused(n, spacing, spare):
+    with pytest.raises(UserError, match=str(n)):
+        timesteps(n, 1000, spacing, steps_offset=1, spare=spare)
+    assert len(timesteps(999, 1000, spacing, steps_offset=1)) == 999

@@ -1,0 +1,389 @@
+"""Checkpoints: folders that are either whole or not there, in formats that cannot carry code.
+
+    checkpoints/step-00001000/state.safetensors   the tensors, named by their place in the tree
+                              state.json          the tree: all the rest, and which tensor stands where
+                              manifest.json       the step; SHA-256 and size of the two
+
+One is committed by writing `.tmp-step-…`, fsync of its files and itself, a rename, fsync of the parent and reading
+it back; only then are old ones pruned. Killed anywhere in between, a process leaves the old state or the new one.
+"""
+
+import ctypes
+import errno
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ldm.errors import RunError
+
+Sums = dict[str, dict[str, str | int]]  # name of a file → its "sha256" and "size"
+
+_log = logging.getLogger(__name__)
+_TENSORS, _TREE, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+}  # fmt: skip
+# What reading a foreign or damaged file can raise.
+_UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, struct.error)
+
+
+def _do(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Every write, fsync and rename goes through here, so that a test can end the process at each."""
+    return call(*arguments)
+
+
+# -- a tree in two files --
+
+
+def save_tree(folder: Path, tree: Any) -> Sums:
+    """Write a tree into an existing folder, without fsync. Returns the sums of what was meant to be written.
+
+    A tree is None, a bool, int, float, str or strided tensor, or a list, tuple or dict (keys str or int) of trees.
+    It comes back bit for bit: types, dtypes, strides of dense tensors, NaN bits, and two tensors that are one. But
+    tensors come back on the CPU and without gradient, and subclasses of dict as dict.
+    Raises TypeError naming the place of anything else.
+    """
+    return _write_state(Path(folder), *_pack_tree(tree))
+
+
+def load_tree(folder: Path) -> Any:
+    """What `save_tree` wrote. Raises RunError if the files are anything else; never runs code from them."""
+    folder, tensors = Path(folder), {}
+    try:
+        state = json.loads((folder / _TREE).read_bytes())
+        with safe_open(folder / _TENSORS, framework="pt") as file:
+            for name, stride in state["strides"].items():
+                read = file.get_tensor(name)  # a view of the file: copied, so that pruning can free the disk
+                tensors[name] = torch.empty_strided(read.shape, stride, dtype=read.dtype).copy_(read)
+        return _unpack(state["tree"], tensors)
+    except _UNREADABLE as error:
+        raise RunError(f"{folder} does not hold a saved state: {error}") from error
+
+
+def _pack_tree(tree: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(tree, "state", tensors, {})
+    # Fused optimizers walk memory in order, unchecked: moments must come back with the strides of their weights.
+    strides = {name: list(torch.empty_like(t, device="meta").stride()) for name, t in tensors.items()}
+    return {"tree": packed, "strides": strides}, tensors
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[Any, ...], str]) -> Any:
+    """JSON for a value, in which an object has one key, its type. `names` finds a tensor that was met before."""
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"float": struct.pack("<d", value).hex()}
+    if kind in (list, tuple):
+        items = [_pack(item, f"{path}/{i}", tensors, names) for i, item in enumerate(value)]
+        return items if kind is list else {"tuple": items}
+    if isinstance(value, dict):
+        if wrong := [key for key in value if type(key) not in (str, int)]:
+            raise TypeError(f"{path} has the key {wrong[0]!r}: only str and int keys can be saved")
+        return {"dict": [[key, _pack(item, f"{path}/{key}", tensors, names)] for key, item in value.items()]}
+    plain = kind in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
+    if plain and value.dtype in _DTYPES:
+        same = (value.device, value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
+        name = names.setdefault(same, _unused(path, tensors))
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    about = f" ({value.dtype}, {value.layout}, {value.device})" if isinstance(value, Tensor) else ""
+    raise TypeError(f"{path} is a {kind.__name__}{about}, which cannot be saved")
+
+
+def _unused(path: str, tensors: dict[str, Tensor]) -> str:
+    name = path.encode("utf-8", "backslashreplace").decode()
+    return _unused(name + "'", tensors) if name in tensors else name  # the keys 1 and "1"
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    match value:
+        case {"dict": pairs}:
+            return {key: _unpack(item, tensors) for key, item in pairs}
+        case {"tuple": items}:
+            return tuple(_unpack(item, tensors) for item in items)
+        case {"tensor": name}:
+            return tensors[name]
+        case {"float": bits}:
+            return struct.unpack("<d", bytes.fromhex(bits))[0]
+        case list():
+            return [_unpack(item, tensors) for item in value]
+        case None | bool() | int() | float() | str():
+            return value
+    raise ValueError(f"unknown entry {str(value)[:80]}")
+
+
+def _write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> Sums:
+    text = json.dumps(state, allow_nan=False, separators=(",", ":")).encode()
+    return {_TENSORS: _write(folder / _TENSORS, _safetensors(tensors)), _TREE: _write(folder / _TREE, [text])}
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
+    """The safetensors format, one tensor at a time: no second copy of the whole is ever held."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: all aligned
+    header, end = {}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + t.nbytes
+        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for t in tensors.values():
+        yield t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _write(path: Path, parts: Iterable[Any]) -> dict[str, str | int]:
+    """Write bytes-like parts to a new file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb", buffering=0) as file:
+        for part in parts:
+            view = memoryview(part)
+            digest.update(view)
+            size += len(view)
+            while view:
+                view = view[_do(file.write, view[: 2**24]) :]
+    return {"sha256": digest.hexdigest(), "size": size}
+
+
+# -- folders that are whole or not there --
+
+
+@contextmanager
+def atomic_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """An empty folder beside `final` to write into. On success it takes the place of `final`; on failure it goes.
+
+    needed: bytes, for the message when the disk is full.
+    Raises RunError with a plain line for a full disk and for any other OSError; `final` is then as it was.
+    """
+    final = Path(final)
+    temporary, aside = _beside(final, "tmp"), _beside(final, "old")
+    with _plain_errors(final, needed):
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            recover(final)
+            _remove(temporary)
+            temporary.mkdir()
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+            replace_folder(temporary, final)
+        except BaseException:
+            with suppress(OSError):
+                recover(final)
+                _remove(temporary)
+            raise
+        _sync(final.parent)
+        _sync(final.parent.parent)  # which may not have known the parent
+        _remove(temporary)  # now what was there before, under one name or the other
+        _remove(aside)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put the folder `new` in the place of `final`, without fsync. What was there is then at `new` or `.old-…`.
+
+    One step where Linux can exchange two names. Elsewhere `final` is missing for a moment, which `recover` mends.
+    """
+    if not os.path.lexists(final):
+        _do(os.rename, new, final)
+    elif not _do(_exchange, new, final):
+        _remove(_beside(final, "old"))
+        _do(os.rename, final, _beside(final, "old"))
+        _do(os.rename, new, final)
+
+
+def recover(final: Path) -> None:
+    """Bring `final` back if a process ended in the moment of `replace_folder` in which it is missing."""
+    if not os.path.lexists(final):
+        with suppress(FileNotFoundError):
+            _do(os.rename, _beside(final, "old"), final)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step: renameat2(2) with RENAME_EXCHANGE. False, and nothing done, where it cannot."""
+    with suppress(OSError, AttributeError):
+        return ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0  # AT_FDCWD is -100
+    return False
+
+
+def _beside(final: Path, kind: str) -> Path:
+    return final.with_name(f".{kind}-{final.name}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _do(os.fsync, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _plain_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # libraries in Rust raise types of their own, with the system's words
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            need = "" if needed is None else f"{needed / 1e6:.1f} MB needed, "
+            free = shutil.disk_usage(path.parent).free / 1e6
+            raise RunError(f"disk full while writing {path}: {need}{free:.1f} MB free") from error
+        if isinstance(error, OSError):
+            raise RunError(f"could not write {path}: {error}") from error
+        raise
+
+
+# -- the checkpoints of a run --
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A valid checkpoint."""
+
+    step: int
+    folder: Path
+    invalid: tuple[str, ...] = ()
+    """Newer ones that were passed over, each with the reason."""
+
+
+class Checkpoints:
+    """A run's checkpoints, of which the newest `keep` (2 or more) valid ones stay. One process at a time may save."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        if keep < 2:
+            raise ValueError(f"keep is {keep}: at least 2 checkpoints are kept")
+        self.folder, self.keep = Path(folder), keep
+
+    def save(self, step: int, tree: Any) -> Path:
+        """Commit a tree (see `save_tree`) as the checkpoint of `step`, then prune. Returns its folder.
+
+        One of that step that exists is replaced. Raises RunError if it fails; all earlier ones are then intact.
+        """
+        if step < 0:
+            raise ValueError(f"step is {step}: a step is 0 or more")
+        state, tensors = _pack_tree(tree)
+        final = self.folder / f"step-{step:08d}"
+        with _plain_errors(final):
+            self._recover()
+            for leftover in (*self.folder.glob(".tmp-step-*"), *self.folder.glob(".old-step-*")):
+                _remove(leftover)
+            if os.path.lexists(final) and (fault := _fault(step, final)):
+                _log.warning("%s is replaced: it was not valid (%s)", final, fault)
+            with atomic_folder(final, needed=sum(t.nbytes for t in tensors.values())) as folder:
+                manifest = {"step": step, "files": _write_state(folder, state, tensors)}
+                _write(folder / _MANIFEST, [json.dumps(manifest).encode()])
+            if fault := _known_fault(step, final, _stamp(final)):
+                raise RunError(f"{final} could not be read back as it was written: {fault}")
+            self._prune(final)
+        return final
+
+    def latest(self) -> Found | None:
+        """The newest valid checkpoint, verified from its files; None if none was ever committed.
+
+        Raises RunError, naming each with its fault, if there are some and none is valid.
+        """
+        self._recover()
+        invalid: list[str] = []
+        for step, folder in self._committed():
+            fault = _fault(step, folder)
+            if fault is None:
+                return Found(step, folder, tuple(invalid))
+            invalid.append(f"{folder.name}: {fault}")
+            _log.warning("%s is passed over: it is not valid (%s)", folder, fault)
+        if invalid:
+            raise RunError(
+                f"no checkpoint in {self.folder} is valid ({'; '.join(invalid)}): to start over, move it away"
+            )
+        return None
+
+    def load(self, found: Found) -> Any:
+        """The tree that was saved, tensors on the CPU. Raises RunError if the files do not hold one."""
+        return load_tree(found.folder)
+
+    def _recover(self) -> None:
+        for aside in self.folder.glob(".old-step-*"):
+            recover(self.folder / aside.name.removeprefix(".old-"))
+
+    def _committed(self) -> list[tuple[int, Path]]:
+        """Step and folder of each, newest first."""
+        folders = {p.name: p for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", p.name)}
+        return sorted(((int(name[5:]), folder) for name, folder in folders.items()), reverse=True)
+
+    def _prune(self, new: Path) -> None:
+        """Remove valid ones beyond the newest `keep`. Invalid ones neither count nor go."""
+        valid = [f for step, f in self._committed() if _known_fault(step, f, _stamp(f)) is None]
+        for folder in valid[self.keep :]:
+            if folder != new:
+                temporary = _beside(folder, "tmp")  # first the name, so that half of one is never found
+                _do(os.rename, folder, temporary)
+                _remove(temporary)
+
+
+def _fault(step: int, folder: Path) -> str | None:
+    """Why a folder is not a valid checkpoint of `step`; None if it is. No other file than the three is touched."""
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return "not a plain folder"
+        _sum(folder / _MANIFEST, limit=2**16)
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest["step"] != step or set(manifest["files"]) != {_TENSORS, _TREE}:
+            return f"{_MANIFEST} is not one of step {step}"
+        for name, expected in manifest["files"].items():
+            if _sum(folder / name) != expected:
+                return f"{name} is not as it was written"
+        json.loads((folder / _TREE).read_bytes())
+        with safe_open(folder / _TENSORS, framework="pt"):
+            return None
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or folder).name} is missing"
+    except _UNREADABLE as error:
+        return f"unreadable: {error}"
+
+
+@functools.lru_cache
+def _known_fault(step: int, folder: Path, stamp: object) -> str | None:
+    """`_fault`, read once for each state of the files: pruning need not read gigabytes again."""
+    return _fault(step, folder)
+
+
+def _stamp(folder: Path) -> object:
+    with suppress(OSError), os.scandir(folder) as entries:
+        stats = ((entry.name, entry.stat(follow_symlinks=False)) for entry in entries)
+        return frozenset((name, s.st_ino, s.st_size, s.st_ctime_ns) for name, s in stats)
+    return None
+
+
+def _sum(path: Path, limit: float = math.inf) -> dict[str, str | int]:
+    """SHA-256 and size of a plain file, read from the disk, not from memory, where the system allows."""
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > limit:
+        raise ValueError(f"{path.name} is not a plain file of the size expected")
+    with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": about.st_size}

@@ -1,0 +1,126 @@
+"""From a command line to a typed configuration, and from an exception to one plain line and an exit status."""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ldm.errors import RunError, UserError
+
+Config = TypeVar("Config")
+
+
+def parse(kind: type[Config], arguments: list[str] | None = None) -> Config:
+    """Read a configuration: its defaults, over them a YAML file, over that the command line.
+
+    The first argument may be the YAML file; all others are `--dotted.name value`. `--print-config` prints the
+    result and exits. Raises UserError for a file, a key or a value that doesn't fit.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    show = "--print-config" in arguments
+    arguments = [a for a in arguments if a != "--print-config"]
+    given = read_yaml(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else {}
+    config = overlay(kind, validate(kind, given), arguments)
+    if show:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file, by the safe loader: a file can't name code."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read the configuration {str(path)!r}: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not plain YAML: {_line(str(error))}") from None
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise UserError(f"{path} holds a {type(given).__name__}; a configuration is a mapping of names to values")
+    return given
+
+
+def validate(kind: type[Config], given: dict[str, Any]) -> Config:
+    """A configuration of this kind, or a UserError that names the first wrong key, its value and what fits."""
+    try:
+        return TypeAdapter(kind).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise UserError(f"unknown key {name!r} in the configuration: --help lists those there are") from None
+        what = f"{name} = {first['input']!r}: " if name else ""
+        raise UserError(f"{what}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def overlay(kind: type[Config], default: Config, arguments: list[str] | None = None) -> Config:
+    """The configuration with `--dotted.name value` arguments (else the process's own) laid over it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, default=default, args=arguments, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise UserError(_first_sentence(said.getvalue())) from None
+
+
+def dump(config: object) -> str:
+    """The configuration as YAML that `parse` reads back."""
+    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
+    try:
+        main()
+    except UserError as error:
+        _leave(2, error)
+    except RunError as error:
+        _leave(1, error)
+    except torch.OutOfMemoryError:
+        _leave(1, "out of memory on the device: lower --batch-size, or raise --accumulation to split it")
+    except MemoryError:
+        _leave(1, "out of memory: lower --batch-size, or raise --accumulation to split it")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        _leave(1, "out of memory: lower --batch-size, or raise --accumulation to split it")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        _leave(1, f"{error.strerror}: {error.filename or 'while writing'}")
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    raise SystemExit(0)
+
+
+def _leave(status: int, what: object) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0" or status == 1:
+        print(f"error: {_line(str(what))}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _first_sentence(box: str) -> str:
+    """What a boxed message of tyro's says, without its frame, its help and pydantic's postscripts."""
+    lines = [line.strip(" │╭╰╮╯").strip() for line in box.splitlines()[1:]]
+    text = _line(" ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), None)]))
+    text = re.sub(r"\[type=.*?input_value=(.*?), *input_type=[^\]]*\]", r"(given: \1)", text)
+    text = re.sub(r"For further information visit \S+|Error parsing \w+: \d+ validation errors? for \w+", "", text)
+    return _line(text.replace("Value error, ", "")) or "the command line can't be read; see --help"

@@ -1,0 +1,118 @@
+"""Stage 0: train a small CLIP, and the tokenizer it reads with, on the captions and pictures themselves."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer
+
+from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy, save_clip
+from conditioning.tokenizer import tokenize, train_tokenizer
+from ldm.errors import UserError
+from train.config import ClipConfig
+from train.data.dataset import PictureDataset, loader
+from train.data.sources import Source, open_source
+from train.ema import Ema
+from train.loop import Batch, Phase, StepOutput, adamw, fit
+from train.run import Run, open_accelerator
+from train.sheets import in_rows, sheet, to_uint8
+
+_VALIDATION = 1000  # held-out pictures among which the right caption is to be found
+
+
+class Pair(nn.Module):
+    """The CLIP's turn: pictures and their captions against each other."""
+
+    def __init__(self, contrastive: Contrastive) -> None:
+        super().__init__()
+        self.contrastive = contrastive
+
+    def forward(self, batch: Batch) -> StepOutput:
+        loss, metrics = self.contrastive(batch["pixels"], batch["input_ids"], batch["caption_ids"])
+        return StepOutput(loss, metrics)
+
+
+class ClipStage:
+    """What the loop asks of stage 0."""
+
+    def __init__(
+        self, run: Run, config: ClipConfig, source: Source, held_out: Source, tokenizer: CLIPTokenizer
+    ) -> None:
+        self.run, self.config, self.tokenizer = run, config, tokenizer
+        torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
+        clip = build_clip(
+            tokenizer, text_width=config.text.width, text_layers=config.text.layers, text_heads=config.text.heads,
+            vision_width=config.image.width, vision_layers=config.image.layers, vision_heads=config.image.heads,
+            patch_size=config.image.patch_size, image_size=config.input.resolution, projection_dim=config.projection,
+        ).to(run.accelerator.device)  # fmt: skip
+        self.phases = [Phase("clip", Pair(Contrastive(clip)), adamw(clip, config.optimizer), config.optimizer.lr)]
+        self.ema = Ema(clip, config.ema_decay)
+        side, crop, flip = config.input.resolution, config.input.crop, config.input.flip
+        self.training = PictureDataset(source, side, config.seed, crop=crop, flip=flip)
+        self.held_out = PictureDataset(held_out, side, config.seed, shuffle=False)
+
+    def with_tokens(self, batch: Batch) -> Batch:
+        """A batch with its captions as ids: `input_ids` (b, n), and `caption_ids` (b,), equal for equal captions."""
+        ids = [int.from_bytes(hashlib.blake2b(c.encode(), digest_size=7).digest()) for c in batch["caption"]]
+        device = self.run.accelerator.device
+        return {
+            "pixels": batch["pixels"].to(device),
+            "input_ids": tokenize(self.tokenizer, batch["caption"]).to(device),
+            "caption_ids": torch.tensor(ids, device=device),
+        }
+
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        for parts in loader(self.training, self.run, start):
+            yield [self.with_tokens(part) for part in parts]
+
+    def begin_step(self, step: int) -> None:
+        pass
+
+    @torch.no_grad()
+    def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[Batch]]:
+        """Picture features, caption features, caption ids of held-out examples, and their batches."""
+        towers, b = Contrastive(self.ema.module), self.config.batch_size
+        raw = [self.held_out.__getitems__(list(range(k, min(k + b, count)))) for k in range(0, count, b)]
+        batches = [self.with_tokens(batch) for batch in raw]
+        image = torch.cat([towers.image_features(batch["pixels"]) for batch in batches])
+        text = torch.cat([towers.text_features(batch["input_ids"]) for batch in batches])
+        return image, text, torch.cat([batch["caption_ids"] for batch in batches]), raw
+
+    def validate(self, step: int) -> dict[str, float]:
+        count = min(len(self.held_out.source), _VALIDATION)
+        image, text, ids, _ = self.held_out_features(count)
+        found = {name: float(share) for name, share in retrieval_accuracy(image, text, ids).items()}
+        self.run.say(f"step {step}: among {count} held-out, " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        return {f"val_{name}": share for name, share in found.items()}
+
+    def sheet(self, path: Path) -> None:
+        """Held-out pictures, each over the caption found nearest to it."""
+        count = min(len(self.held_out.source), _VALIDATION)
+        image, text, _, raw = self.held_out_features(count)
+        nearest = (nn.functional.normalize(image[:16], dim=-1) @ nn.functional.normalize(text, dim=-1).T).argmax(1)
+        captions = [c for batch in raw for c in batch["caption"]]
+        pictures = to_uint8(torch.cat([batch["pixels"] for batch in raw])[:16])
+        sheet(in_rows(list(pictures), 4), [captions[k] for k in nearest.tolist()]).save(path)
+
+    def export(self, folder: Path, *, final: bool) -> dict[str, float]:
+        if self.run.main:
+            clip = self.ema.module
+            assert isinstance(clip, CLIPModel)
+            save_clip(clip, self.tokenizer, folder)
+        return {}
+
+
+def train(config: ClipConfig) -> None:
+    """Train stage 0 into `config.out`, or continue what stands there."""
+    accelerator = open_accelerator(config)
+    source, held_out = open_source(config.data, config.input)
+    if config.input.resolution % config.image.patch_size:
+        raise UserError(
+            f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
+        )
+    run = Run(config, accelerator, {"data": source.fingerprint})
+    captions = (caption for record in source for caption in record.captions)
+    tokenizer = train_tokenizer(captions, config.text.vocab_size, config.text.max_length)
+    fit(run, ClipStage(run, config, source, held_out, tokenizer))

@@ -1,0 +1,282 @@
+"""The configurations of the three stages: typed, frozen, unknown keys refused.
+
+Read from YAML with the command line over it (train/cli.py). The mathematics never sees these classes: each stage
+builds its objects from them in one place. A variant is a `Literal`, matched where it is built.
+"""
+
+from typing import Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from ldm.parameterization import Target
+from ldm.schedule import ScheduleKind, Spacing
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning rate over time."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate falls from its peak to `final` of it over the steps after the warm-up."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """Share of the peak rate that is left at the last step (cosine, linear)."""
+    warmup: int = Field(default=500, ge=0)
+    """Steps over which the rate rises linearly from 0 to its peak."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the running mean square."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled decay, on matrices and convolution kernels only (not on biases and normalisation weights)."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient over all parameters; 0 leaves it as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class DataConfig:
+    """How the pictures of `--data` are read."""
+
+    resolution: int = Field(default=32, ge=8)
+    """Side of the square training pictures, in pixels: the shorter side is resized to it, then cropped."""
+    crop: Literal["center", "random"] = "center"
+    """Which square of a picture that isn't one."""
+    flip: bool = False
+    """Mirror half of the pictures. Wrong for captions that speak of left and right, and for writing."""
+    image_column: str = "file_name"
+    """Column of metadata.jsonl or metadata.csv that names the picture."""
+    caption_column: str = ""
+    """Column that holds the caption; empty: `text`, else `caption`."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the pictures held out for validation where the source has no split of its own."""
+    max_damaged: float = Field(default=0.1, ge=0, le=1)
+    """Stop when more than this share of the pictures can't be read."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class RunConfig:
+    """What every stage has."""
+
+    data: str = ""
+    """Folder of captioned pictures: metadata.jsonl or .csv in it, or a .txt beside each picture."""
+    out: str = ""
+    """Folder of the run. Running the same command again continues it."""
+    steps: int = Field(default=1000, gt=0)
+    """Optimizer steps in all."""
+    batch_size: int = Field(default=32, gt=0)
+    """Examples a step, over all processes and accumulated parts together."""
+    accumulation: int = Field(default=1, gt=0)
+    """Parts that each process splits its share of a batch into, one after the other, to save memory."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of everything random: weights, order, noise, captions."""
+    checkpoint_every: int = Field(default=1000, gt=0)
+    """Steps between two resumable checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Newest checkpoints kept."""
+    validate_every: int = Field(default=1000, gt=0)
+    """Steps between two validations, each with a sheet in samples/."""
+    log_every: int = Field(default=50, gt=0)
+    """Steps between two lines of metrics.jsonl."""
+    precision: Precision = "fp32"
+    """Of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read ahead; 0 reads in the training process. The batches are the same."""
+    roll_back_after: int = Field(default=25, gt=0)
+    """Return to the last checkpoint's weights after so many non-finite steps in a row."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl, through accelerate."""
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Of the running average of the weights, which validation, samples and model/ use; warmed up from 0.1."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    input: DataConfig = Field(default_factory=DataConfig)
+    """The pictures."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class TextTowerConfig:
+    """The text half of a small CLIP."""
+
+    vocab_size: int = Field(default=2000, ge=600)
+    """Tokens of the byte-pair encoding learned from the captions (at least the bytes and their word-end forms)."""
+    max_length: int = Field(default=77, ge=4)
+    """Tokens a caption is padded or cut to, begin and end included."""
+    width: int = Field(default=256, gt=0)
+    """Features of a token: what the UNet's cross-attention sees."""
+    layers: int = Field(default=4, gt=0)
+    """Transformer layers."""
+    heads: int = Field(default=4, gt=0)
+    """Attention heads."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class ImageTowerConfig:
+    """The picture half of a small CLIP (a vision transformer)."""
+
+    patch_size: int = Field(default=8, gt=0)
+    """Side of a patch in pixels."""
+    width: int = Field(default=256, gt=0)
+    """Features of a patch."""
+    layers: int = Field(default=4, gt=0)
+    """Transformer layers."""
+    heads: int = Field(default=4, gt=0)
+    """Attention heads."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class ClipConfig(RunConfig):
+    """Stage 0: a small CLIP (Radford et al. 2021) by contrastive learning on the captioned pictures."""
+
+    text: TextTowerConfig = Field(default_factory=TextTowerConfig)
+    """Text tower."""
+    image: ImageTowerConfig = Field(default_factory=ImageTowerConfig)
+    """Image tower."""
+    projection: int = Field(default=256, gt=0)
+    """Dimensions of the space in which pictures and captions meet."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class AutoencoderConfig:
+    """AutoencoderKL's shape. Its latents are 2^(levels - 1) times smaller than the picture a side."""
+
+    channels: tuple[int, ...] = (64, 128, 128)
+    """Feature maps of each level, finest first."""
+    layers: int = Field(default=1, gt=0)
+    """Residual blocks a level (the decoder has one more)."""
+    latent_channels: int = Field(default=4, gt=0)
+    """Channels of a latent."""
+    groups: int = Field(default=32, gt=0)
+    """Groups of the group normalisation; divides every level's channels."""
+    attention: bool = True
+    """Self-attention in the middle block."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class PerceptualConfig:
+    """A loss over the features of a frozen network."""
+
+    kind: Literal["none", "clip"] = "none"
+    """`clip`: the image tower of a CLIP, e.g. one that stage 0 trained."""
+    model: str = ""
+    """Folder (or hub id) of that CLIP."""
+    weight: float = Field(default=0.1, gt=0)
+    """Weight beside the reconstruction loss."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class AdversarialConfig:
+    """A patch discriminator trained beside the autoencoder."""
+
+    kind: Literal["none", "hinge"] = "none"
+    """`hinge`: the hinge loss (Lim & Ye 2017) over PatchGAN's patches (Isola et al. 2017)."""
+    weight: float = Field(default=0.1, gt=0)
+    """Weight of the autoencoder's adversarial loss."""
+    start: int = Field(default=1000, ge=0)
+    """Step at which the discriminator and the loss begin."""
+    channels: int = Field(default=32, gt=0)
+    """Feature maps of the discriminator's first layer."""
+    layers: int = Field(default=2, gt=0)
+    """Its strided layers."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Its learning rate, under the same schedule."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class VaeConfig(RunConfig):
+    """Stage 1: an autoencoder from random weights; its latents come out with mean 0 and variance 1."""
+
+    model: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
+    """The network."""
+    reconstruction: Literal["l1", "l2"] = "l1"
+    """Mean absolute or squared error of the picture elements."""
+    kl_weight: float = Field(default=1e-6, ge=0)
+    """Weight of the KL divergence to N(0, 1), in nats a picture element (summed over a latent, divided by 3·h·w)."""
+    perceptual: PerceptualConfig = Field(default_factory=PerceptualConfig)
+    """Perceptual term."""
+    adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
+    """Adversarial term."""
+    validation_examples: int = Field(default=512, gt=0)
+    """Held-out pictures that a validation reconstructs, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class UnetConfig:
+    """UNet2DConditionModel's shape."""
+
+    channels: tuple[int, ...] = (128, 256)
+    """Feature maps of each level, finest first."""
+    layers: int = Field(default=1, gt=0)
+    """Residual blocks a level (the upward half has one more)."""
+    attention: tuple[bool, ...] = (True, True)
+    """Which levels have transformer blocks (self- and cross-attention)."""
+    heads: tuple[int, ...] = (4, 8)
+    """Attention heads of each level; a level's channels divided by them are a head's width."""
+    depth: int = Field(default=1, gt=0)
+    """Transformer blocks after each residual block."""
+    groups: int = Field(default=32, gt=0)
+    """Groups of the group normalisation; divides every level's channels."""
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        if not len(self.channels) == len(self.attention) == len(self.heads):
+            raise ValueError(
+                f"channels {self.channels}, attention {self.attention} and heads {self.heads} need one entry a level"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class DiffusionConfig:
+    """The forward process, what the network predicts, and how its errors are weighed."""
+
+    schedule: ScheduleKind = "scaled_linear"
+    """Betas over the timesteps."""
+    timesteps: int = Field(default=1000, gt=1)
+    """T, the number of discrete timesteps."""
+    beta_start: float = Field(default=0.00085, gt=0, lt=1)
+    """First beta of `linear` and `scaled_linear`."""
+    beta_end: float = Field(default=0.012, gt=0, lt=1)
+    """Last beta of `linear` and `scaled_linear`."""
+    target: Target = "v"
+    """What the network predicts: the noise, the clean latent, or the velocity (Salimans & Ho 2022)."""
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weights of the timesteps in the loss; min_snr is Hang et al. 2023."""
+    gamma: float = Field(default=5.0, gt=0)
+    """Where min_snr cuts the signal-to-noise ratio."""
+    loss: Literal["l2", "l1", "huber"] = "l2"
+    """Of the prediction's error."""
+    spacing: Spacing = "trailing"
+    """How samplers space their steps over the timesteps; saved with the model."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class LdmConfig(RunConfig):
+    """Stage 2: a cross-attention UNet over the latents, conditioned on the text encoder's tokens."""
+
+    vae: str = ""
+    """Folder (or hub id) of the autoencoder: a stage 1 run's model/, or a diffusers AutoencoderKL."""
+    text_encoder: str = ""
+    """Folder (or hub id) of the text encoder: a stage 0 run's model/, a CLIP, or a pipeline's folder."""
+    unet: UnetConfig = Field(default_factory=UnetConfig)
+    """The network."""
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
+    """The process and the loss."""
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of examples trained with the empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: about a third slower, far less memory."""
+    cache: str = ""
+    """Folder of the latent and text caches; empty: `cache` beside the run's folder."""
+    validation_examples: int = Field(default=512, gt=0)
+    """Held-out examples of the validation loss, at most; their timesteps and noise are fixed."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of the sample sheets; empty: captions of held-out pictures."""
+    sample_steps: int = Field(default=25, gt=0)
+    """Sampler steps of the sheets."""
+    guidance_scale: float = Field(default=4.0, ge=0)
+    """Guidance of the sheets; 1 is the conditional prediction alone."""

@@ -1,0 +1,334 @@
+"""The Shapes set: one or two plain objects on a plain background, each with an exact caption.
+
+A scene is words only; `render` adds the geometry (position and size jitter, in fractions of the side) from a generator,
+so the same scene and generator paint the same picture at every size. Every example is a pure function of
+(seed, split, index): NumPy's Philox keyed by (seed, purpose), with the index as its counter. Some (colour, shape)
+pairs, `HELD_OUT`, never occur in training, so prompts with them ask for composition rather than memory.
+"""
+
+import itertools
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, assert_never, get_args
+
+import numpy as np
+from numpy.random import Generator, Philox
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.errors import UserError
+
+Shape = Literal["circle", "square", "triangle", "star", "cross"]
+Colour = Literal["red", "green", "blue", "yellow", "purple", "orange"]
+Size = Literal["small", "large"]
+Relation = Literal["above", "below", "left of", "right of"]
+Background = Literal["white", "black", "grey", "pink"]
+Kind = Literal["seen", "unseen"]
+Split = Literal["train", "test"]
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+COLOURS: dict[Colour, tuple[int, int, int]] = {
+    "red": (215, 20, 35),
+    "green": (20, 150, 50),
+    "blue": (30, 80, 235),
+    "yellow": (255, 235, 30),
+    "purple": (140, 30, 165),
+    "orange": (250, 125, 10),
+}
+BACKGROUNDS: dict[Background, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "grey": (135, 135, 135),
+    "pink": (255, 170, 215),
+}
+DIAMETERS: dict[Size, float] = {"small": 0.28, "large": 0.42}  # of the side, before jitter
+HELD_OUT: frozenset[tuple[Colour, Shape]] = frozenset(
+    {
+        ("red", "triangle"),
+        ("green", "square"),
+        ("blue", "circle"),
+        ("yellow", "star"),
+        ("purple", "cross"),
+        ("orange", "triangle"),
+    }
+)
+
+SIZE_JITTER = 0.03  # a diameter varies by this much either way
+MARGIN, GAP = 1 / 32, 2 / 32  # between an object and the border, and between two objects
+SLANT = 0.5  # displacement across a relation's axis is at most this much of that along it
+SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
+FILES_PER_FOLDER = 1000
+_PURPOSES: dict[Split | Literal["prompts"], int] = {"train": 0x5AE0, "test": 0x5AE1, "prompts": 0x5AE2}
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """One object of a scene."""
+
+    shape: Shape
+    colour: Colour
+    size: Size
+
+    def __post_init__(self) -> None:
+        for value, allowed in ((self.shape, SHAPES), (self.colour, COLOURS), (self.size, DIAMETERS)):
+            if value not in allowed:
+                raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One object, or two of which the first stands in `relation` to the second, on a background."""
+
+    objects: tuple[Object, ...]
+    relation: Relation | None
+    background: Background
+
+    def __post_init__(self) -> None:
+        if len(self.objects) != (1 if self.relation is None else 2):
+            raise ValueError(f"{len(self.objects)} objects with relation {self.relation!r}: accepted are one object "
+                             "with relation None, or two with a relation")  # fmt: skip
+        if self.relation not in (None, *RELATIONS):
+            raise ValueError(f"relation {self.relation!r} is none of {', '.join(RELATIONS)}")
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"background {self.background!r} is none of {', '.join(BACKGROUNDS)}")
+
+    @property
+    def caption(self) -> str:
+        return f"{f' {self.relation} '.join(map(str, self.objects))} on a {self.background} background"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"objects": [asdict(thing) for thing in self.objects]}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Scene":
+        """The inverse of `to_dict`; ValueError names what is wrong with `fields`."""
+        try:
+            things = tuple(Object(**thing) for thing in fields["objects"])
+            return cls(things, fields["relation"], fields["background"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a scene: {dict(fields)!r} ({error})") from error
+
+
+_A_THING = f"a ({'|'.join(DIAMETERS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_CAPTION = re.compile(f"{_A_THING}(?: ({'|'.join(RELATIONS)}) {_A_THING})? on a ({'|'.join(BACKGROUNDS)}) background")
+
+
+def parse_caption(text: str) -> Scene:
+    """The scene whose caption is `text`; ValueError where there is none."""
+    match = _CAPTION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not a caption of the Shapes set: {text!r}; accepted is, say, "
+                         "'a small blue star above a large yellow square on a black background'")  # fmt: skip
+    size, colour, shape, relation, size2, colour2, shape2, background = match.groups()
+    second = () if relation is None else (Object(shape2, colour2, size2),)
+    return Scene((Object(shape, colour, size), *second), relation, background)
+
+
+def is_unseen(scene: Scene) -> bool:
+    """Whether any of its (colour, shape) pairs is held out of training."""
+    return any((thing.colour, thing.shape) in HELD_OUT for thing in scene.objects)
+
+
+@cache
+def all_scenes(count: int, unseen: bool) -> tuple[Scene, ...]:
+    """Every scene of `count` (1 or 2) objects, no two alike, with a held-out pair or without."""
+    things = [Object(*words) for words in itertools.product(SHAPES, COLOURS, DIAMETERS)]
+    relations = RELATIONS if count == 2 else (None,)
+    parts = itertools.product(itertools.permutations(things, count), relations, BACKGROUNDS)
+    return tuple(scene for scene in itertools.starmap(Scene, parts) if is_unseen(scene) == unseen)
+
+
+def random_scene(rng: Generator, *, unseen: bool) -> Scene:
+    """A scene of one object (a third of the time) or of two, uniform given their number."""
+    pool = all_scenes(1 if rng.integers(3) == 0 else 2, unseen)
+    return pool[rng.integers(len(pool))]
+
+
+def prompts(kind: Kind, count: int, seed: int) -> list[Scene]:
+    """`count` scenes to ask for: every third of one object, the others of two; none repeats before all are used.
+
+    Both kinds have the same mix, so that their scores compare. There are 192 seen and 48 unseen scenes of one object.
+    """
+    rng = generator(seed, "prompts", 0)
+    pools = [all_scenes(1, kind == "unseen"), all_scenes(2, kind == "unseen")]
+    endless = [itertools.cycle([pool[place] for place in rng.permutation(len(pool))]) for pool in pools]
+    return [next(endless[index % 3 > 0]) for index in range(count)]
+
+
+def generator(seed: int, purpose: Split | Literal["prompts"], index: int) -> Generator:
+    """The generator of one example; `seed` is at least 0 and below 2^64."""
+    return Generator(Philox(key=[seed, _PURPOSES[purpose]], counter=[0, 0, index, 0]))
+
+
+def example(seed: int, split: Split, index: int) -> tuple[Scene, Generator]:
+    """Scene `index` of a split, and the generator with which `render` paints its picture. Odd test scenes are unseen."""
+    rng = generator(seed, split, index)
+    return random_scene(rng, unseen=split == "test" and index % 2 == 1), rng
+
+
+class Placed(NamedTuple):
+    """Where an object is: centre and radius (half the diameter), in fractions of the side, y downwards."""
+
+    x: float
+    y: float
+    radius: float
+
+
+def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
+    """Where the objects of a scene are: inside, apart, and in their relation."""
+    radii = [DIAMETERS[thing.size] / 2 * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER) for thing in scene.objects]
+    if scene.relation is None:
+        room = MARGIN + radii[0]
+        return (Placed(*rng.uniform(room, 1 - room, size=2), radii[0]),)
+    swapped = scene.relation in ("below", "right of")  # then the second object comes first along the axis
+    first, second = radii[::-1] if swapped else radii
+    # Along the axis: border, first, gap, second, border; what is left over is split at random between the three spaces.
+    spaces = np.array([MARGIN, GAP, MARGIN])
+    spaces += rng.dirichlet([1, 1, 1]) * (1 - 2 * (first + second) - spaces.sum())
+    along = [spaces[0] + first, 1 - spaces[2] - second]
+    slant = SLANT * (along[1] - along[0])
+    across = [rng.uniform(MARGIN + first, 1 - MARGIN - first)]
+    across.append(rng.uniform(max(MARGIN + second, across[0] - slant), min(1 - MARGIN - second, across[0] + slant)))
+    vertical = scene.relation in ("above", "below")
+    x, y = (across, along) if vertical else (along, across)
+    placed = tuple(map(Placed, x, y, (first, second)))
+    return placed[::-1] if swapped else placed
+
+
+def outline(shape: Shape, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Signed distance to the outline of a shape of radius 1 round the origin (y downwards): negative inside.
+
+    Exact near straight edges, a lower bound near corners.
+    """
+    match shape:
+        case "circle":
+            return np.hypot(x, y) - 1
+        case "square":
+            return np.maximum(np.abs(x), np.abs(y)) - 0.88
+        case "triangle":  # equilateral
+            half = math.sqrt(3) / 2
+            return np.maximum(y - half, (2 * half * np.abs(x) - y - half) / 2)
+        case "cross":
+            x, y = np.abs(x), np.abs(y)
+            return np.minimum(np.maximum(x - 1, y - 0.34), np.maximum(x - 0.34, y - 1))
+        case "star":  # five points: fold the plane into half of one, where the outline is a line from tip to notch
+            tip, notch, tenth = 1.05, 0.46, math.pi / 5
+            y = y - 0.1
+            radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+            folded = np.abs((angle + tenth) % (2 * tenth) - tenth)
+            normal = np.array([notch * math.sin(tenth), tip - notch * math.cos(tenth)])
+            normal /= np.hypot(*normal)
+            return normal[0] * (radius * np.cos(folded) - tip) + normal[1] * radius * np.sin(folded)
+        case _:
+            assert_never(shape)
+
+
+class Box(NamedTuple):
+    """A window of a picture, in whole pixels; right and bottom are outside."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def coverage(shape: Shape, placed: Placed, box: Box, samples: int = 4) -> NDArray[np.floating]:
+    """How much of each pixel of `box` a shape covers, 0 to 1, by samples² points a pixel. Placed in pixels. (h, w)"""
+    x = (np.arange((box.right - box.left) * samples) + 0.5) / samples + (box.left - placed.x)
+    y = (np.arange((box.bottom - box.top) * samples) + 0.5) / samples + (box.top - placed.y)
+    distance = outline(shape, x[None, :] / placed.radius, y[:, None] / placed.radius) * (placed.radius * samples)
+    inside = np.clip(0.5 - distance, 0, 1)  # (h samples, w samples)
+    return inside.reshape(len(y) // samples, samples, len(x) // samples, samples).mean(axis=(1, 3))
+
+
+def render(scene: Scene, side: int, rng: Generator) -> NDArray[np.uint8]:
+    """Paint a scene, its geometry drawn from `rng`. (side, side, 3)"""
+    picture = np.empty((side, side, 3))
+    picture[:] = BACKGROUNDS[scene.background]
+    for thing, placed in zip(scene.objects, place(scene, rng), strict=True):
+        x, y, radius = (side * part for part in placed)
+        box = Box(int(x - radius), int(y - radius), math.ceil(x + radius), math.ceil(y + radius))
+        region = picture[box.top : box.bottom, box.left : box.right]
+        region += coverage(thing.shape, Placed(x, y, radius), box)[..., None] * (COLOURS[thing.colour] - region)
+    return np.rint(picture).astype(np.uint8)
+
+
+def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool:
+    """Write the set as an imagefolder: out/{train,test}/metadata.jsonl with the pictures, and out/shapes.json.
+
+    True if written, False if `out` already is this very set. Raises UserError for a number out of range, and where
+    `out` holds anything else. The set appears whole or not at all.
+    """
+    for name, value, least, most in (
+        ("size", side, SMALLEST_SIDE, LARGEST_SIDE),
+        ("train", train, 0, 10**8),
+        ("test", test, 0, 10**8),
+        ("seed", seed, 0, 2**64 - 1),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"{name} {value} is out of range: accepted is {least} to {most}")
+    about = {
+        "kind": "shapes",
+        "version": 1,
+        "side": side,
+        "seed": seed,
+        "train": train,
+        "test": test,
+        "palette": {name: list(rgb) for name, rgb in (COLOURS | BACKGROUNDS).items()},
+        "held_out": sorted(map(list, HELD_OUT)),
+    }
+    if _holds(out, about):
+        return False
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        workplace = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
+    except OSError as error:
+        raise UserError(f"can't make a folder in {out.parent}: {error.strerror}") from error
+    with workplace as folder, tqdm(total=train + test, unit=" pictures", disable=None) as bar:
+        whole = Path(folder, "set")
+        whole.mkdir()
+        for split, count in (("train", train), ("test", test)):
+            if count:
+                _write_split(whole / split, split, side, count, seed, bar)
+        (whole / "shapes.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        whole.rename(out)
+    return True
+
+
+def _holds(out: Path, about: Mapping[str, Any]) -> bool:
+    """Whether `out` is the set that `about` describes; False if there is nothing; UserError for anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / "shapes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{out} exists and is not a Shapes set: choose another --out, or remove it") from None
+    if found == about:
+        return True
+    differing = [name for name in about if not isinstance(found, dict) or found.get(name) != about[name]]
+    raise UserError(f"{out} is a Shapes set with another {', '.join(differing)}: choose another --out, or remove it")
+
+
+def _write_split(folder: Path, split: Split, side: int, count: int, seed: int, bar: tqdm) -> None:
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for index in range(count):
+            name = f"{index // FILES_PER_FOLDER:02d}/{index:05d}.png"
+            if index % FILES_PER_FOLDER == 0:
+                (folder / name).parent.mkdir()
+            scene, rng = example(seed, split, index)
+            Image.fromarray(render(scene, side, rng)).save(folder / name)
+            line = {"file_name": name, "text": scene.caption, "scene": scene.to_dict(), "unseen": is_unseen(scene)}
+            lines.write(json.dumps(line) + "\n")
+            bar.update()

@@ -1,0 +1,47 @@
+"""A running average of the weights: a_{t+1} = d_t a_t + (1 − d_t) w_{t+1}.
+
+d_t = min(decay, (1 + t) / (10 + t)): the warm-up of TensorFlow's ExponentialMovingAverage. While it lasts, the share
+of the first, random weights falls as 1 / C(n + 9, 9) after n updates, rather than as decay^n.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Keeps `module`, a copy of a module with the average of its parameters and its present buffers, all fp32.
+
+    The copy is in eval mode and takes no gradient. Make it once the module is on its device.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}: it must be at least 0 and less than 1")
+        self.decay = decay
+        self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+        self._source = module
+
+    def decay_at(self, step: int) -> float:
+        """The decay of update `step` = 0, 1, …"""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the module's present weights into the average. A function of `step` and the weights alone."""
+        averages = list(self.module.parameters())
+        weights = [w.to(a) for a, w in zip(averages, self._source.parameters(), strict=True)]
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay_at(step))
+        for mine, buffer in zip(self.module.buffers(), self._source.buffers(), strict=True):
+            mine.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights and the buffers, by their names in the module."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave. Raises RuntimeError, as modules do, if names or shapes differ."""
+        self.module.load_state_dict(state)

@@ -1,0 +1,182 @@
+"""A run's folder: what it was made with, what it logs, and whether a command continues it.
+
+    out/config.yaml      the resolved configuration, with versions, commit and the content of its inputs
+    out/metrics.jsonl    a line per log
+    out/samples/  out/checkpoints/  out/model/
+"""
+
+import fcntl
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from pydantic import TypeAdapter
+
+from ldm.errors import UserError
+from train.cli import read_yaml
+from train.config import RunConfig
+
+# What may differ when a run is continued. Inputs are compared by content, wherever they lie.
+_FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
+         "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "prompts", "sample_steps",
+         "guidance_scale", "validation_examples"}  # fmt: skip
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets")
+
+
+class Run:
+    """A stage's run: its folder and its processes. Refuses a folder that was made with other settings.
+
+    inputs: content of what the run is made from, by name, e.g. {"data": fingerprint}.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, inputs: Mapping[str, str]) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.out = Path(config.out)
+        self.name = self.out.name
+        self.main = accelerator.is_main_process
+        if self.main:
+            self._open(dict(inputs))
+        accelerator.wait_for_everyone()
+
+    def _open(self, inputs: dict[str, str]) -> None:
+        described = self.out / "config.yaml"
+        if described.is_file():
+            before = read_yaml(described)
+            _refuse_differences(self.out, before, _plain(self.config), inputs)
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise UserError(f"--out {str(self.out)!r} holds something that isn't a run (no config.yaml): choose another")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.out / ".lock", "w")  # noqa: SIM115  held open: the lock lives as long as the process
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is training in {str(self.out)!r}: wait for it, or choose another --out") from None
+        about = {"inputs": inputs, "versions": versions(), "commit": _commit()}
+        text = yaml.safe_dump(_plain(self.config) | {"about": about}, sort_keys=False, allow_unicode=True)
+        temporary = described.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(described)
+        # One tracker that fails (a missing package) would fail the run at its first log: fail at the start instead.
+        self.accelerator.init_trackers(self.name)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self.main:
+            print(text, flush=True)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl, and the trackers."""
+        if not self.main:
+            return
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+        self.accelerator.log(dict(figures), step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop logged lines of steps that will be done again."""
+        path = self.out / "metrics.jsonl"
+        if self.main and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            if len(kept) < len(lines):
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                temporary.replace(path)
+
+    def write_provenance(self, folder: Path, *, step: int, final: bool) -> None:
+        """Beside the weights: what they were trained with."""
+        about = {"step": step, "final": final, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                 "versions": versions(), "config": _plain(self.config)}  # fmt: skip
+        (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def finished(self, step: int) -> bool:
+        """Whether model/ is the result of this step, written at the end of a run."""
+        try:
+            about = json.loads((self.out / "model" / "training.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return about.get("final") is True and about.get("step") == step
+
+    def agree(self, signal: int, step: int) -> int:
+        """The largest signal number that any process has received. Several processes ask each other every 10 steps."""
+        if self.accelerator.num_processes == 1:
+            return signal
+        if step % 10:
+            return 0
+        mine = torch.tensor([signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+
+def open_accelerator(config: RunConfig) -> Accelerator:
+    """Device and distribution; precision and accumulation are the loop's own."""
+    if not config.out:
+        raise UserError("--out is missing: the folder for the run, e.g. --out runs/mine")
+    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
+    try:
+        return Accelerator(log_with=list(config.trackers) or None, project_dir=config.out)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--trackers {' '.join(config.trackers)}: {error}") from None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _refuse_differences(out: Path, before: dict[str, Any], now: dict[str, Any], inputs: dict[str, str]) -> None:
+    about = before.pop("about", {})
+    for name, value in inputs.items():
+        if (was := about.get("inputs", {}).get(name, value)) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} holds something else than what {str(out)!r} was trained on "
+                f"({was[:12]}…, now {value[:12]}…): use the same, or another --out"
+            )
+    for name, value in _flat(now).items():
+        was = _flat(before).get(name, value)
+        if was != value and name.split(".")[0] not in _FREE:
+            raise UserError(
+                f"{str(out)!r} was made with --{name.replace('_', '-')} {_say(was)}, not {_say(value)}: "
+                "give the same to continue it, or another --out"
+            )
+
+
+def _say(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a crash
+
+
+def _commit() -> str:
+    """Of the checkout this code is in, or nothing."""
+    try:
+        here = Path(__file__).parent
+        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return told.stdout.strip() if told.returncode == 0 else ""
