@@ -12,7 +12,7 @@ import os.path
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -75,7 +75,7 @@ class ClipTextEncoder(nn.Module):
         total = hashlib.sha256(json.dumps([fingerprint(self.tokenizer), shape]).encode())
         for name, weight in sorted(self._weights().items()):
             total.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            total.update(weight.view(torch.uint8).numpy())
+            total.update(weight.view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     @classmethod
@@ -86,6 +86,7 @@ class ClipTextEncoder(nn.Module):
         UserError when there is no such thing, or when a weight is missing.
         """
         folder = Path(source).resolve() if os.path.isdir(source) else _download(str(source))
+        beside: tuple[Path, ...]
         if (folder / "text_encoder" / "config.json").is_file():
             weights, beside = folder / "text_encoder", (folder / "tokenizer", folder / "text_encoder", folder)
         elif (folder / "config.json").is_file():
@@ -101,12 +102,12 @@ class ClipTextEncoder(nn.Module):
                 + ", ".join(map(str, beside))
             )
         try:
-            encoder = cls(_read_tower(weights).to(dtype), load_tokenizer(tokens))
+            encoder = cls(_read_tower(weights), load_tokenizer(tokens))
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         except Exception as error:  # a broken file makes the libraries raise almost anything
             raise UserError(f"{source} can't be read as a CLIP text encoder: {_line(error)}") from error
-        return encoder.eval().requires_grad_(False)
+        return encoder.to(dtype).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
         """Writes folder/text_encoder/ and folder/tokenizer/, parts of a pipeline, for old and new transformers.
@@ -141,6 +142,7 @@ def _read_tower(folder: Path) -> CLIPTextModel:
     quantisations that a folder may name. Here a folder is weights and numbers.
     """
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config: Any
     match stored.get("model_type"):
         case "clip":
             config = CLIPConfig.from_dict(stored).text_config

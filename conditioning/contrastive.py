@@ -1,8 +1,9 @@
 """Contrastive training of a small CLIP on captioned pictures (Radford et al. 2021, arXiv 2103.00020, fig. 3).
 
-Procedural and product captions repeat, so a batch holds the same caption more than once. Plain InfoNCE would
-push a picture away from its own caption's twins; here equal captions share the target evenly (UniCL, arXiv
-2204.03610).
+Procedural and product captions repeat, so a batch holds the same caption more than once. Equal captions share the
+target evenly (UniCL, arXiv 2204.03610): none is another's negative. While the text tower gives them equal features
+the loss is that of plain InfoNCE, which can't tell them apart either; its least value is the entropy of the
+targets, not 0.
 
 Captions are trained as the diffusion later uses them: padded, with no attention mask. The causal mask already
 hides the padding from the end token, which alone enters this loss, so a mask would change nothing here; it
@@ -13,6 +14,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,14 +123,14 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.rows = len(rows)
         parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
         distributed.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         first = distributed.get_rank() * ctx.rows
         return gradient[first : first + ctx.rows] * distributed.get_world_size()
 
@@ -193,7 +195,7 @@ def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, folder: str | Path) ->
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(tokenizer, folder)
-    side = model.config.vision_config.image_size
+    side = model.vision_model.config.image_size
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

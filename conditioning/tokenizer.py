@@ -120,7 +120,7 @@ def _clip_tokenizer(merges: list[tuple[str, str]], max_length: int) -> CLIPToken
     tokens = dict.fromkeys([*_LETTERS, *(left + right for left, right in merges), BEGIN, END])
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]  # pairs, as the backend takes them
         model_max_length=max_length,
         split_special_tokens=True,  # "<|endoftext|>" in a prompt is text
     )

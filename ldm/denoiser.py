@@ -15,6 +15,8 @@ from ldm.schedule import Level
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t (b, c, h, w), index (b,), condition (b, …)) → output (b, c, h, w)."""
+Denoise = Callable[[Tensor, Level], Tensor]
+"""(x_t (b, c, h, w), level) → x0_hat (b, c, h, w): a denoiser with its condition and guidance, as samplers see it."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ function a y + b of any other, and the weights 1 - s and s sum to 1, so that b p
 the factor a moves out.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,6 @@ from torch import Tensor
 
 from ldm.denoiser import Denoiser
 from ldm.schedule import Level
-
-Denoise = Callable[[Tensor, Level], Tensor]
-"""(x_t (b, c, h, w), level) → x0_hat (b, c, h, w)."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Objective:
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         noise = noise.to(x0.dtype)
         T = self.schedule.T
-        index = (u * T).long().clamp(max=T - 1).to(x0.device)  # (b,); u T may round up to T
+        index = (u * T).long().clamp(max=T - 1).to(x0.device)  # (b,); a cast may round u to 1
         alpha, sigma, weight = self._table(x0.device, x0.dtype)[:, index]
         alpha, sigma = (c.view(-1, *[1] * (x0.ndim - 1)) for c in (alpha, sigma))  # (b, 1, 1, 1)
         output = network(alpha * x0 + sigma * noise, index, condition).to(x0.dtype)

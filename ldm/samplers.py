@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple, Protocol, assert_never
 
 from torch import Tensor
 
+from ldm.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.guidance import Denoise
 from ldm.schedule import Level, Schedule, Spacing, timesteps
 
 SamplerKind = Literal["ddpm", "ddim", "euler", "dpmpp_2m"]

@@ -105,8 +105,6 @@ class Schedule:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, of the shape of t (float64, in [0, 1])."""
         ratio, place = self._ratio.to(t.device), t * self.T
-        # (i + 1) / T * T may miss i + 1 by a rounding: the grid is met exactly.
-        place = torch.where((place - place.round()).abs() < 1e-9 * self.T, place.round(), place)
         below = place.long().clamp(0, self.T - 1)
         ratio = torch.lerp(ratio[below], ratio[below + 1], place - below)
         alpha = (1 + ratio**2).rsqrt()
@@ -148,7 +146,7 @@ def timesteps(
         case _:
             assert_never(spacing)
     indices = indices.round().astype(np.int64) if whole else indices.astype(np.float64)
-    if indices[0] > T - 1 or (np.diff(indices) >= 0).any():
+    if indices[0] > T - 1 or indices[-1] < 0 or (np.diff(indices) >= 0).any():
         raise UserError(
             f"{n} steps with {spacing} spacing (steps_offset {steps_offset}) don't fit {T} timesteps: "
             "take fewer steps, or trailing spacing"

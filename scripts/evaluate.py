@@ -13,10 +13,9 @@ from ldm.samplers import SamplerKind
 from train.cli import command, overlay
 from train.config import DataConfig
 from train.data.dataset import PictureDataset
-from train.data.shapes import is_shapes, prompts
-from train.data.sources import open_source
+from train.data.shapes import prompts
 from train.evaluation import alignment, autoencoder_quality, paint
-from train.run import versions
+from train.run import open_sources, versions
 from train.sheets import in_rows, sheet
 
 
@@ -57,7 +56,7 @@ def evaluate(o: Options) -> dict[str, Any]:
             raise UserError(f"--{name} is missing")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device)
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
-    train, test = open_source(o.data, DataConfig(resolution=side))
+    train, test = open_sources(o.data, DataConfig(resolution=side))
     dataset = PictureDataset(test if o.split == "test" else train, side, o.seed, shuffle=False)
     count, b = min(o.pictures, len(dataset.source)), o.batch_size
     places = [list(range(first, min(first + b, count))) for first in range(0, count, b)]
@@ -65,7 +64,7 @@ def evaluate(o: Options) -> dict[str, Any]:
         "vae": autoencoder_quality(pipe.autoencoder, (dataset.__getitems__(part)["pixels"] for part in places))
     }
     how = {"steps": o.steps, "guidance_scale": o.guidance_scale, "sampler": o.sampler, "seed": o.seed, "batch_size": b}
-    if is_shapes(o.data):
+    if (Path(o.data) / "shapes.json").is_file():
         report["alignment"] = {"prompts": o.prompts}
         pictures, captions = [], []
         for kind in ("seen", "unseen"):
@@ -74,7 +73,7 @@ def evaluate(o: Options) -> dict[str, Any]:
             pictures += list(painted[:16])
             captions += [scene.caption for scene in scenes[:16]]
     else:
-        captions = [dataset.source[k].captions[0] for k in range(min(16, count))]
+        captions = [dataset.source.captions(k)[0] for k in range(min(16, count))]
         pictures = list(paint(pipe, captions, **how))
     report["settings"] = how | {"model": o.model, "data": o.data, "split": o.split, "pictures": count}
     report["versions"] = versions()

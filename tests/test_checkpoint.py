@@ -6,10 +6,12 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
 import subprocess
+import tempfile
 import time
 import traceback
 from collections import OrderedDict
@@ -95,7 +97,8 @@ def test_python_values_come_back(tmp_path):
         "floats": [0.1, 1e-320, -0.0, math.inf, -math.inf, math.nan, nan, 1e308, 2.0],
         "others": [None, True, False, 0, 1, -(2**70), "", "é\n\0\ud800 \"'/", [], (), {}, ((),), [[1], (2,)]],
         1: {"a": 1}, "1": {"a": 2}, -3: "int", "": "empty", "dict": {"dict": [["tensor", "float"]]},
-        "tensor": {1: torch.ones(1), "1": torch.zeros(1), "1'": torch.ones(2)}, "/": torch.ones(3), "\ud800": torch.ones(4),
+        "tensor": {1: torch.ones(1), "1": torch.zeros(1), "1'": torch.ones(2)},
+        "/": torch.ones(3), "\ud800": torch.ones(4),
     }  # fmt: skip
     assert same(there_and_back(tree, tmp_path / "a"), tree)
     assert same(there_and_back(torch.ones(2), tmp_path / "b"), torch.ones(2))
@@ -106,9 +109,11 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 arrays = st.lists(st.floats(width=32), max_size=5).map(torch.tensor)
 trees = st.recursive(
     scalars | arrays,
-    lambda t: st.lists(t, max_size=4)
-    | st.lists(t, max_size=4).map(tuple)
-    | st.dictionaries(st.text() | st.integers(), t, max_size=4),
+    lambda t: (
+        st.lists(t, max_size=4)
+        | st.lists(t, max_size=4).map(tuple)
+        | st.dictionaries(st.text() | st.integers(), t, max_size=4)
+    ),
     max_leaves=15,
 )
 
@@ -228,12 +233,36 @@ def damage(path, at=None, flip=1):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
-@pytest.mark.parametrize("case", ["first", "next", "again", "over a damaged one"])
-def test_killed_anywhere_in_a_save(tmp_path, case, exchange, monkeypatch, record_property):
+def use_exchange(exchange, folder, monkeypatch):
+    """Swap folders in one step, or skip where the system cannot; or else with plain renames, as elsewhere."""
     if not exchange:
         monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
-    start, new = tmp_path / "start", small_tree(9)
+        return
+    names = [folder / "a", folder / "b"]
+    for name in names:
+        name.mkdir()
+    exchanged = checkpoint._exchange(*names)
+    for name in names:
+        name.rmdir()
+    if not exchanged:
+        pytest.skip("this system cannot exchange two names")
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in memory if there is one: hundreds of saves wait for no disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
+@pytest.mark.parametrize("case", ["first", "next", "again", "over a damaged one"])
+def test_killed_anywhere_in_a_save(memory, case, exchange, monkeypatch, record_property):
+    use_exchange(exchange, memory, monkeypatch)
+    start, new = memory / "start", small_tree(9)
     start.mkdir()
     before = {} if case == "first" else {1: small_tree(1), 2: small_tree(2)}
     for step, tree in before.items():
@@ -246,7 +275,7 @@ def test_killed_anywhere_in_a_save(tmp_path, case, exchange, monkeypatch, record
     for half in (False, True):
         count, killed = 0, True
         while killed:
-            folder = tmp_path / f"{half}-{count}"
+            folder = memory / f"{half}-{count}"
             shutil.copytree(start, folder)
             killed = killed_after(count, lambda at=folder: Checkpoints(at).save(step, new), half)
             found = Checkpoints(folder).latest()
@@ -255,6 +284,8 @@ def test_killed_anywhere_in_a_save(tmp_path, case, exchange, monkeypatch, record
             # Everything committed before is there, except what a finished save may prune: only step 1, only once 3 is.
             assert set(before) - set(after) <= ({1} if 3 in after else set()), (count, sorted(after))
             assert (found.step if found else None) == max(after, default=None)
+            halves = {int(p.name[5:]) for p in folder.glob("step-*")} - set(after)
+            assert halves <= ({2} if case == "over a damaged one" else set())
             assert killed or (same(after[step], new) and not leftovers(folder))
             Checkpoints(folder).save(step + 1, small_tree(10))
             assert same(Checkpoints(folder).load(Checkpoints(folder).latest()), small_tree(10))
@@ -267,8 +298,7 @@ def test_killed_anywhere_in_a_save(tmp_path, case, exchange, monkeypatch, record
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
 def test_a_result_folder_is_the_old_or_the_new_one_at_any_moment(tmp_path, exchange, monkeypatch):
-    if not exchange:
-        monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    use_exchange(exchange, tmp_path, monkeypatch)
 
     def refresh(final, text):
         with atomic_folder(final) as folder:
@@ -295,7 +325,7 @@ def test_a_result_folder_is_the_old_or_the_new_one_at_any_moment(tmp_path, excha
 
 def test_killed_at_random_moments_of_a_run(tmp_path):
     """Twenty kills of one run that saves without pause; each start goes on from what the last one reported."""
-    rng, folder, kills, reported = random.Random(0), tmp_path / "c", 0, 0
+    rng, folder, kills, committed = random.Random(0), tmp_path / "c", 0, 0
     while kills < 20:
         read, write = os.pipe()
         child = os.fork()
@@ -314,14 +344,15 @@ def test_killed_at_random_moments_of_a_run(tmp_path):
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         with os.fdopen(read, "rb") as file:
             steps = [s for (s,) in struct.iter_unpack("<q", file.read())]
-        reported = max([reported, *steps])
+        committed = max([committed, *steps])
         found = Checkpoints(folder).latest()
         if found:
-            assert reported <= found.step <= reported + 1
+            assert committed <= found.step <= committed + 1  # the last may have been killed before it could report
             assert same(load_tree(found.folder), small_tree(found.step))
-        assert len(valid(folder)) >= min(2, reported)
+            committed = found.step
+        assert len(valid(folder)) >= min(2, committed)
         kills += 1
-    assert reported > 20
+    assert committed > 20
 
 
 def test_the_order_of_operations_survives_a_power_cut(tmp_path, monkeypatch):
@@ -332,7 +363,7 @@ def test_the_order_of_operations_survives_a_power_cut(tmp_path, monkeypatch):
         name = getattr(call, "__name__", "?")
         match name:
             case "write":
-                log.append(("write", call.__self__.name))
+                log.append(("write", Path(call.__self__.name)))
             case "fsync":
                 log.append(("fsync", Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))))
             case _:
@@ -375,11 +406,13 @@ def test_an_error_at_any_operation_leaves_what_was(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "_do", failing)
+            message = ""
             try:
                 Checkpoints(folder).save(2, small_tree(9))
-                failed = False
             except RunError as error:
-                assert "could not write" in str(error) and "step-00000002" in str(error)
+                message = str(error)
+        failed = left < 0
+        assert not failed or re.match("could not write .*step-00000002: .*Input/output error", message)
         after = valid(folder)
         assert set(after) == {1, 2}
         assert same(after[1], before[1])
@@ -392,7 +425,7 @@ def test_disk_full_at_any_offset(tmp_path, monkeypatch):
     checkpoints, tree = Checkpoints(tmp_path / "c"), small_tree(3)
     checkpoints.save(1, small_tree(1))
     checkpoints.save(2, small_tree(2))
-    total = sum(p.stat().st_size for p in (tmp_path / "c" / "step-00000002").iterdir())
+    total = sum(p.stat().st_size for p in Checkpoints(tmp_path / "measured").save(3, tree).iterdir())
     for space in [*range(0, total, 37), total - 1, total]:
         left = space
 
@@ -409,7 +442,7 @@ def test_disk_full_at_any_offset(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "_do", full)
             if space < total:
-                with pytest.raises(RunError, match=r"^disk full while writing .*step-00000003: 0\.0 MB needed, .* MB free$"):
+                with pytest.raises(RunError, match=r"^disk full while writing .*-00000003: 0.0 MB needed, .* MB free$"):
                     checkpoints.save(3, tree)
                 assert not leftovers(tmp_path / "c")
                 assert same(valid(tmp_path / "c"), {1: small_tree(1), 2: small_tree(2)})
@@ -419,7 +452,8 @@ def test_disk_full_at_any_offset(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_really_full(tmp_path):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+    mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.strip()}")
     try:
@@ -428,9 +462,9 @@ def test_a_disk_that_is_really_full(tmp_path):
         checkpoints.save(2, torch.ones(100_000))
         with pytest.raises(RunError, match=r"disk full .*step-00000003: 0\.4 MB needed, 0\.2 MB free$"):
             checkpoints.save(3, torch.ones(100_000))
-        with pytest.raises(RunError, match=r"disk full while writing .*model: 0\.2 MB free$"):
-            with atomic_folder(tmp_path / "model") as model:
-                save_file({"a": torch.ones(100_000)}, model / "a.safetensors")  # reports it in its own way
+        full = pytest.raises(RunError, match=r"disk full while writing .*model: 0\.2 MB free$")
+        with full, atomic_folder(tmp_path / "model") as model:
+            save_file({"a": torch.ones(100_000)}, model / "a.safetensors")  # reports it in its own way
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
         assert set(valid(tmp_path / "c")) == {1, 2}
         checkpoints.save(3, torch.ones(1000))
@@ -443,7 +477,7 @@ def test_a_failure_while_writing_leaves_the_old_result(tmp_path):
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "a").write_text("old")
     for error in (KeyboardInterrupt, ValueError):
-        with pytest.raises(error), atomic_folder(tmp_path / "model") as folder:
+        with pytest.raises(error), atomic_folder(tmp_path / "model") as folder:  # noqa: PT012
             (folder / "a").write_text("new")
             raise error
     assert (tmp_path / "model" / "a").read_text() == "old"
@@ -467,7 +501,8 @@ def passed_over(checkpoints, reason=""):
     found = Checkpoints(checkpoints.folder).latest()
     assert found.step == 1
     assert len(found.invalid) == 1
-    assert "step-00000002" in found.invalid[0] and reason in found.invalid[0]
+    assert found.invalid[0].startswith("step-00000002: ")
+    assert reason in found.invalid[0]
     assert same(checkpoints.load(found), small_tree(1))
     assert os.path.lexists(checkpoints.folder / "step-00000002")
     return True
@@ -536,7 +571,8 @@ def test_forged_manifests_are_refused(two, tmp_path):
     forged = [
         [], {}, None, 1, "x", {"step": 2}, {"files": good["files"]}, {**good, "step": 3}, {**good, "files": {}},
         {**good, "files": ["state.json", "state.safetensors"]},
-        {**good, "files": {**good["files"], "../../../x": state}}, {**good, "files": {**good["files"], str(outside): state}},
+        {**good, "files": {**good["files"], "../../../x": state}},
+        {**good, "files": {**good["files"], str(outside): state}},
         {**good, "files": {"../../../x": state, "state.safetensors": good["files"]["state.safetensors"]}},
         {**good, "files": {**good["files"], "state.json": {**state, "size": state["size"] + 1}}},
         {**good, "files": {**good["files"], "state.json": {"size": state["size"]}}},
@@ -554,7 +590,7 @@ def test_forged_manifests_are_refused(two, tmp_path):
 def test_never_starts_over_silently(two):
     for step in (1, 2):
         damage(two.folder / f"step-0000000{step}" / "state.json")
-    with pytest.raises(RunError, match=r"no checkpoint .* is valid \(step-00000002: state.json .*step-00000001: state.json"):
+    with pytest.raises(RunError, match=r"no checkpoint .* is valid \(step-00000002: state.json .*step-00000001: state"):
         two.latest()
     assert len(list(two.folder.glob("step-*"))) == 2
     assert Checkpoints(two.folder.parent / "none").latest() is None
@@ -605,7 +641,8 @@ def test_pickles_are_never_run(two, tmp_path, slot, forged):
     "state",
     [
         {}, [], {"tree": 1}, {"tree": {"tensor": "absent"}, "strides": {}}, {"tree": {"code": "x"}, "strides": {}},
-        {"tree": 1, "strides": {"state/module/weight": [-7, 1]}}, {"tree": 1, "strides": {"state/module/weight": [2**60, 1]}},
+        {"tree": 1, "strides": {"state/module/weight": [-7, 1]}},
+        {"tree": 1, "strides": {"state/module/weight": [2**60, 1]}},
         {"tree": {"float": "00"}, "strides": {}}, {"tree": {"dict": [[[], 1]]}, "strides": {}},
     ],
 )  # fmt: skip

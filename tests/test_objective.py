@@ -79,10 +79,9 @@ def test_min_snr_is_one_weight_on_the_error_of_x0(kind, gamma):
 
 def test_uniform_numbers_reach_every_timestep_alike():
     schedule = Schedule.build("cosine", 77)
-    # float32 too, in which u T can round up to T
     for dtype in (torch.float32, torch.float64):
-        greatest = 1 - torch.finfo(dtype).eps / 2
-        u = torch.tensor([*(k / 770 + 1e-4 for k in range(770)), greatest], dtype=dtype)
+        greatest = 1 - torch.finfo(torch.float64).eps / 2  # 1 in float32
+        u = torch.tensor([*(k / 770 + 1e-4 for k in range(770)), greatest], dtype=torch.float64).to(dtype)
         x = torch.zeros(len(u), 1, 1, 1)
         losses = Objective(schedule)(lambda x_t, index, c: x_t, x, u, x, torch.empty(0))
         counts = torch.bincount(losses.index, minlength=77)
@@ -106,8 +105,9 @@ def test_the_noised_picture_is_the_schedules():
     assert seen["condition"] is condition
 
 
+@pytest.mark.parametrize("loss", ["l2", "l1", "huber"])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_losses_are_float32_round_a_bf16_network(kind):
+def test_losses_are_float32_round_a_bf16_network(kind, loss):
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2))
     u = torch.linspace(0, 0.999, 8)
@@ -115,14 +115,15 @@ def test_losses_are_float32_round_a_bf16_network(kind):
     def network(x_t, index, condition):
         # All but right: what is left is a small difference, which bfloat16 arithmetic would lose.
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in SCHEDULE((index + 1).double() / SCHEDULE.T))
-        return target_of(kind, x0, noise, alpha, sigma).to(torch.bfloat16)
+        return target_of(kind, x0, noise, alpha, sigma).to(torch.bfloat16).requires_grad_()
 
-    losses = Objective(SCHEDULE, kind)(network, x0.bfloat16().float(), u, noise, torch.empty(0))
+    losses = Objective(SCHEDULE, kind, loss=loss)(network, x0.bfloat16().float(), u, noise, torch.empty(0))
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in SCHEDULE((losses.index + 1).double() / SCHEDULE.T))
     target = target_of(kind, x0.bfloat16().double(), noise.double(), alpha, sigma)
-    expected = (network(None, losses.index, None).double() - target).square().flatten(1).mean(1)
+    expected = pointwise(loss, network(None, losses.index, None).double(), target).flatten(1).mean(1)
     assert losses.unweighted.dtype == torch.float32
     torch.testing.assert_close(losses.unweighted.double(), expected, rtol=1e-4, atol=1e-12)
+    losses.weighted.mean().backward()  # through the cast
 
 
 def test_pointwise_losses():

@@ -137,6 +137,14 @@ def test_legs_join_and_end_clean(spacing):
     assert plan(SCHEDULE, "ddim", 30, spacing, set_alpha_to_one=True).legs[-1].next == SCHEDULE.level(-1)
 
 
+def test_ddim_ends_clean_only_below_index_0():
+    # 7 trailing steps end at index 142, from which 1000 // 7 leads to index 0 exactly.
+    theirs = DDIMScheduler(1000, timestep_spacing="trailing", set_alpha_to_one=True)
+    theirs.set_timesteps(7)
+    assert theirs.timesteps[-1] == 142 == 1000 // 7
+    assert plan(SCHEDULE, "ddim", 7, "trailing", set_alpha_to_one=True).legs[-1].next == SCHEDULE.level(0)
+
+
 # -- Gaussian data --------------------------------------------------------------------------------------------
 
 MEAN, STD = 0.7, 0.4

@@ -135,4 +135,6 @@ def test_timesteps_equal_diffusers(cls, how, spacing):
 def test_steps_that_do_not_fit_are_refused(n, spacing, spare):
     with pytest.raises(UserError, match=str(n)):
         timesteps(n, 1000, spacing, steps_offset=1, spare=spare)
-    assert len(timesteps(999, 1000, spacing, steps_offset=1)) == 999
+    assert len(timesteps(999, 1000, "leading", steps_offset=1)) == 999
+    with pytest.raises(UserError, match="steps_offset -1"):
+        timesteps(10, 1000, "leading", steps_offset=-1)

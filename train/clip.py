@@ -12,11 +12,11 @@ from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config import ClipConfig
-from train.data.dataset import PictureDataset, loader
-from train.data.sources import Source, open_source
+from train.data.dataset import PictureDataset
+from train.data.sources import Source
 from train.ema import Ema
 from train.loop import Batch, Phase, StepOutput, adamw, fit
-from train.run import Run, open_accelerator
+from train.run import Run, open_accelerator, open_sources
 from train.sheets import in_rows, sheet, to_uint8
 
 _VALIDATION = 1000  # held-out pictures among which the right caption is to be found
@@ -64,7 +64,7 @@ class ClipStage:
         }
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        for parts in loader(self.training, self.run, start):
+        for parts in self.run.batches(self.training, start, self.run.damage(self.training.source)):
             yield [self.with_tokens(part) for part in parts]
 
     def begin_step(self, step: int) -> None:
@@ -107,7 +107,7 @@ class ClipStage:
 def train(config: ClipConfig) -> None:
     """Train stage 0 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
-    source, held_out = open_source(config.data, config.input)
+    source, held_out = open_sources(config.data, config.input)
     if config.input.resolution % config.image.patch_size:
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"

@@ -31,7 +31,7 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the module's present weights into the average. A function of `step` and the weights alone."""
-        averages = list(self.module.parameters())
+        averages: list[Tensor] = list(self.module.parameters())
         weights = [w.to(a) for a, w in zip(averages, self._source.parameters(), strict=True)]
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - self.decay_at(step))

@@ -14,13 +14,13 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Schedule
 from ldm.unet import build_unet
 from train.config import LdmConfig
-from train.data.cache import LatentCache, TextCache
-from train.data.dataset import CachedDataset, loader
-from train.data.sources import Source, open_source
+from train.data.cache import LatentCache, Stored, TextCache
+from train.data.dataset import CachedDataset
+from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import paint
 from train.loop import Batch, Phase, StepOutput, adamw, autocast, fit
-from train.run import Run, open_accelerator
+from train.run import Run, open_accelerator, open_sources
 from train.sheets import in_rows, sheet
 
 _SHEET = 16  # pictures of a sample sheet
@@ -68,7 +68,7 @@ class LdmStage:
         self.averaged = DiffusionLoss(self.ema.module, objective)
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        return loader(self.training, self.run, start)
+        return self.run.batches(self.training, start)
 
     def begin_step(self, step: int) -> None:
         pass
@@ -119,7 +119,7 @@ def train(config: LdmConfig) -> None:
         if not getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model, or a hub id")
     accelerator = open_accelerator(config)
-    source, held_out = open_source(config.data, config.input)
+    source, held_out = open_sources(config.data, config.input)
     autoencoder = Autoencoder.load(config.vae)
     text_encoder = ClipTextEncoder.load(config.text_encoder)
     if config.input.resolution % autoencoder.factor:
@@ -136,6 +136,17 @@ def cached(
     run: Run, config: LdmConfig, source: Source, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
 ) -> CachedDataset:
     """Latents and text features of a source, from the cache or computed into it now."""
-    raise AssertionError
-
-
+    folder = Path(config.cache) if config.cache else run.out.parent / "cache"
+    dtype: Stored = "float32" if config.precision == "fp32" else "float16"
+    side = config.input.resolution // autoencoder.factor
+    latents = LatentCache.open(
+        folder, source, autoencoder.encode, digest=autoencoder.digest, resolution=config.input.resolution,
+        shape=(autoencoder.latent_channels, side, side), flip=config.input.flip, dtype=dtype, batch_size=64,
+        workers=config.workers, processes=run.processes, note=run.damage(source).note,
+    )  # fmt: skip
+    text = TextCache.open(
+        folder, source, text_encoder.encode, digest=text_encoder.digest,
+        shape=(text_encoder.max_length, text_encoder.width), dtype=dtype, processes=run.processes,
+    )  # fmt: skip
+    dropout = config.caption_dropout if source.split == "train" else 0.0
+    return CachedDataset(latents, text, config.seed, dropout=dropout, shuffle=source.split == "train")

@@ -10,7 +10,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,10 @@ from pydantic import TypeAdapter
 
 from ldm.errors import UserError
 from train.cli import read_yaml
-from train.config import RunConfig
+from train.config import DataConfig, RunConfig
+from train.data.cache import Processes
+from train.data.dataset import Batch, Damage, PositionDataset, loader
+from train.data.sources import Source, open_source
 
 # What may differ when a run is continued. Inputs are compared by content, wherever they lie.
 _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
@@ -46,6 +49,10 @@ class Run:
         if self.main:
             self._open(dict(inputs))
         accelerator.wait_for_everyone()
+        self.processes = Processes(
+            rank=accelerator.process_index, world=accelerator.num_processes, barrier=accelerator.wait_for_everyone,
+            say=self.say,
+        )  # fmt: skip
 
     def _open(self, inputs: dict[str, str]) -> None:
         described = self.out / "config.yaml"
@@ -106,6 +113,26 @@ class Run:
             return False
         return about.get("final") is True and about.get("step") == step
 
+    def batches(self, dataset: PositionDataset, start: int, damage: Damage | None = None) -> Iterator[list[Batch]]:
+        """This process's parts of each step's batch from step `start` on, its tensors on the device."""
+        config, accelerator = self.config, self.accelerator
+        read = loader(
+            dataset, start_step=start, steps=config.steps, batch_size=config.batch_size,
+            rank=accelerator.process_index, world=accelerator.num_processes, accumulation=config.accumulation,
+            workers=config.workers, pin_memory=accelerator.device.type == "cuda", damage=damage,
+        )  # fmt: skip
+        for parts in read:
+            yield [self.on_device(part) for part in parts]
+
+    def on_device(self, batch: Batch) -> Batch:
+        """A batch with its tensors on this process's device."""
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def damage(self, source: Source) -> Damage:
+        """Counts what can't be read, and lists it in damaged.jsonl."""
+        return Damage(source, self.out / "damaged.jsonl", self.config.input.max_damaged, self.say)
+
     def agree(self, signal: int, step: int) -> int:
         """The largest signal number that any process has received. Several processes ask each other every 10 steps."""
         if self.accelerator.num_processes == 1:
@@ -114,6 +141,16 @@ class Run:
             return 0
         mine = torch.tensor([signal], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
+
+
+def open_sources(data: str, config: DataConfig) -> tuple[Source, Source]:
+    """The training pictures and the held-out ones."""
+    how = {
+        "image_column": config.image_column,
+        "caption_column": config.caption_column,
+        "validation_fraction": config.validation_fraction,
+    }
+    return open_source(data, "train", **how), open_source(data, "test", **how)
 
 
 def open_accelerator(config: RunConfig) -> Accelerator:

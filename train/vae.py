@@ -20,13 +20,13 @@ from autoencoder.losses import (
 from autoencoder.model import build_autoencoder, fold, latent_statistics, measure
 from ldm.errors import UserError
 from train.config import VaeConfig
-from train.data.dataset import PictureDataset, loader
+from train.data.dataset import PictureDataset
 from train.data.randomness import Purpose
-from train.data.sources import Source, open_source
+from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import reconstruction_quality
 from train.loop import Batch, Phase, StepOutput, adamw, fit
-from train.run import Run, open_accelerator
+from train.run import Run, open_accelerator, open_sources
 from train.sheets import sheet, to_uint8
 
 _REFRESH = 2048  # pictures that normalise the model/ of an unfinished run
@@ -112,7 +112,7 @@ class VaeStage:
         self.held_out = PictureDataset(held_out, config.input.resolution, config.seed, shuffle=False)
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        return loader(self.training, self.run, start)
+        return self.run.batches(self.training, start, self.run.damage(self.training.source))
 
     def begin_step(self, step: int) -> None:
         self.reconstruct.adversarial = step >= self.config.adversarial.start
@@ -160,7 +160,7 @@ class VaeStage:
 def train(config: VaeConfig) -> None:
     """Train stage 1 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
-    source, held_out = open_source(config.data, config.input)
+    source, held_out = open_sources(config.data, config.input)
     run = Run(config, accelerator, {"data": source.fingerprint})
     fit(run, VaeStage(run, config, source, held_out))
 

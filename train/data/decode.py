@@ -14,7 +14,7 @@ from typing import Literal, assert_never
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 Crop = Literal["center", "random"]
@@ -35,7 +35,7 @@ _UPRIGHT = {
 }
 
 
-class DamagedPicture(Exception):  # noqa: N818  a finding about the data, handled where pictures are read
+class DamagedPicture(Exception):
     """A file that gives no picture, and why."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -61,11 +61,13 @@ def load_picture(
                 return _to_rgb(_upright(image), background)
     except DamagedPicture:
         raise
+    except UnidentifiedImageError:
+        raise DamagedPicture(path, f"not a picture of an accepted format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind there is
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
-        message = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "the file")
-        raise DamagedPicture(path, " ".join((message or type(error).__name__).split())[:200]) from error
+        message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DamagedPicture(path, " ".join(message.split())[:200]) from error
 
 
 def to_tensor(

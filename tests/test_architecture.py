@@ -1,0 +1,54 @@
+"""scripts → train → ldm.pipeline → {the rest of ldm, autoencoder, conditioning}, and nothing the other way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("ldm", "autoencoder", "conditioning", "train", "scripts")
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(module: str) -> str:
+    """The layer of a module of ours: its package, but for the pipeline and for the errors, which anyone may raise."""
+    if module.startswith(("ldm.errors",)):
+        return "errors"
+    if module.startswith("ldm.pipeline") or module == "ldm.LatentDiffusionPipeline":
+        return "pipeline"
+    return module.split(".")[0]
+
+
+MAY = {
+    "errors": set(),
+    "ldm": {"ldm", "errors"},
+    "autoencoder": {"autoencoder", "errors"},
+    "conditioning": {"conditioning", "errors"},
+    "pipeline": {"pipeline", "ldm", "autoencoder", "conditioning", "errors"},
+    "train": {"train", "pipeline", "ldm", "autoencoder", "conditioning", "errors"},
+    "scripts": {"train", "pipeline", "ldm", "autoencoder", "conditioning", "errors"},
+}
+FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py") if p != ROOT / "ldm" / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    ours = {layer(name) for name in imported(path) if name.split(".")[0] in PACKAGES and name != "ldm"}
+    assert ours <= MAY[layer(module)], f"{module} imports {ours - MAY[layer(module)]}"
+
+
+def test_the_mathematics_needs_no_network_library() -> None:
+    for name in ("schedule", "parameterization", "objective", "denoiser", "guidance", "samplers"):
+        names = {module.split(".")[0] for module in imported(ROOT / "ldm" / f"{name}.py")}
+        assert not names & {"diffusers", "transformers", "accelerate", "pydantic", "tyro"}, name

@@ -1,0 +1,171 @@
+"""Configurations: every file is instantiated, wrong ones get one line that says what fits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoencoder.model import build_autoencoder
+from conditioning.contrastive import build_clip
+from conditioning.tokenizer import train_tokenizer
+from ldm.errors import UserError
+from ldm.objective import Objective
+from ldm.schedule import Schedule
+from ldm.unet import build_unet
+from train.cli import dump, overlay, parse, read_yaml, validate
+from train.config import ClipConfig, LdmConfig, RunConfig, VaeConfig
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"clip": ClipConfig, "vae": VaeConfig, "ldm": LdmConfig}
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def load(path: Path) -> RunConfig:
+    return parse(KINDS[path.stem], [str(path)])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_config_builds_its_networks(path: Path) -> None:
+    config = load(path)
+    with torch.device("meta"):
+        match config:
+            case VaeConfig():
+                m = config.model
+                build_autoencoder(
+                    channels=m.channels, layers=m.layers, latent_channels=m.latent_channels, groups=m.groups,
+                    attention=m.attention, resolution=config.input.resolution,
+                )  # fmt: skip
+                assert config.input.resolution % 2 ** (len(m.channels) - 1) == 0
+            case LdmConfig():
+                vae = load(path.with_name("vae.yaml"))
+                unet(config, vae, 768)
+                d = config.diffusion
+                with torch.device("cpu"):
+                    Objective(Schedule.build(d.schedule, d.timesteps, d.beta_start, d.beta_end), d.target, d.weighting)
+            case ClipConfig():
+                with torch.device("cpu"):
+                    tokenizer = train_tokenizer(["a red star"], config.text.vocab_size, config.text.max_length)
+                build_clip(
+                    tokenizer, text_width=config.text.width, text_layers=config.text.layers,
+                    text_heads=config.text.heads, vision_width=config.image.width, vision_layers=config.image.layers,
+                    vision_heads=config.image.heads, patch_size=config.image.patch_size,
+                    image_size=config.input.resolution, projection_dim=config.projection,
+                )  # fmt: skip
+
+
+def unet(config: LdmConfig, vae: VaeConfig, text_width: int) -> torch.nn.Module:
+    u = config.unet
+    return build_unet(
+        channels=u.channels, layers=u.layers, attention=u.attention, heads=u.heads, depth=u.depth, groups=u.groups,
+        latent_channels=vae.model.latent_channels, text_width=text_width,
+        latent_size=config.input.resolution // 2 ** (len(vae.model.channels) - 1),
+    )  # fmt: skip
+
+
+def test_stable_diffusion_shapes() -> None:
+    """Parameter counts of the published networks, and heads of the published widths."""
+    vae, ldm = load(ROOT / "configs/sd15/vae.yaml"), load(ROOT / "configs/sd15/ldm.yaml")
+    with torch.device("meta"):
+        network = unet(ldm, vae, 768)
+        m = vae.model
+        codec = build_autoencoder(channels=m.channels, layers=m.layers, latent_channels=m.latent_channels)
+    assert sum(p.numel() for p in network.parameters()) == 859_520_964
+    assert sum(p.numel() for p in codec.parameters()) == 83_653_863
+    heads = [b.attentions[0].transformer_blocks[0].attn1.heads for b in network.down_blocks if hasattr(b, "attentions")]
+    assert heads == [8, 8, 8]
+
+
+def test_shapes_128_has_heads_of_64() -> None:
+    config = load(ROOT / "configs/shapes128/ldm.yaml")
+    assert [c // h for c, h in zip(config.unet.channels, config.unet.heads, strict=True)] == [64, 64, 64]
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_dump_reads_back(kind: type[RunConfig]) -> None:
+    assert validate(kind, yaml.safe_load(dump(kind()))) == kind()
+
+
+def test_the_command_line_lies_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("steps: 7\noptimizer: {lr: 1e-3, warmup: 3}\nunet: {channels: [32, 64], heads: [1, 2]}\n")
+    config = parse(LdmConfig, [str(file), "--optimizer.lr", "2e-4", "--batch-size", "8", "--unet.heads", "2", "4"])
+    assert (config.steps, config.optimizer.lr, config.optimizer.warmup) == (7, 2e-4, 3)
+    assert (config.batch_size, config.unet.heads) == (8, (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepz: 3", ["stepz"]),
+        ("steps: many", ["steps", "'many'", "integer"]),
+        ("steps: -1", ["steps", "-1", "greater than 0"]),
+        ("optimizer: {lr: .nan}", ["optimizer.lr", "finite"]),
+        ("optimizer: {rate: 1}", ["optimizer.rate"]),
+        ("precision: fp8", ["precision", "fp8", "bf16"]),
+        ("unet: {channels: [32], heads: [1, 2]}", ["unet", "one entry a level"]),
+        ("- steps", ["list", "mapping"]),
+        ("steps: !!python/object/apply:os.system ['true']", ["YAML"]),
+        ("steps: [", ["YAML"]),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse(LdmConfig, [str(file)])
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stepz", "3"], ["--stepz"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--steps", "0"], ["steps", "greater than 0"]),
+        (["--precision", "fp8"], ["fp8", "bf16"]),
+        (["--optimizer.lr"], ["optimizer.lr"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        overlay(LdmConfig, LdmConfig(), arguments)
+    for word in words:
+        assert word in str(caught.value)
+    assert "─" not in str(caught.value)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=8), t, max_size=3))
+fields = st.sampled_from(["steps", "optimizer", "unet", "diffusion", "input", "precision", "prompts", "trackers", "x"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(fields, trees, max_size=4))
+def test_any_mapping_is_a_configuration_or_a_plain_refusal(given: dict) -> None:
+    try:
+        assert isinstance(validate(LdmConfig, given), LdmConfig)
+    except UserError as error:
+        assert str(error)
+
+
+def test_help_lists_every_field_with_its_meaning() -> None:
+    told = subprocess.run(
+        [sys.executable, "scripts/train_ldm.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0
+    said = " ".join(told.stdout.split())
+    for option in ("--optimizer.lr", "--unet.channels", "--diffusion.target", "--precision", "--input.caption-column"):
+        assert option in said
+    assert "Peak learning rate" in said
+
+
+def test_a_missing_file_is_one_line() -> None:
+    with pytest.raises(UserError, match="no-such.yaml"):
+        read_yaml(Path("no-such.yaml"))

@@ -1,0 +1,49 @@
+"""Reading ahead: batches by torch's DataLoader, in its worker processes or here."""
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+Batch_co = TypeVar("Batch_co", covariant=True)
+Batch = TypeVar("Batch")
+
+
+class Batched(Protocol[Batch_co]):
+    """Gives whole batches: what DataLoader asks of a data set, beside an order."""
+
+    def __getitems__(self, at: Sequence[int], /) -> Batch_co: ...
+
+
+def read_ahead(
+    dataset: Batched[Batch],
+    parts: Iterable[Sequence[int]],
+    workers: int,
+    *,
+    ahead: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """`dataset.__getitems__(part)` for each part in turn; `ahead` of them in work in each worker. 0 works here."""
+    loader: Any = DataLoader(
+        cast(Any, dataset),
+        batch_sampler=cast(Any, parts),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # torch's global one is left alone
+        worker_init_fn=_outlast_signals,
+    )
+    return iter(loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _outlast_signals(worker: int) -> None:
+    """Control-C and a scheduler's SIGTERM reach the workers too, but the process that trains needs its last batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
