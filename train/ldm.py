@@ -14,8 +14,9 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Schedule
 from ldm.unet import build_unet
 from train.config import LdmConfig
-from train.data.cache import LatentCache, Stored, TextCache
+from train.data.cache import LatentCache, TextCache
 from train.data.dataset import CachedDataset
+from train.data.shards import Stored
 from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import paint

@@ -24,9 +24,10 @@ from pydantic import TypeAdapter
 from ldm.errors import UserError
 from train.cli import read_yaml
 from train.config import DataConfig, RunConfig
-from train.data.cache import Processes
-from train.data.dataset import Batch, Damage, PositionDataset, loader
+from train.data.shards import Processes
+from train.data.dataset import Batch, Damage, loader
 from train.data.sources import Source, open_source
+from train.data.workers import Batched
 
 # What may differ when a run is continued. Inputs are compared by content, wherever they lie.
 _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
@@ -113,7 +114,7 @@ class Run:
             return False
         return about.get("final") is True and about.get("step") == step
 
-    def batches(self, dataset: PositionDataset, start: int, damage: Damage | None = None) -> Iterator[list[Batch]]:
+    def batches(self, dataset: Batched[Batch], start: int, damage: Damage | None = None) -> Iterator[list[Batch]]:
         """This process's parts of each step's batch from step `start` on, its tensors on the device."""
         config, accelerator = self.config, self.accelerator
         read = loader(

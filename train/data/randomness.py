@@ -5,6 +5,7 @@ Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a 
 position has 2^128 blocks of its own, whatever the process, worker, batch or restart that asks.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
@@ -50,10 +51,10 @@ def uniforms(seed: int, purpose: Purpose, positions: Positions, count: int) -> N
 
 def normal(seed: int, purpose: Purpose, positions: Positions, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Standard normal numbers, (b, *shape) float32; a position's are those of its own generator."""
-    out = np.empty((len(positions), *shape), np.float32)
+    out = np.empty((len(positions), math.prod(shape)), np.float32)
     for row, stream in zip(out, _streams(seed, purpose, positions), strict=True):
         stream.standard_normal(out=row, dtype=np.float32)
-    return out
+    return out.reshape(len(positions), *shape)
 
 
 def fork(seed: int, purpose: Purpose) -> int:

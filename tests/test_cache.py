@@ -1,0 +1,581 @@
+"""Batches are functions of (seed, positions); caches give exactly what the encoders gave, or are made anew."""
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train.data.shards as shards_module
+from ldm.errors import RunError, UserError
+from train.data.cache import LatentCache, TextCache
+from train.data.dataset import CachedDataset, Damage, PictureDataset, loader
+from train.data.decode import load_picture, to_tensor
+from train.data.randomness import Purpose, normal, uniform
+from train.data.sampler import index_at, substitute
+from train.data.shards import Processes
+from train.data.sources import open_source
+
+SIDE, LATENT, TEXT = 16, (2, 4, 4), (3, 5)
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards_module, "_SHARD_ROWS", 8)
+
+
+def folder_of(tmp_path: Path, count: int = 30, bad: tuple[int, ...] = ()) -> Path:
+    """Pictures with one to three captions each, and one held out."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", count), ("test", 1)):
+        rows = []
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for k in range(n):
+            path = tmp_path / "data" / split / f"{k:03d}.png"
+            Image.fromarray(rng.integers(0, 256, (SIDE + k % 3, SIDE, 3), dtype=np.uint8)).save(path)
+            if k in bad:
+                path.write_bytes(path.read_bytes()[:60])
+            rows += [{"file_name": path.name, "text": f"{COLOURS[j]} {k % 7}"} for j in range(1 + k % 3)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data" / split / "metadata.jsonl").write_text(lines)
+    return tmp_path / "data"
+
+
+def source_of(tmp_path: Path, count: int = 30, bad: tuple[int, ...] = ()):
+    return open_source(folder_of(tmp_path, count, bad), "train")
+
+
+class Encoder:
+    """Stands for an autoencoder: a fixed function of the picture. Counts what it is given."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale, self.rows = scale, 0
+
+    def __call__(self, pixels):
+        self.rows += len(pixels)
+        small = torch.nn.functional.avg_pool2d(pixels, 4)  # (b, 3, 4, 4)
+        return self.scale * small[:, :2], self.scale * (small[:, 1:] / 10).exp()
+
+
+class TextEncoder:
+    """Stands for a text encoder."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def __call__(self, captions):
+        self.rows += len(captions)
+        seeds = [int.from_bytes(c.encode()[-4:].ljust(4)) + 7 * len(c) for c in captions]
+        return torch.stack([torch.randn(TEXT, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def never(*_):
+    raise AssertionError("the encoder was called")
+
+
+def latents_of(tmp_path, source, encode, digest="one", said=None, **options):
+    processes = options.pop("processes", Processes(say=(said if said is not None else []).append))
+    return LatentCache.open(
+        tmp_path / "cache", source, encode, digest=digest, resolution=SIDE, shape=LATENT, batch_size=3,
+        processes=processes, **options,
+    )  # fmt: skip
+
+
+def text_of(tmp_path, source, encode, **options):
+    processes = options.pop("processes", Processes(say=lambda _: None))
+    return TextCache.open(
+        tmp_path / "cache", source, encode, digest="text", shape=TEXT, batch_size=4, processes=processes, **options
+    )  # fmt: skip
+
+
+def cached(tmp_path, source, seed=5, **options):
+    return CachedDataset(
+        latents_of(tmp_path, source, Encoder()), text_of(tmp_path, source, TextEncoder()), seed, **options
+    )
+
+
+def same(a, b) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
+    )  # fmt: skip
+
+
+def joined(parts):
+    return {
+        k: torch.cat([p[k] for p in parts]) if torch.is_tensor(parts[0][k]) else [x for p in parts for x in p[k]]
+        for k in parts[0]
+    }  # fmt: skip
+
+
+def both_kinds(tmp_path, bad=(3, 4, 11)):
+    source = source_of(tmp_path, bad=bad)
+    draws = {"posterior_noise": (Purpose.POSTERIOR, LATENT)}
+    return [
+        PictureDataset(source, SIDE, 5, crop="random", flip=True, draws=draws),
+        cached(tmp_path, source, dropout=0.2),
+    ]
+
+
+# -- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_the_same_for_any_workers_processes_accumulation_and_start(tmp_path):
+    for dataset in both_kinds(tmp_path):
+        how = {"steps": 7, "batch_size": 8}  # 56 examples: nearly two epochs of 30
+        whole = [joined(parts) for parts in loader(dataset, start_step=0, **how)]
+        assert [b["position"].tolist() for b in whole] == [list(range(8 * s, 8 * s + 8)) for s in range(7)]
+        assert len({tuple(b["index"].tolist()) for b in whole}) == 7
+        read_ahead = [joined(parts) for parts in loader(dataset, start_step=0, workers=2, accumulation=2, **how)]
+        assert all(map(same, whole, read_ahead))
+        for start in range(1, 7):
+            assert all(map(same, whole[start:], [joined(p) for p in loader(dataset, start_step=start, **how)]))
+        for world, accumulation in ((2, 1), (4, 1), (2, 4), (1, 8)):
+            ranks = [
+                list(loader(dataset, start_step=0, rank=r, world=world, accumulation=accumulation, **how))
+                for r in range(world)
+            ]
+            for step, batch in enumerate(whole):
+                parts = [ranks[r][step][a] for a in range(accumulation) for r in range(world)]
+                assert same(joined(parts), batch)
+
+
+def test_workers_leave_the_global_generators_alone(tmp_path):
+    dataset = PictureDataset(source_of(tmp_path), SIDE, 0)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    for workers in (0, 2):
+        next(loader(dataset, start_step=0, steps=2, batch_size=4, workers=workers))
+    assert torch.equal(torch.rand(3), expected[0])
+    assert (np.random.rand(3) == expected[1]).all()
+
+
+def test_a_picture_batch_is_what_its_parts_say(tmp_path):
+    source = source_of(tmp_path)
+    draws = {"a": (Purpose.POSTERIOR, LATENT), "b": (Purpose.NOISE, ())}
+    dataset, at = PictureDataset(source, SIDE, 5, crop="random", flip=True, draws=draws), np.arange(100, 140)
+    batch = dataset.__getitems__(at.tolist())
+    np.testing.assert_array_equal(batch["index"], index_at(at, 30, 5))
+    np.testing.assert_array_equal(batch["a"], normal(5, Purpose.POSTERIOR, at, LATENT))
+    np.testing.assert_array_equal(batch["b"], normal(5, Purpose.NOISE, at, ()))
+    flips = uniform(5, Purpose.FLIP, at) < 0.5
+    assert 5 < flips.sum() < 35
+    for k, index in enumerate(batch["index"].tolist()):
+        assert batch["caption"][k] in source[index].captions
+        whole = np.asarray(load_picture(source[index].path))
+        windows = [whole[top : top + SIDE] for top in range(len(whole) - SIDE + 1)]
+        windows = [to_tensor(Image.fromarray(w), SIDE, flip=bool(flips[k])) for w in windows]
+        assert any(torch.equal(batch["pixels"][k], w) for w in windows)
+    plain = PictureDataset(source, SIDE, 5, shuffle=False).__getitems__(range(30))
+    assert plain["index"].tolist() == list(range(30))
+    assert torch.equal(plain["pixels"][7], to_tensor(load_picture(source[7].path), SIDE))
+
+
+def test_each_caption_has_its_share(tmp_path):
+    source = source_of(tmp_path, 3)  # with one, two and three captions
+    dataset = PictureDataset(source, SIDE, 2)
+    batch = dataset.__getitems__(range(1800))
+    for index in range(3):
+        chosen = [c for c, i in zip(batch["caption"], batch["index"].tolist(), strict=True) if i == index]
+        counts = np.array([chosen.count(c) for c in source[index].captions])
+        assert counts.sum() == 600
+        assert np.abs(counts - 600 / (index + 1)).max() < 4.5 * np.sqrt(600 / 4)
+
+
+def test_a_cached_batch_is_what_the_encoders_gave(tmp_path):
+    source, at = source_of(tmp_path), np.arange(64)
+    batch = cached(tmp_path, source, dropout=0.3).__getitems__(at)
+    index = index_at(at, 30, 5)
+    np.testing.assert_array_equal(batch["index"], index)
+    mean, std = Encoder()(torch.stack([to_tensor(load_picture(source[i].path), SIDE) for i in index]))
+    torch.testing.assert_close(batch["mean"], mean, rtol=0, atol=0)
+    torch.testing.assert_close(batch["std"], std, rtol=0, atol=0)
+    np.testing.assert_array_equal(batch["noise"], normal(5, Purpose.NOISE, at, LATENT))
+    np.testing.assert_array_equal(batch["posterior_noise"], normal(5, Purpose.POSTERIOR, at, LATENT))
+    np.testing.assert_array_equal(batch["timestep"], uniform(5, Purpose.TIMESTEP, at).astype(np.float32))
+    u, dropped = uniform(5, Purpose.CAPTION, at), uniform(5, Purpose.DROPOUT, at) < 0.3
+    captions = [source[i].captions for i in index]
+    chosen = ["" if d else c[int(x * len(c))] for c, x, d in zip(captions, u, dropped, strict=True)]
+    assert torch.equal(batch["condition"], TextEncoder()(chosen))
+    assert {k: v.dtype for k, v in batch.items() if k not in ("position", "index")} == dict.fromkeys(
+        ("mean", "std", "condition", "timestep", "noise", "posterior_noise"), torch.float32
+    )
+
+
+def test_the_null_condition_has_its_share_and_is_exact(tmp_path):
+    source, n = source_of(tmp_path), 4000
+    null = TextEncoder()([""])[0]
+    for dropout in (0.0, 0.1, 0.5):
+        condition = cached(tmp_path, source, dropout=dropout).__getitems__(range(n))["condition"]
+        count = int((condition == null).flatten(1).all(1).sum())
+        assert abs(count - n * dropout) <= 4 * np.sqrt(n * dropout * (1 - dropout))
+    undropped = cached(tmp_path, source).__getitems__(range(50))
+    assert cached(tmp_path, source).captions(3) == [source[k].captions[0] for k in range(3)]
+    assert undropped["condition"].shape == (50, *TEXT)
+
+
+def test_timesteps_are_below_one_in_float32(tmp_path, monkeypatch):
+    dataset = cached(tmp_path, source_of(tmp_path))
+    monkeypatch.setattr("train.data.dataset.uniform", lambda seed, purpose, at: np.full(len(at), np.nextafter(1, 0)))
+    timestep = dataset.__getitems__([0])["timestep"]
+    assert timestep.dtype == torch.float32
+    assert timestep.item() < 1
+
+
+def test_mirrored_latents_are_those_of_mirrored_pictures(tmp_path):
+    source = source_of(tmp_path, bad=(3,))
+    latents = latents_of(tmp_path, source, Encoder(), flip=True)
+    dataset = CachedDataset(latents, text_of(tmp_path, source, TextEncoder()), 5)
+    at = np.arange(200)
+    batch, flips = dataset.__getitems__(at), uniform(5, Purpose.FLIP, at) < 0.5
+    pictures = [to_tensor(load_picture(source[i].path), SIDE) for i in batch["index"].tolist()]
+    pictures = [x.flip(2) if f else x for x, f in zip(pictures, flips, strict=True)]
+    torch.testing.assert_close(batch["mean"], Encoder()(torch.stack(pictures))[0], rtol=0, atol=0)
+
+
+def test_a_batch_size_that_does_not_divide_is_refused_at_once(tmp_path):
+    dataset = PictureDataset(source_of(tmp_path), SIDE, 0)
+    with pytest.raises(UserError, match="batch_size 9"):
+        loader(dataset, start_step=0, steps=1, batch_size=9, world=2)
+
+
+def test_signals_to_the_whole_group_do_not_cost_batches(tmp_path):
+    dataset = PictureDataset(source_of(tmp_path), SIDE, 0)
+    steps = loader(dataset, start_step=0, steps=40, batch_size=4, workers=2)
+    seen = [next(steps)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+    time.sleep(0.2)
+    seen += list(steps)
+    assert len(seen) == 40
+    begun = time.monotonic()
+    steps = loader(dataset, start_step=0, steps=40, batch_size=4, workers=2)
+    next(steps)
+    del steps
+    assert time.monotonic() - begun < 10
+    assert not multiprocessing.active_children()
+
+
+# -- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
+    bad = (3, 4, 11)
+    said: list[str] = []
+    for dataset in both_kinds(tmp_path, bad):
+        at = np.arange(300)
+        found, wanted = dataset.__getitems__(at)["index"].numpy(), index_at(at, 30, 5)
+        assert not np.isin(found, bad).any()
+        assert (found == wanted)[~np.isin(wanted, bad)].all()
+        for p in at[np.isin(wanted, bad)].tolist():
+            drawn = (substitute(p, attempt, 30, 5) for attempt in range(1, 100))
+            assert found[p] == next(i for i in drawn if i not in bad)
+    report = tmp_path / "run" / "damaged.jsonl"
+    pictures = both_kinds(tmp_path / "again", bad)[0]
+    for workers in (0, 2):
+        damage = Damage(pictures.source, report, most=0.2, say=said.append)
+        for parts in loader(pictures, start_step=0, steps=15, batch_size=8, workers=workers, damage=damage):
+            assert "damaged" not in parts[0]
+        tried = sum(int(i) in bad for i in index_at(np.arange(120), 30, 5))
+        assert tried <= damage.bad <= 2 * tried
+        assert damage.seen == 120 + damage.bad
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert sorted(line["file"] for line in lines) == ["003.png", "004.png", "011.png"]
+    assert all("truncated" in line["reason"] or "broken" in line["reason"] for line in lines)
+    assert len(said) == 1
+
+
+def test_too_many_damaged_pictures_stop_the_run_and_a_few_do_not(tmp_path):
+    dataset = PictureDataset(source_of(tmp_path, bad=tuple(range(10))), SIDE, 0)
+    damage = Damage(dataset.source, tmp_path / "damaged.jsonl", most=0.25, say=lambda _: None)
+    with pytest.raises(RunError, match=r"of .* pictures can't be read, more than the share of 0.25"):
+        list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
+    assert damage.bad == 26  # not before a hundred examples could have passed
+    damage = Damage(dataset.source, tmp_path / "damaged.jsonl", most=0.5, say=lambda _: None)
+    list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
+    assert 90 < damage.bad < 300
+
+
+def test_a_report_cut_short_is_continued(tmp_path):
+    report = tmp_path / "damaged.jsonl"
+    report.write_text('{"file": "a.png", "reason": "x"}\n{"file": "b.p')
+    damage = Damage(source_of(tmp_path), report, say=lambda _: None)
+    damage.note(8, [("a.png", "x"), ("b.png", "y")])
+    damage.note(8, [("c.png", "z"), ("b.png", "y")])
+    Damage(source_of(tmp_path / "again"), report, say=lambda _: None).note(8, [("b.png", "y"), ("c.png", "z")])
+    whole = [json.loads(line)["file"] for line in report.read_text().splitlines() if line.endswith("}")]
+    assert sorted(set(whole)) == ["a.png", "b.png", "c.png"]
+    assert len(whole) == 3
+
+
+def test_missing_files_are_reported(tmp_path):
+    folder = folder_of(tmp_path)
+    with open(folder / "train" / "metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": "gone.png", "text": "t"}) + "\n")
+    Damage(open_source(folder, "train"), tmp_path / "damaged.jsonl", say=lambda _: None)
+    assert json.loads((tmp_path / "damaged.jsonl").read_text())["file"] == "gone.png"
+
+
+def test_nothing_but_damage_is_an_error_in_words(tmp_path):
+    source = source_of(tmp_path, 4, bad=(0, 1, 2, 3))
+    with pytest.raises(RunError, match="no readable picture"):
+        PictureDataset(source, SIDE, 0).__getitems__([0])
+    with pytest.raises(RunError, match=r"not one picture .* can be read"):
+        latents_of(tmp_path, source, Encoder())
+    listed = []
+    source = source_of(tmp_path / "again", 30, bad=(2, 9))
+    for encode in (Encoder(), never):
+        latents_of(tmp_path, source, encode, note=lambda *told: listed.append(told))
+        count, names = listed.pop()
+        assert count == 28
+        assert [name for name, _ in names] == ["002.png", "009.png"]
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+
+
+def shard_files(tmp_path, kind="latents"):
+    return sorted((tmp_path / "cache").glob(f"{kind}-*/*.npy"))
+
+
+def test_a_complete_cache_needs_no_encoder(tmp_path):
+    source, said = source_of(tmp_path), []
+    first, text = latents_of(tmp_path, source, Encoder(), said=said), text_of(tmp_path, source, TextEncoder())
+    assert "making 4 of 4 shards (4 missing or stale, 0 damaged): 30 rows" in said[0]
+    again, text_again = latents_of(tmp_path, source, never, said=said), text_of(tmp_path, source, never)
+    assert len(said) == 1
+    rows = np.arange(30)
+    assert torch.equal(first.gather(rows), again.gather(rows))
+    assert torch.equal(text.gather(text.row_of), text_again.gather(text.row_of))
+
+
+def test_each_caption_is_encoded_once(tmp_path):
+    source, encode = source_of(tmp_path), TextEncoder()
+    text = text_of(tmp_path, source, encode)
+    assert encode.rows == len({"", *source.texts}) == 22 < len(source.texts)
+    assert torch.equal(text.gather(np.zeros(1, np.int64)), TextEncoder()([""]))
+
+
+@pytest.mark.parametrize(
+    "where", ["values", "header", "json", "list of the damaged", "cut", "values gone", "json gone"]
+)
+def test_a_damaged_shard_is_made_anew_and_the_others_kept(tmp_path, where):
+    source, said = source_of(tmp_path, bad=(9,)), []
+    expected = latents_of(tmp_path, source, Encoder()).gather(np.arange(30))
+    path = shard_files(tmp_path)[1]
+    about = path.with_suffix(".json")
+    raw = bytearray(path.read_bytes())
+    match where:
+        case "values" | "header":
+            raw[-1 if where == "values" else 20] ^= 1
+            path.write_bytes(raw)
+        case "json":
+            about.write_text(about.read_text()[:-9])
+        case "list of the damaged":
+            assert json.loads(about.read_text())["bad"][0][0] == 9
+            about.write_text(about.read_text().replace("[[9,", "[[8,"))
+        case "cut":
+            path.write_bytes(raw[:-64])
+        case "values gone":
+            path.unlink()
+        case "json gone":
+            about.unlink()
+    others = {p: p.stat().st_mtime_ns for p in shard_files(tmp_path) if p != path}
+    encode = Encoder()
+    latents = latents_of(tmp_path, source, encode, said=said)
+    assert encode.rows == 8
+    damaged = where in ("values", "header", "list of the damaged", "cut")
+    assert f"making 1 of 4 shards ({1 - damaged} missing or stale, {int(damaged)} damaged)" in said[0]
+    assert torch.equal(latents.gather(np.arange(30)), expected)
+    assert latents.damaged.nonzero()[0].tolist() == [9]
+    assert others == {p: p.stat().st_mtime_ns for p in others}
+
+
+@pytest.mark.parametrize("change", ["digest", "dtype", "flip"])
+def test_another_encoder_or_transform_has_another_folder(tmp_path, change):
+    source = source_of(tmp_path)
+    latents_of(tmp_path, source, Encoder())
+    option = {"digest": {"digest": "two"}, "dtype": {"dtype": "float16"}, "flip": {"flip": True}}[change]
+    encode = Encoder(2.0)
+    latents = latents_of(tmp_path, source, encode, **option)
+    assert encode.rows == (60 if change == "flip" else 30)
+    pictures = torch.stack([to_tensor(load_picture(source[i].path), SIDE) for i in range(30)])
+    exact = torch.stack(Encoder(2.0)(pictures), 1)
+    expected = exact.half().float() if change == "dtype" else exact
+    assert torch.equal(latents.gather(np.arange(30)), expected)
+    latents_of(tmp_path, source, never)  # the first is still there
+
+
+def test_a_changed_picture_and_a_changed_caption_are_made_anew(tmp_path):
+    folder = folder_of(tmp_path)
+    source = open_source(folder, "train")
+    latents_of(tmp_path, source, Encoder())
+    text_of(tmp_path, source, TextEncoder())
+    Image.new("RGB", (SIDE, SIDE), (9, 9, 9)).save(folder / "train" / "012.png")
+    about = folder / "train" / "metadata.jsonl"
+    about.write_text(about.read_text().replace('"red 6"', '"a red six"'))
+    source, encode, text_encode = open_source(folder, "train"), Encoder(), TextEncoder()
+    latents, text = latents_of(tmp_path, source, encode), text_of(tmp_path, source, text_encode)
+    assert encode.rows == 8
+    assert latents.gather(np.array([12]))[0, 0].unique().tolist() == [pytest.approx(9 / 127.5 - 1, abs=1e-6)]
+    rows = text.rows(np.arange(30), np.zeros(30))
+    assert torch.equal(text.gather(rows), TextEncoder()([source[k].captions[0] for k in range(30)]))
+
+
+def test_two_sources_may_share_a_folder(tmp_path):
+    one, two = source_of(tmp_path), source_of(tmp_path / "other", 13)
+    first = latents_of(tmp_path, one, Encoder()).gather(np.arange(30))
+    latents_of(tmp_path, two, Encoder())
+    assert torch.equal(latents_of(tmp_path, one, never).gather(np.arange(30)), first)
+    latents_of(tmp_path, two, never)
+
+
+def _killed(tmp_path, source):
+    """Dies in the middle of the third shard."""
+
+    class Deadly(Encoder):
+        def __call__(self, pixels):
+            if self.rows >= 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(pixels)
+
+    latents_of(tmp_path, source, Deadly())
+
+
+def test_a_killed_build_goes_on_where_it_was(tmp_path):
+    source = source_of(tmp_path)
+    child = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, source))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    encode, said = Encoder(), []
+    latents = latents_of(tmp_path, source, encode, said=said)
+    assert encode.rows == 30 - 16
+    assert "making 2 of 4 shards" in said[0]
+    pictures = torch.stack([to_tensor(load_picture(source[i].path), SIDE) for i in range(30)])
+    assert torch.equal(latents.gather(np.arange(30))[:, 0], Encoder()(pictures)[0])
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, fails_at):
+    source, calls = source_of(tmp_path), []
+    write = shards_module._atomically
+
+    def full(path, fill):
+        calls.append(path)
+
+        def fill_some(file):
+            if len(calls) > fails_at:
+                file.write(b"some")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fill(file)
+
+        write(path, fill_some)
+
+    monkeypatch.setattr(shards_module, "_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        latents_of(tmp_path, source, Encoder())
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+    monkeypatch.setattr(shards_module, "_SHARD_ROWS", 8)
+    encode = Encoder()
+    latents_of(tmp_path, source, encode)
+    assert encode.rows == 30 - 8 * (fails_at // 2)
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(RunError, match=r"needs .* GiB more"):
+        latents_of(tmp_path, source_of(tmp_path), never)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_processes_share_the_work_and_make_the_same_files(tmp_path, world):
+    source = source_of(tmp_path, bad=(4, 20))
+    alone = latents_of(tmp_path, source, Encoder())
+    expected = {p.name: p.read_bytes() for p in shard_files(tmp_path)}
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(world), context.Queue()
+
+    def work(rank):
+        encode = Encoder()
+        processes = Processes(rank=rank, world=world, barrier=barrier.wait, say=lambda _: None)
+        latents = latents_of(tmp_path / "shared", source, encode, processes=processes)
+        queue.put((encode.rows, latents.gather(np.arange(30)).numpy(), latents.damaged))
+
+    workers = [context.Process(target=work, args=(rank,)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    results = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sum(rows for rows, _, _ in results) == 30
+    for _, values, damaged in results:
+        np.testing.assert_array_equal(values, alone.gather(np.arange(30)))
+        np.testing.assert_array_equal(damaged, alone.damaged)
+    assert {p.name: p.read_bytes() for p in shard_files(tmp_path / "shared")} == expected
+
+
+def test_processes_without_a_shared_folder_are_refused(tmp_path):
+    with pytest.raises(RunError, match="must share the folder"):
+        latents_of(tmp_path, source_of(tmp_path), Encoder(), processes=Processes(rank=1, world=2, say=lambda _: None))
+
+
+def test_workers_decode_the_same_latents(tmp_path):
+    source = source_of(tmp_path, bad=(4,))
+    one, two = (latents_of(tmp_path / str(k), source, Encoder(), workers=k) for k in (0, 2))
+    assert torch.equal(one.gather(np.arange(30)), two.gather(np.arange(30)))
+    assert (one.damaged == two.damaged).all()
+
+
+def test_an_encoder_that_gives_something_else_is_refused(tmp_path):
+    source = source_of(tmp_path)
+    with pytest.raises(RunError, match=r"gave \(3, 2, 1, 4, 4\) where \(3, 2, 2, 4, 4\) was expected"):
+        latents_of(tmp_path, source, lambda x: tuple(y[:, :1] for y in Encoder()(x)))
+    for value, dtype in ((float("nan"), "float32"), (1e30, "float16")):
+        with pytest.raises(RunError, match=f"not finite in {dtype}, in the batch that begins with 000.png"):
+            latents_of(
+                tmp_path, source, lambda x, value=value: (torch.full((len(x), *LATENT), value),) * 2, dtype=dtype
+            )
+    with pytest.raises(RunError, match=r"gave .* where"):
+        text_of(tmp_path, source, lambda captions: torch.zeros(len(captions), 2, 2))
+
+
+def test_a_pickled_cache_reads_the_same(tmp_path):
+    dataset = cached(tmp_path, source_of(tmp_path))
+    before = dataset.__getitems__(range(20))
+    copy = pickle.dumps(dataset)
+    assert len(copy) < 20_000  # paths, not rows
+    assert same(pickle.loads(copy).__getitems__(range(20)), before)
+
+
+def test_what_is_gathered_is_a_copy(tmp_path):
+    latents = latents_of(tmp_path, source_of(tmp_path), Encoder())
+    rows = latents.gather(np.arange(5))
+    kept = rows.clone()
+    rows.zero_()
+    assert torch.equal(latents.gather(np.arange(5)), kept)
+    latents_of(tmp_path, open_source(tmp_path / "data", "train"), never)
+
+
+def test_many_shards_keep_no_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_SHARD_ROWS", 1)
+    latents = latents_of(tmp_path, source_of(tmp_path), Encoder())
+    before = len(os.listdir("/proc/self/fd"))
+    latents.gather(np.arange(30))
+    assert len(shard_files(tmp_path)) == 30
+    assert len(os.listdir("/proc/self/fd")) == before
