@@ -64,7 +64,9 @@ class ClipPerceptual(nn.Module):
         with torch.no_grad():
             wanted = self.features(pixels)
         pairs = zip(self.features(made), wanted, strict=True)
-        each = [(F.normalize(a.float(), dim=-1) - F.normalize(b.float(), dim=-1)).square().sum(-1).mean() for a, b in pairs]
+        each = [
+            (F.normalize(a.float(), dim=-1) - F.normalize(b.float(), dim=-1)).square().sum(-1).mean() for a, b in pairs
+        ]
         return torch.stack(each).mean()
 
 

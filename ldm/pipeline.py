@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, get_args
 
 import diffusers
 import numpy as np
@@ -60,6 +60,7 @@ class LatentDiffusionPipeline:
         target: Target,
         spacing: Spacing = "trailing",
         steps_offset: int = 1,
+        set_alpha_to_one: bool = False,
     ) -> None:
         if unet.config.in_channels != autoencoder.latent_channels:
             raise UserError(
@@ -68,8 +69,9 @@ class LatentDiffusionPipeline:
             )
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
         self.schedule, self.target = schedule, target
-        self.spacing, self.steps_offset = spacing, steps_offset
-        self.denoiser = Denoiser(self._network, target)
+        self.spacing, self.steps_offset, self.set_alpha_to_one = spacing, steps_offset, set_alpha_to_one
+        if spacing not in get_args(Spacing):
+            raise UserError(f"timestep spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
 
     # -- folders ----------------------------------------------------------------------------------------------
 
@@ -80,11 +82,15 @@ class LatentDiffusionPipeline:
         Raises UserError when parts are missing or not understood.
         """
         folder = Path(folder)
-        if missing := [p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / p).is_dir()]:
+        if missing := [
+            p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / p).is_dir()
+        ]:
             raise UserError(f"{str(folder)!r} is no pipeline folder: it lacks {', '.join(f'{m}/' for m in missing)}")
         try:
             config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-            unet = UNet2DConditionModel.from_pretrained(str(folder / "unet"), use_safetensors=True, low_cpu_mem_usage=False)
+            unet = UNet2DConditionModel.from_pretrained(
+                str(folder / "unet"), use_safetensors=True, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"can't load {str(folder)!r}: {error}") from None
         use_sdpa(unet)
@@ -96,6 +102,7 @@ class LatentDiffusionPipeline:
             target_from_diffusers(config.get("prediction_type", "epsilon")),
             config.get("timestep_spacing", "leading"),
             config.get("steps_offset", 0),
+            config.get("set_alpha_to_one", True),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -131,7 +138,7 @@ class LatentDiffusionPipeline:
             beta_end=betas[-1],
             trained_betas=betas,
             clip_sample=False,
-            set_alpha_to_one=False,
+            set_alpha_to_one=self.set_alpha_to_one,
             steps_offset=self.steps_offset,
             timestep_spacing=self.spacing,
             prediction_type=PREDICTION_TYPE[self.target],
@@ -171,10 +178,16 @@ class LatentDiffusionPipeline:
         latents: starting noise (b, c, h, w) of unit variance, instead of drawing it.
         Raises UserError for arguments that don't fit, RunError when the picture comes out non-finite.
         """
+        if sampler not in get_args(SamplerKind):
+            raise UserError(f"sampler {sampler!r}: choose {', '.join(get_args(SamplerKind))}")
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt {num_images_per_prompt}: at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         if not prompts or len(negatives) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts and {len(negatives)} negative prompts: give one negative for all, or each")
+            raise UserError(
+                f"{len(prompts)} prompts and {len(negatives)} negative prompts: give one negative for all, or each"
+            )
         count = len(prompts) * num_images_per_prompt
         shape = (count, self.autoencoder.latent_channels, *self._latent_size(height, width))
         if isinstance(generator, list) and len(generator) != count:
@@ -184,7 +197,9 @@ class LatentDiffusionPipeline:
 
         device = self.unet.device
         noise = lambda: randn_tensor(shape, generator, device, torch.float32)  # noqa: E731
-        steps = plan(self.schedule, sampler, num_inference_steps, self.spacing, self.steps_offset)
+        steps = plan(
+            self.schedule, sampler, num_inference_steps, self.spacing, self.steps_offset, self.set_alpha_to_one
+        )  # fmt: skip
         start = noise() if latents is None else latents.to(device, torch.float32)
         with tqdm(total=num_inference_steps, disable=not progress, dynamic_ncols=True) as bar:
             z = sample(
@@ -209,18 +224,18 @@ class LatentDiffusionPipeline:
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def _network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
-        dtype = self.unet.dtype
-        return self.unet(x.to(dtype), index, condition.to(dtype), return_dict=False)[0]
+        return self.unet(x, index, condition, return_dict=False)[0]
 
     def _guided(self, prompts: list[str], negatives: list[str], scale: float, each: int) -> ClassifierFree:
         condition = self._encode(prompts).repeat_interleave(each, 0)
         negative = self._encode(negatives).repeat_interleave(each, 0)
-        return ClassifierFree(self.denoiser, condition, negative, scale)
+        denoiser = Denoiser(self._network, self.target, self.unet.dtype)
+        return ClassifierFree(denoiser, condition, negative, scale)
 
     def _encode(self, prompts: list[str]) -> Tensor:
         """Each distinct prompt once: (b, tokens, width)."""
         distinct = list(dict.fromkeys(prompts))
-        rows = self.text_encoder.encode(distinct).to(self.unet.device)
+        rows = self.text_encoder.encode(distinct).to(self.unet.device, self.unet.dtype)
         return rows[[distinct.index(p) for p in prompts]]
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -230,11 +245,15 @@ class LatentDiffusionPipeline:
         multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         h, w = height or natural[0] * factor, width or natural[1] * factor
         if h <= 0 or w <= 0 or h % multiple or w % multiple:
-            raise UserError(f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model")
+            raise UserError(
+                f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
+            )
         return h // factor, w // factor
 
 
-def _finish(pixels: Tensor, output_type: Literal["pil", "np", "pt", "latent"]) -> list[Image.Image] | np.ndarray | Tensor:
+def _finish(
+    pixels: Tensor, output_type: Literal["pil", "np", "pt", "latent"]
+) -> list[Image.Image] | np.ndarray | Tensor:
     if output_type == "pt":
         return pixels
     array = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, 3)

@@ -45,8 +45,12 @@ def main() -> None:
     rounded = {stage: round(s, 1) for stage, s in seconds.items()}
     report = {"seconds": rounded | {"total": round(sum(seconds.values()), 1)}} | measured
     (RUNS / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\n{report['seconds']['total'] / 60:.1f} minutes. Look at {RUNS}/samples.png; figures in {RUNS}/report.json.")
-    print(f'Now yours: python scripts/txt2img.py --model {RUNS}/model --prompt "a large red star on a black background"')
+    print(
+        f"\n{report['seconds']['total'] / 60:.1f} minutes. Look at {RUNS}/samples.png; figures in {RUNS}/report.json."
+    )
+    print(
+        f'Now yours: python scripts/txt2img.py --model {RUNS}/model --prompt "a large red star on a black background"'
+    )
 
 
 if __name__ == "__main__":

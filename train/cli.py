@@ -79,7 +79,9 @@ def overlay(kind: type[Config], default: Config, arguments: list[str] | None = N
 
 def dump(config: object) -> str:
     """The configuration as YAML that `parse` reads back."""
-    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True
+    )
 
 
 def command(main: Callable[[], None]) -> NoReturn:

@@ -65,7 +65,9 @@ def paint(
     return np.concatenate(painted)
 
 
-def alignment(pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **how: Any) -> tuple[dict[str, float], np.ndarray]:
+def alignment(
+    pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **how: Any
+) -> tuple[dict[str, float], np.ndarray]:
     """Shares of background, colour, shape, size, relation and all of it that came out as asked; and the pictures."""
     pictures = paint(pipe, [scene.caption for scene in scenes], **how)
     return score_pictures(pictures, scenes), pictures

@@ -64,7 +64,9 @@ class LdmStage:
             unet.enable_gradient_checkpointing()
         self.schedule = Schedule.build(d.schedule, d.timesteps, d.beta_start, d.beta_end)
         objective = Objective(self.schedule, d.target, d.weighting, d.gamma, d.loss)
-        self.phases = [Phase("unet", DiffusionLoss(unet, objective), adamw(unet, config.optimizer), config.optimizer.lr)]
+        self.phases = [
+            Phase("unet", DiffusionLoss(unet, objective), adamw(unet, config.optimizer), config.optimizer.lr)
+        ]
         self.ema = Ema(unet, config.ema_decay)
         self.averaged = DiffusionLoss(self.ema.module, objective)
 
@@ -83,7 +85,9 @@ class LdmStage:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, count, b):
             places = list(range(first, min(first + b, count)))
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in self.held_out.__getitems__(places).items()}
+            batch = {
+                k: v.to(device) if torch.is_tensor(v) else v for k, v in self.held_out.__getitems__(places).items()
+            }
             batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
@@ -118,13 +122,17 @@ def train(config: LdmConfig) -> None:
     """Train stage 2 into `config.out`, or continue what stands there."""
     for name in ("vae", "text_encoder"):
         if not getattr(config, name):
-            raise UserError(f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model, or a hub id")
+            raise UserError(
+                f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model, or a hub id"
+            )
     accelerator = open_accelerator(config)
     source, held_out = open_sources(config.data, config.input)
     autoencoder = Autoencoder.load(config.vae)
     text_encoder = ClipTextEncoder.load(config.text_encoder)
     if config.input.resolution % autoencoder.factor:
-        raise UserError(f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor")
+        raise UserError(
+            f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
+        )
     inputs = {"data": source.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest}
     run = Run(config, accelerator, inputs)
     autoencoder.vae.to(accelerator.device)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ldm.errors import RunError
 from train.checkpoint import Checkpoints, atomic_folder
-from train.config import OptimizerConfig, Precision, RunConfig
+from train.config import OptimizerConfig, Precision
 from train.ema import Ema
 from train.run import Run
 
@@ -403,4 +403,3 @@ def duration(seconds: float) -> str:
 
 def _resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-

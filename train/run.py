@@ -1,8 +1,8 @@
 """A run's folder: what it was made with, what it logs, and whether a command continues it.
 
-    out/config.yaml      the resolved configuration, with versions, commit and the content of its inputs
-    out/metrics.jsonl    a line per log
-    out/samples/  out/checkpoints/  out/model/
+out/config.yaml      the resolved configuration, with versions, commit and the content of its inputs
+out/metrics.jsonl    a line per log
+out/samples/  out/checkpoints/  out/model/
 """
 
 import fcntl
@@ -24,8 +24,8 @@ from pydantic import TypeAdapter
 from ldm.errors import UserError
 from train.cli import read_yaml
 from train.config import DataConfig, RunConfig
-from train.data.shards import Processes
 from train.data.dataset import Batch, Damage, loader
+from train.data.shards import Processes
 from train.data.sources import Source, open_source
 from train.data.workers import Batched
 
@@ -61,13 +61,17 @@ class Run:
             before = read_yaml(described)
             _refuse_differences(self.out, before, _plain(self.config), inputs)
         elif self.out.is_dir() and any(self.out.iterdir()):
-            raise UserError(f"--out {str(self.out)!r} holds something that isn't a run (no config.yaml): choose another")
+            raise UserError(
+                f"--out {str(self.out)!r} holds something that isn't a run (no config.yaml): choose another"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.out / ".lock", "w")  # noqa: SIM115  held open: the lock lives as long as the process
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is training in {str(self.out)!r}: wait for it, or choose another --out") from None
+            raise UserError(
+                f"another process is training in {str(self.out)!r}: wait for it, or choose another --out"
+            ) from None
         about = {"inputs": inputs, "versions": versions(), "commit": _commit()}
         text = yaml.safe_dump(_plain(self.config) | {"about": about}, sort_keys=False, allow_unicode=True)
         temporary = described.with_suffix(".tmp")
@@ -214,7 +218,9 @@ def _commit() -> str:
     """Of the checkout this code is in, or nothing."""
     try:
         here = Path(__file__).parent
-        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10)
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return told.stdout.strip() if told.returncode == 0 else ""

@@ -90,7 +90,9 @@ class VaeStage:
         ).to(device)  # fmt: skip
         factor = 2 ** (len(shape.channels) - 1)
         if config.input.resolution % factor:
-            raise UserError(f"input.resolution {config.input.resolution} isn't a multiple of {factor}, the autoencoder's factor")
+            raise UserError(
+                f"input.resolution {config.input.resolution} isn't a multiple of {factor}, the autoencoder's factor"
+            )
         adversarial = config.adversarial
         critic = perceptual = None
         if adversarial.kind == "hinge":
@@ -100,7 +102,9 @@ class VaeStage:
         self.reconstruct = Reconstruct(vae, config, perceptual, critic)
         self.phases = [Phase("vae", self.reconstruct, adamw(vae, config.optimizer), config.optimizer.lr)]
         if critic is not None:
-            judge = Phase("discriminator", Judge(critic), adamw(critic, config.optimizer), adversarial.lr, adversarial.start)
+            judge = Phase(
+                "discriminator", Judge(critic), adamw(critic, config.optimizer), adversarial.lr, adversarial.start
+            )
             self.phases.append(judge)
         self.ema = Ema(vae, config.ema_decay)
         self.latent_shape = (shape.latent_channels, *(2 * [config.input.resolution // factor]))
@@ -150,7 +154,9 @@ class VaeStage:
         sums = measure(vae, ((p["pixels"], p["posterior_noise"]) for p in parts), channels=c)
         statistics = latent_statistics(accelerator.reduce(sums, "sum").cpu())
         if statistics.dead:
-            self.run.say(f"latent channels {statistics.dead} carry nothing: fewer latent channels, or a lower --kl-weight")
+            self.run.say(
+                f"latent channels {statistics.dead} carry nothing: fewer latent channels, or a lower --kl-weight"
+            )
         fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
         if self.run.main:
             vae.save_pretrained(str(folder), safe_serialization=True)
@@ -163,5 +169,3 @@ def train(config: VaeConfig) -> None:
     source, held_out = open_sources(config.data, config.input)
     run = Run(config, accelerator, {"data": source.fingerprint})
     fit(run, VaeStage(run, config, source, held_out))
-
-
