@@ -12,11 +12,12 @@ from typing import NamedTuple, Self
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
+_FIRST_LOGVAR = -6.0  # of the posterior before training: a deviation of 0.05
 _DEAD = 0.05  # a channel whose mean moves less than this share of its deviation tells the decoder nothing
 
 
@@ -36,7 +37,7 @@ def build_autoencoder(
     if odd := [c for c in channels if c % groups]:
         raise UserError(f"model.groups {groups} doesn't divide model.channels {odd}: choose a common divisor")
     levels = len(channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(channels),
@@ -47,6 +48,16 @@ def build_autoencoder(
         sample_size=resolution,
         scaling_factor=SCALING_FACTOR,
     )
+    # Every residual branch starts at zero, and the posterior narrow: with diffusers' own initial values the first
+    # thousand steps go into undoing noise (docs/LOG.md has the comparison).
+    for name, module in vae.named_modules():
+        if name.endswith((".conv2", ".to_out.0")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        vae.quant_conv.weight[latent_channels:] *= 0.1
+        vae.quant_conv.bias[latent_channels:] = _FIRST_LOGVAR
+    return vae
 
 
 class Posterior(NamedTuple):

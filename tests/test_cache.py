@@ -304,7 +304,7 @@ def test_too_many_damaged_pictures_stop_the_run_and_a_few_do_not(tmp_path):
     damage = Damage(dataset.source, tmp_path / "damaged.jsonl", most=0.25, say=lambda _: None)
     with pytest.raises(RunError, match=r"of .* pictures can't be read, more than the share of 0.25"):
         list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
-    assert damage.bad == 26  # not before a hundred examples could have passed
+    assert 25 < damage.bad <= 25 + 8  # not before a quarter of a hundred
     damage = Damage(dataset.source, tmp_path / "damaged.jsonl", most=0.5, say=lambda _: None)
     list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
     assert 90 < damage.bad < 300
@@ -317,9 +317,9 @@ def test_a_report_cut_short_is_continued(tmp_path):
     damage.note(8, [("a.png", "x"), ("b.png", "y")])
     damage.note(8, [("c.png", "z"), ("b.png", "y")])
     Damage(source_of(tmp_path / "again"), report, say=lambda _: None).note(8, [("b.png", "y"), ("c.png", "z")])
-    whole = [json.loads(line)["file"] for line in report.read_text().splitlines() if line.endswith("}")]
-    assert sorted(set(whole)) == ["a.png", "b.png", "c.png"]
-    assert len(whole) == 3
+    lines = report.read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines if line.endswith("}")] == ["a.png", "b.png", "c.png"]
+    assert len(lines) == 4
 
 
 def test_missing_files_are_reported(tmp_path):
@@ -446,6 +446,7 @@ def test_two_sources_may_share_a_folder(tmp_path):
 
 def _killed(tmp_path, source):
     """Dies in the middle of the third shard."""
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
 
     class Deadly(Encoder):
         def __call__(self, pixels):
@@ -512,6 +513,7 @@ def test_processes_share_the_work_and_make_the_same_files(tmp_path, world):
     barrier, queue = context.Barrier(world), context.Queue()
 
     def work(rank):
+        torch.set_num_threads(1)  # a forked process has none of its parent's threads
         encode = Encoder()
         processes = Processes(rank=rank, world=world, barrier=barrier.wait, say=lambda _: None)
         latents = latents_of(tmp_path / "shared", source, encode, processes=processes)
@@ -579,3 +581,20 @@ def test_many_shards_keep_no_files_open(tmp_path, monkeypatch):
     latents.gather(np.arange(30))
     assert len(shard_files(tmp_path)) == 30
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_shard_is_a_plain_numpy_file(tmp_path):
+    latents = latents_of(tmp_path, source_of(tmp_path), Encoder())
+    rows = np.concatenate([np.load(path, allow_pickle=False) for path in shard_files(tmp_path)])
+    np.testing.assert_array_equal(rows, latents.gather(np.arange(30)))
+    order = np.array([29, 0, 8, 7, 0, 16])
+    np.testing.assert_array_equal(rows[order], latents.gather(order))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_cut_short_in_use_is_an_error_in_words(tmp_path, workers):
+    dataset = cached(tmp_path, source_of(tmp_path))
+    for path in shard_files(tmp_path):
+        os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(RunError, match=r"^\S*npy was cut short while in use: run the same command again$"):
+        list(loader(dataset, start_step=0, steps=5, batch_size=8, workers=workers))

@@ -1,5 +1,6 @@
 """Configurations: every file is instantiated, wrong ones get one line that says what fits."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -149,10 +150,8 @@ fields = st.sampled_from(["steps", "optimizer", "unet", "diffusion", "input", "p
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(fields, trees, max_size=4))
 def test_any_mapping_is_a_configuration_or_a_plain_refusal(given: dict) -> None:
-    try:
+    with contextlib.suppress(UserError):  # and no other exception
         assert isinstance(validate(LdmConfig, given), LdmConfig)
-    except UserError as error:
-        assert str(error)
 
 
 def test_help_lists_every_field_with_its_meaning() -> None:
@@ -167,5 +166,5 @@ def test_help_lists_every_field_with_its_meaning() -> None:
 
 
 def test_a_missing_file_is_one_line() -> None:
-    with pytest.raises(UserError, match="no-such.yaml"):
+    with pytest.raises(UserError, match=r"no-such\.yaml"):
         read_yaml(Path("no-such.yaml"))

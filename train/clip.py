@@ -31,7 +31,7 @@ class Pair(nn.Module):
 
     def forward(self, batch: Batch) -> StepOutput:
         loss, metrics = self.contrastive(batch["pixels"], batch["input_ids"], batch["caption_ids"])
-        return StepOutput(loss, metrics)
+        return StepOutput(loss, metrics, {})
 
 
 class ClipStage:

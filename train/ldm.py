@@ -40,7 +40,7 @@ class DiffusionLoss(nn.Module):
     def forward(self, batch: Batch) -> StepOutput:
         x0 = batch["mean"] + batch["std"] * batch["posterior_noise"]  # (b, c, h, w)
         losses = self.objective(self.network, x0, batch["timestep"], batch["noise"], batch["condition"])
-        return StepOutput(losses.weighted.mean(), {"mse": losses.unweighted.detach().mean()})
+        return StepOutput(losses.weighted.mean(), {"mse": losses.unweighted.detach().mean()}, {})
 
 
 class LdmStage:

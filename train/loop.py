@@ -35,7 +35,7 @@ class StepOutput(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     """Logged beside the loss; detached scalars."""
-    carry: dict[str, Tensor] = {}
+    carry: dict[str, Tensor]
     """Added to the batch for the phases after it; detached."""
 
 

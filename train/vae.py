@@ -73,7 +73,7 @@ class Judge(nn.Module):
 
     def forward(self, batch: Batch) -> StepOutput:
         real, fake = self.critic(torch.cat([batch["pixels"], batch["made"].to(batch["pixels"].dtype)])).chunk(2)
-        return StepOutput(hinge_discriminator_loss(real, fake), {})
+        return StepOutput(hinge_discriminator_loss(real, fake), {}, {})
 
 
 class VaeStage:

@@ -175,8 +175,9 @@ class Damage:
         self.listed |= set(new)
         lines = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
         self.report.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.report.is_file() and self.report.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
         with open(self.report, "ab") as file:  # appended at once: processes don't mix their lines
-            file.write(lines.encode())
+            file.write(("\n" * torn + lines).encode())
 
 
 def loader(

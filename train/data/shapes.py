@@ -130,7 +130,8 @@ def parse_caption(text: str) -> Scene:
     if match is None:
         raise ValueError(f"not a caption of the Shapes set: {text!r}; accepted is, say, "
                          "'a small blue star above a large yellow square on a black background'")  # fmt: skip
-    size, colour, shape, relation, size2, colour2, shape2, background = match.groups()
+    words: tuple[Any, ...] = match.groups()
+    size, colour, shape, relation, size2, colour2, shape2, background = words
     second = () if relation is None else (Object(shape2, colour2, size2),)
     return Scene((Object(shape, colour, size), *second), relation, background)
 
@@ -190,7 +191,8 @@ def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
     radii = [DIAMETERS[thing.size] / 2 * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER) for thing in scene.objects]
     if scene.relation is None:
         room = MARGIN + radii[0]
-        return (Placed(*rng.uniform(room, 1 - room, size=2), radii[0]),)
+        centre = rng.uniform(room, 1 - room, size=2)
+        return (Placed(centre[0], centre[1], radii[0]),)
     swapped = scene.relation in ("below", "right of")  # then the second object comes first along the axis
     first, second = radii[::-1] if swapped else radii
     # Along the axis: border, first, gap, second, border; what is left over is split at random between the three spaces.
@@ -298,7 +300,8 @@ def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool
     with workplace as folder, tqdm(total=train + test, unit=" pictures", disable=None) as bar:
         whole = Path(folder, "set")
         whole.mkdir()
-        for split, count in (("train", train), ("test", test)):
+        counts: dict[Split, int] = {"train": train, "test": test}
+        for split, count in counts.items():
             if count:
                 _write_split(whole / split, split, side, count, seed, bar)
         (whole / "shapes.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Rows of equal shape in files on disk, made once, verified at every start, read through memory maps.
+"""Rows of equal shape in files on disk, made once, verified at every start, read where they lie.
 
 Rows lie in shards, NNNNN-KEY.npy. A shard's key is a hash of all it was made from: what the caller says the rows depend
 on, and each row's own key. Beside it NNNNN-KEY.json holds the SHA-256 of what was written. A shard is used only if its
@@ -16,13 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -37,6 +36,7 @@ Make = Callable[[Sequence[range], Callable[[int], object]], Iterator[tuple[NDArr
 
 _FORMAT = 1  # of the files; part of every key
 _SHARD_BYTES, _SHARD_ROWS = 64 * 2**20, 4096  # of a shard, at most
+_HEADER = 128  # bytes of NumPy's own before the rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +49,31 @@ class Processes:
     say: Callable[[str], object] = print
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shards:
-    """Rows in files. A file is mapped when first touched, and again in another process."""
+    """Rows in files. Nothing is kept in memory, nor any file open: the system's page cache does the first better.
+
+    Reading was chosen over memory maps for its steady cost (a map pays by the page, most of all in a virtual machine),
+    and because a file that was cut short gives an error instead of a crash.
+    """
 
     paths: list[Path]
     per_shard: int
     shape: tuple[int, ...]
     dtype: Stored
-    _maps: dict[int, Tensor] = field(default_factory=dict)
 
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
-        """A copy of these rows, (b, *shape) float32."""
+        """These rows, (b, *shape) float32. Raises RunError when a file has changed its length under us."""
+        out = np.empty((len(rows), *self.shape), self.dtype)
+        raw = out.reshape(len(rows), math.prod(self.shape)).view(np.uint8)  # (b, bytes)
         shards, places = np.divmod(rows, self.per_shard)
-        return torch.stack([self._map(k)[row] for k, row in zip(shards.tolist(), places.tolist(), strict=True)]).float()
-
-    def _map(self, shard: int) -> Tensor:
-        if shard not in self._maps:
-            self._maps[shard] = _mapped(self.paths[shard], getattr(torch, self.dtype), self.shape)
-        return self._maps[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
+        for shard in np.unique(shards).tolist():
+            with self.paths[shard].open("rb", buffering=0) as file:
+                for k in np.flatnonzero(shards == shard).tolist():
+                    start = _HEADER + int(places[k]) * raw.shape[1]
+                    if os.preadv(file.fileno(), [raw[k]], start) != raw.shape[1]:
+                        raise RunError(f"{self.paths[shard]} was cut short while in use: run the same command again")
+        return torch.from_numpy(out).float()
 
 
 class Shard(NamedTuple):
@@ -141,6 +144,8 @@ def open_shards(
 def _write(shard: Shard, values: NDArray[Any], bad: Bad) -> None:
     """The rows, then what vouches for them; each whole or not at all."""
     _atomically(shard.path, lambda file: np.save(file, values, allow_pickle=False))
+    if (header := shard.path.stat().st_size - values.nbytes) != _HEADER:
+        raise RunError(f"{shard.path} has a header of {header} bytes where {_HEADER} were expected")
     about = {"key": shard.key, "bad": bad, "sha256": _sum(shard.path, bad)}
     _atomically(shard.path.with_suffix(".json"), lambda file: file.write(json.dumps(about).encode()))
 
@@ -194,13 +199,3 @@ def _sound(shard: Shard) -> bool:
         return about is not None and about["sha256"] == _sum(shard.path, about["bad"])
     except (OSError, TypeError, KeyError):
         return False
-
-
-def _mapped(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A .npy file as a tensor over its memory map. (Unlike NumPy's, torch's keeps no file open: shards may be many.)"""
-    with path.open("rb") as file:
-        npy.read_magic(file)
-        npy.read_array_header_1_0(file)
-        start = file.tell()
-    raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    return raw[start:].view(dtype).view(-1, *shape)

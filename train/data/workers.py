@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch.utils.data import DataLoader
 
+from ldm.errors import RunError
+
 Batch_co = TypeVar("Batch_co", covariant=True)
 Batch = TypeVar("Batch")
 
@@ -25,9 +27,12 @@ def read_ahead(
     ahead: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """`dataset.__getitems__(part)` for each part in turn; `ahead` of them in work in each worker. 0 works here."""
+    """`dataset.__getitems__(part)` for each part in turn; `ahead` of them in work in each worker. 0 works here.
+
+    RunError and OSError come from a worker as they were raised there, without a traceback in their message.
+    """
     loader: Any = DataLoader(
-        cast(Any, dataset),
+        cast(Any, _Telling(dataset)),
         batch_sampler=cast(Any, parts),
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -36,7 +41,23 @@ def read_ahead(
         generator=torch.Generator(),  # torch's global one is left alone
         worker_init_fn=_outlast_signals,
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+class _Telling:
+    """A data set that returns the errors a user is to read."""
+
+    def __init__(self, dataset: Batched[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, at: Sequence[int]) -> Any:
+        try:
+            return self.dataset.__getitems__(at)
+        except (RunError, OSError) as error:
+            return error
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,0 +1,181 @@
+"""Folding is exact and normalises; each loss sends its gradient where it should, and nowhere else."""
+
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from autoencoder.discriminator import PatchDiscriminator
+from autoencoder.losses import ClipPerceptual, hinge_discriminator_loss, hinge_generator_loss, kl_loss
+from autoencoder.model import Autoencoder, Posterior, build_autoencoder, fold, latent_statistics, latent_sums, measure
+from conditioning.contrastive import build_clip, save_clip
+from conditioning.tokenizer import train_tokenizer
+from ldm.errors import UserError
+from train.config import AdversarialConfig, PerceptualConfig, VaeConfig
+from train.vae import Judge, Reconstruct
+
+
+def small_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = build_autoencoder(channels=(16, 32), layers=1, latent_channels=4, groups=8, attention=True)
+    # Latents far from normal, each channel in its own way.
+    with torch.no_grad():
+        vae.quant_conv.weight[:4] *= torch.tensor([1.0, 30.0, 0.2, 5.0]).view(4, 1, 1, 1)
+        vae.quant_conv.bias[:4] = torch.tensor([0.0, 3.0, -7.0, 0.5])
+        vae.quant_conv.bias[4:] = torch.tensor([-8.0, -2.0, -9.0, -4.0])
+    return vae.eval()
+
+
+def pictures(n: int = 16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator) * 2 - 1
+    return nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
+
+
+@torch.no_grad()
+def test_folding_is_an_exact_change_of_coordinates() -> None:
+    vae, x = small_vae().double(), pictures().double()
+    before = vae.encode(x).latent_dist
+    z = before.mean + before.std * torch.randn(before.mean.shape, generator=torch.Generator().manual_seed(1)).double()
+    decoded = vae.decode(z).sample
+    mean, std = torch.tensor([0.1, -2.0, 3.0, 0.0]).double(), torch.tensor([2.0, 0.01, 7.0, 1.0]).double()
+    fold(vae, mean, std)
+    after, c = vae.encode(x).latent_dist, Autoencoder(vae)
+    m, s = mean.view(1, 4, 1, 1), std.view(1, 4, 1, 1)
+    torch.testing.assert_close(after.mean * c.scale, (before.mean - m) / s, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(after.std * c.scale, before.std / s, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(vae.decode((z - m) / s / c.scale).sample, decoded, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_measured_statistics_make_posterior_samples_standard() -> None:
+    vae, x = small_vae(), pictures(256)
+    noise = torch.randn(256, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    batches = list(zip(x.split(64), noise.split(64), strict=True))
+    statistics = latent_statistics(measure(vae, batches, 4))
+    fold(vae, statistics.mean, statistics.std)
+    z = Autoencoder(vae).encode(x).sample(noise)
+    assert vae.config.scaling_factor == 0.18215
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_sums_add_up_over_any_split() -> None:
+    g = torch.Generator().manual_seed(0)
+    q = Posterior(torch.randn(12, 3, 4, 4, generator=g), torch.rand(12, 3, 4, 4, generator=g))
+    noise = torch.randn(12, 3, 4, 4, generator=g)
+    parts = [latent_sums(Posterior(q.mean[a:b], q.std[a:b]), noise[a:b]) for a, b in ((0, 5), (5, 12))]
+    torch.testing.assert_close(parts[0] + parts[1], latent_sums(q, noise))
+    statistics = latent_statistics(latent_sums(q, noise))
+    z = q.sample(noise).double()
+    torch.testing.assert_close(statistics.mean, z.mean((0, 2, 3)))
+    torch.testing.assert_close(statistics.std, z.std((0, 2, 3), unbiased=False))
+
+
+def test_channels_that_carry_nothing_are_reported_and_floored() -> None:
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(64, 3, 4, 4, generator=g)
+    std = torch.full_like(mean, 0.1)
+    mean[:, 1] = 0.0  # a collapsed posterior: all noise
+    std[:, 1] = 1.0
+    mean[:, 2], std[:, 2] = 5.0, 1e-9  # a constant
+    statistics = latent_statistics(latent_sums(Posterior(mean, std), torch.randn(mean.shape, generator=g)))
+    assert statistics.dead == [1, 2]
+    assert statistics.std[2] == pytest.approx(1e-3 * float(statistics.std.max()), rel=1e-6)
+
+
+def test_an_autoencoder_without_quant_convolutions_is_refused() -> None:
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=8, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False
+    )
+    with pytest.raises(UserError, match="quant"):
+        fold(vae, torch.zeros(4), torch.ones(4))
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="32"):
+        build_autoencoder(channels=(48,), layers=1, latent_channels=4)
+
+
+def test_kl_against_torch_distributions() -> None:
+    g = torch.Generator().manual_seed(0)
+    mean, logvar = torch.randn(5, 4, 2, 2, generator=g), torch.randn(5, 4, 2, 2, generator=g)
+    q = torch.distributions.Normal(mean, (logvar / 2).exp())
+    p = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    expected = torch.distributions.kl_divergence(q, p).sum((1, 2, 3)).mean() / 48
+    torch.testing.assert_close(kl_loss(mean, logvar, 48), expected)
+
+
+def gradients(module: nn.Module) -> float:
+    return math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None))
+
+
+def test_each_player_trains_itself_alone() -> None:
+    config = VaeConfig(adversarial=AdversarialConfig(kind="hinge"))
+    vae, critic = small_vae().train(), PatchDiscriminator(16, 2)
+    game = Reconstruct(vae, config, None, critic)
+    game.adversarial = True
+    batch = {"pixels": pictures(4), "posterior_noise": torch.randn(4, 4, 16, 16)}
+    out = game(batch)
+    out.loss.backward()
+    assert gradients(vae) > 0
+    assert gradients(critic) == 0
+    vae.zero_grad(set_to_none=True)
+    # Without the adversarial term the gradient is another one: the term does reach the autoencoder.
+    game.adversarial = False
+    plain = game(batch)
+    assert not torch.equal(plain.loss, out.loss)
+    Judge(critic)(batch | out.carry).loss.backward()
+    assert gradients(critic) > 0
+    assert gradients(vae) == 0
+
+
+def test_the_discriminator_learns_to_tell_and_the_generator_to_fool() -> None:
+    real, fake = torch.full((4, 1, 2, 2), 2.0), torch.full((4, 1, 2, 2), -2.0)
+    assert hinge_discriminator_loss(real, fake) == 0
+    assert hinge_discriminator_loss(fake, real) == 3
+    assert hinge_generator_loss(real) < hinge_generator_loss(fake)
+
+
+def test_perceptual_loss_moves_the_picture_and_not_its_judge(tmp_path) -> None:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a red star"], 600, 8)
+    clip = build_clip(
+        tokenizer, text_width=16, text_layers=1, text_heads=2, vision_width=16, vision_layers=2, vision_heads=2,
+        patch_size=8, image_size=16, projection_dim=16,
+    )  # fmt: skip
+    save_clip(clip, tokenizer, tmp_path)
+    perceptual = ClipPerceptual(str(tmp_path))
+    x = pictures(2)
+    made = (x + 0.1 * torch.randn(x.shape)).requires_grad_()
+    loss = perceptual(made, x)
+    loss.backward()
+    assert loss > 0
+    assert made.grad.abs().sum() > 0
+    assert gradients(perceptual) == 0
+    assert perceptual(x, x) == pytest.approx(0, abs=1e-6)
+    assert PerceptualConfig(kind="clip", model=str(tmp_path)).weight > 0
+    with pytest.raises(UserError, match=r"perceptual\.model"):
+        ClipPerceptual(str(tmp_path / "nothing"))
+
+
+def test_loading_says_what_is_wrong(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        Autoencoder.load(tmp_path)
+    with pytest.raises(UserError, match="no autoencoder"):
+        Autoencoder.load("runs/no/such/model")
+    shifted = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, shift_factor=0.1)
+    shifted.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="shifts"):
+        Autoencoder.load(tmp_path)
+
+
+def test_the_digest_follows_the_weights() -> None:
+    vae = small_vae()
+    before = Autoencoder(vae).digest
+    assert Autoencoder(vae).digest == before
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] += 1e-7
+    assert Autoencoder(vae).digest != before

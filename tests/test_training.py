@@ -1,0 +1,355 @@
+"""A run is a function of its configuration: cut and continued, on one process or two, it is the same run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train.clip
+import train.ldm
+import train.loop
+import train.vae
+from ldm.errors import RunError, UserError
+from train.config import (
+    AdversarialConfig,
+    AutoencoderConfig,
+    ClipConfig,
+    DataConfig,
+    ImageTowerConfig,
+    LdmConfig,
+    OptimizerConfig,
+    RunConfig,
+    TextTowerConfig,
+    UnetConfig,
+    VaeConfig,
+)
+from train.data.sources import open_source
+from train.loop import Trainer, learning_rate
+
+ROOT = Path(__file__).parent.parent
+COMMON = {
+    "steps": 8,
+    "batch_size": 8,
+    "checkpoint_every": 3,
+    "validate_every": 8,
+    "log_every": 2,
+    "ema_decay": 0.9,
+    "trackers": (),
+    "keep_checkpoints": 9,
+    "optimizer": OptimizerConfig(lr=1e-3, schedule="cosine", warmup=3),
+    "input": DataConfig(resolution=32),
+}
+
+
+def clip_config(shapes: Path, out: Path, **change: object) -> ClipConfig:
+    small = {"width": 32, "layers": 1, "heads": 2}
+    return ClipConfig(
+        data=str(shapes), out=str(out), text=TextTowerConfig(vocab_size=700, max_length=16, **small),
+        image=ImageTowerConfig(patch_size=8, **small), projection=16, **COMMON | change,
+    )  # fmt: skip
+
+
+def vae_config(shapes: Path, out: Path, **change: object) -> VaeConfig:
+    model = AutoencoderConfig(channels=(8, 16), layers=1, groups=8, attention=False)
+    adversarial = AdversarialConfig(kind="hinge", start=4, channels=8, layers=2)
+    return VaeConfig(data=str(shapes), out=str(out), model=model, adversarial=adversarial, **COMMON | change)
+
+
+@pytest.fixture(scope="session")
+def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished stage 0 and stage 1."""
+    runs = tmp_path_factory.mktemp("runs")
+    train.clip.train(clip_config(shapes, runs / "clip"))
+    train.vae.train(vae_config(shapes, runs / "vae"))
+    return runs
+
+
+def ldm_config(shapes: Path, out: Path, parts: Path, **change: object) -> LdmConfig:
+    unet = UnetConfig(channels=(16, 32), attention=(True, True), heads=(2, 2), groups=8)
+    settings = COMMON | {"validation_examples": 8, "sample_steps": 2} | change
+    return LdmConfig(
+        data=str(shapes), out=str(out), vae=str(parts / "vae/model"), text_encoder=str(parts / "clip/model"),
+        cache=str(parts / "cache"), unet=unet, caption_dropout=0.3, **settings,
+    )  # fmt: skip
+
+
+Start = Callable[..., None]
+
+
+@pytest.fixture(params=["clip", "vae", "ldm"])
+def start(request: pytest.FixtureRequest, shapes: Path) -> Start:
+    """Starts a stage: start(out, **changed settings)."""
+    match request.param:
+        case "clip":
+            return lambda out, **change: train.clip.train(clip_config(shapes, out, **change))
+        case "vae":
+            return lambda out, **change: train.vae.train(vae_config(shapes, out, **change))
+        case _:
+            parts = request.getfixturevalue("parts")
+            return lambda out, **change: train.ldm.train(ldm_config(shapes, out, parts, **change))
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Let a run crash just before its step number `at` (from 0)."""
+    step = Trainer.step
+
+    def crash(self: Trainer, number: int, batch: list) -> dict:
+        if number == at:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "step", crash)
+
+
+def final_state(out: Path, step: int = 8) -> tuple[bytes, bytes]:
+    folder = out / f"checkpoints/step-{step:08d}"
+    return (folder / "state.safetensors").read_bytes(), (folder / "state.json").read_bytes()
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (4, 2)])
+def test_a_run_cut_and_continued_is_the_run_that_was_never_cut(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, workers: int
+) -> None:
+    settings = {"accumulation": accumulation, "workers": workers}
+    start(tmp_path / "whole", **settings)
+    for at in (2, 5, 7):
+        with monkeypatch.context() as patch:
+            cut(patch, at)
+            with pytest.raises(KeyboardInterrupt):
+                start(tmp_path / f"cut-{at}", **settings)
+        start(tmp_path / f"cut-{at}", **settings | {"workers": 0})
+        assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
+        assert losses(tmp_path / f"cut-{at}")[-1] == losses(tmp_path / "whole")[-1]
+        steps = [step for step, _ in losses(tmp_path / f"cut-{at}")]
+        assert steps == sorted(set(steps))  # nothing is logged twice
+
+
+def test_every_weight_moves_and_the_model_is_the_average(start: Start, tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    first, last = (load_file(tmp_path / f"run/checkpoints/step-{s:08d}/state.safetensors") for s in (3, 8))
+    moved = [name for name, value in last.items() if "/module/" in name and not torch.equal(value, first[name])]
+    weights = [
+        name for name in last if "/module/" in name and "position_ids" not in name and last[name].is_floating_point()
+    ]
+    assert set(moved) >= {name for name in weights if "logit_scale" not in name}
+    assert {value.dtype for name, value in last.items() if "/module/" in name and value.is_floating_point()} == {
+        torch.float32
+    }
+    for name in [n for n in last if n.startswith("state/ema/")][:20]:
+        assert last[name].dtype in (torch.float32, torch.int64)
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tmp_path / "run")
+    model = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/model").rglob("*")}
+    start(tmp_path / "run")
+    assert "finished" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run/model").rglob("*")} == model
+    start(tmp_path / "run", steps=10, checkpoint_every=100)
+    assert losses(tmp_path / "run")[-1][0] == 10
+
+
+def test_other_settings_are_refused_by_name(start: Start, tmp_path: Path, shapes: Path) -> None:
+    start(tmp_path / "run", steps=3)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"batch-size 8, not 4"):
+        start(tmp_path / "run", steps=3, batch_size=4)
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        start(tmp_path / "run", steps=3, optimizer=OptimizerConfig(lr=1e-2, schedule="cosine", warmup=3))
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/diary.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        start(tmp_path / "other")
+    assert (tmp_path / "other/diary.txt").read_text() == "mine"
+
+
+def test_sixteen_bits_train_fp32_weights(start: Start, tmp_path: Path) -> None:
+    """fp16 begins with a loss scale that overflows: those steps are skipped, and the run goes on."""
+    for precision in ("bf16", "fp16"):
+        out = tmp_path / precision
+        start(out, precision=precision)
+        state = load_file(out / "checkpoints/step-00000008/state.safetensors")
+        weights = [v for name, v in state.items() if "/module/" in name and v.is_floating_point()]
+        moments = [v for name, v in state.items() if "exp_avg" in name]
+        assert {v.dtype for v in weights + moments} == {torch.float32}
+        assert all(torch.isfinite(v).all() for v in weights + moments)
+        assert all(loss == loss for _, loss in losses(out))
+
+
+def test_an_overflow_in_fp16_is_skipped_and_survived(
+    shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k | {"init_scale": 2.0**40}))
+    train.ldm.train(ldm_config(shapes, tmp_path / "run", parts, precision="fp16", steps=40, log_every=1))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    skipped = [line["skipped"] for line in lines if "skipped" in line]
+    assert 0 < skipped[-1] < 35
+    assert skipped[-1] == skipped[-5]  # the scale has come down, and training goes on
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """NaN in the noise of the batches of some steps."""
+    step = Trainer.step
+
+    def poisoned(self: Trainer, number: int, batch: list) -> dict:
+        if bad(number):
+            batch = [{k: v * torch.nan if k in ("noise", "pixels") else v for k, v in b.items()} for b in batch]
+        return step(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = {"checkpoint_every": 1, "ema_decay": 0.0}
+    poison(monkeypatch, lambda step: step == 5)
+    start(tmp_path / "run", **every)
+    before, after = (load_file(tmp_path / f"run/checkpoints/step-{s:08d}/state.safetensors") for s in (5, 6))
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    last = load_file(tmp_path / "run/checkpoints/step-00000008/state.safetensors")
+    assert all(torch.isfinite(v).all() for v in last.values() if v.is_floating_point())
+    assert any(not torch.equal(before[name], value) for name, value in last.items())
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("skipped", 0) for line in lines) >= 1
+
+
+def test_too_many_in_a_row_go_back_and_then_give_up(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, lambda step: step >= 4)
+    config = clip_config(shapes, tmp_path / "run", steps=40, roll_back_after=3, log_every=1, checkpoint_every=4)
+    with pytest.raises(RunError, match="finite"):
+        train.clip.train(replace(config, checkpoint_every=100))  # no checkpoint to go back to
+    config = replace(config, out=str(tmp_path / "second"))
+    with pytest.raises(RunError, match="not helped"):
+        train.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2))
+    assert "back to the weights of step 4" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(tmp_path / "whole")
+    step = Trainer.step
+
+    def interrupted(self: Trainer, number: int, batch: list) -> dict:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            start(tmp_path / "run")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "run/checkpoints/step-00000005/manifest.json").is_file()
+    start(tmp_path / "run")
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+
+
+def test_validation_does_not_disturb_training(start: Start, tmp_path: Path) -> None:
+    start(tmp_path / "a", validate_every=8)
+    start(tmp_path / "b", validate_every=1, log_every=1)
+    assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
+
+
+def test_gradient_checkpointing_gives_the_same_run(shapes: Path, parts: Path, tmp_path: Path) -> None:
+    train.ldm.train(ldm_config(shapes, tmp_path / "a", parts))
+    train.ldm.train(ldm_config(shapes, tmp_path / "b", parts, gradient_checkpointing=True))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
+
+
+def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_path: Path) -> None:
+    train.ldm.train(ldm_config(shapes, tmp_path / "a", parts))
+    train.ldm.train(ldm_config(shapes, tmp_path / "b", parts, accumulation=4))
+    for (_, a), (_, b) in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
+    """The final model/ is folded over the training set; what it was folded from stays unfolded in the checkpoint."""
+    from autoencoder.model import Autoencoder
+    from train.data.dataset import PictureDataset
+    from train.data.randomness import Purpose
+
+    draws = {"noise": (Purpose.NOISE, (4, 16, 16))}
+    batch = PictureDataset(open_source(shapes, "train"), 32, 1, shuffle=False, draws=draws).__getitems__(range(64))
+    codec = Autoencoder.load(parts / "vae/model")
+    z = codec.encode(batch["pixels"]).sample(batch["noise"])
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=0.05, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
+    raw = load_file(parts / "vae/checkpoints/step-00000008/state.safetensors")
+    folded = load_file(parts / "vae/model/diffusion_pytorch_model.safetensors")
+    assert torch.equal(raw["state/ema/encoder.conv_in.weight"], folded["encoder.conv_in.weight"])
+    assert not torch.equal(raw["state/ema/quant_conv.weight"], folded["quant_conv.weight"])
+
+
+@pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
+def test_two_processes_train_as_one(stage: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
+    """Same examples, same losses: on two Gloo processes and on one, the same global batch."""
+    worker = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+import test_training as t, train.{stage}
+args = (Path({str(shapes)!r}), Path(sys.argv[1])) + ((Path({str(parts)!r}),) if {stage!r} == "ldm" else ())
+train.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimizer=t.OptimizerConfig(lr=1e-4, warmup=0)))
+"""
+    script = tmp_path / "worker.py"
+    script.write_text(worker)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one")], check=True, timeout=300, cwd=ROOT)
+    subprocess.run(
+        [*launch, "--multi_cpu", "--num_processes", "2", str(script), str(tmp_path / "two")],
+        check=True, timeout=300, cwd=ROOT,
+    )  # fmt: skip
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [s for s, _ in one] == [s for s, _ in two] == [1, 2, 3, 4, 5]
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_learning_rates() -> None:
+    config = OptimizerConfig(schedule="cosine", warmup=10, final=0.1)
+    assert [learning_rate(config, s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(config, 60, 110) == pytest.approx(0.1 + 0.9 / 2)
+    assert learning_rate(config, 110, 110) == pytest.approx(0.1)
+    assert learning_rate(replace(config, schedule="linear"), 60, 110) == pytest.approx(0.55)
+    assert learning_rate(replace(config, schedule="constant"), 60, 110) == 1
+
+
+def test_the_run_describes_itself(parts: Path) -> None:
+    from train.cli import read_yaml
+
+    about = read_yaml(parts / "clip/config.yaml")
+    assert about["steps"] == 8
+    assert about["about"]["versions"]["torch"] == torch.__version__ or about["about"]["versions"]["torch"]
+    assert len(about["about"]["inputs"]["data"]) == 64
+    assert list((parts / "clip/samples").glob("step-*.png"))
+    assert isinstance(RunConfig(), RunConfig)
