@@ -70,8 +70,8 @@ class Shards:
         for shard in np.unique(shards).tolist():
             with self.paths[shard].open("rb", buffering=0) as file:
                 for k in np.flatnonzero(shards == shard).tolist():
-                    start = _HEADER + int(places[k]) * raw.shape[1]
-                    if os.preadv(file.fileno(), [raw[k]], start) != raw.shape[1]:
+                    file.seek(_HEADER + int(places[k]) * raw.shape[1])
+                    if file.readinto(raw[k]) != raw.shape[1]:
                         raise RunError(f"{self.paths[shard]} was cut short while in use: run the same command again")
         return torch.from_numpy(out).float()
 
@@ -119,12 +119,11 @@ def open_shards(
     if todo:
         count, damaged = sum(len(s.rows) for s in todo), sum(_about(s) is not None for s in todo)
         room, needed = shutil.disk_usage(folder).free, count * row_bytes
-        if processes.rank == 0:
-            of = f"{len(todo)} of {len(mine)} shards" + (" of this process" if processes.world > 1 else "")
-            processes.say(
-                f"cache {folder}: making {of} ({len(todo) - damaged} missing or stale, {damaged} damaged): "
-                f"{count:,} rows, {needed / 2**20:,.1f} MiB"
-            )
+        of = f"{len(todo)} of {len(mine)} shards" + (" of this process" if processes.world > 1 else "")
+        processes.say(
+            f"cache {folder}: making {of} ({len(todo) - damaged} missing or stale, {damaged} damaged): "
+            f"{count:,} rows, {needed / 2**20:,.1f} MiB"
+        )
         if needed > room:
             raise RunError(f"cache {folder} needs {needed / 2**30:.1f} GiB more; {room / 2**30:.1f} GiB are free there")
         _sweep(folder)
