@@ -112,7 +112,7 @@ def train(config: ClipConfig) -> None:
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
         )
-    run = Run(config, accelerator, {"data": source.fingerprint})
-    captions = (caption for record in source for caption in record.captions)
-    tokenizer = train_tokenizer(captions, config.text.vocab_size, config.text.max_length)
-    fit(run, ClipStage(run, config, source, held_out, tokenizer))
+    with Run(config, accelerator, {"data": source.fingerprint}) as run:
+        captions = (caption for record in source for caption in record.captions)
+        tokenizer = train_tokenizer(captions, config.text.vocab_size, config.text.max_length)
+        fit(run, ClipStage(run, config, source, held_out, tokenizer))

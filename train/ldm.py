@@ -134,11 +134,11 @@ def train(config: LdmConfig) -> None:
             f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
         )
     inputs = {"data": source.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest}
-    run = Run(config, accelerator, inputs)
-    autoencoder.vae.to(accelerator.device)
-    text_encoder.to(accelerator.device)
-    training, validation = (cached(run, config, s, autoencoder, text_encoder) for s in (source, held_out))
-    fit(run, LdmStage(run, config, autoencoder, text_encoder, training, validation))
+    with Run(config, accelerator, inputs) as run:
+        autoencoder.vae.to(accelerator.device)
+        text_encoder.to(accelerator.device)
+        training, validation = (cached(run, config, s, autoencoder, text_encoder) for s in (source, held_out))
+        fit(run, LdmStage(run, config, autoencoder, text_encoder, training, validation))
 
 
 def cached(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import yaml
@@ -37,7 +37,9 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets")
 
 
 class Run:
-    """A stage's run: its folder and its processes. Refuses a folder that was made with other settings.
+    """A stage's run: its folder, locked while it lasts, and its processes.
+
+    Refuses a folder that was made with other settings, and one in which another process is training.
 
     inputs: content of what the run is made from, by name, e.g. {"data": fingerprint}.
     """
@@ -54,6 +56,14 @@ class Run:
             rank=accelerator.process_index, world=accelerator.num_processes, barrier=accelerator.wait_for_everyone,
             say=self.say,
         )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.accelerator.end_training()
+        if self.main:
+            self._lock.close()
 
     def _open(self, inputs: dict[str, str]) -> None:
         described = self.out / "config.yaml"

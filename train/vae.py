@@ -167,5 +167,5 @@ def train(config: VaeConfig) -> None:
     """Train stage 1 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
     source, held_out = open_sources(config.data, config.input)
-    run = Run(config, accelerator, {"data": source.fingerprint})
-    fit(run, VaeStage(run, config, source, held_out))
+    with Run(config, accelerator, {"data": source.fingerprint}) as run:
+        fit(run, VaeStage(run, config, source, held_out))
