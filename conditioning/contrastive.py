@@ -26,6 +26,7 @@ from conditioning.tokenizer import save_tokenizer
 from ldm.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5
+_TOKEN_STD = 0.2  # of the first token embeddings; transformers' 0.02 is drowned by what the layers add
 MEAN = STD = 0.5  # of the vision tower's input: pictures in [-1, 1] go in as they are
 
 
@@ -52,7 +53,7 @@ def build_clip(
             raise UserError(f"{tower} width {width} isn't divisible by {heads} heads")
     if image_size % patch_size:
         raise UserError(f"pictures of {image_size} a side can't be cut into patches of {patch_size}")
-    return CLIPModel(
+    clip = CLIPModel(
         CLIPConfig(
             text_config={
                 "hidden_size": text_width,
@@ -80,6 +81,9 @@ def build_clip(
             projection_dim=projection_dim,
         )
     )
+    # The loss sees the end token alone, but the UNet reads every token: let each say its own word loudly from the start.
+    nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=_TOKEN_STD)
+    return clip
 
 
 def contrastive_loss(

@@ -19,19 +19,23 @@ def build_unet(
     heads: Sequence[int],
     depth: int = 1,
     groups: int = 32,
+    modulation: bool = False,
     latent_channels: int,
     latent_size: int,
     text_width: int,
 ) -> UNet2DConditionModel:
     """A UNet2DConditionModel from random weights whose first output is zero.
 
-    `heads[k]` is the number of attention heads of level k. Every residual branch starts at zero too, as in the
+    `heads[k]` is the number of attention heads of level k. With `modulation`, attention-pooled text features are added
+    to the time embedding, which then scales and shifts every residual block (FiLM, Perez et al. 2018). Every residual branch starts at zero too, as in the
     reference implementation of Dhariwal & Nichol 2021: the network begins as the identity and learns from there.
     Raises UserError when the numbers don't fit one another.
     """
     for level, (c, h) in enumerate(zip(channels, heads, strict=True)):
         if c % groups or c % h:
             raise UserError(f"unet.channels {c} of level {level} is not divisible by {groups} groups and by {h} heads")
+    if modulation and text_width % heads[0]:
+        raise UserError(f"unet.modulation: text features of width {text_width} don't split into {heads[0]} heads")
     if latent_size % 2 ** (len(channels) - 1):
         raise UserError(
             f"latents of {latent_size} a side can't be halved {len(channels) - 1} times: use fewer unet.channels "
@@ -52,6 +56,9 @@ def build_unet(
         attention_head_dim=tuple(heads),
         transformer_layers_per_block=depth,
         norm_num_groups=groups,
+        addition_embed_type="text" if modulation else None,
+        addition_embed_type_num_heads=heads[0],
+        resnet_time_scale_shift="scale_shift" if modulation else "default",
     )
     for name, module in unet.named_modules():
         if name == "conv_out" or name.endswith((".conv2", ".proj_out")):

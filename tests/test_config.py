@@ -62,7 +62,7 @@ def test_every_config_builds_its_networks(path: Path) -> None:
 def unet(config: LdmConfig, vae: VaeConfig, text_width: int) -> torch.nn.Module:
     u = config.unet
     return build_unet(
-        channels=u.channels, layers=u.layers, attention=u.attention, heads=u.heads, depth=u.depth, groups=u.groups,
+        channels=u.channels, layers=u.layers, attention=u.attention, heads=u.heads, depth=u.depth, modulation=u.modulation, groups=u.groups,
         latent_channels=vae.model.latent_channels, text_width=text_width,
         latent_size=config.input.resolution // 2 ** (len(vae.model.channels) - 1),
     )  # fmt: skip

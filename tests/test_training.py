@@ -32,7 +32,8 @@ from train.config import (
     VaeConfig,
 )
 from train.data.sources import open_source
-from train.loop import Trainer, learning_rate
+from train.loop import Trainer
+from train.optim import learning_rate
 
 ROOT = Path(__file__).parent.parent
 COMMON = {

@@ -15,7 +15,8 @@ from train.config import ClipConfig
 from train.data.dataset import PictureDataset
 from train.data.sources import Source
 from train.ema import Ema
-from train.loop import Batch, Phase, StepOutput, adamw, fit
+from train.loop import Batch, Phase, StepOutput, fit
+from train.optim import adamw
 from train.run import Run, open_accelerator, open_sources
 from train.sheets import in_rows, sheet, to_uint8
 

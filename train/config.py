@@ -218,6 +218,8 @@ class UnetConfig:
     """Attention heads of each level; a level's channels divided by them are a head's width."""
     depth: int = Field(default=1, gt=0)
     """Transformer blocks after each residual block."""
+    modulation: bool = False
+    """Pooled text features also scale and shift every residual block; Stable Diffusion's UNet has none of it."""
     groups: int = Field(default=32, gt=0)
     """Groups of the group normalisation; divides every level's channels."""
 

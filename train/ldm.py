@@ -20,7 +20,8 @@ from train.data.shards import Stored
 from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import paint
-from train.loop import Batch, Phase, StepOutput, adamw, autocast, fit
+from train.loop import Batch, Phase, StepOutput, fit
+from train.optim import adamw, autocast
 from train.run import Run, open_accelerator, open_sources
 from train.sheets import in_rows, sheet
 
@@ -57,7 +58,7 @@ class LdmStage:
         torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
         unet = build_unet(
             channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
-            depth=shape.depth, groups=shape.groups, latent_channels=autoencoder.latent_channels,
+            depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=autoencoder.latent_channels,
             latent_size=config.input.resolution // autoencoder.factor, text_width=text_encoder.width,
         ).to(run.accelerator.device)  # fmt: skip
         if config.gradient_checkpointing:

@@ -25,7 +25,8 @@ from train.data.randomness import Purpose
 from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import reconstruction_quality
-from train.loop import Batch, Phase, StepOutput, adamw, fit
+from train.loop import Batch, Phase, StepOutput, fit
+from train.optim import adamw
 from train.run import Run, open_accelerator, open_sources
 from train.sheets import sheet, to_uint8
 
