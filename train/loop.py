@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ldm.errors import RunError
 from train.checkpoint import Checkpoints, atomic_folder
 from train.ema import Ema
+from train.optim import autocast, learning_rate
 from train.run import Run
 
 Batch = dict[str, Any]
