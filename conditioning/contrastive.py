@@ -92,9 +92,14 @@ def contrastive_loss(
     logit_scale: Tensor,
     caption_ids: Tensor,
     *,
+    wrong_features: Tensor | None = None,
+    wrong_ids: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
     """Symmetric cross-entropy between pictures and captions of a batch, in nats.
+
+    wrong_features (b, d) are captions that fit no picture of theirs, among which each picture must find its own too
+    (NegCLIP, arXiv 2210.01936); wrong_ids (b,) as caption_ids, negative where there is none to be used.
 
     image_features, text_features (b, d), of any length; logit_scale () the log of the inverse temperature, at
     most ln 100; caption_ids (b,) int64, equal for equal captions. Features are compared in fp32 or better.
@@ -110,12 +115,21 @@ def contrastive_loss(
         )
         if gather and distributed.is_available() and distributed.is_initialized():
             image, text, caption_ids = (_Gather.apply(x) for x in (image, text, caption_ids))
+            if wrong_features is not None:
+                wrong_features, wrong_ids = (_Gather.apply(x) for x in (wrong_features, wrong_ids))
         # The excess is taken off as a constant: clamp's gradient is 0 at the limit already, with no way back.
         scale = logit_scale - (logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
         logits = scale.exp() * image @ text.T  # (n pictures, n captions)
         same = (caption_ids[:, None] == caption_ids).to(logits.dtype)  # (n, n), symmetric
         targets = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        to_image = F.cross_entropy(logits.T, targets)
+        if wrong_features is not None and wrong_ids is not None:
+            wrong = scale.exp() * image @ F.normalize(wrong_features.to(image.dtype), dim=-1).T
+            unusable = (wrong_ids < 0) | (caption_ids[:, None] == wrong_ids)  # (n, n): it may be right for a neighbour
+            logits = torch.cat([logits, wrong.masked_fill(unusable, -torch.inf)], 1)
+            log_share = logits.log_softmax(1)[:, : len(targets)]  # the others' targets are 0
+            return (to_image - (targets * log_share).sum(1).mean()) / 2
+        return (F.cross_entropy(logits, targets) + to_image) / 2
 
 
 class _Gather(torch.autograd.Function):
@@ -147,16 +161,28 @@ class Contrastive(nn.Module):
         self.clip = clip
 
     def forward(
-        self, pixels: Tensor, input_ids: Tensor, caption_ids: Tensor, *, gather: bool = True
+        self,
+        pixels: Tensor,
+        input_ids: Tensor,
+        caption_ids: Tensor,
+        wrong_input_ids: Tensor | None = None,
+        wrong_ids: Tensor | None = None,
+        *,
+        gather: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """pixels (b, 3, h, w) in [-1, 1], input_ids (b, n), caption_ids (b,) → loss () and detached metrics.
+
+        wrong_input_ids (b, n), wrong_ids (b,): captions as additional negatives, see `contrastive_loss`.
 
         The retrieval metrics are over this process's rows: chance is about 1/b.
         """
         with torch.no_grad():  # the weight itself too, lest it drift on beyond the limit and be long in returning
             self.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         image, text = self.image_features(pixels), self.text_features(input_ids)
-        loss = contrastive_loss(image, text, self.clip.logit_scale, caption_ids, gather=gather)
+        wrong = None if wrong_input_ids is None else self.text_features(wrong_input_ids)
+        loss = contrastive_loss(
+            image, text, self.clip.logit_scale, caption_ids, wrong_features=wrong, wrong_ids=wrong_ids, gather=gather
+        )
         metrics = retrieval_accuracy(image.detach(), text.detach(), caption_ids, ranks=(1,))
         return loss, metrics | {"logit_scale": self.clip.logit_scale.detach().exp()}
 

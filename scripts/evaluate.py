@@ -37,7 +37,7 @@ class Options:
     """Pictures that are reconstructed, at most."""
     steps: int = 25
     """Sampler steps."""
-    guidance_scale: float = 4.0
+    guidance_scale: float = 3.0
     """Guidance; 1 is the conditional prediction alone."""
     sampler: SamplerKind = "dpmpp_2m"
     """ddpm, ddim, euler or dpmpp_2m."""
@@ -63,7 +63,7 @@ def evaluate(o: Options) -> dict[str, Any]:
     report: dict[str, Any] = {
         "vae": autoencoder_quality(pipe.autoencoder, (dataset.__getitems__(part)["pixels"] for part in places))
     }
-    how = {"steps": o.steps, "guidance_scale": o.guidance_scale, "sampler": o.sampler, "seed": o.seed, "batch_size": b}
+    how: dict[str, Any] = {"steps": o.steps, "guidance_scale": o.guidance_scale, "sampler": o.sampler, "seed": o.seed, "batch_size": b}
     if (Path(o.data) / "shapes.json").is_file():
         report["alignment"] = {"prompts": o.prompts}
         pictures, captions = [], []

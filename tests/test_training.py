@@ -145,7 +145,9 @@ def test_every_weight_moves_and_the_model_is_the_average(start: Start, tmp_path:
     weights = [
         name for name in last if "/module/" in name and "position_ids" not in name and last[name].is_floating_point()
     ]
-    assert set(moved) >= {name for name in weights if "logit_scale" not in name}
+    # The discriminator's last bias rests: while both hinges are open, real and made pictures pull it equally.
+    resting = ("logit_scale", "critic.body.5.bias")
+    assert set(moved) >= {name for name in weights if not name.endswith(resting)}
     assert {value.dtype for name, value in last.items() if "/module/" in name and value.is_floating_point()} == {
         torch.float32
     }
@@ -314,22 +316,11 @@ train.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimizer=t.Op
 """
     script = tmp_path / "worker.py"
     script.write_text(worker)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    subprocess.run([sys.executable, str(script), str(tmp_path / "one")], check=True, timeout=300, cwd=ROOT)
-    subprocess.run(
-        [*launch, "--multi_cpu", "--num_processes", "2", str(script), str(tmp_path / "two")],
-        check=True, timeout=300, cwd=ROOT,
-    )  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for before, out in (([sys.executable], "one"), (launch, "two")):
+        command = [*before, str(script), str(tmp_path / out)]
+        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [s for s, _ in one] == [s for s, _ in two] == [1, 2, 3, 4, 5]
     for (_, a), (_, b) in zip(one, two, strict=True):

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy, save_clip
+from conditioning.negatives import WordSwaps
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config import ClipConfig
 from train.data.dataset import PictureDataset
+from train.data.randomness import Purpose, uniform
 from train.data.sources import Source
 from train.ema import Ema
 from train.loop import Batch, Phase, StepOutput, fit
@@ -31,7 +33,7 @@ class Pair(nn.Module):
         self.contrastive = contrastive
 
     def forward(self, batch: Batch) -> StepOutput:
-        loss, metrics = self.contrastive(batch["pixels"], batch["input_ids"], batch["caption_ids"])
+        loss, metrics = self.contrastive(**batch)
         return StepOutput(loss, metrics, {})
 
 
@@ -50,23 +52,33 @@ class ClipStage:
         ).to(run.accelerator.device)  # fmt: skip
         self.phases = [Phase("clip", Pair(Contrastive(clip)), adamw(clip, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(clip, config.ema_decay)
+        self.swaps = WordSwaps(source.texts)
         side, crop, flip = config.input.resolution, config.input.crop, config.input.flip
         self.training = PictureDataset(source, side, config.seed, crop=crop, flip=flip)
         self.held_out = PictureDataset(held_out, side, config.seed, shuffle=False)
 
     def with_tokens(self, batch: Batch) -> Batch:
         """A batch with its captions as ids: `input_ids` (b, n), and `caption_ids` (b,), equal for equal captions."""
-        ids = [int.from_bytes(hashlib.blake2b(c.encode(), digest_size=7).digest()) for c in batch["caption"]]
-        device = self.run.accelerator.device
+        device, captions = self.run.accelerator.device, batch["caption"]
         return {
             "pixels": batch["pixels"].to(device),
-            "input_ids": tokenize(self.tokenizer, batch["caption"]).to(device),
-            "caption_ids": torch.tensor(ids, device=device),
+            "input_ids": tokenize(self.tokenizer, captions).to(device),
+            "caption_ids": torch.tensor([_id(c) for c in captions], device=device),
+        }
+
+    def with_wrong_captions(self, batch: Batch) -> Batch:
+        """The same, and for each picture its caption with two words exchanged; `wrong_ids` is −1 where that can't be."""
+        u = uniform(self.config.seed, Purpose.SWAP, batch["position"].tolist())
+        swapped = [self.swaps.choose(c, x) for c, x in zip(batch["caption"], u.tolist(), strict=True)]
+        device = self.run.accelerator.device
+        return self.with_tokens(batch) | {
+            "wrong_input_ids": tokenize(self.tokenizer, [c or "" for c in swapped]).to(device),
+            "wrong_ids": torch.tensor([_id(c) if c else -1 for c in swapped], device=device),
         }
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
         for parts in self.run.batches(self.training, start, self.run.damage(self.training.source)):
-            yield [self.with_tokens(part) for part in parts]
+            yield [self.with_wrong_captions(part) for part in parts]
 
     def begin_step(self, step: int) -> None:
         pass
@@ -105,6 +117,10 @@ class ClipStage:
         return {}
 
 
+def _id(caption: str) -> int:
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=7).digest())
+
+
 def train(config: ClipConfig) -> None:
     """Train stage 0 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
@@ -114,6 +130,5 @@ def train(config: ClipConfig) -> None:
             f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
         )
     with Run(config, accelerator, {"data": source.fingerprint}) as run:
-        captions = (caption for record in source for caption in record.captions)
-        tokenizer = train_tokenizer(captions, config.text.vocab_size, config.text.max_length)
+        tokenizer = train_tokenizer(source.texts, config.text.vocab_size, config.text.max_length)
         fit(run, ClipStage(run, config, source, held_out, tokenizer))

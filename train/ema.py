@@ -6,22 +6,25 @@ of the first, random weights falls as 1 / C(n + 9, 9) after n updates, rather th
 
 import copy
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[Module]):
     """Keeps `module`, a copy of a module with the average of its parameters and its present buffers, all fp32.
 
     The copy is in eval mode and takes no gradient. Make it once the module is on its device.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: it must be at least 0 and less than 1")
         self.decay = decay
-        self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+        self.module: Module = copy.deepcopy(module).float().eval().requires_grad_(False)
         self._source = module
 
     def decay_at(self, step: int) -> float:

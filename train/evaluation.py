@@ -67,7 +67,7 @@ def paint(
 
 def alignment(
     pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **how: Any
-) -> tuple[dict[str, float], np.ndarray]:
+) -> tuple[dict[str, float | None], np.ndarray]:
     """Shares of background, colour, shape, size, relation and all of it that came out as asked; and the pictures."""
     pictures = paint(pipe, [scene.caption for scene in scenes], **how)
     return score_pictures(pictures, scenes), pictures

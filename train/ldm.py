@@ -111,7 +111,7 @@ class LdmStage:
             self.pipeline(), prompts, steps=config.sample_steps, guidance_scale=config.guidance_scale,
             sampler="dpmpp_2m", seed=config.seed,
         )  # fmt: skip
-        sheet(in_rows(pictures, 4), prompts).save(path)
+        sheet(in_rows(list(pictures), 4), prompts).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         if self.run.main:

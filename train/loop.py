@@ -55,7 +55,7 @@ class Stage(Protocol):
     """What differs between the stages."""
 
     phases: list[Phase]
-    ema: Ema
+    ema: Ema[Any]
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
         """For each step from `start` on, the parts of this process's share of its batch."""
@@ -222,7 +222,8 @@ class Trainer:
 
     def step(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
         """Every phase once. Returns its metrics as tensors on the device."""
-        config, accelerator, metrics = self.run.config, self.run.accelerator, {}
+        config, accelerator = self.run.config, self.run.accelerator
+        metrics: dict[str, Tensor] = {}
         self.stage.begin_step(step)
         share = learning_rate(config.optimizer, step, config.steps)
         for phase, module in zip(self.stage.phases, self.wrapped, strict=True):
@@ -262,7 +263,7 @@ class Trainer:
             self.scaler.step(optimizer)
             self.scaler.update()
         else:
-            optimizer.found_inf = bad
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.health.note(bad)

@@ -160,7 +160,7 @@ class Run:
 
 def open_sources(data: str, config: DataConfig) -> tuple[Source, Source]:
     """The training pictures and the held-out ones."""
-    how = {
+    how: dict[str, Any] = {
         "image_column": config.image_column,
         "caption_column": config.caption_column,
         "validation_fraction": config.validation_fraction,
