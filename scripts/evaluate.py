@@ -54,6 +54,9 @@ def evaluate(o: Options) -> dict[str, Any]:
     for name in ("model", "data"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing")
+    for name in ("prompts", "pictures", "batch_size"):
+        if getattr(o, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device)
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
     train, test = open_sources(o.data, DataConfig(resolution=side))

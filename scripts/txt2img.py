@@ -59,7 +59,6 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device, dtype)
     folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, o.num_images, o.batch_size):
         seeds = range(o.seed + first, o.seed + min(first + o.batch_size, o.num_images))
         images = pipe(
@@ -67,6 +66,7 @@ def main() -> None:
             sampler=o.sampler, eta=o.eta, num_images_per_prompt=len(seeds), width=o.width, height=o.height,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], progress=True,
         ).images  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)  # now that all the settings have proved good
         for seed, image in zip(seeds, images, strict=True):
             settings = {"prompt": o.prompt, "negative_prompt": o.negative_prompt, "steps": o.steps,
                         "sampler": o.sampler, "eta": o.eta, "guidance_scale": o.guidance_scale, "seed": seed,

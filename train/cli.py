@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -86,6 +87,7 @@ def dump(config: object) -> str:
 
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
     try:
         main()
     except UserError as error:
@@ -103,7 +105,7 @@ def command(main: Callable[[], None]) -> NoReturn:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        _leave(1, f"{error.strerror}: {error.filename or 'while writing'}")
+        _leave(1, f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} while writing")
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     raise SystemExit(0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy, save_clip
-from conditioning.negatives import WordSwaps
+from conditioning.negatives import WrongCaptions
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config import ClipConfig
@@ -52,7 +52,7 @@ class ClipStage:
         ).to(run.accelerator.device)  # fmt: skip
         self.phases = [Phase("clip", Pair(Contrastive(clip)), adamw(clip, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(clip, config.ema_decay)
-        self.swaps = WordSwaps(source.texts)
+        self.wrong = WrongCaptions(source.texts)
         side, crop, flip = config.input.resolution, config.input.crop, config.input.flip
         self.training = PictureDataset(source, side, config.seed, crop=crop, flip=flip)
         self.held_out = PictureDataset(held_out, side, config.seed, shuffle=False)
@@ -67,13 +67,13 @@ class ClipStage:
         }
 
     def with_wrong_captions(self, batch: Batch) -> Batch:
-        """The same, and for each picture its caption with two words exchanged; `wrong_ids` is −1 where that can't be."""
-        u = uniform(self.config.seed, Purpose.SWAP, batch["position"].tolist())
-        swapped = [self.swaps.choose(c, x) for c, x in zip(batch["caption"], u.tolist(), strict=True)]
+        """The same, and for each picture a plausible caption that is wrong; `wrong_ids` is −1 where that can't be."""
+        u = uniform(self.config.seed, Purpose.WRONG, batch["position"].tolist())
+        wrong = [self.wrong.choose(c, x) for c, x in zip(batch["caption"], u.tolist(), strict=True)]
         device = self.run.accelerator.device
         return self.with_tokens(batch) | {
-            "wrong_input_ids": tokenize(self.tokenizer, [c or "" for c in swapped]).to(device),
-            "wrong_ids": torch.tensor([_id(c) if c else -1 for c in swapped], device=device),
+            "wrong_input_ids": tokenize(self.tokenizer, [c or "" for c in wrong]).to(device),
+            "wrong_ids": torch.tensor([_id(c) if c else -1 for c in wrong], device=device),
         }
 
     def batches(self, start: int) -> Iterator[list[Batch]]:

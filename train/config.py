@@ -282,3 +282,9 @@ class LdmConfig(RunConfig):
     """Sampler steps of the sheets."""
     guidance_scale: float = Field(default=4.0, ge=0)
     """Guidance of the sheets; 1 is the conditional prediction alone."""
+
+    @model_validator(mode="after")
+    def _sheets_fit(self) -> Self:
+        if self.sample_steps > self.diffusion.timesteps:
+            raise ValueError(f"sample_steps {self.sample_steps}: at most diffusion.timesteps, {self.diffusion.timesteps}")
+        return self

@@ -8,6 +8,7 @@ out/samples/  out/checkpoints/  out/model/
 import fcntl
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -60,9 +61,11 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.accelerator.end_training()
         if self.main:
+            if self._new and kind is not None and issubclass(kind, UserError):
+                shutil.rmtree(self.out, ignore_errors=True)  # bad input leaves nothing that the next try would trip on
             self._lock.close()
 
     def _open(self, inputs: dict[str, str]) -> None:
@@ -74,7 +77,11 @@ class Run:
             raise UserError(
                 f"--out {str(self.out)!r} holds something that isn't a run (no config.yaml): choose another"
             )
-        self.out.mkdir(parents=True, exist_ok=True)
+        self._new = not described.is_file()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"--out {str(self.out)!r} can't be a folder: {error.strerror}: {error.filename}") from None
         self._lock = open(self.out / ".lock", "w")  # noqa: SIM115  held open: the lock lives as long as the process
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,323 @@
+"""The commands as a user types them: the whole road on a drawn set and on foreign pictures, and every way to err.
+
+One road runs in processes of its own. The others are forked from a server that has imported the libraries already,
+which is all that differs: each has its own arguments, outputs and exit status.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image, ImageDraw
+
+from ldm.png import read_png
+
+ROOT = Path(__file__).parent.parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+TRAIN = "--steps 4 --batch-size 8 --optimizer.warmup 0 --log-every 1 --checkpoint-every 2"
+CLIP = f"{TRAIN} --text.width 32 --text.layers 1 --text.heads 2 --image.width 32 --image.layers 1 --image.heads 2"
+VAE = f"{TRAIN} --model.channels 16 16 16"
+LDM = f"{TRAIN} --sample-steps 2"
+
+
+class Ended(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def command(line: str) -> Ended:
+    """A command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *line.split()], cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=120
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ended]]:
+    """forked(line) runs a command in a child of a server that has imported everything."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.clip", "train.vae", "train.ldm", "diffusers.models.autoencoders"])
+
+    def run(line: str) -> Ended:
+        process = context.Process(target=_script, args=(line.split(), str(outputs)))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, f"{line} does not end"
+        return Ended(process.exitcode, *((outputs / name).read_text() for name in ("out", "err")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in OFFLINE.items():
+            patch.setenv(name, value)
+        yield run
+
+
+def _script(line: list[str], outputs: str) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{outputs}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(ROOT)
+    sys.argv = line
+    runpy.run_path(line[0], run_name="__main__")
+
+
+def road(run: Callable[[str], Ended], kind: str, data: Path, runs: Path, unet: str) -> None:
+    """The three stages with the configurations of `kind`, made small."""
+    for line in (
+        f"scripts/train_clip.py configs/{kind}/clip.yaml --data {data} --out {runs}/clip {CLIP}",
+        f"scripts/train_vae.py configs/{kind}/vae.yaml --data {data} --out {runs}/vae {VAE}",
+        f"scripts/train_ldm.py configs/{kind}/ldm.yaml --data {data} --vae {runs}/vae/model "
+        f"--text-encoder {runs}/clip/model --out {runs}/ldm {LDM} {unet}",
+    ):
+        ended = run(line)
+        assert ended.status == 0, ended.err
+        assert "Warning" not in ended.err
+
+
+@pytest.fixture(scope="module")
+def shapes_road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ and runs/ of a Shapes set."""
+    root = tmp_path_factory.mktemp("shapes")
+    made = command(f"scripts/make_dataset.py shapes --out {root}/data --size 32 --train 32 --test 8 --seed 3")
+    assert made.status == 0, made.err
+    road(command, "shapes", root / "data", root / "runs", "--unet.channels 32 32")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures_road(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
+    """data/ and runs/ of a folder of 24 foreign pictures and one that is damaged."""
+    root = tmp_path_factory.mktemp("pictures")
+    draw_pictures(root / "data")
+    road(forked, "pictures", root / "data", root / "runs", "--unet.channels 32 32 32")
+    return root
+
+
+def draw_pictures(folder: Path) -> None:
+    folder.mkdir()
+    modes = ("RGB", "L", "RGBA", "P", "LA", "1", "I;16", "CMYK")
+    for k in range(24):
+        mode, size = modes[k % len(modes)], (40 + 9 * k, 150 - 4 * k)
+        image = Image.new("RGB", size, (9 * k, 200 - 7 * k, 90))
+        ImageDraw.Draw(image).ellipse((5, 5, size[0] - 5, size[1] - 20), (250 - 9 * k, 30, 8 * k))
+        suffix = "jpg" if mode == "CMYK" else ("png", "gif", "tiff")[k % 3] if mode == "P" else "png"
+        image.convert("L" if mode == "I;16" else mode).convert(mode).save(folder / f"picture {k}.{suffix}")
+        (folder / f"picture {k}.txt").write_text(f"an ellipse, number {k}\nnumber {k}, drawn round\n")
+    whole = (folder / "picture 0.png").read_bytes()
+    (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "torn.txt").write_text("half of a picture\n")
+
+
+def one_line(ended: Ended, status: int) -> str:
+    """The error, which is all there is on stderr."""
+    assert ended.status == status, ended
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1, ended.err
+    return ended.err
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Name → content of everything in a folder."""
+    paths = {str(p.relative_to(folder)): p for p in folder.rglob("*")}
+    return {name: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for name, p in paths.items()}
+
+
+# -- the whole road ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["shapes", "pictures"])
+def test_every_stage_leaves_a_run(kind: str, request: pytest.FixtureRequest) -> None:
+    runs: Path = request.getfixturevalue(f"{kind}_road") / "runs"
+    for stage in ("clip", "vae", "ldm"):
+        lines = [json.loads(line) for line in (runs / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+        assert {p.name for p in (runs / stage / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+        Image.open(runs / stage / "samples/step-00000004.png").load()
+        assert json.loads((runs / stage / "model/training.json").read_text())["final"] is True
+
+
+@pytest.mark.parametrize("kind", ["shapes", "pictures"])
+def test_text_becomes_pictures_that_carry_their_settings(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, forked: Callable[[str], Ended]
+) -> None:
+    runs: Path = request.getfixturevalue(f"{kind}_road") / "runs"
+    line = f"scripts/txt2img.py --model {runs}/ldm/model --prompt ellipse --num-images 2 --seed 7 --steps 2 --out "
+    run = command if kind == "shapes" else forked
+    ended = run(f"{line} {tmp_path}/a")
+    assert ended.status == 0, ended.err
+    painted = [Path(name) for name in ended.out.split()]
+    assert [p.name for p in painted] == ["ellipse-7.png", "ellipse-8.png"]
+    for path, seed in zip(painted, (7, 8), strict=True):
+        side = 32 if kind == "shapes" else 64
+        assert Image.open(path).size == (side, side)
+        settings = read_png(path)
+        assert (settings["prompt"], settings["seed"], settings["steps"]) == ("ellipse", seed, 2)
+    assert forked(f"{line} {tmp_path}/b").status == 0
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
+    ended = command(
+        f"scripts/evaluate.py --model {shapes_road}/runs/ldm/model --data {shapes_road}/data --split test "
+        f"--prompts 6 --pictures 8 --steps 2 --out {tmp_path}/report"
+    )
+    assert ended.status == 0, ended.err
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert set(report["vae"]) == {"psnr", "ssim"}
+    assert 0 < report["vae"]["psnr"] < 60
+    assert set(report["alignment"]) == {"prompts", "seen", "unseen"}
+    for kind in ("seen", "unseen"):
+        assert set(report["alignment"][kind]) == {"background", "colour", "shape", "size", "relation", "all"}
+        assert all(0 <= share <= 1 for share in report["alignment"][kind].values())
+    Image.open(tmp_path / "report/samples.png").load()
+
+
+def test_the_report_on_pictures_has_no_alignment(
+    pictures_road: Path, tmp_path: Path, forked: Callable[[str], Ended]
+) -> None:
+    ended = forked(
+        f"scripts/evaluate.py --model {pictures_road}/runs/ldm/model --data {pictures_road}/data --split train "
+        f"--pictures 25 --steps 2 --out {tmp_path}"
+    )
+    assert ended.status == 0, ended.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["vae"]) == {"psnr", "ssim"}
+    assert "alignment" not in report
+
+
+def test_a_damaged_picture_is_listed_and_left_where_it_is(pictures_road: Path) -> None:
+    for stage in ("clip", "vae", "ldm"):
+        lines = (pictures_road / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
+        assert [json.loads(line)["file"] for line in lines] == ["torn.png"]
+        assert json.loads(lines[0])["reason"]
+    assert (pictures_road / "data/torn.png").is_file()
+
+
+def test_a_run_goes_on_when_its_command_is_given_again(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
+    root = shapes_road
+    line = f"scripts/train_clip.py configs/shapes/clip.yaml --data {root}/data --out {root}/runs/again {CLIP}"
+    shutil.copytree(root / "runs/clip", root / "runs/again")
+    before = tree(root / "runs/again/checkpoints")
+    ended = forked(line)
+    assert ended.status == 0
+    assert "finished" in ended.out
+    assert tree(root / "runs/again/checkpoints") == before
+    ended = forked(f"{line} --steps 6")
+    assert ended.status == 0, ended.err
+    assert "continuing from step 4" in ended.out
+    assert (root / "runs/again/checkpoints/step-00000006/manifest.json").is_file()
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "pictures without captions": ("train_clip.py configs/pictures/clip.yaml --data {bare} --out {new}", "no captions"),
+    "no such column": ("train_vae.py --data {data} --out {new} --input.caption-column legend", "legend"),
+    "no data": ("train_vae.py --out {new}", "--data"),
+    "no out": ("train_vae.py --data {data}", "--out"),
+    "unknown key": ("train_clip.py {yaml} --data {data} --out {new}", "stepz"),
+    "no such file": ("train_vae.py {root}/none.yaml --data {data} --out {new}", "none.yaml"),
+    "unknown option": ("train_vae.py --data {data} --out {new} --stepz 3", "stepz"),
+    "not a number": ("train_vae.py --data {data} --out {new} --steps many", "many"),
+    "out of range": ("train_vae.py --data {data} --out {new} --steps 0", "steps"),
+    "another run's folder": ("train_vae.py configs/shapes/vae.yaml --data {data} --out {vae} {VAE} --seed 5", "--seed"),
+    "another stage's folder": ("train_clip.py configs/shapes/clip.yaml --data {data} --out {vae} {CLIP}", "{vae}"),
+    "a foreign folder": ("train_vae.py --data {data} --out {bare}", "config.yaml"),
+    "a file as folder": ("train_vae.py --data {data} --out {yaml}/run", "{yaml}"),
+    "indivisible batch": ("train_vae.py --data {data} --out {new} --batch-size 6 --accumulation 4", "6"),
+    "indivisible resolution": ("train_vae.py --data {data} --out {new} --input.resolution 30", "30"),
+    "indivisible groups": ("train_vae.py --data {data} --out {new} --model.groups 7", "groups 7"),
+    "no perceptual model": (
+        "train_vae.py --data {data} --out {new} --perceptual.kind clip --perceptual.model {root}/none",
+        "perceptual.model",
+    ),
+    "no autoencoder": ("train_ldm.py --data {data} --out {new} --vae {root}/none --text-encoder {clip}/model", "none"),
+    "no autoencoder on the hub": (
+        "train_ldm.py --data {data} --out {new} --vae runs/none --text-encoder {clip}/model",
+        "runs/none",
+    ),
+    "no text encoder": ("train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder {root}/none", "none"),
+    "no text encoder on the hub": (
+        "train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder runs/none",
+        "runs/none",
+    ),
+    "too many steps of a sheet": (
+        "train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder {clip}/model --sample-steps 1001",
+        "1001",
+    ),
+    "no model": ("txt2img.py --prompt x --out {new}", "--model"),
+    "no model there": ("txt2img.py --prompt x --model {root}/none --out {new}", "none"),
+    "too many steps": ("txt2img.py --prompt x --model {ldm}/model --steps 1001 --out {new}", "1001"),
+    "unknown sampler": ("txt2img.py --prompt x --model {ldm}/model --sampler plms --out {new}", "plms"),
+    "odd size": ("txt2img.py --prompt x --model {ldm}/model --width 33 --out {new}", "33"),
+    "nothing to measure": ("evaluate.py --model {ldm}/model --data {data} --pictures 0 --out {new}", "--pictures"),
+    "nothing to measure on": ("evaluate.py --model {ldm}/model --out {new}", "--data"),
+    "small pictures": ("make_dataset.py shapes --out {new} --size 8", "8"),
+    "another set's folder": ("make_dataset.py shapes --out {data} --size 32 --train 9 --test 8", "{data}"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_gets_one_line_and_harms_nothing(
+    what: str, shapes_road: Path, forked: Callable[[str], Ended], tmp_path: Path
+) -> None:
+    bare, yaml = tmp_path / "bare", tmp_path / "wrong.yaml"
+    bare.mkdir()
+    Image.new("RGB", (40, 40)).save(bare / "a.png")
+    yaml.write_text("stepz: 3\n")
+    runs = shapes_road / "runs"
+    names = {stage: runs / stage for stage in ("clip", "vae", "ldm")} | {"VAE": VAE, "CLIP": CLIP}
+    names |= {"bare": bare, "yaml": yaml, "root": tmp_path, "new": tmp_path / "new", "data": shapes_road / "data"}
+    line, word = (text.format(**names) for text in BAD[what])
+    before = tree(shapes_road), tree(tmp_path)
+    assert word in one_line(forked(f"scripts/{line}"), 2)
+    assert (tree(shapes_road), tree(tmp_path)) == before
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(shapes_road: Path, tmp_path: Path) -> None:
+    """On a small file system of its own, in a mount namespace that goes with the process."""
+    own = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        tried = subprocess.run([*own, f"mount -t tmpfs none {disk}"], capture_output=True, text=True, timeout=20)
+    except OSError as error:
+        pytest.skip(f"no mount namespaces here: {error}")
+    if tried.returncode:
+        pytest.skip(f"mounting is not permitted here: {tried.stderr.strip()}")
+    line = f"{sys.executable} scripts/train_vae.py configs/shapes/vae.yaml --data {shapes_road}/data --out {disk}/run {VAE}"
+    program = f"""
+        mount -t tmpfs -o size=32m none {disk}
+        {line} --steps 2 > {tmp_path}/first
+        cp -a {disk}/run/checkpoints {tmp_path}/before
+        dd if=/dev/zero of={disk}/filling bs=64k 2> {tmp_path}/dd || true
+        truncate -s -512k {disk}/filling
+        status=0
+        {line} > {tmp_path}/out 2> {tmp_path}/err || status=$?
+        rm {disk}/filling
+        cp -a {disk}/run/checkpoints {tmp_path}/after
+        {line} > {tmp_path}/again
+        exit $status
+    """
+    done = subprocess.run([*own, program], cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, timeout=200)
+    err = (tmp_path / "err").read_text().splitlines()
+    assert done.returncode == 1, (done.stderr, err)
+    assert [line for line in err if line.startswith("error: disk full while writing")] == err[-1:]
+    assert not any("Traceback" in line for line in err)
+    assert tree(tmp_path / "after") == tree(tmp_path / "before") != {}
+    assert "continuing from step 2" in (tmp_path / "again").read_text()
