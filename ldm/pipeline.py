@@ -146,10 +146,10 @@ class LatentDiffusionPipeline:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move, and choose the arithmetic. The autoencoder stays fp32 under fp16, in which its activations overflow."""
-        # diffusers' own `to` warns of modules to be kept in fp32, even where there are none.
-        torch.nn.Module.to(self.unet, device=device, dtype=dtype)
+        move = torch.nn.Module.to  # diffusers' own warns of modules to be kept in fp32, even where there are none
+        move(self.unet, device=device, dtype=dtype)
         self.text_encoder.to(device=device, dtype=dtype)
-        self.autoencoder.vae.to(device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
+        move(self.autoencoder.vae, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
         return self
 
     # -- painting ---------------------------------------------------------------------------------------------

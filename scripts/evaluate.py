@@ -66,7 +66,7 @@ def evaluate(o: Options) -> dict[str, Any]:
     report: dict[str, Any] = {
         "vae": autoencoder_quality(pipe.autoencoder, (dataset.__getitems__(part)["pixels"] for part in places))
     }
-    how: dict[str, Any] = {"steps": o.steps, "guidance_scale": o.guidance_scale, "sampler": o.sampler, "seed": o.seed, "batch_size": b}
+    how: dict[str, Any] = {k: getattr(o, k) for k in ("steps", "guidance_scale", "sampler", "seed", "batch_size")}
     if (Path(o.data) / "shapes.json").is_file():
         report["alignment"] = {"prompts": o.prompts}
         pictures, captions = [], []

@@ -286,5 +286,7 @@ class LdmConfig(RunConfig):
     @model_validator(mode="after")
     def _sheets_fit(self) -> Self:
         if self.sample_steps > self.diffusion.timesteps:
-            raise ValueError(f"sample_steps {self.sample_steps}: at most diffusion.timesteps, {self.diffusion.timesteps}")
+            raise ValueError(
+                f"sample_steps {self.sample_steps}: give 1 to diffusion.timesteps, {self.diffusion.timesteps}"
+            )
         return self
