@@ -34,7 +34,7 @@ from train.data.workers import Batched
 _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
          "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "prompts", "sample_steps",
          "guidance_scale", "validation_examples"}  # fmt: skip
-_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets")
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
 
 
 class Run:
