@@ -26,7 +26,6 @@ from train.config import (
     ImageTowerConfig,
     LdmConfig,
     OptimizerConfig,
-    RunConfig,
     TextTowerConfig,
     UnetConfig,
     VaeConfig,
@@ -342,7 +341,6 @@ def test_the_run_describes_itself(parts: Path) -> None:
 
     about = read_yaml(parts / "clip/config.yaml")
     assert about["steps"] == 8
-    assert about["about"]["versions"]["torch"] == torch.__version__ or about["about"]["versions"]["torch"]
+    assert torch.__version__.startswith(about["about"]["versions"]["torch"])
     assert len(about["about"]["inputs"]["data"]) == 64
     assert list((parts / "clip/samples").glob("step-*.png"))
-    assert isinstance(RunConfig(), RunConfig)
