@@ -2,11 +2,13 @@
 
 from conditioning.clip import ClipTextEncoder
 from conditioning.contrastive import Contrastive, build_clip, contrastive_loss, retrieval_accuracy, save_clip
+from conditioning.token_tasks import TokenTasks
 from conditioning.tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 
 __all__ = [
     "ClipTextEncoder",
     "Contrastive",
+    "TokenTasks",
     "build_clip",
     "contrastive_loss",
     "load_tokenizer",

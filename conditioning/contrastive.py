@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from conditioning.token_tasks import TokenTasks
 from conditioning.tokenizer import save_tokenizer
 from ldm.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5
-_TOKEN_STD = 0.2  # of the first token embeddings; transformers' 0.02 is drowned by what the layers add
+_TOKEN_STD = 1.0  # of the first token embeddings; transformers' 0.02 is drowned by what the layers add
 MEAN = STD = 0.5  # of the vision tower's input: pictures in [-1, 1] go in as they are
 
 
@@ -83,6 +84,7 @@ def build_clip(
     )
     # The loss sees the end token alone, but the UNet reads every token: let each say its own word loudly from the start.
     nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=_TOKEN_STD)
+    nn.init.normal_(clip.text_model.embeddings.position_embedding.weight, std=_TOKEN_STD / 2)
     return clip
 
 
@@ -92,14 +94,9 @@ def contrastive_loss(
     logit_scale: Tensor,
     caption_ids: Tensor,
     *,
-    wrong_features: Tensor | None = None,
-    wrong_ids: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
     """Symmetric cross-entropy between pictures and captions of a batch, in nats.
-
-    wrong_features (b, d) are captions that fit no picture of theirs, among which each picture must find its own too
-    (NegCLIP, arXiv 2210.01936); wrong_ids (b,) as caption_ids, negative where there is none to be used.
 
     image_features, text_features (b, d), of any length; logit_scale () the log of the inverse temperature, at
     most ln 100; caption_ids (b,) int64, equal for equal captions. Features are compared in fp32 or better.
@@ -115,21 +112,12 @@ def contrastive_loss(
         )
         if gather and distributed.is_available() and distributed.is_initialized():
             image, text, caption_ids = (_Gather.apply(x) for x in (image, text, caption_ids))
-            if wrong_features is not None:
-                wrong_features, wrong_ids = (_Gather.apply(x) for x in (wrong_features, wrong_ids))
         # The excess is taken off as a constant: clamp's gradient is 0 at the limit already, with no way back.
         scale = logit_scale - (logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
         logits = scale.exp() * image @ text.T  # (n pictures, n captions)
         same = (caption_ids[:, None] == caption_ids).to(logits.dtype)  # (n, n), symmetric
         targets = same / same.sum(1, keepdim=True)
-        to_image = F.cross_entropy(logits.T, targets)
-        if wrong_features is not None and wrong_ids is not None:
-            wrong = scale.exp() * image @ F.normalize(wrong_features.to(image.dtype), dim=-1).T
-            unusable = (wrong_ids < 0) | (caption_ids[:, None] == wrong_ids)  # (n, n): it may be right for a neighbour
-            logits = torch.cat([logits, wrong.masked_fill(unusable, -torch.inf)], 1)
-            log_share = logits.log_softmax(1)[:, : len(targets)]  # the others' targets are 0
-            return (to_image - (targets * log_share).sum(1).mean()) / 2
-        return (F.cross_entropy(logits, targets) + to_image) / 2
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 class _Gather(torch.autograd.Function):
@@ -154,37 +142,36 @@ class _Gather(torch.autograd.Function):
 
 
 class Contrastive(nn.Module):
-    """A CLIP and its loss as one module, so that DistributedDataParallel can wrap both."""
+    """A CLIP and its losses as one module, so that DistributedDataParallel can wrap them."""
 
-    def __init__(self, clip: CLIPModel) -> None:
+    def __init__(self, clip: CLIPModel, tasks: TokenTasks | None = None) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, self.tasks = clip, tasks
 
     def forward(
         self,
         pixels: Tensor,
         input_ids: Tensor,
         caption_ids: Tensor,
-        wrong_input_ids: Tensor | None = None,
-        wrong_ids: Tensor | None = None,
         *,
         gather: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """pixels (b, 3, h, w) in [-1, 1], input_ids (b, n), caption_ids (b,) → loss () and detached metrics.
 
-        wrong_input_ids (b, n), wrong_ids (b,): captions as additional negatives, see `contrastive_loss`.
-
         The retrieval metrics are over this process's rows: chance is about 1/b.
         """
         with torch.no_grad():  # the weight itself too, lest it drift on beyond the limit and be long in returning
             self.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        image, text = self.image_features(pixels), self.text_features(input_ids)
-        wrong = None if wrong_input_ids is None else self.text_features(wrong_input_ids)
-        loss = contrastive_loss(
-            image, text, self.clip.logit_scale, caption_ids, wrong_features=wrong, wrong_ids=wrong_ids, gather=gather
-        )
+        read = self.clip.text_model(input_ids=input_ids)
+        image, text = self.image_features(pixels), self.clip.text_projection(read.pooler_output)
+        loss = contrastive_loss(image, text, self.clip.logit_scale, caption_ids, gather=gather)
         metrics = retrieval_accuracy(image.detach(), text.detach(), caption_ids, ranks=(1,))
-        return loss, metrics | {"logit_scale": self.clip.logit_scale.detach().exp()}
+        metrics["logit_scale"] = self.clip.logit_scale.detach().exp()
+        if self.tasks is not None:
+            end = self.clip.text_model.config.eos_token_id
+            more, figures = self.tasks(read.last_hidden_state, input_ids, end, pixels)
+            loss, metrics = loss + more, metrics | figures
+        return loss, metrics
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels (b, 3, h, w) in [-1, 1] → (b, projection_dim), not normalised."""

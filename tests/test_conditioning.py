@@ -33,6 +33,7 @@ from conditioning import (
     tokenize,
     train_tokenizer,
 )
+from conditioning.token_tasks import Echo, Sketch, TokenTasks
 from ldm.errors import UserError
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -695,3 +696,86 @@ def test_it_learns_to_tell_captions_apart(tokenizer):
         optimizer.step()
     assert metrics["image_to_text@1"] == metrics["text_to_image@1"] == 1
     assert loss < math.log(2) + 0.1  # the entropy of two equal captions
+
+
+# -- sketch and echo ------------------------------------------------------------------------------------------
+
+
+def token_tasks(**weights: float) -> TokenTasks:
+    shape = {"width": 32, "vocab_size": 555, "patch_size": 8, "image_size": 16}
+    return TokenTasks(**{"sketch_weight": 0.0, "echo_weight": 0.0} | weights, **shape)
+
+
+def test_a_patch_of_the_sketch_has_its_own_query():
+    sketch = Sketch(width=16, patch_size=4, image_size=12)
+    picture = sketch(torch.randn(2, 5, 16))
+    assert picture.shape == (2, 3, 12, 12)
+    (gradient,) = torch.autograd.grad(picture[1, 2, 5, 10], sketch.queries)  # second row, third column
+    assert gradient.abs().sum(1).nonzero().tolist() == [[1 * 3 + 2]]
+
+
+def test_the_sketch_is_the_mean_picture_and_hears_the_order_of_words(tokenizer):
+    """Two captions of the same words; the first goes with two pictures, of which the least squares are the mean."""
+    ids = tokenize(tokenizer, ["a red star above a blue circle"] * 2 + ["a blue circle above a red star"] * 2)
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tasks = token_tasks(sketch_weight=100.0)
+    module = Contrastive(small_clip(tokenizer), tasks)
+    optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
+    for _ in range(150):
+        loss, metrics = module(pixels, ids, torch.tensor([0, 0, 1, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    means = pixels.unflatten(0, (2, 2)).mean(1).repeat_interleave(2, 0)
+    assert metrics["sketch_mse"] < 1.05 * F.mse_loss(means, pixels)
+    drawn = tasks.sketch(module.clip.text_model(input_ids=ids).last_hidden_state)
+    assert F.mse_loss(drawn, means) < 0.05 * means.var()
+
+
+def test_the_echo_counts_the_words_up_to_the_end_alone():
+    """Against the definition; and a decoder that knows the codes has no error."""
+    echo = Echo(width=8, vocab_size=9, words=2, code=8)
+    ids = torch.tensor([[1, 2, 3, 8, 0], [1, 8, 8, 8, 8]])  # 8 ends; after it, padding
+    tokens = torch.randn(2, 5, 8)
+    said = echo.repeat(tokens).view(2, 5, 2, 8)
+    own = [
+        (said[b, k, 0] - echo.codes[ids[b, k]]).square().mean() for b, end in ((0, 3), (1, 1)) for k in range(end + 1)
+    ]
+    before = [
+        (said[b, k, 1] - echo.codes[ids[b, k - 1]]).square().mean()
+        for b, end in ((0, 3), (1, 1))
+        for k in range(1, end + 1)
+    ]
+    expected = (torch.stack(own).mean() + torch.stack(before).mean()) / 2
+    torch.testing.assert_close(echo(tokens, ids, 8), expected)
+    with torch.no_grad():
+        echo.repeat.weight.copy_(torch.cat([torch.eye(8), torch.zeros(8, 8)]))
+        echo.repeat.bias.zero_()
+        alone = Echo(width=8, vocab_size=9, words=1, code=8)
+        alone.load_state_dict({"codes": echo.codes, "repeat.weight": torch.eye(8), "repeat.bias": torch.zeros(8)})
+    assert alone(echo.codes[ids], ids, 8) == 0
+
+
+def test_echo_makes_a_token_tell_the_words_before_it(tokenizer):
+    """How far the features at "circle" differ when the colour before it does: further with the echo than without."""
+    captions = CAPTIONS[::3]
+    pixels = torch.zeros(len(captions), 3, 16, 16)
+    pairs = tokenize(tokenizer, ["a small red circle", "a small blue circle"])
+    place = (pairs[0] != pairs[1]).nonzero()[0] + 1
+    heard = {}
+    for weight in (0.0, 10.0):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = Contrastive(small_clip(tokenizer), token_tasks(echo_weight=weight))
+        optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
+        for _ in range(60):
+            loss, metrics = module(pixels, tokenize(tokenizer, captions), torch.arange(len(captions)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        tokens = module.clip.text_model(input_ids=pairs).last_hidden_state[:, place]
+        heard[weight] = (tokens[0] - tokens[1]).square().mean().item()
+    assert metrics["echo_mse"] < 0.5
+    assert heard[10.0] > 2 * heard[0.0]

@@ -11,6 +11,7 @@ import torch
 from ldm.objective import Objective, pointwise
 from ldm.parameterization import error_ratio, target_of, to_x0
 from ldm.schedule import Schedule
+from ldm.unet import build_unet
 
 TARGETS = ("eps", "x0", "v")
 SCHEDULE = Schedule.build("scaled_linear")
@@ -152,3 +153,50 @@ def test_the_loss_descends_to_the_exact_network():
         losses = Objective(SCHEDULE, kind)(lambda *a, k=kind: gain * best(k)(*a), x0, u, noise, torch.empty(0))
         (slope,) = torch.autograd.grad((weights * losses.unweighted).sum(), gain)
         assert abs(slope.item()) < 1e-10
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_training_approaches_the_floor_from_above(kind):
+    """The least squares over fresh noise at every step: the loss falls to the exact denoiser's and not below it."""
+    objective, index = Objective(SCHEDULE, kind), 500
+    floor = expected_loss(objective, best(kind), index)
+    slope, offset = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.Adam([slope, offset], 0.02)
+    fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 1500)
+    generator = torch.Generator().manual_seed(0)
+
+    def network(x, i, c):
+        return slope * x + offset
+
+    for _ in range(1500):
+        x0, noise = torch.randn(2, 256, 1, 1, 1, generator=generator, dtype=torch.float64)
+        u = torch.full((256,), (index + 0.5) / SCHEDULE.T, dtype=torch.float64)
+        optimizer.zero_grad()
+        objective(network, MEAN + STD * x0, u, noise, torch.empty(0)).weighted.mean().backward()
+        optimizer.step()
+        fall.step()
+    assert floor <= expected_loss(objective, network, index) < 1.005 * floor
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_each_target_can_overfit_one_batch(kind):
+    """Four latents, each with its own timestep, noise and caption, through the real network."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 4, 4, 8, 8, generator=generator)
+    condition = torch.randn(4, 5, 16, generator=generator)
+    u = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = build_unet(
+            channels=(32, 64), layers=1, attention=(False, True), heads=(4, 4), groups=16, latent_channels=4,
+            latent_size=8, text_width=16,
+        )  # fmt: skip
+    objective, losses = Objective(SCHEDULE, kind), []
+    optimizer = torch.optim.AdamW(unet.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = objective(lambda x, i, c: unet(x, i, c).sample, x0, u, noise, condition).weighted.mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]

@@ -74,7 +74,8 @@ def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ldm_config(shapes: Path, out: Path, parts: Path, **change: object) -> LdmConfig:
     unet = UnetConfig(channels=(16, 32), attention=(True, True), heads=(2, 2), groups=8)
-    settings = COMMON | {"validation_examples": 8, "sample_steps": 2} | change
+    muon = OptimizerConfig(kind="muon", lr=1e-3, schedule="cosine", warmup=3)
+    settings = COMMON | {"validation_examples": 8, "sample_steps": 2, "optimizer": muon} | change
     return LdmConfig(
         data=str(shapes), out=str(out), vae=str(parts / "vae/model"), text_encoder=str(parts / "clip/model"),
         cache=str(parts / "cache"), unet=unet, caption_dropout=0.3, **settings,

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy, save_clip
-from conditioning.negatives import WrongCaptions
+from conditioning.token_tasks import TokenTasks
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config import ClipConfig
 from train.data.dataset import PictureDataset
-from train.data.randomness import Purpose, uniform
 from train.data.sources import Source
 from train.ema import Ema
 from train.loop import Batch, Phase, StepOutput, fit
-from train.optim import adamw
+from train.optim import build_optimizer
 from train.run import Run, open_accelerator, open_sources
 from train.sheets import in_rows, sheet, to_uint8
 
@@ -50,9 +49,13 @@ class ClipStage:
             vision_width=config.image.width, vision_layers=config.image.layers, vision_heads=config.image.heads,
             patch_size=config.image.patch_size, image_size=config.input.resolution, projection_dim=config.projection,
         ).to(run.accelerator.device)  # fmt: skip
-        self.phases = [Phase("clip", Pair(Contrastive(clip)), adamw(clip, config.optimizer), config.optimizer.lr)]
+        tasks = TokenTasks(
+            sketch_weight=config.tokens.sketch, echo_weight=config.tokens.echo, width=config.text.width,
+            vocab_size=len(tokenizer), patch_size=config.image.patch_size, image_size=config.input.resolution,
+        ).to(run.accelerator.device)  # fmt: skip
+        pair = Pair(Contrastive(clip, tasks))
+        self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(clip, config.ema_decay)
-        self.wrong = WrongCaptions(source.texts)
         side, crop, flip = config.input.resolution, config.input.crop, config.input.flip
         self.training = PictureDataset(source, side, config.seed, crop=crop, flip=flip)
         self.held_out = PictureDataset(held_out, side, config.seed, shuffle=False)
@@ -66,19 +69,9 @@ class ClipStage:
             "caption_ids": torch.tensor([_id(c) for c in captions], device=device),
         }
 
-    def with_wrong_captions(self, batch: Batch) -> Batch:
-        """The same, and for each picture a plausible caption that is wrong; `wrong_ids` is −1 where that can't be."""
-        u = uniform(self.config.seed, Purpose.WRONG, batch["position"].tolist())
-        wrong = [self.wrong.choose(c, x) for c, x in zip(batch["caption"], u.tolist(), strict=True)]
-        device = self.run.accelerator.device
-        return self.with_tokens(batch) | {
-            "wrong_input_ids": tokenize(self.tokenizer, [c or "" for c in wrong]).to(device),
-            "wrong_ids": torch.tensor([_id(c) if c else -1 for c in wrong], device=device),
-        }
-
     def batches(self, start: int) -> Iterator[list[Batch]]:
         for parts in self.run.batches(self.training, start, self.run.damage(self.training.source)):
-            yield [self.with_wrong_captions(part) for part in parts]
+            yield [self.with_tokens(part) for part in parts]
 
     def begin_step(self, step: int) -> None:
         pass

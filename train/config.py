@@ -18,8 +18,11 @@ _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its learning rate over time."""
+    """The optimizer and its learning rate over time."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`adamw` (Loshchilov & Hutter 2019); `muon` (Jordan et al. 2024) for the matrices, AdamW for the rest: more progress
+    a step at the price of longer steps, which small networks repay well."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -29,9 +32,11 @@ class OptimizerConfig:
     warmup: int = Field(default=500, ge=0)
     """Steps over which the rate rises linearly from 0 to its peak."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square (AdamW)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the running mean square."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of Muon's running mean of the gradient."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled decay, on matrices and convolution kernels only (not on biases and normalisation weights)."""
     clip: float = Field(default=1.0, ge=0)
@@ -129,6 +134,16 @@ class ImageTowerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
+class TokenTasksConfig:
+    """What the text tower learns besides telling captions apart, for the diffusion that will read its tokens."""
+
+    sketch: float = Field(default=30.0, ge=0)
+    """Weight of sketching the picture from the tokens, so that they say what stands where; 0 leaves it out."""
+    echo: float = Field(default=10.0, ge=0)
+    """Weight of repeating at each token the words just said, so that none is lost; 0 leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
 class ClipConfig(RunConfig):
     """Stage 0: a small CLIP (Radford et al. 2021) by contrastive learning on the captioned pictures."""
 
@@ -138,6 +153,8 @@ class ClipConfig(RunConfig):
     """Image tower."""
     projection: int = Field(default=256, gt=0)
     """Dimensions of the space in which pictures and captions meet."""
+    tokens: TokenTasksConfig = Field(default_factory=TokenTasksConfig)
+    """Further tasks of the text tower."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

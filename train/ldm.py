@@ -21,7 +21,7 @@ from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import paint
 from train.loop import Batch, Phase, StepOutput, fit
-from train.optim import adamw, autocast
+from train.optim import autocast, build_optimizer
 from train.run import Run, open_accelerator, open_sources
 from train.sheets import in_rows, sheet
 
@@ -66,7 +66,7 @@ class LdmStage:
         self.schedule = Schedule.build(d.schedule, d.timesteps, d.beta_start, d.beta_end)
         objective = Objective(self.schedule, d.target, d.weighting, d.gamma, d.loss)
         self.phases = [
-            Phase("unet", DiffusionLoss(unet, objective), adamw(unet, config.optimizer), config.optimizer.lr)
+            Phase("unet", DiffusionLoss(unet, objective), build_optimizer(unet, config.optimizer), config.optimizer.lr)
         ]
         self.ema = Ema(unet, config.ema_decay)
         self.averaged = DiffusionLoss(self.ema.module, objective)

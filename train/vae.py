@@ -26,7 +26,7 @@ from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import reconstruction_quality
 from train.loop import Batch, Phase, StepOutput, fit
-from train.optim import adamw
+from train.optim import build_optimizer
 from train.run import Run, open_accelerator, open_sources
 from train.sheets import sheet, to_uint8
 
@@ -101,10 +101,14 @@ class VaeStage:
         if config.perceptual.kind == "clip":
             perceptual = ClipPerceptual(config.perceptual.model).to(device)
         self.reconstruct = Reconstruct(vae, config, perceptual, critic)
-        self.phases = [Phase("vae", self.reconstruct, adamw(vae, config.optimizer), config.optimizer.lr)]
+        self.phases = [Phase("vae", self.reconstruct, build_optimizer(vae, config.optimizer), config.optimizer.lr)]
         if critic is not None:
             judge = Phase(
-                "discriminator", Judge(critic), adamw(critic, config.optimizer), adversarial.lr, adversarial.start
+                "discriminator",
+                Judge(critic),
+                build_optimizer(critic, config.optimizer, lr=adversarial.lr),
+                adversarial.lr,
+                adversarial.start,
             )
             self.phases.append(judge)
         self.ema = Ema(vae, config.ema_decay)

@@ -29,7 +29,6 @@ class Purpose(IntEnum):
     POSTERIOR = 8
     VALIDATION = 9
     SUBSTITUTE = 10
-    WRONG = 11
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:

@@ -1,0 +1,86 @@
+"""Muon against torch's own, and what is promised of it beyond that."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from train.config import OptimizerConfig
+from train.optim import Muon, build_optimizer, orthogonal
+
+CONFIG = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.1, momentum=0.9)
+
+
+def gradients(net: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_matrices_step_as_with_torchs_muon(shape: tuple[int, int]) -> None:
+    ours = nn.ModuleList(nn.Linear(*shape, bias=False) for _ in range(3))
+    theirs = copy.deepcopy(ours)
+    optimizer = build_optimizer(ours, CONFIG)
+    reference = torch.optim.Muon(
+        theirs.parameters(), lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    for step in range(4):
+        for net, by in ((ours, optimizer), (theirs, reference)):
+            gradients(net, step)
+            by.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (a - b).abs().max() < 0.02 * 4 * 1e-2  # bf16 rounds in another order
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 60), (2, 60, 20), (1, 32, 32)])
+def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values(shape: tuple[int, int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    made = orthogonal(1e3 * x)
+    in_basis = u.mT @ made @ vt.mT  # of the singular vectors
+    values = in_basis.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert (in_basis - torch.diag_embed(values)).abs().max() < 0.05
+
+
+def test_a_zero_gradient_moves_nothing() -> None:
+    net = nn.Linear(8, 8)
+    before = copy.deepcopy(net)
+    optimizer = build_optimizer(net, OptimizerConfig(kind="muon", weight_decay=0))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters(), strict=True))
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_momenta() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8))
+    optimizer = build_optimizer(net, CONFIG)
+    gradients(net, 0)
+    optimizer.step()
+    weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    gradients(net, 1)
+    for p in net.parameters():
+        p.grad.view(-1)[0] = torch.nan
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    for name, weight in net.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    for k, kept in state.items():
+        assert all(torch.equal(value, optimizer.state_dict()["state"][k][name]) for name, value in kept.items())
+
+
+def test_embeddings_biases_and_norms_are_adamws() -> None:
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Unflatten(0, (1, -1)))
+    optimizer = build_optimizer(net, CONFIG)
+    assert isinstance(optimizer, Muon)
+    gradients(net, 0)
+    optimizer.step()
+    kinds = {name: set(optimizer.state[p]) for name, p in net.named_parameters()}
+    assert kinds.pop("1.weight") == {"momentum"}
+    assert all(kind == {"step", "exp_avg", "exp_avg_sq"} for kind in kinds.values())
+    decays = {len(g["params"]): g["weight_decay"] for g in optimizer.param_groups}
+    assert decays == {1: 0.1, 3: 0.0}  # the table is decayed too
