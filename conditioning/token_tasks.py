@@ -55,7 +55,7 @@ class Echo(nn.Module):
         self.register_buffer("codes", torch.randn(vocab_size, code))
 
     def forward(self, tokens: Tensor, input_ids: Tensor, end_id: int) -> Tensor:
-        """(b, n, width), (b, n) → mean squared error () over the tokens up to the end; 1 for no idea at all."""
+        """(b, n, width), (b, n) → squared error (), a mean over each caption's tokens up to its end; 1 for no idea."""
         end = input_ids == end_id
         said = end.cumsum(1) - end.int() == 0  # (b, n): the first end token and all before it
         repeated = self.repeat(tokens).unflatten(-1, (self.words, -1))  # (b, n, words, code)
@@ -64,7 +64,9 @@ class Echo(nn.Module):
         for back in range(min(self.words, tokens.shape[1])):
             error = (repeated[:, back:, back] - codes[:, : codes.shape[1] - back]).float().square().mean(-1)
             here = said[:, back:]
-            errors.append((error * here).sum() / here.sum().clamp(min=1))
+            errors.append(
+                ((error * here).sum(1) / here.sum(1).clamp(min=1)).mean()
+            )  # a mean over captions in any split
         return torch.stack(errors).mean()
 
 

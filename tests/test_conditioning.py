@@ -740,15 +740,15 @@ def test_the_echo_counts_the_words_up_to_the_end_alone():
     ids = torch.tensor([[1, 2, 3, 8, 0], [1, 8, 8, 8, 8]])  # 8 ends; after it, padding
     tokens = torch.randn(2, 5, 8)
     said = echo.repeat(tokens).view(2, 5, 2, 8)
-    own = [
-        (said[b, k, 0] - echo.codes[ids[b, k]]).square().mean() for b, end in ((0, 3), (1, 1)) for k in range(end + 1)
-    ]
-    before = [
-        (said[b, k, 1] - echo.codes[ids[b, k - 1]]).square().mean()
-        for b, end in ((0, 3), (1, 1))
-        for k in range(1, end + 1)
-    ]
-    expected = (torch.stack(own).mean() + torch.stack(before).mean()) / 2
+    expected = []
+    for back in (0, 1):
+        for caption, end in ((0, 3), (1, 1)):
+            errors = [
+                (said[caption, k, back] - echo.codes[ids[caption, k - back]]).square().mean()
+                for k in range(back, end + 1)
+            ]
+            expected.append(torch.stack(errors).mean())
+    expected = torch.stack(expected).mean()
     torch.testing.assert_close(echo(tokens, ids, 8), expected)
     with torch.no_grad():
         echo.repeat.weight.copy_(torch.cat([torch.eye(8), torch.zeros(8, 8)]))
@@ -758,24 +758,20 @@ def test_the_echo_counts_the_words_up_to_the_end_alone():
     assert alone(echo.codes[ids], ids, 8) == 0
 
 
-def test_echo_makes_a_token_tell_the_words_before_it(tokenizer):
-    """How far the features at "circle" differ when the colour before it does: further with the echo than without."""
-    captions = CAPTIONS[::3]
-    pixels = torch.zeros(len(captions), 3, 16, 16)
-    pairs = tokenize(tokenizer, ["a small red circle", "a small blue circle"])
-    place = (pairs[0] != pairs[1]).nonzero()[0] + 1
-    heard = {}
-    for weight in (0.0, 10.0):
+def test_the_echo_teaches_the_tower(tokenizer):
+    """The last words can be read from a token far better when the tower learns with the decoder than when it doesn't."""
+    ids = tokenize(tokenizer, CAPTIONS[::3])
+    pixels, caption_ids, error = torch.zeros(len(ids), 3, 16, 16), torch.arange(len(ids)), {}
+    for learns in (True, False):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            module = Contrastive(small_clip(tokenizer), token_tasks(echo_weight=weight))
-        optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
-        for _ in range(60):
-            loss, metrics = module(pixels, tokenize(tokenizer, captions), torch.arange(len(captions)))
+            module = Contrastive(small_clip(tokenizer), token_tasks(echo_weight=10.0))
+        module.clip.requires_grad_(learns)
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], 3e-3)
+        for _ in range(100):
+            loss, metrics = module(pixels, ids, caption_ids)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        tokens = module.clip.text_model(input_ids=pairs).last_hidden_state[:, place]
-        heard[weight] = (tokens[0] - tokens[1]).square().mean().item()
-    assert metrics["echo_mse"] < 0.5
-    assert heard[10.0] > 2 * heard[0.0]
+        error[learns] = metrics["echo_mse"].item()
+    assert error[True] < 0.6 * error[False] < 0.6

@@ -72,7 +72,10 @@ class Muon(torch.optim.AdamW):
         for p in weights:
             assert p.grad is not None
             gradient = p.grad.nan_to_num_(0, 0, 0)  # finite in a good step; in a bad one its share is 0
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            state = self.state[p]
+            if not state:  # AdamW asks every state for its step when it is loaded
+                state |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
+            momentum = state["momentum"]
             momentum.lerp_(gradient, (1 - self.momentum) * good)
             mixed.append(gradient.lerp(momentum, self.momentum).flatten(1).bfloat16())
         changes = orthogonal(torch.stack(mixed))
