@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from conditioning.openclip import PREFIX, load_openclip
 from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize
 from ldm.errors import UserError
 
@@ -82,9 +83,13 @@ class ClipTextEncoder(nn.Module):
     def load(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
         """Reads a folder or a hub id: a CLIP (whole, or its text tower) with its tokenizer, or a pipeline.
 
+        Or an OpenCLIP, as `openclip:ViT-B-32/laion2b_s34b_b79k`.
+
         Only safetensors and JSON are read. The weights come frozen, in evaluation mode, on the CPU. Raises
         UserError when there is no such thing, or when a weight is missing.
         """
+        if str(source).startswith(PREFIX):
+            return cls(*load_openclip(str(source))).to(dtype).eval().requires_grad_(False)
         folder = Path(source).resolve() if os.path.isdir(source) else _download(str(source))
         beside: tuple[Path, ...]
         if (folder / "text_encoder" / "config.json").is_file():

@@ -39,7 +39,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
         raise UserError(f"vocab_size {vocab_size}: {SMALLEST} (bytes, begin, end) to {LARGEST} are accepted")
     if max_length < 3:
         raise UserError(f"max_length {max_length}: at least 3 (begin, one token, end) is accepted")
-    blank = _clip_tokenizer([], max_length).backend_tokenizer
+    blank = clip_tokenizer([], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -54,7 +54,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     )
     learner.train_from_iterator(map(_whole, captions), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    return _clip_tokenizer(merges, max_length)
+    return clip_tokenizer(merges, max_length)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -115,8 +115,8 @@ def fingerprint(tokenizer: CLIPTokenizer) -> str:
     return json.dumps(state, sort_keys=True)
 
 
-def _clip_tokenizer(merges: list[tuple[str, str]], max_length: int) -> CLIPTokenizer:
-    """Two merges can make the same token, so ids are counted over distinct tokens."""
+def clip_tokenizer(merges: list[tuple[str, str]], max_length: int) -> CLIPTokenizer:
+    """The tokenizer of these merges. Two of them can make the same token, so ids are counted over distinct tokens."""
     tokens = dict.fromkeys([*_LETTERS, *(left + right for left, right in merges), BEGIN, END])
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},

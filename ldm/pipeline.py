@@ -28,7 +28,7 @@ from ldm.guidance import ClassifierFree
 from ldm.parameterization import PREDICTION_TYPE, Target, target_from_diffusers
 from ldm.samplers import SamplerKind, make_step, plan, sample
 from ldm.schedule import Schedule, Spacing
-from ldm.unet import use_sdpa
+from ldm.unet import use_attention
 
 DECODED_AT_ONCE = 32  # pictures; decoding takes the most memory of all
 
@@ -93,7 +93,7 @@ class LatentDiffusionPipeline:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"can't load {str(folder)!r}: {error}") from None
-        use_sdpa(unet)
+        use_attention(unet)
         return cls(
             unet.eval().requires_grad_(False),
             Autoencoder.load(folder / "vae"),

@@ -1,6 +1,7 @@
 """Builds the cross-attention UNet (Rombach et al. 2022, sec. 3.3) from diffusers' blocks."""
 
 from collections.abc import Sequence
+from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +65,32 @@ def build_unet(
         if name == "conv_out" or name.endswith((".conv2", ".proj_out")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    use_sdpa(unet)
+    use_attention(unet)
     return unet
 
 
-def use_sdpa(unet: UNet2DConditionModel) -> None:
-    """Attention through torch's scaled_dot_product_attention, the default backend."""
-    unet.set_attn_processor(SdpaProcessor())
+AttentionBackend = Literal["sdpa", "xformers"]
+
+
+def use_attention(unet: UNet2DConditionModel, backend: AttentionBackend = "sdpa") -> None:
+    """Compute attention with torch's scaled_dot_product_attention or with xformers, on a GPU. The weights don't change.
+
+    Raises UserError, naming what is missing, where xformers can't be used.
+    """
+    match backend:
+        case "sdpa":
+            unet.set_attn_processor(SdpaProcessor())
+        case "xformers":
+            try:
+                unet.enable_xformers_memory_efficient_attention()
+            except Exception as error:  # diffusers raises several kinds, for a missing package or a missing GPU
+                raise UserError(f"attention xformers can't be used here, sdpa can: {_line(error)}") from error
+        case _:
+            assert_never(backend)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class SdpaProcessor:

@@ -257,6 +257,14 @@ BAD = {
         "train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder {clip}/model --sample-steps 1001",
         "1001",
     ),
+    "random crops of stored latents": (
+        "train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder {clip}/model --input.crop random",
+        "crop random",
+    ),
+    "xformers without a GPU": (
+        "train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder {clip}/model --attention xformers",
+        "xformers",
+    ),
     "no model": ("txt2img.py --prompt x --out {new}", "--model"),
     "no model there": ("txt2img.py --prompt x --model {root}/none --out {new}", "none"),
     "too many steps": ("txt2img.py --prompt x --model {ldm}/model --steps 1001 --out {new}", "1001"),

@@ -287,6 +287,8 @@ class LdmConfig(RunConfig):
     """The process and the loss."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of examples trained with the empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """`sdpa`: torch's own; `xformers` on a GPU (pip install -e '.[xformers]')."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, far less memory."""
     cache: str = ""

@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Schedule
-from ldm.unet import build_unet
+from ldm.unet import build_unet, use_attention
 from train.config import LdmConfig
 from train.data.cache import LatentCache, TextCache
 from train.data.dataset import CachedDataset
@@ -61,6 +61,7 @@ class LdmStage:
             depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=autoencoder.latent_channels,
             latent_size=config.input.resolution // autoencoder.factor, text_width=text_encoder.width,
         ).to(run.accelerator.device)  # fmt: skip
+        use_attention(unet, config.attention)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.schedule = Schedule.build(d.schedule, d.timesteps, d.beta_start, d.beta_end)
@@ -126,6 +127,10 @@ def train(config: LdmConfig) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model, or a hub id"
             )
+    if config.input.crop != "center":
+        raise UserError(
+            f"input.crop {config.input.crop} can't be had in stage 2, whose latents are stored: accepted is center"
+        )
     accelerator = open_accelerator(config)
     source, held_out = open_sources(config.data, config.input)
     autoencoder = Autoencoder.load(config.vae)
