@@ -8,7 +8,6 @@ project; the causal mask hides the padding from every token of the caption.
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -87,7 +86,7 @@ def convert(model: nn.Module, config: dict[str, Any]) -> CLIPTextModel:
     missing, unexpected = tower.load_state_dict({k: w.detach().clone() for k, w in weights.items()}, strict=False)
     if unexpected or set(missing) - {"embeddings.position_ids"}:
         raise UserError(f"this open_clip text tower isn't CLIP's: {(unexpected or missing)[0]} has no counterpart")
-    return converted.to(torch.float32)
+    return converted.float()
 
 
 def tokenizer_of(config: dict[str, Any]) -> CLIPTokenizer:

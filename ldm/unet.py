@@ -1,6 +1,7 @@
 """Builds the cross-attention UNet (Rombach et al. 2022, sec. 3.3) from diffusers' blocks."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal, assert_never
 
 import torch
@@ -72,25 +73,24 @@ def build_unet(
 AttentionBackend = Literal["sdpa", "xformers"]
 
 
-def use_attention(unet: UNet2DConditionModel, backend: AttentionBackend = "sdpa") -> None:
-    """Compute attention with torch's scaled_dot_product_attention or with xformers, on a GPU. The weights don't change.
+def require_attention(backend: AttentionBackend) -> None:
+    """Raises UserError, naming what is missing, where a backend can't be used."""
+    if backend == "xformers" and find_spec("xformers") is None:
+        raise UserError("attention xformers isn't installed (pip install -e '.[xformers]'); sdpa needs nothing more")
+    if backend == "xformers" and not torch.cuda.is_available():
+        raise UserError("attention xformers runs on a CUDA GPU only, and there is none; sdpa runs anywhere")
 
-    Raises UserError, naming what is missing, where xformers can't be used.
-    """
+
+def use_attention(unet: UNet2DConditionModel, backend: AttentionBackend = "sdpa") -> None:
+    """Compute attention with torch's scaled_dot_product_attention or with xformers. The weights are the same."""
+    require_attention(backend)
     match backend:
         case "sdpa":
             unet.set_attn_processor(SdpaProcessor())
         case "xformers":
-            try:
-                unet.enable_xformers_memory_efficient_attention()
-            except Exception as error:  # diffusers raises several kinds, for a missing package or a missing GPU
-                raise UserError(f"attention xformers can't be used here, sdpa can: {_line(error)}") from error
+            unet.enable_xformers_memory_efficient_attention()
         case _:
             assert_never(backend)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 class SdpaProcessor:

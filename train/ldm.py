@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Schedule
-from ldm.unet import build_unet, use_attention
+from ldm.unet import build_unet, require_attention, use_attention
 from train.config import LdmConfig
 from train.data.cache import LatentCache, TextCache
 from train.data.dataset import CachedDataset
@@ -131,6 +131,7 @@ def train(config: LdmConfig) -> None:
         raise UserError(
             f"input.crop {config.input.crop} can't be had in stage 2, whose latents are stored: accepted is center"
         )
+    require_attention(config.attention)
     accelerator = open_accelerator(config)
     source, held_out = open_sources(config.data, config.input)
     autoencoder = Autoencoder.load(config.vae)
