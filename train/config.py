@@ -137,7 +137,7 @@ class ImageTowerConfig:
 class TokenTasksConfig:
     """What the text tower learns besides telling captions apart, for the diffusion that will read its tokens."""
 
-    sketch: float = Field(default=30.0, ge=0)
+    sketch: float = Field(default=100.0, ge=0)
     """Weight of sketching the picture from the tokens, so that they say what stands where; 0 leaves it out."""
     echo: float = Field(default=10.0, ge=0)
     """Weight of repeating at each token the words just said, so that none is lost; 0 leaves it out."""
