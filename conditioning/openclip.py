@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from conditioning.tokenizer import clip_tokenizer
+from conditioning.tokenizer import LARGEST, clip_tokenizer
 from ldm.errors import UserError
 
 PREFIX = "openclip:"
+_KNOWN = {"context_length", "vocab_size", "width", "heads", "layers"}
 _NAMES = {  # of a layer: ours ← theirs
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -37,14 +38,18 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     config = open_clip.get_model_config(architecture)
     if config is None:
         raise UserError(f"{name}: open_clip has no architecture {architecture!r}; one of its is ViT-B-32")
+    text = config["text_cfg"]
+    # Whatever else stands there (another tokenizer, no causal mask, a class token) CLIPTextModel hasn't got.
+    if foreign := sorted(set(text) - _KNOWN):
+        raise UserError(f"{name}: the text tower of {architecture} isn't CLIP's ({', '.join(foreign)})")
+    if text["vocab_size"] != LARGEST:
+        raise UserError(
+            f"{name}: {text['vocab_size']} tokens in the vocabulary of {architecture}, not CLIP's {LARGEST}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights not in tags and not (weights.endswith(".safetensors") and Path(weights).is_file()):
         known = ", ".join(tags) or "none of open_clip's own"
         raise UserError(f"{name}: weights {weights!r} are neither a .safetensors file nor one of: {known}")
-    if "hf_model_name" in config["text_cfg"]:
-        raise UserError(
-            f"{name}: the text tower of {architecture} isn't CLIP's, so no diffusers pipeline could hold it"
-        )
     try:
         model = open_clip.create_model(architecture, pretrained=weights)
     except Exception as error:  # the hub's client, its transport and damaged files have no common error
@@ -59,7 +64,7 @@ def convert(model: nn.Module, config: dict[str, Any]) -> CLIPTextModel:
     converted = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=text["width"],
-            intermediate_size=int(text["width"] * text.get("mlp_ratio", 4.0)),
+            intermediate_size=4 * text["width"],
             num_hidden_layers=text["layers"],
             num_attention_heads=text["heads"],
             hidden_act="quick_gelu" if type(blocks[0].mlp.gelu).__name__ == "QuickGELU" else "gelu",

@@ -71,7 +71,11 @@ def test_a_local_checkpoint_is_read_saved_and_is_then_everybodys(tmp_path: Path)
         ("openclip:ViT-Z-99/none", "ViT-Z-99"),
         ("openclip:ViT-B-32", "laion2b_s34b_b79k"),
         ("openclip:ViT-B-32/pickle.pt", "pickle.pt"),
-        ("openclip:roberta-ViT-B-32/laion2b_s12b_b32k", "isn't CLIP's"),
+        ("openclip:roberta-ViT-B-32/laion2b_s12b_b32k", "hf_model_name"),
+        ("openclip:MobileCLIP-S1/datacompdr", "no_causal_mask"),
+        ("openclip:coca_ViT-B-32/laion2b_s13b_b90k", "embed_cls"),
+        ("openclip:ViT-B-16-SigLIP2/webli", "hf_tokenizer_name"),
+        ("openclip:ViT-H-14-worldwide/x", "worldwide"),
     ],
 )
 def test_what_cannot_be_had_is_named(name: str, word: str) -> None:

@@ -303,7 +303,7 @@ class Trainer:
         peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _resident_mib()
         self.run.say(
             f"{trained / 1e6:.2f} M parameters train; weights, gradient, optimizer and average take {held:,.0f} MiB, "
-            f"about {max(peak, held):,.0f} MiB in all; a step takes about {seconds:.3g} s, "
+            f"about {max(peak, held):,.0f} MiB in all; a step takes about {seconds:.3g} s (without the optimizer), "
             f"{steps} steps about {duration(seconds * steps)}"
         )
 
