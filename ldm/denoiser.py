@@ -23,16 +23,21 @@ Denoise = Callable[[Tensor, Level], Tensor]
 class Denoiser:
     """`(x_t, level, condition) → x0_hat`, for a batch at one level.
 
-    `dtype` is what the network takes; None gives it the state as it is (the network casts for itself).
+    `dtype` is what the network takes; None gives it the state as it is (the network casts for itself). A network that
+    learned its variance gives twice the channels; with `fraction` its variance's place in [0, 1] is passed on after x0_hat,
+    (b, 2c, h, w), else it is left out.
     """
 
     network: Network
     target: Target
     dtype: torch.dtype | None = None
+    fraction: bool = False
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor) -> Tensor:
         """E[x0 | x_t], (b, c, h, w), in x_t's dtype. The network's index is int64, float32 if fractional."""
         index_dtype = torch.int64 if isinstance(level.index, int) else torch.float32
         index = torch.full((len(x_t),), level.index, dtype=index_dtype, device=x_t.device)
         output = self.network(x_t.to(self.dtype or x_t.dtype), index, condition).to(x_t.dtype)
-        return to_x0(self.target, output, x_t, level.alpha, level.sigma)
+        output, place = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
+        x0 = to_x0(self.target, output, x_t, level.alpha, level.sigma)
+        return torch.cat([x0, (place + 1) / 2], 1) if self.fraction else x0

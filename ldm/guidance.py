@@ -1,19 +1,24 @@
 """Guidance: wrappers round a denoiser that give `(x_t, level) → x0_hat`, all a sampler ever sees.
 
-Classifier-free guidance: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, with s = 1 + w for that paper's w,
-so that scale 1 is the conditional prediction: x̂ = x̂_neg + s (x̂_cond - x̂_neg). It is written on x0 here,
-on eps or v elsewhere, and these are the same: at a given x_t and level each prediction is an affine
-function a y + b of any other, and the weights 1 - s and s sum to 1, so that b passes through unchanged and
-the factor a moves out.
+They are written on x0 here, on eps or v elsewhere, and these are the same: at a given x_t and level each prediction is an
+affine function a y + b of any other. Where weights sum to 1, b passes through unchanged and the factor a moves out.
+
+Evaluations that a wrapper doesn't need are not made.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Denoiser
+from ldm.denoiser import Denoise, Denoiser
+from ldm.errors import UserError
+from ldm.parameterization import target_of, to_x0
 from ldm.schedule import Level
+
+LogProbability = Callable[[Tensor, Level], Tensor]
+"""(x_t (b, c, h, w), level) → log p(y | x_t) of each picture, (b,), differentiable."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,101 @@ class Conditioned:
 
 
 class ClassifierFree:
-    """Away from `negative` (the null condition, or a negative prompt's), towards `condition`; both (b, …).
+    """Away from `negative` (the null condition, or a negative prompt's), towards each prompt by its scale.
 
-    One evaluation of 2b pictures, in diffusers' order [negative, condition]; at scale 1, of b: the condition.
+    x̂ = x̂_neg + sum_k s_k (x̂_k - x̂_neg). With one prompt: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, with s = 1 + w for
+    that paper's w, so that scale 1 is the conditional prediction. With several, their conjunction: Liu et al. 2022 (arXiv
+    2206.01714), eq. 11. `rescale` (phi, 0 to 1) brings the standard deviation of the network's prediction back to that of the
+    conditional one: Lin et al. 2024 (arXiv 2305.08891), eq. 14 to 16.
+
+    Conditions are (b, …). One evaluation, in diffusers' order [negative, prompts]; what has no weight is left out.
     """
 
-    def __init__(self, denoiser: Denoiser, condition: Tensor, negative: Tensor, scale: float) -> None:
-        self.denoiser, self.scale = denoiser, scale
-        self.condition = condition if scale == 1 else torch.cat([negative.expand_as(condition), condition])
+    def __init__(
+        self, denoiser: Denoiser, negative: Tensor, prompts: Sequence[tuple[Tensor, float]], rescale: float = 0.0
+    ) -> None:
+        if not 0 <= rescale <= 1:
+            raise UserError(f"guidance rescale {rescale}: give 0 (none) to 1 (all)")
+        self.denoiser, self.rescale = denoiser, rescale
+        total = sum(scale for _, scale in prompts)
+        rows = [(negative, 1 - total), *prompts]
+        rows = [(row, weight) for row, weight in rows if weight != 0]
+        self.weights = [weight for _, weight in rows]
+        self.shares = [weight / total if row is not negative and total else 0.0 for row, weight in rows]
+        shape = torch.broadcast_shapes(*(row.shape for row, _ in rows))
+        self.condition = torch.cat([row.expand(shape) for row, _ in rows])
 
     def __call__(self, x_t: Tensor, level: Level) -> Tensor:
-        if self.scale == 1:
+        if len(self.weights) == 1:
             return self.denoiser(x_t, level, self.condition)
-        negative, positive = self.denoiser(torch.cat([x_t, x_t]), level, self.condition).chunk(2)
-        return negative + self.scale * (positive - negative)
+        n = len(self.weights)
+        made = self.denoiser(x_t.repeat(n, *[1] * (x_t.ndim - 1)), level, self.condition).chunk(n)
+        guided: Tensor = sum(weight * x0 for weight, x0 in zip(self.weights, made, strict=True))  # type: ignore[assignment]
+        if self.rescale == 0:
+            return guided
+        conditional: Tensor = sum(share * x0 for share, x0 in zip(self.shares, made, strict=True))  # type: ignore[assignment]
+        return self._rescaled(guided, conditional, x_t, level)
+
+    def _rescaled(self, guided: Tensor, conditional: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        """On the network's own target, as everywhere: unlike guidance, this is not the same on all of them."""
+        kind, alpha, sigma = self.denoiser.target, level.alpha, level.sigma
+        outputs = (target_of(kind, x0, (x_t - alpha * x0) / sigma, alpha, sigma) for x0 in (guided, conditional))
+        output, like = outputs
+        dims = tuple(range(1, output.ndim))
+        factor = like.std(dims, keepdim=True) / output.std(dims, keepdim=True)
+        return to_x0(kind, output * (1 + self.rescale * (factor - 1)), x_t, alpha, sigma)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Guidance on an interval of noise levels sigma / alpha alone: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+
+    low < level <= high is `inside`'s, any other `outside`'s, the cheaper prediction without guidance.
+    """
+
+    inside: Denoise
+    outside: Denoise
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise UserError(f"guidance interval {self.low} to {self.high}: give two noise levels, 0 <= low < high")
+
+    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+        return (self.inside if self.low < level.noise <= self.high else self.outside)(x_t, level)
+
+
+@dataclass(frozen=True)
+class Autoguided:
+    """Away from a weaker model of the same condition: Karras et al. 2024 (arXiv 2406.02507), eq. 3; scale 1 is none."""
+
+    main: Denoise
+    weak: Denoise
+    scale: float
+
+    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+        x0 = self.main(x_t, level)
+        return x0 if self.scale == 1 else torch.lerp(self.weak(x_t, level), x0, self.scale)
+
+
+@dataclass(frozen=True)
+class ClassifierGuided:
+    """Towards what a classifier of noisy pictures says: Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2.
+
+    Their eps - sigma s grad log p(y | x_t) is x̂0 + s (sigma^2 / alpha) grad log p(y | x_t). With weight 1 and an exact
+    classifier the score is that of p(x_t | y).
+    """
+
+    denoise: Denoise
+    log_probability: LogProbability
+    weight: float = 1.0
+
+    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+        x0 = self.denoise(x_t, level)
+        if self.weight == 0 or level.alpha == 0:  # pure noise tells no class
+            return x0
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.log_probability(x, level).sum(), x)
+        return x0 + self.weight * level.sigma * level.noise * slope

@@ -1,46 +1,56 @@
-"""The training objective: the network's error on its target, weighted by noise level.
+"""The training objective: the network's error on its target, weighted by noise level, or the variational bound.
 
-L = E_{x0, eps, u} [ w(i) loss(target, network(x_t, i, condition)) ] with i = floor(u T): Ho et al. 2020
-(arXiv 2006.11239), eq. 14, where w = 1. Min-SNR-gamma: Hang et al. 2023 (arXiv 2303.09556).
+    L_simple = E_{x0, eps, i} [ w(i) loss(target, network(x_i, i, condition)) ]
+
+Ho et al. 2020 (arXiv 2006.11239), eq. 14, where w = 1 and the target is eps. L_hybrid = L_simple + 0.001 L_vlb, where the
+bound teaches only the variance: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.bound import bound_term, variances
 from ldm.denoiser import Network
-from ldm.parameterization import Target, error_ratio, target_of
+from ldm.errors import UserError
+from ldm.parameterization import Target, check_target, error_ratio, target_of, to_x0
+from ldm.process import VarianceKind
 from ldm.schedule import Schedule
+from ldm.timesteps import Timesteps, uniform
 
-Weighting = Literal["uniform", "min_snr"]
+ObjectiveKind = Literal["simple", "vlb", "hybrid"]
 LossKind = Literal["l2", "l1", "huber"]
+_HYBRID = 1e-3  # of the bound beside the simple loss, by which it isn't to be noticed
+Weighting = Callable[[Tensor], Tensor]
+"""SNR → weight of the squared error of x0, of the same shape."""
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """One number per example, each (b,); `weighted.mean()` is the loss to descend."""
-
-    weighted: Tensor
-    unweighted: Tensor
-    index: Tensor
+def min_snr(gamma: float = 5.0) -> Weighting:
+    """min(SNR, gamma): Hang et al. 2023 (arXiv 2303.09556); on eps it is min(1, gamma / SNR)."""
+    return lambda snr: snr.clamp(max=gamma)
 
 
-def level_weight(weighting: Weighting, target: Target, snr: Tensor, gamma: float) -> Tensor:
-    """The weight of the target's own loss at each SNR, of the shape of snr.
+def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
+    """SNR / (k + SNR)^gamma: Choi et al. 2022 (arXiv 2204.00227), eq. 8; on eps it is 1 / (k + SNR)^gamma."""
+    return lambda snr: snr / (k + snr) ** gamma
 
-    Min-SNR is min(SNR, gamma) on the error of x0, whatever the target: min(SNR, gamma) / SNR on eps,
-    min(SNR, gamma) / (SNR + 1) on v.
-    """
-    match weighting:
-        case "uniform":
-            return torch.ones_like(snr)
-        case "min_snr":
-            return snr.clamp(max=gamma) / error_ratio(target, snr)
-        case _:
-            assert_never(weighting)
+
+def edm(sigma_data: float = 1.0) -> Weighting:
+    """SNR + 1 / sigma_data^2: Karras et al. 2022 (arXiv 2206.00364), table 1; with sigma_data 1, 1 on v."""
+    return lambda snr: snr + sigma_data**-2
+
+
+def level_weight(weighting: Weighting | None, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The weight of the target's own squared error at each level; None: 1. Finite where no signal is left."""
+    if weighting is None:
+        return torch.ones_like(alpha)
+    if target == "eps":
+        alpha = alpha.clamp(min=1e-10)  # the limit of two vanishing weights
+    return weighting((alpha / sigma) ** 2) / error_ratio(target, alpha, sigma)
 
 
 def pointwise(kind: LossKind, output: Tensor, target: Tensor) -> Tensor:
@@ -56,40 +66,121 @@ def pointwise(kind: LossKind, output: Tensor, target: Tensor) -> Tensor:
             assert_never(kind)
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """One number per example, each (b,); `weighted.mean()` is the loss to descend."""
+
+    weighted: Tensor
+    unweighted: Tensor
+    """The loss of the target, or the bound's term (kind vlb)."""
+    index: Tensor
+
+
+class _At(NamedTuple):
+    """A level's alpha and sigma for each example, (b, 1, 1, 1)."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+class _Prediction(NamedTuple):
+    """What the network made of a batch, with the coefficients of its levels."""
+
+    t: _At
+    s: _At
+    small: Tensor
+    large: Tensor
+    weight: Tensor
+    x_t: Tensor
+    output: Tensor
+    fraction: Tensor | None
+
+
 @dataclass(frozen=True)
 class Objective:
     """A callable over a network and a batch; all its randomness is in the batch.
 
-    Computed in float32 (float64 for float64 data), whatever the network's dtype. Waits for no device.
+    With a learned variance the network gives twice the channels, the latter half the variance's place in [-1, 1].
+    Computed in float32 (float64 for float64 data), whatever the network's dtype. Waits for no device. Raises UserError
+    where its parts don't go together.
     """
 
     schedule: Schedule
     target: Target = "eps"
-    weighting: Weighting = "uniform"
-    gamma: float = 5.0
+    weighting: Weighting | None = None
     loss: LossKind = "l2"
-    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(
+    kind: ObjectiveKind = "simple"
+    variance: VarianceKind = "fixed_small"
+    timesteps: Timesteps = uniform
+    _tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __post_init__(self) -> None:
+        check_target(self.target, self.schedule)
+        if self.variance == "learned" and self.kind == "simple":
+            raise UserError("variance learned with the objective simple, which never teaches it: take hybrid or vlb")
+        if self.variance != "learned" and self.kind == "hybrid":
+            raise UserError(
+                f"objective hybrid with variance {self.variance}: it adds to a learned one only; take simple"
+            )
+
     def __call__(self, network: Network, x0: Tensor, u: Tensor, noise: Tensor, condition: Tensor) -> Losses:
         """Losses of a batch: x0 and noise (b, c, h, w), u (b,) in [0, 1), condition the network's."""
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        noise = noise.to(x0.dtype)
         T = self.schedule.T
-        index = (u * T).long().clamp(max=T - 1).to(x0.device)  # (b,); a cast may round u to 1
-        alpha, sigma, weight = self._table(x0.device, x0.dtype)[:, index]
-        alpha, sigma = (c.view(-1, *[1] * (x0.ndim - 1)) for c in (alpha, sigma))  # (b, 1, 1, 1)
-        output = network(alpha * x0 + sigma * noise, index, condition).to(x0.dtype)
-        error = pointwise(self.loss, output, target_of(self.target, x0, noise, alpha, sigma))
-        unweighted = error.flatten(1).mean(1)
-        return Losses(weight * unweighted, unweighted, index)
+        drawn = self.timesteps(u.to(x0.device), T)
+        index, correction = drawn.index, drawn.weight
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+        made = self._predict(network, x0, index, noise, condition)
+        if self.kind == "vlb":
+            term = self._term(made, x0, index)
+            return Losses(correction * T * term, term, index)
+        target = target_of(self.target, x0, noise.to(x0.dtype), *made.t)
+        error = pointwise(self.loss, made.output, target).flatten(1).mean(1)
+        loss = made.weight.flatten() * error
+        if self.kind == "hybrid":
+            loss = loss + _HYBRID * T * self._term(made._replace(output=made.output.detach()), x0, index)
+        return Losses(correction * loss, error, index)
 
-    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """alpha, sigma and weight by index (3, T), copied to a device once."""
+    def bound(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
+        """The variational bound's terms at given indices (b,), in bits per dimension, (b,)."""
+        return self._term(self._predict(network, x0, index, noise, condition), x0, index)
+
+    def _predict(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> _Prediction:
+        table, given = self._on(x0.device, x0.dtype)
+        rows = (row.view(-1, *[1] * (x0.ndim - 1)) for row in table[:, index])  # (b, 1, 1, 1) each
+        alpha, sigma, s_alpha, s_sigma, small, large, weight = rows
+        x_t = alpha * x0 + sigma * noise.to(x0.dtype)
+        output, fraction = network(x_t, given[index], condition).to(x0.dtype), None
+        expected = x0.shape[1] * (2 if self.variance == "learned" else 1)
+        if output.shape[1] != expected:
+            raise UserError(
+                f"a network of {output.shape[1]} output channels for {x0.shape[1]} of latents with variance {self.variance}: "
+                f"it needs {expected}"
+            )
+        if self.variance == "learned":
+            output, place = output.chunk(2, 1)
+            fraction = (place + 1) / 2
+        return _Prediction(_At(alpha, sigma), _At(s_alpha, s_sigma), small, large, weight, x_t, output, fraction)
+
+    def _term(self, made: _Prediction, x0: Tensor, index: Tensor) -> Tensor:
+        x0_hat = to_x0(self.target, made.output, made.x_t, *made.t)
+        return bound_term(
+            x0, made.x_t, x0_hat, index, made.t, made.s, made.small, made.large, self.variance, made.fraction
+        )  # fmt: skip
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Coefficients by index (7, T), and what the network is given (T,), copied to a device once."""
         if (device, dtype) not in self._tables:
-            snr = self.schedule.snr
-            alpha, sigma = self.schedule.alpha_bar.sqrt(), (1 + snr).rsqrt()
-            rows = torch.stack([alpha, sigma, level_weight(self.weighting, self.target, snr, self.gamma)])
-            self._tables[device, dtype] = rows.to(device, dtype)
+            alpha, sigma = self.schedule.alpha, self.schedule.sigma
+            rows = torch.stack([
+                alpha, sigma, alpha.roll(1), sigma.roll(1), *variances(self.schedule),
+                level_weight(self.weighting, self.target, alpha, sigma),
+            ])  # fmt: skip
+            rows[2:4, 0] = torch.tensor([1.0, 0.0])  # below index 0 the data are clean
+            given = self.schedule.given
+            self._tables[device, dtype] = (
+                rows.to(device, dtype),
+                given.to(device, given.dtype if not given.is_floating_point() else torch.float32),
+            )
         return self._tables[device, dtype]

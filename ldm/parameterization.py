@@ -1,22 +1,29 @@
 """What the network predicts, and the conversions between predictions, for x_t = alpha x0 + sigma eps.
 
-eps: Ho et al. 2020 (arXiv 2006.11239), eq. 12; x0: the data; v = alpha eps - sigma x0: Salimans & Ho 2022
-(arXiv 2202.00512), section 4 and appendix D. All assume alpha^2 + sigma^2 = 1. Given x_t and its level,
-each is an affine function of any other.
+eps   the noise: Ho et al. 2020 (arXiv 2006.11239), eq. 12
+x0    the data
+v     alpha eps - sigma x0: Salimans & Ho 2022 (arXiv 2202.00512), section 4 and appendix D
+flow  eps - x0, the velocity of the straight path: Liu et al. 2022 (arXiv 2209.03003), eq. 1, with time reversed
+
+Given x_t and its level, each is an affine function of any other, on any path (ldm/schedule.py).
 
 alpha and sigma are floats, or tensors that broadcast against the pictures: (b, 1, 1, 1) for (b, c, h, w).
 """
 
 from typing import Literal, assert_never
 
+import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.schedule import Schedule
 
-Target = Literal["eps", "x0", "v"]
+Target = Literal["eps", "x0", "v", "flow"]
 Number = float | Tensor
 
-PREDICTION_TYPE: dict[Target, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+PREDICTION_TYPE: dict[Target, str] = {
+    "eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"
+}  # fmt: skip
 """diffusers' name of each target."""
 
 
@@ -28,6 +35,15 @@ def target_from_diffusers(prediction_type: str) -> Target:
     raise UserError(f"prediction_type {prediction_type!r}: known are {', '.join(PREDICTION_TYPE.values())}")
 
 
+def check_target(kind: Target, schedule: Schedule) -> None:
+    """Raises UserError for a target that says nothing of x0 at some level of the schedule."""
+    if kind == "eps" and schedule.zero_terminal_snr:
+        raise UserError(
+            "target eps on a path that ends in pure noise (zero terminal SNR, or a flow): there the noise says nothing "
+            "of the picture; take v, x0 or flow"
+        )
+
+
 def target_of(kind: Target, x0: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> Tensor:
     """What the network should have said of x_t = alpha x0 + sigma eps."""
     match kind:
@@ -37,6 +53,8 @@ def target_of(kind: Target, x0: Tensor, eps: Tensor, alpha: Number, sigma: Numbe
             return x0
         case "v":
             return alpha * eps - sigma * x0
+        case "flow":
+            return eps - x0
         case _:
             assert_never(kind)
 
@@ -48,8 +66,10 @@ def to_x0(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Numbe
             return (x_t - sigma * output) / alpha
         case "x0":
             return output
-        case "v":
-            return alpha * x_t - sigma * output
+        case "v":  # the divisor is 1 on a variance-preserving path
+            return (alpha * x_t - sigma * output) / (alpha**2 + sigma**2)
+        case "flow":  # the divisor is 1 on the straight path
+            return (x_t - sigma * output) / (alpha + sigma)
         case _:
             assert_never(kind)
 
@@ -62,19 +82,23 @@ def to_eps(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Numb
         case "x0":
             return (x_t - alpha * output) / sigma
         case "v":
-            return alpha * output + sigma * x_t
+            return (alpha * output + sigma * x_t) / (alpha**2 + sigma**2)
+        case "flow":
+            return (x_t + alpha * output) / (alpha + sigma)
         case _:
             assert_never(kind)
 
 
-def error_ratio(kind: Target, snr: Tensor) -> Tensor:
+def error_ratio(kind: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
     """A prediction's squared error in this target over that in x0 (Salimans & Ho 2022, section 4)."""
     match kind:
         case "eps":
-            return snr
+            return (alpha / sigma) ** 2
         case "x0":
-            return snr.new_ones(()).expand_as(snr)
+            return torch.ones_like(alpha)
         case "v":
-            return snr + 1
+            return ((alpha**2 + sigma**2) / sigma) ** 2
+        case "flow":
+            return ((alpha + sigma) / sigma) ** 2
         case _:
             assert_never(kind)

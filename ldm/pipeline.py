@@ -6,15 +6,23 @@ and steps, paints the same picture.
 """
 
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, Protocol, Self, get_args
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -22,14 +30,22 @@ from tqdm import tqdm
 
 from autoencoder.model import Autoencoder
 from conditioning.clip import ClipTextEncoder
-from ldm.denoiser import Denoiser
+from ldm.denoiser import Denoise, Denoiser
 from ldm.errors import RunError, UserError
-from ldm.guidance import ClassifierFree
-from ldm.parameterization import PREDICTION_TYPE, Target, target_from_diffusers
-from ldm.samplers import SamplerKind, make_step, plan, sample
-from ldm.schedule import Schedule, Spacing
+from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
+from ldm.parameterization import PREDICTION_TYPE, Target, check_target, target_from_diffusers
+from ldm.process import VarianceKind
+from ldm.samplers import invert, make_step, sample
+from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule
+from ldm.spacing import Plan, SamplerKind, Spacing, plan
 from ldm.unet import use_attention
 
+OutputType = Literal["pil", "np", "pt", "latent"]
+_VARIANCES: dict[str | None, VarianceKind] = {
+    "fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large",
+    "fixed_large_log": "fixed_large", "learned_range": "learned", "learned": "learned",
+}  # fmt: skip
+"""Ours by diffusers' name; stage 2 writes our own for a flow."""
 DECODED_AT_ONCE = 32  # pictures; decoding takes the most memory of all
 
 
@@ -61,6 +77,7 @@ class LatentDiffusionPipeline:
         spacing: Spacing = "trailing",
         steps_offset: int = 1,
         set_alpha_to_one: bool = False,
+        variance: VarianceKind = "fixed_small",
     ) -> None:
         if unet.config.in_channels != autoencoder.latent_channels:
             raise UserError(
@@ -70,8 +87,15 @@ class LatentDiffusionPipeline:
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
         self.schedule, self.target = schedule, target
         self.spacing, self.steps_offset, self.set_alpha_to_one = spacing, steps_offset, set_alpha_to_one
+        self.variance = variance
         if spacing not in get_args(Spacing):
             raise UserError(f"timestep spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
+        check_target(target, schedule)
+        if variance == "learned" and unet.config.out_channels != 2 * autoencoder.latent_channels:
+            raise UserError(
+                f"a learned variance needs {2 * autoencoder.latent_channels} output channels, the UNet has "
+                f"{unet.config.out_channels}: choose fixed_small or fixed_large, or train with diffusion.variance learned"
+            )
 
     # -- folders ----------------------------------------------------------------------------------------------
 
@@ -100,9 +124,10 @@ class LatentDiffusionPipeline:
             ClipTextEncoder.load(folder),
             Schedule.from_diffusers(config),
             target_from_diffusers(config.get("prediction_type", "epsilon")),
-            config.get("timestep_spacing", "leading"),
+            "karras" if config.get("use_karras_sigmas") else config.get("timestep_spacing", "leading"),
             config.get("steps_offset", 0),
             config.get("set_alpha_to_one", True),
+            _VARIANCES.get(config.get("variance_type"), "fixed_small"),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -111,9 +136,12 @@ class LatentDiffusionPipeline:
         self.unet.save_pretrained(str(folder / "unet"), safe_serialization=True)
         self.autoencoder.vae.save_pretrained(str(folder / "vae"), safe_serialization=True)
         self.text_encoder.save(folder)
-        self.scheduler().save_pretrained(str(folder / "scheduler"))
+        scheduler = self.scheduler()
+        scheduler.save_pretrained(str(folder / "scheduler"))
+        if limits := self.stock_limits():
+            _warn_once(limits)
         parts = {
-            "scheduler": ["diffusers", "DDIMScheduler"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
@@ -129,20 +157,46 @@ class LatentDiffusionPipeline:
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def scheduler(self) -> DDIMScheduler:
-        """Our process as diffusers' scheduler; its configuration makes every other one by `from_config`."""
+    def scheduler(self) -> SchedulerMixin:
+        """Our process as diffusers' scheduler; its configuration makes every other one by `from_config`.
+
+        A DDIMScheduler where stock pipelines can sample with any; a DDPMScheduler for a learned variance; a
+        FlowMatchEulerDiscreteScheduler for a flow. What they have no name for stands in the configuration beside it.
+        """
+        T = self.schedule.T
+        if isinstance(self.schedule, RectifiedFlow):
+            scheduler: SchedulerMixin = FlowMatchEulerDiscreteScheduler(T, self.schedule.shift)
+            scheduler.register_to_config(
+                prediction_type=PREDICTION_TYPE[self.target], timestep_spacing=self.spacing, variance_type=self.variance
+            )
+            return scheduler
+        assert isinstance(self.schedule, BetaSchedule)
         betas = self.schedule.betas.tolist()
-        return DDIMScheduler(
-            num_train_timesteps=len(betas),
-            beta_start=betas[0],
-            beta_end=betas[-1],
-            trained_betas=betas,
-            clip_sample=False,
-            set_alpha_to_one=self.set_alpha_to_one,
-            steps_offset=self.steps_offset,
-            timestep_spacing=self.spacing,
-            prediction_type=PREDICTION_TYPE[self.target],
-        )
+        common = {
+            "beta_start": betas[0], "beta_end": betas[-1], "trained_betas": betas, "clip_sample": False,
+            "steps_offset": self.steps_offset, "prediction_type": PREDICTION_TYPE[self.target],
+            "timestep_spacing": "linspace" if self.spacing == "karras" else self.spacing,
+            "rescale_betas_zero_snr": self.schedule.zero_terminal_snr,
+        }  # fmt: skip
+        if self.variance == "learned":
+            scheduler = DDPMScheduler(T, variance_type="learned_range", **common)
+            scheduler.register_to_config(set_alpha_to_one=self.set_alpha_to_one)
+        else:
+            scheduler = DDIMScheduler(T, set_alpha_to_one=self.set_alpha_to_one, **common)
+            scheduler.register_to_config(variance_type=self.variance)
+        if self.spacing == "karras":
+            scheduler.register_to_config(use_karras_sigmas=True)
+        return scheduler
+
+    def stock_limits(self) -> str | None:
+        """What stock diffusers' Stable Diffusion pipeline can't do with this model, in one line; None: nothing."""
+        if isinstance(self.schedule, RectifiedFlow):
+            return "a flow: stock diffusers' StableDiffusionPipeline can't sample this model; txt2img.py and our pipeline can"
+        if self.variance == "learned":
+            return (
+                "a learned variance: stock diffusers samples this model with DDPMScheduler only, which is the one saved"
+            )
+        return None
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move, and choose the arithmetic. The autoencoder stays fp32 under fp16, in which its activations overflow."""
@@ -162,25 +216,38 @@ class LatentDiffusionPipeline:
         *,
         num_inference_steps: int = 25,
         guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        compose: Sequence[tuple[str, float]] = (),
+        weak_unet: UNet2DConditionModel | None = None,
+        weak_scale: float = 2.0,
+        classifier: LogProbability | None = None,
+        classifier_scale: float = 1.0,
         sampler: SamplerKind = "dpmpp_2m",
+        spacing: Spacing | None = None,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
         progress: bool = False,
     ) -> Pictures:
         """Paint `num_images_per_prompt` pictures of each prompt.
 
         guidance_scale: 1 is the conditional prediction, larger follows the prompt more closely (Ho & Salimans 2022).
+        guidance_rescale: 0 to 1, against the contrast that a large scale brings (Lin et al. 2024).
+        guidance_interval: the noise levels sigma / alpha, low and high, between which to guide; none: everywhere.
+        compose: further prompts that every picture follows too, each with its own guidance scale (Liu et al. 2022).
+        weak_unet, weak_scale: a weaker UNet to be guided away from (Karras et al. 2024); scale 1 is without.
+        classifier, classifier_scale: log p(y | x_t) of latents to be guided by (Dhariwal & Nichol 2021).
+        spacing: of the steps over the noise levels, in place of the model's own.
+        eta: ddim's share of noise, 0 to 1.
         generator: one for all pictures, or a list with one for each; on the CPU it gives the same noise for any device.
         latents: starting noise (b, c, h, w) of unit variance, instead of drawing it.
         Raises UserError for arguments that don't fit, RunError when the picture comes out non-finite.
         """
-        if sampler not in get_args(SamplerKind):
-            raise UserError(f"sampler {sampler!r}: choose {', '.join(get_args(SamplerKind))}")
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt {num_images_per_prompt}: at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -196,24 +263,60 @@ class LatentDiffusionPipeline:
         if latents is not None and tuple(latents.shape) != shape:
             raise UserError(f"latents of shape {tuple(latents.shape)}: these pictures need {shape}")
 
+        route = self._plan(sampler, num_inference_steps, spacing)
+        step = make_step(sampler, eta, self.variance, isinstance(self.schedule, RectifiedFlow))
+        learned = sampler == "ddpm" and self.variance == "learned"
+        if learned and guidance_rescale:
+            raise UserError("guidance_rescale with a learned variance: sample with another sampler than ddpm")
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            return self._encode(texts).repeat_interleave(num_images_per_prompt, 0)
+
+        denoiser = Denoiser(self._network, self.target, self.unet.dtype, fraction=learned)
+        condition = encode(prompts)
+        also = [(encode([text] * len(prompts)), scale) for text, scale in compose]
+        denoise: Denoise = ClassifierFree(
+            denoiser, encode(negatives), [(condition, guidance_scale), *also], guidance_rescale
+        )  # fmt: skip
+        if guidance_interval is not None:
+            denoise = Interval(denoise, Conditioned(denoiser, condition), *guidance_interval)
+        if weak_unet is not None:
+            weak = replace(denoiser, network=partial(_call, weak_unet), dtype=weak_unet.dtype)
+            denoise = Autoguided(denoise, Conditioned(weak, condition.to(weak_unet.dtype)), weak_scale)
+        if classifier is not None:
+            if learned:
+                raise UserError("a classifier with a learned variance: sample with another sampler than ddpm")
+            denoise = ClassifierGuided(denoise, classifier, classifier_scale)
+
         device = self.unet.device
         noise = lambda: randn_tensor(shape, generator, device, torch.float32)  # noqa: E731
-        steps = plan(
-            self.schedule, sampler, num_inference_steps, self.spacing, self.steps_offset, self.set_alpha_to_one
-        )  # fmt: skip
         start = noise() if latents is None else latents.to(device, torch.float32)
         with tqdm(total=num_inference_steps, disable=not progress, dynamic_ncols=True) as bar:
-            z = sample(
-                self._guided(prompts, negatives, guidance_scale, num_images_per_prompt),
-                steps.start(start),
-                steps.legs,
-                make_step(sampler, eta),
-                noise,
-                callback=lambda *_: bar.update(),
-            )
-        if output_type == "latent":
-            return Pictures(z)
-        return Pictures(_finish(self.decode(z), output_type))
+            z = sample(denoise, route.start(start), route.legs, step, noise, callback=lambda *_: bar.update())
+        return Pictures(z if output_type == "latent" else _finish(self.decode(z), output_type))
+
+    @torch.no_grad()
+    def invert(
+        self, latents: Tensor, prompt: str | Sequence[str] = "", *, num_inference_steps: int = 50, refinements: int = 2
+    ) -> Tensor:
+        """The noise (b, c, h, w) from which ddim with eta 0 and guidance 1 paints these latents (b, c, h, w) again.
+
+        prompt: one for all, or each. refinements: of each step, an evaluation more for a more exact way back.
+        """
+        prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(latents):
+            raise UserError(f"{len(prompts)} prompts for {len(latents)} latents: give one for all, or each")
+        denoise = Conditioned(Denoiser(self._network, self.target, self.unet.dtype), self._encode(prompts))
+        route = self._plan("ddim", num_inference_steps, None)
+        return invert(denoise, latents.to(self.unet.device, torch.float32), route.legs, refinements)
+
+    def _plan(self, sampler: SamplerKind, steps: int, spacing: Spacing | None) -> Plan:
+        for name, value, kinds in (("sampler", sampler, SamplerKind), ("spacing", spacing or self.spacing, Spacing)):
+            if value not in get_args(kinds):
+                raise UserError(f"{name} {value!r}: choose {', '.join(get_args(kinds))}")
+        return plan(
+            self.schedule, sampler, steps, spacing or self.spacing, self.steps_offset, self.set_alpha_to_one
+        )  # fmt: skip
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], in portions."""
@@ -225,15 +328,9 @@ class LatentDiffusionPipeline:
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def _network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
-        return self.unet(x, index, condition, return_dict=False)[0]
+        return _call(self.unet, x, index, condition)
 
-    def _guided(self, prompts: list[str], negatives: list[str], scale: float, each: int) -> ClassifierFree:
-        condition = self._encode(prompts).repeat_interleave(each, 0)
-        negative = self._encode(negatives).repeat_interleave(each, 0)
-        denoiser = Denoiser(self._network, self.target, self.unet.dtype)
-        return ClassifierFree(denoiser, condition, negative, scale)
-
-    def _encode(self, prompts: list[str]) -> Tensor:
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
         """Each distinct prompt once: (b, tokens, width)."""
         distinct = list(dict.fromkeys(prompts))
         rows = self.text_encoder.encode(distinct).to(self.unet.device, self.unet.dtype)
@@ -252,9 +349,16 @@ class LatentDiffusionPipeline:
         return h // factor, w // factor
 
 
-def _finish(
-    pixels: Tensor, output_type: Literal["pil", "np", "pt", "latent"]
-) -> list[Image.Image] | np.ndarray | Tensor:
+def _call(unet: UNet2DConditionModel, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+    return unet(x, index, condition, return_dict=False)[0]
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logging.getLogger(__name__).warning(line)
+
+
+def _finish(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
     if output_type == "pt":
         return pixels
     array = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, 3)

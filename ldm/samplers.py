@@ -1,51 +1,34 @@
-"""Samplers: one loop over the legs of a plan; a sampler is a step that walks one leg, and the plan it wants.
+"""Samplers: one loop over the legs of a plan; a sampler is a step that walks one leg.
 
-DDPM      Ho et al. 2020, arXiv 2006.11239, eq. 7
-DDIM      Song et al. 2021, arXiv 2010.02502, eq. 12 and 16
-Euler     Karras et al. 2022, arXiv 2206.00364, algorithm 1, lines 4 and 5; it is DDIM's step with eta 0
-DPM++ 2M  Lu et al. 2022, arXiv 2211.01095, algorithm 2; it is DDIM's step with eta 0 and x̂0 extrapolated
+DDPM       Ho et al. 2020, arXiv 2006.11239, eq. 7
+DDIM       Song et al. 2021, arXiv 2010.02502, eq. 12 and 16
+Euler      Karras et al. 2022, arXiv 2206.00364, algorithm 1, lines 4 and 5: DDIM's step with eta 0, which is also Euler's
+           on the straight path; ancestral, DDIM's with eta 1
+Heun       Karras et al. 2022, algorithm 1
+DPM++ 2M   Lu et al. 2022, arXiv 2211.01095, algorithm 2: DDIM's step with x̂0 extrapolated; its SDE form, with eta 1
+UniPC      Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2, of order 2 with B(h) = e^h - 1
+predictor–corrector  Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3
 
-The state is x_t = alpha x0 + sigma eps for every sampler. Coefficients are floats of the host, made from
-two levels: nothing in the loop waits for a device. Plans and steps are diffusers' to rounding.
+The state is x_t = alpha x0 + sigma eps for every sampler, on any path: all depends on sigma / alpha but for the state's
+scale. Coefficients are floats of the host, made from two levels: nothing in the loop waits for a device. Plans and
+steps are diffusers' to rounding.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol, assert_never
+from typing import Literal, Protocol, assert_never
 
 from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.schedule import Level, Schedule, Spacing, timesteps
+from ldm.process import VarianceKind, posterior, reverse_variance, score, step_variance
+from ldm.schedule import Level
+from ldm.spacing import Leg, SamplerKind
 
-SamplerKind = Literal["ddpm", "ddim", "euler", "dpmpp_2m"]
 Noise = Callable[[], Tensor]
 """Gives a fresh standard normal tensor of the state's shape; called exactly where diffusers draws."""
-
-
-class Leg(NamedTuple):
-    """One step: the network is evaluated at `now`, the state goes on to `next`."""
-
-    now: Level
-    next: Level
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The legs from noise to data, and the standard deviation of the Gaussian to begin with.
-
-    To begin part of the way (image to image), walk `legs[k:]` from alpha x0 + sigma eps at `legs[k].now`.
-    """
-
-    legs: tuple[Leg, ...]
-    start_std: float
-
-    def start(self, noise: Tensor) -> Tensor:
-        """The first state, of standard normal noise."""
-        return self.start_std * noise
 
 
 class Step(Protocol):
@@ -70,79 +53,85 @@ def sample(
     return x
 
 
-def plan(
-    schedule: Schedule,
-    kind: SamplerKind,
-    n: int,
-    spacing: Spacing,
-    steps_offset: int = 1,
-    set_alpha_to_one: bool = False,
-) -> Plan:
-    """The legs that diffusers' scheduler of that kind walks, made `from_config` of such a DDIMScheduler.
+def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 0) -> Tensor:
+    """Walk the legs of DDIM backwards, from data to the noise that DDIM (eta 0) would make them of.
 
-    All end at t = 0 except ddim, which ends at index 0 unless `set_alpha_to_one`.
-    Raises UserError where n steps don't fit the schedule.
+    Each leg's eps belongs to a state not yet known. It is taken from where the leg ends (Dhariwal & Nichol 2021, arXiv
+    2105.05233, appendix F), and as often as `refinements` says once more from the state that this gives (a fixed-point
+    iteration: Pan et al. 2023, arXiv 2309.04907).
     """
-    T = schedule.T
-    match kind:
-        case "ddim":
-            # diffusers' DDIM goes down by T // n from every index. With leading that is where the next leg
-            # begins; with trailing it can miss by an index where n doesn't divide T; with linspace it falls
-            # short, and noise is left in the picture (huggingface/diffusers#12633).
-            down, end = T // n, -1 if set_alpha_to_one else 0
-            indices = timesteps(n, T, spacing, steps_offset).tolist()
-            ends = ((i, i - down if i >= down else end) for i in indices)
-            return Plan(tuple(Leg(schedule.level(i), schedule.level(j)) for i, j in ends), 1.0)
-        case "ddpm":
-            indices = timesteps(n, T, spacing, steps_offset)
-        case "euler":
-            indices = timesteps(n, T, spacing, steps_offset, whole=False)
-        case "dpmpp_2m":
-            indices = timesteps(n, T, spacing, steps_offset, spare=True)
-        case _:
-            assert_never(kind)
-    levels = [schedule.level(i) for i in [*indices.tolist(), -1]]
-    # Where its spacing reaches T - 1, diffusers' Euler begins from sigma eps, not from the variance of x_t.
-    start_std = levels[0].sigma if kind == "euler" and spacing != "leading" else 1.0
-    return Plan(tuple(Leg(*ends) for ends in pairwise(levels)), start_std)
+    for now, next in reversed(legs):
+        guess, at = x, next if next.sigma > 0 else now
+        for _ in range(refinements + 1):
+            eps = (guess - at.alpha * denoise(guess, at)) / at.sigma
+            guess, at = now.alpha / next.alpha * (x - next.sigma * eps) + now.sigma * eps, now
+        x = guess
+    return x
 
 
-def make_step(kind: SamplerKind, eta: float = 0.0) -> Step:
-    """A fresh step of that kind; eta (0 to 1) is ddim's share of noise."""
+def make_step(kind: SamplerKind, eta: float = 0.0, variance: VarianceKind = "fixed_small", flow: bool = False) -> Step:
+    """A fresh step of that kind; eta (0 to 1) is ddim's share of noise, the variance ddpm's, flow the path."""
     if eta and kind != "ddim":
         raise UserError(f"eta {eta} with {kind}: only ddim has an eta")
     match kind:
         case "ddpm":
-            return ddpm
+            return DDPM(variance)
         case "ddim":
-            return DDIM(eta)
+            return Multistep(1, eta)
         case "euler":
-            return DDIM()
+            return Multistep(1)
+        case "euler_ancestral":
+            return Multistep(1, 1.0)
+        case "heun":
+            return Heun(flow)
         case "dpmpp_2m":
-            return DPMpp2M()
+            return Multistep(2)
+        case "dpmpp_2m_sde":
+            return Multistep(2, 1.0)
+        case "unipc":
+            return UniPC()
+        case "predictor_corrector":
+            return PredictorCorrector()
         case _:
             assert_never(kind)
 
 
-def ddpm(denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-    """A draw from q(x_s | x_t, x̂0), Ho et al. 2020, eq. 7 (variance "fixed small"), for any two levels."""
-    x0 = denoise(x, now)
-    alpha_ts = now.alpha / next.alpha
-    beta_ts = 1 - alpha_ts**2  # variance of q(x_t | x_s)
-    shrink = next.sigma**2 / now.sigma**2
-    x = (alpha_ts * shrink) * x + (next.alpha * beta_ts / now.sigma**2) * x0
-    return x + math.sqrt(shrink * beta_ts) * noise() if now.index > 0 else x
-
-
 @dataclass(frozen=True)
-class DDIM:
-    """Song et al. 2021, eq. 12, with the variance of eq. 16: eta 0 solves the ODE, eta 1 is DDPM's step.
+class DDPM:
+    """A draw from p(x_s | x_t), Ho et al. 2020, eq. 7 with x̂0, for any two levels.
 
-    With eta 0 it is also Euler's step on Karras' ODE: for y = x / alpha and s = sigma / alpha,
-    y + (s_next - s) (y - x̂0) / s is a state whose eps, (y - x̂0) / s, is the old one.
+    With a learned variance the denoiser gives its fraction after x̂0, (b, 2c, h, w). Into t = 0, where the posterior knows
+    x0, the mean is taken.
     """
 
+    variance: VarianceKind = "fixed_small"
+
+    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
+        x0, fraction = denoise(x, now), None
+        if self.variance == "learned":
+            x0, fraction = x0.chunk(2, 1)
+        mean, small = posterior(x, x0, now, next)
+        if now.index <= 0:
+            return mean
+        z = noise()
+        if next.sigma == 0:
+            return mean
+        variance = reverse_variance(self.variance, small, step_variance(next, now), fraction)
+        return mean + variance**0.5 * z
+
+
+@dataclass
+class Multistep:
+    """DDIM's family: alpha x̂ + sigma eps at the next level, with a share `eta` of that eps drawn anew.
+
+    Song et al. 2021, eq. 12 and 16: eta 0 solves the ODE, eta 1 is DDPM's step. Order 1 takes x̂ = x̂0 and is Euler's step on
+    Karras' ODE: for y = x / alpha and s = sigma / alpha, y + (s_next - s) (y - x̂0) / s keeps the eps, (y - x̂0) / s. Order
+    2 extrapolates x̂ from the last leg (Lu et al. 2022, algorithm 2, midpoint), but not into t = 0.
+    """
+
+    order: Literal[1, 2] = 1
     eta: float = 0.0
+    previous: tuple[Tensor, Level] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -150,28 +139,90 @@ class DDIM:
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         x0 = denoise(x, now)
-        std = self.eta * next.sigma / now.sigma * math.sqrt(max(0.0, 1 - (now.alpha / next.alpha) ** 2))
-        x = move(x, x0, now, next, math.sqrt(max(0.0, next.sigma**2 - std**2)))
+        target = x0 + _half_slope(x0, self.previous, now, next)
+        self.previous = (x0, now) if self.order == 2 and next.sigma > 0 else None
+        std = self.eta * next.sigma * math.sqrt(max(0.0, 1 - (next.noise / now.noise) ** 2))
+        x = move(x, target, now, next, math.sqrt(next.sigma**2 - std**2))
         return x + std * noise() if self.eta > 0 else x
 
 
 @dataclass
-class DPMpp2M:
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, midpoint; of first order at the start and into t = 0.
+class UniPC:
+    """DPM++ 2M's prediction, and its correction once the network has been asked where it led; one evaluation a leg."""
 
-    As e^{-h} = (sigma_next / alpha_next) / (sigma / alpha), the update is DDIM's with D in place of x̂0.
-    """
-
+    begun: tuple[Tensor, Tensor, Level] | None = None
+    """State, x̂0 and level at the start of the last leg."""
     previous: tuple[Tensor, Level] | None = None
+    """x̂0 and level at the start of the leg before it."""
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = d = denoise(x, now)
-        if self.previous is not None and next.sigma > 0:
-            last_x0, last = self.previous
-            r = (half_log_snr(now) - half_log_snr(last)) / (half_log_snr(next) - half_log_snr(now))
-            d = x0 + (x0 - last_x0) / (2 * r)
-        self.previous = (x0, now) if next.sigma > 0 else None
-        return move(x, d, now, next, next.sigma)
+        x0 = denoise(x, now)
+        last = None
+        if self.begun is not None:
+            x, last = self._correct(*self.begun, x0, now), self.begun[1:]
+        self.previous, self.begun = last, (x, x0, now)
+        if next.sigma == 0:
+            self.previous = self.begun = None
+        return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
+
+    def _correct(self, x: Tensor, x0: Tensor, then: Level, x0_now: Tensor, now: Level) -> Tensor:
+        """The last leg again, with x̂0 at its end known: Zhao et al. 2023, eq. 3 and 9."""
+        h = then.half_log_snr - now.half_log_snr  # their -h, as x̂0 is what is integrated
+        phi = math.expm1(h)
+        first = (phi / h - 1) / phi
+        if self.previous is None:
+            correction = (x0_now - x0) / 2
+        else:
+            second = 2 * ((phi / h - 1) / h - 0.5) / phi
+            earlier, before = self.previous
+            r = (then.half_log_snr - before.half_log_snr) / h  # negative, in units of this leg
+            weight = (second - first) / (r - 1)
+            correction = weight / r * (earlier - x0) + (first - weight) * (x0_now - x0)
+        return move(x, x0 + correction, then, now, now.sigma)
+
+
+@dataclass(frozen=True)
+class Heun:
+    """Karras et al. 2022, algorithm 1: Euler's step, then again with the mean of the slopes at both ends.
+
+    In dy = x̂0 da + eps db for the state y, scaled so that a = 1 (Karras' ODE) or, on a flow, a + b = 1.
+    """
+
+    flow: bool = False
+
+    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
+        x0 = denoise(x, now)
+        end = move(x, x0, now, next, next.sigma)
+        if next.sigma == 0:
+            return end
+        x0_end = denoise(end, next)
+        eps, eps_end = (x - now.alpha * x0) / now.sigma, (end - next.alpha * x0_end) / next.sigma
+        (a, b, scale), (a_end, b_end, scale_end) = self._scaled(now), self._scaled(next)
+        slope = (a_end - a) * (x0 + x0_end) / 2 + (b_end - b) * (eps + eps_end) / 2
+        return (x / scale + slope) * scale_end
+
+    def _scaled(self, level: Level) -> tuple[float, float, float]:
+        scale = level.alpha + level.sigma if self.flow else level.alpha
+        return level.alpha / scale, level.sigma / scale, scale
+
+
+@dataclass(frozen=True)
+class PredictorCorrector:
+    """DDPM's step, then a step of Langevin dynamics at the level it led to: two evaluations a leg.
+
+    The step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 5, with the ratio of the norms of noise and score, which
+    they measure, at its expectation sigma.
+    """
+
+    snr: float = 0.16
+    predictor: Step = DDPM()
+
+    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
+        x = self.predictor(denoise, x, now, next, noise)
+        if next.sigma == 0:
+            return x
+        size = 2 * (self.snr * next.sigma) ** 2
+        return x + size * score(x, denoise(x, next), next) + math.sqrt(2 * size) * noise()
 
 
 def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor:
@@ -180,6 +231,10 @@ def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor
     return kept * x + (next.alpha - kept * now.alpha) * x0
 
 
-def half_log_snr(level: Level) -> float:
-    """lambda = log(alpha / sigma)."""
-    return math.log(level.alpha / level.sigma)
+def _half_slope(x0: Tensor, previous: tuple[Tensor, Level] | None, now: Level, next: Level) -> Tensor | float:
+    """What x̂0 changes over half the leg, by its slope in lambda since the last one; 0 where there is none."""
+    if previous is None or next.sigma == 0:
+        return 0.0
+    last_x0, last = previous
+    ratio = (next.half_log_snr - now.half_log_snr) / (now.half_log_snr - last.half_log_snr)
+    return ratio / 2 * (x0 - last_x0)

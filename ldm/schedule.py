@@ -1,25 +1,29 @@
-"""Noise schedules: x_t = alpha_t x0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1, a function of t in [0, 1].
+"""Noise schedules: x_t = alpha_t x0 + sigma_t eps, where (alpha_t, sigma_t) is a function of t in [0, 1].
 
-A schedule is made of T betas (Ho et al. 2020, arXiv 2006.11239, eq. 2 and 4). The discrete index i = 0 …
-T-1, which the network is given (0 = least noise), stands at t = (i + 1) / T; t = 0 is clean. Between those
-points sigma / alpha, the noise level of Karras et al. (2022, arXiv 2206.00364), is linear in t, beginning
-with 0 at t = 0: the same that samplers with fractional timesteps assume (k-diffusion, diffusers'
-EulerDiscreteScheduler).
+The discrete index i = 0 … T-1 (0 = least noise) stands at t = (i + 1) / T; t = 0 is clean and t = 1 is noise. Two
+kinds of path:
+
+- variance-preserving, alpha^2 + sigma^2 = 1, made of T betas (Ho et al. 2020, arXiv 2006.11239, eq. 2 and 4).
+  Between the T points the noise level sigma / alpha of Karras et al. (2022, arXiv 2206.00364) is linear in t,
+  beginning with 0 at t = 0: the same that samplers with fractional timesteps assume (k-diffusion, diffusers).
+- rectified flow, alpha + sigma = 1 (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
+
+Any path is any other's, scaled: alpha x0 + sigma eps depends on sigma / alpha alone, but for a factor.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, assert_never
+from typing import Any, Literal, assert_never
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.errors import UserError
 
-ScheduleKind = Literal["linear", "scaled_linear", "cosine"]
-Spacing = Literal["leading", "trailing", "linspace"]
+BetaKind = Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"]
+ScheduleKind = Literal[BetaKind, "flow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,125 +34,200 @@ class Level:
     alpha: float
     sigma: float
     index: int | float
-    """What the network is given: int on the schedule's grid; -1 at t = 0, where no network is evaluated."""
+    """What the network is given: int on a grid of betas; -1 at the clean end, where no network is evaluated."""
+
+    @property
+    def noise(self) -> float:
+        """sigma / alpha, the noise level of Karras et al. 2022; infinite where nothing is left of the signal."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """lambda = log(alpha / sigma)."""
+        return -math.log(self.noise) if 0 < self.noise < math.inf else math.copysign(math.inf, 1 - self.noise)
 
 
-class Schedule:
-    """alpha_t and sigma_t of T betas, in float64: `schedule(t)`, `schedule.level(index)`, or as tables.
+class Schedule(ABC):
+    """alpha_t and sigma_t in float64: `schedule(t)`, `schedule.level(index)`, or as tables by index.
 
-    Attributes: `T`; `betas`, `alpha_bar` and `snr`, each (T,) by index.
-    Raises UserError where a beta is not strictly between 0 and 1.
+    Attributes: `T`; `alpha`, `sigma` and `given` (what the network is told of its level), each (T,).
     """
 
-    def __init__(self, betas: Tensor | Sequence[float]) -> None:
-        try:
-            self.betas = torch.as_tensor(betas, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError("betas: give a list of T numbers") from None
-        if self.betas.ndim != 1 or len(self.betas) == 0:
-            raise UserError(f"betas of shape {tuple(self.betas.shape)}: give a list of T numbers")
-        outside = self.betas[~((self.betas > 0) & (self.betas < 1))]
-        if len(outside):
-            raise UserError(f"beta {outside[0].item()}: every beta must lie strictly between 0 and 1")
-        self.T = len(self.betas)
-        log_alpha_bar = torch.log1p(-self.betas).cumsum(0)
-        self.alpha_bar = log_alpha_bar.exp()
-        self.snr = 1 / torch.expm1(-log_alpha_bar)
-        self._ratio = torch.cat([self.snr.new_zeros(1), self.snr.rsqrt()])  # (T + 1,), sigma / alpha by t T
+    T: int
+    alpha: Tensor
+    sigma: Tensor
+    given: Tensor
 
-    @classmethod
-    def build(cls, kind: ScheduleKind, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Self:
-        """The schedule of that kind; `cosine` has no use for the ends. Defaults are Stable Diffusion's."""
-        if kind != "cosine" and not (0 < beta_start < 1 and 0 < beta_end < 1):
-            raise UserError(f"betas from {beta_start} to {beta_end}: both must lie strictly between 0 and 1")
-        match kind:
-            case "linear":  # Ho et al. 2020, section 4
-                betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
-            case "scaled_linear":  # Rombach et al. 2022 (arXiv 2112.10752), their code
-                betas = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
-            case "cosine":  # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17
-                ends = torch.arange(T + 1, dtype=torch.float64) / T
-                f = torch.cos((ends + 0.008) / 1.008 * math.pi / 2) ** 2
-                betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-            case _:
-                assert_never(kind)
-        return cls(betas)
+    @abstractmethod
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, of the shape of t (float64, in [0, 1]); differentiable between the T points."""
 
-    @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
+    @abstractmethod
+    def level(self, index: int | float) -> Level:
+        """The level at an index of the grid or between two of them; -1 is the clean end, t = 0."""
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2 by index, (T,); falling."""
+        return (self.alpha / self.sigma) ** 2
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last level is pure noise."""
+        return self.alpha[-1].item() == 0
+
+    def _ends(self, index: int | float) -> tuple[float, float, float]:
+        """t, alpha and sigma at an index."""
+        if not -1 <= index <= self.T - 1:
+            raise ValueError(f"index {index}: this schedule has -1 (clean) to {self.T - 1}")
+        t = (index + 1) / self.T
+        alpha, sigma = self(self.alpha.new_tensor(t))
+        return t, alpha.item(), sigma.item()
+
+    @staticmethod
+    def build(
+        kind: ScheduleKind, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        zero_terminal_snr: bool = False, shift: float = 1.0,
+    ) -> "Schedule":  # fmt: skip
+        """The schedule of that kind. `cosine` and `flow` have no use for the betas' ends (Stable Diffusion's by
+        default), only `flow` has one for the shift.
+        """
+        if kind == "flow":
+            if zero_terminal_snr:
+                raise UserError("zero_terminal_snr with a flow: its last level is pure noise already; leave it out")
+            return RectifiedFlow(T, shift)
+        if shift != 1:
+            raise UserError(f"shift {shift} with schedule {kind}: only a flow is shifted")
+        betas = make_betas(kind, T, beta_start, beta_end)
+        return BetaSchedule(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+
+    @staticmethod
+    def from_diffusers(config: Mapping[str, Any]) -> "Schedule":
         """The schedule of a scheduler_config.json, whatever scheduler's; UserError for what isn't known."""
-        for key in ("rescale_betas_zero_snr", "use_flow_sigmas"):
+        for key in ("use_flow_sigmas", "use_dynamic_shifting"):
             if config.get(key):
                 raise UserError(f"scheduler config: {key} is not supported; give a config without it")
         T = config.get("num_train_timesteps", 1000)
         if not isinstance(T, int) or T < 1:
             raise UserError(f"scheduler config: num_train_timesteps {T!r}: give a whole number from 1")
+        if str(config.get("_class_name", "")).startswith("FlowMatch"):
+            return RectifiedFlow(T, config.get("shift", 1.0))
         if config.get("trained_betas") is not None:
-            schedule = cls(config["trained_betas"])
-            if schedule.T != T:
-                raise UserError(f"scheduler config: {schedule.T} trained_betas for {T} num_train_timesteps")
-            return schedule
-        match config.get("beta_schedule"):
-            case "linear" | "scaled_linear" as kind:
-                start, end = config.get("beta_start"), config.get("beta_end")
-                if not (isinstance(start, int | float) and isinstance(end, int | float)):
-                    raise UserError(f"scheduler config: beta_start {start!r}, beta_end {end!r}: give two numbers")
-                return cls.build(kind, T, start, end)
-            case "squaredcos_cap_v2":
-                return cls.build("cosine", T)
-            case other:
+            betas = _as_betas(config["trained_betas"])
+            if len(betas) != T:
+                raise UserError(f"scheduler config: {len(betas)} trained_betas for {T} num_train_timesteps")
+        else:
+            names: dict[str, BetaKind] = {
+                "linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"
+            }  # fmt: skip
+            kind, start, end = (config.get(key) for key in ("beta_schedule", "beta_start", "beta_end"))
+            if kind not in names:
                 raise UserError(
-                    f"scheduler config: beta_schedule {other!r} is not known; give trained_betas, or one of "
-                    "linear, scaled_linear, squaredcos_cap_v2"
+                    f"scheduler config: beta_schedule {kind!r} is not known; give trained_betas, or one of "
+                    f"{', '.join(names)}"
                 )
+            if kind != "squaredcos_cap_v2" and not all(isinstance(end, int | float) for end in (start, end)):
+                raise UserError(f"scheduler config: beta_start {start!r}, beta_end {end!r}: give two numbers")
+            betas = make_betas(names[kind], T, start or 0.5, end or 0.5)
+        return BetaSchedule(rescale_to_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas)
+
+
+class BetaSchedule(Schedule):
+    """The variance-preserving path of T betas (T,); also `alpha_bar`, (T,).
+
+    Raises UserError where a beta is not strictly between 0 and 1 (the last may be 1: zero terminal SNR).
+    """
+
+    def __init__(self, betas: Tensor | Sequence[float]) -> None:
+        self.betas = _as_betas(betas)
+        self.T = len(self.betas)
+        log_alpha_bar = torch.log1p(-self.betas).cumsum(0)
+        self.alpha_bar = log_alpha_bar.exp()
+        self.alpha, self.sigma = self.alpha_bar.sqrt(), (-torch.expm1(log_alpha_bar)).sqrt()
+        self.given = torch.arange(self.T)
+        self._noise = torch.cat([self.sigma.new_zeros(1), self.sigma / self.alpha])  # (T + 1,) by t T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, of the shape of t (float64, in [0, 1])."""
-        ratio, place = self._ratio.to(t.device), t * self.T
+        table, place = self._noise.to(t.device), t * self.T
         below = place.long().clamp(0, self.T - 1)
-        ratio = torch.lerp(ratio[below], ratio[below + 1], place - below)
-        alpha = (1 + ratio**2).rsqrt()
-        return alpha, alpha * ratio
-
-    def index(self, t: float) -> float:
-        """The (fractional) index that stands at time t."""
-        return t * self.T - 1
+        low, high, share = table[below], table[below + 1], place - below
+        # Towards pure noise, whose level is infinite, it is alpha / sigma that is linear.
+        noise = torch.where(torch.isinf(high), low / (1 - share), torch.lerp(low, high, share))
+        return (1 + noise**2).rsqrt(), (1 + noise**-2).rsqrt()
 
     def level(self, index: int | float) -> Level:
-        """The level at an index of the grid or between two of them; -1 is the clean end, t = 0."""
-        if not -1 <= index <= self.T - 1:
-            raise ValueError(f"index {index}: this schedule has -1 (clean) to {self.T - 1}")
-        t = (index + 1) / self.T
-        alpha, sigma = self(self.betas.new_tensor(t))
-        return Level(t, alpha.item(), sigma.item(), int(index) if index == int(index) else index)
+        return Level(*self._ends(index), int(index) if index == int(index) else index)
+
+    def at_noise(self, noise: float) -> Level:
+        """The level of a given sigma / alpha, its index interpolated in log(sigma / alpha) as k-diffusion does."""
+        logs = self._noise[1:].log()
+        low = int((logs <= math.log(noise)).sum().clamp(1, self.T - 1)) - 1
+        share = (math.log(noise) - logs[low].item()) / (logs[low + 1] - logs[low]).item()
+        index = low + min(max(share, 0.0), 1.0)
+        alpha = 1 / math.hypot(1, noise)
+        return Level((index + 1) / self.T, alpha, alpha * noise, index)
 
 
-def timesteps(
-    n: int, T: int, spacing: Spacing, steps_offset: int = 0, spare: bool = False, whole: bool = True
-) -> np.ndarray:
-    """The n indices (n,) that a sampler visits, falling, as diffusers chooses them.
+class RectifiedFlow(Schedule):
+    """The straight path from data to noise: alpha = 1 - s, sigma = s with s = shift t / (1 + (shift - 1) t).
 
-    Spacings: Lin et al. 2024, arXiv 2305.08891, table 2. `spare` has leading and linspace divide the range
-    in n + 1 and drops the lowest (diffusers' DPM-Solver); `whole=False` leaves linspace unrounded (its
-    Euler). Raises UserError where n indices don't fit.
+    Pictures of m elements keep the uncertainty that n had by a shift of sqrt(m / n) (Esser et al. 2024, eq. 23). The
+    network is given s T, as diffusers' flow models are; the clean end keeps the index -1.
     """
-    if not 1 <= n <= T:
-        raise UserError(f"{n} sampling steps: give 1 to {T}")
-    divisions = n + 1 if spare else n
-    indices: np.ndarray
-    match spacing:
-        case "leading":
-            indices = (np.arange(divisions) * (T // divisions))[::-1][:n] + steps_offset
-        case "trailing":  # the float arange may hold one element too many, which would stand below index 0
-            indices = np.round(np.arange(T, 0, -T / n))[:n] - 1
-        case "linspace":
-            indices = np.linspace(0, T - 1, divisions)[::-1][:n]
+
+    def __init__(self, T: int = 1000, shift: float = 1.0) -> None:
+        if not (isinstance(shift, int | float) and 0 < shift < math.inf):
+            raise UserError(f"shift {shift!r}: give a positive number, 1 for none")
+        self.T, self.shift = T, shift
+        self.alpha, self.sigma = self(torch.arange(1, T + 1, dtype=torch.float64) / T)
+        self.given = self.sigma * T
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        stretch = 1 + (self.shift - 1) * t
+        return (1 - t) / stretch, self.shift * t / stretch
+
+    def level(self, index: int | float) -> Level:
+        t, alpha, sigma = self._ends(index)
+        return Level(t, alpha, sigma, float(sigma * self.T) if index > -1 else -1)
+
+
+def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:
+    """T betas from `start` to `end`, (T,) float64; `cosine` has no use for the ends."""
+    if kind != "cosine" and not (0 < start < 1 and 0 < end < 1):
+        raise UserError(f"betas from {start} to {end}: both must lie strictly between 0 and 1")
+    match kind:
+        case "linear":  # Ho et al. 2020, section 4
+            return torch.linspace(start, end, T, dtype=torch.float64)
+        case "scaled_linear" | "quadratic":  # two names of one formula: Rombach et al. 2022's, Song et al. 2021's code
+            return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+        case "cosine":  # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17
+            ends = torch.arange(T + 1, dtype=torch.float64) / T
+            f = torch.cos((ends + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        case "sigmoid":  # Xu et al. 2022 (GeoDiff, arXiv 2203.02923), their code
+            return start + (end - start) * torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid()
         case _:
-            assert_never(spacing)
-    indices = indices.round().astype(np.int64) if whole else indices.astype(np.float64)
-    if indices[0] > T - 1 or indices[-1] < 0 or (np.diff(indices) >= 0).any():
-        raise UserError(
-            f"{n} steps with {spacing} spacing (steps_offset {steps_offset}) don't fit {T} timesteps: "
-            "take fewer steps, or trailing spacing"
-        )
-    return indices
+            assert_never(kind)
+
+
+def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas whose sqrt(alpha_bar) is shifted and scaled so that the last is 0 and the first stays (Lin et al. 2024,
+    arXiv 2305.08891, algorithm 1).
+    """
+    alpha = torch.log1p(-betas).cumsum(0).div(2).exp()
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return 1 - torch.cat([alpha[:1], alpha[1:] / alpha[:-1]]) ** 2
+
+
+def _as_betas(betas: Tensor | Sequence[float]) -> Tensor:
+    try:
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError("betas: give a list of T numbers") from None
+    if betas.ndim != 1 or len(betas) == 0:
+        raise UserError(f"betas of shape {tuple(betas.shape)}: give a list of T numbers")
+    last = torch.arange(len(betas)) == len(betas) - 1
+    outside = betas[~((betas > 0) & (betas < 1) | last & (betas == 1))]
+    if len(outside):
+        raise UserError(f"beta {outside[0].item()}: every beta must lie strictly between 0 and 1 (the last may be 1)")
+    return betas

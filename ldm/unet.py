@@ -22,6 +22,7 @@ def build_unet(
     depth: int = 1,
     groups: int = 32,
     modulation: bool = False,
+    learned_variance: bool = False,
     latent_channels: int,
     latent_size: int,
     text_width: int,
@@ -29,8 +30,9 @@ def build_unet(
     """A UNet2DConditionModel from random weights whose first output is zero.
 
     `heads[k]` is the number of attention heads of level k. With `modulation`, attention-pooled text features are added
-    to the time embedding, which then scales and shifts every residual block (FiLM, Perez et al. 2018). Every residual branch starts at zero too, as in the
-    reference implementation of Dhariwal & Nichol 2021: the network begins as the identity and learns from there.
+    to the time embedding, which then scales and shifts every residual block (FiLM, Perez et al. 2018). A learned variance
+    takes as many output channels again. Every residual branch starts at zero too, as in the reference implementation of
+    Dhariwal & Nichol 2021: the network begins as the identity and learns from there.
     Raises UserError when the numbers don't fit one another.
     """
     for level, (c, h) in enumerate(zip(channels, heads, strict=True)):
@@ -48,7 +50,7 @@ def build_unet(
     unet = UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
-        out_channels=latent_channels,
+        out_channels=latent_channels * (1 + learned_variance),
         down_block_types=down,
         up_block_types=up,
         block_out_channels=tuple(channels),

@@ -9,7 +9,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.samplers import SamplerKind
+from ldm.spacing import SamplerKind
 from train.cli import command, overlay
 from train.config import DataConfig
 from train.data.dataset import PictureDataset

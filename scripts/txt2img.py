@@ -10,7 +10,7 @@ import tyro
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.png import file_name, save_png
-from ldm.samplers import SamplerKind
+from ldm.spacing import SamplerKind
 from train.cli import command, overlay
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.objective import Objective, pointwise
+from ldm.objective import Objective, min_snr, pointwise
 from ldm.parameterization import error_ratio, target_of, to_x0
 from ldm.schedule import Schedule
 from ldm.unet import build_unet
@@ -52,7 +52,7 @@ def test_the_exact_denoiser_stands_on_the_floor(kind):
     for index in INDICES:
         snr = SCHEDULE.snr[index]
         # The variance of x0 given x_t is 1 / (1 / STD^2 + SNR).
-        floor = (error_ratio(kind, snr) / (STD**-2 + snr)).item()
+        floor = (error_ratio(kind, SCHEDULE.alpha[index], SCHEDULE.sigma[index]) / (STD**-2 + snr)).item()
         assert expected_loss(objective, exact, index) == pytest.approx(floor, rel=1e-9)
         # Away from it in any direction, the loss is the floor and the mean square of the departure.
         shifted = expected_loss(objective, lambda *a: exact(*a) + 0.1, index)
@@ -71,7 +71,7 @@ def test_min_snr_is_one_weight_on_the_error_of_x0(kind, gamma):
 
     for index in INDICES:
         u = torch.full((len(x0),), (index + 0.5) / SCHEDULE.T, dtype=torch.float64)
-        losses = Objective(SCHEDULE, kind, "min_snr", gamma)(network, x0, u, noise, torch.empty(0))
+        losses = Objective(SCHEDULE, kind, min_snr(gamma))(network, x0, u, noise, torch.empty(0))
         level, snr = SCHEDULE.level(index), SCHEDULE.snr[index].item()
         x_t = level.alpha * x0 + level.sigma * noise
         error = to_x0(kind, network(x_t, None, None), x_t, level.alpha, level.sigma) - x0
@@ -140,7 +140,7 @@ def test_it_waits_for_no_device():
     x = torch.empty(2, 4, 8, 8, device="meta")
     u = torch.empty(2, device="meta")
     for kind in TARGETS:
-        losses = Objective(SCHEDULE, kind, "min_snr")(lambda x_t, index, c: x_t, x, u, x, x)
+        losses = Objective(SCHEDULE, kind, min_snr())(lambda x_t, index, c: x_t, x, u, x, x)
         assert losses.weighted.shape == (2,)
 
 

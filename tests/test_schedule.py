@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from ldm.errors import UserError
-from ldm.schedule import Schedule, timesteps
+from ldm.schedule import Schedule
+from ldm.spacing import timesteps
 
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 SPACINGS = ("leading", "trailing", "linspace")
@@ -59,7 +60,7 @@ def test_levels_stand_where_the_index_says():
         level = schedule.level(i)
         assert level.index == i
         assert isinstance(level.index, int)
-        assert schedule.index(level.t) == pytest.approx(i, abs=1e-9)
+        assert level.t * 1000 - 1 == pytest.approx(i, abs=1e-9)
         assert level.alpha**2 == pytest.approx(schedule.alpha_bar[i].item(), rel=1e-14)
     assert isinstance(schedule.level(3.0).index, int)
     assert schedule.level(957.375).index == 957.375
@@ -79,14 +80,15 @@ def test_trained_betas_survive_json_bit_for_bit():
 @pytest.mark.parametrize(
     ("config", "names"),
     [
-        ({}, "beta_schedule None"),  # flow-matching schedulers' configurations have none
-        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({}, "beta_schedule None"),
+        ({"beta_schedule": "exp"}, "exp"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": -1}, "shift -1"),
         ({"beta_schedule": "linear", "beta_start": 0.1}, "beta_end None"),
         ({"beta_schedule": "linear", "beta_start": -0.1, "beta_end": 0.1}, "-0.1"),
         ({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": "many"}, "many"),
-        ({"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_schedule": "linear", "use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, "2 trained_betas for 3"),
-        ({"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "beta 1.0"),
+        ({"trained_betas": [1.0, 0.1], "num_train_timesteps": 2}, "beta 1.0"),
         ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, "beta nan"),
         ({"trained_betas": [0.1, None], "num_train_timesteps": 2}, "numbers"),
         ({"trained_betas": 0.1}, "list"),

@@ -76,6 +76,9 @@ class ClipStage:
     def begin_step(self, step: int) -> None:
         pass
 
+    def end_step(self) -> None:
+        pass
+
     @torch.no_grad()
     def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[Batch]]:
         """Picture features, caption features, caption ids of held-out examples, and their batches."""

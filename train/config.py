@@ -4,13 +4,17 @@ Read from YAML with the command line over it (train/cli.py). The mathematics nev
 builds its objects from them in one place. A variant is a `Literal`, matched where it is built.
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, assert_never
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from ldm.objective import LossKind, Objective, ObjectiveKind, Weighting, edm, min_snr, p2
 from ldm.parameterization import Target
-from ldm.schedule import ScheduleKind, Spacing
+from ldm.process import VarianceKind
+from ldm.schedule import Schedule, ScheduleKind
+from ldm.spacing import Spacing, plan
+from ldm.timesteps import Importance, LogitNormal, Timesteps, uniform
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -254,23 +258,84 @@ class DiffusionConfig:
     """The forward process, what the network predicts, and how its errors are weighed."""
 
     schedule: ScheduleKind = "scaled_linear"
-    """Betas over the timesteps."""
+    """Noise over the timesteps; `flow` is rectified flow, which stock Stable Diffusion pipelines can't sample."""
     timesteps: int = Field(default=1000, gt=1)
     """T, the number of discrete timesteps."""
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
-    """First beta of `linear` and `scaled_linear`."""
+    """First beta of `linear`, `scaled_linear` (also called `quadratic`) and `sigmoid`."""
     beta_end: float = Field(default=0.012, gt=0, lt=1)
-    """Last beta of `linear` and `scaled_linear`."""
+    """Last beta of the same."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024); needs target v, x0 or flow."""
+    shift: float = Field(default=1.0, gt=0)
+    """Resolution shift of `flow` towards noise: the root of how many times more elements a latent has (Esser et al. 2024)."""
     target: Target = "v"
-    """What the network predicts: the noise, the clean latent, or the velocity (Salimans & Ho 2022)."""
-    weighting: Literal["uniform", "min_snr"] = "uniform"
-    """Weights of the timesteps in the loss; min_snr is Hang et al. 2023."""
+    """What the network predicts: the noise, the clean latent, the velocity of Salimans & Ho (2022), or the flow's."""
+    variance: VarianceKind = "fixed_small"
+    """Of the ddpm sampler's steps; `learned` (Nichol & Dhariwal 2021) doubles the network's output channels."""
+    objective: ObjectiveKind = "simple"
+    """`simple`: the weighted error; `vlb`: the variational bound; `hybrid`: simple, with the bound for a learned variance."""
+    weighting: Literal["uniform", "min_snr", "p2", "edm"] = "uniform"
+    """Weights of the timesteps in the simple loss: Hang et al. 2023, Choi et al. 2022, Karras et al. 2022."""
     gamma: float = Field(default=5.0, gt=0)
     """Where min_snr cuts the signal-to-noise ratio."""
-    loss: Literal["l2", "l1", "huber"] = "l2"
+    p2_gamma: float = Field(default=1.0, ge=0)
+    """How strongly p2 turns from low noise; its k is 1."""
+    sigma_data: float = Field(default=1.0, gt=0)
+    """The data's standard deviation in edm's weights; latents are normalised to 1."""
+    loss: LossKind = "l2"
     """Of the prediction's error."""
+    timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
+    """Which timesteps are trained on: all alike, mostly the middle (Esser et al. 2024), or by their loss (Nichol & Dhariwal 2021)."""
+    logit_mean: float = 0.0
+    """Of logit_normal; above 0 leans to noise."""
+    logit_std: float = Field(default=1.0, gt=0)
+    """Of logit_normal."""
+    stratified: bool = False
+    """Spread each batch's timesteps evenly, one in each of batch_size equal parts."""
+    offset_noise: float = Field(default=0.0, ge=0)
+    """Share of noise that a whole channel has in common; about 0.1 lets pictures be very dark or very bright."""
     spacing: Spacing = "trailing"
     """How samplers space their steps over the timesteps; saved with the model."""
+
+    def build_schedule(self) -> Schedule:
+        """Raises UserError where the schedule's numbers don't go together."""
+        return Schedule.build(
+            self.schedule, self.timesteps, self.beta_start, self.beta_end, self.zero_terminal_snr, self.shift
+        )  # fmt: skip
+
+    def build_objective(self) -> Objective:
+        """Raises UserError where its parts don't go together."""
+        weighting: Weighting | None
+        match self.weighting:
+            case "uniform":
+                weighting = None
+            case "min_snr":
+                weighting = min_snr(self.gamma)
+            case "p2":
+                weighting = p2(self.p2_gamma)
+            case "edm":
+                weighting = edm(self.sigma_data)
+            case _:
+                assert_never(self.weighting)
+        timesteps: Timesteps
+        match self.timestep_sampling:
+            case "uniform":
+                timesteps = uniform
+            case "logit_normal":
+                timesteps = LogitNormal(self.logit_mean, self.logit_std)
+            case "importance":
+                timesteps = Importance(min(100, self.timesteps))
+            case _:
+                assert_never(self.timestep_sampling)
+        return Objective(
+            self.build_schedule(), self.target, weighting, self.loss, self.objective, self.variance, timesteps
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        plan(self.build_objective().schedule, "dpmpp_2m", 1, self.spacing)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

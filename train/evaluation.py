@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from autoencoder.model import Autoencoder
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.samplers import SamplerKind
+from ldm.spacing import SamplerKind
 from train.data.checker import score_pictures
 from train.data.shapes import Scene
 

@@ -1,6 +1,7 @@
 """Stage 2: train the UNet on cached latents and text features, and hand over a whole pipeline."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from conditioning.clip import ClipTextEncoder
 from ldm.errors import UserError
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.schedule import Schedule
+from ldm.timesteps import Importance, uniform
 from ldm.unet import build_unet, require_attention, use_attention
 from train.config import LdmConfig
 from train.data.cache import LatentCache, TextCache
@@ -34,6 +35,8 @@ class DiffusionLoss(nn.Module):
     def __init__(self, unet: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.unet, self.objective = unet, objective
+        # As a module of this one, its state goes into checkpoints.
+        self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
 
     def network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         return self.unet(x, index, condition, return_dict=False)[0]
@@ -41,6 +44,8 @@ class DiffusionLoss(nn.Module):
     def forward(self, batch: Batch) -> StepOutput:
         x0 = batch["mean"] + batch["std"] * batch["posterior_noise"]  # (b, c, h, w)
         losses = self.objective(self.network, x0, batch["timestep"], batch["noise"], batch["condition"])
+        if self.importance is not None:
+            self.importance.note(losses.index, losses.unweighted, self.objective.schedule.T)
         return StepOutput(losses.weighted.mean(), {"mse": losses.unweighted.detach().mean()}, {})
 
 
@@ -58,25 +63,30 @@ class LdmStage:
         torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
         unet = build_unet(
             channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
-            depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=autoencoder.latent_channels,
-            latent_size=config.input.resolution // autoencoder.factor, text_width=text_encoder.width,
+            depth=shape.depth, modulation=shape.modulation, groups=shape.groups, learned_variance=d.variance == "learned",
+            latent_channels=autoencoder.latent_channels, latent_size=config.input.resolution // autoencoder.factor, text_width=text_encoder.width,
         ).to(run.accelerator.device)  # fmt: skip
         use_attention(unet, config.attention)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        self.schedule = Schedule.build(d.schedule, d.timesteps, d.beta_start, d.beta_end)
-        objective = Objective(self.schedule, d.target, d.weighting, d.gamma, d.loss)
-        self.phases = [
-            Phase("unet", DiffusionLoss(unet, objective), build_optimizer(unet, config.optimizer), config.optimizer.lr)
-        ]
+        objective = d.build_objective()
+        self.schedule = objective.schedule
+        loss = DiffusionLoss(unet, objective).to(run.accelerator.device)
+        self.importance = loss.importance
+        self.phases = [Phase("unet", loss, build_optimizer(unet, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(unet, config.ema_decay)
-        self.averaged = DiffusionLoss(self.ema.module, objective)
+        self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
         return self.run.batches(self.training, start)
 
     def begin_step(self, step: int) -> None:
-        pass
+        if self.importance is not None:
+            self.importance.forget()
+
+    def end_step(self) -> None:
+        if self.importance is not None:
+            self.importance.fold()
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -102,7 +112,7 @@ class LdmStage:
         """The averaged network with everything else it needs."""
         return LatentDiffusionPipeline(
             self.ema.module, self.autoencoder, self.text_encoder, self.schedule, self.config.diffusion.target,
-            self.config.diffusion.spacing,
+            self.config.diffusion.spacing, variance=self.config.diffusion.variance,
         )  # fmt: skip
 
     def sheet(self, path: Path) -> None:
@@ -164,5 +174,9 @@ def cached(
         folder, source, text_encoder.encode, digest=text_encoder.digest,
         shape=(text_encoder.max_length, text_encoder.width), dtype=dtype, processes=run.processes,
     )  # fmt: skip
-    dropout = config.caption_dropout if source.split == "train" else 0.0
-    return CachedDataset(latents, text, config.seed, dropout=dropout, shuffle=source.split == "train")
+    training = source.split == "train"
+    return CachedDataset(
+        latents, text, config.seed, dropout=config.caption_dropout if training else 0.0, shuffle=training,
+        strata=config.batch_size if config.diffusion.stratified and training else 1,
+        offset_noise=config.diffusion.offset_noise if training else 0.0,
+    )  # fmt: skip

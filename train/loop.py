@@ -65,6 +65,10 @@ class Stage(Protocol):
         """Told the step's number before its phases run."""
         ...
 
+    def end_step(self) -> None:
+        """Told that all its phases have run; every process is."""
+        ...
+
     def validate(self, step: int) -> dict[str, float]:
         """Held-out measures with the averaged weights; every process calls it."""
         ...
@@ -246,6 +250,7 @@ class Trainer:
             for name in outputs[0].metrics:
                 metrics[name] = torch.stack([o.metrics[name].detach() for o in outputs]).mean()
         self.stage.ema.update(step)
+        self.stage.end_step()
         return metrics
 
     def _update(self, phase: Phase, loss: Tensor) -> Tensor:

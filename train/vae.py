@@ -126,6 +126,9 @@ class VaeStage:
     def begin_step(self, step: int) -> None:
         self.reconstruct.adversarial = step >= self.config.adversarial.start
 
+    def end_step(self) -> None:
+        pass
+
     @torch.no_grad()
     def reconstructions(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Held-out pictures and their reconstructions by the averaged weights, on the device."""

@@ -95,14 +95,20 @@ class CachedDataset:
     A batch, float32: "position" (b,), "index" (b,), "mean" and "std" (b, c, h, w) of the latent's posterior,
     "condition" (b, L, d), "timestep" (b,) uniform in [0, 1), "noise" and "posterior_noise" (b, c, h, w). With
     probability `dropout` the condition is the null condition. Where the latents were cached mirrored too, half are.
+
+    `strata`: of that many positions in a row, each has its timestep in another of so many equal parts of [0, 1).
+    `offset_noise`: so much of a normal number that a whole channel shares is added to the noise, which teaches the network
+    to move a picture's mean (Guttenberg 2023, "Diffusion with offset noise").
     """
 
     def __init__(
-        self, latents: LatentCache, text: TextCache, seed: int, *, dropout: float = 0.0, shuffle: bool = True
-    ) -> None:
+        self, latents: LatentCache, text: TextCache, seed: int, *, dropout: float = 0.0, shuffle: bool = True,
+        strata: int = 1, offset_noise: float = 0.0,
+    ) -> None:  # fmt: skip
         if len(latents) != len(text):
             raise ValueError(f"latents of {len(latents)} pictures, captions of {len(text)}: give caches of one source")
         self.latents, self.text, self.seed, self.dropout, self.shuffle = latents, text, seed, dropout, shuffle
+        self.strata, self.offset_noise = strata, offset_noise
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -125,14 +131,17 @@ class CachedDataset:
         rows[uniform(seed, Purpose.DROPOUT, at) < self.dropout] = 0
         mean, std = self.latents.gather(indices, flips).unbind(1)
         shape = self.latents.shape
+        noise = normal(seed, Purpose.NOISE, at, shape)
+        if self.offset_noise:
+            noise += self.offset_noise * normal(seed, Purpose.OFFSET, at, (shape[0], 1, 1))
         return {
             "position": torch.from_numpy(at),
             "index": torch.from_numpy(indices),
             "mean": mean,
             "std": std,
             "condition": self.text.gather(rows),
-            "timestep": _below_one(uniform(seed, Purpose.TIMESTEP, at)),
-            "noise": torch.from_numpy(normal(seed, Purpose.NOISE, at, shape)),
+            "timestep": _below_one((at % self.strata + uniform(seed, Purpose.TIMESTEP, at)) / self.strata),
+            "noise": torch.from_numpy(noise),
             "posterior_noise": torch.from_numpy(normal(seed, Purpose.POSTERIOR, at, shape)),
         }
 

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     POSTERIOR = 8
     VALIDATION = 9
     SUBSTITUTE = 10
+    OFFSET = 11
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:

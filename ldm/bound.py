@@ -1,0 +1,61 @@
+"""The variational bound on -log p(x0), in bits per dimension: Ho et al. 2020 (arXiv 2006.11239), eq. 5.
+
+    L = KL(q(x_{T-1} | x0) || N(0, I)) + sum_{i > 0} KL(q(x_{i-1} | x_i, x0) || p(x_{i-1} | x_i)) - log p(x0 | x_0)
+
+x_i is the state at index i, of which x_0 has the least noise; x0 is the data. Latents are real numbers, not 8-bit ones: p
+is a density, and its bound may be negative.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm.process import Gaussian, Point, VarianceKind, posterior, reverse_variance
+from ldm.schedule import Schedule
+
+_BIT = math.log(2)
+
+
+def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
+    """KL(q || p) in bits per dimension, (b,)."""
+    q_variance, p_variance = (torch.as_tensor(g.variance, dtype=g.mean.dtype) for g in (q, p))
+    kl = ((p_variance / q_variance).log() + (q_variance + (q.mean - p.mean) ** 2) / p_variance - 1) / 2
+    return kl.flatten(1).mean(1) / _BIT
+
+
+def negative_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
+    """-log p(x) in bits per dimension, (b,)."""
+    variance = torch.as_tensor(p.variance, dtype=x.dtype)
+    nll = ((x - p.mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
+    return nll.flatten(1).mean(1) / _BIT
+
+
+def prior_term(x0: Tensor, last: Point) -> Tensor:
+    """KL(q(x_{T-1} | x0) || N(0, I)), (b,): what is left of the data at the last level."""
+    return gaussian_kl(Gaussian(last.alpha * x0, last.sigma**2), Gaussian(torch.zeros_like(x0), 1.0))
+
+
+def variances(schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Smallest and largest variance of p(x_{i-1} | x_i) by index, each (T,).
+
+    The smallest at index 0, below which nothing is left to know, is index 1's (Nichol & Dhariwal 2021, their code).
+    """
+    clean = torch.ones(1, dtype=torch.float64)
+    s_alpha, s_sigma = torch.cat([clean, schedule.alpha[:-1]]), torch.cat([0 * clean, schedule.sigma[:-1]])
+    large = schedule.sigma**2 - (schedule.alpha / s_alpha * s_sigma) ** 2
+    small = large * (s_sigma / schedule.sigma) ** 2
+    return torch.cat([small[1:2], small[1:]]), large
+
+
+def bound_term(
+    x0: Tensor, x_t: Tensor, x0_hat: Tensor, index: Tensor, t: Point, s: Point, small: Tensor, large: Tensor,
+    kind: VarianceKind, fraction: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The bound's term at each example's index, (b,): of pictures (b, c, h, w) and what was made of x_t.
+
+    t and s hold the levels at the index and below it, small and large its variances, all (b, 1, 1, 1); index (b,).
+    """
+    q = Gaussian(posterior(x_t, x0, t, s).mean, small)
+    p = Gaussian(posterior(x_t, x0_hat, t, s).mean, reverse_variance(kind, small, large, fraction))
+    return torch.where(index > 0, gaussian_kl(q, p), negative_log_likelihood(x0, p))

@@ -1,0 +1,109 @@
+"""The forward process and its reverse, between any two levels of any path x_t = alpha x0 + sigma eps.
+
+Discrete: Ho et al. 2020 (arXiv 2006.11239), eq. 2, 4, 6 and 7, in the form of Kingma et al. 2021 (arXiv 2107.00630),
+appendix A, which needs no betas. Continuous: Song et al. 2021 (arXiv 2011.13456), eq. 5, 6 and 13. Below, s is the
+level with less noise, t the one with more.
+
+alpha and sigma of a point are floats of the host, or tensors that broadcast against the pictures.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, assert_never
+
+import torch
+from torch import Tensor
+
+from ldm.denoiser import Denoise
+from ldm.parameterization import Number
+from ldm.schedule import Level, Schedule
+
+VarianceKind = Literal["fixed_small", "fixed_large", "learned"]
+LEAST_VARIANCE = 1e-20  # so that the logarithm exists where s is clean
+
+
+class Point(Protocol):
+    """alpha and sigma of a level: a `Level`, or tables gathered for a batch."""
+
+    @property
+    def alpha(self) -> Number: ...
+    @property
+    def sigma(self) -> Number: ...
+
+
+class Gaussian(NamedTuple):
+    """N(mean, variance I): mean (b, c, h, w), variance a number or (b, 1, 1, 1)."""
+
+    mean: Tensor
+    variance: Number
+
+
+def marginal(x0: Tensor, t: Point) -> Gaussian:
+    """q(x_t | x0), Ho et al. 2020, eq. 4."""
+    return Gaussian(t.alpha * x0, t.sigma**2)
+
+
+def transition(x_s: Tensor, s: Point, t: Point) -> Gaussian:
+    """q(x_t | x_s), the Markov step: Ho et al. 2020, eq. 2, where t is s and one beta more."""
+    return Gaussian(t.alpha / s.alpha * x_s, step_variance(s, t))
+
+
+def step_variance(s: Point, t: Point) -> Number:
+    """Variance of q(x_t | x_s): beta_t between neighbours."""
+    return t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
+
+
+def posterior(x_t: Tensor, x0: Tensor, t: Point, s: Point) -> Gaussian:
+    """q(x_s | x_t, x0), Ho et al. 2020, eq. 6 and 7."""
+    shrink, added = (s.sigma / t.sigma) ** 2, step_variance(s, t)
+    mean = (t.alpha / s.alpha * shrink) * x_t + (s.alpha * added / t.sigma**2) * x0
+    return Gaussian(mean, shrink * added)
+
+
+def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction: Tensor | None = None) -> Number:
+    """Variance of the model's p(x_s | x_t), from the posterior's (`small`) to the forward step's (`large`).
+
+    They are right for data that is one point, and for data that is N(0, 1) (Ho et al. 2020, section 3.2); a learned one lies
+    between them in the logarithm by the network's `fraction`, 0 to 1 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    """
+    match kind:
+        case "fixed_small":
+            return small
+        case "fixed_large":
+            return large
+        case "learned":
+            assert fraction is not None, "a learned variance needs the network's fraction"
+            logs = (torch.as_tensor(v, dtype=fraction.dtype).clamp(min=LEAST_VARIANCE).log() for v in (small, large))
+            log_small, log_large = logs
+            return (fraction * log_large + (1 - fraction) * log_small).exp()
+        case _:
+            assert_never(kind)
+
+
+def score(x_t: Tensor, x0: Tensor, t: Point) -> Tensor:
+    """The gradient of log p(x_t) by x_t that a denoiser's x0 means, -eps / sigma (Tweedie's formula)."""
+    return (t.alpha * x0 - x_t) / t.sigma**2
+
+
+def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """f and g^2 of the SDE dx = f(t) x dt + g(t) dw whose marginals are the schedule's, each of t's shape.
+
+    f = d log alpha / dt and g^2 = d sigma^2 / dt - 2 f sigma^2 (Kingma et al. 2021, eq. 26). On a variance-preserving
+    path f = -g^2 / 2, the VP-SDE of Song et al. 2021, eq. 11, with beta(t) = g^2.
+    """
+    with torch.enable_grad():
+        t = t.detach().double().requires_grad_()
+        alpha, sigma = schedule(t)
+        (d_alpha,) = torch.autograd.grad(alpha.sum(), t, retain_graph=True)
+        (d_noise,) = torch.autograd.grad((sigma / alpha).sum(), t)
+    return (d_alpha / alpha).detach(), (2 * sigma * alpha * d_noise).detach()
+
+
+def probability_flow(denoise: Denoise, schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
+    """dx / dt of the ODE with the SDE's marginals, (x, t) → (b, c, h, w): Song et al. 2021, eq. 13; t in (0, 1)."""
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        level: Level = schedule.level(t * schedule.T - 1)
+        f, g2 = (v.item() for v in drift_and_diffusion(schedule, torch.tensor(t)))
+        return f * x - g2 / 2 * score(x, denoise(x, level), level)
+
+    return velocity

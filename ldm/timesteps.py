@@ -1,0 +1,114 @@
+"""Which timesteps are trained on: maps from the batch's uniform numbers to indices 0 … T-1.
+
+A map keeps what the numbers are, so stratified ones give stratified timesteps, and a batch means the same on any number
+of processes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Timesteps of a batch: index (b,) int64; weight (b,) or 1, with which means are those of uniform timesteps."""
+
+    index: Tensor
+    weight: Tensor | float
+
+
+class Timesteps(Protocol):
+    """u (b,) in [0, 1) → Drawn, of a schedule with T timesteps."""
+
+    def __call__(self, u: Tensor, T: int) -> Drawn: ...
+
+
+def uniform(u: Tensor, T: int) -> Drawn:
+    """All alike."""
+    return Drawn((u * T).long().clamp(max=T - 1), 1.0)  # a cast may have rounded u to 1
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """t = sigmoid(mean + std z), z standard normal: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
+
+    There it stands for a weighting of the levels and isn't corrected for.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise UserError(
+                f"logit-normal timesteps of mean {self.mean}, deviation {self.std}: give a positive deviation"
+            )
+
+    def __call__(self, u: Tensor, T: int) -> Drawn:
+        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double()))
+        return Drawn((t * T).long().clamp(max=T - 1), 1.0)
+
+
+class Importance(nn.Module):
+    """p(i) in proportion to the root of the mean squared loss there: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 18.
+
+    Levels are taken in bins, whose mean squares are running averages over the examples seen, so that a bin changes by
+    1 - (1 - rate)^n after n of them; `floor` of the probability stays uniform. Uniform until every bin was seen. The state
+    is the buffers, the same on every process once `fold` has run.
+    """
+
+    mean_square: Tensor
+    seen: Tensor
+
+    def __init__(self, bins: int = 100, rate: float = 0.02, floor: float = 0.05) -> None:
+        super().__init__()
+        self.rate, self.floor = rate, floor
+        self.register_buffer("mean_square", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(bins, dtype=torch.float64))
+        self.forget()
+
+    def probability(self) -> Tensor:
+        """Of each bin, (bins,)."""
+        bins = len(self.seen)
+        root = torch.where((self.seen > 0).all(), self.mean_square.sqrt(), 1.0)
+        return (1 - self.floor) * root / root.sum() + self.floor / bins
+
+    def forward(self, u: Tensor, T: int) -> Drawn:
+        p = self.probability()
+        ends = p.cumsum(0)
+        u = u.to(p) * ends[-1]
+        at = torch.searchsorted(ends, u, right=True).clamp(max=len(p) - 1)
+        place = ((u - (ends - p)[at]) / p[at]).clamp(0, 1)
+        index = ((at + place) * T / len(p)).long().clamp(max=T - 1)
+        return Drawn(index, 1 / (len(p) * p[at]))
+
+    def note(self, index: Tensor, loss: Tensor, T: int) -> None:
+        """Losses (b,) of a part of a batch; non-finite ones are left out."""
+        at, square = self._bin(index, T), loss.detach().double() ** 2
+        finite = torch.isfinite(square).double()
+        self.pending[0].index_add_(0, at, torch.where(finite > 0, square, 0.0))
+        self.pending[1].index_add_(0, at, finite)
+
+    def forget(self) -> None:
+        """Leave out what was noted since the last `fold`."""
+        self.pending = torch.zeros(2, *self.seen.shape, dtype=torch.float64, device=self.seen.device)
+
+    def fold(self) -> None:
+        """Take what all processes noted into the averages."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.pending)
+        total, count = self.pending
+        mean = torch.where(count > 0, total / count.clamp(min=1), self.mean_square)
+        share = torch.where(self.seen > 0, 1 - (1 - self.rate) ** count, (count > 0).double())
+        self.mean_square.lerp_(mean, share)
+        self.seen += count
+        self.forget()
+
+    def _bin(self, index: Tensor, T: int) -> Tensor:
+        return index * len(self.seen) // T
