@@ -270,9 +270,9 @@ class LatentDiffusionPipeline:
             raise UserError("guidance_rescale with a learned variance: sample with another sampler than ddpm")
 
         def encode(texts: Sequence[str]) -> Tensor:
-            return self._encode(texts).repeat_interleave(num_images_per_prompt, 0)
+            return self.encode(texts).repeat_interleave(num_images_per_prompt, 0)
 
-        denoiser = Denoiser(self._network, self.target, self.unet.dtype, fraction=learned)
+        denoiser = Denoiser(self.network, self.target, self.unet.dtype, fraction=learned)
         condition = encode(prompts)
         also = [(encode([text] * len(prompts)), scale) for text, scale in compose]
         denoise: Denoise = ClassifierFree(
@@ -306,7 +306,7 @@ class LatentDiffusionPipeline:
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
             raise UserError(f"{len(prompts)} prompts for {len(latents)} latents: give one for all, or each")
-        denoise = Conditioned(Denoiser(self._network, self.target, self.unet.dtype), self._encode(prompts))
+        denoise = Conditioned(Denoiser(self.network, self.target, self.unet.dtype), self.encode(prompts))
         route = self._plan("ddim", num_inference_steps, None)
         return invert(denoise, latents.to(self.unet.device, torch.float32), route.legs, refinements)
 
@@ -327,11 +327,12 @@ class LatentDiffusionPipeline:
             )
         return (pixels / 2 + 0.5).clamp(0, 1)
 
-    def _network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+    def network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        """The UNet's output for states x (b, c, h, w) at index (b,), given text features (b, tokens, width)."""
         return _call(self.unet, x, index, condition)
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        """Each distinct prompt once: (b, tokens, width)."""
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text features of prompts, (b, tokens, width); each distinct one is worked out once."""
         distinct = list(dict.fromkeys(prompts))
         rows = self.text_encoder.encode(distinct).to(self.unet.device, self.unet.dtype)
         return rows[[distinct.index(p) for p in prompts]]

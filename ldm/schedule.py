@@ -129,7 +129,8 @@ class Schedule(ABC):
             if kind != "squaredcos_cap_v2" and not all(isinstance(end, int | float) for end in (start, end)):
                 raise UserError(f"scheduler config: beta_start {start!r}, beta_end {end!r}: give two numbers")
             betas = make_betas(names[kind], T, start or 0.5, end or 0.5)
-        return BetaSchedule(rescale_to_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas)
+        rescale = config.get("rescale_betas_zero_snr") and betas[-1] < 1  # trained_betas may be rescaled already
+        return BetaSchedule(rescale_to_zero_terminal_snr(betas) if rescale else betas)
 
 
 class BetaSchedule(Schedule):

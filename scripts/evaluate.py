@@ -9,18 +9,17 @@ import torch
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.spacing import SamplerKind
-from train.cli import command, overlay
+from train.cli import SamplingOptions, command, overlay
 from train.config import DataConfig
 from train.data.dataset import PictureDataset
 from train.data.shapes import prompts
-from train.evaluation import alignment, autoencoder_quality, paint
+from train.evaluation import alignment, autoencoder_quality, bits_per_dimension, paint
 from train.run import open_sources, versions
 from train.sheets import in_rows, sheet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(SamplingOptions):
     """Measure a model: reconstruction on held-out pictures and, on a Shapes set, whether pictures fit their prompts."""
 
     model: str = ""
@@ -35,12 +34,8 @@ class Options:
     """Shapes prompts of each kind, seen and unseen."""
     pictures: int = 1000
     """Pictures that are reconstructed, at most."""
-    steps: int = 25
-    """Sampler steps."""
-    guidance_scale: float = 3.0
-    """Guidance; 1 is the conditional prediction alone."""
-    sampler: SamplerKind = "dpmpp_2m"
-    """ddpm, ddim, euler or dpmpp_2m."""
+    likelihoods: int = 128
+    """Pictures whose latents the variational bound is worked out for, at most."""
     seed: int = 0
     """Of the prompts and of the noise."""
     batch_size: int = 64
@@ -54,7 +49,7 @@ def evaluate(o: Options) -> dict[str, Any]:
     for name in ("model", "data"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing")
-    for name in ("prompts", "pictures", "batch_size"):
+    for name in ("prompts", "pictures", "likelihoods", "batch_size"):
         if getattr(o, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device)
@@ -66,7 +61,10 @@ def evaluate(o: Options) -> dict[str, Any]:
     report: dict[str, Any] = {
         "vae": autoencoder_quality(pipe.autoencoder, (dataset.__getitems__(part)["pixels"] for part in places))
     }
-    how: dict[str, Any] = {k: getattr(o, k) for k in ("steps", "guidance_scale", "sampler", "seed", "batch_size")}
+    few = (dataset.__getitems__(part) for part in places[: -(-o.likelihoods // b)])
+    bits, error = bits_per_dimension(pipe, ((batch["pixels"], batch["caption"]) for batch in few), o.seed)
+    report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
+    how: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}
     if (Path(o.data) / "shapes.json").is_file():
         report["alignment"] = {"prompts": o.prompts}
         pictures, captions = [], []
@@ -90,7 +88,7 @@ def evaluate(o: Options) -> dict[str, Any]:
 def main() -> None:
     o = overlay(Options, Options())
     report = evaluate(o)
-    print(json.dumps({k: report[k] for k in ("vae", "alignment") if k in report}, indent=2))
+    print(json.dumps({k: report[k] for k in ("vae", "latents", "alignment") if k in report}, indent=2))
     print(f"written to {o.out}/report.json and {o.out}/samples.png")
 
 

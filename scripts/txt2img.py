@@ -1,6 +1,6 @@
 """Paint pictures from a prompt with a trained model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,12 +10,11 @@ import tyro
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.png import file_name, save_png
-from ldm.spacing import SamplerKind
-from train.cli import command, overlay
+from train.cli import SamplingOptions, command, overlay
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(SamplingOptions):
     """Paint pictures from a prompt."""
 
     model: str = ""
@@ -28,14 +27,14 @@ class Options:
     """Folder the pictures go to."""
     num_images: int = 1
     """How many; picture k has seed + k."""
-    steps: int = 25
-    """Sampler steps."""
     guidance_scale: float = 5.0
     """1 is the conditional prediction alone; larger follows the prompt more closely."""
-    sampler: SamplerKind = "dpmpp_2m"
-    """ddpm, ddim, euler or dpmpp_2m."""
-    eta: float = 0.0
-    """ddim's share of noise, 0 to 1."""
+    compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
+    """Further prompts that the picture follows too, each with its own guidance scale."""
+    weak_model: str = ""
+    """Folder of a weaker model, e.g. of fewer steps, for the picture to be guided away from (Karras et al. 2024)."""
+    weak_scale: float = 2.0
+    """How far away from the weaker model; 1 is without."""
     seed: int = 0
     """Of the first picture's noise."""
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
@@ -50,6 +49,9 @@ class Options:
     """Of the network's weights and arithmetic."""
 
 
+_NOT_OF_A_PICTURE = ("out", "num_images", "batch_size", "device")
+
+
 def main() -> None:
     o = overlay(Options, Options())
     if not o.model:
@@ -58,19 +60,19 @@ def main() -> None:
         raise UserError(f"--num-images {o.num_images} --batch-size {o.batch_size}: both must be at least 1")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device, dtype)
+    weak = LatentDiffusionPipeline.from_pretrained(o.weak_model).to(o.device, dtype).unet if o.weak_model else None
     folder = Path(o.out)
     for first in range(0, o.num_images, o.batch_size):
         seeds = range(o.seed + first, o.seed + min(first + o.batch_size, o.num_images))
         images = pipe(
-            o.prompt, o.negative_prompt, num_inference_steps=o.steps, guidance_scale=o.guidance_scale,
-            sampler=o.sampler, eta=o.eta, num_images_per_prompt=len(seeds), width=o.width, height=o.height,
+            o.prompt, o.negative_prompt, **o.sampling(), compose=o.compose, weak_unet=weak, weak_scale=o.weak_scale,
+            num_images_per_prompt=len(seeds), width=o.width, height=o.height,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], progress=True,
         ).images  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)  # now that all the settings have proved good
         for seed, image in zip(seeds, images, strict=True):
-            settings = {"prompt": o.prompt, "negative_prompt": o.negative_prompt, "steps": o.steps,
-                        "sampler": o.sampler, "eta": o.eta, "guidance_scale": o.guidance_scale, "seed": seed,
-                        "model": o.model, "precision": o.precision}  # fmt: skip
+            shared = {field.name: getattr(o, field.name) for field in fields(o) if field.name not in _NOT_OF_A_PICTURE}
+            settings = shared | {"seed": seed}
             path = folder / file_name(o.prompt, seed)
             save_png(image, path, settings)
             print(path)

@@ -18,7 +18,11 @@ torch.set_num_threads(1)  # tests run side by side
 
 
 def tiny_pipeline(
-    target: str = "v", spacing: str = "trailing", schedule: str = "scaled_linear"
+    target: str = "v",
+    spacing: str = "trailing",
+    schedule: str = "scaled_linear",
+    variance: str = "fixed_small",
+    **process: float,
 ) -> LatentDiffusionPipeline:
     """Random weights, but none of them zero: every part of the network speaks."""
     torch.manual_seed(0)
@@ -31,7 +35,7 @@ def tiny_pipeline(
     vae = build_autoencoder(channels=(16, 32), layers=1, latent_channels=4, groups=8, attention=False)
     unet = build_unet(
         channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4,
-        latent_size=16, text_width=32,
+        latent_size=16, text_width=32, learned_variance=variance == "learned",
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     for parameter in unet.parameters():
@@ -39,7 +43,7 @@ def tiny_pipeline(
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     return LatentDiffusionPipeline(
         unet.eval().requires_grad_(False), Autoencoder(vae), ClipTextEncoder(clip.text_model, tokenizer),
-        Schedule.build(schedule), target, spacing,
+        Schedule.build(schedule, **process), target, spacing, variance=variance,
     )  # fmt: skip
 
 

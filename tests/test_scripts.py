@@ -171,12 +171,13 @@ def test_text_becomes_pictures_that_carry_their_settings(
 def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
     ended = command(
         f"scripts/evaluate.py --model {shapes_road}/runs/ldm/model --data {shapes_road}/data --split test "
-        f"--prompts 6 --pictures 8 --steps 2 --out {tmp_path}/report"
+        f"--prompts 6 --pictures 8 --likelihoods 8 --steps 2 --out {tmp_path}/report"
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert set(report["vae"]) == {"psnr", "ssim"}
     assert 0 < report["vae"]["psnr"] < 60
+    assert report["latents"]["standard_error"] > 0
     assert set(report["alignment"]) == {"prompts", "seen", "unseen"}
     for kind in ("seen", "unseen"):
         assert set(report["alignment"][kind]) == {"background", "colour", "shape", "size", "relation", "all"}
@@ -189,7 +190,7 @@ def test_the_report_on_pictures_has_no_alignment(
 ) -> None:
     ended = forked(
         f"scripts/evaluate.py --model {pictures_road}/runs/ldm/model --data {pictures_road}/data --split train "
-        f"--pictures 25 --steps 2 --out {tmp_path}"
+        f"--pictures 25 --likelihoods 5 --steps 2 --out {tmp_path}"
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report.json").read_text())
@@ -252,6 +253,22 @@ BAD = {
     "no text encoder on the hub": (
         "train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder runs/none",
         "runs/none",
+    ),
+    "eps and zero terminal SNR": (
+        "train_ldm.py --data {data} --out {new} --diffusion.target eps --diffusion.zero-terminal-snr True",
+        "take v, x0 or flow",
+    ),
+    "a variance that never learns": (
+        "train_ldm.py --data {data} --out {new} --diffusion.variance learned",
+        "take hybrid or vlb",
+    ),
+    "karras spacing for a flow": (
+        "train_ldm.py --data {data} --out {new} --diffusion.schedule flow --diffusion.spacing karras",
+        "karras spacing on a flow",
+    ),
+    "an interval upside down": (
+        "txt2img.py --model {ldm}/model --prompt x --out {new} --guidance-interval 5 0.2",
+        "0 <= low < high",
     ),
     "too many steps of a sheet": (
         "train_ldm.py --data {data} --out {new} --vae {vae}/model --text-encoder {clip}/model --sample-steps 1001",

@@ -8,8 +8,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -17,8 +18,34 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ldm.errors import RunError, UserError
+from ldm.spacing import SamplerKind, Spacing
 
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How pictures are sampled: the part of a command line that all painting scripts share."""
+
+    steps: int = 25
+    """Sampler steps."""
+    guidance_scale: float = 3.0
+    """1 is the conditional prediction alone; larger follows the prompt more closely."""
+    guidance_rescale: float = 0.0
+    """0 to 1: how much of the contrast that a large scale brings is taken back (Lin et al. 2024)."""
+    guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
+    """Noise levels sigma / alpha between which to guide, e.g. 0.2 5; elsewhere guidance costs and does nothing."""
+    sampler: SamplerKind = "dpmpp_2m"
+    """dpmpp_2m needs the fewest steps; ddim with eta above 0 and those with a random part vary more."""
+    spacing: Spacing | None = None
+    """Of the steps over the noise levels; the model's own unless given."""
+    eta: float = 0.0
+    """ddim's share of noise, 0 to 1."""
+
+    def sampling(self) -> dict[str, Any]:
+        """As the pipeline's arguments."""
+        named = {f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
+        return {"num_inference_steps": named.pop("steps"), **named}
 
 
 def parse(kind: type[Config], arguments: list[str] | None = None) -> Config:

@@ -13,8 +13,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from tqdm import tqdm
 
 from autoencoder.model import Autoencoder
+from ldm.bound import prior_term
+from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.spacing import SamplerKind
 from train.data.checker import score_pictures
 from train.data.shapes import Scene
 
@@ -42,25 +43,46 @@ def autoencoder_quality(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> 
     }
 
 
+@torch.no_grad()
+def bits_per_dimension(
+    pipe: LatentDiffusionPipeline, batches: Iterable[tuple[Tensor, Sequence[str]]], seed: int = 0, strata: int = 32
+) -> tuple[float, float]:
+    """The variational bound on -log2 p(latent | caption), a dimension of the latent; and its standard error.
+
+    Batches are pictures (b, 3, h, w) in [−1, 1] with their captions. The term at index 0 and that of the prior are worked
+    out, the sum over the others is estimated from one timestep in each of so many equal parts.
+    """
+    objective = Objective(pipe.schedule, pipe.target, kind="vlb", variance=pipe.variance)
+    T, device = pipe.schedule.T, pipe.unet.device
+    generator, bits = torch.Generator().manual_seed(seed), []
+    for pixels, captions in batches:
+        posterior, condition = pipe.autoencoder.encode(pixels), pipe.encode(captions)
+        normal = lambda like: torch.randn(like.shape, generator=generator).to(device)  # noqa: E731
+        x0 = posterior.mean.float() + posterior.std.float() * normal(posterior.mean)
+        index = torch.zeros(len(x0), dtype=torch.int64, device=device)
+        total = prior_term(x0, pipe.schedule.level(T - 1))
+        total = total + objective.bound(pipe.network, x0, index, normal(x0), condition)
+        for k in range(strata):
+            u = (k + torch.rand(len(x0), generator=generator).to(device)) / strata
+            index = 1 + (u * (T - 1)).long().clamp(max=T - 2)
+            total = total + (T - 1) / strata * objective.bound(pipe.network, x0, index, normal(x0), condition)
+        bits.append(total)
+    values = torch.cat(bits).double()
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
 def paint(
-    pipe: LatentDiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    steps: int,
-    guidance_scale: float,
-    sampler: SamplerKind,
-    seed: int = 0,
-    batch_size: int = 64,
+    pipe: LatentDiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64, **sampling: Any
 ) -> np.ndarray:
-    """One picture a prompt, (n, h, w, 3) uint8; picture k's noise is that of seed + k, whatever the batch size."""
+    """One picture a prompt, (n, h, w, 3) uint8; picture k's noise is that of seed + k, whatever the batch size.
+
+    `sampling` are arguments of the pipeline: num_inference_steps, guidance_scale, sampler, …
+    """
     painted = []
     for first in tqdm(range(0, len(prompts), batch_size), desc="painting", unit="batch", dynamic_ncols=True):
         part = list(prompts[first : first + batch_size])
         generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(part))]
-        array = pipe(
-            part, num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler, generator=generators,
-            output_type="np",
-        ).images  # fmt: skip
+        array = pipe(part, generator=generators, output_type="np", **sampling).images
         painted.append((np.asarray(array) * 255).round().astype(np.uint8))
     return np.concatenate(painted)
 

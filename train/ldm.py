@@ -119,8 +119,8 @@ class LdmStage:
         config = self.config
         prompts = config.prompts or self.held_out.captions(_SHEET)
         pictures = paint(
-            self.pipeline(), prompts, steps=config.sample_steps, guidance_scale=config.guidance_scale,
-            sampler="dpmpp_2m", seed=config.seed,
+            self.pipeline(), prompts, num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale,
+            seed=config.seed,
         )  # fmt: skip
         sheet(in_rows(list(pictures), 4), prompts).save(path)
 

@@ -1,0 +1,77 @@
+"""How many steps each sampler needs for the accuracy of 200 steps of DDIM.
+
+Paints the same Shapes prompts from the same noise with every sampler, at more and more steps until the share of pictures
+that are all right is within 2 % of DDIM's at 200; prints a table and writes it as JSON. On a demo model:
+
+    python benchmarks/sampler_steps.py --model runs/demo/model --out benchmarks/sampler_steps.json
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.spacing import SamplerKind
+from train.cli import command, overlay
+from train.data.shapes import Scene, prompts
+from train.evaluation import alignment
+
+STEPS = (4, 6, 8, 10, 12, 15, 20, 25, 32, 40, 50, 75, 100)
+EVALUATIONS = {"heun": 2, "predictor_corrector": 2}
+"""Of the network in a step; 1 elsewhere."""
+REFERENCE = "ddim at 200"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Steps for equal quality, a sampler at a time. Continues what `out` holds."""
+
+    model: str = "runs/demo/model"
+    """Folder of a model of the Shapes set."""
+    prompts: int = 1024
+    """Half of them seen, half unseen."""
+    guidance_scale: float = 2.0
+    """Guidance."""
+    precision: str = "bf16"
+    """fp32, bf16 or fp16."""
+    out: str = "benchmarks/sampler_steps.json"
+    """Where the table goes."""
+    samplers: tuple[str, ...] = ("reference", *get_args(SamplerKind))
+    """Which to measure now."""
+
+
+def measure(pipe: LatentDiffusionPipeline, scenes: list[Scene], **how: object) -> dict[str, float]:
+    begun = time.perf_counter()
+    shares, _ = alignment(pipe, scenes, batch_size=128, **how)
+    return {"all": shares["all"], "seconds": round(time.perf_counter() - begun, 1)}  # type: ignore[dict-item]
+
+
+def main() -> None:
+    o = overlay(Options, Options())
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
+    pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(dtype=dtype)
+    scenes = [*prompts("seen", o.prompts // 2, 1), *prompts("unseen", o.prompts // 2, 1)]
+    out = Path(o.out)
+    table: dict[str, dict[str, float]] = json.loads(out.read_text()) if out.is_file() else {}
+
+    def noted(name: str, **how: object) -> float:
+        if name not in table:
+            table[name] = measure(pipe, scenes, guidance_scale=o.guidance_scale, **how)
+            print(f"{name:28} all right {table[name]['all']:.4f}  {table[name]['seconds']:.0f} s", flush=True)
+            out.write_text(json.dumps(table, indent=1) + "\n")
+        return table[name]["all"]
+
+    bar = noted(REFERENCE, sampler="ddim", num_inference_steps=200) - 0.02
+    for sampler in o.samplers:
+        for steps in STEPS if sampler != "reference" else ():
+            if noted(f"{sampler} at {steps}", sampler=sampler, num_inference_steps=steps) >= bar:
+                print(f"{sampler}: {steps} steps, {steps * EVALUATIONS.get(sampler, 1)} evaluations", flush=True)
+                break
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,126 @@
+"""Draws the figures of mathematics.md, from the functions themselves: python docs/figures.py (needs matplotlib)."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from ldm.bound import variances
+from ldm.objective import edm, level_weight, min_snr, p2
+from ldm.parameterization import error_ratio
+from ldm.samplers import Heun, Multistep, Step, UniPC, sample
+from ldm.schedule import Level, Schedule
+from ldm.spacing import Leg
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FOLDER = Path(__file__).parent / "figures"
+SCHEDULES = {
+    "linear": Schedule.build("linear", beta_start=1e-4, beta_end=0.02),
+    "scaled linear": Schedule.build("scaled_linear"),
+    "scaled linear, zero terminal SNR": Schedule.build("scaled_linear", zero_terminal_snr=True),
+    "cosine": Schedule.build("cosine"),
+    "sigmoid": Schedule.build("sigmoid", beta_start=1e-4, beta_end=0.02),
+    "flow": Schedule.build("flow"),
+    "flow, shift 3": Schedule.build("flow", shift=3.0),
+}
+
+
+def schedules() -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for name, schedule in SCHEDULES.items():
+        t = (torch.arange(schedule.T) + 1) / schedule.T
+        left.plot(t, schedule.alpha, label=name)
+        right.plot(t[:-1], 2 * (schedule.alpha / schedule.sigma).log()[:-1])
+    left.set(xlabel="t", ylabel="alpha", title="What is left of the data")
+    right.set(xlabel="t", ylabel="log SNR", ylim=(-12, 14), title="Signal to noise")
+    left.legend(fontsize=7)
+    save(figure, "schedules")
+
+
+def posterior_variances() -> None:
+    figure, axes = plt.subplots(figsize=(5, 3.6))
+    for name in ("linear", "scaled linear", "cosine"):
+        small, large = variances(SCHEDULES[name])
+        axes.semilogy(small, label=f"{name}: small")
+        axes.semilogy(large, "--", color=axes.lines[-1].get_color(), label="large")
+    axes.set(xlabel="index i", ylabel="variance of p(x_{i-1} | x_i)", title="Two bounds on a reverse step's variance")
+    axes.legend(fontsize=7)
+    save(figure, "variances")
+
+
+def weightings() -> None:
+    schedule = SCHEDULES["scaled linear"]
+    alpha, sigma = schedule.alpha, schedule.sigma
+    log_snr = schedule.snr.log()
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for name, weight in (
+        ("eps, uniform", error_ratio("eps", alpha, sigma)),
+        ("x0, uniform", error_ratio("x0", alpha, sigma)),
+        ("v, uniform (edm with sigma_data 1)", error_ratio("v", alpha, sigma)),
+        ("flow, uniform", error_ratio("flow", alpha, sigma)),
+        ("min-SNR-5", level_weight(min_snr(5), "x0", alpha, sigma)),
+        ("P2", level_weight(p2(), "x0", alpha, sigma)),
+        ("edm, sigma_data 0.5", level_weight(edm(0.5), "x0", alpha, sigma)),
+    ):
+        axes.semilogy(log_snr, weight, label=name)
+    axes.set(
+        xlabel="log SNR", ylabel="weight of the squared error of x0", ylim=(1e-3, 1e3), title="What a loss asks for"
+    )
+    axes.legend(fontsize=7)
+    save(figure, "weightings")
+
+
+MEAN, STD = 0.7, 0.4
+
+
+def exact(x_t: Tensor, level: Level) -> Tensor:
+    """E[x0 | x_t] for data ~ N(MEAN, STD^2)."""
+    gain = level.alpha * STD**2 / (level.alpha**2 * STD**2 + level.sigma**2)
+    return MEAN + gain * (x_t - level.alpha * MEAN)
+
+
+def convergence() -> None:
+    """On the probability-flow ODE of a Gaussian, from half-log-SNR -3 to 1.5."""
+    figure, axes = plt.subplots(figsize=(5, 3.6))
+    steps = [5, 10, 20, 40, 80, 160, 320]
+    kinds: dict[str, tuple[type[Step] | object, int]] = {
+        "DDIM": (lambda: Multistep(1), 1), "DPM++ 2M": (lambda: Multistep(2), 1), "UniPC": (UniPC, 1), "Heun": (Heun, 2)
+    }  # fmt: skip
+    for name, (make, evaluations) in kinds.items():
+        errors = []
+        for n in steps:
+            levels = []
+            for k in range(n + 1):
+                ratio = math.exp(3 - 4.5 * k / n)
+                levels.append(Level(0.5, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio), 0))
+            first, last = levels[0], levels[-1]
+            x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+            wide = [math.hypot(level.alpha * STD, level.sigma) for level in (first, last)]
+            truth = last.alpha * MEAN + wide[1] / wide[0] * (x - first.alpha * MEAN)
+            made = sample(exact, x, [Leg(*ends) for ends in pairwise(levels)], make(), lambda x=x: x)  # type: ignore[operator]
+            errors.append((made - truth).abs().max().item())
+        slope = math.log2(errors[-2] / errors[-1])
+        axes.loglog([n * evaluations for n in steps], errors, "o-", label=f"{name}: order {slope:.2f}")
+        print(f"{name}: order {slope:.3f}")
+    axes.set(xlabel="evaluations of the network", ylabel="greatest error", title="Error on a Gaussian's ODE")
+    axes.legend(fontsize=8)
+    save(figure, "convergence")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(FOLDER / f"{name}.png", dpi=90)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    schedules()
+    posterior_variances()
+    weightings()
+    convergence()
