@@ -38,7 +38,7 @@ class ClassifierFree:
     x̂ = x̂_neg + sum_k s_k (x̂_k - x̂_neg). With one prompt: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, with s = 1 + w for
     that paper's w, so that scale 1 is the conditional prediction. With several, their conjunction: Liu et al. 2022 (arXiv
     2206.01714), eq. 11. `rescale` (phi, 0 to 1) brings the standard deviation of the network's prediction back to that of the
-    conditional one: Lin et al. 2024 (arXiv 2305.08891), eq. 14 to 16.
+    conditional one: Lin et al. 2024 (arXiv 2305.08891), eq. 14 to 16 (of several, the mean by their scales above 0).
 
     Conditions are (b, …). One evaluation, in diffusers' order [negative, prompts]; what has no weight is left out.
     """
@@ -49,13 +49,16 @@ class ClassifierFree:
         if not 0 <= rescale <= 1:
             raise UserError(f"guidance rescale {rescale}: give 0 (none) to 1 (all)")
         self.denoiser, self.rescale = denoiser, rescale
-        total = sum(scale for _, scale in prompts)
-        rows = [(negative, 1 - total), *prompts]
-        rows = [(row, weight) for row, weight in rows if weight != 0]
-        self.weights = [weight for _, weight in rows]
-        self.shares = [weight / total if row is not negative and total else 0.0 for row, weight in rows]
-        shape = torch.broadcast_shapes(*(row.shape for row, _ in rows))
-        self.condition = torch.cat([row.expand(shape) for row, _ in rows])
+        scales = [scale for _, scale in prompts]
+        kept = [max(scale, 0.0) for scale in scales] if max(scales) > 0 else [1.0] * len(scales)
+        rest = 1 - sum(scales)
+        rows = [(negative, 0.0 if abs(rest) < 1e-9 else rest, 0.0)]
+        rows += [(condition, scale, k / sum(kept)) for (condition, scale), k in zip(prompts, kept, strict=True)]
+        rows = [row for row in rows if row[1] != 0]
+        self.weights = [weight for _, weight, _ in rows]
+        self.shares = [share for *_, share in rows]
+        shape = torch.broadcast_shapes(negative.shape, *(condition.shape for condition, _ in prompts))
+        self.condition = torch.cat([condition.expand(shape) for condition, *_ in rows])
 
     def __call__(self, x_t: Tensor, level: Level) -> Tensor:
         if len(self.weights) == 1:
@@ -107,8 +110,9 @@ class Autoguided:
     scale: float
 
     def __call__(self, x_t: Tensor, level: Level) -> Tensor:
-        x0 = self.main(x_t, level)
-        return x0 if self.scale == 1 else torch.lerp(self.weak(x_t, level), x0, self.scale)
+        if self.scale in (0, 1):
+            return (self.main if self.scale else self.weak)(x_t, level)
+        return torch.lerp(self.weak(x_t, level), self.main(x_t, level), self.scale)
 
 
 @dataclass(frozen=True)

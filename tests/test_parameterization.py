@@ -1,109 +1,106 @@
-"""Conversions between predictions, guidance in each of them, and the border between state and network."""
+"""Conversions between predictions, and the border between state and network."""
 
 import pytest
 import torch
 
 from ldm.denoiser import Denoiser
 from ldm.errors import UserError
-from ldm.guidance import ClassifierFree, Conditioned
 from ldm.parameterization import (
     PREDICTION_TYPE,
+    check_target,
     error_ratio,
     target_from_diffusers,
     target_of,
     to_eps,
     to_x0,
 )
-from ldm.schedule import Schedule
+from ldm.schedule import RectifiedFlow, Schedule
 
-TARGETS = ("eps", "x0", "v")
+TARGETS = ("eps", "x0", "v", "flow")
 SCHEDULE = Schedule.build("scaled_linear")
+PATHS = {
+    "vp": SCHEDULE,
+    "flow": RectifiedFlow(),
+    "shifted flow": RectifiedFlow(shift=3.0),
+    "zero snr": Schedule.build("scaled_linear", zero_terminal_snr=True),
+}
+on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def levels(kind, path, *indices):
+    """Those of which the target says anything: eps doesn't of pure noise."""
+    return [level for level in map(path.level, indices) if kind != "eps" or level.alpha > 0]
+
+
+@on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
-def test_round_trips(kind):
-    x0, eps = draw(1000, 3, 2, 2, seed=1), draw(1000, 3, 2, 2, seed=2)
-    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    alpha, sigma = (c.view(-1, 1, 1, 1) for c in SCHEDULE(t))
+def test_round_trips(kind, path):
+    last = 999 if kind == "eps" and path.zero_terminal_snr else 1000
+    x0, eps = draw(last, 3, 2, 2, seed=1), draw(last, 3, 2, 2, seed=2)
+    t = torch.arange(1, last + 1, dtype=torch.float64) / 1000
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t))
     x_t = alpha * x0 + sigma * eps
     output = target_of(kind, x0, eps, alpha, sigma)
-    torch.testing.assert_close(to_x0(kind, output, x_t, alpha, sigma), x0, rtol=0, atol=1e-12)
-    torch.testing.assert_close(to_eps(kind, output, x_t, alpha, sigma), eps, rtol=0, atol=1e-12)
+    # Rounding of x_t alone, over an alpha or a sigma of down to 1e-4, leaves no more digits.
+    torch.testing.assert_close(to_x0(kind, output, x_t, alpha, sigma), x0, rtol=0, atol=1e-11)
+    torch.testing.assert_close(to_eps(kind, output, x_t, alpha, sigma), eps, rtol=0, atol=1e-11)
 
 
+def test_what_each_target_is():
+    # The papers' own words for it, on a path that is neither variance-preserving nor straight.
+    x0, eps, alpha, sigma = draw(2, 3, 2, 2, seed=1), draw(2, 3, 2, 2, seed=2), 0.6, 0.7
+    said = {kind: target_of(kind, x0, eps, alpha, sigma) for kind in TARGETS}
+    expected = {"eps": eps, "x0": x0, "v": 0.6 * eps - 0.7 * x0, "flow": eps - x0}
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-15)
+    for kind in TARGETS:
+        made = [f(kind, said[kind], alpha * x0 + sigma * eps, alpha, sigma) for f in (to_x0, to_eps)]
+        torch.testing.assert_close(made, [x0, eps], rtol=0, atol=1e-14)
+
+
+@on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
-def test_any_output_means_one_x0_and_one_eps(kind):
+def test_any_output_means_one_x0_and_one_eps(kind, path):
     # Of an arbitrary output (no true x0 behind it): x_t = alpha x0 + sigma eps still, and the way back is exact.
     x_t, output = draw(5, 3, 2, 2, seed=1), draw(5, 3, 2, 2, seed=2)
-    for index in (0, 17, 500, 999):
-        level = SCHEDULE.level(index)
+    for level in levels(kind, path, 0, 17, 500, 900, 999):
         alpha, sigma = level.alpha, level.sigma
         x0, eps = (f(kind, output, x_t, alpha, sigma) for f in (to_x0, to_eps))
         torch.testing.assert_close(alpha * x0 + sigma * eps, x_t, rtol=0, atol=1e-12)
         torch.testing.assert_close(target_of(kind, x0, eps, alpha, sigma), output, rtol=0, atol=1e-12)
 
 
+@on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
-def test_error_ratio(kind):
+def test_error_ratio(kind, path):
     x_t, output, nudge = draw(4, 3, 2, 2, seed=1), draw(4, 3, 2, 2, seed=2), draw(4, 3, 2, 2, seed=3)
-    for index in (0, 300, 999):
-        level = SCHEDULE.level(index)
+    for level in levels(kind, path, 0, 300, 900, 999):
         moved = [to_x0(kind, y, x_t, level.alpha, level.sigma) for y in (output, output + nudge)]
         ratio = nudge.square().sum() / (moved[1] - moved[0]).square().sum()
-        torch.testing.assert_close(ratio, error_ratio(kind, SCHEDULE.snr[index]), rtol=1e-10, atol=0)
+        alpha, sigma = (torch.tensor(v, dtype=torch.float64) for v in (level.alpha, level.sigma))
+        torch.testing.assert_close(error_ratio(kind, alpha, sigma), ratio, rtol=1e-10, atol=0)
 
 
 def test_names_of_diffusers():
     assert [target_from_diffusers(PREDICTION_TYPE[kind]) for kind in TARGETS] == list(TARGETS)
-    with pytest.raises(UserError, match="flow_prediction"):
-        target_from_diffusers("flow_prediction")
+    assert list(PREDICTION_TYPE) == list(TARGETS)
+    with pytest.raises(UserError, match="'velocity': known are epsilon, sample, v_prediction, flow_prediction"):
+        target_from_diffusers("velocity")
 
 
-def network(x_t, index, condition):
-    return torch.sin(3 * x_t + condition.view(-1, 1, 1, 1)) + index.view(-1, 1, 1, 1) / 1000
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5, 12.0])
+@on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
-def test_guiding_x0_eps_or_v_is_the_same(kind, scale):
-    x_t, positive, negative = draw(4, 3, 2, 2), draw(4, seed=5), draw(4, seed=6)
-    for index in (0, 250, 999):
-        level = SCHEDULE.level(index)
-        guided = ClassifierFree(Denoiser(network, kind), positive, negative, scale)(x_t, level)
-        for space in TARGETS:
-
-            def said(condition, space=space, level=level):
-                output = network(x_t, torch.full((4,), level.index), condition)
-                x0, eps = (f(kind, output, x_t, level.alpha, level.sigma) for f in (to_x0, to_eps))
-                return target_of(space, x0, eps, level.alpha, level.sigma)
-
-            y_pos, y_neg = said(positive), said(negative)
-            combined = y_neg + scale * (y_pos - y_neg)
-            expected = to_x0(space, combined, x_t, level.alpha, level.sigma)
-            torch.testing.assert_close(guided, expected, rtol=1e-11, atol=1e-11)
-
-
-def test_guidance_evaluates_negative_then_condition_and_only_what_it_needs():
-    seen = []
-
-    def recording(x_t, index, condition):
-        seen.append(condition.tolist())
-        return network(x_t, index, condition)
-
-    x_t, level = draw(2, 3, 2, 2), SCHEDULE.level(500)
-    denoiser = Denoiser(recording, "v")
-    positive, negative = torch.tensor([1.0, 2.0]).double(), torch.tensor([-1.0]).double()
-    conditional = Conditioned(denoiser, positive)(x_t, level)
-    assert torch.equal(ClassifierFree(denoiser, positive, negative, 1.0)(x_t, level), conditional)
-    guided = ClassifierFree(denoiser, positive, negative, 2.0)(x_t, level)
-    unguided = ClassifierFree(denoiser, positive, negative, 0.0)(x_t, level)
-    assert seen == [[1, 2], [1, 2], [-1, -1, 1, 2], [-1, -1, 1, 2]]
-    torch.testing.assert_close(unguided, Conditioned(denoiser, negative.expand(2))(x_t, level))
-    torch.testing.assert_close(guided, 2 * conditional - unguided)
+def test_a_target_that_says_nothing_of_the_picture_is_refused(kind, path):
+    if kind == "eps" and path is not SCHEDULE:
+        with pytest.raises(UserError, match="target eps on a path that ends in pure noise"):
+            check_target(kind, path)
+    else:
+        check_target(kind, path)
+        alpha, sigma = path.alpha[-1].item(), path.sigma[-1].item()
+        assert to_x0(kind, draw(2, 3, 2, 2), draw(2, 3, 2, 2, seed=1), alpha, sigma).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", TARGETS)

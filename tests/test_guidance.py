@@ -1,0 +1,455 @@
+"""Guidance against the papers' formulas, diffusers' rescaling, and distributions whose every score is known."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from ldm.denoiser import Denoiser
+from ldm.errors import UserError
+from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval
+from ldm.parameterization import target_of, to_eps, to_x0
+from ldm.process import score
+from ldm.samplers import make_step, sample
+from ldm.schedule import RectifiedFlow, Schedule
+from ldm.spacing import plan
+
+TARGETS = ("eps", "x0", "v", "flow")
+VP, FLOW = Schedule.build("scaled_linear"), RectifiedFlow(shift=3.0)
+LEVELS = {f"{name} {i}": path.level(i) for name, path in (("vp", VP), ("flow", FLOW)) for i in (0, 250, 900, 999)}
+LEVELS["zero snr 999"] = Schedule.build("scaled_linear", zero_terminal_snr=True).level(999)
+CASES = {
+    f"{kind} {name}": (kind, level)
+    for kind in TARGETS
+    for name, level in LEVELS.items()
+    if kind != "eps" or level.alpha > 0  # of pure noise, eps says nothing of the picture
+}
+in_every_target = pytest.mark.parametrize("kind", TARGETS)
+at_every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+in_every_target_at_every_level = pytest.mark.parametrize(("kind", "level"), CASES.values(), ids=CASES)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def network(x_t, index, condition):
+    return torch.sin(3 * x_t + condition.view(-1, 1, 1, 1)) + index.view(-1, 1, 1, 1) / 1000
+
+
+def outputs(x_t, level, *conditions):
+    """What the network says of each condition, asked one by one."""
+    index = torch.full((len(x_t),), level.index)
+    return [network(x_t, index, condition) for condition in conditions]
+
+
+def translated(output, kind, space, x_t, level):
+    """What an output in one target means in another."""
+    x0, eps = (f(kind, output, x_t, level.alpha, level.sigma) for f in (to_x0, to_eps))
+    return target_of(space, x0, eps, level.alpha, level.sigma)
+
+
+class Recorder:
+    """The network, and the conditions it was asked for: one list for every evaluation."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, x_t, index, condition):
+        assert len(x_t) == len(index) == len(condition)
+        self.asked.append(condition.tolist())
+        return network(x_t, index, condition)
+
+
+def never(*_):
+    raise AssertionError("an evaluation that has no weight was made")
+
+
+# -- classifier-free ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 3.5, 12.0])
+@in_every_target_at_every_level
+def test_guiding_any_target_is_the_same(kind, level, scale):
+    x_t, negative, positive = draw(4, 3, 2, 2), draw(4, seed=6), draw(4, seed=5)
+    guided = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)])(x_t, level)
+    said = outputs(x_t, level, negative, positive)
+    for space in TARGETS:
+        if space == "eps" and level.alpha == 0:
+            continue
+        y_neg, y_pos = (translated(output, kind, space, x_t, level) for output in said)
+        expected = to_x0(space, y_neg + scale * (y_pos - y_neg), x_t, level.alpha, level.sigma)
+        torch.testing.assert_close(guided, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("scales", "needed"),
+    [
+        ([1.0], [1]),
+        ([0.0], [0]),
+        ([4.0], [0, 1]),
+        ([-1.0], [0, 1]),
+        ([], [0]),
+        ([2.0, 3.0], [0, 1, 2]),
+        ([2.0, -2.0], [0, 1, 2]),
+        ([0.25, 0.75], [1, 2]),  # the negative has no weight
+        ([2.0, 0.0], [0, 1]),
+        ([0.0, 1.0], [2]),
+    ],
+)
+def test_negative_first_then_prompts_and_only_what_has_weight(scales, needed):
+    x_t, level, recorder = draw(2, 3, 2, 2), LEVELS["vp 250"], Recorder()
+    conditions = [torch.tensor([10.0 * k, 10.0 * k + 1]).double() for k in range(3)]
+    prompts = list(zip(conditions[1:], scales, strict=False))
+    guided = ClassifierFree(Denoiser(recorder, "x0"), conditions[0], prompts)(x_t, level)
+    assert recorder.asked == [torch.cat([conditions[k] for k in needed]).tolist()]
+    base, *others = outputs(x_t, level, *conditions)
+    expected = base + sum(s * (other - base) for s, other in zip(scales, others, strict=False))
+    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-13)
+
+
+@in_every_target_at_every_level
+def test_scale_1_is_the_condition_and_scale_0_the_negative(kind, level):
+    x_t, negative, positive = draw(4, 3, 2, 2), draw(4, seed=6), draw(4, seed=5)
+    denoiser = Denoiser(network, kind)
+    for scale, condition in ((1.0, positive), (0.0, negative)):
+        guided = ClassifierFree(denoiser, negative, [(positive, scale)])
+        assert torch.equal(guided(x_t, level), Conditioned(denoiser, condition)(x_t, level))
+
+
+# -- rescaling ------------------------------------------------------------------------------------------------
+
+
+def rescaled(kind, level, scale, phi):
+    """What guidance means in the network's own target, (b, …), and the outputs it was made of."""
+    x_t, negative, positive = draw(4, 3, 8, 8), draw(4, seed=6), draw(4, seed=5)
+    x_t *= torch.tensor([0.2, 1, 3, 0.01]).double().view(-1, 1, 1, 1)  # pictures of different contrast
+    x0 = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)], phi)(x_t, level)
+    return translated(x0, "x0", kind, x_t, level), *outputs(x_t, level, negative, positive)
+
+
+@in_every_target_at_every_level
+def test_rescaling_is_diffusers_on_the_networks_output(kind, level):
+    for scale, phi in ((7.5, 0.7), (3.0, 1.0), (-2.0, 0.3), (7.5, 0.0)):
+        output, y_neg, y_pos = rescaled(kind, level, scale, phi)
+        expected = rescale_noise_cfg(y_neg + scale * (y_pos - y_neg), y_pos, phi)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
+
+
+@in_every_target
+def test_full_rescaling_gives_every_picture_the_contrast_of_its_conditional_prediction(kind):
+    output, _, y_pos = rescaled(kind, LEVELS["vp 250"], 7.5, 1.0)
+    torch.testing.assert_close(output.std((1, 2, 3)), y_pos.std((1, 2, 3)), rtol=1e-10, atol=0)
+
+
+def test_no_rescaling_is_no_change():
+    x_t, negative, positive = draw(4, 3, 2, 2), draw(4, seed=6), draw(4, seed=5)
+    for level in LEVELS.values():
+        for scale, phi in ((5.0, 0.0), (1.0, 0.7)):  # at scale 1 the prediction is the conditional one already
+            prompts = [(positive, scale)]
+            guided = ClassifierFree(Denoiser(network, "v"), negative, prompts, phi)
+            assert torch.equal(
+                guided(x_t, level), ClassifierFree(Denoiser(network, "v"), negative, prompts)(x_t, level)
+            )
+
+
+@in_every_target
+def test_one_prompt_in_two_parts_is_one_prompt(kind):
+    # With rescaling too: the conditional prediction of several prompts is their mean by scale.
+    x_t, negative, positive = draw(4, 3, 4, 4), draw(4, seed=6), draw(4, seed=5)
+    denoiser, level = Denoiser(network, kind), LEVELS["vp 250"]
+    for parts in ((1.5, 2.5), (0.25, 0.75)):
+        prompts = [(positive, part) for part in parts], [(positive, sum(parts))]
+        two, one = (ClassifierFree(denoiser, negative, p, 0.7)(x_t, level) for p in prompts)
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-12)
+
+
+def test_a_prompt_may_be_the_negatives_own_tensor():
+    x_t, empty, level = draw(4, 3, 4, 4), draw(4, seed=6), LEVELS["vp 250"]
+    for kind in TARGETS:
+        denoiser = Denoiser(network, kind)
+        guided = ClassifierFree(denoiser, empty, [(empty, 3.0)], 0.7)(x_t, level)
+        torch.testing.assert_close(guided, Conditioned(denoiser, empty)(x_t, level), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scales", [(2.0, -2.0), (2.0, -1.9)], ids=str)
+def test_rescaling_a_prompt_and_a_negated_one_adds_no_contrast(scales):
+    # Their mean by scale is no prediction: of scales that sum to (nearly) 0 it is nothing, or as large as you like.
+    # Either such scales are refused, or what comes out has about the contrast of the predictions it was made of.
+    x_t, negative, *prompts = draw(4, 3, 8, 8), *(draw(4, seed=k) for k in (5, 6, 7))
+    level = LEVELS["vp 250"]
+    own = torch.stack([output.std((1, 2, 3)) for output in outputs(x_t, level, *prompts)])
+    for kind in TARGETS:
+        try:
+            guided = ClassifierFree(Denoiser(network, kind), negative, list(zip(prompts, scales, strict=True)), 1.0)
+        except UserError:
+            continue
+        contrast = translated(guided(x_t, level), "x0", kind, x_t, level).std((1, 2, 3))
+        assert (contrast > 0.7 * own.amin(0)).all(), kind
+        assert (contrast < 1.4 * own.amax(0)).all(), kind
+
+
+def test_rescaling_outside_0_to_1_is_refused():
+    for phi in (-0.1, 1.1, math.nan, math.inf):
+        with pytest.raises(UserError, match=f"guidance rescale {phi}"):
+            ClassifierFree(Denoiser(network, "v"), draw(1), [(draw(1), 2.0)], phi)
+
+
+# -- interval -------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_guides_inside_alone_and_saves_the_rest():
+    recorder, x_t = Recorder(), draw(2, 3, 2, 2)
+    denoiser, negative, positive = Denoiser(recorder, "v"), torch.zeros(2).double(), torch.ones(2).double()
+    guided, plain = ClassifierFree(denoiser, negative, [(positive, 3.0)]), Conditioned(denoiser, positive)
+    levels = [VP.level(i) for i in (999, 700, 500, 300, 0)]
+    interval = Interval(guided, plain, levels[3].noise, levels[1].noise)  # the lower end out, the upper end in
+    made = [interval(x_t, level) for level in levels]
+    assert [len(asked) for asked in recorder.asked] == [2, 4, 4, 2, 2]
+    for x0, level, by in zip(made, levels, (plain, guided, guided, plain, plain), strict=True):
+        assert torch.equal(x0, by(x_t, level))
+
+
+def test_an_interval_may_reach_from_the_data_to_pure_noise():
+    x_t = draw(2, 3, 2, 2)
+    everywhere = Interval(lambda x, level: x, never, 0.0, math.inf)
+    up_to_noise = Interval(never, lambda x, level: x, 0.0, 1e9)
+    assert all(torch.equal(everywhere(x_t, level), x_t) for level in LEVELS.values())
+    assert torch.equal(up_to_noise(x_t, LEVELS["flow 999"]), x_t)
+
+
+def test_an_interval_upside_down_is_refused():
+    for low, high in ((2.0, 1.0), (1.0, 1.0), (-1.0, 1.0), (-2.0, -1.0), (math.nan, 1.0), (0.0, math.nan)):
+        with pytest.raises(UserError, match=f"guidance interval {low} to {high}"):
+            Interval(never, never, low, high)
+
+
+# -- Gaussian data: composition and autoguidance --------------------------------------------------------------
+
+
+def gaussian(x_t, level, mean, std):
+    """E[x0 | x_t] of data ~ N(mean, std^2), element by element."""
+    gain = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2)
+    return mean + gain * (x_t - level.alpha * mean)
+
+
+def told(level):
+    """A denoiser that is exact for the Gaussian it is told of, condition (b, 2, …) = mean and std."""
+    return Denoiser(lambda x_t, index, condition: gaussian(x_t, level, *condition.unbind(1)), "x0")
+
+
+def as_condition(mean, std):
+    return torch.stack([mean, std]).expand(4, 2, 3, 2, 2)
+
+
+MEAN, STD = draw(3, 2, 2, seed=1), 0.3 + draw(3, 2, 2, seed=2).abs()
+composed_by_scales = pytest.mark.parametrize("scales", [(1.0, 1.0), (3.0, 0.5), (2.0, -1.5), (0.25, 0.75)], ids=str)
+
+
+@composed_by_scales
+@at_every_level
+def test_composed_prompts_that_tilt_a_gaussian(level, scales):
+    # p(x | c_k) ∝ p(x) exp(tilt_k x) is p, moved by variance × tilt_k; tilts add up in the product, at any noise level.
+    tilts, x_t = [draw(3, 2, 2, seed=k) for k in (3, 4)], draw(4, 3, 2, 2)
+    prompts = [(as_condition(MEAN + STD**2 * tilt, STD), s) for tilt, s in zip(tilts, scales, strict=True)]
+    composed = ClassifierFree(told(level), as_condition(MEAN, STD), prompts)
+    moved = MEAN + STD**2 * sum(s * tilt for s, tilt in zip(scales, tilts, strict=True))
+    torch.testing.assert_close(composed(x_t, level), gaussian(x_t, level, moved, STD), rtol=0, atol=1e-12)
+
+
+@composed_by_scales
+@at_every_level
+def test_composed_prompts_have_the_score_of_the_product(level, scales):
+    # Of p(x_t) prod_k (p(x_t | c_k) / p(x_t))^s_k (Liu et al. 2022, eq. 11), differentiated; any Gaussians.
+    models = [(MEAN, STD), *((draw(3, 2, 2, seed=k), 0.2 + draw(3, 2, 2, seed=k + 9).abs()) for k in (3, 4))]
+    negative, *conditions = (as_condition(*model) for model in models)
+    x_t = draw(4, 3, 2, 2).requires_grad_()
+    base, *logs = (
+        torch.distributions.Normal(level.alpha * mean, (level.alpha**2 * std**2 + level.sigma**2).sqrt()).log_prob(x_t)
+        for mean, std in models
+    )
+    product = base + sum(s * (log - base) for s, log in zip(scales, logs, strict=True))
+    (expected,) = torch.autograd.grad(product.sum(), x_t)
+    x0 = ClassifierFree(told(level), negative, list(zip(conditions, scales, strict=True)))(x_t.detach(), level)
+    made = score(x_t.detach(), x0, level)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+
+
+MAIN, WEAK = (0.7, 0.4), (0.5, 0.6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0, 2.0, 5.0])
+def test_autoguidance_is_away_from_the_weak_model(scale):
+    main, weak = (lambda x, level, m=model: gaussian(x, level, *m) for model in (MAIN, WEAK))
+    x_t = draw(4, 3, 2, 2)
+    for level in LEVELS.values():
+        expected = weak(x_t, level) + scale * (main(x_t, level) - weak(x_t, level))  # Karras et al. 2024, eq. 3
+        torch.testing.assert_close(Autoguided(main, weak, scale)(x_t, level), expected, rtol=0, atol=1e-13)
+    assert torch.equal(Autoguided(main, never, 1.0)(x_t, level), main(x_t, level))
+
+
+@pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
+def test_autoguided_gaussians_stay_affine(path):
+    # The ODE's samples are slope × noise + offset, carried along in numbers. Away from a broader model: narrower.
+    main, weak = (lambda x, level, m=model: gaussian(x, level, *m) for model in (MAIN, WEAK))
+    legs, noise, spreads = plan(path, "ddim", 20, "trailing", set_alpha_to_one=True).legs, draw(4, 1, 2, 2), []
+    for scale in (1.0, 2.0, 3.0):
+        slope, offset = 1.0, 0.0
+        for t, s in legs:
+            gains = [t.alpha * std**2 / (t.alpha**2 * std**2 + t.sigma**2) for _, std in (MAIN, WEAK)]
+            gain = scale * gains[0] + (1 - scale) * gains[1]
+            still = sum(
+                w * mean * (1 - g * t.alpha)
+                for w, g, (mean, _) in zip((scale, 1 - scale), gains, (MAIN, WEAK), strict=True)
+            )
+            kept = s.sigma / t.sigma  # alpha_s x̂0 + sigma_s eps, with eps = (x - alpha_t x̂0) / sigma_t
+            factor = s.alpha - kept * t.alpha
+            slope, offset = (kept + factor * gain) * slope, (kept + factor * gain) * offset + factor * still
+        x = sample(Autoguided(main, weak, scale), noise, legs, make_step("ddim"), never)
+        torch.testing.assert_close(x, slope * noise + offset, rtol=0, atol=1e-12)
+        spreads.append(slope)
+    assert spreads[0] > spreads[1] > spreads[2] > 0
+
+
+# -- classifier guidance of a mixture -------------------------------------------------------------------------
+
+WEIGHTS = torch.tensor([0.3, 0.15, 0.35, 0.2], dtype=torch.float64)
+MEANS = torch.tensor([[-1.2, -1.0], [-1.0, 1.2], [1.2, 0.9], [1.1, -1.2]], dtype=torch.float64)
+STDS = torch.tensor([0.1, 0.25, 0.2, 0.15], dtype=torch.float64)
+LABELS = torch.tensor([[1, 0, 0, 0.5], [0, 1, 1, 0], [0, 0, 0, 0.5]], dtype=torch.float64)
+"""p(y | component): label 0 is all of the first component and half of the last, 1 two whole ones, 2 one in part."""
+
+
+def log_joint(x_t, level, weights=WEIGHTS):
+    """log of weight × density of x_t (b, 2, 1, 1) in each component, (b, 4), but for a constant."""
+    variance = level.alpha**2 * STDS**2 + level.sigma**2
+    squares = (x_t.flatten(1)[:, None] - level.alpha * MEANS).square().sum(2)
+    return weights.log() - squares / (2 * variance) - variance.log()  # in 2 dimensions
+
+
+def mixture(x_t, level, weights=WEIGHTS):
+    """E[x0 | x_t], exactly, for components of these weights, (4,) or (b, 4)."""
+    shares = log_joint(x_t, level, weights).softmax(1)
+    each = gaussian(x_t.flatten(1)[:, None], level, MEANS, STDS[:, None])  # (b, 4, 2)
+    return torch.einsum("bk,bkd->bd", shares, each).view_as(x_t)
+
+
+def log_probability(label, x_t, level):
+    """log p(y | x_t), by Bayes in noisy space."""
+    joint = log_joint(x_t, level)
+    return (joint + LABELS[label].log()).logsumexp(1) - joint.logsumexp(1)
+
+
+def noisy(level, n=200):
+    """x_t of the whole mixture, and as many of a wide Gaussian: also where no data comes from."""
+    x0 = MEANS[torch.arange(n) % 4] + STDS[torch.arange(n) % 4, None] * draw(n, 2, seed=3)
+    return torch.cat([level.alpha * x0 + level.sigma * draw(n, 2, seed=4), 2 * draw(n, 2, seed=5)]).view(-1, 2, 1, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("label", range(3))
+def test_an_exact_classifier_gives_the_exact_conditional_denoiser(label):
+    guided = ClassifierGuided(mixture, partial(log_probability, label))
+    levels = [path.level(i) for path in (VP, FLOW) for i in (0, 20, 100, 300, 600, 900, 998, 998.9)]
+    for level in [*levels, VP.level(999)]:
+        x_t = noisy(level)
+        x0 = guided(x_t, level)
+        torch.testing.assert_close(x0, mixture(x_t, level, WEIGHTS * LABELS[label]), rtol=0, atol=1e-9)
+        assert not x0.requires_grad
+        assert not x_t.requires_grad
+
+
+@torch.no_grad()
+def test_a_classifiers_weight_is_the_scale_of_classifier_free_guidance():
+    # With exact models, grad log p(y | x_t) is the difference of the two scores (Ho & Salimans 2022, section 3.2).
+    def told_weights(x_t, index, condition):
+        return mixture(x_t, VP.level(int(index[0])), condition)
+
+    for label, weight, i in [(0, 0.5, 999), (1, 3.0, 600), (2, -1.0, 300), (1, 0.0, 100)]:
+        level = VP.level(i)
+        x_t = noisy(level)
+        everything, some = (w.expand(len(x_t), 4) for w in (WEIGHTS, WEIGHTS * LABELS[label]))
+        free = ClassifierFree(Denoiser(told_weights, "x0"), everything, [(some, weight)])
+        guided = ClassifierGuided(mixture, partial(log_probability, label), weight)
+        torch.testing.assert_close(guided(x_t, level), free(x_t, level), rtol=0, atol=1e-9)
+
+
+def test_a_classifier_is_not_asked_in_vain():
+    for weight, level in ((0.0, LEVELS["vp 250"]), (1.0, LEVELS["flow 999"])):
+        x_t = noisy(level)
+        assert torch.equal(ClassifierGuided(mixture, never, weight)(x_t, level), mixture(x_t, level))
+
+
+def std_alone(legs, std, eta):
+    """What these steps make of N(mean, std^2) with an exact denoiser: DDIM's eq. 12 and 16, eta 1 for DDPM."""
+    variance = 1.0
+    for t, s in legs:
+        gain = t.alpha * std**2 / (t.alpha**2 * std**2 + t.sigma**2)
+        added = eta**2 * s.sigma**2 * (1 - (s.noise / t.noise) ** 2)
+        kept = math.sqrt(s.sigma**2 - added) / t.sigma
+        variance = (kept + (s.alpha - kept * t.alpha) * gain) ** 2 * variance + added
+    return math.sqrt(variance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 1.0)])
+@pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_exact_classifier_samples_the_conditional_distribution(label, path, kind, eta):
+    n, generator = 4000, torch.Generator().manual_seed(7)
+    noise = lambda: torch.randn((n, 2, 1, 1), generator=generator, dtype=torch.float64)  # noqa: E731
+    route = plan(path, kind, 100, "trailing", set_alpha_to_one=True)
+    step = make_step(kind, eta if kind == "ddim" else 0.0)
+    guided = ClassifierGuided(mixture, partial(log_probability, label))
+    x = sample(guided, route.start(noise()), route.legs, step, noise).flatten(1)
+
+    # Within 3 standard errors and a bias: of finite steps, and of a start without the data's part in x_T (alpha 0.07).
+    # Finite steps make a component too narrow, as they do where there is no other.
+    expected = WEIGHTS * LABELS[label] / (WEIGHTS * LABELS[label]).sum()
+    which = torch.cdist(x, MEANS).argmin(1)
+    for k, share in enumerate(expected.tolist()):
+        own = x[which == k]
+        assert len(own) / n == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / n) + 0.02)
+        if share > 0:
+            std = std_alone(route.legs, STDS[k].item(), eta)
+            error = std / math.sqrt(len(own))
+            assert (own.mean(0) - MEANS[k]).abs().max() < 3 * error + 0.02
+            assert (own.std(0) - std).abs().max() < 3 * error / math.sqrt(2) + 0.02 * std
+
+
+# -- wrappers in wrappers -------------------------------------------------------------------------------------
+
+
+def test_wrappers_nest():
+    x_t, negative, positive = draw(2, 3, 2, 2), draw(2, seed=6), draw(2, seed=5)
+    main, weak = Recorder(), Recorder()
+    free = ClassifierFree(Denoiser(main, "v"), negative, [(positive, 3.0)])
+    plain, weaker = Conditioned(Denoiser(main, "v"), positive), Conditioned(Denoiser(weak, "x0"), positive)
+    low, high = VP.level(300), VP.level(700)
+    guided = Autoguided(Interval(free, plain, 0.0, VP.level(500).noise), weaker, 2.0)
+    guided = ClassifierGuided(guided, lambda x, level: -x.square().flatten(1).sum(1), 0.5)
+    for level, inner, rows in ((low, free, 4), (high, plain, 2)):
+        main.asked.clear()
+        weak.asked.clear()
+        x0 = guided(x_t, level)
+        assert ([len(asked) for asked in main.asked], [len(asked) for asked in weak.asked]) == ([rows], [2])
+        expected = 2 * inner(x_t, level) - weaker(x_t, level) + 0.5 * level.sigma**2 / level.alpha * (-2 * x_t)
+        torch.testing.assert_close(x0, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
+def test_guidance_waits_for_no_device(path, kind):
+    # A meta tensor has no numbers: whatever asked for one would raise.
+    x, condition = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, device="meta")
+    denoiser = Denoiser(network, "v", torch.bfloat16)
+    plain = Conditioned(denoiser, condition)
+    guided = ClassifierFree(denoiser, condition, [(condition.clone(), 3.0), (condition.clone(), 2.0)], 0.7)
+    guided = Autoguided(Interval(guided, plain, 0.1, 5.0), plain, 2.0)
+    guided = ClassifierGuided(guided, lambda x, level: -x.square().flatten(1).sum(1))
+    route = plan(path, kind, 10, "trailing")
+    with torch.no_grad():
+        end = sample(guided, route.start(x), route.legs, make_step(kind), never)
+    assert (end.device.type, end.dtype, end.shape) == ("meta", torch.float32, x.shape)
