@@ -50,7 +50,7 @@ class ClassifierFree:
             raise UserError(f"guidance rescale {rescale}: give 0 (none) to 1 (all)")
         self.denoiser, self.rescale = denoiser, rescale
         scales = [scale for _, scale in prompts]
-        kept = [max(scale, 0.0) for scale in scales] if max(scales) > 0 else [1.0] * len(scales)
+        kept = [max(scale, 0.0) for scale in scales] if max(scales, default=0) > 0 else [1.0] * len(scales)
         rest = 1 - sum(scales)
         rows = [(negative, 0.0 if abs(rest) < 1e-9 else rest, 0.0)]
         rows += [(condition, scale, k / sum(kept)) for (condition, scale), k in zip(prompts, kept, strict=True)]
