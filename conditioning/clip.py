@@ -85,7 +85,7 @@ class ClipTextEncoder(nn.Module):
 
         Or an OpenCLIP, as `openclip:ViT-B-32/laion2b_s34b_b79k`.
 
-        Only safetensors and JSON are read. The weights come frozen, in evaluation mode, on the CPU. Raises
+        Only safetensors and JSON are read (of an OpenCLIP's tag, what open_clip has, without pickled code). The weights come frozen, in evaluation mode, on the CPU. Raises
         UserError when there is no such thing, or when a weight is missing.
         """
         if str(source).startswith(PREFIX):

@@ -1,7 +1,7 @@
 """OpenCLIP's text towers (Cherti et al. 2023, arXiv 2212.07143) as transformers' CLIPTextModel.
 
-The tower is the same transformer under other names, and the tokenizer the same merges, so what is trained, saved and
-loaded afterwards is an ordinary CLIP text encoder. Captions are padded with the end token, as everywhere in this
+A CLIP's tower is the same transformer under other names, and its tokenizer the same merges, so what is trained, saved
+and loaded afterwards is an ordinary CLIP text encoder. Towers of other kinds are refused. Captions are padded with the end token, as everywhere in this
 project; the causal mask hides the padding from every token of the caption.
 """
 

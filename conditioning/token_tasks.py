@@ -64,9 +64,8 @@ class Echo(nn.Module):
         for back in range(min(self.words, tokens.shape[1])):
             error = (repeated[:, back:, back] - codes[:, : codes.shape[1] - back]).float().square().mean(-1)
             here = said[:, back:]
-            errors.append(
-                ((error * here).sum(1) / here.sum(1).clamp(min=1)).mean()
-            )  # a mean over captions in any split
+            of_captions = (error * here).sum(1) / here.sum(1).clamp(min=1)  # (b,), so that any split has one mean
+            errors.append(of_captions.mean())
         return torch.stack(errors).mean()
 
 

@@ -256,20 +256,18 @@ class Trainer:
     def _update(self, phase: Phase, loss: Tensor) -> Tensor:
         """Clip and step, unless the loss or the gradient of any process is not finite; nothing waits for the device.
 
-        The fused optimizer itself leaves weights and moments as they are when its `found_inf` is 1. Gradients are
-        averages over all processes by now, so one process's NaN is everybody's, and all skip together.
+        The optimizer itself leaves weights and moments as they are when its `found_inf` is 1. That is ours, not the
+        scaler's, which knows of gradients alone. Gradients are averages over all processes by now, so one process's NaN
+        is everybody's, and all skip together.
         """
         optimizer = phase.optimizer
         self.scaler.unscale_(optimizer)
         weights = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(weights, self.run.config.optimizer.clip or math.inf)
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        if self.scaler.is_enabled():
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        else:
-            optimizer.found_inf = bad  # type: ignore[attr-defined]
-            optimizer.step()
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+        self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self.health.note(bad)
         return norm

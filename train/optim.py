@@ -14,8 +14,8 @@ from train.config import OptimizerConfig, Precision
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, lr: float | None = None) -> torch.optim.AdamW:
     """The optimizer of a module's trainable weights, at peak rate `lr`, else the configuration's.
 
-    Weight decay is on weights of two and more dimensions only. Muon takes the matrices and kernels; embedding tables, biases
-    and normalisation weights are AdamW's.
+    Weight decay is on weights of two and more dimensions only. Muon takes the matrices and kernels; embedding modules,
+    biases and normalisation weights are AdamW's.
     """
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in module.parameters() if p.requires_grad]

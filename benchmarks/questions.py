@@ -1,0 +1,137 @@
+"""What learners ask, measured on a model of the Shapes set; docs/mathematics.md shows the answers.
+
+    python benchmarks/questions.py --model runs/demo/model --out docs/figures
+
+Prints the tables and draws few_steps.png and noise_again.png. About five minutes on two cores.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.pipeline import LatentDiffusionPipeline
+from train.cli import command, overlay
+from train.config import DataConfig
+from train.data.dataset import PictureDataset
+from train.data.shapes import prompts
+from train.evaluation import alignment, reconstruction_quality
+from train.run import open_sources
+from train.sheets import sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Questions and their answers by measurement."""
+
+    model: str = "runs/demo/model"
+    """Folder of a model of the Shapes set."""
+    data: str = "data/shapes"
+    """Folder of the Shapes set, for the inversion."""
+    out: str = "docs/figures"
+    """Folder for the pictures."""
+    prompts: int = 256
+    """Prompts, half of them unseen, of each measurement."""
+    scale: float = 2.0
+    """Guidance where it isn't the question."""
+
+
+class Measure:
+    """Accuracy and diversity of what a model paints."""
+
+    def __init__(self, pipe: LatentDiffusionPipeline, count: int) -> None:
+        self.pipe = pipe
+        self.scenes = [*prompts("seen", count // 2, 2), *prompts("unseen", count // 2, 2)]
+
+    def right(self, **how: Any) -> str:
+        begun = time.perf_counter()
+        shares, _ = alignment(self.pipe, self.scenes, batch_size=128, **how)
+        return f"{shares['all']:.3f} ({time.perf_counter() - begun:.0f} s)"
+
+    def diversity(self, start: Tensor | None = None, each: int = 16, **how: Any) -> float:
+        """Root mean square difference (of 255) between pictures of one prompt, over 16 prompts."""
+        differences = []
+        for k, scene in enumerate(self.scenes[:16]):
+            latents = None if start is None else start[k].expand(each, -1, -1, -1)
+            array = self.pipe(
+                scene.caption, num_images_per_prompt=each, latents=latents, output_type="np",
+                generator=torch.Generator().manual_seed(k), **how,
+            ).images  # fmt: skip
+            spread = 2 * np.asarray(array).var(0, ddof=1).mean()  # mean over pairs of the mean square difference
+            differences.append(255 * spread**0.5)
+        return float(np.mean(differences))
+
+
+def main() -> None:
+    o = overlay(Options, Options())
+    pipe = LatentDiffusionPipeline.from_pretrained(o.model)
+    measure, captions = Measure(pipe, o.prompts), [s.caption for s in prompts("seen", 8, 3)]
+    guided: dict[str, Any] = {"guidance_scale": o.scale}
+
+    def painted(**how: Any) -> list[np.ndarray]:
+        generators = [torch.Generator().manual_seed(k) for k in range(len(captions))]
+        images = pipe(captions, generator=generators, **(guided | how)).images
+        return [np.asarray(image) for image in images]
+
+    print("Why not in one step? All right, dpmpp_2m:")
+    steps = (1, 2, 3, 4, 6, 8, 12, 25)
+    for n in steps:
+        print(f"  {n:3} steps: {measure.right(num_inference_steps=n, **guided)}", flush=True)
+    sheet([painted(num_inference_steps=n) for n in (1, 2, 4, 8, 25)], captions).save(Path(o.out) / "few_steps.png")
+
+    print("Why is noise put back? One x_T for 16 pictures of a prompt, 50 steps of ddim; difference of pairs of 255:")
+    start = torch.randn(16, *_latent(pipe), generator=torch.Generator().manual_seed(0))
+    for eta in (0.0, 0.5, 1.0):
+        how = {"sampler": "ddim", "eta": eta, "num_inference_steps": 50, **guided}
+        print(f"  eta {eta}: {measure.diversity(start, **how):.1f}; all right {measure.right(**how)}", flush=True)
+    print(f"  eta 0, another x_T each: {measure.diversity(sampler='ddim', num_inference_steps=50, **guided):.1f}")
+    noise = start[:1].expand(len(captions), -1, -1, -1)
+    rows = []
+    for eta in (0.0, 1.0):
+        images = pipe(
+            [captions[0]] * 8, latents=noise, sampler="ddim", eta=eta, num_inference_steps=50, **guided,
+            generator=torch.Generator().manual_seed(1),
+        ).images  # fmt: skip
+        rows.append([np.asarray(image) for image in images])
+    sheet(rows).save(Path(o.out) / "noise_again.png")
+
+    print("What does guidance buy and cost? dpmpp_2m, 15 steps:")
+    for scale in (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0):
+        how = {"guidance_scale": scale, "num_inference_steps": 15}
+        print(
+            f"  scale {scale}: all right {measure.right(**how)}, diversity {measure.diversity(**how):.1f}", flush=True
+        )
+    for interval in ((0.0, 1.0), (0.5, 4.0), (1.0, 20.0)):
+        how = {"guidance_scale": o.scale, "num_inference_steps": 15, "guidance_interval": interval}
+        print(
+            f"  on noise levels {interval}: all right {measure.right(**how)}, diversity {measure.diversity(**how):.1f}",
+            flush=True,
+        )
+    print(f"  scale 8, rescale 0.7: {measure.right(guidance_scale=8.0, guidance_rescale=0.7, num_inference_steps=15)}")
+
+    print(
+        "Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out pictures: PSNR against decode(encode(x))"
+    )
+    _, held_out = open_sources(o.data, DataConfig(resolution=32))
+    batch = PictureDataset(held_out, 32, 0, shuffle=False).__getitems__(range(64))
+    z = pipe.autoencoder.encode(batch["pixels"]).mean
+    target = pipe.autoencoder.decode(z)
+    for refinements in (0, 1, 2, 4):
+        x_T = pipe.invert(z, batch["caption"], refinements=refinements)
+        back = pipe(
+            batch["caption"], latents=x_T, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
+        ).images  # fmt: skip
+        psnr, _ = reconstruction_quality(pipe.autoencoder.decode(back), target)
+        print(f"  {refinements} refinements: {psnr:.1f} dB; the noise has deviation {x_T.std():.3f}", flush=True)
+
+
+def _latent(pipe: LatentDiffusionPipeline) -> tuple[int, int, int]:
+    return pipe.autoencoder.latent_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
+
+
+if __name__ == "__main__":
+    command(main)
