@@ -144,6 +144,7 @@ class Objective:
 
     def bound(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
         """The variational bound's terms at given indices (b,), in bits per dimension, (b,)."""
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         return self._term(self._predict(network, x0, index, noise, condition), x0, index)
 
     def _predict(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> _Prediction:

@@ -62,8 +62,9 @@ def posterior(x_t: Tensor, x0: Tensor, t: Point, s: Point) -> Gaussian:
 def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction: Tensor | None = None) -> Number:
     """Variance of the model's p(x_s | x_t), from the posterior's (`small`) to the forward step's (`large`).
 
-    They are right for data that is one point, and for data that is N(0, 1) (Ho et al. 2020, section 3.2); a learned one lies
-    between them in the logarithm by the network's `fraction`, 0 to 1 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    On a variance-preserving path they are right for data that is one point, and for data that is N(0, 1) (Ho et al. 2020,
+    section 3.2). A learned one lies between them in the logarithm by the network's `fraction`, 0 to 1 (Nichol & Dhariwal
+    2021, arXiv 2102.09672, eq. 15); on a flow, near the data, the best may lie above both.
     """
     match kind:
         case "fixed_small":
@@ -103,7 +104,7 @@ def probability_flow(denoise: Denoise, schedule: Schedule) -> Callable[[Tensor, 
 
     def velocity(x: Tensor, t: float) -> Tensor:
         level: Level = schedule.level(t * schedule.T - 1)
-        f, g2 = (v.item() for v in drift_and_diffusion(schedule, torch.tensor(t)))
+        f, g2 = (v.item() for v in drift_and_diffusion(schedule, torch.tensor(t, dtype=torch.float64)))
         return f * x - g2 / 2 * score(x, denoise(x, level), level)
 
     return velocity

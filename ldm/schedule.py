@@ -153,7 +153,8 @@ class BetaSchedule(Schedule):
         below = place.long().clamp(0, self.T - 1)
         low, high, share = table[below], table[below + 1], place - below
         # Towards pure noise, whose level is infinite, it is alpha / sigma that is linear.
-        noise = torch.where(torch.isinf(high), low / (1 - share), torch.lerp(low, high, share))
+        endless = torch.isinf(high)
+        noise = torch.where(endless, low / (1 - share), torch.lerp(low, torch.where(endless, low, high), share))
         return (1 + noise**2).rsqrt(), (1 + noise**-2).rsqrt()
 
     def level(self, index: int | float) -> Level:
@@ -225,8 +226,8 @@ def _as_betas(betas: Tensor | Sequence[float]) -> Tensor:
         betas = torch.as_tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise UserError("betas: give a list of T numbers") from None
-    if betas.ndim != 1 or len(betas) == 0:
-        raise UserError(f"betas of shape {tuple(betas.shape)}: give a list of T numbers")
+    if betas.ndim != 1 or len(betas) < 2:
+        raise UserError(f"betas of shape {tuple(betas.shape)}: give a list of T numbers, at least 2")
     last = torch.arange(len(betas)) == len(betas) - 1
     outside = betas[~((betas > 0) & (betas < 1) | last & (betas == 1))]
     if len(outside):

@@ -76,7 +76,8 @@ class Importance(nn.Module):
     def probability(self) -> Tensor:
         """Of each bin, (bins,)."""
         bins = len(self.seen)
-        root = torch.where((self.seen > 0).all(), self.mean_square.sqrt(), 1.0)
+        known = (self.seen > 0).all() & (self.mean_square > 0).any()
+        root = torch.where(known, self.mean_square.sqrt(), 1.0)
         return (1 - self.floor) * root / root.sum() + self.floor / bins
 
     def forward(self, u: Tensor, T: int) -> Drawn:
