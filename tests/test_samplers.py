@@ -121,6 +121,13 @@ def their_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, 
     return states
 
 
+def skip_what_diffusers_lacks(kind, target, spacing):
+    if kind in ("euler_ancestral", "heun") and target == "x0":
+        pytest.skip("diffusers' scheduler has no such prediction type")
+    if spacing == "karras" and kind in ("ddpm", "ddim", "euler_ancestral"):
+        pytest.skip("diffusers' scheduler has no such spacing")
+
+
 def greatest_difference(*arguments, **options):
     """Over the whole trajectory, relative to the greatest element of each state."""
     noise = draw(2, 4, 4, 4)
@@ -139,10 +146,7 @@ def greatest_difference(*arguments, **options):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("kind", "eta"), SAMPLERS)
 def test_trajectories_equal_diffusers(kind, eta, target, spacing):
-    if kind in ("euler_ancestral", "heun") and target == "x0":
-        pytest.skip("diffusers' scheduler has no such prediction type")
-    if spacing == "karras" and kind in ("ddpm", "ddim", "euler_ancestral"):
-        pytest.skip("diffusers' scheduler has no such spacing")
+    skip_what_diffusers_lacks(kind, target, spacing)
     for n in (10, 25, 50):
         assert greatest_difference(SCHEDULE, kind, eta, target, spacing, n) < 1e-5
 
@@ -181,10 +185,7 @@ def diffusers_in_64_bits(monkeypatch):
 def test_trajectories_equal_diffusers_own_code_in_float64(kind, eta, target, spacing):
     # All that the other test leaves is the rounding of diffusers' float32, also where that is large: the cosine
     # schedule's ends. 7 and 30 don't divide 1000.
-    if kind in ("euler_ancestral", "heun") and target == "x0":
-        pytest.skip("diffusers' scheduler has no such prediction type")
-    if spacing == "karras" and kind in ("ddpm", "ddim", "euler_ancestral"):
-        pytest.skip("diffusers' scheduler has no such spacing")
+    skip_what_diffusers_lacks(kind, target, spacing)
     for schedule in (SCHEDULE, Schedule.build("cosine")):
         for n in (7, 25, 30):
             assert greatest_difference(schedule, kind, eta, target, spacing, n) < 1e-9

@@ -185,6 +185,29 @@ def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
     Image.open(tmp_path / "report/samples.png").load()
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "examples/classifier_guidance.py --pictures 64 --steps 3 --per-class 1 --weights 0 2 --out {out}",
+            "weight 2: ",
+        ),
+        (
+            "benchmarks/sampler_steps.py --prompts 2 --samplers heun --out {out}/steps.json",
+            "heun: 4 steps, 8 evaluations",
+        ),
+    ],
+)
+def test_examples_and_benchmarks_run(
+    shapes_road: Path, tmp_path: Path, forked: Callable[[str], Ended], line: str, says: str
+) -> None:
+    data = f" --data {shapes_road}/data" if "classifier" in line else ""
+    ended = forked(f"{line.format(out=tmp_path)} --model {shapes_road}/runs/ldm/model{data}")
+    assert ended.status == 0, ended.err
+    assert says in ended.out
+    assert any(tmp_path.iterdir())
+
+
 def test_the_report_on_pictures_has_no_alignment(
     pictures_road: Path, tmp_path: Path, forked: Callable[[str], Ended]
 ) -> None:
