@@ -77,6 +77,7 @@ def main() -> None:
         images = pipe(captions, generator=generators, **(guided | how)).images
         return [np.asarray(image) for image in images]
 
+    Path(o.out).mkdir(parents=True, exist_ok=True)
     print("Why not in one step? All right, dpmpp_2m:")
     steps = (1, 2, 3, 4, 6, 8, 12, 25)
     for n in steps:
@@ -116,8 +117,9 @@ def main() -> None:
     print(
         "Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out pictures: PSNR against decode(encode(x))"
     )
-    _, held_out = open_sources(o.data, DataConfig(resolution=32))
-    batch = PictureDataset(held_out, 32, 0, shuffle=False).__getitems__(range(64))
+    side = pipe.unet.config.sample_size * pipe.autoencoder.factor
+    _, held_out = open_sources(o.data, DataConfig(resolution=side))
+    batch = PictureDataset(held_out, side, 0, shuffle=False).__getitems__(range(64))
     z = pipe.autoencoder.encode(batch["pixels"]).mean
     target = pipe.autoencoder.decode(z)
     for refinements in (0, 1, 2, 4):

@@ -79,7 +79,7 @@ def train(z: Tensor, labels: Tensor, schedule: Schedule, o: Options) -> Classifi
         i = torch.randint(schedule.T, (128,), generator=generator)
         noise = torch.randn(128, *z.shape[1:], generator=generator)
         x_t = alpha[i, None, None, None] * z[rows] + sigma[i, None, None, None] * noise
-        loss = F.cross_entropy(network(x_t, schedule.snr[i].float().log()), labels[rows])
+        loss = F.cross_entropy(network(x_t, schedule.snr[i].float().clamp(min=1e-6).log()), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,7 +109,7 @@ def main() -> None:
         batch = dataset.__getitems__(range(first, min(first + 64, o.pictures)))
         latents.append(pipe.autoencoder.encode(batch["pixels"]).mean)
         labels += [NAMES.index(parse_caption(caption).background) for caption in batch["caption"]]
-    network = train(torch.cat(latents), torch.tensor(labels), pipe.schedule, o)
+    network = train(torch.cat(latents), torch.tensor(labels), pipe.process.schedule, o)
 
     rows = []
     for weight in o.weights:

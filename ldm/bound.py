@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.process import Gaussian, Point, VarianceKind, posterior, reverse_variance
+from ldm.process import Gaussian, Point, VarianceKind, marginal, posterior, reverse_variance
 from ldm.schedule import Schedule
 
 _BIT = math.log(2)
@@ -33,7 +33,7 @@ def negative_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
 
 def prior_term(x0: Tensor, last: Point) -> Tensor:
     """KL(q(x_{T-1} | x0) || N(0, I)), (b,): what is left of the data at the last level."""
-    return gaussian_kl(Gaussian(last.alpha * x0, last.sigma**2), Gaussian(torch.zeros_like(x0), 1.0))
+    return gaussian_kl(marginal(x0, last), Gaussian(torch.zeros_like(x0), 1.0))
 
 
 def variances(schedule: Schedule) -> tuple[Tensor, Tensor]:

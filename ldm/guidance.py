@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise, Denoiser
 from ldm.errors import UserError
-from ldm.parameterization import target_of, to_x0
+from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.schedule import Level
 
 LogProbability = Callable[[Tensor, Level], Tensor]
@@ -74,8 +74,9 @@ class ClassifierFree:
     def _rescaled(self, guided: Tensor, conditional: Tensor, x_t: Tensor, level: Level) -> Tensor:
         """On the network's own target, as everywhere: unlike guidance, this is not the same on all of them."""
         kind, alpha, sigma = self.denoiser.target, level.alpha, level.sigma
-        outputs = (target_of(kind, x0, (x_t - alpha * x0) / sigma, alpha, sigma) for x0 in (guided, conditional))
-        output, like = outputs
+        output, like = (
+            target_of(kind, x0, to_eps("x0", x0, x_t, alpha, sigma), alpha, sigma) for x0 in (guided, conditional)
+        )
         dims = tuple(range(1, output.ndim))
         factor = like.std(dims, keepdim=True) / output.std(dims, keepdim=True)
         return to_x0(kind, output * (1 + self.rescale * (factor - 1)), x_t, alpha, sigma)
@@ -129,7 +130,7 @@ class ClassifierGuided:
 
     def __call__(self, x_t: Tensor, level: Level) -> Tensor:
         x0 = self.denoise(x_t, level)
-        if self.weight == 0 or level.alpha == 0:  # pure noise tells no class
+        if self.weight == 0 or level.alpha == 0:  # from pure noise no class can be told
             return x0
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()

@@ -40,12 +40,18 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 
 
 def edm(sigma_data: float = 1.0) -> Weighting:
-    """SNR + 1 / sigma_data^2: Karras et al. 2022 (arXiv 2206.00364), table 1; with sigma_data 1, 1 on v."""
+    """SNR + 1 / sigma_data^2: Karras et al. 2022 (arXiv 2206.00364), table 1.
+
+    With sigma_data 1 it is 1 on v, where variance is preserved.
+    """
     return lambda snr: snr + sigma_data**-2
 
 
 def level_weight(weighting: Weighting | None, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The weight of the target's own squared error at each level; None: 1. Finite where no signal is left."""
+    """The weight of the target's own squared error at each level; None: 1. Finite where no signal is left.
+
+    Weights are derived for squared errors; other losses of the target are weighed alike.
+    """
     if weighting is None:
         return torch.ones_like(alpha)
     if target == "eps":
@@ -74,6 +80,8 @@ class Losses:
     unweighted: Tensor
     """The loss of the target, or the bound's term (kind vlb)."""
     index: Tensor
+    uncorrected: Tensor
+    """`weighted`, as if timesteps had been drawn alike: what importance sampling goes by."""
 
 
 class _At(NamedTuple):
@@ -124,6 +132,8 @@ class Objective:
             raise UserError(
                 f"objective hybrid with variance {self.variance}: it adds to a learned one only; take simple"
             )
+        if self.kind == "vlb" and (self.weighting is not None or self.loss != "l2"):
+            raise UserError("objective vlb with a weighting or another loss than l2: it has its own; leave them out")
 
     def __call__(self, network: Network, x0: Tensor, u: Tensor, noise: Tensor, condition: Tensor) -> Losses:
         """Losses of a batch: x0 and noise (b, c, h, w), u (b,) in [0, 1), condition the network's."""
@@ -134,13 +144,13 @@ class Objective:
         made = self._predict(network, x0, index, noise, condition)
         if self.kind == "vlb":
             term = self._term(made, x0, index)
-            return Losses(correction * T * term, term, index)
+            return Losses(correction * T * term, term, index, T * term)
         target = target_of(self.target, x0, noise.to(x0.dtype), *made.t)
         error = pointwise(self.loss, made.output, target).flatten(1).mean(1)
         loss = made.weight.flatten() * error
         if self.kind == "hybrid":
             loss = loss + _HYBRID * T * self._term(made._replace(output=made.output.detach()), x0, index)
-        return Losses(correction * loss, error, index)
+        return Losses(correction * loss, error, index, loss)
 
     def bound(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
         """The variational bound's terms at given indices (b,), in bits per dimension, (b,)."""

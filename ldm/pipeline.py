@@ -7,9 +7,10 @@ and steps, paints the same picture.
 
 import json
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol, Self, get_args
 
@@ -17,10 +18,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
     UNet2DConditionModel,
 )
 from diffusers.utils.torch_utils import randn_tensor
@@ -33,19 +30,12 @@ from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import Denoise, Denoiser
 from ldm.errors import RunError, UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
-from ldm.parameterization import PREDICTION_TYPE, Target, check_target, target_from_diffusers
-from ldm.process import VarianceKind
+from ldm.interchange import Process
 from ldm.samplers import invert, make_step, sample
-from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule
 from ldm.spacing import Plan, SamplerKind, Spacing, plan
 from ldm.unet import use_attention
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-_VARIANCES: dict[str | None, VarianceKind] = {
-    "fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large",
-    "fixed_large_log": "fixed_large", "learned_range": "learned", "learned": "learned",
-}  # fmt: skip
-"""Ours by diffusers' name; stage 2 writes our own for a flow."""
 DECODED_AT_ONCE = 32  # pictures; decoding takes the most memory of all
 
 
@@ -72,12 +62,7 @@ class LatentDiffusionPipeline:
         unet: UNet2DConditionModel,
         autoencoder: Autoencoder,
         text_encoder: ClipTextEncoder,
-        schedule: Schedule,
-        target: Target,
-        spacing: Spacing = "trailing",
-        steps_offset: int = 1,
-        set_alpha_to_one: bool = False,
-        variance: VarianceKind = "fixed_small",
+        process: Process,
     ) -> None:
         if unet.config.in_channels != autoencoder.latent_channels:
             raise UserError(
@@ -85,13 +70,8 @@ class LatentDiffusionPipeline:
                 f"gives {autoencoder.latent_channels}: they don't belong together"
             )
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
-        self.schedule, self.target = schedule, target
-        self.spacing, self.steps_offset, self.set_alpha_to_one = spacing, steps_offset, set_alpha_to_one
-        self.variance = variance
-        if spacing not in get_args(Spacing):
-            raise UserError(f"timestep spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
-        check_target(target, schedule)
-        if variance == "learned" and unet.config.out_channels != 2 * autoencoder.latent_channels:
+        self.process = process
+        if process.variance == "learned" and unet.config.out_channels != 2 * autoencoder.latent_channels:
             raise UserError(
                 f"a learned variance needs {2 * autoencoder.latent_channels} output channels, the UNet has "
                 f"{unet.config.out_channels}: choose fixed_small or fixed_large, or train with diffusion.variance learned"
@@ -122,12 +102,7 @@ class LatentDiffusionPipeline:
             unet.eval().requires_grad_(False),
             Autoencoder.load(folder / "vae"),
             ClipTextEncoder.load(folder),
-            Schedule.from_diffusers(config),
-            target_from_diffusers(config.get("prediction_type", "epsilon")),
-            "karras" if config.get("use_karras_sigmas") else config.get("timestep_spacing", "leading"),
-            config.get("steps_offset", 0),
-            config.get("set_alpha_to_one", True),
-            _VARIANCES.get(config.get("variance_type"), "fixed_small"),
+            Process.from_diffusers(config),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -136,9 +111,9 @@ class LatentDiffusionPipeline:
         self.unet.save_pretrained(str(folder / "unet"), safe_serialization=True)
         self.autoencoder.vae.save_pretrained(str(folder / "vae"), safe_serialization=True)
         self.text_encoder.save(folder)
-        scheduler = self.scheduler()
+        scheduler = self.process.to_diffusers()
         scheduler.save_pretrained(str(folder / "scheduler"))
-        if limits := self.stock_limits():
+        if limits := self.process.stock_limits():
             _warn_once(limits)
         parts = {
             "scheduler": ["diffusers", type(scheduler).__name__],
@@ -156,47 +131,6 @@ class LatentDiffusionPipeline:
             **absent,
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def scheduler(self) -> SchedulerMixin:
-        """Our process as diffusers' scheduler; its configuration makes every other one by `from_config`.
-
-        A DDIMScheduler where stock pipelines can sample with any; a DDPMScheduler for a learned variance; a
-        FlowMatchEulerDiscreteScheduler for a flow. What they have no name for stands in the configuration beside it.
-        """
-        T = self.schedule.T
-        if isinstance(self.schedule, RectifiedFlow):
-            scheduler: SchedulerMixin = FlowMatchEulerDiscreteScheduler(T, self.schedule.shift)
-            scheduler.register_to_config(
-                prediction_type=PREDICTION_TYPE[self.target], timestep_spacing=self.spacing, variance_type=self.variance
-            )
-            return scheduler
-        assert isinstance(self.schedule, BetaSchedule)
-        betas = self.schedule.betas.tolist()
-        common = {
-            "beta_start": betas[0], "beta_end": betas[-1], "trained_betas": betas, "clip_sample": False,
-            "steps_offset": self.steps_offset, "prediction_type": PREDICTION_TYPE[self.target],
-            "timestep_spacing": "linspace" if self.spacing == "karras" else self.spacing,
-            "rescale_betas_zero_snr": self.schedule.zero_terminal_snr,
-        }  # fmt: skip
-        if self.variance == "learned":
-            scheduler = DDPMScheduler(T, variance_type="learned_range", **common)
-            scheduler.register_to_config(set_alpha_to_one=self.set_alpha_to_one)
-        else:
-            scheduler = DDIMScheduler(T, set_alpha_to_one=self.set_alpha_to_one, **common)
-            scheduler.register_to_config(variance_type=self.variance)
-        if self.spacing == "karras":
-            scheduler.register_to_config(use_karras_sigmas=True)
-        return scheduler
-
-    def stock_limits(self) -> str | None:
-        """What stock diffusers' Stable Diffusion pipeline can't do with this model, in one line; None: nothing."""
-        if isinstance(self.schedule, RectifiedFlow):
-            return "a flow: stock diffusers' StableDiffusionPipeline can't sample this model; txt2img.py and our pipeline can"
-        if self.variance == "learned":
-            return (
-                "a learned variance: stock diffusers samples this model with DDPMScheduler only, which is the one saved"
-            )
-        return None
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move, and choose the arithmetic. The autoencoder stays fp32 under fp16, in which its activations overflow."""
@@ -219,7 +153,7 @@ class LatentDiffusionPipeline:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         compose: Sequence[tuple[str, float]] = (),
-        weak_unet: UNet2DConditionModel | None = None,
+        weak: "LatentDiffusionPipeline | None" = None,
         weak_scale: float = 2.0,
         classifier: LogProbability | None = None,
         classifier_scale: float = 1.0,
@@ -238,9 +172,11 @@ class LatentDiffusionPipeline:
 
         guidance_scale: 1 is the conditional prediction, larger follows the prompt more closely (Ho & Salimans 2022).
         guidance_rescale: 0 to 1, against the contrast that a large scale brings (Lin et al. 2024).
-        guidance_interval: the noise levels sigma / alpha, low and high, between which to guide; none: everywhere.
+        guidance_interval: the noise levels sigma / alpha, low and high, between which to guide by prompts; on others the
+            first prompt's prediction stands alone. None: everywhere.
         compose: further prompts that every picture follows too, each with its own guidance scale (Liu et al. 2022).
-        weak_unet, weak_scale: a weaker UNet to be guided away from (Karras et al. 2024); scale 1 is without.
+        weak, weak_scale: a weaker model to be guided away from (Karras et al. 2024), best with guidance_scale 1, as the
+            two multiply; weak_scale 1 is without.
         classifier, classifier_scale: log p(y | x_t) of latents to be guided by (Dhariwal & Nichol 2021).
         spacing: of the steps over the noise levels, in place of the model's own.
         eta: ddim's share of noise, 0 to 1.
@@ -248,6 +184,8 @@ class LatentDiffusionPipeline:
         latents: starting noise (b, c, h, w) of unit variance, instead of drawing it.
         Raises UserError for arguments that don't fit, RunError when the picture comes out non-finite.
         """
+        if not all(map(math.isfinite, (guidance_scale, weak_scale, classifier_scale))):
+            raise UserError(f"guidance scales {guidance_scale}, {weak_scale}, {classifier_scale}: give finite numbers")
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt {num_images_per_prompt}: at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -264,15 +202,19 @@ class LatentDiffusionPipeline:
             raise UserError(f"latents of shape {tuple(latents.shape)}: these pictures need {shape}")
 
         route = self._plan(sampler, num_inference_steps, spacing)
-        step = make_step(sampler, eta, self.variance, isinstance(self.schedule, RectifiedFlow))
-        learned = sampler == "ddpm" and self.variance == "learned"
-        if learned and guidance_rescale:
-            raise UserError("guidance_rescale with a learned variance: sample with another sampler than ddpm")
+        process = self.process
+        step = make_step(sampler, eta, process.variance, process.schedule.zero_terminal_snr)
+        learned = sampler in ("ddpm", "predictor_corrector") and process.variance == "learned"
+        if learned and (guidance_rescale or weak is not None or classifier is not None):
+            raise UserError(
+                f"{sampler} with a learned variance knows the prompt's guidance only: leave out rescale, weak model and "
+                "classifier, or take another sampler"
+            )
 
         def encode(texts: Sequence[str]) -> Tensor:
             return self.encode(texts).repeat_interleave(num_images_per_prompt, 0)
 
-        denoiser = Denoiser(self.network, self.target, self.unet.dtype, fraction=learned)
+        denoiser = Denoiser(self.network, process.target, self.unet.dtype, fraction=learned)
         condition = encode(prompts)
         also = [(encode([text] * len(prompts)), scale) for text, scale in compose]
         denoise: Denoise = ClassifierFree(
@@ -280,12 +222,11 @@ class LatentDiffusionPipeline:
         )  # fmt: skip
         if guidance_interval is not None:
             denoise = Interval(denoise, Conditioned(denoiser, condition), *guidance_interval)
-        if weak_unet is not None:
-            weak = replace(denoiser, network=partial(_call, weak_unet), dtype=weak_unet.dtype)
-            denoise = Autoguided(denoise, Conditioned(weak, condition.to(weak_unet.dtype)), weak_scale)
+        if weak is not None:
+            self._check_weak(weak)
+            guide = Denoiser(weak.network, process.target, weak.unet.dtype)
+            denoise = Autoguided(denoise, Conditioned(guide, condition.to(weak.unet.dtype)), weak_scale)
         if classifier is not None:
-            if learned:
-                raise UserError("a classifier with a learned variance: sample with another sampler than ddpm")
             denoise = ClassifierGuided(denoise, classifier, classifier_scale)
 
         device = self.unet.device
@@ -297,7 +238,13 @@ class LatentDiffusionPipeline:
 
     @torch.no_grad()
     def invert(
-        self, latents: Tensor, prompt: str | Sequence[str] = "", *, num_inference_steps: int = 50, refinements: int = 2
+        self,
+        latents: Tensor,
+        prompt: str | Sequence[str] = "",
+        *,
+        num_inference_steps: int = 50,
+        spacing: Spacing | None = None,
+        refinements: int = 2,
     ) -> Tensor:
         """The noise (b, c, h, w) from which ddim with eta 0 and guidance 1 paints these latents (b, c, h, w) again.
 
@@ -306,17 +253,23 @@ class LatentDiffusionPipeline:
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
             raise UserError(f"{len(prompts)} prompts for {len(latents)} latents: give one for all, or each")
-        denoise = Conditioned(Denoiser(self.network, self.target, self.unet.dtype), self.encode(prompts))
-        route = self._plan("ddim", num_inference_steps, None)
+        denoise = Conditioned(Denoiser(self.network, self.process.target, self.unet.dtype), self.encode(prompts))
+        route = self._plan("ddim", num_inference_steps, spacing)
         return invert(denoise, latents.to(self.unet.device, torch.float32), route.legs, refinements)
 
     def _plan(self, sampler: SamplerKind, steps: int, spacing: Spacing | None) -> Plan:
-        for name, value, kinds in (("sampler", sampler, SamplerKind), ("spacing", spacing or self.spacing, Spacing)):
+        p = self.process
+        for name, value, kinds in (("sampler", sampler, SamplerKind), ("spacing", spacing or p.spacing, Spacing)):
             if value not in get_args(kinds):
                 raise UserError(f"{name} {value!r}: choose {', '.join(get_args(kinds))}")
-        return plan(
-            self.schedule, sampler, steps, spacing or self.spacing, self.steps_offset, self.set_alpha_to_one
-        )  # fmt: skip
+        return plan(p.schedule, sampler, steps, spacing or p.spacing, p.steps_offset, p.set_alpha_to_one)
+
+    def _check_weak(self, weak: "LatentDiffusionPipeline") -> None:
+        same = weak.process.target == self.process.target and torch.equal(
+            weak.process.schedule.alpha, self.process.schedule.alpha
+        )
+        if not same or weak.text_encoder.width != self.text_encoder.width:
+            raise UserError("the weaker model has another target, schedule or text encoder: give one of the same kind")
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], in portions."""
@@ -329,7 +282,7 @@ class LatentDiffusionPipeline:
 
     def network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         """The UNet's output for states x (b, c, h, w) at index (b,), given text features (b, tokens, width)."""
-        return _call(self.unet, x, index, condition)
+        return self.unet(x.to(self.unet.dtype), index, condition, return_dict=False)[0]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Text features of prompts, (b, tokens, width); each distinct one is worked out once."""
@@ -348,10 +301,6 @@ class LatentDiffusionPipeline:
                 f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
             )
         return h // factor, w // factor
-
-
-def _call(unet: UNet2DConditionModel, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
-    return unet(x, index, condition, return_dict=False)[0]
 
 
 @cache

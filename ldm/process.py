@@ -88,7 +88,7 @@ def score(x_t: Tensor, x0: Tensor, t: Point) -> Tensor:
 def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """f and g^2 of the SDE dx = f(t) x dt + g(t) dw whose marginals are the schedule's, each of t's shape.
 
-    f = d log alpha / dt and g^2 = d sigma^2 / dt - 2 f sigma^2 (Kingma et al. 2021, eq. 26). On a variance-preserving
+    f = d log alpha / dt and g^2 = d sigma^2 / dt - 2 f sigma^2, from the moments' equations. On a variance-preserving
     path f = -g^2 / 2, the VP-SDE of Song et al. 2021, eq. 11, with beta(t) = g^2.
     """
     with torch.enable_grad():

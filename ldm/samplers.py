@@ -11,7 +11,7 @@ predictor–corrector  Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3
 
 The state is x_t = alpha x0 + sigma eps for every sampler, on any path: all depends on sigma / alpha but for the state's
 scale. Coefficients are floats of the host, made from two levels: nothing in the loop waits for a device. Plans and
-steps are diffusers' to rounding.
+steps are diffusers' to rounding, but for what docs/adr/0007 lists.
 """
 
 import math
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.errors import UserError
+from ldm.parameterization import to_eps
 from ldm.process import VarianceKind, posterior, reverse_variance, score, step_variance
 from ldm.schedule import Level
 from ldm.spacing import Leg, SamplerKind
@@ -63,14 +64,20 @@ def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 
     for now, next in reversed(legs):
         guess, at = x, next if next.sigma > 0 else now
         for _ in range(refinements + 1):
-            eps = (guess - at.alpha * denoise(guess, at)) / at.sigma
+            eps = to_eps("x0", denoise(guess, at), guess, at.alpha, at.sigma)
             guess, at = now.alpha / next.alpha * (x - next.sigma * eps) + now.sigma * eps, now
         x = guess
     return x
 
 
-def make_step(kind: SamplerKind, eta: float = 0.0, variance: VarianceKind = "fixed_small", flow: bool = False) -> Step:
-    """A fresh step of that kind; eta (0 to 1) is ddim's share of noise, the variance ddpm's, flow the path."""
+def make_step(
+    kind: SamplerKind, eta: float = 0.0, variance: VarianceKind = "fixed_small", from_pure_noise: bool = False
+) -> Step:
+    """A fresh step of that kind.
+
+    eta (0 to 1) is ddim's share of noise; the variance is ddpm's and the predictor's; `from_pure_noise` says that the first
+    level may have no signal left, as on a flow.
+    """
     if eta and kind != "ddim":
         raise UserError(f"eta {eta} with {kind}: only ddim has an eta")
     match kind:
@@ -83,7 +90,7 @@ def make_step(kind: SamplerKind, eta: float = 0.0, variance: VarianceKind = "fix
         case "euler_ancestral":
             return Multistep(1, 1.0)
         case "heun":
-            return Heun(flow)
+            return Heun(straight=from_pure_noise)
         case "dpmpp_2m":
             return Multistep(2)
         case "dpmpp_2m_sde":
@@ -91,7 +98,7 @@ def make_step(kind: SamplerKind, eta: float = 0.0, variance: VarianceKind = "fix
         case "unipc":
             return UniPC()
         case "predictor_corrector":
-            return PredictorCorrector()
+            return PredictorCorrector(DDPM(variance))
         case _:
             assert_never(kind)
 
@@ -166,7 +173,7 @@ class UniPC:
         return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
 
     def _correct(self, x: Tensor, x0: Tensor, then: Level, x0_now: Tensor, now: Level) -> Tensor:
-        """The last leg again, with x̂0 at its end known: Zhao et al. 2023, eq. 3 and 9."""
+        """The last leg again, with x̂0 at its end known: Zhao et al. 2023, algorithm 1."""
         h = then.half_log_snr - now.half_log_snr  # their -h, as x̂0 is what is integrated
         phi = math.expm1(h)
         first = (phi / h - 1) / phi
@@ -185,10 +192,11 @@ class UniPC:
 class Heun:
     """Karras et al. 2022, algorithm 1: Euler's step, then again with the mean of the slopes at both ends.
 
-    In dy = x̂0 da + eps db for the state y, scaled so that a = 1 (Karras' ODE) or, on a flow, a + b = 1.
+    In dy = x̂0 da + eps db for the state y, scaled so that a = 1 (Karras' ODE) or, `straight`, so that a + b = 1: the flow's,
+    which can start from pure noise.
     """
 
-    flow: bool = False
+    straight: bool = False
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         x0 = denoise(x, now)
@@ -196,13 +204,14 @@ class Heun:
         if next.sigma == 0:
             return end
         x0_end = denoise(end, next)
-        eps, eps_end = (x - now.alpha * x0) / now.sigma, (end - next.alpha * x0_end) / next.sigma
+        eps = to_eps("x0", x0, x, now.alpha, now.sigma)
+        eps_end = to_eps("x0", x0_end, end, next.alpha, next.sigma)
         (a, b, scale), (a_end, b_end, scale_end) = self._scaled(now), self._scaled(next)
         slope = (a_end - a) * (x0 + x0_end) / 2 + (b_end - b) * (eps + eps_end) / 2
         return (x / scale + slope) * scale_end
 
     def _scaled(self, level: Level) -> tuple[float, float, float]:
-        scale = level.alpha + level.sigma if self.flow else level.alpha
+        scale = level.alpha + level.sigma if self.straight else level.alpha
         return level.alpha / scale, level.sigma / scale, scale
 
 
@@ -210,19 +219,20 @@ class Heun:
 class PredictorCorrector:
     """DDPM's step, then a step of Langevin dynamics at the level it led to: two evaluations a leg.
 
-    The step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 5, with the ratio of the norms of noise and score, which
-    they measure, at its expectation sigma.
+    The step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4, with the ratio of the norms of noise and score, which
+    they measure, at its expectation sigma. Their algorithm 5's has another factor, which depends on the path's scale.
     """
 
-    snr: float = 0.16
     predictor: Step = DDPM()
+    snr: float = 0.16
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         x = self.predictor(denoise, x, now, next, noise)
         if next.sigma == 0:
             return x
         size = 2 * (self.snr * next.sigma) ** 2
-        return x + size * score(x, denoise(x, next), next) + math.sqrt(2 * size) * noise()
+        x0 = denoise(x, next)[:, : x.shape[1]]
+        return x + size * score(x, x0, next) + math.sqrt(2 * size) * noise()
 
 
 def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor:

@@ -5,7 +5,7 @@ kinds of path:
 
 - variance-preserving, alpha^2 + sigma^2 = 1, made of T betas (Ho et al. 2020, arXiv 2006.11239, eq. 2 and 4).
   Between the T points the noise level sigma / alpha of Karras et al. (2022, arXiv 2206.00364) is linear in t,
-  beginning with 0 at t = 0: the same that samplers with fractional timesteps assume (k-diffusion, diffusers).
+  beginning with 0 at t = 0: as diffusers' schedulers with fractional timesteps have it.
 - rectified flow, alpha + sigma = 1 (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
 
 Any path is any other's, scaled: alpha x0 + sigma eps depends on sigma / alpha alone, but for a factor.
@@ -24,6 +24,11 @@ from ldm.errors import UserError
 
 BetaKind = Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"]
 ScheduleKind = Literal[BetaKind, "flow"]
+_UNKNOWN_TO_US = (
+    "use_flow_sigmas", "use_dynamic_shifting", "use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas",
+    "thresholding", "timestep_type", "shift_terminal", "invert_sigmas",
+)  # fmt: skip
+"""Keys of diffusers' that change the process or the levels, where they are set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +109,11 @@ class Schedule(ABC):
     @staticmethod
     def from_diffusers(config: Mapping[str, Any]) -> "Schedule":
         """The schedule of a scheduler_config.json, whatever scheduler's; UserError for what isn't known."""
-        for key in ("use_flow_sigmas", "use_dynamic_shifting"):
-            if config.get(key):
+        for key in _UNKNOWN_TO_US:
+            if config.get(key) not in (None, False, "discrete"):
                 raise UserError(f"scheduler config: {key} is not supported; give a config without it")
         T = config.get("num_train_timesteps", 1000)
-        if not isinstance(T, int) or T < 1:
+        if not isinstance(T, int) or isinstance(T, bool) or T < 1:
             raise UserError(f"scheduler config: num_train_timesteps {T!r}: give a whole number from 1")
         if str(config.get("_class_name", "")).startswith("FlowMatch"):
             return RectifiedFlow(T, config.get("shift", 1.0))
@@ -121,7 +126,7 @@ class Schedule(ABC):
                 "linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"
             }  # fmt: skip
             kind, start, end = (config.get(key) for key in ("beta_schedule", "beta_start", "beta_end"))
-            if kind not in names:
+            if not isinstance(kind, str) or kind not in names:
                 raise UserError(
                     f"scheduler config: beta_schedule {kind!r} is not known; give trained_betas, or one of "
                     f"{', '.join(names)}"
@@ -195,8 +200,8 @@ class RectifiedFlow(Schedule):
 
 def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:
     """T betas from `start` to `end`, (T,) float64; `cosine` has no use for the ends."""
-    if kind != "cosine" and not (0 < start < 1 and 0 < end < 1):
-        raise UserError(f"betas from {start} to {end}: both must lie strictly between 0 and 1")
+    if kind != "cosine" and not 0 < start <= end < 1:
+        raise UserError(f"betas from {start} to {end}: both must lie strictly between 0 and 1, the greater at the end")
     match kind:
         case "linear":  # Ho et al. 2020, section 4
             return torch.linspace(start, end, T, dtype=torch.float64)

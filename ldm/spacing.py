@@ -4,6 +4,7 @@ leading, trailing, linspace: Lin et al. 2024 (arXiv 2305.08891), table 2; karras
 eq. 5 with rho 7, from the schedule's greatest noise level to its least.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, assert_never
@@ -49,43 +50,41 @@ def plan(
     """The legs that diffusers' scheduler of that kind walks, made `from_config` of such a DDIMScheduler.
 
     All end at t = 0 except ddim on a grid of betas, which ends at index 0 unless `set_alpha_to_one`. On a flow, indices
-    aren't rounded. Raises UserError where n steps don't fit the schedule, or the spacing the sampler or the path.
+    aren't rounded, and the start has the standard deviation of x_t for data of variance 1. Raises UserError where n
+    steps don't fit the schedule, or the spacing the sampler or the path.
     """
     T = schedule.T
     if not 1 <= n <= T:
         raise UserError(f"{n} sampling steps: give 1 to {T}, the model's timesteps")
     if not isinstance(schedule, BetaSchedule):
         levels = [schedule.level(i) for i in _flow_indices(n, T, spacing, steps_offset)]
-        return _through([*levels, schedule.level(-1)])
+        return _through([*levels, schedule.level(-1)], math.hypot(levels[0].alpha, levels[0].sigma))
     if spacing == "karras":
         return _karras(schedule, kind, n)
-    if kind == "heun" and schedule.zero_terminal_snr:
-        raise UserError(
-            "heun starts at a finite noise level, which zero terminal SNR has not: take ddim, euler or dpmpp_2m"
-        )
     match kind:
         case "ddim":
             # diffusers' DDIM goes down by T // n from every index. With leading that is where the next leg
             # begins; with trailing it can miss by an index where n doesn't divide T; with linspace it falls
-            # short, and noise is left in the picture (huggingface/diffusers#12633).
+            # short, and noise is left in the picture (huggingface/diffusers#12633). Ours paints the same pictures.
             down, end = T // n, -1 if set_alpha_to_one else 0
-            indices = timesteps(n, T, spacing, steps_offset).tolist()
+            indices = visited(n, T, spacing, steps_offset).tolist()
             ends = ((i, i - down if i >= down else end) for i in indices)
             return Plan(tuple(Leg(schedule.level(i), schedule.level(j)) for i, j in ends), 1.0)
         case "ddpm" | "predictor_corrector":
-            indices = timesteps(n, T, spacing, steps_offset)
+            indices = visited(n, T, spacing, steps_offset)
         case "euler" | "euler_ancestral" | "heun":
-            indices = timesteps(n, T, spacing, steps_offset, whole=False)
+            indices = visited(n, T, spacing, steps_offset, whole=False)
         case "dpmpp_2m" | "dpmpp_2m_sde" | "unipc":
-            indices = timesteps(n, T, spacing, steps_offset, spare=True)
+            indices = visited(n, T, spacing, steps_offset, spare=True)
         case _:
             assert_never(kind)
     # Where its spacing reaches T - 1, diffusers' Euler begins from sigma eps, not from the variance of x_t.
     levels = [schedule.level(i) for i in [*indices.tolist(), -1]]
-    return _through(levels, bare=kind in ("euler", "euler_ancestral", "heun") and spacing != "leading")
+    bare = kind in ("euler", "euler_ancestral", "heun") and spacing != "leading"
+    return _through(levels, levels[0].sigma if bare else 1.0)
 
 
-def timesteps(
+def visited(
     n: int, T: int, spacing: Spacing, steps_offset: int = 0, spare: bool = False, whole: bool = True
 ) -> np.ndarray:
     """The n indices (n,) that a sampler visits on a grid of T, falling.
@@ -99,11 +98,13 @@ def timesteps(
     indices: np.ndarray
     match spacing:
         case "leading":
+            if n == 1:
+                raise UserError("1 step with leading spacing begins and ends next to the data: take trailing")
             indices = (np.arange(divisions) * (T // divisions))[::-1][:n] + steps_offset
         case "trailing":  # the float arange may hold one element too many, which would stand below index 0
             indices = np.round(np.arange(T, 0, -T / n))[:n] - 1
         case "linspace":
-            indices = np.linspace(0, T - 1, divisions)[::-1][:n]
+            indices = np.linspace(T - 1, 0, divisions)[:n]
         case "karras":
             raise UserError("karras spacing is one of noise levels, not of timesteps")
         case _:
@@ -117,14 +118,15 @@ def timesteps(
     return indices
 
 
-def _through(levels: list[Level], bare: bool = False) -> Plan:
-    """The plan through these levels; `bare`: from sigma eps, without the data's part in the variance of x_t."""
-    return Plan(tuple(Leg(*ends) for ends in pairwise(levels)), levels[0].sigma if bare else 1.0)
+def _through(levels: list[Level], start_std: float) -> Plan:
+    return Plan(tuple(Leg(*ends) for ends in pairwise(levels)), start_std)
 
 
 def _karras(schedule: BetaSchedule, kind: SamplerKind, n: int) -> Plan:
     if kind in ("ddim", "ddpm"):
-        raise UserError(f"karras spacing with {kind}, which walks whole timesteps: take euler, which is ddim's step")
+        raise UserError(
+            f"karras spacing with {kind}, which walks whole timesteps: take euler, which is ddim's step, or another spacing"
+        )
     if schedule.zero_terminal_snr:
         raise UserError("karras spacing begins at a finite noise level, which zero terminal SNR has not: take trailing")
     most, least = (schedule.level(i).noise ** (1 / _RHO) for i in (schedule.T - 1, 0))
@@ -132,7 +134,7 @@ def _karras(schedule: BetaSchedule, kind: SamplerKind, n: int) -> Plan:
     whole = kind in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")  # what their networks are given is rounded
     if whole:
         levels = [replace(level, index=round(level.index)) for level in levels]
-    return _through([*levels, schedule.level(-1)], bare=not whole)
+    return _through([*levels, schedule.level(-1)], 1.0 if whole else levels[0].sigma)
 
 
 def _flow_indices(n: int, T: int, spacing: Spacing, steps_offset: int) -> list[float]:
@@ -140,4 +142,4 @@ def _flow_indices(n: int, T: int, spacing: Spacing, steps_offset: int) -> list[f
         raise UserError("karras spacing on a flow, whose noise levels reach infinity: take trailing (and a shift)")
     if spacing == "trailing":
         return [T - k * T / n - 1 for k in range(n)]
-    return timesteps(n, T, spacing, steps_offset, whole=False).tolist()
+    return visited(n, T, spacing, steps_offset, whole=False).tolist()

@@ -65,6 +65,8 @@ class Importance(nn.Module):
 
     mean_square: Tensor
     seen: Tensor
+    pending: Tensor
+    """Sums of squared losses and counts since the last fold, (2, bins): no buffer, which DDP would make rank 0's."""
 
     def __init__(self, bins: int = 100, rate: float = 0.02, floor: float = 0.05) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class Importance(nn.Module):
     def note(self, index: Tensor, loss: Tensor, T: int) -> None:
         """Losses (b,) of a part of a batch; non-finite ones are left out."""
         at, square = self._bin(index, T), loss.detach().double() ** 2
+        self.pending = self.pending.to(square.device)
         finite = torch.isfinite(square).double()
         self.pending[0].index_add_(0, at, torch.where(finite > 0, square, 0.0))
         self.pending[1].index_add_(0, at, finite)

@@ -61,7 +61,8 @@ def evaluate(o: Options) -> dict[str, Any]:
     report: dict[str, Any] = {
         "vae": autoencoder_quality(pipe.autoencoder, (dataset.__getitems__(part)["pixels"] for part in places))
     }
-    few = (dataset.__getitems__(part) for part in places[: -(-o.likelihoods // b)])
+    n = min(o.likelihoods, count)
+    few = (dataset.__getitems__(range(first, min(first + b, n))) for first in range(0, n, b))
     bits, error = bits_per_dimension(pipe, ((batch["pixels"], batch["caption"]) for batch in few), o.seed)
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
     how: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}

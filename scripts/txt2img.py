@@ -32,7 +32,7 @@ class Options(SamplingOptions):
     compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
     """Further prompts that the picture follows too, each with its own guidance scale."""
     weak_model: str = ""
-    """Folder of a weaker model, e.g. of fewer steps, for the picture to be guided away from (Karras et al. 2024)."""
+    """Folder of a weaker model, e.g. an earlier one, to be guided away from; with --guidance-scale 1, as they multiply."""
     weak_scale: float = 2.0
     """How far away from the weaker model; 1 is without."""
     seed: int = 0
@@ -60,12 +60,12 @@ def main() -> None:
         raise UserError(f"--num-images {o.num_images} --batch-size {o.batch_size}: both must be at least 1")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device, dtype)
-    weak = LatentDiffusionPipeline.from_pretrained(o.weak_model).to(o.device, dtype).unet if o.weak_model else None
+    weak = LatentDiffusionPipeline.from_pretrained(o.weak_model).to(o.device, dtype) if o.weak_model else None
     folder = Path(o.out)
     for first in range(0, o.num_images, o.batch_size):
         seeds = range(o.seed + first, o.seed + min(first + o.batch_size, o.num_images))
         images = pipe(
-            o.prompt, o.negative_prompt, **o.sampling(), compose=o.compose, weak_unet=weak, weak_scale=o.weak_scale,
+            o.prompt, o.negative_prompt, **o.sampling(), compose=o.compose, weak=weak, weak_scale=o.weak_scale,
             num_images_per_prompt=len(seeds), width=o.width, height=o.height,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], progress=True,
         ).images  # fmt: skip

@@ -9,6 +9,7 @@ from autoencoder.model import Autoencoder, build_autoencoder
 from conditioning.clip import ClipTextEncoder
 from conditioning.contrastive import build_clip
 from conditioning.tokenizer import train_tokenizer
+from ldm.interchange import Process
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Schedule
 from ldm.unet import build_unet
@@ -43,7 +44,7 @@ def tiny_pipeline(
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     return LatentDiffusionPipeline(
         unet.eval().requires_grad_(False), Autoencoder(vae), ClipTextEncoder(clip.text_model, tokenizer),
-        Schedule.build(schedule, **process), target, spacing, variance=variance,
+        Process(schedule=Schedule.build(schedule, **process), target=target, spacing=spacing, variance=variance),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ MAKE = {
     "ddim_0.4": partial(Multistep, 1, 0.4),
     "euler_ancestral": partial(Multistep, 1, 1.0),
     "heun": Heun,
-    "heun_flow": partial(Heun, flow=True),
+    "heun_flow": partial(Heun, straight=True),
     "dpmpp_2m": partial(Multistep, 2),
     "dpmpp_2m_sde": partial(Multistep, 2, 1.0),
     "unipc": UniPC,
@@ -341,9 +341,7 @@ def test_eulers_step_on_the_ode_of_karras_and_on_a_flow_is_ddims():
         t, s = FLOW.level(now), FLOW.level(after)
         x0 = nonlinear(x, t)
         velocity = (x - t.alpha * x0) / t.sigma - x0
-        torch.testing.assert_close(
-            make_step("euler", flow=True)(nonlinear, x, t, s, no_noise), x + (s.sigma - t.sigma) * velocity
-        )
+        torch.testing.assert_close(make_step("euler")(nonlinear, x, t, s, no_noise), x + (s.sigma - t.sigma) * velocity)
 
 
 def test_a_single_datum_is_reached_exactly_by_any_ode_step():

@@ -1,6 +1,7 @@
 """The checkpoint is everybody's: the folder is complete, and stock diffusers paints the same pictures from it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm.errors import RunError, UserError
+from ldm.interchange import Process
 from ldm.pipeline import LatentDiffusionPipeline, _warn_once
 from ldm.png import file_name, read_png, save_png
 
@@ -130,8 +132,8 @@ def test_a_process_is_saved_with_the_model_and_honoured(tmp_path: Path, process:
     first = tiny_pipeline(**process)
     first.save_pretrained(tmp_path)
     second = LatentDiffusionPipeline.from_pretrained(tmp_path)
-    assert (second.target, second.spacing, second.variance) == (first.target, first.spacing, first.variance)
-    assert torch.equal(second.schedule.alpha, first.schedule.alpha)
+    assert replace(second.process, schedule=first.process.schedule) == first.process
+    assert torch.equal(second.process.schedule.alpha, first.process.schedule.alpha)
     sampler = "euler" if process.get("spacing") == "karras" else "ddpm"
     a, b = (
         p(PROMPTS, num_inference_steps=4, sampler=sampler, generator=seeds(), output_type="pt").images
@@ -141,13 +143,14 @@ def test_a_process_is_saved_with_the_model_and_honoured(tmp_path: Path, process:
 
 
 def test_what_stock_diffusers_cannot_sample_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _warn_once.cache_clear()
     for process, says in (
         ({}, None),
         ({"schedule": "flow", "target": "flow"}, "a flow: stock diffusers"),
+        ({"target": "flow"}, "a flow: stock diffusers"),
         ({"variance": "learned"}, "DDPMScheduler only"),
     ):
         caplog.clear()
+        _warn_once.cache_clear()
         pipe = tiny_pipeline(**process)
         pipe.save_pretrained(tmp_path / "a")
         pipe.save_pretrained(tmp_path / "b")
@@ -186,7 +189,7 @@ def test_wrappers_reach_the_picture(folder: Path) -> None:
             weight *= 0.9
     # No effect where they have nothing to do …
     assert torch.equal(plain, painted(guidance_interval=(0.0, 1e9)))
-    assert torch.equal(plain, painted(weak_unet=other.unet, weak_scale=1.0))
+    assert torch.equal(plain, painted(weak=other, weak_scale=1.0))
     assert torch.equal(plain, painted(classifier=lambda x, level: x.sum((1, 2, 3)), classifier_scale=0.0))
     assert torch.equal(painted(guidance_scale=1.0), painted(guidance_interval=(1e8, 1e9)))
     torch.testing.assert_close(plain, painted(compose=[(PROMPTS[0], 0.0)]))
@@ -196,7 +199,7 @@ def test_wrappers_reach_the_picture(folder: Path) -> None:
     for how in (
         {"guidance_interval": (0.5, 3.0)},
         {"guidance_rescale": 0.7},
-        {"weak_unet": other.unet, "weak_scale": 2.0},
+        {"weak": other, "weak_scale": 2.0},
         {"classifier": lambda x, level: x.sum((1, 2, 3))},
         {"compose": [("a red star", 2.0)]},
         {"spacing": "linspace"},
@@ -272,6 +275,63 @@ def test_sixteen_bits_stay_close(folder: Path, dtype: torch.dtype) -> None:
     assert 0 < (full - half).abs().mean() < 0.02
 
 
+FOREIGN = {  # scheduler_config.json → target, spacing, variance, offset, whether ddim ends clean
+    "PNDM of SD 1.5": (
+        {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+         "steps_offset": 1, "skip_prk_steps": True},
+        ("eps", "leading", "fixed_small", 1, False),
+    ),
+    "Euler of old": (
+        {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+         "prediction_type": "v_prediction"},
+        ("v", "linspace", "fixed_small", 0, False),
+    ),
+    "DDIM's defaults": (
+        {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        ("eps", "leading", "fixed_small", 0, True),
+    ),
+    "DPM-Solver with Karras": (
+        {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+         "beta_end": 0.012, "use_karras_sigmas": True},
+        ("eps", "karras", "fixed_small", 0, False),
+    ),
+    "flow matching": (
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, ("flow", "trailing", "fixed_small", 0, False)
+    ),
+    "DDPM, large": (
+        {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid", "beta_start": 1e-4, "beta_end": 0.02,
+         "variance_type": "fixed_large_log"},
+        ("eps", "leading", "fixed_large", 0, False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "means"), FOREIGN.values(), ids=FOREIGN)
+def test_foreign_schedulers_are_read_with_their_own_defaults(config: dict[str, Any], means: tuple[Any, ...]) -> None:
+    p = Process.from_diffusers(config)
+    assert (p.target, p.spacing, p.variance, p.steps_offset, p.set_alpha_to_one) == means
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"variance_type": "learned"}, "variance_type 'learned'"),
+        ({"variance_type": "nonsense"}, "known are fixed_small"),
+        ({"steps_offset": "1"}, "steps_offset '1'"),
+        ({"timestep_spacing": "even"}, "spacing 'even'"),
+        ({"prediction_type": "noise"}, "prediction_type 'noise'"),
+        ({"num_train_timesteps": True}, "num_train_timesteps True"),
+        ({"beta_schedule": []}, "beta_schedule"),
+        ({"use_beta_sigmas": True}, "use_beta_sigmas"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
+    ],
+)
+def test_schedulers_that_mean_something_else_are_refused(change: dict[str, Any], says: str) -> None:
+    config = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    with pytest.raises(UserError, match=says):
+        Process.from_diffusers(config | change)
+
+
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     for wrong in (
@@ -285,6 +345,8 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         {"spacing": "even"},
         {"guidance_rescale": 1.5},
         {"guidance_interval": (5.0, 0.2)},
+        {"guidance_scale": float("nan")},
+        {"weak": tiny_pipeline("eps")},
         {"sampler": "ddim", "spacing": "karras"},
         {"eta": 2.0, "sampler": "ddim"},
     ):
@@ -296,10 +358,9 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=says):
             tiny_pipeline(**process)
+    process = replace(pipe.process, variance="learned")
     with pytest.raises(UserError, match="needs 8 output channels, the UNet has 4"):
-        LatentDiffusionPipeline(
-            pipe.unet, pipe.autoencoder, pipe.text_encoder, pipe.schedule, pipe.target, variance="learned"
-        )
+        LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, pipe.text_encoder, process)
     with pytest.raises(UserError, match="scheduler/"):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 

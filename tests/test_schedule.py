@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 from ldm.errors import UserError
 from ldm.schedule import Schedule
-from ldm.spacing import timesteps
+from ldm.spacing import visited
 
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 SPACINGS = ("leading", "trailing", "linspace")
@@ -116,7 +116,7 @@ def test_timesteps_equal_diffusers(cls, how, spacing):
         theirs.set_timesteps(n)
         # At 61, 103, … trailing steps a rounding gives diffusers one timestep too many, at index -1.
         expected = theirs.timesteps.double().numpy()[:n]
-        ours = timesteps(n, 1000, spacing, 1, **how)
+        ours = visited(n, 1000, spacing, 1, **how)
         np.testing.assert_allclose(ours, expected, rtol=1e-7)  # Euler's are float32
         assert len(ours) == n
         assert ours.min() >= 0
@@ -136,7 +136,7 @@ def test_timesteps_equal_diffusers(cls, how, spacing):
 )
 def test_steps_that_do_not_fit_are_refused(n, spacing, spare):
     with pytest.raises(UserError, match=str(n)):
-        timesteps(n, 1000, spacing, steps_offset=1, spare=spare)
-    assert len(timesteps(999, 1000, "leading", steps_offset=1)) == 999
+        visited(n, 1000, spacing, steps_offset=1, spare=spare)
+    assert len(visited(999, 1000, "leading", steps_offset=1)) == 999
     with pytest.raises(UserError, match="steps_offset -1"):
-        timesteps(10, 1000, "leading", steps_offset=-1)
+        visited(10, 1000, "leading", steps_offset=-1)

@@ -310,8 +310,8 @@ def test_a_chosen_process_trains_and_is_handed_over(
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path / "run"))
     pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
     d = config.diffusion
-    assert (pipe.target, pipe.variance, pipe.spacing) == (d.target, d.variance, d.spacing)
-    torch.testing.assert_close(pipe.schedule.alpha, d.build_schedule().alpha, rtol=0, atol=0)
+    assert (pipe.process.target, pipe.process.variance, pipe.process.spacing) == (d.target, d.variance, d.spacing)
+    torch.testing.assert_close(pipe.process.schedule.alpha, d.build_schedule().alpha, rtol=0, atol=0)
     assert pipe("a red star", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
 
 

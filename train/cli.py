@@ -34,11 +34,11 @@ class SamplingOptions:
     guidance_rescale: float = 0.0
     """0 to 1: how much of the contrast that a large scale brings is taken back (Lin et al. 2024)."""
     guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
-    """Noise levels sigma / alpha between which to guide, e.g. 0.2 5; elsewhere guidance costs and does nothing."""
+    """Noise levels sigma / alpha between which to guide by prompts, e.g. 0.5 4; elsewhere half the work is saved."""
     sampler: SamplerKind = "dpmpp_2m"
-    """dpmpp_2m needs the fewest steps; ddim with eta above 0 and those with a random part vary more."""
+    """How a step is taken; docs/mathematics.md compares them by the steps they need."""
     spacing: Spacing | None = None
-    """Of the steps over the noise levels; the model's own unless given."""
+    """Of the steps over the noise levels; the model's own unless given. ddim on linspace leaves noise in the picture."""
     eta: float = 0.0
     """ddim's share of noise, 0 to 1."""
 

@@ -9,6 +9,7 @@ from typing import Literal, Self, assert_never
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from ldm.interchange import Process
 from ldm.objective import LossKind, Objective, ObjectiveKind, Weighting, edm, min_snr, p2
 from ldm.parameterization import Target
 from ldm.process import VarianceKind
@@ -304,6 +305,12 @@ class DiffusionConfig:
             self.schedule, self.timesteps, self.beta_start, self.beta_end, self.zero_terminal_snr, self.shift
         )  # fmt: skip
 
+    def build_process(self) -> Process:
+        """What is saved with the model. Raises UserError as above."""
+        return Process(
+            schedule=self.build_schedule(), target=self.target, spacing=self.spacing, variance=self.variance
+        )  # fmt: skip
+
     def build_objective(self) -> Objective:
         """Raises UserError where its parts don't go together."""
         weighting: Weighting | None
@@ -334,7 +341,15 @@ class DiffusionConfig:
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        plan(self.build_objective().schedule, "dpmpp_2m", 1, self.spacing)
+        self.build_objective()
+        if self.objective != "simple" and self.offset_noise:
+            raise ValueError(
+                f"offset_noise {self.offset_noise} with objective {self.objective}: the bound is one of plain noise"
+            )
+        if self.objective != "simple" and self.timestep_sampling == "logit_normal":
+            raise ValueError(
+                f"timestep_sampling logit_normal with objective {self.objective}: take uniform or importance"
+            )
         return self
 
 
@@ -369,8 +384,5 @@ class LdmConfig(RunConfig):
 
     @model_validator(mode="after")
     def _sheets_fit(self) -> Self:
-        if self.sample_steps > self.diffusion.timesteps:
-            raise ValueError(
-                f"sample_steps {self.sample_steps}: give 1 to diffusion.timesteps, {self.diffusion.timesteps}"
-            )
+        plan(self.diffusion.build_schedule(), "dpmpp_2m", self.sample_steps, self.diffusion.spacing)
         return self

@@ -47,20 +47,24 @@ def autoencoder_quality(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> 
 def bits_per_dimension(
     pipe: LatentDiffusionPipeline, batches: Iterable[tuple[Tensor, Sequence[str]]], seed: int = 0, strata: int = 32
 ) -> tuple[float, float]:
-    """The variational bound on -log2 p(latent | caption), a dimension of the latent; and its standard error.
+    """The variational bound on -log2 p(latent | caption), a dimension of the latent; and its standard error over pictures.
 
     Batches are pictures (b, 3, h, w) in [−1, 1] with their captions. The term at index 0 and that of the prior are worked
     out, the sum over the others is estimated from one timestep in each of so many equal parts.
     """
-    objective = Objective(pipe.schedule, pipe.target, kind="vlb", variance=pipe.variance)
-    T, device = pipe.schedule.T, pipe.unet.device
+    objective = Objective(pipe.process.schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
+    last, T, device = (
+        pipe.process.schedule.level(-1 + pipe.process.schedule.T),
+        pipe.process.schedule.T,
+        pipe.unet.device,
+    )
     generator, bits = torch.Generator().manual_seed(seed), []
     for pixels, captions in batches:
         posterior, condition = pipe.autoencoder.encode(pixels), pipe.encode(captions)
         normal = lambda like: torch.randn(like.shape, generator=generator).to(device)  # noqa: E731
         x0 = posterior.mean.float() + posterior.std.float() * normal(posterior.mean)
         index = torch.zeros(len(x0), dtype=torch.int64, device=device)
-        total = prior_term(x0, pipe.schedule.level(T - 1))
+        total = prior_term(x0, last)
         total = total + objective.bound(pipe.network, x0, index, normal(x0), condition)
         for k in range(strata):
             u = (k + torch.rand(len(x0), generator=generator).to(device)) / strata
@@ -68,7 +72,7 @@ def bits_per_dimension(
             total = total + (T - 1) / strata * objective.bound(pipe.network, x0, index, normal(x0), condition)
         bits.append(total)
     values = torch.cat(bits).double()
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+    return values.mean().item(), (values.std(correction=0) / max(1, len(values) - 1) ** 0.5).item()
 
 
 def paint(

@@ -45,8 +45,8 @@ class DiffusionLoss(nn.Module):
         x0 = batch["mean"] + batch["std"] * batch["posterior_noise"]  # (b, c, h, w)
         losses = self.objective(self.network, x0, batch["timestep"], batch["noise"], batch["condition"])
         if self.importance is not None:
-            self.importance.note(losses.index, losses.unweighted, self.objective.schedule.T)
-        return StepOutput(losses.weighted.mean(), {"mse": losses.unweighted.detach().mean()}, {})
+            self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
+        return StepOutput(losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}, {})
 
 
 class LdmStage:
@@ -70,7 +70,6 @@ class LdmStage:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         objective = d.build_objective()
-        self.schedule = objective.schedule
         loss = DiffusionLoss(unet, objective).to(run.accelerator.device)
         self.importance = loss.importance
         self.phases = [Phase("unet", loss, build_optimizer(unet, config.optimizer), config.optimizer.lr)]
@@ -103,17 +102,16 @@ class LdmStage:
             batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
-            total += len(places) * torch.stack([out.loss, out.metrics["mse"]]).double()
-        loss, mse = (total / count).tolist()
+            total += len(places) * torch.stack([out.loss, out.metrics["error"]]).double()
+        loss, error = (total / count).tolist()
         self.run.say(f"step {step}: validation loss {loss:.5f} on {count} held-out examples")
-        return {"val_loss": loss, "val_mse": mse}
+        return {"val_loss": loss, "val_error": error}
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The averaged network with everything else it needs."""
         return LatentDiffusionPipeline(
-            self.ema.module, self.autoencoder, self.text_encoder, self.schedule, self.config.diffusion.target,
-            self.config.diffusion.spacing, variance=self.config.diffusion.variance,
-        )  # fmt: skip
+            self.ema.module, self.autoencoder, self.text_encoder, self.config.diffusion.build_process()
+        )
 
     def sheet(self, path: Path) -> None:
         config = self.config

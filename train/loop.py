@@ -243,12 +243,16 @@ class Trainer:
                     self.scaler.scale(output.loss / len(parts)).backward()
                 part.update(output.carry)
                 outputs.append(output)
-            loss = accelerator.reduce(torch.stack([o.loss.detach() for o in outputs]).mean(), "mean")
+            parts_of = {"loss": [o.loss for o in outputs]} | {
+                n: [o.metrics[n] for o in outputs] for n in outputs[0].metrics
+            }
+            means = torch.stack([torch.stack(values).detach().float().mean() for values in parts_of.values()])
+            read = dict(zip(parts_of, accelerator.reduce(means, "mean"), strict=True))
+            loss = read.pop("loss")
             norm = self._update(phase, loss)
             prefix = "" if phase is self.stage.phases[0] else f"{phase.name}_"
             metrics |= {f"{prefix}loss": loss, f"{prefix}grad_norm": norm}
-            for name in outputs[0].metrics:
-                metrics[name] = torch.stack([o.metrics[name].detach() for o in outputs]).mean()
+            metrics |= read
         self.stage.ema.update(step)
         self.stage.end_step()
         return metrics

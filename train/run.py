@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter
 
 from ldm.errors import UserError
-from train.cli import read_yaml
+from train.cli import read_yaml, validate
 from train.config import DataConfig, RunConfig
 from train.data.dataset import Batch, Damage, loader
 from train.data.shards import Processes
@@ -72,7 +72,7 @@ class Run:
         described = self.out / "config.yaml"
         if described.is_file():
             before = read_yaml(described)
-            _refuse_differences(self.out, before, _plain(self.config), inputs)
+            _refuse_differences(self.out, before, self.config, inputs)
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise UserError(
                 f"--out {str(self.out)!r} holds something that isn't a run (no config.yaml): choose another"
@@ -196,7 +196,7 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
-def _refuse_differences(out: Path, before: dict[str, Any], now: dict[str, Any], inputs: dict[str, str]) -> None:
+def _refuse_differences(out: Path, before: dict[str, Any], config: RunConfig, inputs: dict[str, str]) -> None:
     about = before.pop("about", {})
     for name, value in inputs.items():
         if (was := about.get("inputs", {}).get(name, value)) != value:
@@ -204,8 +204,12 @@ def _refuse_differences(out: Path, before: dict[str, Any], now: dict[str, Any], 
                 f"--{name.replace('_', '-')} holds something else than what {str(out)!r} was trained on "
                 f"({was[:12]}…, now {value[:12]}…): use the same, or another --out"
             )
-    for name, value in _flat(now).items():
-        was = _flat(before).get(name, value)
+    try:
+        was_config = _flat(_plain(validate(type(config), before)))  # what it didn't know of has its default
+    except UserError as error:
+        raise UserError(f"{str(out)!r} holds a run of another stage or version ({error}): take another --out") from None
+    for name, value in _flat(_plain(config)).items():
+        was = was_config[name]
         if was != value and name.split(".")[0] not in _FREE:
             raise UserError(
                 f"{str(out)!r} was made with --{name.replace('_', '-')} {_say(was)}, not {_say(value)}: "

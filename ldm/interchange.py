@@ -1,0 +1,112 @@
+"""A model's process as diffusers writes it: scheduler_config.json, read from any scheduler and written explicitly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+from ldm.errors import UserError
+from ldm.parameterization import PREDICTION_TYPE, Target, check_target, target_from_diffusers
+from ldm.process import VarianceKind
+from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule
+from ldm.spacing import Spacing
+
+_VARIANCES: dict[str, VarianceKind] = {
+    "fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large",
+    "fixed_large_log": "fixed_large", "learned_range": "learned",
+}  # fmt: skip
+"""Ours by diffusers' name, whose "learned" is another than the one between two bounds."""
+_LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+"""Schedulers whose timestep_spacing is leading where their configuration doesn't say; others' is linspace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """What is saved with a model of how it was trained and is to be sampled.
+
+    Raises UserError where target and schedule don't go together, or the spacing is none.
+    """
+
+    schedule: Schedule
+    target: Target
+    spacing: Spacing = "trailing"
+    variance: VarianceKind = "fixed_small"
+    """Of the ddpm sampler."""
+    steps_offset: int = 1
+    """Added to leading timesteps."""
+    set_alpha_to_one: bool = False
+    """Whether ddim ends at t = 0, and not at index 0."""
+
+    def __post_init__(self) -> None:
+        if self.spacing not in get_args(Spacing):
+            raise UserError(f"timestep spacing {self.spacing!r}: choose {', '.join(get_args(Spacing))}")
+        check_target(self.target, self.schedule)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
+        """Of a scheduler_config.json, whatever scheduler's, with that scheduler's defaults; UserError for what isn't known."""
+        name = str(config.get("_class_name", "DDIMScheduler"))
+        flow = name.startswith("FlowMatch")
+        variance = config.get("variance_type") or "fixed_small"
+        if variance not in _VARIANCES:
+            raise UserError(f"scheduler config: variance_type {variance!r}: known are {', '.join(_VARIANCES)}")
+        spacing = config.get("timestep_spacing") or (
+            "trailing" if flow else "leading" if name in _LEADING else "linspace"
+        )
+        offset = config.get("steps_offset", 0)
+        if not isinstance(offset, int):
+            raise UserError(f"scheduler config: steps_offset {offset!r}: give a whole number")
+        return cls(
+            schedule=Schedule.from_diffusers(config),
+            target=target_from_diffusers(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")),
+            spacing="karras" if config.get("use_karras_sigmas") else spacing,  # type: ignore[arg-type]  # checked above
+            variance=_VARIANCES[variance],
+            steps_offset=offset,
+            set_alpha_to_one=bool(config.get("set_alpha_to_one", name == "DDIMScheduler")),
+        )
+
+    def to_diffusers(self) -> SchedulerMixin:
+        """A scheduler whose configuration says everything, and makes every other scheduler by `from_config`.
+
+        A DDIMScheduler where stock pipelines can sample with any; a DDPMScheduler for a learned variance; a
+        FlowMatchEulerDiscreteScheduler for a flow. What these have no name for stands in the configuration all the same.
+        """
+        T = self.schedule.T
+        shared: dict[str, Any] = {
+            "prediction_type": PREDICTION_TYPE[self.target], "steps_offset": self.steps_offset,
+            "timestep_spacing": "linspace" if self.spacing == "karras" else self.spacing,
+        }  # fmt: skip
+        more: dict[str, Any] = {
+            "set_alpha_to_one": self.set_alpha_to_one,
+            "variance_type": "learned_range" if self.variance == "learned" else self.variance,
+        }
+        scheduler: SchedulerMixin
+        if isinstance(self.schedule, RectifiedFlow):
+            scheduler = FlowMatchEulerDiscreteScheduler(T, self.schedule.shift)
+            scheduler.register_to_config(**shared, **more)
+            return scheduler
+        assert isinstance(self.schedule, BetaSchedule)
+        betas = self.schedule.betas.tolist()
+        shared |= {
+            "beta_start": betas[0], "beta_end": betas[-1], "trained_betas": betas, "clip_sample": False,
+            "rescale_betas_zero_snr": self.schedule.zero_terminal_snr,
+        }  # fmt: skip
+        if self.variance == "learned":
+            scheduler = DDPMScheduler(T, **shared)
+        else:
+            scheduler = DDIMScheduler(T, **shared)
+        if self.spacing == "karras":
+            more["use_karras_sigmas"] = True
+        scheduler.register_to_config(**more)
+        return scheduler
+
+    def stock_limits(self) -> str | None:
+        """What stock diffusers' Stable Diffusion pipeline can't do with this process, in one line; None: nothing."""
+        if isinstance(self.schedule, RectifiedFlow) or self.target == "flow":
+            return "a flow: stock diffusers' StableDiffusionPipeline can't sample this model; txt2img.py and our pipeline can"
+        if self.variance == "learned":
+            return (
+                "a learned variance: stock diffusers samples this model with DDPMScheduler only, which is the one saved"
+            )
+        return None
