@@ -211,8 +211,8 @@ class LatentDiffusionPipeline:
                 "classifier, or take another sampler"
             )
 
-        def encode(texts: Sequence[str]) -> Tensor:
-            return self.encode(texts).repeat_interleave(num_images_per_prompt, 0)
+        def encode(texts: Sequence[str], by: LatentDiffusionPipeline = self) -> Tensor:
+            return by.encode(texts).repeat_interleave(num_images_per_prompt, 0)
 
         denoiser = Denoiser(self.network, process.target, self.unet.dtype, fraction=learned)
         condition = encode(prompts)
@@ -223,9 +223,10 @@ class LatentDiffusionPipeline:
         if guidance_interval is not None:
             denoise = Interval(denoise, Conditioned(denoiser, condition), *guidance_interval)
         if weak is not None:
-            self._check_weak(weak)
-            guide = Denoiser(weak.network, process.target, weak.unet.dtype)
-            denoise = Autoguided(denoise, Conditioned(guide, condition.to(weak.unet.dtype)), weak_scale)
+            if not torch.equal(weak.process.schedule.alpha, process.schedule.alpha):
+                raise UserError("the weaker model has another noise schedule: give one trained with the same")
+            guide = Denoiser(weak.network, weak.process.target, weak.unet.dtype)
+            denoise = Autoguided(denoise, Conditioned(guide, encode(prompts, weak)), weak_scale)
         if classifier is not None:
             denoise = ClassifierGuided(denoise, classifier, classifier_scale)
 
@@ -263,13 +264,6 @@ class LatentDiffusionPipeline:
             if value not in get_args(kinds):
                 raise UserError(f"{name} {value!r}: choose {', '.join(get_args(kinds))}")
         return plan(p.schedule, sampler, steps, spacing or p.spacing, p.steps_offset, p.set_alpha_to_one)
-
-    def _check_weak(self, weak: "LatentDiffusionPipeline") -> None:
-        same = weak.process.target == self.process.target and torch.equal(
-            weak.process.schedule.alpha, self.process.schedule.alpha
-        )
-        if not same or weak.text_encoder.width != self.text_encoder.width:
-            raise UserError("the weaker model has another target, schedule or text encoder: give one of the same kind")
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], in portions."""

@@ -194,7 +194,7 @@ def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
         ),
         (
             "benchmarks/sampler_steps.py --prompts 2 --samplers heun --out {out}/steps.json",
-            "heun: 4 steps, 8 evaluations",
+            "heun: 4 steps, 7 evaluations",
         ),
     ],
 )

@@ -384,7 +384,7 @@ train.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimizer=opti
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [s for s, _ in one] == [s for s, _ in two] == [1, 2, 3, 4, 5]
     for (_, a), (_, b) in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-6 if kind == "adamw" else 2e-5)  # Muon orthogonalises in bf16
+        assert a == pytest.approx(b, rel=1e-6 if kind == "adamw" else 2e-4)  # Muon magnifies rounding
 
 
 def test_learning_rates() -> None:
