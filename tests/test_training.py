@@ -294,9 +294,15 @@ def test_gradient_checkpointing_gives_the_same_run(shapes: Path, parts: Path, tm
 
 PROCESSES = {
     "flow": {"schedule": "flow", "target": "flow", "shift": 2.0, "timestep_sampling": "logit_normal"},
-    "zero terminal SNR": {"zero_terminal_snr": True, "weighting": "min_snr", "offset_noise": 0.1},
+    "zero terminal SNR": {"zero_terminal_snr": True, "target": "v", "weighting": "min_snr", "offset_noise": 0.1},
     "learned": {"variance": "learned", "objective": "hybrid", "target": "eps", "weighting": "p2", "stratified": True},
-    "bound": {"objective": "vlb", "variance": "fixed_large", "timestep_sampling": "importance", "spacing": "karras"},
+    "bound": {
+        "objective": "vlb",
+        "target": "v",
+        "variance": "fixed_large",
+        "timestep_sampling": "importance",
+        "spacing": "karras",
+    },
     "edm": {"schedule": "sigmoid", "weighting": "edm", "sigma_data": 0.5, "target": "x0", "loss": "huber"},
 }
 

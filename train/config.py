@@ -270,7 +270,7 @@ class DiffusionConfig:
     """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024); needs target v, x0 or flow."""
     shift: float = Field(default=1.0, gt=0)
     """Resolution shift of `flow` towards noise: the root of how many times more elements a latent has (Esser et al. 2024)."""
-    target: Target = "v"
+    target: Target = "eps"
     """What the network predicts: the noise, the clean latent, the velocity of Salimans & Ho (2022), or the flow's."""
     variance: VarianceKind = "fixed_small"
     """Of the ddpm sampler's steps; `learned` (Nichol & Dhariwal 2021) doubles the network's output channels."""
