@@ -127,6 +127,7 @@ def main() -> None:
         back = pipe(
             batch["caption"], latents=x_T, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
         ).images  # fmt: skip
+        assert isinstance(back, Tensor)
         psnr, _ = reconstruction_quality(pipe.autoencoder.decode(back), target)
         print(f"  {refinements} refinements: {psnr:.1f} dB; the noise has deviation {x_T.std():.3f}", flush=True)
 

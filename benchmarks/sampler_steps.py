@@ -9,11 +9,13 @@ that are all right is within 2 % of DDIM's at 200; prints a table and writes it 
 import json
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.spacing import SamplerKind
 from train.cli import command, overlay
@@ -56,13 +58,23 @@ def main() -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(dtype=dtype)
     scenes = [*prompts("seen", o.prompts // 2, 1), *prompts("unseen", o.prompts // 2, 1)]
     out = Path(o.out)
-    table: dict[str, dict[str, float]] = json.loads(out.read_text()) if out.is_file() else {}
+    weights = (Path(o.model) / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    of = {
+        "unet": sha256(weights).hexdigest()[:16],
+        "prompts": o.prompts,
+        "guidance_scale": o.guidance_scale,
+        "precision": o.precision,
+    }
+    report: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"of": of, "table": {}}
+    if report["of"] != of:
+        raise UserError(f"{out} is of {report['of']}, not {of}: give another --out")
+    table: dict[str, dict[str, float]] = report["table"]
 
     def noted(name: str, **how: object) -> float:
         if name not in table:
             table[name] = measure(pipe, scenes, guidance_scale=o.guidance_scale, **how)
             print(f"{name:28} all right {table[name]['all']:.4f}  {table[name]['seconds']:.0f} s", flush=True)
-            out.write_text(json.dumps(table, indent=1) + "\n")
+            out.write_text(json.dumps(report, indent=1) + "\n")
         return table[name]["all"]
 
     bar = noted(REFERENCE, sampler="ddim", num_inference_steps=200) - 0.02
