@@ -2,7 +2,7 @@
 
     python benchmarks/questions.py --model runs/demo/model --out docs/figures
 
-Prints the tables and draws few_steps.png and noise_again.png. About five minutes on two cores.
+Prints the tables and draws few_steps.png and noise_again.png. About twelve minutes on one core.
 """
 
 import time
