@@ -1,7 +1,7 @@
 """How many steps each sampler needs for the accuracy of 200 steps of DDIM.
 
 Paints the same Shapes prompts from the same noise with every sampler, at more and more steps until the share of pictures
-that are all right is within 2 % of DDIM's at 200; prints a table and writes it as JSON. On a demo model:
+that are all right is within 2 percentage points of DDIM's at 200; prints a table and writes it as JSON. On a demo model:
 
     python benchmarks/sampler_steps.py --model runs/demo/model --out benchmarks/sampler_steps.json
 """
@@ -84,6 +84,8 @@ def main() -> None:
                 evaluations = 2 * steps - 1 if sampler in TWICE else steps
                 print(f"{sampler}: {steps} steps, {evaluations} evaluations", flush=True)
                 break
+        else:
+            print(f"{sampler}: not within {STEPS[-1]} steps", flush=True)
 
 
 if __name__ == "__main__":

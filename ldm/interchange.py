@@ -17,7 +17,7 @@ _VARIANCES: dict[str, VarianceKind] = {
     "fixed_large_log": "fixed_large", "learned_range": "learned",
 }  # fmt: skip
 """Ours by diffusers' name, whose "learned" is another than the one between two bounds."""
-_LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+_LEADING = ("DDIM", "DDPM", "PNDM", "LCM", "TCD")
 """Schedulers whose timestep_spacing is leading where their configuration doesn't say; others' is linspace."""
 
 
@@ -41,6 +41,8 @@ class Process:
     def __post_init__(self) -> None:
         if self.spacing not in get_args(Spacing):
             raise UserError(f"timestep spacing {self.spacing!r}: choose {', '.join(get_args(Spacing))}")
+        if self.variance not in get_args(VarianceKind):
+            raise UserError(f"variance {self.variance!r}: choose {', '.join(get_args(VarianceKind))}")
         check_target(self.target, self.schedule)
 
     @classmethod
@@ -52,7 +54,7 @@ class Process:
         if variance not in _VARIANCES:
             raise UserError(f"scheduler config: variance_type {variance!r}: known are {', '.join(_VARIANCES)}")
         spacing = config.get("timestep_spacing") or (
-            "trailing" if flow else "leading" if name in _LEADING else "linspace"
+            "trailing" if flow else "leading" if name.startswith(_LEADING) else "linspace"
         )
         offset = config.get("steps_offset", 0)
         if not isinstance(offset, int):
@@ -63,7 +65,7 @@ class Process:
             spacing="karras" if config.get("use_karras_sigmas") else spacing,  # type: ignore[arg-type]  # checked above
             variance=_VARIANCES[variance],
             steps_offset=offset,
-            set_alpha_to_one=bool(config.get("set_alpha_to_one", name == "DDIMScheduler")),
+            set_alpha_to_one=bool(config.get("set_alpha_to_one", name != "PNDMScheduler")),
         )
 
     def to_diffusers(self) -> SchedulerMixin:
@@ -108,5 +110,9 @@ class Process:
         if self.variance == "learned":
             return (
                 "a learned variance: stock diffusers samples this model with DDPMScheduler only, which is the one saved"
+            )
+        if self.spacing == "karras":
+            return (
+                "karras spacing: stock diffusers' DDIM has none and takes linspace; DPM-Solver by from_config takes it"
             )
         return None

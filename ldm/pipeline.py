@@ -149,7 +149,7 @@ class LatentDiffusionPipeline:
         negative_prompt: str | Sequence[str] = "",
         *,
         num_inference_steps: int = 25,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = 3.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         compose: Sequence[tuple[str, float]] = (),
@@ -184,8 +184,9 @@ class LatentDiffusionPipeline:
         latents: starting noise (b, c, h, w) of unit variance, instead of drawing it.
         Raises UserError for arguments that don't fit, RunError when the picture comes out non-finite.
         """
-        if not all(map(math.isfinite, (guidance_scale, weak_scale, classifier_scale))):
-            raise UserError(f"guidance scales {guidance_scale}, {weak_scale}, {classifier_scale}: give finite numbers")
+        scales = (guidance_scale, weak_scale, classifier_scale, *(scale for _, scale in compose))
+        if not all(map(math.isfinite, scales)):
+            raise UserError(f"guidance scales {', '.join(map(str, scales))}: give finite numbers")
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt {num_images_per_prompt}: at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -223,8 +224,11 @@ class LatentDiffusionPipeline:
         if guidance_interval is not None:
             denoise = Interval(denoise, Conditioned(denoiser, condition), *guidance_interval)
         if weak is not None:
-            if not torch.equal(weak.process.schedule.alpha, process.schedule.alpha):
-                raise UserError("the weaker model has another noise schedule: give one trained with the same")
+            same = weak.unet.config.in_channels == self.unet.config.in_channels
+            if not (same and torch.equal(weak.process.schedule.alpha, process.schedule.alpha)):
+                raise UserError(
+                    "the weaker model has other latents or another noise schedule: give one of the same kind"
+                )
             guide = Denoiser(weak.network, weak.process.target, weak.unet.dtype)
             denoise = Autoguided(denoise, Conditioned(guide, encode(prompts, weak)), weak_scale)
         if classifier is not None:
@@ -247,7 +251,9 @@ class LatentDiffusionPipeline:
         spacing: Spacing | None = None,
         refinements: int = 2,
     ) -> Tensor:
-        """The noise (b, c, h, w) from which ddim with eta 0 and guidance 1 paints these latents (b, c, h, w) again.
+        """The noise (b, c, h, w) from which these latents (b, c, h, w) are painted again.
+
+        By ddim with eta 0 and guidance 1, with as many steps and the same spacing.
 
         prompt: one for all, or each. refinements: of each step, an evaluation more for a more exact way back.
         """
@@ -256,7 +262,7 @@ class LatentDiffusionPipeline:
             raise UserError(f"{len(prompts)} prompts for {len(latents)} latents: give one for all, or each")
         denoise = Conditioned(Denoiser(self.network, self.process.target, self.unet.dtype), self.encode(prompts))
         route = self._plan("ddim", num_inference_steps, spacing)
-        return invert(denoise, latents.to(self.unet.device, torch.float32), route.legs, refinements)
+        return invert(denoise, latents.to(self.unet.device, torch.float32), route.legs, refinements) / route.start_std
 
     def _plan(self, sampler: SamplerKind, steps: int, spacing: Spacing | None) -> Plan:
         p = self.process

@@ -26,7 +26,7 @@ BetaKind = Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"]
 ScheduleKind = Literal[BetaKind, "flow"]
 _UNKNOWN_TO_US = (
     "use_flow_sigmas", "use_dynamic_shifting", "use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas",
-    "thresholding", "timestep_type", "shift_terminal", "invert_sigmas",
+    "thresholding", "timestep_type", "shift_terminal", "invert_sigmas", "final_sigmas_type", "interpolation_type",
 )  # fmt: skip
 """Keys of diffusers' that change the process or the levels, where they are set."""
 
@@ -110,8 +110,8 @@ class Schedule(ABC):
     def from_diffusers(config: Mapping[str, Any]) -> "Schedule":
         """The schedule of a scheduler_config.json, whatever scheduler's; UserError for what isn't known."""
         for key in _UNKNOWN_TO_US:
-            if config.get(key) not in (None, False, "discrete"):
-                raise UserError(f"scheduler config: {key} is not supported; give a config without it")
+            if config.get(key) not in (None, False, "discrete", "zero", "linear"):
+                raise UserError(f"scheduler config: {key} {config[key]!r} is not supported; give a config without it")
         T = config.get("num_train_timesteps", 1000)
         if not isinstance(T, int) or isinstance(T, bool) or T < 1:
             raise UserError(f"scheduler config: num_train_timesteps {T!r}: give a whole number from 1")

@@ -65,7 +65,7 @@ def plan(
         case "ddim":
             # diffusers' DDIM goes down by T // n from every index. With leading that is where the next leg
             # begins; with trailing it can miss by an index where n doesn't divide T; with linspace it falls
-            # short, and noise is left in the picture (huggingface/diffusers#12633). Ours paints the same pictures.
+            # short, and noise is left in the picture. Ours paints the same pictures.
             down, end = T // n, -1 if set_alpha_to_one else 0
             indices = visited(n, T, spacing, steps_offset).tolist()
             ends = ((i, i - down if i >= down else end) for i in indices)
@@ -104,7 +104,7 @@ def visited(
         case "trailing":  # the float arange may hold one element too many, which would stand below index 0
             indices = np.round(np.arange(T, 0, -T / n))[:n] - 1
         case "linspace":
-            indices = np.linspace(T - 1, 0, divisions)[:n]
+            indices = np.linspace(0, T - 1, divisions)[::-1][:n] if divisions > 1 else np.array([T - 1])
         case "karras":
             raise UserError("karras spacing is one of noise levels, not of timesteps")
         case _:

@@ -20,7 +20,7 @@ from train.sheets import in_rows, sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SamplingOptions):
-    """Measure a model: reconstruction on held-out pictures and, on a Shapes set, whether pictures fit their prompts."""
+    """Measure a model: reconstruction and likelihood of held-out pictures and, on a Shapes set, whether pictures fit their prompts."""
 
     model: str = ""
     """Folder of the model, e.g. runs/ldm/model."""
@@ -35,7 +35,7 @@ class Options(SamplingOptions):
     pictures: int = 1000
     """Pictures that are reconstructed, at most."""
     likelihoods: int = 128
-    """Pictures whose latents the variational bound is worked out for, at most."""
+    """Pictures whose latents the variational bound is worked out for, at most; 33 evaluations of the network each."""
     seed: int = 0
     """Of the prompts and of the noise."""
     batch_size: int = 64

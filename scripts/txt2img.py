@@ -27,8 +27,6 @@ class Options(SamplingOptions):
     """Folder the pictures go to."""
     num_images: int = 1
     """How many; picture k has seed + k."""
-    guidance_scale: float = 5.0
-    """1 is the conditional prediction alone; larger follows the prompt more closely."""
     compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
     """Further prompts that the picture follows too, each with its own guidance scale."""
     weak_model: str = ""

@@ -255,7 +255,7 @@ def test_a_batch_size_that_does_not_divide_is_refused_at_once(tmp_path):
 def test_signals_to_the_whole_group_do_not_cost_batches(tmp_path):
     dataset = PictureDataset(source_of(tmp_path), SIDE, 0)
     steps = loader(dataset, start_step=0, steps=40, batch_size=4, workers=2)
-    seen = [next(steps)]
+    seen = [next(steps), next(steps)]  # one of each worker: both are ready
     for number in (signal.SIGINT, signal.SIGTERM):
         for child in multiprocessing.active_children():
             os.kill(child.pid, number)

@@ -286,7 +286,7 @@ BAD = {
         "take hybrid or vlb",
     ),
     "karras spacing for a flow": (
-        "train_ldm.py --data {data} --out {new} --diffusion.schedule flow --diffusion.spacing karras",
+        "train_ldm.py --data {data} --out {new} --diffusion.schedule flow --diffusion.target flow --diffusion.spacing karras",
         "karras spacing on a flow",
     ),
     "an interval upside down": (

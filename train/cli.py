@@ -38,7 +38,8 @@ class SamplingOptions:
     sampler: SamplerKind = "dpmpp_2m"
     """How a step is taken; docs/mathematics.md compares them by the steps they need."""
     spacing: Spacing | None = None
-    """Of the steps over the noise levels; the model's own unless given. ddim on linspace leaves noise in the picture."""
+    """Of the steps over the noise levels; the model's own unless given. On linspace ddim leaves noise in the picture; karras
+    isn't for ddim, ddpm, a flow or zero terminal SNR."""
     eta: float = 0.0
     """ddim's share of noise, 0 to 1."""
 
@@ -154,4 +155,5 @@ def _first_sentence(box: str) -> str:
     text = _line(" ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), None)]))
     text = re.sub(r"\[type=.*?input_value=(.*?), *input_type=[^\]]*\]", r"(given: \1)", text)
     text = re.sub(r"For further information visit \S+|Error parsing \w+: \d+ validation errors? for \w+", "", text)
+    text = re.sub(r"\(given: ArgsKwargs.*", "", text)  # of a whole record, which says nothing more
     return _line(text.replace("Value error, ", "")) or "the command line can't be read; see --help"

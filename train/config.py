@@ -259,7 +259,7 @@ class DiffusionConfig:
     """The forward process, what the network predicts, and how its errors are weighed."""
 
     schedule: ScheduleKind = "scaled_linear"
-    """Noise over the timesteps; `flow` is rectified flow, which stock Stable Diffusion pipelines can't sample."""
+    """Noise over the timesteps; `flow` (with target flow, v or x0) is rectified flow, which stock pipelines can't sample."""
     timesteps: int = Field(default=1000, gt=1)
     """T, the number of discrete timesteps."""
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
@@ -379,7 +379,7 @@ class LdmConfig(RunConfig):
     """Prompts of the sample sheets; empty: captions of held-out pictures."""
     sample_steps: int = Field(default=25, gt=0)
     """Sampler steps of the sheets."""
-    guidance_scale: float = Field(default=4.0, ge=0)
+    guidance_scale: float = Field(default=3.0, ge=0)
     """Guidance of the sheets; 1 is the conditional prediction alone."""
 
     @model_validator(mode="after")

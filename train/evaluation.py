@@ -47,35 +47,34 @@ def autoencoder_quality(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> 
 @torch.no_grad()
 def bits_per_dimension(
     pipe: LatentDiffusionPipeline, batches: Iterable[tuple[Tensor, Sequence[str]]], seed: int = 0, strata: int = 32
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """The variational bound on -log2 p(latent | caption), a dimension of the latent; and its standard error over pictures.
 
-    Batches are pictures (b, 3, h, w) in [−1, 1] with their captions. The term at index 0 and that of the prior are worked
-    out, the sum over the others is estimated from one timestep in each of so many parts, equal in the logarithm: the terms
-    are largest next to the data.
+    Batches are pictures (b, 3, h, w) in [−1, 1] with their captions; picture k's noise is that of seed + k. The sum over the
+    timesteps above index 0 is estimated from one in each of so many parts, equal in the logarithm: the terms are largest
+    next to the data. That is strata + 1 evaluations of the network a picture.
     """
-    objective = Objective(pipe.process.schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
-    last, T, device = (
-        pipe.process.schedule.level(-1 + pipe.process.schedule.T),
-        pipe.process.schedule.T,
-        pipe.unet.device,
-    )
-    generator, bits = torch.Generator().manual_seed(seed), []
+    schedule = pipe.process.schedule
+    objective = Objective(schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
+    T, device = schedule.T, pipe.unet.device
+    bits: list[float] = []
     for pixels, captions in batches:
         posterior, condition = pipe.autoencoder.encode(pixels), pipe.encode(captions)
-        normal = lambda like: torch.randn(like.shape, generator=generator).to(device)  # noqa: E731
-        x0 = posterior.mean.float() + posterior.std.float() * normal(posterior.mean)
+        mean, std = posterior.mean.float(), posterior.std.float()
+        generators = [torch.Generator().manual_seed(seed + len(bits) + k) for k in range(len(mean))]
+        noise = torch.stack([torch.randn(strata + 2, *mean.shape[1:], generator=g) for g in generators], 1).to(device)
+        u = torch.stack([torch.rand(strata, generator=g, dtype=torch.float64) for g in generators], 1).to(device)
+        x0 = mean + std * noise[0]
         index = torch.zeros(len(x0), dtype=torch.int64, device=device)
-        total = prior_term(x0, last)
-        total = total + objective.bound(pipe.network, x0, index, normal(x0), condition)
+        total = prior_term(x0, schedule.level(T - 1)) + objective.bound(pipe.network, x0, index, noise[1], condition)
         for k in range(strata):
-            u = (k + torch.rand(len(x0), generator=generator, dtype=torch.float64).to(device)) / strata
-            index = (T**u).long().clamp(max=T - 1)  # index i has the probability log((i + 1) / i) / log T
+            index = (T ** ((k + u[k]) / strata)).long().clamp(max=T - 1)  # i with probability log((i + 1) / i) / log T
             share = torch.log1p(1 / index) / math.log(T)
-            total = total + objective.bound(pipe.network, x0, index, normal(x0), condition) / (strata * share)
-        bits.append(total)
-    values = torch.cat(bits).double()
-    return values.mean().item(), (values.std(correction=0) / max(1, len(values) - 1) ** 0.5).item()
+            term = objective.bound(pipe.network, x0, index, noise[k + 2], condition)
+            total = total + term / (strata * share)
+        bits += total.double().tolist()
+    error = float(np.std(bits, ddof=1)) / len(bits) ** 0.5 if len(bits) > 1 else None
+    return float(np.mean(bits)), error
 
 
 def paint(

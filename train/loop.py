@@ -229,6 +229,7 @@ class Trainer:
         config, accelerator = self.run.config, self.run.accelerator
         metrics: dict[str, Tensor] = {}
         self.stage.begin_step(step)
+        bad = torch.zeros((), device=accelerator.device)
         share = learning_rate(config.optimizer, step, config.steps)
         for phase, module in zip(self.stage.phases, self.wrapped, strict=True):
             if step < phase.start:
@@ -249,16 +250,21 @@ class Trainer:
             means = torch.stack([torch.stack(values).detach().float().mean() for values in parts_of.values()])
             read = dict(zip(parts_of, accelerator.reduce(means, "mean"), strict=True))
             loss = read.pop("loss")
-            norm = self._update(phase, loss)
+            norm, skipped = self._update(phase, loss)
+            bad = torch.maximum(bad, skipped)
             prefix = "" if phase is self.stage.phases[0] else f"{phase.name}_"
             metrics |= {f"{prefix}loss": loss, f"{prefix}grad_norm": norm}
             metrics |= read
+        self.scaler.update()
+        self.health.note(bad)
         self.stage.ema.update(step)
         self.stage.end_step()
         return metrics
 
-    def _update(self, phase: Phase, loss: Tensor) -> Tensor:
-        """Clip and step, unless the loss or the gradient of any process is not finite; nothing waits for the device.
+    def _update(self, phase: Phase, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and step; the gradient's norm, and 1 where the step was skipped, else 0.
+
+        It is where the loss or the gradient of any process is not finite, and nothing waits for the device to know it.
 
         The optimizer itself leaves weights and moments as they are when its `found_inf` is 1. That is ours, not the
         scaler's, which knows of gradients alone. Gradients are averages over all processes by now, so one process's NaN
@@ -271,10 +277,8 @@ class Trainer:
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         optimizer.step()
-        self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        self.health.note(bad)
-        return norm
+        return norm, bad
 
     def check_health(self, step: int) -> None:
         """After too many skipped steps in a row, return to the last checkpoint's weights; the data goes on."""
