@@ -1,5 +1,6 @@
 """The checkpoint is everybody's: the folder is complete, and stock diffusers paints the same pictures from it."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -80,14 +81,17 @@ def difference(folder: Path, sampler: str, steps: int, scale: float, negative: s
     return np.abs(mine - theirs).max()
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "karras"])
-@pytest.mark.parametrize("target", ["eps", "x0", "v"])
-@pytest.mark.parametrize("sampler", STOCK)
+PAINTED = [
+    (sampler, target, spacing)
+    for sampler, target, spacing in itertools.product(STOCK, ["eps", "x0", "v"], ["trailing", "leading", "karras"])
+    # The others diffusers' schedulers haven't.
+    if not (sampler in ("euler_ancestral", "heun") and target == "x0")
+    and not (sampler in ("ddpm", "ddim", "euler_ancestral") and spacing == "karras")
+]
+
+
+@pytest.mark.parametrize(("sampler", "target", "spacing"), PAINTED)
 def test_stock_diffusers_paints_the_same(tmp_path: Path, sampler: str, target: str, spacing: str) -> None:
-    if sampler in ("euler_ancestral", "heun") and target == "x0":
-        pytest.skip("diffusers' scheduler has no such prediction type")
-    if sampler in ("ddpm", "ddim", "euler_ancestral") and spacing == "karras":
-        pytest.skip("diffusers' scheduler has no such spacing")
     tiny_pipeline(target, spacing).save_pretrained(tmp_path)
     for steps, scale, negative in ((10, 3.0, ""), (7, 1.0, ""), (10, 5.0, "a large green cross on a pink background")):
         assert difference(tmp_path, sampler, steps, scale, negative) <= 1 / 255
