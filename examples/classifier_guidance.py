@@ -93,7 +93,7 @@ def log_probability(network: Classifier, label: int) -> LogProbability:
     """log p(label | x_t), as guidance asks for it."""
 
     def of(x_t: Tensor, level: Level) -> Tensor:
-        log_snr = torch.full((len(x_t),), 2 * level.half_log_snr)
+        log_snr = torch.full((len(x_t),), 2 * level.half_log_snr, device=x_t.device)
         return network(x_t, log_snr).log_softmax(1)[:, label]
 
     return of
