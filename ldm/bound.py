@@ -7,11 +7,12 @@ is a density, and its bound may be negative.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.process import Gaussian, Point, VarianceKind, marginal, posterior, reverse_variance
+from ldm.process import Gaussian, Point, VarianceKind, marginal, posterior, reverse_variance, step_variance
 from ldm.schedule import Schedule
 
 _BIT = math.log(2)
@@ -36,15 +37,28 @@ def prior_term(x0: Tensor, last: Point) -> Tensor:
     return gaussian_kl(marginal(x0, last), Gaussian(torch.zeros_like(x0), 1.0))
 
 
+class Levels(NamedTuple):
+    """alpha and sigma: tables by index (T,), or of each example's index (b, 1, 1, 1)."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+def levels(schedule: Schedule) -> tuple[Levels, Levels]:
+    """The levels by index, and those one below them, where index 0 has the clean data."""
+    t = Levels(schedule.alpha, schedule.sigma)
+    clean = t.alpha.new_ones(1)
+    return t, Levels(torch.cat([clean, t.alpha[:-1]]), torch.cat([0 * clean, t.sigma[:-1]]))
+
+
 def variances(schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Smallest and largest variance of p(x_{i-1} | x_i) by index, each (T,).
 
     The smallest at index 0, below which nothing is left to know, is index 1's (Nichol & Dhariwal 2021, their code).
     """
-    clean = torch.ones(1, dtype=torch.float64)
-    s_alpha, s_sigma = torch.cat([clean, schedule.alpha[:-1]]), torch.cat([0 * clean, schedule.sigma[:-1]])
-    large = schedule.sigma**2 - (schedule.alpha / s_alpha * s_sigma) ** 2
-    small = large * (s_sigma / schedule.sigma) ** 2
+    t, s = levels(schedule)
+    large = torch.as_tensor(step_variance(s, t))
+    small = large * (s.sigma / t.sigma) ** 2
     return torch.cat([small[1:2], small[1:]]), large
 
 

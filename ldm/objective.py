@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.bound import bound_term, variances
+from ldm.bound import Levels, bound_term, levels, variances
 from ldm.denoiser import Network
 from ldm.errors import UserError
 from ldm.parameterization import Target, check_target, error_ratio, target_of, to_x0
@@ -84,18 +84,11 @@ class Losses:
     """`weighted`, as if timesteps had been drawn alike: what importance sampling goes by."""
 
 
-class _At(NamedTuple):
-    """A level's alpha and sigma for each example, (b, 1, 1, 1)."""
-
-    alpha: Tensor
-    sigma: Tensor
-
-
 class _Prediction(NamedTuple):
     """What the network made of a batch, with the coefficients of its levels."""
 
-    t: _At
-    s: _At
+    t: Levels
+    s: Levels
     small: Tensor
     large: Tensor
     weight: Tensor
@@ -172,7 +165,7 @@ class Objective:
         if self.variance == "learned":
             output, place = output.chunk(2, 1)
             fraction = (place + 1) / 2
-        return _Prediction(_At(alpha, sigma), _At(s_alpha, s_sigma), small, large, weight, x_t, output, fraction)
+        return _Prediction(Levels(alpha, sigma), Levels(s_alpha, s_sigma), small, large, weight, x_t, output, fraction)
 
     def _term(self, made: _Prediction, x0: Tensor, index: Tensor) -> Tensor:
         x0_hat = to_x0(self.target, made.output, made.x_t, *made.t)
@@ -183,12 +176,9 @@ class Objective:
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Coefficients by index (7, T), and what the network is given (T,), copied to a device once."""
         if (device, dtype) not in self._tables:
-            alpha, sigma = self.schedule.alpha, self.schedule.sigma
-            rows = torch.stack([
-                alpha, sigma, alpha.roll(1), sigma.roll(1), *variances(self.schedule),
-                level_weight(self.weighting, self.target, alpha, sigma),
-            ])  # fmt: skip
-            rows[2:4, 0] = torch.tensor([1.0, 0.0])  # below index 0 the data are clean
+            t, s = levels(self.schedule)
+            weight = level_weight(self.weighting, self.target, *t)
+            rows = torch.stack([*t, *s, *variances(self.schedule), weight])
             given = self.schedule.given
             self._tables[device, dtype] = (
                 rows.to(device, dtype),
