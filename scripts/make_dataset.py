@@ -1,12 +1,15 @@
 """Make a data set of captioned pictures that needs no download."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import assert_never
 
 import tyro
 from tyro.extras import subcommand_type_from_defaults
 
 from train.cli import command, overlay
+from train.data.emoji import CLDR, FONT, Font, character_names, read_annotations, write_emoji
 from train.data.shapes import write_shapes
 
 
@@ -26,12 +29,54 @@ class Shapes:
     """Another seed makes another set."""
 
 
-def main() -> None:
-    kinds = subcommand_type_from_defaults({"shapes": Shapes()})
-    o = overlay(kinds, tyro.MISSING)
+@dataclass(frozen=True, kw_only=True)
+class Emoji:
+    """Every emoji of Noto Color Emoji on white, with its names and keywords as captions."""
+
+    out: str = "data/emoji"
+    """Folder to make; one that isn't empty is refused."""
+    size: int = 64
+    """Side of the pictures in pixels, 16 to 128."""
+    font: str = str(FONT)
+    """File of Noto Color Emoji; Debian's package is fonts-noto-color-emoji."""
+    annotations: str = ""
+    """CLDR's folder common, or one XML file of annotations. Unless given, that of Debian's unicode-cldr-core; without it
+    only single characters are found, with one caption each."""
+    test_fraction: float = 0.05
+    """Share of the emoji, each with all its skins, hair and genders, that is kept for testing."""
+    seed: int = 0
+    """Another seed keeps others for testing."""
+
+
+def make_shapes(o: Shapes) -> None:
     written = write_shapes(Path(o.out), o.size, o.train, o.test, o.seed)
     state = "written" if written else "already there, left as it is"
     print(f"{o.out}: {o.train} training and {o.test} test pictures of {o.size} × {o.size}, seed {o.seed}: {state}")
+
+
+def make_emoji(o: Emoji) -> None:
+    began = time.perf_counter()
+    font = Font(Path(o.font))
+    annotations = Path(o.annotations) if o.annotations else CLDR
+    if o.annotations or annotations.exists():
+        named, source = read_annotations(annotations), str(annotations)
+    else:
+        named, source = character_names(), "Unicode's character names (unicode-cldr-core adds keywords and sequences)"
+    train, test, captions = write_emoji(Path(o.out), named, font, o.size, o.test_fraction, o.seed)
+    print(f"{o.out}: {train} training and {test} test pictures of {o.size} × {o.size}, seed {o.seed}: written in "
+          f"{time.perf_counter() - began:.1f} s, {captions / (train + test):.2f} captions a picture from {source}")  # fmt: skip
+
+
+def main() -> None:
+    kinds = subcommand_type_from_defaults({"shapes": Shapes(), "emoji": Emoji()})
+    o: Shapes | Emoji = overlay(kinds, tyro.MISSING)
+    match o:
+        case Shapes():
+            make_shapes(o)
+        case Emoji():
+            make_emoji(o)
+        case _:
+            assert_never(o)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,266 @@
+"""The Emoji set: every emoji of an installed colour font on white, captioned by its names and keywords.
+
+The font is Noto Color Emoji (Debian's fonts-noto-color-emoji); names and keywords, and which sequences there are, come
+from Unicode's CLDR (Debian's unicode-cldr-core) where it is installed, else from Python's table of character names.
+An emoji counts if the font draws it as one glyph. Variants of one emoji (skin, hair, gender) are all in train or all in
+test, so that a test picture is new and not a recoloured training picture.
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+import sys
+import tempfile
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, features
+from tqdm import tqdm
+
+from ldm.errors import UserError
+
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+CLDR = Path("/usr/share/unicode/cldr/common")
+SMALLEST_SIDE, LARGEST_SIDE = 16, 128  # the font's pictures are 136 × 128
+
+Paint = Callable[[str], Image.Image | None]  # an emoji's square RGB picture on white; None if there is none
+
+# Names and captions
+
+
+class Named(NamedTuple):
+    """An emoji, one character or a sequence without variation selectors, and its captions: at least one."""
+
+    text: str
+    captions: tuple[str, ...]
+
+
+def read_annotations(path: Path) -> list[Named]:
+    """What CLDR annotates: `path` is its folder `common`, or one file of annotations. Not all of it is emoji."""
+    files = [path / part / "en.xml" for part in ("annotations", "annotationsDerived")] if path.is_dir() else [path]
+    names: dict[str, str] = {}
+    keywords: dict[str, list[str]] = {}
+    for file in files:
+        try:
+            annotations = list(ElementTree.parse(file).iter("annotation"))
+        except OSError as error:
+            raise UserError(f"can't read the annotations {file}: {error.strerror}; accepted is CLDR's folder "
+                            "common, as Debian's unicode-cldr-core installs it, or one of its files")  from None  # fmt: skip
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            raise UserError(f"{file} is not well-formed XML: {error}") from None
+        for annotation in annotations:
+            text, words = annotation.get("cp", "").replace("\ufe0f", ""), annotation.text or ""
+            if annotation.get("type") == "tts":
+                names[text] = words
+            else:
+                keywords[text] = words.split("|")
+    texts = names | keywords
+    every = [Named(text, compose_captions(text, names.get(text, ""), keywords.get(text, ()))) for text in texts]
+    if not any(named.captions for named in every):
+        raise UserError(f'{path} names nothing: expected is <annotation cp="😀" type="tts">grinning face</annotation>')
+    return [named for named in every if named.captions]
+
+
+def character_names() -> list[Named]:
+    """The numbers, signs and symbols of Python's Unicode table: names only, no sequences. Few of them are emoji."""
+    signs = (c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] in "NPS")
+    every = (Named(c, compose_captions(c, "", ())) for c in signs)
+    return [named for named in every if named.captions]
+
+
+def compose_captions(text: str, name: str, keywords: Iterable[str]) -> tuple[str, ...]:
+    """The name, a flag's or a key's in spoken order, Unicode's own name, and the keywords in one line.
+
+    A keyword alone is no caption, as hundreds of emoji share "face". Black and white in Unicode's names mean filled and
+    outlined ("heavy black heart" is red), so such a name is left out unless the first one says so too.
+    """
+    name = _clean(name)
+    found = [name]
+    kind, _, which = name.partition(": ")
+    if kind in ("flag", "keycap") and which:
+        found.append(f"flag of {which}" if kind == "flag" else f"keycap {which}")
+    formal = unicodedata.name(text, "").lower() if len(text) == 1 else ""
+    if not name or not {"black", "white"} & (set(formal.split()) - set(name.split())):
+        found.append(formal)
+    words = _distinct(map(_clean, keywords))
+    found.append(", ".join(words) if len(words) > 1 else "")
+    return _distinct(found)
+
+
+def _clean(text: str) -> str:
+    """One line of printable characters, with the apostrophe that people type."""
+    spaced = " ".join(text.split()).replace("’", "'")
+    return "".join(c for c in spaced if c.isprintable())
+
+
+def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    """Those that say something, once each whatever their case."""
+    kept: dict[str, str] = {}
+    for text in texts:
+        if any(map(str.isalnum, text)):
+            kept.setdefault(text.casefold(), text)
+    return tuple(kept.values())
+
+
+# Variants
+
+_ASIDE = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3♀♂➡\u200d\ufe0e\ufe0f]")  # skin, hair, gender, joiners
+_ALIKE = str.maketrans(
+    {"👨": "🧑", "👩": "🧑", "👱": "🧑", "🧔": "🧑", "👦": "🧒", "👧": "🧒", "👴": "🧓", "👵": "🧓", "🤴": "🫅", "👸": "🫅",
+     "🤶": "🎅", "🕺": "💃", "🤰": "🫄", "🫃": "🫄", "👬": "👫", "👭": "👫"}
+)  # fmt: skip
+_AS_ONE = {"🧑❤🧑": "💑", "🧑❤💋🧑": "💏", "🧑🤝🧑": "👫", "🫱🫲": "🤝", "🧑🎄": "🎅"}
+
+
+def base(text: str) -> str:
+    """What is left of an emoji without its skin, hair and gender; the same for all variants of one."""
+    plain = (_ASIDE.sub("", text) or text).translate(_ALIKE)
+    return "👪" if re.fullmatch("🧑+🧒+", plain) else _AS_ONE.get(plain, plain)
+
+
+def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """The bases whose variants are for testing: at least one. The first by their hashes, so that the seed chooses.
+
+    It is the same share of those with one picture, with six, with 18 and so on, as one base can have a hundred.
+    """
+    variants = Counter(map(base, texts))
+    shuffled = sorted(variants, key=lambda b: hashlib.blake2b(f"{seed} {b}".encode()).digest())
+    chosen: set[str] = set()
+    for count in set(variants.values()):
+        alike = [b for b in shuffled if variants[b] == count]
+        chosen.update(alike[: round(fraction * len(alike))])
+    return chosen or set(shuffled[:1])
+
+
+# Pictures
+
+
+class Font:
+    """A colour font as a `Paint`: the whole glyph, centred, at the font's own resolution."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"no font at {path}: install Debian's fonts-noto-color-emoji, or give its file as --font")
+        if not features.check("raqm"):
+            raise UserError("this Pillow lacks raqm, which joins sequences to one glyph: install Debian's libfribidi0, "
+                            "and Pillow from PyPI")  # fmt: skip
+        try:  # the only size that the font has
+            self.font = ImageFont.truetype(path, 109, layout_engine=ImageFont.Layout.RAQM)
+        except OSError as error:
+            raise UserError(f"can't use the font {path} ({error}): accepted is Noto Color Emoji") from None
+        self.advance = self.font.getlength("😀")
+        self.ascent, descent = self.font.getmetrics()
+        self.side = max(math.ceil(self.advance), self.ascent + descent)  # with a margin: no glyph is as wide as this
+        self.top = (self.side - self.ascent - descent) // 2
+        self.unknown = {self._draw(text).tobytes() for text in ("\U0010fffd", "🇿🇿")}  # no character, and no country
+        face = self("😀")
+        if face is None or face.convert("HSV").getextrema()[1] == (0, 0):
+            raise UserError(f"the font {path} has no 😀 in colour: accepted is Noto Color Emoji")
+
+    def __call__(self, text: str) -> Image.Image | None:
+        """None unless the font has a glyph for the whole `text`, and one that shows more than its first character."""
+        if "\n" in text or self.font.getlength(text) != self.advance:
+            return None
+        picture = self._draw(text)
+        seen = picture.tobytes()
+        if seen in self.unknown or picture.getextrema() == ((255, 255),) * 3:
+            return None
+        return None if len(text) > 1 and seen == self._draw(text[0]).tobytes() else picture
+
+    def _draw(self, text: str) -> Image.Image:
+        picture = Image.new("RGB", (self.side, self.side), "white")
+        at = (0, self.top + self.ascent)  # of the baseline's left end
+        ImageDraw.Draw(picture).text(at, text, font=self.font, anchor="ls", embedded_color=True)
+        return picture
+
+
+@dataclass
+class Picture:
+    """A picture as its file will be, with the first emoji that looks so and the captions of all that do."""
+
+    text: str
+    png: bytes
+    captions: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return "-".join(f"{ord(c):04x}" for c in self.text) + ".png"
+
+
+def paint_all(named: Iterable[Named], paint: Paint, side: int) -> list[Picture]:
+    """The emoji that `paint` has, in their order, reduced to `side`; those that look the same are one picture."""
+    found: dict[bytes, Picture] = {}
+    for text, captions in named:
+        if (whole := paint(text)) is None:
+            continue
+        looks = hashlib.sha256(whole.tobytes()).digest()
+        if looks not in found:
+            file = io.BytesIO()
+            whole.resize((side, side), Image.Resampling.LANCZOS).save(file, "PNG")
+            found[looks] = Picture(text, file.getvalue())
+        found[looks].captions[:] = _distinct([*found[looks].captions, *captions])
+    return list(found.values())
+
+
+# Files
+
+
+class Written(NamedTuple):
+    """How many pictures and captions a set has."""
+
+    train: int
+    test: int
+    captions: int
+
+
+def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fraction: float, seed: int) -> Written:
+    """Write the set as an imagefolder: out/{train,test}/metadata.jsonl (`text` is a list), with the pictures.
+
+    Raises UserError for a number out of range, for an `out` that is not empty, and where there is too little to paint.
+    The set appears whole or not at all; the same arguments write the same bytes.
+    """
+    for what, value, least, most in (
+        ("size", side, SMALLEST_SIDE, LARGEST_SIDE),
+        ("test-fraction", test_fraction, 0.001, 0.5),
+        ("seed", seed, 0, 2**64 - 1),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"{what} {value} is out of range: accepted is {least} to {most}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder: choose another --out, or remove it")
+    pictures = paint_all(tqdm(named, unit=" names", disable=None), paint, side)
+    tests = held_out((picture.text for picture in pictures), test_fraction, seed)
+    parts = {
+        "train": [picture for picture in pictures if base(picture.text) not in tests],
+        "test": [picture for picture in pictures if base(picture.text) in tests],
+    }
+    if not parts["train"]:
+        raise UserError(f"of {len(named):,} emoji named the font has {len(pictures)}: at least two are needed, "
+                        "one to train with and one that is no variant of it to test with")  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        workplace = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
+    except OSError as error:
+        raise UserError(f"can't make a folder in {out.parent}: {error.strerror}") from error
+    with workplace as folder:
+        whole = Path(folder, "set")
+        for split, part in parts.items():
+            _write_split(whole / split, part)
+        whole.rename(out)
+    return Written(len(parts["train"]), len(parts["test"]), sum(len(picture.captions) for picture in pictures))
+
+
+def _write_split(folder: Path, pictures: Iterable[Picture]) -> None:
+    folder.mkdir(parents=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for picture in pictures:
+            (folder / picture.name).write_bytes(picture.png)
+            line = {"file_name": picture.name, "text": picture.captions, "emoji": picture.text}
+            lines.write(json.dumps(line) + "\n")
