@@ -19,7 +19,8 @@ from train.cli import command, overlay
 from train.config import DataConfig
 from train.data.dataset import PictureDataset
 from train.data.shapes import prompts
-from train.evaluation import alignment, reconstruction_quality
+from train.evaluation import alignment
+from train.reconstruction import reconstruction_quality
 from train.run import open_sources
 from train.sheets import sheet
 

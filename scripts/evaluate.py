@@ -1,6 +1,7 @@
 """Measure a trained model on a data set, and write a report with a sheet of what it paints."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,11 @@ from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from train.cli import SamplingOptions, command, overlay
 from train.config import DataConfig
-from train.data.dataset import PictureDataset
+from train.data.dataset import Batch, PictureDataset
+from train.data.randomness import Purpose
 from train.data.shapes import prompts
-from train.evaluation import alignment, autoencoder_quality, bits_per_dimension, paint
+from train.evaluation import alignment, bits_per_dimension, paint
+from train.reconstruction import measure_reconstruction
 from train.run import open_sources, versions
 from train.sheets import in_rows, sheet
 
@@ -55,14 +58,16 @@ def evaluate(o: Options) -> dict[str, Any]:
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device)
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
     train, test = open_sources(o.data, DataConfig(resolution=side))
-    dataset = PictureDataset(test if o.split == "test" else train, side, o.seed, shuffle=False)
+    draws = {"noise": (Purpose.POSTERIOR, (pipe.autoencoder.latent_channels, *[pipe.unet.config.sample_size] * 2))}
+    dataset = PictureDataset(test if o.split == "test" else train, side, o.seed, shuffle=False, draws=draws)
     count, b = min(o.pictures, len(dataset.source)), o.batch_size
-    places = [list(range(first, min(first + b, count))) for first in range(0, count, b)]
-    report: dict[str, Any] = {
-        "vae": autoencoder_quality(pipe.autoencoder, (dataset.__getitems__(part)["pixels"] for part in places))
-    }
-    n = min(o.likelihoods, count)
-    few = (dataset.__getitems__(range(first, min(first + b, n))) for first in range(0, n, b))
+
+    def batches(count: int) -> Iterator[Batch]:
+        return (dataset.__getitems__(range(first, min(first + b, count))) for first in range(0, count, b))
+
+    pairs = ((batch["pixels"], batch["noise"]) for batch in batches(count))
+    report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs)}
+    few = batches(min(o.likelihoods, count))
     bits, error = bits_per_dimension(pipe, ((batch["pixels"], batch["caption"]) for batch in few), o.seed)
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
     how: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}

@@ -11,7 +11,7 @@ import pytest
 from ldm.pipeline import LatentDiffusionPipeline
 from train.config import DataConfig
 from train.data.dataset import PictureDataset
-from train.evaluation import reconstruction_quality
+from train.reconstruction import reconstruction_quality
 from train.run import open_sources
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""What a finished model is worth: reconstruction on held-out pictures, and on Shapes whether it paints what was asked.
+"""What a finished model is worth: the bound on its latents' likelihood, and on Shapes whether it paints what was asked.
 
 Shapes alignment is exact: a checker without any learning reads each picture back (train/data/checker.py).
 """
@@ -10,38 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
-from autoencoder.model import Autoencoder
 from ldm.bound import prior_term
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from train.data.checker import score_pictures
 from train.data.shapes import Scene
-
-
-def reconstruction_quality(made: Tensor, pixels: Tensor) -> tuple[float, float]:
-    """PSNR (dB) and SSIM, each a mean over pictures, of 8-bit pictures: both (b, 3, h, w) in [−1, 1]."""
-    a, b = (((x.float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255 for x in (made, pixels))
-    psnr = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
-    # A perfect reconstruction has infinite PSNR; 8 bits can't tell better than half a step from perfect.
-    psnr = psnr.clamp(max=20 * np.log10(2 * 255))
-    ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
-    return float(psnr.mean()), float(torch.as_tensor(ssim).mean())
-
-
-def autoencoder_quality(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> dict[str, float]:
-    """PSNR and SSIM of decode(posterior mean) over batches of pictures (b, 3, h, w) in [−1, 1]."""
-    scores = []
-    for pixels in batches:
-        made = autoencoder.decode(autoencoder.encode(pixels).mean)
-        scores.append((len(pixels), *reconstruction_quality(made, pixels.to(made.device))))
-    count = sum(n for n, _, _ in scores)
-    return {
-        "psnr": sum(n * psnr for n, psnr, _ in scores) / count,
-        "ssim": sum(n * ssim for n, _, ssim in scores) / count,
-    }
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from autoencoder.model import Autoencoder
+
 _TILE = 128  # a small picture is enlarged to about this side, pixel by pixel
 
 
@@ -37,6 +39,17 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) ->
                 draw.multiline_text((x, y + h * scale + 2), "\n".join(wrapped[number]), (40, 40, 40), font, spacing=2)
             number += 1
     return canvas
+
+
+def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Image:
+    """Pictures (b, 3, h, w), their reconstructions, four times the difference, and each channel of the latents in grey."""
+    z = autoencoder.encode(pixels).mean  # (b, c, h / f, w / f)
+    made = autoencoder.decode(z).to(pixels.device)
+    std, mean = torch.std_mean(z.to(pixels), dim=(0, 2, 3), keepdim=True)
+    grey = ((z.to(pixels) - mean) / (2 * std + 1e-8)).repeat_interleave(autoencoder.factor, 2)
+    channels = grey.repeat_interleave(autoencoder.factor, 3).unbind(1)
+    shown = [pixels, made, (made - pixels) * 4, *(c[:, None].expand(-1, 3, -1, -1) for c in channels)]
+    return sheet([list(to_uint8(x)) for x in shown])
 
 
 def in_rows(pictures: Sequence[np.ndarray], columns: int) -> list[list[np.ndarray]]:

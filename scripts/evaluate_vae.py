@@ -1,0 +1,119 @@
+"""Measure an autoencoder on pictures: how well it reconstructs them, and whether its latents suit a diffusion."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from autoencoder.model import Autoencoder
+from ldm.errors import UserError
+from train.cli import command, overlay
+from train.config import DataConfig, PerceptualConfig
+from train.data.dataset import PictureDataset
+from train.data.randomness import Purpose
+from train.features import load_features
+from train.reconstruction import LatentHealth, LatentSums, measure_reconstruction
+from train.run import open_sources, versions
+from train.sheets import reconstruction_sheet
+from train.vae import build_perceptual
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure an autoencoder: reconstructions of pictures, and the health of its latents."""
+
+    vae: str = ""
+    """Folder (or hub id) of an AutoencoderKL, or of a pipeline, e.g. runs/vae/model."""
+    data: str = ""
+    """Folder of pictures."""
+    split: Literal["test", "train"] = "test"
+    """Which part of them; without a split of its own, the held-out share is the test part."""
+    resolution: int = 256
+    """Side of the square pictures, a multiple of the autoencoder's factor."""
+    pictures: int = 1000
+    """Pictures measured, at most."""
+    perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
+    """Perceptual distance to measure."""
+    perceptual_model: str = ""
+    """Its weights, as `perceptual.model` of stage 1."""
+    features: str = ""
+    """Of the Fréchet distance: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
+    out: str = "report-vae"
+    """Folder for report.json and reconstructions.png."""
+    seed: int = 0
+    """Of the noise."""
+    batch_size: int = 16
+    """Pictures at once."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Device."""
+
+
+def evaluate(o: Options) -> dict[str, Any]:
+    """The report, also written to `o.out` with a sheet."""
+    for name in ("vae", "data"):
+        if not getattr(o, name):
+            raise UserError(f"--{name} is missing")
+    for name in ("pictures", "batch_size"):
+        if getattr(o, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
+    autoencoder = Autoencoder.load(o.vae)
+    autoencoder.vae.to(o.device)
+    if o.resolution < 1 or o.resolution % autoencoder.factor:
+        raise UserError(
+            f"--resolution {o.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
+        )
+    perceptual = build_perceptual(PerceptualConfig(kind=o.perceptual, model=o.perceptual_model))
+    features = load_features(o.features).to(o.device) if o.features else None
+    train, test = open_sources(o.data, DataConfig(resolution=o.resolution))
+    source = test if o.split == "test" else train
+    side = o.resolution // autoencoder.factor
+    draws = {"noise": (Purpose.POSTERIOR, (autoencoder.latent_channels, side, side))}
+    pictures = PictureDataset(source, o.resolution, o.seed, shuffle=False, draws=draws)
+    count = min(o.pictures, len(source))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, count, o.batch_size):
+            batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
+            yield batch["pixels"], batch["noise"]
+
+    latents = LatentSums(autoencoder.latent_channels, o.device)
+    scores = measure_reconstruction(
+        autoencoder, batches(), perceptual=None if perceptual is None else perceptual.to(o.device), features=features,
+        latents=latents,
+    )  # fmt: skip
+    report: dict[str, Any] = {
+        "vae": scores, "channels": _channels(latents.health()), "settings": vars(o) | {"pictures": count},
+        "versions": versions(),
+    }  # fmt: skip
+    folder = Path(o.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    reconstruction_sheet(autoencoder, pictures.__getitems__(range(min(8, count)))["pixels"]).save(
+        folder / "reconstructions.png"
+    )
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _channels(health: LatentHealth) -> list[dict[str, float]]:
+    """Of each latent channel."""
+    names = ("mean", "std", "signal", "noise", "kl", "skewness", "kurtosis", "w1")
+    rows = zip(*(getattr(health, name).tolist() for name in names), strict=True)
+    return [
+        dict(zip(names, row, strict=True)) | {"autocorrelation": auto}
+        for row, auto in zip(rows, health.autocorrelation[0].tolist(), strict=True)
+    ]
+
+
+def main() -> None:
+    o = overlay(Options, Options())
+    report = evaluate(o)
+    print(json.dumps({k: report[k] for k in ("vae", "channels")}, indent=2))
+    print(f"written to {o.out}/report.json and {o.out}/reconstructions.png")
+
+
+if __name__ == "__main__":
+    command(main)

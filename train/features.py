@@ -1,0 +1,154 @@
+"""Networks whose features a Fréchet distance compares: Inception (Heusel et al. 2017, arXiv 1706.08500), CLIP, DINOv2.
+
+Inception's distance is the one papers report; DINOv2's agrees best with people (Stein et al. 2023, arXiv 2306.04675).
+Distances in different features don't compare, nor do those over different numbers of pictures.
+"""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection, Dinov2Model, PreTrainedConfig
+from transformers.utils import cached_file
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ldm.errors import UserError
+
+ALIASES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
+ACCEPTED = "'inception', 'inception:WEIGHTS.pth', 'dinov2', 'clip', or a folder or hub id of a CLIP or a DINOv2"
+_PROJECTION = "visual_projection.weight"
+
+
+def eight_bits(pixels: Tensor) -> Tensor:
+    """Pictures in [−1, 1] to whole numbers in [0, 255], as a file keeps them; float32, clipped."""
+    return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+
+
+class Features(nn.Module):
+    """Pictures (b, 3, H, W) in [−1, 1] to features (b, dim), float32, without gradient.
+
+    Pictures are rounded to 8 bits first: features of decoded pictures are those of the saved ones.
+    """
+
+    def __init__(self, name: str, dim: int) -> None:
+        super().__init__()
+        self.name, self.dim = name, dim
+
+
+class InceptionFeatures(Features):
+    """The 2048 features of the original Inception of FID, through torch-fidelity.
+
+    Pictures are resized as TensorFlow 1 did, without antialiasing: that is the distance of the literature. Raises
+    UserError without torch-fidelity, or when the weights can't be had (it downloads them unless given a file).
+    """
+
+    def __init__(self, weights: str | None = None) -> None:
+        from torchmetrics.image.fid import NoTrainInceptionV3  # brings torch-fidelity, which is optional
+
+        super().__init__("inception", 2048)
+        try:
+            if weights is not None:
+                # torch-fidelity loads it as a pickle that may run anything: only plain weights get that far.
+                torch.load(weights, map_location="cpu", weights_only=True)
+            network = NoTrainInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights, antialias=False
+            )
+        except ModuleNotFoundError:
+            raise UserError("features 'inception' need torch-fidelity: pip install torch-fidelity") from None
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            source = "its download" if weights is None else repr(weights)
+            raise UserError(f"features 'inception' can't be loaded from {source}: {error}") from None
+        self.network = network
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(eight_bits(pixels.to(next(self.parameters()).device)).to(torch.uint8)).float()
+
+
+class TowerFeatures(Features):
+    """What a CLIP image tower or a DINOv2 says of a whole picture, resized to its side (bicubic, antialiased)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, tower: nn.Module, output: str, dim: int, side: int, processing: dict) -> None:
+        """`output` names the field of the tower's answer; `processing` has image_mean and image_std, 3 numbers each."""
+        super().__init__(name, dim)
+        self.tower, self.output, self.side = tower, output, side
+        self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(processing["image_std"]).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = eight_bits(pixels.to(self.mean.device)) / 255
+        if x.shape[-2:] != (self.side, self.side):
+            x = F.interpolate(x, size=(self.side, self.side), mode="bicubic", antialias=True, align_corners=False)
+        return self.tower(pixel_values=(x - self.mean) / self.std)[self.output]
+
+
+def load_features(name: str) -> Features:
+    """A frozen network by name: inception, inception:WEIGHTS.pth, dinov2, clip, or a folder or hub id of one.
+
+    A transformers model must be of model_type clip, clip_vision_model (its image embedding, or the pooled output where
+    the weights have no projection) or dinov2 (the CLS token), its weights safetensors. Raises UserError otherwise.
+    """
+    if name == "inception" or name.startswith("inception:"):
+        return InceptionFeatures(name.partition(":")[2] or None)
+    where = ALIASES.get(name, name)
+    if not Path(where).is_dir() and (where.count("/") != 1 or where.startswith((".", "/"))):
+        raise UserError(f"no features {name!r}: accepted are {ACCEPTED}")
+    try:
+        return _load_tower(name, where)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"can't load features {name!r}: {error}; accepted are {ACCEPTED}") from None
+
+
+def _load_tower(name: str, where: str) -> TowerFeatures:
+    match PreTrainedConfig.get_config_dict(where)[0].get("model_type"):
+        case "clip" | "clip_vision_model":
+            tower, missing = _load(CLIPVisionModelWithProjection, where)
+            config = tower.config
+            output, dim, side = "image_embeds", config.projection_dim, config.image_size
+            processing = _processing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+            if _PROJECTION in missing:
+                tower, output, dim = tower.vision_model, "pooler_output", config.hidden_size
+                missing.remove(_PROJECTION)
+        case "dinov2":
+            tower, missing = _load(Dinov2Model, where)
+            output, dim = "pooler_output", tower.config.hidden_size
+            processing = _processing(where, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            # Its positions stretch to any side: the published models were trained at 518, and are used at 224.
+            crop = processing.get("crop_size", tower.config.image_size)
+            side = crop["height"] if isinstance(crop, dict) else crop
+        case None:
+            raise UserError(f"features {name!r} have no config.json that says a model_type: accepted are {ACCEPTED}")
+        case kind:
+            raise UserError(
+                f"features {name!r} are of model_type {kind!r}: accepted are clip, clip_vision_model, dinov2"
+            )
+    if missing:
+        raise UserError(f"features {name!r} lack weights ({len(missing)}), among them {min(missing)}")
+    return TowerFeatures(name, tower, output, dim, side, processing)
+
+
+def _load(kind: Any, where: str) -> tuple[Any, set[str]]:
+    """The model, and the names of the weights that its files lack."""
+    model, info = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    return model, set(info["missing_keys"])
+
+
+def _processing(where: str, mean: list[float], std: list[float]) -> dict:
+    """What preprocessor_config.json says; the published mean and deviation where it doesn't."""
+    try:
+        file = cached_file(where, "preprocessor_config.json")
+    except OSError:  # there is none
+        return {"image_mean": mean, "image_std": std}
+    return {"image_mean": mean, "image_std": std} | json.loads(Path(str(file)).read_text(encoding="utf-8"))
