@@ -1,26 +1,106 @@
-"""PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004): judges overlapping patches, not whole pictures.
+"""PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004) and the game: it judges overlapping patches, not pictures.
 
 Group normalisation in place of batch normalisation: a picture's verdict doesn't depend on its neighbours in the
 batch, nor on how many processes the batch is spread over.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, assert_never
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+Game = Literal["hinge", "non_saturating", "saturating"]
 
 
 class PatchDiscriminator(nn.Module):
-    """(b, 3, H, W) → a map of logits (b, 1, h, w), one a patch; `layers` strided convolutions deep."""
+    """(b, 3, H, W) → a map of logits (b, 1, h, w), one a patch; `layers` strided convolutions deep.
 
-    def __init__(self, channels: int = 32, layers: int = 2) -> None:
+    spectral: every convolution's largest singular value is held at 1 (Miyato et al. 2018, arXiv 1802.05957). The network
+    is always in eval mode, in which it is a function of its weights; `refresh` follows them, once a step.
+    """
+
+    def __init__(self, channels: int = 32, layers: int = 2, *, spectral: bool = False) -> None:
         super().__init__()
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for _ in range(1, layers):
+        for layer in range(1, layers):
+            wider = channels * 2 if layer < 4 else channels  # at most 8 times the first, as Isola et al.
             parts += [
-                nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
-                nn.GroupNorm(min(32, channels // 4), 2 * channels),
+                nn.Conv2d(channels, wider, 4, stride=2, padding=1),
+                nn.GroupNorm(math.gcd(wider, max(1, min(32, channels // 4))), wider),
                 nn.LeakyReLU(0.2),
             ]
-            channels *= 2
+            channels = wider
         self.body = nn.Sequential(*parts, nn.Conv2d(channels, 1, 3, padding=1))
+        if spectral:
+            for part in self.body:
+                if isinstance(part, nn.Conv2d):
+                    spectral_norm(part)
+        self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.body(pixels)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """One power iteration of each spectral norm; the weights stay as they are."""
+        self.train()
+        for layer in self.body:
+            if isinstance(layer, nn.Conv2d):
+                _ = layer.weight  # read in train mode, it iterates
+        self.eval()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Gradients go through the module, not into it."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def discriminator_loss(game: Game, real: Tensor, fake: Tensor) -> Tensor:
+    """Of logits of pictures and of reconstructions, (b, 1, h, w) each: a mean over patches.
+
+    hinge: Lim & Ye 2017 (arXiv 1705.02894); the others: Goodfellow et al. 2014 (arXiv 1406.2661), half their cross-entropies.
+    """
+    real, fake = real.float(), fake.float()
+    match game:
+        case "hinge":
+            return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        case "non_saturating" | "saturating":
+            return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+        case _:
+            assert_never(game)
+
+
+def generator_loss(game: Game, fake: Tensor) -> Tensor:
+    """The generator's half: −E[D] (hinge), −E[log p(real)] (non_saturating), E[log p(fake)] (saturating)."""
+    fake = fake.float()
+    match game:
+        case "hinge":
+            return -fake.mean()
+        case "non_saturating":
+            return F.softplus(-fake).mean()
+        case "saturating":
+            return -F.softplus(fake).mean()
+        case _:
+            assert_never(game)
+
+
+def r1_penalty(critic: nn.Module, real: Tensor) -> Tensor:
+    """½ E ‖∇ D(x)‖² at real pictures (b, 3, H, W), D being the mean over patches: Mescheder et al. 2018 (arXiv 1801.04406), eq. 9.
+
+    In float32, whatever the autocast: a squared gradient of half precision is mostly zeros.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        pixels = real.detach().float().requires_grad_()
+        verdict = critic(pixels).mean(dim=(1, 2, 3)).sum()
+        (gradient,) = torch.autograd.grad(verdict, pixels, create_graph=True)
+    return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()

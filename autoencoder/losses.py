@@ -1,29 +1,37 @@
-"""The autoencoder's losses, each a small object; every term is a mean over the batch.
+"""The autoencoder's losses, each a small object. Conventions, stated once:
 
-Conventions, stated once: the reconstruction error is a mean over picture elements; the KL divergence is summed over
-a latent and divided by the number of picture elements (3·H·W), so that its weight means what it means in Rombach
-et al. 2022 (arXiv 2112.10752), where both are sums; perceptual and adversarial terms are means over their maps.
+- Every loss is a mean over the batch's pictures, so that splitting a batch changes nothing.
+- The reconstruction error is a mean over picture elements, 3·H·W of them, with pictures in [−1, 1].
+- The perceptual distance is one number a picture.
+- The KL divergence is a sum over a latent's elements, in nats, divided by the number of picture elements.
+- The adversarial losses are means over a picture's patches (autoencoder/discriminator.py).
+
+Rombach et al. 2022 (arXiv 2112.10752) sum reconstruction, perceptual distance and KL over a picture's elements instead,
+and weigh the adversarial loss by gradients (`adaptive_weight`). Divided by 3·H·W, that is exactly the above: their weights
+carry over, KL 1e-6 and adversarial 0.5.
 """
 
-from typing import Literal, assert_never
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from torch import Tensor
 
-from ldm.errors import UserError
-
-ReconstructionKind = Literal["l1", "l2"]
+ReconstructionKind = Literal["l1", "l2", "huber"]
+_HUBER = 0.1  # where huber turns from squared to absolute: 13 of 255 grey levels
+LARGEST_WEIGHT = 1e4  # of the adversarial loss: where it has nearly no gradient, it isn't magnified without end
 
 
 def reconstruction_loss(kind: ReconstructionKind, made: Tensor, pixels: Tensor) -> Tensor:
-    """Mean |made − pixels| or (made − pixels)², in fp32."""
+    """Mean |d|, d², or the Huber loss of d = made − pixels divided by its threshold 0.1 (then |d| − 0.05 above it)."""
     match kind:
         case "l1":
             return F.l1_loss(made.float(), pixels.float())
         case "l2":
             return F.mse_loss(made.float(), pixels.float())
+        case "huber":
+            return F.smooth_l1_loss(made.float(), pixels.float(), beta=_HUBER)
         case _:
             assert_never(kind)
 
@@ -34,47 +42,59 @@ def kl_loss(mean: Tensor, logvar: Tensor, elements: int) -> Tensor:
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean() / elements
 
 
-class ClipPerceptual(nn.Module):
-    """Distance of the unit-normalised features of a frozen CLIP image tower, at every layer (after Zhang et al. 2018).
+def likelihood_loss(distance: Tensor, logvar: Tensor) -> Tensor:
+    """distance / exp(logvar) + logvar: weighs a distance by a scale that is learned with it.
 
-    The tower gets no gradient; the pictures do. Input (b, 3, H, W) in [−1, 1], resized to the tower's side.
+    Of a Laplace distribution with scale exp(logvar), it is −log p of the absolute error up to a constant. The name and
+    the formula are those of Rombach et al.'s code.
     """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        try:
-            self.tower = CLIPVisionModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"perceptual.model {folder!r} is no CLIP with an image tower: {error}") from None
-        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
-
-    def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states of every layer, (b, tokens, width) each."""
-        side = self.tower.config.image_size
-        if pixels.shape[-1] != side or pixels.shape[-2] != side:
-            pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-        return self.tower((pixels / 2 + 0.5 - self.mean) / self.std, output_hidden_states=True).hidden_states
-
-    def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
-        """Mean over layers of the squared distance of normalised features; a scalar."""
-        with torch.no_grad():
-            wanted = self.features(pixels)
-        pairs = zip(self.features(made), wanted, strict=True)
-        each = [
-            (F.normalize(a.float(), dim=-1) - F.normalize(b.float(), dim=-1)).square().sum(-1).mean() for a, b in pairs
-        ]
-        return torch.stack(each).mean()
+    return distance * torch.exp(-logvar) + logvar
 
 
-def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the discriminator over its patches (Lim & Ye 2017, arXiv 1705.02894)."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+class Known(NamedTuple):
+    """A loss and its gradient with respect to the pictures made, worked out ahead of the autoencoder's backward pass."""
+
+    value: Tensor
+    """Scalar, float32."""
+    gradient: Tensor
+    """(b, 3, H, W), float32."""
+
+    def attach(self, made: Tensor) -> Tensor:
+        """The value as a function of `made` (b, 3, H, W), for autograd."""
+        return _Attach.apply(made.float(), self.value, self.gradient)
 
 
-def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """The generator's half of the hinge game: −E[D(fake)]."""
-    return -fake.float().mean()
+def known(loss: Callable[[Tensor], Tensor], made: Tensor, scale: Tensor | float = 1.0) -> Known:
+    """A loss of pictures with its gradient, whose graph is freed at once.
+
+    The gradient serves twice, for `adaptive_weight` and for the backward pass, so that perceptual network and
+    discriminator are gone through once. scale: of half precision's losses, against underflow on the way.
+    """
+    leaf = made.detach().float().requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf).float()
+        (gradient,) = torch.autograd.grad(value * scale, leaf)
+    return Known(value.detach(), gradient / scale)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None, None
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, limit: float = LARGEST_WEIGHT) -> Tensor:
+    """‖∇ reconstruction‖ / ‖∇ adversarial‖ at one layer's weights, in [0, limit]: Esser et al. 2021 (arXiv 2012.09841), eq. 7.
+
+    The gradients are those of the whole batch, over all processes. Times this, the adversarial loss moves the layer as
+    much as the reconstruction does. NaN where a gradient isn't finite, so that the step is skipped.
+    """
+    ours, theirs = (torch.linalg.vector_norm(g.double()) for g in (reconstruction, adversarial))  # their squares fit
+    weight = torch.nan_to_num(ours / theirs, nan=0.0, posinf=limit).clamp(0, limit)  # 0 / 0: nothing to weigh
+    return torch.where(torch.isfinite(ours) & torch.isfinite(theirs), weight, torch.nan).float().detach()

@@ -60,6 +60,15 @@ def build_autoencoder(
     return vae
 
 
+def digest(module: nn.Module, about: str = "") -> str:
+    """A hash of a network's weights and of what else is said about it."""
+    total = hashlib.sha256(about.encode())
+    for name, value in sorted(module.state_dict().items()):
+        total.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
 class Posterior(NamedTuple):
     """A diagonal Gaussian over latents: q(z | x) of the autoencoder."""
 
@@ -108,11 +117,7 @@ class Autoencoder:
     @property
     def digest(self) -> str:
         """A hash of the weights and the scaling factor: equal exactly when the latents are."""
-        total = hashlib.sha256(repr(self.scale).encode())
-        for name, value in sorted(self.vae.state_dict().items()):
-            total.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+        return digest(self.vae, repr(self.scale))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Posterior:

@@ -7,7 +7,7 @@ import torch
 
 from autoencoder.model import Autoencoder, build_autoencoder
 from conditioning.clip import ClipTextEncoder
-from conditioning.contrastive import build_clip
+from conditioning.contrastive import build_clip, save_clip
 from conditioning.tokenizer import train_tokenizer
 from ldm.interchange import Process
 from ldm.pipeline import LatentDiffusionPipeline
@@ -53,4 +53,18 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Shapes set of 64 training and 24 test pictures."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     write_shapes(folder, 32, 64, 24, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a CLIP with random weights."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a red star"], 600, 8)
+    clip = build_clip(
+        tokenizer, text_width=16, text_layers=1, text_heads=2, vision_width=16, vision_layers=2, vision_heads=2,
+        patch_size=8, image_size=16, projection_dim=16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(clip, tokenizer, folder)
     return folder

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
+import transformers
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -116,6 +117,8 @@ def dump(config: object) -> str:
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
+    transformers.logging.set_verbosity_error()  # it lists what a part of a model leaves unread; what lacks is our error
+    transformers.logging.disable_progress_bar()
     try:
         main()
     except UserError as error:

@@ -73,7 +73,7 @@ class ClipStage:
         for parts in self.run.batches(self.training, start, self.run.damage(self.training.source)):
             yield [self.with_tokens(part) for part in parts]
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
         pass
 
     def end_step(self) -> None:

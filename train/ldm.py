@@ -79,7 +79,7 @@ class LdmStage:
     def batches(self, start: int) -> Iterator[list[Batch]]:
         return self.run.batches(self.training, start)
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
         if self.importance is not None:
             self.importance.forget()
 

@@ -61,8 +61,8 @@ class Stage(Protocol):
         """For each step from `start` on, the parts of this process's share of its batch."""
         ...
 
-    def begin_step(self, step: int) -> None:
-        """Told the step's number before its phases run."""
+    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
+        """Told the step's number, its batch and what half precision's losses are multiplied by, before its phases run."""
         ...
 
     def end_step(self) -> None:
@@ -228,7 +228,7 @@ class Trainer:
         """Every phase once. Returns its metrics as tensors on the device."""
         config, accelerator = self.run.config, self.run.accelerator
         metrics: dict[str, Tensor] = {}
-        self.stage.begin_step(step)
+        self.stage.begin_step(step, parts, self.scaler.scale(torch.ones((), device=accelerator.device)))
         bad = torch.zeros((), device=accelerator.device)
         share = learning_rate(config.optimizer, step, config.steps)
         for phase, module in zip(self.stage.phases, self.wrapped, strict=True):
@@ -298,7 +298,7 @@ class Trainer:
     def estimate(self, parts: list[Batch], steps: int) -> None:
         """Say what a step will cost in time and memory, from one part of a batch tried twice, before training starts."""
         phase, device = self.stage.phases[0], self.run.accelerator.device
-        self.stage.begin_step(0)
+        self.stage.begin_step(0, parts[:1], torch.ones((), device=device))
         for _ in range(2):
             begun = time.perf_counter()
             with autocast(device, self.run.config.precision):

@@ -33,7 +33,8 @@ from train.data.workers import Batched
 # What may differ when a run is continued. Inputs are compared by content, wherever they lie.
 _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
          "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "prompts", "sample_steps",
-         "guidance_scale", "validation_examples"}  # fmt: skip
+         "guidance_scale", "validation_examples", "validation_features", "init",
+         "perceptual.model"}  # fmt: skip
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
 
 
@@ -210,7 +211,7 @@ def _refuse_differences(out: Path, before: dict[str, Any], config: RunConfig, in
         raise UserError(f"{str(out)!r} holds a run of another stage or version ({error}): take another --out") from None
     for name, value in _flat(_plain(config)).items():
         was = was_config[name]
-        if was != value and name.split(".")[0] not in _FREE:
+        if was != value and not {name, name.split(".")[0]} & _FREE:
             raise UserError(
                 f"{str(out)!r} was made with --{name.replace('_', '-')} {_say(was)}, not {_say(value)}: "
                 "give the same to continue it, or another --out"

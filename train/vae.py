@@ -3,177 +3,213 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import assert_never
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from autoencoder.discriminator import PatchDiscriminator
-from autoencoder.losses import (
-    ClipPerceptual,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-    kl_loss,
-    reconstruction_loss,
+from autoencoder.equivariance import draw
+from autoencoder.model import (
+    SCALING_FACTOR,
+    Autoencoder,
+    LatentStatistics,
+    build_autoencoder,
+    digest,
+    fold,
+    latent_statistics,
+    measure,
 )
-from autoencoder.model import build_autoencoder, fold, latent_statistics, measure
+from autoencoder.perceptual import ClipPerceptual, Lpips
 from ldm.errors import UserError
-from train.config import VaeConfig
+from train.config import AutoencoderConfig, PerceptualConfig, VaeConfig
 from train.data.dataset import PictureDataset
-from train.data.randomness import Purpose
+from train.data.randomness import Purpose, uniforms
 from train.data.sources import Source
 from train.ema import Ema
-from train.evaluation import reconstruction_quality
-from train.loop import Batch, Phase, StepOutput, fit
-from train.optim import build_optimizer
+from train.features import load_features
+from train.game import Judge, Reconstruct
+from train.loop import Batch, Phase, fit
+from train.optim import autocast, build_optimizer
+from train.reconstruction import measure_reconstruction
 from train.run import Run, open_accelerator, open_sources
-from train.sheets import sheet, to_uint8
+from train.sheets import reconstruction_sheet
 
 _REFRESH = 2048  # pictures that normalise the model/ of an unfinished run
-
-
-class Reconstruct(nn.Module):
-    """The autoencoder's turn: pictures through a posterior sample and back, and every term of the loss.
-
-    The discriminator and the perceptual network stand beside it, not in it: their weights aren't its to train.
-    """
-
-    def __init__(
-        self, vae: AutoencoderKL, config: VaeConfig, perceptual: nn.Module | None, critic: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.vae, self.config = vae, config
-        self._beside = {"perceptual": perceptual, "critic": critic}
-        self.adversarial = False  # set by the stage once the discriminator plays
-
-    def forward(self, batch: Batch) -> StepOutput:
-        c, pixels = self.config, batch["pixels"]
-        q = self.vae.encode(pixels).latent_dist
-        made = self.vae.decode(q.mean + q.std * batch["posterior_noise"]).sample
-        rec = reconstruction_loss(c.reconstruction, made, pixels)
-        kl = kl_loss(q.mean, q.logvar, pixels[0].numel())
-        loss, metrics = rec + c.kl_weight * kl, {"reconstruction": rec, "kl": kl}
-        if (perceptual := self._beside["perceptual"]) is not None:
-            metrics["perceptual"] = perceptual(made, pixels)
-            loss = loss + c.perceptual.weight * metrics["perceptual"]
-        if self.adversarial and (critic := self._beside["critic"]) is not None:
-            critic.requires_grad_(False)  # the gradient goes through it, not into it
-            metrics["adversarial"] = hinge_generator_loss(critic(made))
-            critic.requires_grad_(True)
-            loss = loss + c.adversarial.weight * metrics["adversarial"]
-        return StepOutput(loss, {k: v.detach() for k, v in metrics.items()}, {"made": made.detach()})
-
-
-class Judge(nn.Module):
-    """The discriminator's turn, on the pictures that the autoencoder has just made."""
-
-    def __init__(self, critic: nn.Module) -> None:
-        super().__init__()
-        self.critic = critic
-
-    def forward(self, batch: Batch) -> StepOutput:
-        real, fake = self.critic(torch.cat([batch["pixels"], batch["made"].to(batch["pixels"].dtype)])).chunk(2)
-        return StepOutput(hinge_discriminator_loss(real, fake), {}, {})
+_SHEET = 8  # pictures of a sheet
+_NOISE = (0.2,)  # added to latents in validation; scripts/evaluate_vae.py has more
 
 
 class VaeStage:
     """What the loop asks of stage 1."""
 
-    def __init__(self, run: Run, config: VaeConfig, source: Source, held_out: Source) -> None:
+    def __init__(
+        self, run: Run, config: VaeConfig, vae: AutoencoderKL, perceptual: nn.Module | None, source: Source, held_out: Source
+    ) -> None:  # fmt: skip
         self.run, self.config = run, config
-        device = run.accelerator.device
-        shape = config.model
-        torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
-        vae = build_autoencoder(
-            channels=shape.channels, layers=shape.layers, latent_channels=shape.latent_channels, groups=shape.groups,
-            attention=shape.attention, resolution=config.input.resolution,
-        ).to(device)  # fmt: skip
-        factor = 2 ** (len(shape.channels) - 1)
-        if config.input.resolution % factor:
+        device, resolution = run.accelerator.device, config.input.resolution
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if resolution % self.factor:
             raise UserError(
-                f"input.resolution {config.input.resolution} isn't a multiple of {factor}, the autoencoder's factor"
+                f"input.resolution {resolution} isn't a multiple of {self.factor}, the autoencoder's factor"
             )
-        adversarial = config.adversarial
-        critic = perceptual = None
-        if adversarial.kind == "hinge":
-            critic = PatchDiscriminator(adversarial.channels, adversarial.layers).to(device)
-        if config.perceptual.kind == "clip":
-            perceptual = ClipPerceptual(config.perceptual.model).to(device)
-        self.reconstruct = Reconstruct(vae, config, perceptual, critic)
-        self.phases = [Phase("vae", self.reconstruct, build_optimizer(vae, config.optimizer), config.optimizer.lr)]
+        if config.decoder_only:
+            for part in (vae.encoder, vae.quant_conv):
+                if part is not None:
+                    part.requires_grad_(False)
+        elif vae.quant_conv is None or vae.post_quant_conv is None:
+            raise UserError(
+                f"init {config.init!r} has no quant convolutions, without which new latents can't be normalised exactly: "
+                "train its decoder_only, or take another"
+            )
+        if config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        vae.to(device)
+        self.perceptual = None if perceptual is None else perceptual.to(device)
+        critic, game = None, config.adversarial
+        if game.kind != "none":
+            critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm).to(device)
+        self.critic = critic
+        self.features = load_features(config.validation_features).to(device) if config.validation_features else None
+        self.reconstruct = Reconstruct(vae, config, self.perceptual, critic, self._mean)
+        self.phases = [
+            Phase("vae", self.reconstruct, build_optimizer(self.reconstruct, config.optimizer), config.optimizer.lr)
+        ]
         if critic is not None:
-            judge = Phase(
-                "discriminator",
-                Judge(critic),
-                build_optimizer(critic, config.optimizer, lr=adversarial.lr),
-                adversarial.lr,
-                adversarial.start,
-            )
-            self.phases.append(judge)
+            optimizer = build_optimizer(critic, config.optimizer, lr=game.lr)
+            self.phases.append(Phase("discriminator", Judge(critic, game), optimizer, game.lr, game.start))
         self.ema = Ema(vae, config.ema_decay)
-        self.latent_shape = (shape.latent_channels, *(2 * [config.input.resolution // factor]))
-        draws = {"posterior_noise": (Purpose.POSTERIOR, self.latent_shape)}
+        self.latent_side = resolution // self.factor
+        self.latent_channels: int = vae.config.latent_channels
+        draws = {"posterior_noise": (Purpose.POSTERIOR, (self.latent_channels, self.latent_side, self.latent_side))}
         crop, flip = config.input.crop, config.input.flip
-        self.training = PictureDataset(source, config.input.resolution, config.seed, crop=crop, flip=flip, draws=draws)
+        self.training = PictureDataset(source, resolution, config.seed, crop=crop, flip=flip, draws=draws)
         # In order, each picture once, uncropped by chance: for the statistics and for validation.
-        self.plain = PictureDataset(source, config.input.resolution, config.seed, draws=draws, shuffle=False)
-        self.held_out = PictureDataset(held_out, config.input.resolution, config.seed, shuffle=False)
+        self.plain = PictureDataset(source, resolution, config.seed, draws=draws, shuffle=False)
+        self.held_out = PictureDataset(held_out, resolution, config.seed, draws=draws, shuffle=False)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return self.run.accelerator.reduce(x, "mean")
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
         return self.run.batches(self.training, start, self.run.damage(self.training.source))
 
-    def begin_step(self, step: int) -> None:
-        self.reconstruct.adversarial = step >= self.config.adversarial.start
+    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
+        c, players = self.config, self.reconstruct
+        players.loss_scale, players.weight = loss_scale, None
+        players.adversarial = self.critic is not None and step >= c.adversarial.start
+        u = uniforms(c.seed, Purpose.TRANSFORM, [step], 4)[0]
+        share, smallest = c.equivariance.share, c.equivariance.smallest
+        players.transform = draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None
+        if self.critic is None or not players.adversarial:
+            return
+        if c.adversarial.spectral_norm:
+            self.critic.refresh()
+        if (
+            c.adversarial.adaptive and len(parts) > 1
+        ):  # the weight is the whole batch's, so it is gone through beforehand
+            with autocast(self.run.accelerator.device, c.precision):
+                players.weight = players.balance(players.terms(part) for part in parts)
 
     def end_step(self) -> None:
         pass
 
-    @torch.no_grad()
-    def reconstructions(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Held-out pictures and their reconstructions by the averaged weights, on the device."""
-        device = self.run.accelerator.device
-        for first in range(0, count, self.config.batch_size):
-            places = range(first, min(first + self.config.batch_size, count))
-            pixels = self.held_out.__getitems__(list(places))["pixels"].to(device)
-            yield pixels, self.ema.module.decode(self.ema.module.encode(pixels).latent_dist.mode()).sample
+    def _shares(self, pictures: PictureDataset, count: int) -> Iterator[Batch]:
+        """This process's batches of the first `count` pictures, in order."""
+        accelerator, b = self.run.accelerator, self.config.batch_size
+        for first in range(accelerator.process_index * b, count, accelerator.num_processes * b):
+            yield self.run.on_device(pictures.__getitems__(list(range(first, min(first + b, count)))))
+
+    def _normalised(self, pictures: PictureDataset, count: int) -> tuple[AutoencoderKL, LatentStatistics | None]:
+        """The averaged weights, their latents normalised over so many pictures, unless the encoder is somebody else's."""
+        vae = copy.deepcopy(self.ema.module)
+        if self.config.decoder_only:
+            return vae, None
+        batches = ((part["pixels"], part["posterior_noise"]) for part in self._shares(pictures, count))
+        sums = measure(vae, batches, channels=self.latent_channels)
+        statistics = latent_statistics(self.run.accelerator.reduce(sums, "sum").cpu())
+        fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
+        return vae, statistics
 
     def validate(self, step: int) -> dict[str, float]:
         count = min(len(self.held_out.source), self.config.validation_examples)
-        scores = np.array([(len(x), *reconstruction_quality(made, x)) for x, made in self.reconstructions(count)])
-        _, psnr, ssim = np.average(scores, axis=0, weights=scores[:, 0])
-        self.run.say(f"step {step}: PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {count} held-out pictures")
-        return {"val_psnr": float(psnr), "val_ssim": float(ssim)}
+        vae, _ = self._normalised(self.held_out, count)
+        figures = measure_reconstruction(
+            Autoencoder(vae), ((p["pixels"], p["posterior_noise"]) for p in self._shares(self.held_out, count)),
+            perceptual=self.perceptual, features=self.features, levels=_NOISE,
+            reduce=lambda x: self.run.accelerator.reduce(x, "sum"),
+        )  # fmt: skip
+        self.run.say(
+            f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out pictures"
+        )
+        return {f"val_{name}": value for name, value in figures.items()}
 
     def sheet(self, path: Path) -> None:
-        """Original over reconstruction over eight times their difference."""
-        pixels, made = next(iter(self.reconstructions(min(8, len(self.held_out.source)))))
-        rows = [to_uint8(x) for x in (pixels[:8], made[:8], ((made - pixels)[:8] * 8))]
-        sheet([list(row) for row in rows]).save(path)
+        pictures = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))
+        reconstruction_sheet(Autoencoder(self.ema.module), pictures["pixels"]).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         """The averaged weights, their latents normalised over the training set (a part of it until the end)."""
-        accelerator, b = self.run.accelerator, self.config.batch_size
         count = len(self.plain.source) if final else min(_REFRESH, len(self.plain.source))
-        mine = range(accelerator.process_index * b, count, accelerator.num_processes * b)
-        parts = (self.plain.__getitems__(list(range(first, min(first + b, count)))) for first in mine)
-        vae = copy.deepcopy(self.ema.module)
-        c = self.latent_shape[0]
-        sums = measure(vae, ((p["pixels"], p["posterior_noise"]) for p in parts), channels=c)
-        statistics = latent_statistics(accelerator.reduce(sums, "sum").cpu())
+        vae, statistics = self._normalised(self.plain, count)
+        if self.run.main:
+            vae.save_pretrained(str(folder), safe_serialization=True)
+        if statistics is None:
+            return {}
         if statistics.dead:
             self.run.say(
                 f"latent channels {statistics.dead} carry nothing: fewer latent channels, or a lower --kl-weight"
             )
-        fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
-        if self.run.main:
-            vae.save_pretrained(str(folder), safe_serialization=True)
         return {"dead_channels": len(statistics.dead)}
+
+
+def first_autoencoder(config: VaeConfig) -> AutoencoderKL:
+    """From random weights, or the given one; its latents are our own to normalise unless the decoder alone is trained."""
+    torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
+    if not config.init:
+        shape = config.model
+        return build_autoencoder(
+            channels=shape.channels, layers=shape.layers, latent_channels=shape.latent_channels, groups=shape.groups,
+            attention=shape.attention, resolution=config.input.resolution,
+        )  # fmt: skip
+    vae = Autoencoder.load(config.init).vae.float().train().requires_grad_(True)
+    given = AutoencoderConfig(
+        channels=tuple(vae.config.block_out_channels), layers=vae.config.layers_per_block,
+        latent_channels=vae.config.latent_channels, groups=vae.config.norm_num_groups,
+        attention=vae.config.mid_block_add_attention,
+    )  # fmt: skip
+    if config.model not in (given, AutoencoderConfig()):
+        raise UserError(f"init {config.init!r} has another shape, {given}: leave `model` out of the configuration")
+    if not config.decoder_only:
+        vae.register_to_config(scaling_factor=SCALING_FACTOR)
+    return vae
+
+
+def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
+    """The frozen network of the perceptual distance."""
+    match config.kind:
+        case "none":
+            return None
+        case "lpips_vgg":
+            return Lpips("vgg", config.model)
+        case "lpips_alex":
+            return Lpips("alex", config.model)
+        case "clip":
+            return ClipPerceptual(config.model)
+        case _:
+            assert_never(config.kind)
 
 
 def train(config: VaeConfig) -> None:
     """Train stage 1 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
     source, held_out = open_sources(config.data, config.input)
-    with Run(config, accelerator, {"data": source.fingerprint}) as run:
-        fit(run, VaeStage(run, config, source, held_out))
+    vae, perceptual = first_autoencoder(config), build_perceptual(config.perceptual)
+    inputs = {"data": source.fingerprint}
+    if config.init:
+        inputs["init"] = digest(vae)
+    if perceptual is not None:
+        inputs["perceptual.model"] = digest(perceptual)
+    with Run(config, accelerator, inputs) as run:
+        fit(run, VaeStage(run, config, vae, perceptual, source, held_out))

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     VALIDATION = 9
     SUBSTITUTE = 10
     OFFSET = 11
+    TRANSFORM = 12  # a position of it counts steps
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:

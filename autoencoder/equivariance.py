@@ -1,0 +1,35 @@
+"""Latents that turn and shrink with their pictures: EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509, sec. 3).
+
+In a share of the steps, the latent is transformed by τ before it is decoded, and the decoder has to make the picture
+transformed by τ. That rules out latents whose meaning depends on their place or on fine noise, which a diffusion would
+have to learn. τ is a rotation by quarter turns and a reduction of each side on its own.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Transform(NamedTuple):
+    """τ, for a batch."""
+
+    height: int
+    """Of the latent, before it is turned."""
+    width: int
+    turns: int
+    """Quarter turns, counter-clockwise."""
+
+    def __call__(self, x: Tensor, factor: int = 1) -> Tensor:
+        """Latents (b, c, h, w), or pictures whose sides are `factor` times as long."""
+        size = (self.height * factor, self.width * factor)
+        if x.shape[-2:] != size:
+            x = F.interpolate(x.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+        return torch.rot90(x, self.turns, (-2, -1))
+
+
+def draw(uniforms: tuple[float, float, float], side: int, smallest: float) -> Transform:
+    """From three numbers in [0, 1): sides between `smallest` and 1 of a latent's, and 0 to 3 quarter turns."""
+    height, width = (max(1, round(side * (smallest + (1 - smallest) * u))) for u in uniforms[:2])
+    return Transform(height, width, int(4 * uniforms[2]))

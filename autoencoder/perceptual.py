@@ -1,0 +1,137 @@
+"""Distances of pictures in the features of a frozen network: gradients go through it to the pictures, not into it."""
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Literal, assert_never
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
+from transformers import CLIPVisionModel
+
+from ldm.errors import UserError
+
+Backbone = Literal["vgg", "alex"]
+_TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # activations compared, by their place in torchvision's
+_SMALLEST = 64  # pixels a side: what the distance was fitted on; smaller pictures are enlarged to it
+
+
+class Lpips(nn.Module):
+    """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924, eq. 1) over ImageNet's VGG16 or AlexNet.
+
+    Pictures (b, 3, H, W) in [−1, 1], (made, pixels) → their mean distance, a scalar. weights: torchvision's weights of
+    the backbone, a .safetensors file or a .pth without code in it; empty: downloaded by torchvision. The weights of the
+    layers are those that torchmetrics brings. Raises UserError when they can't be had.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone = "vgg", weights: str = "") -> None:
+        super().__init__()
+        with torch.device("meta"):  # its own random weights are never made
+            match backbone:
+                case "vgg":
+                    network, published = vgg16(), VGG16_Weights.IMAGENET1K_V1
+                case "alex":
+                    network, published = alexnet(), AlexNet_Weights.IMAGENET1K_V1
+                case _:
+                    assert_never(backbone)
+        taps = _TAPS[backbone]
+        try:
+            state = _read(weights) if weights else published.get_state_dict(check_hash=True, weights_only=True)
+            network.features.load_state_dict(
+                {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True
+            )
+        except (OSError, ValueError, RuntimeError, TypeError, UnpicklingError, SafetensorError) as error:
+            what = f"weights {weights!r}" if weights else "downloading its weights"
+            raise UserError(f"the {backbone} of LPIPS: {what} failed: {str(error)[:300]}") from None
+        for layer in network.features:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # it would change an activation that is compared
+        starts = (0, *(t + 1 for t in taps))
+        self.parts = nn.ModuleList(network.features[a : b + 1] for a, b in zip(starts, taps, strict=False))
+        with as_file(files("torchmetrics") / "functional" / "image" / "lpips_models" / f"{backbone}.pth") as path:
+            fitted = torch.load(path, map_location="cpu", weights_only=True)
+        self.fitted = nn.ParameterList(fitted[f"lin{k}.model.1.weight"].flatten() for k in range(len(taps)))  # (c,)
+        # ImageNet's statistics for pictures in [−1, 1].
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Activations (b, c, h, w) of unit length over their channels, float32."""
+        if (side := min(pixels.shape[-2:])) < _SMALLEST:
+            ratio = _SMALLEST / side
+            size = [round(s * ratio) for s in pixels.shape[-2:]]
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+        x, taken = (pixels - self.mean) / self.std, []
+        for part in self.parts:
+            x = part(x)
+            taken.append(_unit(x, dim=1))
+        return taken
+
+    def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.features(pixels)
+        each = [
+            ((a - b).square().mean(dim=(2, 3)) * weight).sum(1)  # (b,); a matrix product would be autocast's
+            for a, b, weight in zip(self.features(made), wanted, self.fitted, strict=True)
+        ]
+        return torch.stack(each).sum(0).mean()
+
+
+class ClipPerceptual(nn.Module):
+    """Mean squared distance of the unit-length features of a CLIP image tower over all its layers, after Zhang et al. 2018.
+
+    Offline, it may be the tower that stage 0 trained on the same pictures. Pictures (b, 3, H, W) in [−1, 1] are resized
+    to the tower's side; (made, pixels) → a scalar. Raises UserError when the folder or hub id holds no such tower.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        try:
+            self.tower, found = CLIPVisionModel.from_pretrained(where, use_safetensors=True, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"perceptual.model {where!r} is no CLIP with an image tower: {error}") from None
+        if found["missing_keys"]:
+            raise UserError(
+                f"perceptual.model {where!r} lacks an image tower's weights, e.g. {min(found['missing_keys'])}"
+            )
+        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Hidden states of every layer, (b, tokens, width) each, of unit length, float32."""
+        side = self.tower.config.image_size
+        assert isinstance(side, int)
+        if pixels.shape[-1] != side or pixels.shape[-2] != side:
+            pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        hidden = self.tower((pixels / 2 + 0.5 - self.mean) / self.std, output_hidden_states=True).hidden_states
+        return [_unit(x, dim=-1) for x in hidden]
+
+    def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.features(pixels)
+        each = [(a - b).square().sum(-1).mean() for a, b in zip(self.features(made), wanted, strict=True)]
+        return torch.stack(each).mean()
+
+
+def _unit(x: Tensor, dim: int) -> Tensor:
+    """x / √(‖x‖² + 1e-8) in float32: with the small number under the root, zero features have a gradient."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + 1e-8)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
