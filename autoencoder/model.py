@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
@@ -83,11 +84,13 @@ class Posterior(NamedTuple):
 class Autoencoder:
     """An AutoencoderKL as the diffusion sees it: latents normalised, pictures in [−1, 1].
 
-    `encode` gives the posterior already multiplied by the scaling factor; `decode` takes such latents.
+    `encode` gives the posterior already multiplied by the scaling factor; `decode` takes such latents. With `tiles`,
+    pictures larger than a tile are encoded and decoded tile by tile, in the memory of one (autoencoder/tiling.py).
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, tiles: Tiles | None = None) -> None:
         self.vae = vae.eval().requires_grad_(False)
+        self.tiles = tiles
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
         self.latent_channels: int = vae.config.latent_channels
         self.scale: float = vae.config.scaling_factor
@@ -121,14 +124,31 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Posterior:
-        """Pictures (b, 3, H, W) in [−1, 1] to the posterior of their normalised latents."""
-        q = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return Posterior(q.mean * self.scale, q.std * self.scale)
+        """Pictures (b, 3, H, W) in [−1, 1] to the posterior of their normalised latents, (b, c, ⌈H / f⌉, ⌈W / f⌉) each.
+
+        Where a side is no multiple of the factor f, the picture's last row or column is repeated up to the next.
+        """
+        pixels = pad_to_multiple(pixels, self.factor).to(self.vae.device, self.vae.dtype)
+
+        def moments(part: Tensor) -> Tensor:
+            q = self.vae.encode(part).latent_dist
+            return torch.cat([q.mean, q.std], 1)
+
+        t, f = self.tiles, self.factor
+        found = moments(pixels) if t is None else tiled(moments, pixels, t, down=f, network=self.vae.encoder)
+        mean, std = found.chunk(2, 1)
+        return Posterior(mean * self.scale, std * self.scale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (b, c, h, w) to float32 pictures (b, 3, H, W), not clipped."""
-        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype) / self.scale).sample.float()
+        z = latents.to(self.vae.device, self.vae.dtype) / self.scale
+
+        def picture(part: Tensor) -> Tensor:
+            return self.vae.decode(part).sample
+
+        t, f = self.tiles, self.factor
+        return (picture(z) if t is None else tiled(picture, z, t, up=f, network=self.vae.decoder)).float()
 
 
 class LatentStatistics(NamedTuple):

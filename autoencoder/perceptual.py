@@ -3,7 +3,7 @@
 from importlib.resources import as_file, files
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -98,13 +98,15 @@ class ClipPerceptual(nn.Module):
     def __init__(self, where: str) -> None:
         super().__init__()
         try:
-            self.tower, found = CLIPVisionModel.from_pretrained(where, use_safetensors=True, output_loading_info=True)
+            loaded: Any = CLIPVisionModel.from_pretrained(where, use_safetensors=True, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"perceptual.model {where!r} is no CLIP with an image tower: {error}") from None
+        tower, found = loaded
         if found["missing_keys"]:
             raise UserError(
                 f"perceptual.model {where!r} lacks an image tower's weights, e.g. {min(found['missing_keys'])}"
             )
+        self.tower: CLIPVisionModel = tower
         self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
         self.eval().requires_grad_(False)

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder.model import Autoencoder
+from autoencoder.tiling import Tiles
 from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import Denoise, Denoiser
 from ldm.errors import RunError, UserError
@@ -139,6 +140,14 @@ class LatentDiffusionPipeline:
         self.text_encoder.to(device=device, dtype=dtype)
         move(self.autoencoder.vae, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
         return self
+
+    def enable_vae_tiling(self, tiles: Tiles | None = None) -> None:
+        """Decode and encode large pictures tile by tile, for small memory."""
+        self.autoencoder.tiles = tiles or Tiles()
+
+    def disable_vae_tiling(self) -> None:
+        """Whole pictures again."""
+        self.autoencoder.tiles = None
 
     # -- painting ---------------------------------------------------------------------------------------------
 

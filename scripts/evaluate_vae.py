@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import Tensor
 
 from autoencoder.model import Autoencoder
+from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from train.cli import command, overlay
 from train.config import DataConfig, PerceptualConfig
@@ -40,6 +42,8 @@ class Options:
     """Perceptual distance to measure."""
     perceptual_model: str = ""
     """Its weights, as `perceptual.model` of stage 1."""
+    tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
+    """Encode and decode in overlapping tiles of this side, for large pictures in little memory; whole unless given."""
     features: str = ""
     """Of the Fréchet distance: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
     out: str = "report-vae"
@@ -62,6 +66,7 @@ def evaluate(o: Options) -> dict[str, Any]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     autoencoder = Autoencoder.load(o.vae)
     autoencoder.vae.to(o.device)
+    autoencoder.tiles = None if o.tile is None else Tiles(o.tile, o.tile // 4)
     if o.resolution < 1 or o.resolution % autoencoder.factor:
         raise UserError(
             f"--resolution {o.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.png import file_name, save_png
@@ -43,6 +44,8 @@ class Options(SamplingOptions):
     """Pictures painted at once."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device."""
+    tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
+    """Decode in overlapping tiles of this side, e.g. 64, for large pictures in little memory; whole unless given."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the network's weights and arithmetic."""
 
@@ -58,6 +61,8 @@ def main() -> None:
         raise UserError(f"--num-images {o.num_images} --batch-size {o.batch_size}: both must be at least 1")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device, dtype)
+    if o.tile is not None:
+        pipe.enable_vae_tiling(Tiles(o.tile, o.tile // 4))
     weak = LatentDiffusionPipeline.from_pretrained(o.weak_model).to(o.device, dtype) if o.weak_model else None
     folder = Path(o.out)
     for first in range(0, o.num_images, o.batch_size):

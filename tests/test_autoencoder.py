@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from autoencoder.model import Autoencoder, Posterior, build_autoencoder, fold, latent_statistics, latent_sums, measure
+from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 
 
@@ -89,6 +90,27 @@ def test_an_autoencoder_without_quant_convolutions_is_refused() -> None:
 def test_groups_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match="32"):
         build_autoencoder(channels=(48,), layers=1, latent_channels=4)
+
+
+@torch.no_grad()
+def test_pictures_of_any_size_go_through_in_tiles() -> None:
+    vae = small_vae()
+    for name, module in vae.named_modules():
+        if name.endswith(".conv2"):
+            module.weight.copy_(0.02 * torch.randn(module.weight.shape))  # no branch is zero
+    x = nn.functional.interpolate(pictures(2), size=(45, 71), mode="bilinear")
+    whole, tiles = Autoencoder(vae), Autoencoder(vae, Tiles(12, 6))
+    posterior, tiled = whole.encode(x), tiles.encode(x)
+    assert posterior.mean.shape == tiled.mean.shape == (2, 4, 23, 36)
+    for a, b in zip(tiled, posterior, strict=True):
+        assert (a - b).square().mean() < 1e-3 * b.var()
+    made, again = whole.decode(posterior.mean), tiles.decode(posterior.mean)
+    assert made.shape == (2, 3, 46, 72)
+    assert (made - again).square().mean() < 1e-2 * made.var()
+    # What has the right size already isn't padded.
+    torch.testing.assert_close(
+        whole.encode(x[..., :44, :70]).mean, vae.encode(x[..., :44, :70]).latent_dist.mean * whole.scale
+    )
 
 
 def test_loading_says_what_is_wrong(tmp_path) -> None:

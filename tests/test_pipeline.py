@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from autoencoder.tiling import Tiles
 from ldm.errors import RunError, UserError
 from ldm.interchange import Process
 from ldm.pipeline import LatentDiffusionPipeline, _warn_once
@@ -398,3 +400,17 @@ def test_a_png_carries_its_settings(tmp_path: Path, prompt: str) -> None:
     assert path.parent == tmp_path
     save_png(Image.new("RGB", (4, 4)), path, settings)
     assert read_png(path) == settings
+
+
+def test_large_pictures_are_decoded_in_tiles() -> None:
+    pipe = tiny_pipeline()
+    latents = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    whole, sizes = pipe.decode(latents), []
+    pipe.enable_vae_tiling(Tiles(12, 6))
+    handle = pipe.autoencoder.vae.decoder.conv_in.register_forward_hook(lambda *a: sizes.append(a[1][0].shape[-2:]))
+    tiled = pipe.decode(latents)
+    handle.remove()
+    assert set(sizes) == {(12, 12)}
+    assert 10 * math.log10(1 / float((tiled - whole).square().mean())) > 35
+    pipe.disable_vae_tiling()
+    assert torch.equal(pipe.decode(latents), whole)

@@ -1,0 +1,284 @@
+"""Pictures and latents of any size through an autoencoder in overlapping tiles, in the memory of one tile.
+
+A tile differs from the same place of the whole picture in three ways, and each has its remedy:
+
+- At an inner border the convolutions pad with zeros where the picture goes on. That reaches inwards and fades, so the
+  outermost quarter of the overlap is thrown away (`windows`).
+- Neighbours still differ a little. They are blended over the rest of the overlap, with weights that add up to 1.
+- GroupNorm (Wu & He 2018, arXiv 1803.08494) takes its mean and variance over the picture. Those of a tile give it
+  another tone, and no blending hides that, so all tiles are given the whole picture's (`Statistics`).
+
+Attention in the middle block stays within its tile; nothing here mends that.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise, product
+from types import EllipsisType
+from typing import Literal, NamedTuple, assert_never, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.errors import UserError
+
+Statistics = Literal["exact", "estimated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a picture is cut; lengths are in latents, for encoding as for decoding."""
+
+    side: int = 64
+    """Of a tile; smaller pictures stay whole."""
+    overlap: int = 16
+    """Of neighbours: a quarter at either end is thrown away, the half between blends."""
+    statistics: Statistics = "exact"
+    """Of the whole picture, for the group norms: `exact` measures them tile by tile, one norm after the other, in about
+    ten times the work of the tiles themselves; `estimated` is one run more, on the picture made as small as a tile."""
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise UserError(f"tiles of side {self.side}: give 1 or more latents")
+        if not 0 <= self.overlap <= self.side // 2:
+            most = self.side // 2
+            raise UserError(f"an overlap of {self.overlap} for tiles of side {self.side}: give 0 to {most} latents")
+        if self.statistics not in get_args(Statistics):
+            raise UserError(f"statistics {self.statistics!r}: give {' or '.join(get_args(Statistics))}")
+
+
+class Span(NamedTuple):
+    """A tile along one axis, in latents."""
+
+    start: int
+    stop: int
+    own: slice
+    """The part, counted from `start`, that is this tile's rather than a neighbour's."""
+
+
+class Tile(NamedTuple):
+    """Where a tile is."""
+
+    row: Span
+    column: Span
+
+    def at(self, scale: int) -> tuple[EllipsisType, slice, slice]:
+        """Its place in a picture of `scale` elements a latent."""
+        (top, bottom, _), (left, right, _) = self
+        return ..., slice(top * scale, bottom * scale), slice(left * scale, right * scale)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The tile's own part of an activation of it, of any whole number of elements a latent.
+
+        (b, c, h, w), or (b, c, h w) as attention has it.
+        """
+        rows, columns = self.row.stop - self.row.start, self.column.stop - self.column.start
+        scale = math.isqrt(x[0, 0].numel() // (rows * columns))
+        x = x.reshape(*x.shape[:2], rows * scale, columns * scale)
+        top, left = self.row.own, self.column.own
+        return x[..., top.start * scale : top.stop * scale, left.start * scale : left.stop * scale]
+
+
+def spans(n: int, tiles: Tiles) -> list[Span]:
+    """The tiles along an axis of n latents: all of the full side if n is, the last one moved inwards to end at n."""
+    if n <= tiles.side:
+        return [Span(0, n, slice(0, n))]
+    starts = [*range(0, n - tiles.side, tiles.side - tiles.overlap), n - tiles.side]
+    borders = [0, *((a + tiles.side + b) // 2 for a, b in pairwise(starts)), n]
+    return [
+        Span(start, start + tiles.side, slice(left - start, right - start))
+        for start, (left, right) in zip(starts, pairwise(borders), strict=True)
+    ]
+
+
+def windows(along: Sequence[Span], overlap: int, scale: int) -> Tensor:
+    """Each tile's weights along an axis, at `scale` elements a latent; where tiles meet they add up to 1.
+
+    Weights rise as sin², whose slope is zero at both ends: a difference of two tiles becomes no visible kink, as it
+    would with a straight ramp. The borders of the picture itself keep their full weight. (tiles, side × scale), float64
+    """
+    length, rim = (along[0].stop - along[0].start) * scale, overlap // 4 * scale
+    ramp = overlap * scale - 2 * rim
+    place = (torch.arange(length, dtype=torch.float64) + 0.5 - rim) / ramp  # 0 to 1 between the rims
+    rise = (place.clamp(0, 1) * torch.pi / 2).sin() ** 2  # without an overlap: 1 everywhere
+    weights = torch.ones(len(along), length, dtype=torch.float64)
+    weights[1:] *= rise
+    weights[:-1] *= rise.flip(0)
+    total = torch.zeros(along[-1].stop * scale, dtype=torch.float64)
+    for span, weight in zip(along, weights, strict=True):
+        total[span.start * scale : span.stop * scale] += weight
+    return torch.stack([w / total[s.start * scale : s.stop * scale] for s, w in zip(along, weights, strict=True)])
+
+
+@torch.no_grad()
+def tiled(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tiles: Tiles,
+    *,
+    up: int = 1,
+    down: int = 1,
+    network: nn.Module | None = None,
+) -> Tensor:
+    """`run`(x) tile by tile, where x has `down` elements a latent and side, and the result has `up`.
+
+    x (b, c, h × down, w × down) gives (b, c', h × up, w × up), at least float32 and on the device of x. A picture no
+    larger than a tile runs once, as it is. Otherwise the group norms of `network`, which is what `run` calls, are given
+    the whole picture's statistics; without it, every tile has its own. Where `run` looks no further than a quarter of
+    the overlap, and has exact statistics or no norms, the result is that of the whole. It may move a tile to another
+    device. Not for two threads at once on one network.
+    Raises UserError where a side of x is no multiple of `down`, ValueError for a result of another size.
+    """
+    if x.shape[-2] % down or x.shape[-1] % down:
+        raise UserError(f"a picture of {x.shape[-1]} × {x.shape[-2]} elements: give multiples of {down}")
+    rows, columns = spans(x.shape[-2] // down, tiles), spans(x.shape[-1] // down, tiles)
+    if len(rows) == len(columns) == 1:
+        return _wide(run(x)).to(x.device)
+    places = [Tile(row, column) for row, column in product(rows, columns)]
+    weights = list(product(windows(rows, tiles.overlap, up), windows(columns, tiles.overlap, up)))
+    out = None
+    with _group_norms(network) as norms:
+        if network is not None:
+            match tiles.statistics:
+                case "exact":
+                    _measure(run, x, places, down, norms)
+                case "estimated":
+                    run(_shrink(x, tiles.side * down, down))
+                    norms.fix()
+                case _:
+                    assert_never(tiles.statistics)
+        for place, (vertical, horizontal) in zip(places, weights, strict=True):
+            part = _wide(run(x[place.at(down)])).to(x.device)
+            if out is None:
+                out = part.new_zeros(*part.shape[:-2], rows[-1].stop * up, columns[-1].stop * up)
+            if part.shape[-2:] != (len(vertical), len(horizontal)):
+                raise ValueError(
+                    f"a tile became {tuple(part.shape[-2:])}: {(len(vertical), len(horizontal))} are expected "
+                    f"({down} elements a latent and side before, {up} after)"
+                )
+            out[place.at(up)] += part * vertical.to(part)[:, None] * horizontal.to(part)
+    assert out is not None
+    return out
+
+
+def pad_to_multiple(pixels: Tensor, factor: int) -> Tensor:
+    """Pictures (b, c, h, w) continued to the right and below until both sides are multiples of `factor`.
+
+    The last row and column are repeated: that works for the smallest pictures, where a reflection would need more rows
+    than there are, and adds no edges. Cut the reconstruction back to h × w.
+    """
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % factor, 0, -height % factor), mode="replicate")
+
+
+class _Moments(NamedTuple):
+    """Of a group norm's input, a picture and group each."""
+
+    size: int  # elements
+    mean: Tensor  # (b, groups), float64
+    var: Tensor  # (b, groups), float64
+
+
+def _moments(x: Tensor, groups: int) -> _Moments:
+    """Of activations (b, c, ...)."""
+    x = _wide(x).reshape(len(x), groups, -1)
+    var, mean = torch.var_mean(x, -1, correction=0)
+    return _Moments(x.shape[-1], mean.cpu().double(), var.cpu().double())
+
+
+def _pooled(parts: Sequence[_Moments]) -> _Moments:
+    """The moments of all parts together: Var x = E Var(x | part) + Var E(x | part)."""
+    size = torch.tensor([part.size for part in parts], dtype=torch.float64).view(-1, 1, 1)
+    means, variances = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
+    share = size / size.sum()
+    mean = (share * means).sum(0)
+    return _Moments(int(size.sum()), mean, (share * (variances + (means - mean) ** 2)).sum(0))
+
+
+class _Reached(Exception):
+    """A norm without statistics was reached and measured."""
+
+
+class _GroupNorms:
+    """A hook on group norms: those with fixed statistics normalise with them, the others are measured."""
+
+    def __init__(self) -> None:
+        self.tile: Tile | None = None  # of which a measurement counts the own part; None: all of it
+        self.stop = False  # raise _Reached after a measurement
+        self.fixed: dict[nn.Module, _Moments] = {}
+        self.measured: dict[nn.Module, list[_Moments]] = {}
+
+    def fix(self) -> None:
+        """From here on, the norms measured so far use what was measured."""
+        self.fixed |= {norm: _pooled(parts) for norm, parts in self.measured.items()}
+        self.measured = {}
+
+    def __call__(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        (x,) = inputs  # (b, c, ...)
+        if norm in self.fixed:
+            return _normalised(x, norm, self.fixed[norm]).to(output.dtype)
+        self.measured.setdefault(norm, []).append(_moments(self.tile.own(x) if self.tile else x, norm.num_groups))
+        if self.stop:
+            raise _Reached
+        return None
+
+
+def _normalised(x: Tensor, norm: nn.GroupNorm, moments: _Moments) -> Tensor:
+    """The group norm of x with the given statistics: a batch norm in evaluation, of b × c channels."""
+    b, c = x.shape[:2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, var = (m.repeat_interleave(c // norm.num_groups, 1).flatten().to(x.device, dtype) for m in moments[1:])
+    weight, bias = norm.weight.to(dtype).repeat(b), norm.bias.to(dtype).repeat(b)
+    return F.batch_norm(x.reshape(1, b * c, *x.shape[2:]), mean, var, weight, bias, eps=norm.eps).view(x.shape)
+
+
+@contextmanager
+def _group_norms(network: nn.Module | None) -> Iterator[_GroupNorms]:
+    """A hook on every group norm of the network, for as long as the context lasts."""
+    hook = _GroupNorms()
+    modules = [] if network is None else network.modules()
+    handles = [norm.register_forward_hook(hook) for norm in modules if isinstance(norm, nn.GroupNorm)]
+    try:
+        yield hook
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile], down: int, norms: _GroupNorms) -> None:
+    """Fix every norm to the whole picture's statistics: the first one, then, given that, the second, and so on.
+
+    A run is broken off at the norm in question. All at once won't do: each norm changes what the later ones see, and
+    repeating that a few times doesn't converge.
+    """
+    norms.stop = True
+    while True:
+        for place in places:
+            norms.tile = place
+            try:
+                run(x[place.at(down)])
+            except _Reached:
+                continue
+            return  # through to the end: no norm is left
+        norms.fix()
+
+
+def _shrink(x: Tensor, side: int, step: int) -> Tensor:
+    """Pictures (b, c, h, w) made as small as side², sides multiples of `step`, mean and variance as before.
+
+    Averages of latents vary less than latents; a network is used to those of variance 1.
+    """
+    ratio = min(1.0, side / math.sqrt(x.shape[-2] * x.shape[-1]))
+    size = [max(1, int(n * ratio) // step) * step for n in x.shape[-2:]]
+    small = F.interpolate(_wide(x), size=size, mode="area")
+    std, mean = torch.std_mean(_wide(x), (2, 3), correction=0, keepdim=True)
+    small_std, small_mean = torch.std_mean(small, (2, 3), correction=0, keepdim=True)
+    return ((small - small_mean) * (std / small_std.clamp_min(1e-6)) + mean).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if it already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

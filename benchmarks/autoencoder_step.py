@@ -1,0 +1,164 @@
+"""A training step of stage 1 against diffusers' train_autoencoderkl.py, corrected to do the same work, in one run.
+
+Its script, as of diffusers 0.42, gives LPIPS no gradient and lets the discriminator's gradient into the autoencoder. Both
+are mended here. It alternates: one batch moves the autoencoder, the next the discriminator, each with a whole forward pass.
+`sharing` is that loop made better by hand, one forward pass for both. All three have the same networks, losses, batch,
+clipping and optimizer settings, and make one update of either player a step.
+
+    python benchmarks/autoencoder_step.py --steps 8
+
+Times are of the process (CPU) or of the device; steps alternate, medians are given. VGG has random weights: they don't
+change the work.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from torchmetrics.functional.image.lpips import _LPIPS
+from torchvision.models import vgg16
+
+from autoencoder.discriminator import PatchDiscriminator
+from autoencoder.model import build_autoencoder
+from autoencoder.perceptual import Lpips
+from train.config import AdversarialConfig, OptimizerConfig, Precision, VaeConfig
+from train.game import Judge, Reconstruct
+from train.optim import autocast, build_optimizer
+from train.run import versions
+
+Step = Callable[[dict[str, Tensor]], float]
+
+
+def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) -> Step:
+    """As train/loop.py takes it, without logging and averaging."""
+    torch.manual_seed(0)
+    config = VaeConfig(adversarial=AdversarialConfig(kind="hinge", channels=64, layers=3))
+    vae, critic = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
+    player, judge = Reconstruct(vae, config, Lpips("vgg", vgg).to(device), critic), Judge(critic, config.adversarial)
+    player.adversarial = True
+    turns = [(m, build_optimizer(m, OptimizerConfig())) for m in (player, judge)]
+
+    def step(batch: dict[str, Tensor]) -> float:
+        batch = dict(batch)
+        for module, optimizer in turns:
+            with autocast(device, precision):
+                out = module(batch)
+            out.loss.backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            batch |= out.carry
+        return 0.0
+
+    return step
+
+
+def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, sharing: bool) -> Step:
+    """The script's step in our words."""
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    vae, critic = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
+    lpips = _LPIPS(net="vgg", pnet_rand=True)
+    weights = load_file(vgg)
+    for name, value in lpips.net.state_dict().items():
+        value.copy_(weights[f"features.{name.split('.', 1)[1]}"])
+    lpips.to(device)
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, weight_decay=0.01) for m in (vae, critic)]
+
+    def reconstruct(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(batch["pixels"]).latent_dist
+        z = posterior.mean + posterior.std * batch["posterior_noise"]
+        return vae.decode(z).sample, posterior.kl()
+
+    def update(k: int, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([vae, critic][k].parameters(), 1.0)
+        optimizers[k].step()
+        optimizers[k].zero_grad(set_to_none=True)
+
+    def step(batch: dict[str, Tensor]) -> float:
+        pixels, logged = batch["pixels"], 0.0
+        with autocast(device, precision):
+            made, kl = reconstruct(batch)
+            n = len(pixels)
+            nll = (F.l1_loss(made.float(), pixels, reduction="none") + lpips(made.float(), pixels)).sum() / n
+            game, last = -critic(made).mean(), vae.decoder.conv_out.weight
+            one = torch.autograd.grad(nll, last, retain_graph=True)[0]
+            two = torch.autograd.grad(game, last, retain_graph=True)[0]
+            weight = 0.5 * (one.norm() / (two.norm() + 1e-4)).clamp(0, 1e4).detach()
+            loss = nll + 1e-6 * kl.sum() / n + weight * game
+        update(0, loss)
+        critic.zero_grad(set_to_none=True)
+        logged += sum(x.item() for x in (loss, nll, kl.mean(), weight, game))
+        with autocast(device, precision):
+            made = made if sharing else reconstruct(batch)[0]
+            real, fake = critic(pixels), critic(made.detach())
+            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        update(1, loss)
+        return logged + sum(x.item() for x in (loss, real.mean(), fake.mean()))
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--channels", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    o = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = {"channels": o.channels, "layers": o.layers, "latent_channels": 4, "attention": True}
+    side = o.side // 2 ** (len(o.channels) - 1)
+    batch = {
+        "pixels": torch.rand(o.batch_size, 3, o.side, o.side, device=device) * 2 - 1,
+        "posterior_noise": torch.randn(o.batch_size, 4, side, side, device=device),
+    }
+
+    def seconds(step: Step) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            step(batch)
+            torch.cuda.synchronize()
+            return time.perf_counter() - begun
+        begun = time.process_time()
+        step(batch)
+        return (time.process_time() - begun) / torch.get_num_threads()
+
+    print(f"{versions()}, {device}, {torch.get_num_threads()} threads, {vars(o)}")
+    with tempfile.TemporaryDirectory() as folder:
+        vgg = str(Path(folder) / "vgg.safetensors")
+        save_file({f"features.{k}": v for k, v in vgg16().features.state_dict().items()}, vgg)
+        for precision in o.precision:
+            steps = {
+                "ours": ours(shape, vgg, device, precision),
+                "diffusers' script": peer(shape, vgg, device, precision, sharing=False),
+                "sharing": peer(shape, vgg, device, precision, sharing=True),
+            }
+            times: dict[str, list[float]] = {name: [] for name in steps}
+            for k in range(o.steps + 2):
+                for name, step in steps.items():
+                    took = seconds(step)
+                    if k >= 2:
+                        times[name].append(took)
+            median = {name: statistics.median(t) for name, t in times.items()}
+            for name, t in times.items():
+                spread = f"{min(t) * 1e3:.0f} to {max(t) * 1e3:.0f}"
+                print(
+                    f"{precision} {name}: {median[name] * 1e3:.0f} ms ({spread}), {median[name] / median['ours']:.2f}×"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Tiles give what the whole gives: exactly where the network is local, and with the whole picture's group norms."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoder.model import build_autoencoder
+from autoencoder.tiling import Span, Tile, Tiles, pad_to_multiple, spans, tiled, windows
+from ldm.errors import UserError
+
+SIDES = [1, 3, 7, 8, 9, 12, 13, 17, 29, 40]
+TILES = [Tiles(8, 4), Tiles(8, 3), Tiles(8, 0), Tiles(5, 2), Tiles(1, 0), Tiles(2, 1)]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def smooth(*shape: int) -> Tensor:
+    """A random field that changes over a quarter of a side."""
+    coarse = noise(*shape[:2], 5, 5)
+    return F.interpolate(coarse, size=shape[2:], mode="bicubic", align_corners=True)
+
+
+def vae(*, channels: tuple[int, ...] = (8, 16), attention: bool = False) -> AutoencoderKL:
+    """With random residual branches, which begin at zero otherwise, but no attention beyond its group norm."""
+    torch.manual_seed(0)
+    made = build_autoencoder(channels=channels, layers=1, latent_channels=4, groups=4, attention=attention)
+    for name, module in made.named_modules():
+        if name.endswith(".conv2"):
+            module.reset_parameters()
+    return made.double().eval().requires_grad_(False)
+
+
+def decode(network: AutoencoderKL):
+    return lambda z: network.decode(z).sample
+
+
+def encode(network: AutoencoderKL):
+    """Mean and deviation, side by side."""
+
+    def run(x: Tensor) -> Tensor:
+        q = network.encode(x).latent_dist
+        return torch.cat([q.mean, q.std], 1)
+
+    return run
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("n", SIDES)
+def test_tiles_cover_an_axis(n: int, tiles: Tiles) -> None:
+    along = spans(n, tiles)
+    assert {s.stop - s.start for s in along} == {min(n, tiles.side)}
+    assert (along[0].start, along[-1].stop) == (0, n)
+    for one, two in pairwise(along):
+        assert two.start > one.start
+        assert one.stop - two.start >= tiles.overlap
+    own = [i for s in along for i in range(s.start + s.own.start, s.start + s.own.stop)]
+    assert own == list(range(n))
+    assert all(0 <= s.own.start < s.own.stop <= s.stop - s.start for s in along)
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("n", SIDES)
+def test_weights_are_a_partition_of_unity_without_rims(n: int, tiles: Tiles, scale: int) -> None:
+    along = spans(n, tiles)
+    total, rim = torch.zeros(n * scale, dtype=torch.float64), tiles.overlap // 4 * scale
+    for span, weight in zip(along, windows(along, tiles.overlap, scale), strict=True):
+        total[span.start * scale : span.stop * scale] += weight
+        assert (weight >= 0).all()
+        assert span.start == 0 or (weight[:rim] == 0).all()
+        assert span.stop == n or (weight[len(weight) - rim :] == 0).all()
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (9, 12), (13, 29), (17, 8)])
+def test_any_size_comes_back_and_no_run_exceeds_a_tile(size: tuple[int, int], tiles: Tiles) -> None:
+    seen = []
+
+    def enlarge(z: Tensor) -> Tensor:
+        seen.append(tuple(z.shape[-2:]))
+        return z.repeat_interleave(3, -1).repeat_interleave(3, -2)
+
+    def reduce(x: Tensor) -> Tensor:
+        seen.append(tuple(n // 3 for n in x.shape[-2:]))
+        return F.avg_pool2d(x, 3)
+
+    z = noise(2, 3, *size)
+    x = enlarge(z)
+    seen.clear()
+    torch.testing.assert_close(tiled(enlarge, z, tiles, up=3), x, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(tiled(reduce, x, tiles, down=3), z, rtol=1e-14, atol=1e-14)
+    assert set(seen) == {tuple(min(n, tiles.side) for n in size)}
+    if max(size) <= tiles.side:
+        assert len(seen) == 2
+
+
+def test_constants_and_slopes_survive_in_float32() -> None:
+    tiles = Tiles(8, 4)
+    slope = torch.linspace(-1, 1, 52).expand(1, 1, 36, 52)
+    for x in (torch.ones(1, 1, 36, 52), slope, slope.mT):
+        torch.testing.assert_close(tiled(lambda t: t, x, tiles), x, rtol=0, atol=3e-7)
+
+
+def test_half_precision_is_added_up_in_float32() -> None:
+    x = noise(1, 2, 20, 20).bfloat16()
+    assert tiled(lambda t: t, x, Tiles(8, 4)).dtype == tiled(lambda t: t, x, Tiles(32, 8)).dtype == torch.float32
+    torch.testing.assert_close(tiled(lambda t: t, x, Tiles(8, 4)), x.float())
+
+
+@torch.no_grad()
+def test_a_network_that_sees_no_further_than_the_rim_is_exact() -> None:
+    torch.manual_seed(0)
+    # Sees 2 latents; the zero padding at inner borders reaches as far.
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 5, padding=2)
+    ).double()
+    z = noise(1, 3, 23, 40)
+    whole = network(z)
+    torch.testing.assert_close(tiled(network, z, Tiles(16, 8), up=2), whole, rtol=0, atol=1e-13)
+    assert (tiled(network, z, Tiles(16, 4), up=2) - whole).abs().max() > 1e-3  # a rim of 1
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@torch.no_grad()
+def test_an_autoencoder_in_tiles_is_the_autoencoder(attention: bool) -> None:
+    """The whole theory at once: it sees 13 latents, has 17 group norms (12 in the encoder), and is met digit for digit.
+
+    The attention of the parametrised case has a group norm of its own, but adds nothing yet.
+    """
+    network, tiles = vae(attention=attention), Tiles(108, 54)
+    z, x = noise(2, 4, 3, 150), noise(2, 3, 6, 300, seed=1)
+    whole = network.decode(z).sample
+    exact = tiled(decode(network), z, tiles, up=2, network=network.decoder)
+    torch.testing.assert_close(exact, whole, rtol=0, atol=1e-11)
+    assert (tiled(decode(network), z, tiles, up=2) - whole).abs().max() > 1e-2  # statistics of a tile
+    latents = tiled(encode(network), x, tiles, down=2, network=network.encoder)
+    torch.testing.assert_close(latents, encode(network)(x), rtol=0, atol=1e-11)
+
+
+def test_the_own_part_of_an_activation() -> None:
+    tile = Tile(Span(0, 6, slice(0, 4)), Span(4, 8, slice(1, 4)))
+    x = noise(2, 3, 12, 8)  # two elements a latent
+    assert torch.equal(tile.own(x), x[..., :8, 2:8])
+    assert torch.equal(tile.own(x.flatten(2)), x[..., :8, 2:8])
+
+
+def decibels(error: Tensor, signal: Tensor) -> float:
+    return float(10 * torch.log10(signal.var() / error.square().mean()))
+
+
+def jumps(x: Tensor, lines: list[int]) -> float:
+    """The mean difference of the rows and columns on either side of these lines."""
+    before = torch.tensor(lines) - 1
+    return float(x.diff(dim=-1)[..., before].abs().mean() + x.diff(dim=-2)[..., before, :].abs().mean())
+
+
+@torch.no_grad()
+def test_statistics_of_the_whole_remove_tones_and_seams() -> None:
+    """A smooth field, and residual branches as weak as training leaves them: the network sees far, but faintly."""
+    network, z, tiles = vae(), smooth(1, 4, 32, 32), Tiles(16, 8)
+    for name, module in network.named_modules():
+        if name.endswith(".conv2"):
+            module.weight *= 0.25
+    whole = network.decode(z).sample
+    lines = [2 * line for line in (8, 12, 16, 20, 24)]  # where tiles begin and end, and meet halfway
+    own = tiled(decode(network), z, tiles, up=2)
+    estimated = tiled(decode(network), z, Tiles(16, 8, "estimated"), up=2, network=network.decoder)
+    exact = tiled(decode(network), z, tiles, up=2, network=network.decoder)
+    assert decibels(own - whole, whole) < 10
+    assert decibels(estimated - whole, whole) > 15
+    assert decibels(exact - whole, whole) > 30
+    assert jumps(exact, lines) < 1.04 * jumps(whole, lines)
+    assert jumps(exact - whole, lines) < 0.25 * jumps(own - whole, lines)
+    # The same without blending is a step at every border.
+    assert jumps(tiled(decode(network), z, Tiles(16, 0), up=2), [32]) > 1.5 * jumps(whole, [32])
+
+
+@torch.no_grad()
+def test_an_estimate_sees_no_more_than_a_tile() -> None:
+    network, seen = vae(), []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(x.shape[-2] * x.shape[-1])
+        return encode(network)(x)
+
+    x = pad_to_multiple(noise(1, 3, 37, 255), 2)
+    assert tiled(run, x, Tiles(16, 4, "estimated"), down=2, network=network.encoder).shape == (1, 8, 19, 128)
+    assert max(seen) <= 32 * 32
+    # A constant picture has nothing to be spread.
+    flat = tiled(run, torch.ones_like(x), Tiles(16, 4, "estimated"), down=2, network=network.encoder)
+    assert flat.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_network_is_left_as_it_was() -> None:
+    network, z = vae(), noise(1, 4, 12, 12)
+    before = network.decode(z).sample
+    tiled(decode(network), z, Tiles(8, 4), up=2, network=network.decoder)
+    assert torch.equal(network.decode(z).sample, before)
+    with pytest.raises(ValueError, match="expected"):
+        tiled(decode(network), z, Tiles(8, 4), up=4, network=network.decoder)
+    assert torch.equal(network.decode(z).sample, before)
+
+
+@torch.no_grad()
+def test_a_picture_no_larger_than_a_tile_is_run_once() -> None:
+    network, z = vae(attention=True), noise(1, 4, 7, 12)
+    assert torch.equal(tiled(decode(network), z, Tiles(12, 4), up=2, network=network.decoder), network.decode(z).sample)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8), (9, 31)])
+def test_padding_repeats_the_last_row_and_column(size: tuple[int, int]) -> None:
+    x = noise(2, 3, *size)
+    padded = pad_to_multiple(x, 8)
+    height, width = size
+    assert padded.shape[-2:] == (-(-height // 8) * 8, -(-width // 8) * 8)
+    assert torch.equal(padded[..., :height, :width], x)
+    assert (padded[..., height:, :] == padded[..., height - 1 : height, :]).all()
+    assert (padded[..., width:] == padded[..., width - 1 : width]).all()
+
+
+def test_refusals_name_the_value() -> None:
+    with pytest.raises(UserError, match="side 0"):
+        Tiles(0, 0)
+    with pytest.raises(UserError, match=r"overlap of 9.*0 to 8"):
+        Tiles(16, 9)
+    with pytest.raises(UserError, match="-1"):
+        Tiles(16, -1)
+    with pytest.raises(UserError, match=r"'precise'.*estimated"):
+        Tiles(16, 4, "precise")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"30 × 17.*multiples of 4"):
+        tiled(lambda t: t, noise(1, 3, 17, 30), Tiles(16, 4), down=4)
