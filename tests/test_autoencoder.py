@@ -42,6 +42,28 @@ def test_folding_is_an_exact_change_of_coordinates() -> None:
     torch.testing.assert_close(vae.decode((z - m) / s / c.scale).sample, decoded, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("factor", [4, 8, 16])
+@pytest.mark.parametrize("latent_channels", [4, 8, 16])
+def test_shapes_of_latents(factor: int, latent_channels: int) -> None:
+    """Every factor and number of channels: latents as large as said, a gradient everywhere, and folded exactly."""
+    channels = (8,) * factor.bit_length()
+    torch.manual_seed(0)
+    vae = build_autoencoder(channels=channels, layers=1, latent_channels=latent_channels, groups=4, attention=False)
+    x = pictures(2)
+    q = vae.encode(x).latent_dist
+    assert q.mean.shape == (2, latent_channels, 32 // factor, 32 // factor)
+    made = vae.decode(q.mean + q.std).sample
+    assert made.shape == x.shape
+    made.square().mean().backward()
+    assert all(p.grad is not None for p in vae.parameters())
+    mean, std = torch.randn(latent_channels), torch.rand(latent_channels) + 0.1
+    fold(vae, mean, std)
+    again = vae.encode(x).latent_dist
+    s = std.view(-1, 1, 1) * vae.config.scaling_factor
+    torch.testing.assert_close(again.mean * s + mean.view(-1, 1, 1), q.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(vae.decode(again.mean + again.std).sample, made, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_measured_statistics_make_posterior_samples_standard() -> None:
     vae, x = small_vae(), pictures(256)

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoencoder.discriminator import PatchDiscriminator
 from autoencoder.model import build_autoencoder
 from conditioning.contrastive import build_clip
 from conditioning.tokenizer import train_tokenizer
@@ -27,7 +28,7 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def load(path: Path) -> RunConfig:
-    return parse(KINDS[path.stem], [str(path)])
+    return parse(KINDS[path.stem.split("_")[0]], [str(path)])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -42,6 +43,10 @@ def test_every_config_builds_its_networks(path: Path) -> None:
                     attention=m.attention, resolution=config.input.resolution,
                 )  # fmt: skip
                 assert config.input.resolution % 2 ** (len(m.channels) - 1) == 0
+                game = config.adversarial
+                critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm)
+                side = config.input.resolution
+                assert critic(torch.empty(1, 3, side, side)).shape[:2] == (1, 1)
             case LdmConfig():
                 vae = load(path.with_name("vae.yaml"))
                 unet(config, vae, 768)
