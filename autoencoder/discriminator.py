@@ -1,6 +1,6 @@
-"""PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004) and the game: it judges overlapping patches, not pictures.
+"""PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2) and the game: it judges overlapping patches.
 
-Group normalisation in place of batch normalisation: a picture's verdict doesn't depend on its neighbours in the
+Group normalisation stands in place of batch normalisation: a picture's verdict doesn't depend on its neighbours in the
 batch, nor on how many processes the batch is spread over.
 """
 
@@ -18,24 +18,26 @@ Game = Literal["hinge", "non_saturating", "saturating"]
 
 
 class PatchDiscriminator(nn.Module):
-    """(b, 3, H, W) → a map of logits (b, 1, h, w), one a patch; `layers` strided convolutions deep.
+    """(b, 3, H, W) → a map of logits (b, 1, h, w), one a patch; `layers` strided convolutions and two more, all 4×4.
 
-    spectral: every convolution's largest singular value is held at 1 (Miyato et al. 2018, arXiv 1802.05957). The network
+    A patch has 70 pixels a side with 3 layers, 34 with 2. spectral: every convolution's largest singular value is held at 1 (Miyato et al. 2018, arXiv 1802.05957). The network
     is always in eval mode, in which it is a function of its weights; `refresh` follows them, once a step.
     """
 
     def __init__(self, channels: int = 32, layers: int = 2, *, spectral: bool = False) -> None:
         super().__init__()
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for layer in range(1, layers):
-            wider = channels * 2 if layer < 4 else channels  # at most 8 times the first, as Isola et al.
+        for layer in range(1, layers + 1):
+            wider = channels * 2 if layer < 4 else channels  # at most 8 times the first
             parts += [
-                nn.Conv2d(channels, wider, 4, stride=2, padding=1),
+                nn.Conv2d(channels, wider, 4, stride=2 if layer < layers else 1, padding=1),
                 nn.GroupNorm(math.gcd(wider, max(1, min(32, channels // 4))), wider),
                 nn.LeakyReLU(0.2),
             ]
             channels = wider
-        self.body = nn.Sequential(*parts, nn.Conv2d(channels, 1, 3, padding=1))
+        self.body = nn.Sequential(*parts, nn.Conv2d(channels, 1, 4, padding=1))
+        self.smallest = 3 * 2**layers
+        """Side in pixels of the smallest pictures it can judge."""
         if spectral:
             for part in self.body:
                 if isinstance(part, nn.Conv2d):
@@ -56,13 +58,16 @@ class PatchDiscriminator(nn.Module):
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients go through the module, not into it."""
-    module.requires_grad_(False)
+def frozen(module: nn.Module, but: nn.Parameter | None = None) -> Iterator[None]:
+    """Gradients go through the module, not into it; `but`: into this weight of it alone."""
+    trained = [p for p in module.parameters() if p.requires_grad and p is not but]
+    for p in trained:
+        p.requires_grad_(False)
     try:
         yield
     finally:
-        module.requires_grad_(True)
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def discriminator_loss(game: Game, real: Tensor, fake: Tensor) -> Tensor:

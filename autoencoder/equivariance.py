@@ -1,8 +1,9 @@
-"""Latents that turn and shrink with their pictures: EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509, sec. 3).
+"""Latents that turn and shrink with their pictures, after EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509).
 
 In a share of the steps, the latent is transformed by τ before it is decoded, and the decoder has to make the picture
 transformed by τ. That rules out latents whose meaning depends on their place or on fine noise, which a diffusion would
-have to learn. τ is a rotation by quarter turns and a reduction of each side on its own.
+have to learn. τ is a rotation by 0 to 3 quarter turns and a reduction of each side on its own, filtered against aliasing;
+the authors' code reduces both sides alike, without a filter, and also shrinks pictures in the other steps.
 """
 
 from typing import NamedTuple

@@ -7,8 +7,8 @@
 - The adversarial losses are means over a picture's patches (autoencoder/discriminator.py).
 
 Rombach et al. 2022 (arXiv 2112.10752) sum reconstruction, perceptual distance and KL over a picture's elements instead,
-and weigh the adversarial loss by gradients (`adaptive_weight`). Divided by 3·H·W, that is exactly the above: their weights
-carry over, KL 1e-6 and adversarial 0.5.
+and weigh the adversarial loss by gradients (`adaptive_weight`). Divided by 3·H·W, that is the above: their weights carry
+over, KL 1e-6 and adversarial 0.5. (Their bound on the adaptive weight, 1e4, is one of weights 3·H·W times as large.)
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Distances of pictures in the features of a frozen network: gradients go through it to the pictures, not into it."""
 
+import json
 from importlib.resources import as_file, files
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, assert_never
 
 import torch
@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 from transformers import CLIPVisionModel
+from transformers.utils import cached_file
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ldm.errors import UserError
 
@@ -44,12 +46,12 @@ class Lpips(nn.Module):
         taps = _TAPS[backbone]
         try:
             state = _read(weights) if weights else published.get_state_dict(check_hash=True, weights_only=True)
-            network.features.load_state_dict(
-                {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True
-            )
-        except (OSError, ValueError, RuntimeError, TypeError, UnpicklingError, SafetensorError) as error:
+            layers = {k.removeprefix("features."): v.float() for k, v in state.items() if k.startswith("features.")}
+            network.features.load_state_dict(layers, assign=True)
+        except Exception as error:  # whatever is in a file that isn't these weights
             what = f"weights {weights!r}" if weights else "downloading its weights"
-            raise UserError(f"the {backbone} of LPIPS: {what} failed: {str(error)[:300]}") from None
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the {backbone} of LPIPS: {what} failed: {reason}") from None
         for layer in network.features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # it would change an activation that is compared
@@ -98,8 +100,10 @@ class ClipPerceptual(nn.Module):
     def __init__(self, where: str) -> None:
         super().__init__()
         try:
-            loaded: Any = CLIPVisionModel.from_pretrained(where, use_safetensors=True, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as error:
+            loaded: Any = CLIPVisionModel.from_pretrained(
+                where, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"perceptual.model {where!r} is no CLIP with an image tower: {error}") from None
         tower, found = loaded
         if found["missing_keys"]:
@@ -107,8 +111,9 @@ class ClipPerceptual(nn.Module):
                 f"perceptual.model {where!r} lacks an image tower's weights, e.g. {min(found['missing_keys'])}"
             )
         self.tower: CLIPVisionModel = tower
-        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
+        processing = preprocessing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(processing["image_std"]).view(3, 1, 1))
         self.eval().requires_grad_(False)
 
     def features(self, pixels: Tensor) -> list[Tensor]:
@@ -131,6 +136,24 @@ def _unit(x: Tensor, dim: int) -> Tensor:
     """x / √(‖x‖² + 1e-8) in float32: with the small number under the root, zero features have a gradient."""
     x = x.float()
     return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + 1e-8)
+
+
+def preprocessing(where: str, mean: list[float], std: list[float]) -> dict[str, Any]:
+    """preprocessor_config.json of a vision model's folder or hub id, where image_mean and image_std are these by default.
+
+    Raises UserError where it isn't a mapping, or they aren't three numbers each.
+    """
+    try:
+        file = cached_file(where, "preprocessor_config.json")
+        said = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except OSError:  # there is none
+        said = {}
+    found = {"image_mean": mean, "image_std": std} | (said if isinstance(said, dict) else {"image_mean": said})
+    for name in ("image_mean", "image_std"):
+        value = found[name]
+        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
+            raise UserError(f"preprocessor_config.json of {where!r} has {name} {value!r}: three numbers are needed")
+    return found
 
 
 def _read(path: str) -> dict[str, Tensor]:

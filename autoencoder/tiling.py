@@ -1,4 +1,4 @@
-"""Pictures and latents of any size through an autoencoder in overlapping tiles, in the memory of one tile.
+"""Pictures and latents of any size through an autoencoder in overlapping tiles, in the memory of one tile of the batch.
 
 A tile differs from the same place of the whole picture in three ways, and each has its remedy:
 
@@ -6,7 +6,8 @@ A tile differs from the same place of the whole picture in three ways, and each 
   outermost quarter of the overlap is thrown away (`windows`).
 - Neighbours still differ a little. They are blended over the rest of the overlap, with weights that add up to 1.
 - GroupNorm (Wu & He 2018, arXiv 1803.08494) takes its mean and variance over the picture. Those of a tile give it
-  another tone, and no blending hides that, so all tiles are given the whole picture's (`Statistics`).
+  another tone, and no blending hides that, so all tiles are given the whole picture's, measured through the tiles one
+  norm after the other (`_measure`). That takes about ten times the work of the tiles themselves.
 
 Attention in the middle block stays within its tile; nothing here mends that.
 """
@@ -17,15 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
 from types import EllipsisType
-from typing import Literal, NamedTuple, assert_never, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import UserError
-
-Statistics = Literal["exact", "estimated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +35,6 @@ class Tiles:
     """Of a tile; smaller pictures stay whole."""
     overlap: int = 16
     """Of neighbours: a quarter at either end is thrown away, the half between blends."""
-    statistics: Statistics = "exact"
-    """Of the whole picture, for the group norms: `exact` measures them tile by tile, one norm after the other, in about
-    ten times the work of the tiles themselves; `estimated` is one run more, on the picture made as small as a tile."""
 
     def __post_init__(self) -> None:
         if self.side < 1:
@@ -46,8 +42,6 @@ class Tiles:
         if not 0 <= self.overlap <= self.side // 2:
             most = self.side // 2
             raise UserError(f"an overlap of {self.overlap} for tiles of side {self.side}: give 0 to {most} latents")
-        if self.statistics not in get_args(Statistics):
-            raise UserError(f"statistics {self.statistics!r}: give {' or '.join(get_args(Statistics))}")
 
 
 class Span(NamedTuple):
@@ -128,8 +122,8 @@ def tiled(
     x (b, c, h × down, w × down) gives (b, c', h × up, w × up), at least float32 and on the device of x. A picture no
     larger than a tile runs once, as it is. Otherwise the group norms of `network`, which is what `run` calls, are given
     the whole picture's statistics; without it, every tile has its own. Where `run` looks no further than a quarter of
-    the overlap, and has exact statistics or no norms, the result is that of the whole. It may move a tile to another
-    device. Not for two threads at once on one network.
+    the overlap, and has no attention, the result is that of the whole. It may move a tile to another device. Not for two
+    threads at once on one network, nor one that slices its batches.
     Raises UserError where a side of x is no multiple of `down`, ValueError for a result of another size.
     """
     if x.shape[-2] % down or x.shape[-1] % down:
@@ -142,14 +136,7 @@ def tiled(
     out = None
     with _group_norms(network) as norms:
         if network is not None:
-            match tiles.statistics:
-                case "exact":
-                    _measure(run, x, places, down, norms)
-                case "estimated":
-                    run(_shrink(x, tiles.side * down, down))
-                    norms.fix()
-                case _:
-                    assert_never(tiles.statistics)
+            _measure(run, x, places, down, norms)
         for place, (vertical, horizontal) in zip(places, weights, strict=True):
             part = _wide(run(x[place.at(down)])).to(x.device)
             if out is None:
@@ -206,8 +193,7 @@ class _GroupNorms:
     """A hook on group norms: those with fixed statistics normalise with them, the others are measured."""
 
     def __init__(self) -> None:
-        self.tile: Tile | None = None  # of which a measurement counts the own part; None: all of it
-        self.stop = False  # raise _Reached after a measurement
+        self.tile: Tile | None = None  # whose own part is measured, up to the first norm that has no statistics
         self.fixed: dict[nn.Module, _Moments] = {}
         self.measured: dict[nn.Module, list[_Moments]] = {}
 
@@ -220,10 +206,10 @@ class _GroupNorms:
         (x,) = inputs  # (b, c, ...)
         if norm in self.fixed:
             return _normalised(x, norm, self.fixed[norm]).to(output.dtype)
-        self.measured.setdefault(norm, []).append(_moments(self.tile.own(x) if self.tile else x, norm.num_groups))
-        if self.stop:
-            raise _Reached
-        return None
+        if self.tile is None:
+            return None
+        self.measured.setdefault(norm, []).append(_moments(self.tile.own(x), norm.num_groups))
+        raise _Reached
 
 
 def _normalised(x: Tensor, norm: nn.GroupNorm, moments: _Moments) -> Tensor:
@@ -254,7 +240,6 @@ def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile],
     A run is broken off at the norm in question. All at once won't do: each norm changes what the later ones see, and
     repeating that a few times doesn't converge.
     """
-    norms.stop = True
     while True:
         for place in places:
             norms.tile = place
@@ -262,21 +247,9 @@ def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile],
                 run(x[place.at(down)])
             except _Reached:
                 continue
+            norms.tile = None
             return  # through to the end: no norm is left
         norms.fix()
-
-
-def _shrink(x: Tensor, side: int, step: int) -> Tensor:
-    """Pictures (b, c, h, w) made as small as side², sides multiples of `step`, mean and variance as before.
-
-    Averages of latents vary less than latents; a network is used to those of variance 1.
-    """
-    ratio = min(1.0, side / math.sqrt(x.shape[-2] * x.shape[-1]))
-    size = [max(1, int(n * ratio) // step) * step for n in x.shape[-2:]]
-    small = F.interpolate(_wide(x), size=size, mode="area")
-    std, mean = torch.std_mean(_wide(x), (2, 3), correction=0, keepdim=True)
-    small_std, small_mean = torch.std_mean(small, (2, 3), correction=0, keepdim=True)
-    return ((small - small_mean) * (std / small_std.clamp_min(1e-6)) + mean).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

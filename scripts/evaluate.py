@@ -10,7 +10,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.cli import SamplingOptions, command, overlay
+from train.cli import SamplingOptions, command, overlay, use_device
 from train.config import DataConfig
 from train.data.dataset import Batch, PictureDataset
 from train.data.randomness import Purpose
@@ -52,12 +52,16 @@ def evaluate(o: Options) -> dict[str, Any]:
     for name in ("model", "data"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing")
+    if o.seed < 0:
+        raise UserError(f"--seed {o.seed}: at least 0")
     for name in ("prompts", "pictures", "likelihoods", "batch_size"):
         if getattr(o, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
-    pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device)
+    pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
     train, test = open_sources(o.data, DataConfig(resolution=side))
+    folder = Path(o.out)
+    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
     draws = {"noise": (Purpose.POSTERIOR, (pipe.autoencoder.latent_channels, *[pipe.unet.config.sample_size] * 2))}
     dataset = PictureDataset(test if o.split == "test" else train, side, o.seed, shuffle=False, draws=draws)
     count, b = min(o.pictures, len(dataset.source)), o.batch_size
@@ -66,7 +70,7 @@ def evaluate(o: Options) -> dict[str, Any]:
         return (dataset.__getitems__(range(first, min(first + b, count))) for first in range(0, count, b))
 
     pairs = ((batch["pixels"], batch["noise"]) for batch in batches(count))
-    report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs)}
+    report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs, levels=(0.2,))}
     few = batches(min(o.likelihoods, count))
     bits, error = bits_per_dimension(pipe, ((batch["pixels"], batch["caption"]) for batch in few), o.seed)
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
@@ -84,8 +88,6 @@ def evaluate(o: Options) -> dict[str, Any]:
         pictures = list(paint(pipe, captions, **how))
     report["settings"] = how | {"model": o.model, "data": o.data, "split": o.split, "pictures": count}
     report["versions"] = versions()
-    folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)
     sheet(in_rows(pictures, 8), captions).save(folder / "samples.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

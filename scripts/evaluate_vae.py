@@ -13,12 +13,12 @@ from torch import Tensor
 from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
-from train.cli import command, overlay
+from train.cli import command, overlay, use_device
 from train.config import DataConfig, PerceptualConfig
 from train.data.dataset import PictureDataset
 from train.data.randomness import Purpose
 from train.features import load_features
-from train.reconstruction import LatentHealth, LatentSums, measure_reconstruction
+from train.reconstruction import LAGS, LatentHealth, LatentSums, measure_reconstruction
 from train.run import open_sources, versions
 from train.sheets import reconstruction_sheet
 from train.vae import build_perceptual
@@ -31,7 +31,7 @@ class Options:
     vae: str = ""
     """Folder (or hub id) of an AutoencoderKL, or of a pipeline, e.g. runs/vae/model."""
     data: str = ""
-    """Folder of pictures."""
+    """Folder of pictures, with captions or without."""
     split: Literal["test", "train"] = "test"
     """Which part of them; without a split of its own, the held-out share is the test part."""
     resolution: int = 256
@@ -61,19 +61,26 @@ def evaluate(o: Options) -> dict[str, Any]:
     for name in ("vae", "data"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing")
+    if o.seed < 0:
+        raise UserError(f"--seed {o.seed}: at least 0")
     for name in ("pictures", "batch_size"):
         if getattr(o, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
+    device = use_device(o.device)
     autoencoder = Autoencoder.load(o.vae)
-    autoencoder.vae.to(o.device)
+    autoencoder.vae.to(device)
     autoencoder.tiles = None if o.tile is None else Tiles(o.tile, o.tile // 4)
-    if o.resolution < 1 or o.resolution % autoencoder.factor:
+    if o.resolution < 8 or o.resolution % autoencoder.factor:
         raise UserError(
-            f"--resolution {o.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
+            f"--resolution {o.resolution}: at least 8, and a multiple of {autoencoder.factor} as latents are"
         )
+    if (o.perceptual == "clip" and not o.perceptual_model) or (o.perceptual == "none" and o.perceptual_model):
+        raise UserError("--perceptual clip needs --perceptual-model, and none has no use for one")
     perceptual = build_perceptual(PerceptualConfig(kind=o.perceptual, model=o.perceptual_model))
-    features = load_features(o.features).to(o.device) if o.features else None
-    train, test = open_sources(o.data, DataConfig(resolution=o.resolution))
+    features = load_features(o.features).to(device) if o.features else None
+    train, test = open_sources(o.data, DataConfig(resolution=o.resolution), captioned=False)
+    folder = Path(o.out)
+    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
     source = test if o.split == "test" else train
     side = o.resolution // autoencoder.factor
     draws = {"noise": (Purpose.POSTERIOR, (autoencoder.latent_channels, side, side))}
@@ -85,21 +92,18 @@ def evaluate(o: Options) -> dict[str, Any]:
             batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
             yield batch["pixels"], batch["noise"]
 
-    latents = LatentSums(autoencoder.latent_channels, o.device)
+    latents = LatentSums(autoencoder.latent_channels, device)
     scores = measure_reconstruction(
-        autoencoder, batches(), perceptual=None if perceptual is None else perceptual.to(o.device), features=features,
+        autoencoder, batches(), perceptual=None if perceptual is None else perceptual.to(device), features=features,
         latents=latents,
     )  # fmt: skip
     report: dict[str, Any] = {
         "vae": scores, "channels": _channels(latents.health()), "settings": vars(o) | {"pictures": count},
         "versions": versions(),
     }  # fmt: skip
-    folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    reconstruction_sheet(autoencoder, pictures.__getitems__(range(min(8, count)))["pixels"]).save(
-        folder / "reconstructions.png"
-    )
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    few = pictures.__getitems__(range(min(8, count, o.batch_size)))["pixels"]
+    reconstruction_sheet(autoencoder, few).save(folder / "reconstructions.png")
     return report
 
 
@@ -108,8 +112,9 @@ def _channels(health: LatentHealth) -> list[dict[str, float]]:
     names = ("mean", "std", "signal", "noise", "kl", "skewness", "kurtosis", "w1")
     rows = zip(*(getattr(health, name).tolist() for name in names), strict=True)
     return [
-        dict(zip(names, row, strict=True)) | {"autocorrelation": auto}
-        for row, auto in zip(rows, health.autocorrelation[0].tolist(), strict=True)
+        dict(zip(names, row, strict=True))
+        | {f"autocorrelation_{lag}": value for lag, value in zip(LAGS, auto, strict=True)}
+        for row, auto in zip(rows, health.autocorrelation.T.tolist(), strict=True)
     ]
 
 

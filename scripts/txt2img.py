@@ -11,7 +11,7 @@ from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.png import file_name, save_png
-from train.cli import SamplingOptions, command, overlay
+from train.cli import SamplingOptions, command, overlay, use_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def main() -> None:
     if o.num_images < 1 or o.batch_size < 1:
         raise UserError(f"--num-images {o.num_images} --batch-size {o.batch_size}: both must be at least 1")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
-    pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(o.device, dtype)
+    pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device), dtype)
     if o.tile is not None:
         pipe.enable_vae_tiling(Tiles(o.tile, o.tile // 4))
     weak = LatentDiffusionPipeline.from_pretrained(o.weak_model).to(o.device, dtype) if o.weak_model else None

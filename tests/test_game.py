@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
 from test_training import COMMON, ROOT, cut, final_state, losses
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from train.config import (
     VaeConfig,
 )
 from train.game import Judge, Reconstruct
+from train.loop import Trainer
 
 ADAPTIVE = AdversarialConfig(kind="hinge", start=0, channels=8, layers=2)
 
@@ -63,7 +65,7 @@ def gradient(module: nn.Module) -> Tensor:
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in module.parameters()])
 
 
-def same(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
@@ -106,7 +108,7 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
     loss = likeness + 1e-3 * kl_loss(q.mean, q.logvar, 3072) + weight.detach() * game
     loss.backward()
     torch.testing.assert_close(out.loss, loss)
-    assert same(ours, gradient(player)) < 1e-5
+    assert distance(ours, gradient(player)) < 1e-5
     assert float(out.metrics["adversarial_weight"]) == pytest.approx(float(weight), rel=1e-4)
 
 
@@ -126,7 +128,7 @@ def test_the_weights_of_rombach_et_al_carry_over() -> None:
     game, last = -critic(made).mean(), vae.decoder.conv_out.weight
     norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, game)]
     (nll + 1e-6 * kl + 0.5 * (norms[0] / norms[1]).detach() * game).backward()
-    assert same(ours * 3 * 32 * 32, gradient(vae)) < 1e-4
+    assert distance(ours * 3 * 32 * 32, gradient(vae)) < 1e-4
 
 
 @pytest.mark.parametrize("r1", [0.0, 1.0])
@@ -174,7 +176,7 @@ EVERYTHING: dict[str, Any] = {
     "learn_logvar": True,
     "reconstruction": "huber",
     "adversarial": AdversarialConfig(kind="hinge", start=2, channels=8, spectral_norm=True, r1=0.5),
-    "equivariance": EquivarianceConfig(share=0.5),
+    "equivariance": EquivarianceConfig(share=0.5, smallest=0.5),
 }
 
 
@@ -185,7 +187,7 @@ def distances(a: Path, b: Path, step: int) -> dict[str, float]:
     for name in ("vae", "discriminator"):
         mine = [k for k in states[0] if k.startswith(f"state/phases/{name}/module/")]
         one, two = (torch.cat([s[k].flatten().double() for k in mine]) for s in states)
-        found[name] = same(one, two)
+        found[name] = distance(one, two)
     return found
 
 
@@ -243,9 +245,29 @@ def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path, monkeypat
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
 
 
-def test_gradient_checkpointing_gives_the_same_run(shapes: Path, tmp_path: Path) -> None:
+def test_trying_a_step_first_leaves_no_trace(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate before a run goes through every phase; the run is the same without it."""
+    game = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
+    train.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | game))
+    monkeypatch.setattr(Trainer, "estimate", lambda *_: None)
+    train.vae.train(config(shapes, tmp_path / "b", **EVERYTHING | game))
+    assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
+
+
+def test_gradient_checkpointing_gives_the_same_run(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, forward = [0], ResnetBlock2D.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(ResnetBlock2D, "forward", counted)
     train.vae.train(config(shapes, tmp_path / "a"))
+    once = calls[0]
     train.vae.train(config(shapes, tmp_path / "b", gradient_checkpointing=True))
+    assert calls[0] > 2.3 * once
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
 
 
@@ -264,7 +286,7 @@ def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
     weights = [line["adversarial_weight"] for line in lines if "adversarial_weight" in line]
     state = load_file(tmp_path / "run/checkpoints/step-00000004/state.safetensors")
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
-    skipped = lines[-2 if "skipped" not in lines[-1] else -1].get("skipped", lines[-3].get("skipped"))
+    skipped = max(line["skipped"] for line in lines if "skipped" in line)
     assert all(0 <= w <= 0.5 * LARGEST_WEIGHT for w in weights)
     if factor == math.inf:
         assert not weights  # NaN, which a log leaves out
@@ -274,6 +296,10 @@ def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
         assert skipped <= (precision == "fp16")  # whose loss scale begins too high
     elif factor == 1:
         assert 0 < weights[-1] < 100
+        assert skipped < 3
+    else:  # the gradient is too large for half precision, not for float32
+        assert skipped == (4 if precision == "fp16" else 0)
+        assert precision == "fp16" or weights[-1] < 1e-20
 
 
 # -- continued from another autoencoder -----------------------------------------------------------------------
@@ -309,8 +335,10 @@ def test_training_goes_on_from_a_given_autoencoder(shapes: Path, trained: Path, 
     assert after.vae.config.block_out_channels == [8, 16]
     raw = load_file(tmp_path / "run/checkpoints/step-00000001/state.safetensors")
     weight = small_vae().encoder.conv_in.weight
-    assert same(raw["state/phases/vae/module/vae.encoder.conv_in.weight"], weight.detach()) < 0.05
-    # Another starting point isn't the same run.
+    assert distance(raw["state/phases/vae/module/vae.encoder.conv_in.weight"], weight.detach()) < 0.05
+    # Another starting point isn't the same run, nor is none.
+    with pytest.raises(UserError, match="--init"):
+        train.vae.train(config(shapes, tmp_path / "run", steps=2))
     other = small_vae()
     with torch.no_grad():
         other.decoder.conv_out.bias += 1
@@ -319,6 +347,18 @@ def test_training_goes_on_from_a_given_autoencoder(shapes: Path, trained: Path, 
         train.vae.train(
             config(shapes, tmp_path / "run", init=str(tmp_path / "other"), steps=2, model=AutoencoderConfig())
         )
+
+
+def test_an_error_in_a_run_leaves_its_checkpoints(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, float]:
+        raise UserError("of no use")
+
+    monkeypatch.setattr(train.vae, "measure_reconstruction", fail)
+    with pytest.raises(UserError):
+        train.vae.train(config(shapes, tmp_path / "run", validate_every=5))
+    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
 
 
 def test_what_cannot_be_continued_is_refused(shapes: Path, trained: Path, tmp_path: Path) -> None:

@@ -411,6 +411,6 @@ def test_large_pictures_are_decoded_in_tiles() -> None:
     tiled = pipe.decode(latents)
     handle.remove()
     assert set(sizes) == {(12, 12)}
-    assert 10 * math.log10(1 / float((tiled - whole).square().mean())) > 35
+    assert 10 * math.log10(1 / float((tiled - whole).square().mean())) > 50
     pipe.disable_vae_tiling()
     assert torch.equal(pipe.decode(latents), whole)

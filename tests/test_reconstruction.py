@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import sys
 import threading
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -467,10 +469,22 @@ class FakeInception(nn.Module):
 
 def test_inception_is_given_bytes_and_resizes_as_published(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torchmetrics.image.fid, "NoTrainInceptionV3", FakeInception)
+    extractor = types.SimpleNamespace(URL_INCEPTION_V3="https://example.org/inception-0123abcd.pth")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", extractor)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    published = tmp_path / "hub/checkpoints/inception-0123abcd.pth"
+
+    def download(url: str, **how: bool) -> None:
+        assert (url, how) == (extractor.URL_INCEPTION_V3, {"check_hash": True, "weights_only": True})
+        published.parent.mkdir(parents=True)
+        torch.save({"fc.weight": torch.zeros(1)}, published)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
     x = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 5.0]).view(2, 3, 1, 1)
     features = load_features("inception")
     assert features.network.made == {
-        "features_list": ["2048"], "feature_extractor_weights_path": None, "antialias": False,
+        "features_list": ["2048"], "feature_extractor_weights_path": str(published), "antialias": False,
     }  # fmt: skip
     assert not features.network.training
     assert features(x).flatten().tolist() == [0, 0, 128, 255, 255, 255]
@@ -487,7 +501,8 @@ class Malicious:
 
 def test_inception_without_torch_fidelity_or_with_bad_weights(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torchmetrics.image.fid, "_TORCH_FIDELITY_AVAILABLE", False)
-    with pytest.raises(UserError, match="pip install torch-fidelity"):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(UserError, match="inception"):
         load_features("inception")
     with pytest.raises(UserError, match=r"none\.pth"):
         load_features(f"inception:{tmp_path / 'none.pth'}")

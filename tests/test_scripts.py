@@ -175,7 +175,7 @@ def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report/report.json").read_text())
-    assert set(report["vae"]) == {"psnr", "ssim"}
+    assert set(report["vae"]) >= {"psnr", "ssim", "noise_psnr_0.2", "latent_autocorrelation"}
     assert 0 < report["vae"]["psnr"] < 60
     assert report["latents"]["standard_error"] > 0
     assert set(report["alignment"]) == {"prompts", "seen", "unseen"}
@@ -217,7 +217,7 @@ def test_the_report_on_pictures_has_no_alignment(
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["vae"]) == {"psnr", "ssim"}
+    assert set(report["vae"]) >= {"psnr", "ssim", "noise_psnr_0.2", "latent_autocorrelation"}
     assert "alignment" not in report
 
 
@@ -244,11 +244,26 @@ def test_a_run_goes_on_when_its_command_is_given_again(shapes_road: Path, forked
     assert (root / "runs/again/checkpoints/step-00000006/manifest.json").is_file()
 
 
+def test_an_autoencoder_is_measured(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
+    runs, out = shapes_road / "runs", shapes_road / "measured"
+    ended = forked(
+        f"scripts/evaluate_vae.py --vae {runs}/vae/model --data {shapes_road}/data --resolution 32 --out {out} "
+        f"--perceptual clip --perceptual-model {runs}/clip/model --features {runs}/clip/model --tile 4 --batch-size 3"
+    )
+    assert ended.status == 0, ended.err
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["pictures"] == 8
+    assert {"psnr", "ssim", "perceptual", "frechet", "noise_psnr_0.5", "dead_channels"} <= set(report["vae"])
+    assert len(report["channels"]) == 4
+    with Image.open(out / "reconstructions.png") as sheet:
+        assert sheet.height > 7 * 32  # pictures, reconstructions, differences and four channels
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 BAD = {
     "pictures without captions": ("train_clip.py configs/pictures/clip.yaml --data {bare} --out {new}", "no captions"),
-    "no such column": ("train_vae.py --data {data} --out {new} --input.caption-column legend", "legend"),
+    "no such column": ("train_clip.py --data {data} --out {new} --input.caption-column legend", "legend"),
     "no data": ("train_vae.py --out {new}", "--data"),
     "no out": ("train_vae.py --data {data}", "--out"),
     "unknown key": ("train_clip.py {yaml} --data {data} --out {new}", "stepz"),
@@ -266,6 +281,37 @@ BAD = {
     "no perceptual model": (
         "train_vae.py --data {data} --out {new} --perceptual.kind clip --perceptual.model {root}/none",
         "perceptual.model",
+    ),
+    "a perceptual loss without a model": (
+        "train_vae.py --data {data} --out {new} --perceptual.kind clip",
+        "perceptual.model",
+    ),
+    "no weights of LPIPS": (
+        "train_vae.py --data {data} --out {new} --perceptual.kind lpips_alex --perceptual.model {yaml}",
+        "wrong.yaml",
+    ),
+    "a discriminator too deep": (
+        "train_vae.py --data {data} --out {new} --adversarial.kind hinge --adversarial.layers 4",
+        "48 pixels",
+    ),
+    "a decoder without an encoder": ("train_vae.py --data {data} --out {new} --decoder-only True", "init"),
+    "no features": ("train_vae.py --data {data} --out {new} --validation-features nothing", "nothing"),
+    "a distance of one picture": (
+        "train_vae.py --data {data} --out {new} --validation-features {clip}/model --validation-examples 1",
+        "at least 2",
+    ),
+    "no autoencoder to measure": ("evaluate_vae.py --data {data} --out {new}", "--vae"),
+    "nothing to measure it with": (
+        "evaluate_vae.py --vae {vae}/model --data {data} --out {new} --resolution 32 --perceptual clip",
+        "--perceptual-model",
+    ),
+    "a resolution between latents": (
+        "evaluate_vae.py --vae {vae}/model --data {data} --out {new} --resolution 30",
+        "30",
+    ),
+    "no such device": (
+        "evaluate_vae.py --vae {vae}/model --data {data} --out {new} --resolution 32 --device abacus",
+        "abacus",
     ),
     "no autoencoder": ("train_ldm.py --data {data} --out {new} --vae {root}/none --text-encoder {clip}/model", "none"),
     "no autoencoder on the hub": (

@@ -171,31 +171,13 @@ def test_statistics_of_the_whole_remove_tones_and_seams() -> None:
     whole = network.decode(z).sample
     lines = [2 * line for line in (8, 12, 16, 20, 24)]  # where tiles begin and end, and meet halfway
     own = tiled(decode(network), z, tiles, up=2)
-    estimated = tiled(decode(network), z, Tiles(16, 8, "estimated"), up=2, network=network.decoder)
     exact = tiled(decode(network), z, tiles, up=2, network=network.decoder)
     assert decibels(own - whole, whole) < 10
-    assert decibels(estimated - whole, whole) > 15
     assert decibels(exact - whole, whole) > 30
     assert jumps(exact, lines) < 1.04 * jumps(whole, lines)
     assert jumps(exact - whole, lines) < 0.25 * jumps(own - whole, lines)
     # The same without blending is a step at every border.
     assert jumps(tiled(decode(network), z, Tiles(16, 0), up=2), [32]) > 1.5 * jumps(whole, [32])
-
-
-@torch.no_grad()
-def test_an_estimate_sees_no_more_than_a_tile() -> None:
-    network, seen = vae(), []
-
-    def run(x: Tensor) -> Tensor:
-        seen.append(x.shape[-2] * x.shape[-1])
-        return encode(network)(x)
-
-    x = pad_to_multiple(noise(1, 3, 37, 255), 2)
-    assert tiled(run, x, Tiles(16, 4, "estimated"), down=2, network=network.encoder).shape == (1, 8, 19, 128)
-    assert max(seen) <= 32 * 32
-    # A constant picture has nothing to be spread.
-    flat = tiled(run, torch.ones_like(x), Tiles(16, 4, "estimated"), down=2, network=network.encoder)
-    assert flat.isfinite().all()
 
 
 @torch.no_grad()
@@ -233,7 +215,5 @@ def test_refusals_name_the_value() -> None:
         Tiles(16, 9)
     with pytest.raises(UserError, match="-1"):
         Tiles(16, -1)
-    with pytest.raises(UserError, match=r"'precise'.*estimated"):
-        Tiles(16, 4, "precise")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"30 × 17.*multiples of 4"):
         tiled(lambda t: t, noise(1, 3, 17, 30), Tiles(16, 4), down=4)

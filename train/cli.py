@@ -22,6 +22,16 @@ from ldm.errors import RunError, UserError
 from ldm.spacing import SamplerKind, Spacing
 
 Config = TypeVar("Config")
+_EXPECTED = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +97,17 @@ def validate(kind: type[Config], given: dict[str, Any]) -> Config:
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "unexpected_keyword_argument":
-            raise UserError(f"unknown key {name!r} in the configuration: --help lists those there are") from None
-        what = f"{name} = {first['input']!r}: " if name else ""
-        raise UserError(f"{what}{first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(_first_error(error)) from None
+
+
+def use_device(name: str) -> torch.device:
+    """A device that is there. Raises UserError otherwise."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name!r} can't be used: {_line(str(error))[:200]}") from None
+    return device
 
 
 def overlay(kind: type[Config], default: Config, arguments: list[str] | None = None) -> Config:
@@ -123,6 +138,8 @@ def command(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         _leave(2, error)
+    except ValidationError as error:
+        _leave(2, _first_error(error))
     except RunError as error:
         _leave(1, error)
     except torch.OutOfMemoryError:
@@ -134,7 +151,7 @@ def command(main: Callable[[], None]) -> NoReturn:
             raise
         _leave(1, "out of memory: lower --batch-size, or raise --accumulation to split it")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in _EXPECTED:
             raise
         _leave(1, f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} while writing")
     except KeyboardInterrupt:
@@ -146,6 +163,16 @@ def _leave(status: int, what: object) -> NoReturn:
     if os.environ.get("RANK", "0") == "0" or status == 1:
         print(f"error: {_line(str(what))}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _first_error(error: ValidationError) -> str:
+    """The first wrong key, its value and what fits."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown key {name!r} in the configuration: --help lists those there are"
+    what = f"{name} = {first['input']!r}: " if name else ""
+    return f"{what}{first['msg'].removeprefix('Value error, ')}"
 
 
 def _line(text: str) -> str:

@@ -4,18 +4,18 @@ Inception's distance is the one papers report; DINOv2's agrees best with people 
 Distances in different features don't compare, nor do those over different numbers of pictures.
 """
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, PreTrainedConfig
-from transformers.utils import cached_file
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from autoencoder.perceptual import preprocessing
 from ldm.errors import UserError
 
 ALIASES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
@@ -51,15 +51,20 @@ class InceptionFeatures(Features):
 
         super().__init__("inception", 2048)
         try:
-            if weights is not None:
-                # torch-fidelity loads it as a pickle that may run anything: only plain weights get that far.
-                torch.load(weights, map_location="cpu", weights_only=True)
+            path = weights
+            if path is None:
+                from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+                torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
+                path = str(Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name)
+            # torch-fidelity loads it as a pickle that may run anything: only plain weights get that far.
+            torch.load(path, map_location="cpu", weights_only=True)
             network = NoTrainInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights, antialias=False
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=path, antialias=False
             )
         except ModuleNotFoundError:
-            raise UserError("features 'inception' need torch-fidelity: pip install torch-fidelity") from None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError("features 'inception' need torch-fidelity: pip install -e '.[inception]'") from None
+        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
             source = "its download" if weights is None else repr(weights)
             raise UserError(f"features 'inception' can't be loaded from {source}: {error}") from None
         self.network = network
@@ -107,7 +112,7 @@ def load_features(name: str) -> Features:
         return _load_tower(name, where)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"can't load features {name!r}: {error}; accepted are {ACCEPTED}") from None
 
 
@@ -117,14 +122,14 @@ def _load_tower(name: str, where: str) -> TowerFeatures:
             tower, missing = _load(CLIPVisionModelWithProjection, where)
             config = tower.config
             output, dim, side = "image_embeds", config.projection_dim, config.image_size
-            processing = _processing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+            processing = preprocessing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
             if _PROJECTION in missing:
                 tower, output, dim = tower.vision_model, "pooler_output", config.hidden_size
                 missing.remove(_PROJECTION)
         case "dinov2":
             tower, missing = _load(Dinov2Model, where)
             output, dim = "pooler_output", tower.config.hidden_size
-            processing = _processing(where, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            processing = preprocessing(where, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
             # Its positions stretch to any side: the published models were trained at 518, and are used at 224.
             crop = processing.get("crop_size", tower.config.image_size)
             side = crop["height"] if isinstance(crop, dict) else crop
@@ -143,12 +148,3 @@ def _load(kind: Any, where: str) -> tuple[Any, set[str]]:
     """The model, and the names of the weights that its files lack."""
     model, info = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     return model, set(info["missing_keys"])
-
-
-def _processing(where: str, mean: list[float], std: list[float]) -> dict:
-    """What preprocessor_config.json says; the published mean and deviation where it doesn't."""
-    try:
-        file = cached_file(where, "preprocessor_config.json")
-    except OSError:  # there is none
-        return {"image_mean": mean, "image_std": std}
-    return {"image_mean": mean, "image_std": std} | json.loads(Path(str(file)).read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ class Reconstruct(nn.Module):
     """The autoencoder's turn: pictures through a posterior sample and back, and every term of the loss.
 
     The discriminator and the perceptual network stand beside it, not in it: their weights aren't its to train. mean: of
-    a tensor over all processes. The attributes without a default here are set by the stage at each step.
+    a tensor over all processes. The stage sets the attributes with a description below anew for each step.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Reconstruct(nn.Module):
         """Whether the discriminator plays yet."""
         self.transform: Transform | None = None
         """Of the latents, before they are decoded."""
-        self.weight: Tensor | None = None
-        """The adversarial loss's adaptive weight where it is known already; else it is worked out."""
+        self.adversarial_weight: Tensor | None = None
+        """Where it is known already; else it is worked out from the batch."""
         self.loss_scale: Tensor | float = 1.0
         """Of half precision, against underflow."""
 
@@ -86,10 +86,13 @@ class Reconstruct(nn.Module):
         return Terms(made, wanted, alike, adversarial, kl, metrics)
 
     def balance(self, parts: Iterable[Terms]) -> Tensor:
-        """The adversarial loss's weight: constant, or adaptive by the gradients of all parts and processes together."""
+        """The adversarial loss's weight: constant, or adaptive by the gradients of all parts and processes together.
+
+        Of each part, the gradient at the last layer alone has to be there.
+        """
         adversarial = self.config.adversarial
         if not adversarial.adaptive:
-            return torch.tensor(adversarial.weight, device=self.vae.device)
+            return torch.full((), adversarial.weight, device=self.vae.device)
         last = self.vae.decoder.conv_out.weight
         pulls = []
         for part in parts:
@@ -97,6 +100,7 @@ class Reconstruct(nn.Module):
             for gradient in (part.likeness.gradient, part.adversarial.gradient):
                 (pull,) = torch.autograd.grad(part.made, last, gradient * self.loss_scale, retain_graph=True)
                 pulls.append(pull.float() / self.loss_scale)
+            del part  # a generator makes the next one only now that this one's graph is gone
         likeness, game = self.mean(torch.stack([sum(pulls[0::2]), sum(pulls[1::2])]))
         if self.logvar is not None:
             likeness = likeness * torch.exp(-self.logvar.detach())
@@ -110,7 +114,7 @@ class Reconstruct(nn.Module):
             terms.metrics["logvar"] = self.logvar.detach()
         loss = loss + self.config.kl_weight * terms.kl
         if terms.adversarial is not None:
-            weight = self.balance([terms]) if self.weight is None else self.weight
+            weight = self.balance([terms]) if self.adversarial_weight is None else self.adversarial_weight
             loss = loss + weight * terms.adversarial.attach(terms.made)
             terms.metrics["adversarial_weight"] = weight
         return StepOutput(loss, terms.metrics, {"made": terms.made.detach(), "wanted": terms.wanted})

@@ -297,14 +297,16 @@ class Trainer:
 
     def estimate(self, parts: list[Batch], steps: int) -> None:
         """Say what a step will cost in time and memory, from one part of a batch tried twice, before training starts."""
-        phase, device = self.stage.phases[0], self.run.accelerator.device
-        self.stage.begin_step(0, parts[:1], torch.ones((), device=device))
+        config, device = self.run.config, self.run.accelerator.device
         for _ in range(2):
-            begun = time.perf_counter()
-            with autocast(device, self.run.config.precision):
-                loss = phase.module(dict(parts[0])).loss
-            loss.backward()
-            phase.module.zero_grad(set_to_none=True)
+            begun, part = time.perf_counter(), dict(parts[0])
+            self.stage.begin_step(config.steps - 1, [part], torch.ones((), device=device))
+            for phase in (p for p in self.stage.phases if p.start < config.steps):
+                with autocast(device, config.precision):
+                    output = phase.module(part)
+                output.loss.backward()
+                phase.module.zero_grad(set_to_none=True)
+                part.update(output.carry)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = (time.perf_counter() - begun) * len(parts)

@@ -27,7 +27,7 @@ def psnr(made: Tensor, pixels: Tensor) -> Tensor:
     """PSNR (dB) of each 8-bit picture (b,): both (b, 3, h, w) in [−1, 1]."""
     a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
     each = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
-    # A perfect reconstruction has infinite PSNR; 8 bits can't tell better than half a step from perfect.
+    # A perfect reconstruction has infinite PSNR, which no mean survives: it counts as half a grey level off everywhere.
     return each.clamp(max=20 * math.log10(2 * 255))
 
 

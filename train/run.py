@@ -65,7 +65,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.accelerator.end_training()
         if self.main:
-            if self._new and kind is not None and issubclass(kind, UserError):
+            begun = (self.out / "checkpoints").exists()
+            if self._new and not begun and kind is not None and issubclass(kind, UserError):
                 shutil.rmtree(self.out, ignore_errors=True)  # bad input leaves nothing that the next try would trip on
             self._lock.close()
 
@@ -166,9 +167,10 @@ class Run:
         return int(self.accelerator.gather(mine).max())
 
 
-def open_sources(data: str, config: DataConfig) -> tuple[Source, Source]:
-    """The training pictures and the held-out ones."""
+def open_sources(data: str, config: DataConfig, *, captioned: bool = True) -> tuple[Source, Source]:
+    """The training pictures and the held-out ones; captioned False accepts pictures without captions."""
     how: dict[str, Any] = {
+        "captioned": captioned,
         "image_column": config.image_column,
         "caption_column": config.caption_column,
         "validation_fraction": config.validation_fraction,
@@ -183,7 +185,8 @@ def open_accelerator(config: RunConfig) -> Accelerator:
     if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
     try:
-        return Accelerator(log_with=list(config.trackers) or None, project_dir=config.out)
+        # no: its own autocast would wrap the forward of a process group alone
+        return Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=config.out)
     except (ImportError, ValueError) as error:
         raise UserError(f"--trackers {' '.join(config.trackers)}: {error}") from None
 
@@ -200,10 +203,10 @@ def _plain(config: RunConfig) -> dict[str, Any]:
 def _refuse_differences(out: Path, before: dict[str, Any], config: RunConfig, inputs: dict[str, str]) -> None:
     about = before.pop("about", {})
     for name, value in inputs.items():
-        if (was := about.get("inputs", {}).get(name, value)) != value:
+        if (was := about.get("inputs", {}).get(name, "")) != value:
             raise UserError(
                 f"--{name.replace('_', '-')} holds something else than what {str(out)!r} was trained on "
-                f"({was[:12]}…, now {value[:12]}…): use the same, or another --out"
+                f"({was[:12] or 'nothing'}…, now {value[:12] or 'nothing'}…): use the same, or another --out"
             )
     try:
         was_config = _flat(_plain(validate(type(config), before)))  # what it didn't know of has its default

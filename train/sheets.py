@@ -9,14 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from autoencoder.model import Autoencoder
+from train.features import eight_bits
 
 _TILE = 128  # a small picture is enlarged to about this side, pixel by pixel
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """Pictures (b, 3, h, w) in [−1, 1] to (b, h, w, 3) uint8, clipped and rounded."""
-    scaled = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return eight_bits(pixels).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) -> Image.Image:
@@ -45,7 +45,7 @@ def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Imag
     """Pictures (b, 3, h, w), their reconstructions, four times the difference, and each channel of the latents in grey."""
     z = autoencoder.encode(pixels).mean  # (b, c, h / f, w / f)
     made = autoencoder.decode(z).to(pixels.device)
-    std, mean = torch.std_mean(z.to(pixels), dim=(0, 2, 3), keepdim=True)
+    std, mean = torch.std_mean(z.to(pixels), dim=(0, 2, 3), correction=0, keepdim=True)
     grey = ((z.to(pixels) - mean) / (2 * std + 1e-8)).repeat_interleave(autoencoder.factor, 2)
     channels = grey.repeat_interleave(autoencoder.factor, 3).unbind(1)
     shown = [pixels, made, (made - pixels) * 4, *(c[:, None].expand(-1, 3, -1, -1) for c in channels)]

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from autoencoder.discriminator import PatchDiscriminator
+from autoencoder.discriminator import PatchDiscriminator, frozen
 from autoencoder.equivariance import draw
 from autoencoder.model import (
     SCALING_FACTOR,
@@ -50,6 +50,7 @@ class VaeStage:
         self.run, self.config = run, config
         device, resolution = run.accelerator.device, config.input.resolution
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_side = resolution // self.factor
         if resolution % self.factor:
             raise UserError(
                 f"input.resolution {resolution} isn't a multiple of {self.factor}, the autoencoder's factor"
@@ -70,8 +71,19 @@ class VaeStage:
         critic, game = None, config.adversarial
         if game.kind != "none":
             critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm).to(device)
+            side = self.factor * draw((0, 0, 0), self.latent_side, config.equivariance.smallest).height
+            side = side if config.equivariance.share else resolution
+            if side < critic.smallest:
+                raise UserError(
+                    f"adversarial.layers {game.layers} needs pictures of {critic.smallest} pixels a side, not {side}: "
+                    "take fewer layers, or a larger resolution or equivariance.smallest"
+                )
+            if game.start >= config.steps:
+                run.say(f"the discriminator would begin at step {game.start}, after the last of {config.steps}")
         self.critic = critic
         self.features = load_features(config.validation_features).to(device) if config.validation_features else None
+        if self.features is not None and min(len(held_out), config.validation_examples) < 2:
+            raise UserError("validation_features: a Fréchet distance needs at least 2 held-out pictures")
         self.reconstruct = Reconstruct(vae, config, self.perceptual, critic, self._mean)
         self.phases = [
             Phase("vae", self.reconstruct, build_optimizer(self.reconstruct, config.optimizer), config.optimizer.lr)
@@ -80,7 +92,6 @@ class VaeStage:
             optimizer = build_optimizer(critic, config.optimizer, lr=game.lr)
             self.phases.append(Phase("discriminator", Judge(critic, game), optimizer, game.lr, game.start))
         self.ema = Ema(vae, config.ema_decay)
-        self.latent_side = resolution // self.factor
         self.latent_channels: int = vae.config.latent_channels
         draws = {"posterior_noise": (Purpose.POSTERIOR, (self.latent_channels, self.latent_side, self.latent_side))}
         crop, flip = config.input.crop, config.input.flip
@@ -96,28 +107,25 @@ class VaeStage:
         return self.run.batches(self.training, start, self.run.damage(self.training.source))
 
     def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
-        c, players = self.config, self.reconstruct
-        players.loss_scale, players.weight = loss_scale, None
-        players.adversarial = self.critic is not None and step >= c.adversarial.start
+        c, player, vae = self.config, self.reconstruct, self.reconstruct.vae
+        player.loss_scale, player.adversarial_weight = loss_scale / len(parts), None
+        player.adversarial = self.critic is not None and step >= c.adversarial.start
         u = uniforms(c.seed, Purpose.TRANSFORM, [step], 4)[0]
         share, smallest = c.equivariance.share, c.equivariance.smallest
-        players.transform = draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None
-        if self.critic is None or not players.adversarial:
-            return
-        if c.adversarial.spectral_norm:
-            self.critic.refresh()
-        if (
-            c.adversarial.adaptive and len(parts) > 1
-        ):  # the weight is the whole batch's, so it is gone through beforehand
-            with autocast(self.run.accelerator.device, c.precision):
-                players.weight = players.balance(players.terms(part) for part in parts)
+        player.transform = draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None
+        if player.adversarial and c.adversarial.adaptive and len(parts) > 1:
+            # The weight is the whole batch's, so all of it is gone through before the first part's turn.
+            with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
+                player.adversarial_weight = player.balance(player.terms(part) for part in parts)
 
     def end_step(self) -> None:
-        pass
+        if self.critic is not None and self.reconstruct.adversarial and self.config.adversarial.spectral_norm:
+            self.critic.refresh()
 
     def _shares(self, pictures: PictureDataset, count: int) -> Iterator[Batch]:
         """This process's batches of the first `count` pictures, in order."""
-        accelerator, b = self.run.accelerator, self.config.batch_size
+        accelerator = self.run.accelerator
+        b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
         for first in range(accelerator.process_index * b, count, accelerator.num_processes * b):
             yield self.run.on_device(pictures.__getitems__(list(range(first, min(first + b, count)))))
 
@@ -204,12 +212,12 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
 def train(config: VaeConfig) -> None:
     """Train stage 1 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
-    source, held_out = open_sources(config.data, config.input)
+    source, held_out = open_sources(config.data, config.input, captioned=False)
     vae, perceptual = first_autoencoder(config), build_perceptual(config.perceptual)
-    inputs = {"data": source.fingerprint}
-    if config.init:
-        inputs["init"] = digest(vae)
-    if perceptual is not None:
-        inputs["perceptual.model"] = digest(perceptual)
+    inputs = {
+        "data": source.fingerprint,
+        "init": digest(vae, str(vae.config.scaling_factor)) if config.init else "",
+        "perceptual.model": "" if perceptual is None else digest(perceptual),
+    }
     with Run(config, accelerator, inputs) as run:
         fit(run, VaeStage(run, config, vae, perceptual, source, held_out))
