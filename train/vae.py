@@ -68,19 +68,12 @@ class VaeStage:
             vae.enable_gradient_checkpointing()
         vae.to(device)
         self.perceptual = None if perceptual is None else perceptual.to(device)
-        critic, game = None, config.adversarial
-        if game.kind != "none":
-            critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm).to(device)
-            side = self.factor * draw((0, 0, 0), self.latent_side, config.equivariance.smallest).height
-            side = side if config.equivariance.share else resolution
-            if side < critic.smallest:
-                raise UserError(
-                    f"adversarial.layers {game.layers} needs pictures of {critic.smallest} pixels a side, not {side}: "
-                    "take fewer layers, or a larger resolution or equivariance.smallest"
-                )
+        game = config.adversarial
+        self.critic = critic = build_critic(config, resolution, self.factor)
+        if critic is not None:
+            critic.to(device)
             if game.start >= config.steps:
                 run.say(f"the discriminator would begin at step {game.start}, after the last of {config.steps}")
-        self.critic = critic
         self.features = load_features(config.validation_features).to(device) if config.validation_features else None
         if self.features is not None and min(len(held_out), config.validation_examples) < 2:
             raise UserError("validation_features: a Fréchet distance needs at least 2 held-out pictures")
@@ -192,6 +185,22 @@ def first_autoencoder(config: VaeConfig) -> AutoencoderKL:
     if not config.decoder_only:
         vae.register_to_config(scaling_factor=SCALING_FACTOR)
     return vae
+
+
+def build_critic(config: VaeConfig, resolution: int, factor: int) -> PatchDiscriminator | None:
+    """The discriminator. Raises UserError where it is too deep for the smallest pictures it will be shown."""
+    game = config.adversarial
+    if game.kind == "none":
+        return None
+    critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm)
+    smallest = config.equivariance.smallest if config.equivariance.share else 1.0
+    side = factor * draw((0, 0, 0), resolution // factor, smallest).height
+    if side < critic.smallest:
+        raise UserError(
+            f"adversarial.layers {game.layers} needs pictures of {critic.smallest} pixels a side, not {side}: "
+            "take fewer layers, or a larger resolution or equivariance.smallest"
+        )
+    return critic
 
 
 def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
