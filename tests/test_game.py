@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
-from test_training import COMMON, ROOT, cut, final_state, losses
+from test_training import ROOT, cut, final_state, losses, vae_config
 from torch import Tensor, nn
 
 import train.clip
@@ -166,10 +166,7 @@ def test_the_discriminator_sees_the_pictures_that_were_wanted() -> None:
 
 
 def config(shapes: Path, out: Path, **change: Any) -> VaeConfig:
-    # Two groups, not one a channel: there a convolution's bias is taken out by the normalisation after it, its gradient
-    # is rounding error alone, and Adam makes whole steps of that.
-    model = AutoencoderConfig(channels=(8, 16), layers=1, groups=2, attention=False)
-    return VaeConfig(data=str(shapes), out=str(out), **COMMON | {"model": model, "adversarial": ADAPTIVE} | change)
+    return vae_config(shapes, out, **{"adversarial": ADAPTIVE} | change)
 
 
 EVERYTHING: dict[str, Any] = {
