@@ -20,8 +20,9 @@ Game = Literal["hinge", "non_saturating", "saturating"]
 class PatchDiscriminator(nn.Module):
     """(b, 3, H, W) → a map of logits (b, 1, h, w), one a patch; `layers` strided convolutions and two more, all 4×4.
 
-    A patch has 70 pixels a side with 3 layers, 34 with 2. spectral: every convolution's largest singular value is held at 1 (Miyato et al. 2018, arXiv 1802.05957). The network
-    is always in eval mode, in which it is a function of its weights; `refresh` follows them, once a step.
+    A patch has 70 pixels a side with 3 layers, 34 with 2. spectral: every convolution's largest singular value is held at 1
+    (Miyato et al. 2018, arXiv 1802.05957). The network is always in eval mode, in which it is a function of its weights;
+    `refresh` follows them, once a step.
     """
 
     def __init__(self, channels: int = 32, layers: int = 2, *, spectral: bool = False) -> None:

@@ -3,6 +3,7 @@
 import json
 from importlib.resources import as_file, files
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, assert_never
 
 import torch
@@ -51,6 +52,8 @@ class Lpips(nn.Module):
         except Exception as error:  # whatever is in a file that isn't these weights
             what = f"weights {weights!r}" if weights else "downloading its weights"
             reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if isinstance(error, UnpicklingError):  # whose own words advise to run whatever the file says
+                reason = "it holds something else than tensors"
             raise UserError(f"the {backbone} of LPIPS: {what} failed: {reason}") from None
         for layer in network.features:
             if isinstance(layer, nn.ReLU):

@@ -64,7 +64,9 @@ class InceptionFeatures(Features):
             )
         except ModuleNotFoundError:
             raise UserError("features 'inception' need torch-fidelity: pip install -e '.[inception]'") from None
-        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError:  # whose own words advise to run whatever the file says
+            raise UserError(f"features 'inception': {path!r} holds something else than tensors") from None
+        except (OSError, RuntimeError, EOFError, TypeError) as error:
             source = "its download" if weights is None else repr(weights)
             raise UserError(f"features 'inception' can't be loaded from {source}: {error}") from None
         self.network = network
