@@ -2,7 +2,10 @@
 
 The UNet is given every token's last hidden state after the final layer norm, padding included, nothing
 masked: what Stable Diffusion 1 feeds its UNet, so a stock pipeline over the saved folder gives the same
-numbers.
+numbers. Clip skip leaves the last layers out and keeps the final norm, as Stable Diffusion 2's checkpoints do.
+
+Longer prompts than the tower holds are read in chunks: each is encoded alone, with a begin and an end of its own, and the
+UNet attends over the tokens of all. Their number belongs to the model, so every condition has one shape, the null one too.
 """
 
 import copy
@@ -28,6 +31,7 @@ from ldm.errors import UserError
 # The text tower's weights wherever they are stored: a CLIPModel, a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
 _PREFIX = "text_model."
+_CHUNKS = "prompt_chunks"  # in the text encoder's config.json, where transformers ignores it
 _WANTED = (  # of a hub repository
     *("config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
@@ -35,83 +39,103 @@ _WANTED = (  # of a hub repository
 
 
 class ClipTextEncoder(nn.Module):
-    """Prompts → (b, max_length, width), without gradients, on the module's device and in its dtype."""
+    """Prompts → (b, tokens, width), without gradients, on the module's device and in its dtype.
 
-    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    max_length: tokens of a chunk, begin and end included. tokens: of an encoding, chunks · max_length.
+    """
+
+    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, *, chunks: int | None = None) -> None:
         """Takes both as they are; the text tower of a CLIPModel in training stays trainable.
 
-        Raises UserError when the tokenizer has ids that the model doesn't.
+        chunks: in how many a prompt is read; None for what the model was saved with, else 1.
+        Raises UserError when the tokenizer has ids that the model doesn't, or for chunks below 1.
         """
         super().__init__()
         config = model.config
+        chunks = getattr(config, _CHUNKS, 1) if chunks is None else chunks
+        if type(chunks) is not int or chunks < 1:
+            raise UserError(f"chunks {chunks!r}: a whole number of at least 1 is accepted")
         if len(tokenizer) > config.vocab_size:
             raise UserError(f"{len(tokenizer)} tokens in the tokenizer, only {config.vocab_size} in its text encoder")
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
         self.model, self.tokenizer = model, tokenizer
         self.max_length: int = tokenizer.model_max_length
         self.width: int = config.hidden_size
+        self.chunks: int = chunks
 
-    @torch.no_grad()
+    @property
+    def tokens(self) -> int:
+        """Of an encoding."""
+        return self.chunks * self.max_length
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(b, max_length, width). A prompt that is too long is cut, with a warning that quotes what was lost.
+        """(b, tokens, width). A prompt that is too long is cut, with a warning that quotes what was lost.
 
         Autocast is left outside: an encoding depends on the weights alone, so a stored one is as good.
         """
-        ids = tokenize(self.tokenizer, prompts)
+        ids = tokenize(self.tokenizer, prompts, self.chunks)
+        return self._hidden(ids.view(-1, self.max_length)).view(len(ids), self.tokens, self.width)
+
+    def encode_pooled(self, prompts: Sequence[str]) -> Tensor:
+        """(b, width): the features of a prompt's end token, before any projection; of the first chunk, where it has more.
+
+        Padding may be the end token too: the first one ends the prompt.
+        """
+        ids = tokenize(self.tokenizer, prompts, self.chunks)[:, : self.max_length]
+        end = (ids == self.tokenizer.eos_token_id).int().argmax(1)  # (b,)
+        hidden = self._hidden(ids)
+        return hidden[torch.arange(len(ids), device=hidden.device), end.to(hidden.device)]
+
+    def null(self) -> Tensor:
+        """The null condition, (1, tokens, width): the encoding of ""."""
+        return self.encode([""])
+
+    @torch.no_grad()
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """(b, max_length) → (b, max_length, width), the last layer's states after the final norm."""
         weight = next(self.model.parameters())
         if not len(ids):
             return weight.new_empty(0, self.max_length, self.width)
         with torch.autocast(weight.device.type, enabled=False):
             return self.model(input_ids=ids.to(weight.device)).last_hidden_state
 
-    def null(self) -> Tensor:
-        """The null condition, (1, max_length, width): the encoding of ""."""
-        return self.encode([""])
-
     @property
     def digest(self) -> str:
         """SHA-256 of all that an encoding depends on, a key for caches. Reads every weight: keep the result."""
         config = self.model.config
-        shape = [config.num_attention_heads, config.hidden_act, config.layer_norm_eps]
-        total = hashlib.sha256(json.dumps([fingerprint(self.tokenizer), shape]).encode())
+        about: list[Any] = [config.num_attention_heads, config.hidden_act, config.layer_norm_eps]
+        if self.chunks > 1:
+            about.append(self.chunks)
+        total = hashlib.sha256(json.dumps([fingerprint(self.tokenizer), about]).encode())
         for name, weight in sorted(self._weights().items()):
             total.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             total.update(weight.view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     @classmethod
-    def load(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
+    def load(
+        cls, source: str | Path, *, dtype: torch.dtype = torch.float32, skip: int = 0, chunks: int | None = None
+    ) -> Self:
         """Reads a folder or a hub id: a CLIP (whole, or its text tower) with its tokenizer, or a pipeline.
 
-        Or an OpenCLIP, as `openclip:ViT-B-32/laion2b_s34b_b79k`.
+        Or an OpenCLIP, as `openclip:ViT-B-32/laion2b_s34b_b79k`; see `load_openclip`.
 
-        Only safetensors and JSON are read (of an OpenCLIP's tag, what open_clip has, without pickled code). The weights come frozen, in evaluation mode, on the CPU. Raises
-        UserError when there is no such thing, or when a weight is missing.
+        skip: transformer layers left out at the end (clip skip, as diffusers counts it). What is saved is without them.
+        chunks: in how many a prompt is read; None for what the model was saved with, else 1.
+        Only safetensors and JSON are read (of an OpenCLIP's tag, what open_clip has, without pickled code). The weights
+        come frozen, in evaluation mode, on the CPU. Raises UserError when there is no such thing, when a weight is
+        missing, or when `skip` leaves no layer.
         """
-        if str(source).startswith(PREFIX):
-            return cls(*load_openclip(str(source))).to(dtype).eval().requires_grad_(False)
-        folder = Path(source).resolve() if os.path.isdir(source) else _download(str(source))
-        beside: tuple[Path, ...]
-        if (folder / "text_encoder" / "config.json").is_file():
-            weights, beside = folder / "text_encoder", (folder / "tokenizer", folder / "text_encoder", folder)
-        elif (folder / "config.json").is_file():
-            weights, beside = folder, (folder, folder / "tokenizer")
-            if folder.name == "text_encoder":  # inside a pipeline
-                beside += (folder.with_name("tokenizer"),)
-        else:
-            raise UserError(f"{source} has no text encoder: looked for text_encoder/config.json and config.json")
-        tokens = next((f for f in beside if _has_tokenizer(f)), None)
-        if tokens is None:
-            raise UserError(
-                f"{source} has no tokenizer: looked for tokenizer.json, or vocab.json and merges.txt, in "
-                + ", ".join(map(str, beside))
-            )
+        name = str(source)
+        files = None if name.startswith(PREFIX) else _find(name)
         try:
-            encoder = cls(_read_tower(weights), load_tokenizer(tokens))
+            model, tokenizer = (_read_tower(files[0]), load_tokenizer(files[1])) if files else load_openclip(name)
+            _leave_out(model, skip)
+            encoder = cls(model, tokenizer, chunks=chunks)
         except UserError as error:
-            raise UserError(f"{source}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
         except Exception as error:  # a broken file makes the libraries raise almost anything
-            raise UserError(f"{source} can't be read as a CLIP text encoder: {_line(error)}") from error
+            raise UserError(f"{name} can't be read as a CLIP text encoder: {_line(error)}") from error
         return encoder.to(dtype).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
@@ -125,14 +149,56 @@ class ClipTextEncoder(nn.Module):
         config.dtype = next(self.model.parameters()).dtype
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(self.tokenizer, name))
+        if self.chunks > 1 or hasattr(config, _CHUNKS):
+            setattr(config, _CHUNKS, self.chunks)
         config.save_pretrained(folder / "text_encoder")
         save_file(self._weights(), folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
         save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+    def stock_limits(self) -> str | None:
+        """What stock diffusers' Stable Diffusion pipeline can't do with this text encoder, in one line; None: nothing."""
+        if self.chunks > 1:
+            return (
+                f"prompts in {self.chunks} chunks: stock diffusers reads the first {self.max_length} tokens of a prompt alone; "
+                "txt2img.py and our pipeline read all"
+            )
+        return None
 
     def _weights(self) -> dict[str, Tensor]:
         """By their names on disk, on the CPU."""
         state = self.model.state_dict()
         return {_PREFIX + k.removeprefix(_PREFIX): v.detach().cpu().contiguous() for k, v in state.items()}
+
+
+def _find(source: str) -> tuple[Path, Path]:
+    """The folders of a text encoder's weights and of its tokenizer."""
+    folder = Path(source).resolve() if os.path.isdir(source) else _download(source)
+    beside: tuple[Path, ...]
+    if (folder / "text_encoder" / "config.json").is_file():
+        weights, beside = folder / "text_encoder", (folder / "tokenizer", folder / "text_encoder", folder)
+    elif (folder / "config.json").is_file():
+        weights, beside = folder, (folder, folder / "tokenizer")
+        if folder.name == "text_encoder":  # inside a pipeline
+            beside += (folder.with_name("tokenizer"),)
+    else:
+        raise UserError(f"{source} has no text encoder: looked for text_encoder/config.json and config.json")
+    tokens = next((f for f in beside if _has_tokenizer(f)), None)
+    if tokens is None:
+        raise UserError(
+            f"{source} has no tokenizer: looked for tokenizer.json, or vocab.json and merges.txt, in "
+            + ", ".join(map(str, beside))
+        )
+    return weights, tokens
+
+
+def _leave_out(model: CLIPTextModel, skip: int) -> None:
+    """The model without its last `skip` layers."""
+    encoder = getattr(model, "text_model", model).encoder
+    count = len(encoder.layers)
+    if not 0 <= skip < count:
+        raise UserError(f"clip skip {skip}: 0 to {count - 1} are accepted for a text encoder of {count} layers")
+    encoder.layers = encoder.layers[: count - skip]
+    model.config.num_hidden_layers = count - skip
 
 
 def _has_tokenizer(folder: Path) -> bool:

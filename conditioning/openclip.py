@@ -1,21 +1,29 @@
 """OpenCLIP's text towers (Cherti et al. 2023, arXiv 2212.07143) as transformers' CLIPTextModel.
 
 A CLIP's tower is the same transformer under other names, and its tokenizer the same merges, so what is trained, saved
-and loaded afterwards is an ordinary CLIP text encoder. Towers of other kinds are refused. Captions are padded with the end token, as everywhere in this
-project; the causal mask hides the padding from every token of the caption.
+and loaded afterwards is an ordinary CLIP text encoder. Towers of other kinds are refused. Captions are padded with the
+end token, as everywhere in this project; the causal mask hides the padding from every token of the caption.
 """
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from conditioning.tokenizer import LARGEST, clip_tokenizer
 from ldm.errors import UserError
 
 PREFIX = "openclip:"
-_KNOWN = {"context_length", "vocab_size", "width", "heads", "layers"}
+_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of open_clip's own folders
+_HUB = "hf-hub:"
+_DEFAULTS = {"context_length": 77, "vocab_size": LARGEST, "width": 512, "heads": 8, "layers": 12}
+_TOWER = re.compile(r"(?:module\.)?(?:text\.)?((?:token_embedding|positional_embedding|transformer|ln_final)\b.*)")
 _NAMES = {  # of a layer: ours ← theirs
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -26,76 +34,105 @@ _NAMES = {  # of a layer: ours ← theirs
 
 
 def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """`openclip:ARCHITECTURE/WEIGHTS` → text tower and tokenizer; WEIGHTS is a tag of open_clip's or a .safetensors file.
+    """Text tower and tokenizer of an OpenCLIP, named as one of
 
-    Raises UserError when open_clip isn't installed, or has no such thing.
+        openclip:ARCHITECTURE/TAG               open_clip's own weights
+        openclip:ARCHITECTURE/FILE.safetensors  a checkpoint
+        openclip:FOLDER                         with open_clip_config.json and open_clip_model.safetensors
+        openclip:hf-hub:OWNER/NAME              such a repository
+
+    Raises UserError when open_clip isn't installed, or has no such thing; any error for damaged files.
     """
     try:
         import open_clip
     except ImportError as error:
-        raise UserError(f"{name} needs open_clip: pip install -e '.[openclip]'") from error
-    architecture, _, weights = name.removeprefix(PREFIX).partition("/")
+        raise UserError("open_clip isn't installed: pip install -e '.[openclip]'") from error
+    place = name.removeprefix(PREFIX).removeprefix("local-dir:")
+    if place.startswith(_HUB):
+        return _read_folder(Path(snapshot_download(place.removeprefix(_HUB), allow_patterns=[_CONFIG, _WEIGHTS])))
+    if (Path(place) / _CONFIG).is_file():
+        return _read_folder(Path(place))
+    architecture, _, weights = place.partition("/")
     config = open_clip.get_model_config(architecture)
     if config is None:
-        raise UserError(f"{name}: open_clip has no architecture {architecture!r}; one of its is ViT-B-32")
-    text = config["text_cfg"]
-    # Whatever else stands there (another tokenizer, no causal mask, a class token) CLIPTextModel hasn't got.
-    if foreign := sorted(set(text) - _KNOWN):
-        raise UserError(f"{name}: the text tower of {architecture} isn't CLIP's ({', '.join(foreign)})")
-    if text["vocab_size"] != LARGEST:
         raise UserError(
-            f"{name}: {text['vocab_size']} tokens in the vocabulary of {architecture}, not CLIP's {LARGEST}"
+            f"open_clip has no architecture {architecture!r}, one of its is ViT-B-32; and {place!r} is no folder with "
+            + _CONFIG
         )
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if weights not in tags and not (weights.endswith(".safetensors") and Path(weights).is_file()):
-        known = ", ".join(tags) or "none of open_clip's own"
-        raise UserError(f"{name}: weights {weights!r} are neither a .safetensors file nor one of: {known}")
-    try:
-        model = open_clip.create_model(architecture, pretrained=weights)
-    except Exception as error:  # the hub's client, its transport and damaged files have no common error
-        raise UserError(f"{name} can't be loaded: {' '.join(str(error).split())[:300]}") from error
-    return convert(model, config), tokenizer_of(config)
+    text_config(config)  # refused before anything is fetched
+    if weights.endswith(".safetensors") and Path(weights).is_file():
+        return convert(load_file(weights), config), tokenizer_of(config)
+    tag = open_clip.get_pretrained_cfg(architecture, weights)
+    if not tag:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none of open_clip's own"
+        raise UserError(f"weights {weights!r} are neither a .safetensors file nor one of: {known}")
+    config["quick_gelu"] = bool(tag.get("quick_gelu"))  # it belongs to the weights, whatever the architecture says
+    model = open_clip.create_model(architecture, pretrained=weights, force_quick_gelu=config["quick_gelu"])
+    return convert(model.state_dict(), config), tokenizer_of(config)
 
 
-def convert(model: nn.Module, config: dict[str, Any]) -> CLIPTextModel:
-    """The text tower of an open_clip model whose configuration (open_clip.get_model_config) is given."""
-    theirs: Any = getattr(model, "text", model)
-    text, blocks = config["text_cfg"], theirs.transformer.resblocks
-    converted = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=text["width"],
-            intermediate_size=4 * text["width"],
-            num_hidden_layers=text["layers"],
-            num_attention_heads=text["heads"],
-            hidden_act="quick_gelu" if type(blocks[0].mlp.gelu).__name__ == "QuickGELU" else "gelu",
-            vocab_size=text["vocab_size"],
-            max_position_embeddings=text["context_length"],
-            bos_token_id=text["vocab_size"] - 2,
-            eos_token_id=text["vocab_size"] - 1,
-            pad_token_id=text["vocab_size"] - 1,
-        )
+def _read_folder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    for file in (_CONFIG, _WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"{file} is missing (pickled weights are never read)")
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    return convert(load_file(folder / _WEIGHTS), config), tokenizer_of(config)
+
+
+def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+    """Of an open_clip configuration (open_clip.get_model_config); UserError where the text tower isn't CLIP's."""
+    # Whatever else stands there (another tokenizer, no causal mask, a class token) CLIPTextModel hasn't got.
+    if foreign := sorted(set(config["text_cfg"]) - set(_DEFAULTS)):
+        raise UserError(f"its text tower isn't CLIP's ({', '.join(foreign)})")
+    text = _DEFAULTS | config["text_cfg"]
+    if text["vocab_size"] != LARGEST:
+        raise UserError(f"{text['vocab_size']} tokens in its vocabulary, not CLIP's {LARGEST}")
+    return CLIPTextConfig(
+        hidden_size=text["width"],
+        intermediate_size=4 * text["width"],
+        num_hidden_layers=text["layers"],
+        num_attention_heads=text["heads"],
+        hidden_act="quick_gelu" if config.get("quick_gelu") else "gelu",
+        vocab_size=text["vocab_size"],
+        max_position_embeddings=text["context_length"],
+        bos_token_id=text["vocab_size"] - 2,
+        eos_token_id=text["vocab_size"] - 1,
+        pad_token_id=text["vocab_size"] - 1,
     )
-    weights: dict[str, Tensor] = {
-        "embeddings.token_embedding.weight": theirs.token_embedding.weight,
-        "embeddings.position_embedding.weight": theirs.positional_embedding,
-        "final_layer_norm.weight": theirs.ln_final.weight,
-        "final_layer_norm.bias": theirs.ln_final.bias,
-    }
-    for k, block in enumerate(blocks):
-        layer, state = f"encoder.layers.{k}.", block.state_dict()
-        for kind in ("weight", "bias"):
-            parts = state[f"attn.in_proj_{kind}"].chunk(3)
+
+
+def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextModel:
+    """The text tower from the weights of a whole open_clip model (its state_dict) and its configuration.
+
+    Raises UserError when a weight is missing or one has no counterpart, RuntimeError when a shape differs.
+    """
+    theirs = {match[1]: weight for name, weight in state.items() if (match := _TOWER.fullmatch(name))}
+    converted = CLIPTextModel(text_config(config))
+    weights: dict[str, Tensor] = {}
+
+    def take(name: str) -> Tensor:
+        if name not in theirs:
+            raise UserError(f"the weight {name} of an OpenCLIP text tower is missing")
+        return theirs.pop(name).detach().float().clone()
+
+    weights["embeddings.token_embedding.weight"] = take("token_embedding.weight")
+    weights["embeddings.position_embedding.weight"] = take("positional_embedding")
+    for kind in ("weight", "bias"):
+        weights[f"final_layer_norm.{kind}"] = take(f"ln_final.{kind}")
+        for k in range(converted.config.num_hidden_layers):
+            layer, block = f"encoder.layers.{k}.", f"transformer.resblocks.{k}."
+            parts = take(f"{block}attn.in_proj_{kind}").chunk(3)
             weights |= {f"{layer}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
-            weights |= {f"{layer}{ours}.{kind}": state[f"{name}.{kind}"] for ours, name in _NAMES.items()}
+            weights |= {f"{layer}{ours}.{kind}": take(f"{block}{name}.{kind}") for ours, name in _NAMES.items()}
+    if theirs:
+        raise UserError(f"its text tower isn't CLIP's: {next(iter(theirs))} has no counterpart")
     tower = getattr(converted, "text_model", converted)  # older transformers have a module in between
-    missing, unexpected = tower.load_state_dict({k: w.detach().clone() for k, w in weights.items()}, strict=False)
-    if unexpected or set(missing) - {"embeddings.position_ids"}:
-        raise UserError(f"this open_clip text tower isn't CLIP's: {(unexpected or missing)[0]} has no counterpart")
-    return converted.float()
+    tower.load_state_dict(weights, strict=True)
+    return converted
 
 
-def tokenizer_of(config: dict[str, Any]) -> CLIPTokenizer:
+def tokenizer_of(config: Mapping[str, Any]) -> CLIPTokenizer:
     """CLIP's tokenizer, from the merges that open_clip brings along."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    return clip_tokenizer(list(SimpleTokenizer().bpe_ranks), config["text_cfg"]["context_length"])
+    return clip_tokenizer(list(SimpleTokenizer().bpe_ranks), text_config(config).max_position_embeddings)

@@ -76,16 +76,19 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(folder), split_special_tokens=True, local_files_only=True)
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """(b, max_length) int64: begin, text, end, padding. What a stock Stable Diffusion pipeline feeds.
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+    """(b, chunks · max_length) int64: begin, text, end, padding, once for each chunk.
 
-    A prompt that is too long is cut, with a UserWarning that quotes the text that was lost. Half characters
-    (lone surrogates) are read as U+FFFD.
+    One chunk is what a stock Stable Diffusion pipeline feeds. With more, each takes as many tokens as it holds of what
+    the ones before it left, wherever words end; those that nothing is left for are the "" of other prompts.
+
+    A prompt that is too long for all of them is cut, with a UserWarning that quotes the text that was lost. Half
+    characters (lone surrogates) are read as U+FFFD.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts {prompts!r} is one string: a sequence of strings is accepted")
     if not prompts:
-        return torch.empty(0, tokenizer.model_max_length, dtype=torch.int64)
+        return torch.empty(0, chunks * tokenizer.model_max_length, dtype=torch.int64)
     encoded = tokenizer(
         [_whole(p) for p in prompts],
         add_special_tokens=False,
@@ -94,7 +97,8 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
         return_offsets_mapping=True,
         verbose=False,
     )
-    room = tokenizer.model_max_length - 2
+    size = tokenizer.model_max_length - 2
+    room = chunks * size
     rows = []
     for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if len(ids) > room:
@@ -103,9 +107,13 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
                 f'"{prompt[offsets[room][0] :]}"',
                 stacklevel=2,
             )
-        padding = [tokenizer.pad_token_id] * (room - len(ids))
-        rows.append([tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id, *padding])
-    return torch.tensor(rows)  # (b, max_length)
+        row = []
+        for start in range(0, room, size):
+            part = ids[start : start + size]
+            padding = [tokenizer.pad_token_id] * (size - len(part))
+            row += [tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding]
+        rows.append(row)
+    return torch.tensor(rows)  # (b, chunks · max_length)
 
 
 def fingerprint(tokenizer: CLIPTokenizer) -> str:

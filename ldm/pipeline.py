@@ -34,7 +34,7 @@ from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Condition
 from ldm.interchange import Process
 from ldm.samplers import invert, make_step, sample
 from ldm.spacing import Plan, SamplerKind, Spacing, plan
-from ldm.unet import use_attention
+from ldm.unet import AttentionBackend, use_attention
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 DECODED_AT_ONCE = 32  # pictures; decoding takes the most memory of all
@@ -81,9 +81,10 @@ class LatentDiffusionPipeline:
     # -- folders ----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | Path, *, chunks: int | None = None) -> Self:
         """From the folder that stage 2 writes, or any Stable-Diffusion-1.x/2.x-shaped diffusers folder.
 
+        chunks: of max_length tokens in which prompts are read; the model's own unless given.
         Raises UserError when parts are missing or not understood.
         """
         folder = Path(folder)
@@ -102,7 +103,7 @@ class LatentDiffusionPipeline:
         return cls(
             unet.eval().requires_grad_(False),
             Autoencoder.load(folder / "vae"),
-            ClipTextEncoder.load(folder),
+            ClipTextEncoder.load(folder, chunks=chunks),
             Process.from_diffusers(config),
         )
 
@@ -114,8 +115,9 @@ class LatentDiffusionPipeline:
         self.text_encoder.save(folder)
         scheduler = self.process.to_diffusers()
         scheduler.save_pretrained(str(folder / "scheduler"))
-        if limits := self.process.stock_limits():
-            _warn_once(limits)
+        for limits in (self.process.stock_limits(), self.text_encoder.stock_limits()):
+            if limits:
+                _warn_once(limits)
         parts = {
             "scheduler": ["diffusers", type(scheduler).__name__],
             "text_encoder": ["transformers", "CLIPTextModel"],
@@ -140,6 +142,13 @@ class LatentDiffusionPipeline:
         self.text_encoder.to(device=device, dtype=dtype)
         move(self.autoencoder.vae, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
         return self
+
+    def set_attention(self, backend: AttentionBackend) -> Literal["sdpa", "xformers"]:
+        """How the UNet's attention is computed, tried on its present device and dtype; returns what `auto` came to.
+
+        Raises UserError where xformers is asked for and doesn't work.
+        """
+        return use_attention(self.unet, backend)
 
     def enable_vae_tiling(self, tiles: Tiles | None = None) -> None:
         """Decode and encode large pictures tile by tile, for small memory."""

@@ -1,5 +1,6 @@
 """Paint pictures from a prompt with a trained model."""
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +12,9 @@ from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.png import file_name, save_png
+from ldm.unet import AttentionBackend
 from train.cli import SamplingOptions, command, overlay, use_device
+from train.optim import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,10 @@ class Options(SamplingOptions):
     """Decode in overlapping tiles of this side, e.g. 64, for large pictures in little memory; whole unless given."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the network's weights and arithmetic."""
+    attention: AttentionBackend = "sdpa"
+    """What computes the UNet's attention: torch itself (sdpa), xformers, or auto: xformers where it works, else sdpa."""
+    chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Read prompts in N parts, each as long as the text encoder takes; the model's own number unless given."""
 
 
 _NOT_OF_A_PICTURE = ("out", "num_images", "batch_size", "device")
@@ -59,11 +66,20 @@ def main() -> None:
         raise UserError("--model is missing: the folder of a trained model, e.g. --model runs/ldm/model")
     if o.num_images < 1 or o.batch_size < 1:
         raise UserError(f"--num-images {o.num_images} --batch-size {o.batch_size}: both must be at least 1")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
-    pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device), dtype)
+    dtype = DTYPES[o.precision]
+    device = use_device(o.device)
+
+    def load(model: str) -> LatentDiffusionPipeline:
+        pipe = LatentDiffusionPipeline.from_pretrained(model, chunks=o.chunks).to(device, dtype)
+        taken = pipe.set_attention(o.attention)
+        if o.attention == "auto":
+            print(f"attention of {model}: {taken}", file=sys.stderr)
+        return pipe
+
+    pipe = load(o.model)
     if o.tile is not None:
         pipe.enable_vae_tiling(Tiles(o.tile, o.tile // 4))
-    weak = LatentDiffusionPipeline.from_pretrained(o.weak_model).to(o.device, dtype) if o.weak_model else None
+    weak = load(o.weak_model) if o.weak_model else None
     folder = Path(o.out)
     for first in range(0, o.num_images, o.batch_size):
         seeds = range(o.seed + first, o.seed + min(first + o.batch_size, o.num_images))

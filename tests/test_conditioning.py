@@ -386,6 +386,76 @@ def test_stock_pipeline_feeds_its_unet_the_same_numbers(encoder, tmp_path):
     assert ClipTextEncoder.load(tmp_path).digest == encoder.digest
 
 
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_clip_skip_is_an_earlier_layer_after_the_final_norm(tokenizer, tmp_path, skip):
+    """Against transformers' hidden states, as diffusers' clip_skip reads them; and stock diffusers needs no telling."""
+    clip = small_clip(tokenizer, text_layers=3).eval()
+    ClipTextEncoder(clip.text_model, tokenizer).save(tmp_path / "whole")
+    whole = ClipTextEncoder.load(tmp_path / "whole")
+    prompts = ["", "a red star", "a small blue circle above a white square"]
+    with torch.no_grad():
+        states = clip.text_model(input_ids=tokenize(tokenizer, prompts), output_hidden_states=True).hidden_states
+        expected = clip.text_model.final_layer_norm(states[-(skip + 1)])
+    encoder = ClipTextEncoder.load(tmp_path / "whole", skip=skip)
+    torch.testing.assert_close(encoder.encode(prompts), expected, rtol=0, atol=1e-6)
+    assert (encoder.digest == whole.digest) == (skip == 0)
+    encoder.save(tmp_path / "cut")
+    config = json.loads((tmp_path / "cut/text_encoder/config.json").read_text())
+    assert config["num_hidden_layers"] == 3 - skip
+    model, report = CLIPTextModel.from_pretrained(tmp_path / "cut/text_encoder", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        stock = model(input_ids=tokenize(tokenizer, prompts)).last_hidden_state
+    torch.testing.assert_close(stock, expected, rtol=0, atol=1e-6)
+    again = ClipTextEncoder.load(tmp_path / "cut")
+    assert again.digest == encoder.digest
+    assert torch.equal(again.encode(prompts), encoder.encode(prompts))
+
+
+@pytest.mark.parametrize("skip", [-1, 2, 3])
+def test_a_skip_that_leaves_no_layer_is_refused(encoder, tmp_path, skip):
+    encoder.save(tmp_path)
+    with pytest.raises(
+        UserError, match=f"clip skip {skip}: 0 to 1 are accepted for a text encoder of 2 layers"
+    ) as caught:
+        ClipTextEncoder.load(tmp_path, skip=skip)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_pooled_is_the_end_token_s_state(encoder, clip, tokenizer):
+    """What CLIPTextModel pools, and the state at the place counted by hand; the projection makes it CLIP's embedding."""
+    prompts = ["", "a red star", "Crème \U0001f600 brûlée", "a small blue circle above a white square"]
+    ids = tokenize(tokenizer, prompts)
+    with torch.no_grad():
+        out = clip.text_model(input_ids=ids)
+    ends = torch.tensor([1 + len(plain_ids(tokenizer, p)) for p in prompts])
+    pooled = encoder.encode_pooled(prompts)
+    assert pooled.shape == (4, encoder.width)
+    assert not pooled.requires_grad
+    assert torch.equal(pooled, out.pooler_output)
+    assert torch.equal(pooled, out.last_hidden_state[torch.arange(4), ends])
+    assert encoder.encode_pooled([]).shape == (0, encoder.width)
+    with pytest.warns(UserWarning, match="part of it is lost"):
+        cut = encoder.encode_pooled(["x " * 40])
+    torch.testing.assert_close(cut, encoder.encode_pooled(["x " * (LENGTH - 2)]))
+
+
+@pytest.mark.parametrize("end", [2, 554])
+def test_pooled_is_right_whatever_the_configuration_calls_the_end(encoder, tokenizer, tmp_path, end):
+    """OpenAI's own configurations say 2, by which transformers takes the greatest id."""
+    encoder.save(tmp_path)
+    file = tmp_path / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": end}))
+    prompts = ["", "a red star", "a small blue circle above a white square"]
+    loaded = ClipTextEncoder.load(tmp_path)
+    assert loaded.model.config.eos_token_id == end
+    assert torch.equal(loaded.encode_pooled(prompts), encoder.encode_pooled(prompts))
+    with torch.no_grad():
+        theirs = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(input_ids=tokenize(tokenizer, prompts))
+    assert torch.equal(theirs.pooler_output, encoder.encode_pooled(prompts))
+
+
 def move_tokenizer(folder: Path, target: Path) -> None:
     for name in FILES:
         (folder / "tokenizer" / name).rename(target / name)

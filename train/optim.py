@@ -116,14 +116,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
             assert_never(config.schedule)
 
 
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device: torch.device, precision: Precision) -> torch.autocast | nullcontext[None]:
     """The arithmetic of the networks; weights stay fp32."""
-    match precision:
-        case "fp32":
-            return nullcontext()
-        case "bf16":
-            return torch.autocast(device.type, torch.bfloat16)
-        case "fp16":
-            return torch.autocast(device.type, torch.float16)
-        case _:
-            assert_never(precision)
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])

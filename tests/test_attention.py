@@ -1,0 +1,238 @@
+"""Attention of the UNet: against its definition in float64, the same whatever computes it, and a line where it can't."""
+
+import copy
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import Tensor
+
+from ldm import unet as module
+from ldm.errors import UserError
+from ldm.unet import AttentionProcessor, build_unet, require_attention, sdpa, use_attention
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v, head by head."""
+    heads = []
+    for h in range(q.shape[2]):
+        scores = q[:, :, h] @ k[:, :, h].mT / q.shape[3] ** 0.5  # (b, n, m)
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        heads.append(weights @ v[:, :, h])
+    return torch.stack(heads, dim=2)
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, gradient: bool = True) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [x.requires_grad_(gradient) for x in drawn]
+
+
+def random_unet() -> UNet2DConditionModel:
+    """No weight is zero: all of the network speaks."""
+    torch.manual_seed(0)
+    unet = build_unet(
+        channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4, latent_size=8,
+        text_width=24,
+    )  # fmt: skip
+    with torch.no_grad():
+        for weight in unet.parameters():
+            if not weight.any():
+                torch.nn.init.normal_(weight, std=0.1)
+    return unet
+
+
+def painted(unet: UNet2DConditionModel, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """The output and the gradient of every weight, in float64."""
+    unet.zero_grad()
+    x, text = (t.to(device, dtype) for t in tensors((2, 4, 8, 8), (2, 11, 24), gradient=False))
+    out = unet(x, torch.tensor([10, 700], device=device), text, return_dict=False)[0]
+    out.square().mean().backward()
+    grads = [p.grad for p in unet.parameters() if p.grad is not None]
+    return [t.detach().double().cpu() for t in (out, *grads)]
+
+
+# -- against the definition ---------------------------------------------------------------------------------------
+
+
+def test_sdpa_and_its_gradient_are_the_definition_s() -> None:
+    inputs = tensors((2, 6, 3, 8), (2, 9, 3, 8), (2, 9, 3, 8))
+    ours, theirs = sdpa(*inputs), definition(*inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    probe = tensors((2, 6, 3, 8), gradient=False)[0]
+    for mine, slow in zip(*(torch.autograd.grad((x * probe).sum(), inputs) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, slow, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_sixteen_bits_are_as_near_as_their_rounding(dtype: torch.dtype, gradient: bool) -> None:
+    inputs = tensors((2, 6, 3, 8), (2, 9, 3, 8), (2, 9, 3, 8), dtype=dtype, gradient=gradient)
+    out = sdpa(*inputs)
+    assert out.dtype == dtype
+    exact = definition(*(x.double() for x in inputs))
+    assert (out.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("context", [None, (2, 5, 20)], ids=["self", "cross"])
+def test_a_layer_is_diffusers_plain_one(context: tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    layer = Attention(query_dim=16, cross_attention_dim=context and context[-1], heads=4, dim_head=3).double()
+    x, text = tensors((2, 6, 16), context or (0,))
+    text = text if context else None
+    plain = AttnProcessor()(layer, x, text)
+    torch.testing.assert_close(AttentionProcessor(sdpa)(layer, x, text), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(AttentionProcessor(definition)(layer, x, text), plain, rtol=1e-12, atol=1e-12)
+
+
+# -- backends -----------------------------------------------------------------------------------------------------
+
+
+def install(monkeypatch: pytest.MonkeyPatch, attention: Callable[..., Tensor] | None, device: str = "cpu") -> None:
+    """Stand-ins for xformers and its library, on a device that there is."""
+    monkeypatch.setattr(module, "_XFORMERS_DEVICE", device)
+    for name in ("xformers", "xformers.ops", "xformers._cpp_lib"):
+        fake: Any = ModuleType(name)
+        fake.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, fake)
+    if attention is not None:
+        sys.modules["xformers.ops"].memory_efficient_attention = attention  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("backend", ["xformers", "auto"])
+def test_xformers_is_given_what_the_definition_takes(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    seen: set[tuple[int, ...]] = set()
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.add((*q.shape, k.shape[1]))
+        return definition(q, k, v)
+
+    unet = random_unet().double()
+    assert use_attention(unet, "sdpa") == "sdpa"
+    expected = painted(unet)
+    install(monkeypatch, recorded)
+    require_attention(backend)
+    assert use_attention(unet, backend) == "xformers"
+    seen.clear()
+    got = painted(unet)
+    # (b, n, heads, d) and the number of keys: the pixels of two levels, each looking at itself and at the text
+    assert seen == {(2, 64, 2, 16, 64), (2, 64, 2, 16, 11), (2, 16, 4, 16, 16), (2, 16, 4, 16, 11)}
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(painted(copy.deepcopy(unet))[0], expected[0])  # an average's copy of the network
+    assert use_attention(unet) == "sdpa"
+    seen.clear()
+    painted(unet)
+    assert not seen
+
+
+def test_the_trial_is_of_the_arithmetic_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, torch.dtype, bool]] = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tried.append((q.shape[-1], q.dtype, q.requires_grad))
+        return sdpa(q, k, v)
+
+    install(monkeypatch, recorded)
+    unet = random_unet()
+    state = torch.get_rng_state()
+    use_attention(unet, "xformers", torch.bfloat16)
+    with torch.no_grad():
+        use_attention(unet.to(torch.float16), "auto")
+        use_attention(unet.requires_grad_(False), "auto")
+    assert tried == [(16, torch.bfloat16, True), (16, torch.float16, True), (16, torch.float16, False)]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def refused(unet: UNet2DConditionModel, *words: str) -> None:
+    """Asked for, it is one line with these words; `auto` goes on with sdpa."""
+    with pytest.raises(UserError) as caught:
+        use_attention(unet, "xformers")
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in ("attention xformers", *words)), line
+    assert use_attention(unet, "auto") == "sdpa"
+
+
+def test_where_xformers_cannot_be_had_one_line_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "No operator found for `memory_efficient_attention_forward` with inputs:\n  query: …\n"
+        )
+
+    def forward_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v).detach()
+
+    unet = random_unet()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_spec", lambda name: None)
+        refused(unet, "isn't installed", "pip install -e '.[xformers]'")
+        with pytest.raises(UserError, match="isn't installed"):
+            require_attention("xformers")
+    with monkeypatch.context() as patch:
+        install(patch, definition, device="cuda")
+        refused(unet, "CUDA GPU", "the device cpu")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="there is none"):
+            require_attention("xformers")
+        require_attention("auto")
+        require_attention("sdpa")
+    with monkeypatch.context() as patch:
+        install(patch, None)
+        refused(unet, "cannot import name 'memory_efficient_attention'")
+    with monkeypatch.context() as patch:
+        install(patch, no_kernel)
+        refused(unet, "torch.float32 on cpu: No operator found for `memory_efficient_attention_forward` with inputs;")
+        library = RuntimeError("xFormers can't load C++/CUDA extensions.\n  Please reinstall xformers")
+        library.__cause__ = OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
+        sys.modules["xformers._cpp_lib"]._cpp_library_load_exception = library  # type: ignore[attr-defined]
+        refused(unet, "No operator found", "libcudart.so.12: cannot open", "nvidia-cuda-runtime-cu12", "LD_PRELOAD")
+    with monkeypatch.context() as patch:
+        install(patch, forward_only)
+        refused(unet, "does not require grad")
+        assert use_attention(unet.requires_grad_(False), "auto") == "xformers"
+    with pytest.raises(UserError, match="attention 'flash': choose sdpa, xformers, auto"):
+        use_attention(unet, "flash")
+
+
+def test_a_pipeline_paints_the_same_with_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+
+    def picture() -> Tensor:
+        return pipe(
+            "a red star", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt"
+        ).images
+
+    before = picture()
+    install(monkeypatch, definition)
+    assert pipe.set_attention("auto") == "xformers"
+    assert (picture() - before).abs().max() < 1e-4
+    assert pipe.set_attention("sdpa") == "sdpa"
+    assert torch.equal(picture(), before)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("xformers") is None, reason="needs a CUDA GPU and xformers"
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_xformers_is_sdpa_on_a_gpu(dtype: torch.dtype) -> None:
+    """Each is as near to float64 as the other, forwards and backwards."""
+    unet = random_unet().double()
+    exact = painted(unet)
+    unet.to("cuda", dtype)
+    error: dict[str, list[float]] = {}
+    for backend in ("sdpa", "xformers"):
+        assert use_attention(unet, backend) == backend
+        (out, *grads), (exact_out, *exact_grads) = painted(unet, "cuda", dtype), exact
+        pairs = ((out, exact_out), (torch.cat([g.ravel() for g in x]) for x in (grads, exact_grads)))
+        error[backend] = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+    for mine, theirs in zip(error["xformers"], error["sdpa"], strict=True):
+        assert mine < 2 * theirs + torch.finfo(dtype).eps
