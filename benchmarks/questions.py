@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ldm.pipeline import LatentDiffusionPipeline
 from train.cli import command, overlay
-from train.config import DataConfig
 from train.data.dataset import PictureDataset
+from train.data.framing import Framing
 from train.data.shapes import prompts
+from train.data.sources import open_source
 from train.evaluation import alignment
 from train.reconstruction import reconstruction_quality
-from train.run import open_sources
 from train.sheets import sheet
 
 
@@ -119,8 +119,7 @@ def main() -> None:
         "Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out pictures: PSNR against decode(encode(x))"
     )
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
-    _, held_out = open_sources(o.data, DataConfig(resolution=side))
-    batch = PictureDataset(held_out, side, 0, shuffle=False).__getitems__(range(64))
+    batch = PictureDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(range(64))
     z = pipe.autoencoder.encode(batch["pixels"]).mean
     target = pipe.autoencoder.decode(z)
     for refinements in (0, 1, 2, 4):

@@ -20,11 +20,11 @@ from ldm.guidance import LogProbability
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Level, Schedule
 from train.cli import command, overlay
-from train.config import DataConfig
 from train.data.checker import read_scene
 from train.data.dataset import PictureDataset
+from train.data.framing import Framing
 from train.data.shapes import BACKGROUNDS, parse_caption
-from train.run import open_sources
+from train.data.sources import open_source
 from train.sheets import in_rows, sheet
 
 NAMES = list(BACKGROUNDS)
@@ -103,8 +103,7 @@ def main() -> None:
     o = overlay(Options, Options())
     pipe = LatentDiffusionPipeline.from_pretrained(o.model)
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
-    source, _ = open_sources(o.data, DataConfig(resolution=side))
-    dataset = PictureDataset(source, side, o.seed)
+    dataset = PictureDataset(open_source(o.data, "train"), Framing(resolution=side), o.seed)
     latents, labels = [], []
     for first in range(0, o.pictures, 64):
         batch = dataset.__getitems__(range(first, min(first + 64, o.pictures)))

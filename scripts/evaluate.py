@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,13 @@ import torch
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from train.cli import SamplingOptions, command, overlay, use_device
-from train.config import DataConfig
-from train.data.dataset import Batch, PictureDataset
-from train.data.randomness import Purpose
+from train.config import SourceConfig
+from train.data.dataset import Batch, PictureDataset, PosteriorNoise
 from train.data.shapes import prompts
 from train.evaluation import alignment, bits_per_dimension, paint
+from train.inputs import open_inputs
 from train.reconstruction import measure_reconstruction
-from train.run import open_sources, versions
+from train.run import versions
 from train.sheets import in_rows, sheet
 
 
@@ -28,7 +29,7 @@ class Options(SamplingOptions):
     model: str = ""
     """Folder of the model, e.g. runs/ldm/model."""
     data: str = ""
-    """Folder of captioned pictures."""
+    """Captioned pictures, as for training."""
     split: Literal["test", "train"] = "test"
     """Which part of them; without a split of its own, the held-out share is the test part."""
     out: str = "report"
@@ -45,6 +46,8 @@ class Options(SamplingOptions):
     """Pictures painted at once."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device."""
+    input: SourceConfig = field(default_factory=SourceConfig)
+    """How the pictures are found."""
 
 
 def evaluate(o: Options) -> dict[str, Any]:
@@ -59,17 +62,18 @@ def evaluate(o: Options) -> dict[str, Any]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
-    train, test = open_sources(o.data, DataConfig(resolution=side))
+    inputs = open_inputs(o.data, o.input)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
-    draws = {"noise": (Purpose.POSTERIOR, (pipe.autoencoder.latent_channels, *[pipe.unet.config.sample_size] * 2))}
-    dataset = PictureDataset(test if o.split == "test" else train, side, o.seed, shuffle=False, draws=draws)
+    source = inputs.held_out if o.split == "test" else inputs.source
+    draws = PosteriorNoise(pipe.autoencoder.latent_channels, pipe.autoencoder.factor)
+    dataset = PictureDataset(source, o.input.plain(side), o.seed, shuffle=False, draws=draws)
     count, b = min(o.pictures, len(dataset.source)), o.batch_size
 
     def batches(count: int) -> Iterator[Batch]:
         return (dataset.__getitems__(range(first, min(first + b, count))) for first in range(0, count, b))
 
-    pairs = ((batch["pixels"], batch["noise"]) for batch in batches(count))
+    pairs = ((batch["pixels"], batch["posterior_noise"]) for batch in batches(count))
     report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs, levels=(0.2,))}
     few = batches(min(o.likelihoods, count))
     bits, error = bits_per_dimension(pipe, ((batch["pixels"], batch["caption"]) for batch in few), o.seed)
@@ -84,7 +88,7 @@ def evaluate(o: Options) -> dict[str, Any]:
             pictures += list(painted[:16])
             captions += [scene.caption for scene in scenes[:16]]
     else:
-        captions = [dataset.source.captions(k)[0] for k in range(min(16, count))]
+        captions = [row.captions[0] for row in islice(dataset.source, min(16, count))]
         pictures = list(paint(pipe, captions, **how))
     report["settings"] = how | {"model": o.model, "data": o.data, "split": o.split, "pictures": count}
     report["versions"] = versions()

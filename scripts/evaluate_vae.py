@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,12 +14,12 @@ from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from train.cli import command, overlay, use_device
-from train.config import DataConfig, PerceptualConfig
-from train.data.dataset import PictureDataset
-from train.data.randomness import Purpose
+from train.config import PerceptualConfig, SourceConfig
+from train.data.dataset import PictureDataset, PosteriorNoise
 from train.features import load_features
+from train.inputs import open_inputs
 from train.reconstruction import LAGS, LatentHealth, LatentSums, measure_reconstruction
-from train.run import open_sources, versions
+from train.run import versions
 from train.sheets import reconstruction_sheet
 from train.vae import build_perceptual
 
@@ -31,7 +31,7 @@ class Options:
     vae: str = ""
     """Folder (or hub id) of an AutoencoderKL, or of a pipeline, e.g. runs/vae/model."""
     data: str = ""
-    """Folder of pictures, with captions or without."""
+    """Pictures, as for training, with captions or without."""
     split: Literal["test", "train"] = "test"
     """Which part of them; without a split of its own, the held-out share is the test part."""
     resolution: int = 256
@@ -54,6 +54,8 @@ class Options:
     """Pictures at once."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device."""
+    input: SourceConfig = field(default_factory=SourceConfig)
+    """How the pictures are found."""
 
 
 def evaluate(o: Options) -> dict[str, Any]:
@@ -78,19 +80,18 @@ def evaluate(o: Options) -> dict[str, Any]:
         raise UserError("--perceptual clip needs --perceptual-model, and none has no use for one")
     perceptual = build_perceptual(PerceptualConfig(kind=o.perceptual, model=o.perceptual_model))
     features = load_features(o.features).to(device) if o.features else None
-    train, test = open_sources(o.data, DataConfig(resolution=o.resolution), captioned=False)
+    inputs = open_inputs(o.data, o.input, captioned=False)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
-    source = test if o.split == "test" else train
-    side = o.resolution // autoencoder.factor
-    draws = {"noise": (Purpose.POSTERIOR, (autoencoder.latent_channels, side, side))}
-    pictures = PictureDataset(source, o.resolution, o.seed, shuffle=False, draws=draws)
+    source = inputs.held_out if o.split == "test" else inputs.source
+    draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
+    pictures = PictureDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
     count = min(o.pictures, len(source))
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, count, o.batch_size):
             batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
-            yield batch["pixels"], batch["noise"]
+            yield batch["pixels"], batch["posterior_noise"]
 
     latents = LatentSums(autoencoder.latent_channels, device)
     scores = measure_reconstruction(
@@ -98,7 +99,7 @@ def evaluate(o: Options) -> dict[str, Any]:
         latents=latents,
     )  # fmt: skip
     report: dict[str, Any] = {
-        "vae": scores, "channels": _channels(latents.health()), "settings": vars(o) | {"pictures": count},
+        "vae": scores, "channels": _channels(latents.health()), "settings": asdict(o) | {"pictures": count},
         "versions": versions(),
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train.config import DataConfig
 from train.data.dataset import PictureDataset
+from train.data.framing import Framing
+from train.data.sources import open_source
 from train.reconstruction import reconstruction_quality
-from train.run import open_sources
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,8 +48,8 @@ def test_the_demo_paints_what_it_is_asked(demo: Path) -> None:
 def test_pictures_are_led_back_to_their_noise(demo: Path) -> None:
     """Held-out pictures, inverted and painted again, come out as the autoencoder alone would have them."""
     pipe = LatentDiffusionPipeline.from_pretrained(demo / "runs/demo/model")
-    _, held_out = open_sources(str(demo / "data/shapes"), DataConfig(resolution=32))
-    batch = PictureDataset(held_out, 32, 0, shuffle=False).__getitems__(range(32))
+    held_out = open_source(demo / "data/shapes", "test")
+    batch = PictureDataset(held_out, Framing(resolution=32), 0, shuffle=False).__getitems__(range(32))
     z = pipe.autoencoder.encode(batch["pixels"]).mean
     noise = pipe.invert(z, batch["caption"], num_inference_steps=50)
     back = pipe(

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
+from train.data.catalogue import Columns
 from train.data.decode import DamagedPicture, load_picture, to_tensor
-from train.data.sources import Strings, open_source
+from train.data.folders import Strings
+from train.data.sources import Source, find_splits, open_source, take
 
 RNG = np.random.default_rng(0)
 
@@ -40,7 +42,7 @@ def captioned(folder: Path, count: int) -> Path:
 
 
 def contents(source) -> list[tuple[str, tuple[str, ...]]]:
-    return [(record.path.relative_to(source.folder).as_posix(), record.captions) for record in source]
+    return [(row.name, row.captions) for row in source]
 
 
 # -- forms ----------------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def test_jsonl_csv_and_texts_are_the_same_source(tmp_path):
     expected = [("a/ü.png", ('says "hi", twice',)), ("b.png", ("a blue dog",)), ("c.png", ("",))]
     for source in sources:
         assert contents(source) == expected
-        assert source.uncaptioned == 1
+        assert source.catalogue.uncaptioned == 1
     assert len({source.fingerprint for source in sources}) == 1
 
 
@@ -90,18 +92,18 @@ def test_caption_column(tmp_path):
         picture(tmp_path / f"{k}.png")
     rows = [{"file": f"{k}.png", "caption": "c", "text": "t", "prompt": "p"} for k in range(2)]
     metadata(tmp_path, rows)
-    assert open_source(tmp_path, "train", image_column="file")[0].captions == ("t",)
-    assert open_source(tmp_path, "train", image_column="file", caption_column="prompt")[0].captions == ("p",)
+    assert open_source(tmp_path, "train", Columns(image="file"))[0].captions == ("t",)
+    assert open_source(tmp_path, "train", Columns(image="file", caption="prompt"))[0].captions == ("p",)
     with pytest.raises(UserError, match="no column file_name; it has: file, caption, text, prompt"):
         open_source(tmp_path, "train")
     with pytest.raises(UserError, match="no column title; it has: file, caption, text, prompt"):
-        open_source(tmp_path, "train", image_column="file", caption_column="title")
+        open_source(tmp_path, "train", Columns(image="file", caption="title"))
     metadata(tmp_path, [{"file_name": row["file"], "caption": "c"} for row in rows])
     assert open_source(tmp_path, "train")[0].captions == ("c",)
     metadata(tmp_path, [{"file_name": row["file"]} for row in rows])
     with pytest.raises(UserError, match="no column text or caption; it has: file_name"):
         open_source(tmp_path, "train")
-    assert open_source(tmp_path, "train", captioned=False)[0].captions == ("",)
+    assert open_source(tmp_path, "train", Columns(captioned=False))[0].captions == ("",)
 
 
 # -- splits ---------------------------------------------------------------------------------------------------------
@@ -115,7 +117,8 @@ def test_folders_are_splits(tmp_path, held_out):
     for split in ("validation", "test"):
         source = open_source(tmp_path, split)
         assert len(source) == 3
-        assert source[0].path == tmp_path.resolve() / held_out / "0000.png"
+        assert source[0].name == "0000.png"
+        assert source.read(0) == (tmp_path / held_out / "0000.png").read_bytes()
 
 
 def test_validation_and_test_are_told_apart(tmp_path):
@@ -123,7 +126,7 @@ def test_validation_and_test_are_told_apart(tmp_path):
         captioned(tmp_path / folder, count)
     assert [len(open_source(tmp_path, split)) for split in ("train", "validation", "test")] == [5, 2, 3]
     captioned(tmp_path / "other" / "test", 3)
-    with pytest.raises(UserError, match=r"has no train/ \(it has test/\)"):
+    with pytest.raises(UserError, match=r"no split 'train' to train on: there is test; --input.train-split"):
         open_source(tmp_path / "other", "train")
 
 
@@ -138,14 +141,14 @@ def test_one_metadata_file_for_all_splits(tmp_path):
 @pytest.mark.parametrize("nested", ["", "train"])
 def test_without_a_split_a_share_is_held_out(tmp_path, nested):
     captioned(tmp_path / nested, 400)
-    train, held_out = (open_source(tmp_path, s, validation_fraction=0.1) for s in ("train", "validation"))
+    train, held_out = (open_source(tmp_path, s, fraction=0.1) for s in ("train", "validation"))
     names = [{name for name, _ in contents(source)} for source in (train, held_out)]
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == 400
     assert 20 <= len(held_out) <= 65
-    assert contents(open_source(tmp_path, "test", validation_fraction=0.1)) == contents(held_out)
+    assert contents(open_source(tmp_path, "test", fraction=0.1)) == contents(held_out)
     captioned(tmp_path / nested, 600)  # 200 more: every picture stays on its side
-    more = {name for name, _ in contents(open_source(tmp_path, "validation", validation_fraction=0.1))}
+    more = {name for name, _ in contents(open_source(tmp_path, "validation", fraction=0.1))}
     assert more & (names[0] | names[1]) == names[1]
 
 
@@ -156,17 +159,50 @@ def test_held_out_are_at_least_one_at_most_a_thousand_and_never_all(tmp_path, co
     for k in range(count):
         (tmp_path / f"{k}.png").write_bytes(b"not opened")
     metadata(tmp_path, [{"file_name": f"{k}.png", "text": "t"} for k in range(count)])
-    assert len(open_source(tmp_path, "test", validation_fraction=fraction)) == expected
-    assert len(open_source(tmp_path, "train", validation_fraction=fraction)) == count - expected
+    assert len(open_source(tmp_path, "test", fraction=fraction)) == expected
+    assert len(open_source(tmp_path, "train", fraction=fraction)) == count - expected
 
 
-def test_a_sample_is_spread_and_always_the_same(tmp_path):
-    source = open_source(captioned(tmp_path, 100), "train")
-    some = source.sample(10)
-    assert contents(some) == contents(source.sample(10))
-    assert set(contents(some)) < set(contents(source.sample(20)))
-    assert min(source.names) < some.names[0]
-    assert contents(source.sample(1000)) == contents(source)
+def test_splits_by_other_names(tmp_path):
+    for name, count in (("mine", 5), ("yours", 3), ("test", 2)):
+        captioned(tmp_path / name, count)
+    splits = find_splits(str(tmp_path), Columns(), ("mine", "yours"))
+    assert len(take(splits, "train", train="mine")) == 5
+    assert len(take(splits, "test", train="mine")) == 2
+    assert len(take(splits, "test", train="mine", name="yours")) == 3
+    with pytest.raises(UserError, match="no split 'other' for validation: there is mine, yours, test"):
+        take(splits, "train", train="mine", name="other")
+
+
+def test_rows_are_left_out_without_a_list_of_the_others(tmp_path):
+    """By what is left out, and by what stays: the same rows."""
+    catalogue = open_source(captioned(tmp_path, 50), "train").catalogue
+    for without in ([], [0], [49], [3, 4, 5, 20, 49], list(range(50))):
+        stays = [k for k in range(50) if k not in without]
+        source = Source(catalogue, without=np.array(without, np.int64))
+        assert [row.name for row in source] == [catalogue.row(k).name for k in stays]
+        if stays:
+            half = np.arange(len(stays)) % 2 == 0
+            assert list(source.only_where(half)) == [catalogue.row(k) for k in stays[::2]]
+        with pytest.raises(IndexError):
+            source[len(stays)]
+
+
+def test_a_folder_a_class_makes_captions_by_template(tmp_path):
+    for name in ("golden_retriever/1.png", "golden_retriever/2.png", "a/tabby cat/3.png", "4.png"):
+        picture(tmp_path / "train" / name)
+        picture(tmp_path / "test" / name)
+    source = open_source(tmp_path, "train", Columns(template="a photo of a {}"))
+    assert contents(source) == [
+        ("4.png", ("",)),
+        ("a/tabby cat/3.png", ("a photo of a tabby cat",)),
+        ("golden_retriever/1.png", ("a photo of a golden retriever",)),
+        ("golden_retriever/2.png", ("a photo of a golden retriever",)),
+    ]
+    rows = [{"file_name": "4.png", "label": "mixed_breed"}, {"file_name": "a/tabby cat/3.png", "label": 7}]
+    metadata(tmp_path / "train", rows)
+    source = open_source(tmp_path, "train", Columns(template="a photo of a {}", caption="label"))
+    assert [c for _, (c,) in contents(source)] == ["a photo of a mixed breed", "a photo of a 7"]
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------
@@ -246,7 +282,7 @@ def test_metadata_that_says_nothing_is_refused_in_words(tmp_path, text, said):
 def test_folders_that_hold_nothing_are_refused_in_words(tmp_path):
     with pytest.raises(UserError, match="--data is missing"):
         open_source("", "train")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match=r"is no folder, no .parquet or .tar file"):
         open_source(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match=r"no pictures in .*: looked for metadata.jsonl, metadata.csv, or a .txt"):
         open_source(tmp_path, "train")
@@ -254,7 +290,7 @@ def test_folders_that_hold_nothing_are_refused_in_words(tmp_path):
         picture(tmp_path / f"{k}.PNG")
     with pytest.raises(UserError, match="3 pictures but no captions: looked for"):
         open_source(tmp_path, "train")
-    assert len(open_source(tmp_path, "train", captioned=False)) == 2
+    assert len(open_source(tmp_path, "train", Columns(captioned=False))) == 2
     with pytest.raises(UserError, match="at least two are needed"):
         open_source(captioned(tmp_path / "one", 1), "train")
 
@@ -266,14 +302,14 @@ def test_missing_files_are_counted(tmp_path):
     names = ["0.png", "1.png", "gone.png", "pipe.png", "x" * 5000]
     source = open_source(metadata(tmp_path, [{"file_name": n, "text": "t"} for n in names]), "train")
     assert len(source) == 1
-    assert set(source.missing) == set(names[2:])
-    assert "3 files named in the metadata are missing" in str(source)
+    assert {name for name, _ in source.left_out} == set(names[2:])
+    assert "3 can't be had" in str(source)
 
 
 def test_fingerprint_is_of_content_not_of_place(tmp_path):
     one, two = (open_source(captioned(tmp_path / name, 30), "train") for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
-    name = one.names[0]
+    name = one[0].name
     picture(tmp_path / "one" / name, size=(64, 64))
     assert open_source(tmp_path / "one", "train").fingerprint != two.fingerprint
     rows = [json.loads(line) for line in (tmp_path / "two" / "metadata.jsonl").read_text().splitlines()]
@@ -284,8 +320,9 @@ def test_fingerprint_is_of_content_not_of_place(tmp_path):
 def test_strings_are_strings():
     strings = ["", "ü\n", "a" * 1000, "\udc80 from a file system", "日本"]
     packed = Strings(strings)
-    assert list(packed) == strings == [packed[k] for k in range(len(packed))]
-    assert list(pickle.loads(pickle.dumps(packed))) == strings
+    assert [packed[k] for k in range(len(packed))] == strings
+    again = pickle.loads(pickle.dumps(packed))
+    assert [again[k] for k in range(len(again))] == strings
 
 
 # -- decoding -------------------------------------------------------------------------------------------------------

@@ -80,10 +80,10 @@ def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ldm_config(shapes: Path, out: Path, parts: Path, **change: object) -> LdmConfig:
     unet = UnetConfig(channels=(16, 32), attention=(True, True), heads=(2, 2), groups=8)
-    settings = COMMON | {"validation_examples": 8, "sample_steps": 2} | change
+    settings = COMMON | {"cache": str(parts / "cache"), "validation_examples": 8, "sample_steps": 2} | change
     return LdmConfig(
         data=str(shapes), out=str(out), vae=str(parts / "vae/model"), text_encoder=str(parts / "clip/model"),
-        cache=str(parts / "cache"), unet=unet, caption_dropout=0.3, **settings,
+        unet=unet, caption_dropout=0.3, **settings,
     )  # fmt: skip
 
 
@@ -353,13 +353,15 @@ def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_pat
 def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
     """The final model/ is folded over the training set; what it was folded from stays unfolded in the checkpoint."""
     from autoencoder.model import Autoencoder
-    from train.data.dataset import PictureDataset
-    from train.data.randomness import Purpose
+    from train.data.dataset import PictureDataset, PosteriorNoise
+    from train.data.framing import Framing
 
-    draws = {"noise": (Purpose.NOISE, (4, 16, 16))}
-    batch = PictureDataset(open_source(shapes, "train"), 32, 1, shuffle=False, draws=draws).__getitems__(range(64))
+    pictures = PictureDataset(
+        open_source(shapes, "train"), Framing(resolution=32), 1, shuffle=False, draws=PosteriorNoise(4, 2)
+    )
+    batch = pictures.__getitems__(range(64))
     codec = Autoencoder.load(parts / "vae/model")
-    z = codec.encode(batch["pixels"]).sample(batch["noise"])
+    z = codec.encode(batch["pixels"]).sample(batch["posterior_noise"])
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=0.05, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
     raw = load_file(parts / "vae/checkpoints/step-00000008/state.safetensors")

@@ -70,6 +70,8 @@ def parse(kind: type[Config], arguments: list[str] | None = None) -> Config:
     show = "--print-config" in arguments
     arguments = [a for a in arguments if a != "--print-config"]
     given = read_yaml(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else {}
+    if str(given.get("data", "")).startswith("pipe:"):
+        raise UserError(f"data: {given['data']!r} is a command, which no file may give: write it as --data")
     config = overlay(kind, validate(kind, given), arguments)
     if show:
         print(dump(config), end="")

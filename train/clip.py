@@ -14,11 +14,11 @@ from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config import ClipConfig
 from train.data.dataset import PictureDataset
-from train.data.sources import Source
 from train.ema import Ema
+from train.inputs import Inputs, open_inputs
 from train.loop import Batch, Phase, StepOutput, fit
 from train.optim import build_optimizer
-from train.run import Run, open_accelerator, open_sources
+from train.run import Run, open_accelerator
 from train.sheets import in_rows, sheet, to_uint8
 
 _VALIDATION = 1000  # held-out pictures among which the right caption is to be found
@@ -39,10 +39,8 @@ class Pair(nn.Module):
 class ClipStage:
     """What the loop asks of stage 0."""
 
-    def __init__(
-        self, run: Run, config: ClipConfig, source: Source, held_out: Source, tokenizer: CLIPTokenizer
-    ) -> None:
-        self.run, self.config, self.tokenizer = run, config, tokenizer
+    def __init__(self, run: Run, config: ClipConfig, inputs: Inputs, tokenizer: CLIPTokenizer) -> None:
+        self.run, self.config, self.tokenizer, self.inputs = run, config, tokenizer, inputs
         torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
         clip = build_clip(
             tokenizer, text_width=config.text.width, text_layers=config.text.layers, text_heads=config.text.heads,
@@ -56,9 +54,10 @@ class ClipStage:
         pair = Pair(Contrastive(clip, tasks))
         self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(clip, config.ema_decay)
-        side, crop, flip = config.input.resolution, config.input.crop, config.input.flip
-        self.training = PictureDataset(source, side, config.seed, crop=crop, flip=flip)
-        self.held_out = PictureDataset(held_out, side, config.seed, shuffle=False)
+        self.training = inputs.pictures(config.input, config.seed)
+        self.held_out = PictureDataset(
+            inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
+        )
 
     def with_tokens(self, batch: Batch) -> Batch:
         """A batch with its captions as ids: `input_ids` (b, n), and `caption_ids` (b,), equal for equal captions."""
@@ -70,7 +69,7 @@ class ClipStage:
         }
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        for parts in self.run.batches(self.training, start, self.run.damage(self.training.source)):
+        for parts in self.run.batches(self.training, start, self.run.damage(self.inputs.source)):
             yield [self.with_tokens(part) for part in parts]
 
     def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
@@ -120,11 +119,12 @@ def _id(caption: str) -> int:
 def train(config: ClipConfig) -> None:
     """Train stage 0 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
-    source, held_out = open_sources(config.data, config.input)
+    inputs = open_inputs(config.data, config.input)
     if config.input.resolution % config.image.patch_size:
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
         )
-    with Run(config, accelerator, {"data": source.fingerprint}) as run:
-        tokenizer = train_tokenizer(source.texts, config.text.vocab_size, config.text.max_length)
-        fit(run, ClipStage(run, config, source, held_out, tokenizer))
+    with Run(config, accelerator, {"data": inputs.fingerprint}) as run:
+        inputs = inputs.prepared(run)
+        tokenizer = train_tokenizer(inputs.source.captions(), config.text.vocab_size, config.text.max_length)
+        fit(run, ClipStage(run, config, inputs, tokenizer))

@@ -4,7 +4,8 @@ Read from YAML with the command line over it (train/cli.py). The mathematics nev
 builds its objects from them in one place. A variant is a `Literal`, matched where it is built.
 """
 
-from typing import Literal, Self, assert_never
+from dataclasses import replace
+from typing import Annotated, Literal, Self, TypeVar, assert_never
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -17,7 +18,12 @@ from ldm.process import VarianceKind
 from ldm.schedule import Schedule, ScheduleKind
 from ldm.spacing import Spacing, plan
 from ldm.timesteps import Importance, LogitNormal, Timesteps, uniform
+from ldm.unet import AttentionBackend
+from train.data.catalogue import Columns
+from train.data.decode import MAX_PIXELS, Crop
+from train.data.framing import Framing
 
+Byte = Annotated[int, Field(ge=0, le=255)]
 Precision = Literal["fp32", "bf16", "fp16"]
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -50,23 +56,74 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
-class DataConfig:
-    """How the pictures of `--data` are read."""
+class SourceConfig:
+    """Where the pictures and captions of `--data` are found, and what is read as a picture."""
+
+    image_column: str = ""
+    """Column of the picture (in tars: its extension); empty: file_name in metadata, the column of pictures in tables."""
+    caption_column: str = ""
+    """Column of the caption (in tars: extension, or key of the .json); empty: `text`, else `caption`."""
+    caption_template: str = ""
+    """Makes captions of class labels, e.g. "a photo of a {}": of folders' names, or of the caption column."""
+    train_split: str = "train"
+    """The split to train on."""
+    validation_split: str = ""
+    """The split for validation; empty: validation, val, dev or test, else a share of the training pictures."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the pictures held out for validation where the source has no split of its own, 1000 at most."""
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0)
+    """Larger pictures count as damaged and aren't decoded."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Red, green and blue of what transparent pictures are laid on."""
+
+    @model_validator(mode="after")
+    def _has_room_for_a_label(self) -> Self:
+        if self.caption_template and "{}" not in self.caption_template:
+            raise ValueError(f"caption_template {self.caption_template!r} has no {{}} for the label")
+        return self
+
+    def columns(self, captioned: bool) -> Columns:
+        """Where captions and pictures are."""
+        return Columns(
+            image=self.image_column, caption=self.caption_column, template=self.caption_template, captioned=captioned
+        )
+
+    def plain(self, resolution: int) -> Framing:
+        """How a file becomes a square picture, nothing left to chance."""
+        return Framing(resolution=resolution, background=self.background, max_pixels=self.max_pixels)
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class DataConfig(SourceConfig):
+    """How the pictures and captions of `--data` are read."""
 
     resolution: int = Field(default=32, ge=8)
     """Side of the square training pictures, in pixels: the shorter side is resized to it, then cropped."""
-    crop: Literal["center", "random"] = "center"
-    """Which square of a picture that isn't one."""
+    crop: Crop = "center"
+    """Which part of a picture that has another shape."""
+    crops: int = Field(default=0, ge=0)
+    """Random crops of each picture that stage 2's cache keeps; with crop `random` and without --cache off, at least 1."""
     flip: bool = False
     """Mirror half of the pictures. Wrong for captions that speak of left and right, and for writing."""
-    image_column: str = "file_name"
-    """Column of metadata.jsonl or metadata.csv that names the picture."""
-    caption_column: str = ""
-    """Column that holds the caption; empty: `text`, else `caption`."""
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the pictures held out for validation where the source has no split of its own."""
+    buckets: int = Field(default=0, ge=0)
+    """Train on rectangles of about resolution² pixels whose sides are multiples of this, e.g. 64, each batch of one shape;
+    0: squares. Stage 2 alone."""
+    bucket_ratio: float = Field(default=2.0, ge=1)
+    """Longest rectangle, as its longer side over its shorter one."""
+    min_size: int = Field(default=0, ge=0)
+    """Leave out pictures whose shorter side has fewer pixels."""
     max_damaged: float = Field(default=0.1, ge=0, le=1)
     """Stop when more than this share of the pictures can't be read."""
+
+    @model_validator(mode="after")
+    def _crops_differ(self) -> Self:
+        if self.crops and self.crop != "random":
+            raise ValueError(f"crops {self.crops} with crop {self.crop}: only random crops differ from one another")
+        return self
+
+    def framing(self) -> Framing:
+        """How a file becomes a training picture."""
+        return replace(self.plain(self.resolution), crop=self.crop, flip=self.flip)
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
@@ -74,7 +131,8 @@ class RunConfig:
     """What every stage has."""
 
     data: str = ""
-    """Folder of captioned pictures: metadata.jsonl or .csv in it, or a .txt beside each picture."""
+    """Captioned pictures: a folder (metadata.jsonl or .csv, or a .txt beside each), parquet or WebDataset tar files, what
+    datasets' save_to_disk wrote, a hub id; docs/data.md shows each."""
     out: str = ""
     """Folder of the run. Running the same command again continues it."""
     steps: int = Field(default=1000, gt=0)
@@ -95,6 +153,9 @@ class RunConfig:
     """Steps between two lines of metrics.jsonl."""
     precision: Precision = "fp32"
     """Of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
+    cache: str = ""
+    """Folder for what is computed once of the data; empty: `cache` beside the run's folder. `off`: stage 2 encodes every
+    picture and caption anew each time."""
     workers: int = Field(default=0, ge=0)
     """Processes that read ahead; 0 reads in the training process. The batches are the same."""
     roll_back_after: int = Field(default=25, gt=0)
@@ -107,6 +168,17 @@ class RunConfig:
     """The optimizer."""
     input: DataConfig = Field(default_factory=DataConfig)
     """The pictures."""
+
+
+Stage = TypeVar("Stage", bound=RunConfig)
+
+
+def _on_squares(config: Stage) -> Stage:
+    """Of the stages that read pictures anew each time, and as squares."""
+    for name in ("buckets", "crops"):
+        if value := getattr(config.input, name):
+            raise ValueError(f"input.{name} {value} is for stage 2 alone: leave it out")
+    return config
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
@@ -161,6 +233,10 @@ class ClipConfig(RunConfig):
     """Dimensions of the space in which pictures and captions meet."""
     tokens: TokenTasksConfig = Field(default_factory=TokenTasksConfig)
     """Further tasks of the text tower."""
+
+    @model_validator(mode="after")
+    def _sees_squares(self) -> Self:
+        return _on_squares(self)
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
@@ -261,6 +337,10 @@ class VaeConfig(RunConfig):
     """Held-out pictures that a validation reconstructs, at most."""
     validation_features: str = ""
     """Of the Fréchet distance of reconstructions: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
+
+    @model_validator(mode="after")
+    def _sees_squares(self) -> Self:
+        return _on_squares(self)
 
     @model_validator(mode="after")
     def _has_an_encoder(self) -> Self:
@@ -405,19 +485,23 @@ class LdmConfig(RunConfig):
     vae: str = ""
     """Folder (or hub id) of the autoencoder: a stage 1 run's model/, or a diffusers AutoencoderKL."""
     text_encoder: str = ""
-    """Folder (or hub id) of the text encoder: a stage 0 run's model/, a CLIP, or a pipeline's folder."""
+    """Folder (or hub id) of the text encoder: a stage 0 run's model/, a CLIP, or a pipeline's folder; or an OpenCLIP as
+    openclip:ARCHITECTURE/TAG."""
+    clip_skip: int = Field(default=0, ge=0)
+    """Last layers of the text encoder that are left out, e.g. 1 for the penultimate one's features."""
+    text_chunks: int = Field(default=0, ge=0)
+    """Windows of the text encoder's length that a caption is read in, what is longer is cut; stock pipelines read one.
+    0: as the text encoder was saved, else one."""
     unet: UnetConfig = Field(default_factory=UnetConfig)
     """The network."""
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     """The process and the loss."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of examples trained with the empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """`sdpa`: torch's own; `xformers` on a GPU (pip install -e '.[xformers]')."""
+    attention: AttentionBackend = "sdpa"
+    """`sdpa`: torch's own; `xformers` on a GPU (pip install -e '.[xformers]'); `auto`: xformers where it works."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, far less memory."""
-    cache: str = ""
-    """Folder of the latent and text caches; empty: `cache` beside the run's folder."""
     validation_examples: int = Field(default=512, gt=0)
     """Held-out examples of the validation loss, at most; their timesteps and noise are fixed."""
     prompts: tuple[str, ...] = ()
@@ -426,6 +510,18 @@ class LdmConfig(RunConfig):
     """Sampler steps of the sheets."""
     guidance_scale: float = Field(default=3.0, ge=0)
     """Guidance of the sheets; 1 is the conditional prediction alone."""
+
+    @model_validator(mode="after")
+    def _crops_are_to_be_had(self) -> Self:
+        crop, crops = self.input.crop, self.input.crops
+        if self.cache == "off" and crops:
+            raise ValueError(f"input.crops {crops} with cache off: every picture is cropped anew, none is kept")
+        if self.cache != "off" and crop == "random" and not crops:
+            raise ValueError(
+                "input.crop random with cached latents: say how many crops of each picture to keep (--input.crops 4), "
+                "or give --cache off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sheets_fit(self) -> Self:

@@ -1,7 +1,9 @@
-"""Stage 2: train the UNet on cached latents and text features, and hand over a whole pipeline."""
+"""Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,15 +17,17 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import Importance, uniform
 from ldm.unet import build_unet, require_attention, use_attention
 from train.config import LdmConfig
+from train.data.buckets import Buckets
 from train.data.cache import LatentCache, TextCache
-from train.data.dataset import CachedDataset
+from train.data.dataset import PLAIN, CachedDataset, LatentNoise, Noising, PictureDataset, StreamDataset
 from train.data.shards import Stored
 from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import paint
+from train.inputs import Inputs, build_buckets, open_inputs
 from train.loop import Batch, Phase, StepOutput, fit
-from train.optim import autocast, build_optimizer
-from train.run import Run, open_accelerator, open_sources
+from train.optim import DTYPES, autocast, build_optimizer
+from train.run import Run, open_accelerator
 from train.sheets import in_rows, sheet
 
 _SHEET = 16  # pictures of a sample sheet
@@ -53,10 +57,10 @@ class LdmStage:
     """What the loop asks of stage 2."""
 
     def __init__(
-        self, run: Run, config: LdmConfig, autoencoder: Autoencoder, text_encoder: ClipTextEncoder,
-        training: CachedDataset, held_out: CachedDataset,
+        self, run: Run, config: LdmConfig, autoencoder: Autoencoder, text_encoder: ClipTextEncoder, inputs: Inputs,
+        training: CachedDataset | PictureDataset | StreamDataset, held_out: CachedDataset | PictureDataset,
     ) -> None:  # fmt: skip
-        self.run, self.config = run, config
+        self.run, self.config, self.inputs = run, config, inputs
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.training, self.held_out = training, held_out
         shape, d = config.unet, config.diffusion
@@ -66,7 +70,9 @@ class LdmStage:
             depth=shape.depth, modulation=shape.modulation, groups=shape.groups, learned_variance=d.variance == "learned",
             latent_channels=autoencoder.latent_channels, latent_size=config.input.resolution // autoencoder.factor, text_width=text_encoder.width,
         ).to(run.accelerator.device)  # fmt: skip
-        use_attention(unet, config.attention)
+        backend = use_attention(unet, config.attention, DTYPES[config.precision])
+        if config.attention == "auto":
+            run.say(f"attention: {backend}")
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         objective = d.build_objective()
@@ -77,7 +83,22 @@ class LdmStage:
         self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        return self.run.batches(self.training, start)
+        if isinstance(self.training, CachedDataset):
+            return self.run.batches(self.training, start)
+        batches = self.run.batches(self.training, start, self.run.damage(self.inputs.source))
+        return ([self.encoded(part) for part in parts] for parts in batches)
+
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Batch:
+        """Pictures and captions → what the cache has of them, from the networks themselves."""
+        captions = ["" if gone else c for c, gone in zip(batch["caption"], batch["dropped"].tolist(), strict=True)]
+        device = self.run.accelerator.device
+        # As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16.
+        with autocast(device, self.config.precision) if self.config.precision == "bf16" else nullcontext():
+            mean, std = self.autoencoder.encode(batch["pixels"])
+        drawn = {name: batch[name] for name in ("position", "index", "timestep", "noise", "posterior_noise")}
+        made = {"mean": mean, "std": std, "condition": self.text_encoder.encode(captions)}
+        return drawn | {name: value.float() for name, value in made.items()}
 
     def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
         if self.importance is not None:
@@ -96,9 +117,9 @@ class LdmStage:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, count, b):
             places = list(range(first, min(first + b, count)))
-            batch = {
-                k: v.to(device) if torch.is_tensor(v) else v for k, v in self.held_out.__getitems__(places).items()
-            }
+            batch = self.run.on_device(self.held_out.__getitems__(places))
+            if not isinstance(self.held_out, CachedDataset):
+                batch = self.encoded(batch)
             batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
@@ -115,7 +136,7 @@ class LdmStage:
 
     def sheet(self, path: Path) -> None:
         config = self.config
-        prompts = config.prompts or self.held_out.captions(_SHEET)
+        prompts = config.prompts or [row.captions[0] for row in islice(self.inputs.held_out, _SHEET)]
         pictures = paint(
             self.pipeline(), prompts, num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale,
             seed=config.seed,
@@ -135,46 +156,68 @@ def train(config: LdmConfig) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model, or a hub id"
             )
-    if config.input.crop != "center":
-        raise UserError(
-            f"input.crop {config.input.crop} can't be had in stage 2, whose latents are stored: accepted is center"
-        )
-    require_attention(config.attention)
     accelerator = open_accelerator(config)
-    source, held_out = open_sources(config.data, config.input)
+    require_attention(config.attention)
+    inputs = open_inputs(config.data, config.input)
+    if inputs.stream is not None and (config.cache != "off" or config.input.buckets):
+        raise UserError(
+            f"--data {config.data!r} is a stream, of which nothing can be kept and no sizes are known: "
+            "give --cache off and no input.buckets, or copy it to a disk"
+        )
     autoencoder = Autoencoder.load(config.vae)
-    text_encoder = ClipTextEncoder.load(config.text_encoder)
+    text_encoder = ClipTextEncoder.load(config.text_encoder, skip=config.clip_skip, chunks=config.text_chunks or None)
     if config.input.resolution % autoencoder.factor:
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
         )
-    inputs = {"data": source.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest}
-    with Run(config, accelerator, inputs) as run:
+    made_from = {"data": inputs.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest}
+    with Run(config, accelerator, made_from) as run:
         autoencoder.vae.to(accelerator.device)
         text_encoder.to(accelerator.device)
-        training, validation = (cached(run, config, s, autoencoder, text_encoder) for s in (source, held_out))
-        fit(run, LdmStage(run, config, autoencoder, text_encoder, training, validation))
+        inputs, buckets = inputs.prepared(run), None
+        if config.input.buckets:
+            source, buckets = build_buckets(
+                inputs.source, run, autoencoder.factor * 2 ** (len(config.unet.channels) - 1)
+            )
+            inputs = replace(inputs, source=source)
+        # Held-out pictures are squares whatever the training ones are, so that measures can be compared.
+        noising = Noising(
+            dropout=config.caption_dropout, strata=config.batch_size if config.diffusion.stratified else 1,
+            offset=config.diffusion.offset_noise,
+        )  # fmt: skip
+        training: CachedDataset | PictureDataset | StreamDataset
+        held_out: CachedDataset | PictureDataset
+        if config.cache == "off":
+            c, f = autoencoder.latent_channels, autoencoder.factor
+            training = inputs.pictures(config.input, config.seed, LatentNoise(noising, c, f), buckets)
+            held_out = PictureDataset(
+                inputs.held_out,
+                config.input.plain(config.input.resolution),
+                config.seed,
+                shuffle=False,
+                draws=LatentNoise(PLAIN, c, f),
+            )
+        else:
+            training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
+            held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
+        fit(run, LdmStage(run, config, autoencoder, text_encoder, inputs, training, held_out))
 
 
 def cached(
-    run: Run, config: LdmConfig, source: Source, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
-) -> CachedDataset:
-    """Latents and text features of a source, from the cache or computed into it now."""
-    folder = Path(config.cache) if config.cache else run.out.parent / "cache"
+    run: Run, config: LdmConfig, source: Source, autoencoder: Autoencoder, text_encoder: ClipTextEncoder,
+    noising: Noising = PLAIN, buckets: Buckets | None = None,
+) -> CachedDataset:  # fmt: skip
+    """Latents and text features of a source, from the cache or computed into it now; without noising, for measuring."""
+    training = source.split == "train"
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
-    side = config.input.resolution // autoencoder.factor
     latents = LatentCache.open(
-        folder, source, autoencoder.encode, digest=autoencoder.digest, resolution=config.input.resolution,
-        shape=(autoencoder.latent_channels, side, side), flip=config.input.flip, dtype=dtype, batch_size=64,
-        workers=config.workers, processes=run.processes, note=run.damage(source).note,
+        run.cache, source, autoencoder.encode, digest=autoencoder.digest,
+        framing=config.input.framing() if training else config.input.plain(config.input.resolution), channels=autoencoder.latent_channels,
+        factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
+        batch_size=64, workers=config.workers, processes=run.processes, note=run.damage(source).note,
     )  # fmt: skip
     text = TextCache.open(
-        folder, source, text_encoder.encode, digest=text_encoder.digest,
-        shape=(text_encoder.max_length, text_encoder.width), dtype=dtype, processes=run.processes,
+        run.cache, source, text_encoder.encode, digest=text_encoder.digest,
+        shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
     )  # fmt: skip
-    training = source.split == "train"
-    return CachedDataset(
-        latents, text, config.seed, dropout=config.caption_dropout if training else 0.0, shuffle=training,
-        strata=config.batch_size if config.diffusion.stratified and training else 1,
-        offset_noise=config.diffusion.offset_noise if training else 0.0,
-    )  # fmt: skip
+    return CachedDataset(latents, text, config.seed, noising, shuffle=training)

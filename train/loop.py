@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ldm.errors import RunError
 from train.checkpoint import Checkpoints, atomic_folder
+from train.data.shards import duration
 from train.ema import Ema
 from train.optim import autocast, learning_rate
 from train.run import Run
@@ -137,6 +138,20 @@ class Means:
         """Name → mean; a metric that was never finite is left out."""
         read = {name: entry.tolist() for name, entry in self.sums.items()}
         return {name: total / count for name, (total, count) in read.items() if count}
+
+
+class Timed(Iterator[list[Batch]]):
+    """Batches, and the seconds that were spent waiting for them."""
+
+    def __init__(self, batches: Iterator[list[Batch]]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __next__(self) -> list[Batch]:
+        begun = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - begun
 
 
 @dataclass
@@ -332,10 +347,10 @@ def fit(run: Run, stage: Stage) -> None:
             trainer.export(start, final=True)
         return
     run.forget_after(start)
-    batches = stage.batches(start)
+    batches = Timed(stage.batches(start))
     first = next(batches)
     trainer.estimate(first, config.steps - start)
-    means, begun = Means(), time.perf_counter()
+    means, begun, batches.seconds = Means(), time.perf_counter(), 0.0
     with Stop() as stop, tqdm(
         initial=start * config.batch_size, total=config.steps * config.batch_size, unit="img", disable=not run.main,
         dynamic_ncols=True, desc=run.name, mininterval=0.5,
@@ -346,12 +361,16 @@ def fit(run: Run, stage: Stage) -> None:
             last = done == config.steps
             if done % config.log_every == 0 or last:
                 logged = means.read()
-                speed = means.steps * config.batch_size / (time.perf_counter() - begun)
+                seconds = time.perf_counter() - begun
+                speed = {
+                    "images_per_second": means.steps * config.batch_size / seconds,
+                    "loading": batches.seconds / seconds,
+                }
                 lr = stage.phases[0].optimizer.param_groups[0]["lr"]
-                run.log(done, logged | {"lr": lr, "images_per_second": speed, "skipped": int(trainer.health.skipped)})
+                run.log(done, logged | {"lr": lr, **speed, "skipped": int(trainer.health.skipped)})
                 bar.set_postfix(step=done, loss=f"{logged.get('loss', math.nan):.4g}")
                 trainer.check_health(done)
-                means, begun = Means(), time.perf_counter()
+                means, begun, batches.seconds = Means(), time.perf_counter(), 0.0
             if done % config.validate_every == 0 or last:
                 paused = time.perf_counter()
                 trainer.validate(done)
@@ -366,14 +385,6 @@ def fit(run: Run, stage: Stage) -> None:
             if stopped:
                 run.say(f"stopped at step {done} of {config.steps}; run the same command to go on")
                 raise SystemExit(128 + stopped)
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 4 s, 3 min 20 s, 2 h 5 min."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
 def _resident_mib() -> float:

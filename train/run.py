@@ -24,10 +24,11 @@ from pydantic import TypeAdapter
 
 from ldm.errors import UserError
 from train.cli import read_yaml, validate
-from train.config import DataConfig, RunConfig
-from train.data.dataset import Batch, Damage, loader
+from train.config import RunConfig
+from train.data.damage import Damage
+from train.data.dataset import Batch, StreamDataset, loader
 from train.data.shards import Processes
-from train.data.sources import Source, open_source
+from train.data.sources import Source
 from train.data.workers import Batched
 
 # What may differ when a run is continued. Inputs are compared by content, wherever they lie.
@@ -137,7 +138,15 @@ class Run:
             return False
         return about.get("final") is True and about.get("step") == step
 
-    def batches(self, dataset: Batched[Batch], start: int, damage: Damage | None = None) -> Iterator[list[Batch]]:
+    @property
+    def cache(self) -> Path:
+        """The folder for what is computed once of the data."""
+        given = self.config.cache
+        return Path(given) if given not in ("", "off") else self.out.parent / "cache"
+
+    def batches(
+        self, dataset: Batched[Batch] | StreamDataset, start: int, damage: Damage | None = None
+    ) -> Iterator[list[Batch]]:
         """This process's parts of each step's batch from step `start` on, its tensors on the device."""
         config, accelerator = self.config, self.accelerator
         read = loader(
@@ -155,7 +164,7 @@ class Run:
 
     def damage(self, source: Source) -> Damage:
         """Counts what can't be read, and lists it in damaged.jsonl."""
-        return Damage(source, self.out / "damaged.jsonl", self.config.input.max_damaged, self.say)
+        return Damage(source.left_out, self.out / "damaged.jsonl", self.config.input.max_damaged, self.say)
 
     def agree(self, signal: int, step: int) -> int:
         """The largest signal number that any process has received. Several processes ask each other every 10 steps."""
@@ -165,17 +174,6 @@ class Run:
             return 0
         mine = torch.tensor([signal], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
-
-
-def open_sources(data: str, config: DataConfig, *, captioned: bool = True) -> tuple[Source, Source]:
-    """The training pictures and the held-out ones; captioned False accepts pictures without captions."""
-    how: dict[str, Any] = {
-        "captioned": captioned,
-        "image_column": config.image_column,
-        "caption_column": config.caption_column,
-        "validation_fraction": config.validation_fraction,
-    }
-    return open_source(data, "train", **how), open_source(data, "test", **how)
 
 
 def open_accelerator(config: RunConfig) -> Accelerator:

@@ -24,16 +24,16 @@ from autoencoder.model import (
 from autoencoder.perceptual import ClipPerceptual, Lpips
 from ldm.errors import UserError
 from train.config import AutoencoderConfig, PerceptualConfig, VaeConfig
-from train.data.dataset import PictureDataset
+from train.data.dataset import PictureDataset, PosteriorNoise
 from train.data.randomness import Purpose, uniforms
-from train.data.sources import Source
 from train.ema import Ema
 from train.features import load_features
 from train.game import Judge, Reconstruct
+from train.inputs import Inputs, open_inputs
 from train.loop import Batch, Phase, fit
 from train.optim import autocast, build_optimizer
 from train.reconstruction import measure_reconstruction
-from train.run import Run, open_accelerator, open_sources
+from train.run import Run, open_accelerator
 from train.sheets import reconstruction_sheet
 
 _REFRESH = 2048  # pictures that normalise the model/ of an unfinished run
@@ -45,9 +45,9 @@ class VaeStage:
     """What the loop asks of stage 1."""
 
     def __init__(
-        self, run: Run, config: VaeConfig, vae: AutoencoderKL, perceptual: nn.Module | None, source: Source, held_out: Source
-    ) -> None:  # fmt: skip
-        self.run, self.config = run, config
+        self, run: Run, config: VaeConfig, vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs
+    ) -> None:
+        self.run, self.config, self.inputs = run, config, inputs
         device, resolution = run.accelerator.device, config.input.resolution
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_side = resolution // self.factor
@@ -75,7 +75,7 @@ class VaeStage:
             if game.start >= config.steps:
                 run.say(f"the discriminator would begin at step {game.start}, after the last of {config.steps}")
         self.features = load_features(config.validation_features).to(device) if config.validation_features else None
-        if self.features is not None and min(len(held_out), config.validation_examples) < 2:
+        if self.features is not None and min(len(inputs.held_out), config.validation_examples) < 2:
             raise UserError("validation_features: a Fréchet distance needs at least 2 held-out pictures")
         self.reconstruct = Reconstruct(vae, config, self.perceptual, critic, self._mean)
         self.phases = [
@@ -86,18 +86,19 @@ class VaeStage:
             self.phases.append(Phase("discriminator", Judge(critic, game), optimizer, game.lr, game.start))
         self.ema = Ema(vae, config.ema_decay)
         self.latent_channels: int = vae.config.latent_channels
-        draws = {"posterior_noise": (Purpose.POSTERIOR, (self.latent_channels, self.latent_side, self.latent_side))}
-        crop, flip = config.input.crop, config.input.flip
-        self.training = PictureDataset(source, resolution, config.seed, crop=crop, flip=flip, draws=draws)
-        # In order, each picture once, uncropped by chance: for the statistics and for validation.
-        self.plain = PictureDataset(source, resolution, config.seed, draws=draws, shuffle=False)
-        self.held_out = PictureDataset(held_out, resolution, config.seed, draws=draws, shuffle=False)
+        draws = PosteriorNoise(self.latent_channels, self.factor)
+        self.training = inputs.pictures(config.input, config.seed, draws)
+        # In order, each picture once, nothing left to chance: for the statistics and for validation.
+        self.plain, self.held_out = (
+            PictureDataset(source, config.input.plain(config.input.resolution), config.seed, draws=draws, shuffle=False)
+            for source in (inputs.source, inputs.held_out)
+        )
 
     def _mean(self, x: Tensor) -> Tensor:
         return self.run.accelerator.reduce(x, "mean")
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        return self.run.batches(self.training, start, self.run.damage(self.training.source))
+        return self.run.batches(self.training, start, self.run.damage(self.inputs.source))
 
     def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
         c, player, vae = self.config, self.reconstruct, self.reconstruct.vae
@@ -221,12 +222,12 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
 def train(config: VaeConfig) -> None:
     """Train stage 1 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
-    source, held_out = open_sources(config.data, config.input, captioned=False)
+    inputs = open_inputs(config.data, config.input, captioned=False)
     vae, perceptual = first_autoencoder(config), build_perceptual(config.perceptual)
-    inputs = {
-        "data": source.fingerprint,
+    made_from = {
+        "data": inputs.fingerprint,
         "init": digest(vae, str(vae.config.scaling_factor)) if config.init else "",
         "perceptual.model": "" if perceptual is None else digest(perceptual),
     }
-    with Run(config, accelerator, inputs) as run:
-        fit(run, VaeStage(run, config, vae, perceptual, source, held_out))
+    with Run(config, accelerator, made_from) as run:
+        fit(run, VaeStage(run, config, vae, perceptual, inputs.prepared(run)))

@@ -4,10 +4,13 @@ Stage 2 then reads both from disk (train/data/shards.py) and runs neither the au
 weights, another transform or another kind of number have other folders; a changed picture or caption is made anew.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.errors import RunError
-from train.data.decode import DamagedPicture, load_picture, to_tensor
-from train.data.shards import Bad, Processes, Shards, Stored, open_shards
+from train.data.buckets import Buckets
+from train.data.decode import DamagedPicture
+from train.data.framing import Framing, Size
+from train.data.shards import Made, Processes, Shards, Stored, open_shards
 from train.data.sources import Source
 from train.data.workers import read_ahead
 
@@ -34,97 +39,91 @@ class CaptionEncoder(Protocol):
 
 
 class LatentCache:
-    """The posterior of each picture's latent: `shape` (c, h, w), mean and deviation, as the encoder gave them.
+    """The posterior of each picture's latent: mean and deviation, as the encoder gave them.
 
-    damaged: (n,) bool, pictures that can't be read and have no latent. views: 2 where each picture is also there
-    mirrored, else 1.
+    damaged: (n,) bool, pictures that can't be read and have no latent. crops, flip: how many windows of each picture are
+    there, and whether each mirrored too. With buckets, pictures of one rectangle have latents of one shape.
     """
 
-    def __init__(self, shards: Shards, views: int, damaged: NDArray[np.bool_]) -> None:
-        self.shards, self.views, self.damaged = shards, views, damaged
-        self.shape: tuple[int, ...] = shards.shape[1:]
+    def __init__(
+        self, shards: Sequence[Shards], crops: int, flip: bool, damaged: NDArray[np.bool_], buckets: Buckets | None = None
+    ) -> None:  # fmt: skip
+        self.shards, self.crops, self.flip, self.damaged, self.buckets = list(shards), crops, flip, damaged, buckets
+        self._place = np.arange(len(damaged))  # of each picture among those of its rectangle
+        for members in buckets.members if buckets else ():
+            self._place[members] = np.arange(len(members))
 
     def __len__(self) -> int:
         return len(self.damaged)
 
-    def gather(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_] | None = None) -> Tensor:
-        """(b, 2, c, h, w) float32: mean and deviation of these pictures. mirrored needs 2 views."""
-        rows = indices * self.views
-        return self.shards.gather(rows if mirrored is None else rows + mirrored)
+    def shape(self, index: int) -> tuple[int, ...]:
+        """(c, h, w) of a picture's latent."""
+        return self._of(index).shape[1:]
+
+    def _of(self, index: int) -> Shards:
+        return self.shards[self.buckets.of[index] if self.buckets else 0]
+
+    def gather(
+        self, indices: NDArray[np.int64], crop: NDArray[np.int64] | int = 0, mirrored: NDArray[np.bool_] | bool = False
+    ) -> Tensor:
+        """(b, 2, c, h, w) float32: mean and deviation of these pictures, all of one shape, in these windows."""
+        rows = (self._place[indices] * self.crops + crop) * (1 + self.flip) + mirrored
+        return self._of(int(indices[0])).gather(rows)
 
     @classmethod
     def open(
-        cls,
-        folder: Path,
-        source: Source,
-        encode: PictureEncoder,
-        *,
-        digest: str,
-        resolution: int,
-        shape: tuple[int, ...],
-        flip: bool = False,
-        dtype: Stored = "float32",
-        batch_size: int = 32,
-        workers: int = 0,
-        processes: Processes | None = None,
+        cls, folder: Path, source: Source, encode: PictureEncoder, *, digest: str, framing: Framing, channels: int,
+        factor: int, crops: int = 1, buckets: Buckets | None = None, dtype: Stored = "float32", batch_size: int = 32,
+        workers: int = 0, processes: Processes | None = None,
         note: Callable[[int, list[tuple[str, str]]], object] = lambda readable, damaged: None,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """The cache of a source under `folder`, completed where it isn't; `encode` isn't called if nothing is missing.
 
-        Pictures are cropped about their centre. digest: of the encoder's weights and whatever else its output depends
-        on. shape: (c, h, w). flip: keep the mirrored pictures' latents too. note: told how many pictures can be read,
-        and the (name, reason) of each that can't. Raises RunError when none can, when the encoder gives another shape
-        or numbers that aren't finite, and when the disk has no room.
+        digest: of the encoder's weights and whatever else its output depends on. channels, factor: a latent has so many
+        channels, and sides so many times smaller than the picture's. crops: random windows kept of each picture, the
+        same for as long as its name is. With framing.flip the mirrored pictures' latents are kept too. note: told how
+        many pictures can be read, and the (name, reason) of each that can't. Raises RunError when none can, when the
+        encoder gives another shape or numbers that aren't finite, and when the disk has no room.
         """
-        processes, views = processes or Processes(), 1 + flip
-        squares = _Squares(source, resolution, views)
-
-        def make(ranges: Sequence[range], advance: Callable[[int], object]) -> Iterator[tuple[NDArray[Any], Bad]]:
-            batches = read_ahead(squares, [part for rows in ranges for part in _cut(rows, batch_size)], workers)
-            for rows in ranges:
-                values, bad = [], Bad()
-                for part in _cut(rows, batch_size):
-                    pixels, failed = next(batches)
-                    with torch.no_grad():
-                        both = torch.stack(list(encode(pixels)), 1)  # (b, 2, c, h, w)
-                    both[[row - part.start for row, _ in failed]] = 0
-                    name = source.names[part.start // views]
-                    values.append(_stored(both, (len(part), 2, *shape), dtype, name))
-                    bad += failed
-                    advance(len(part))
-                yield np.concatenate(values), bad
-
-        how = {"encoder": digest, "resolution": resolution, "transform": "center, lanczos", "flip": flip}
-        files = zip(source.names, source.sizes.tolist(), source.mtimes_ns.tolist(), strict=True)
-        keys = [json.dumps([*file, view]) for file in files for view in range(views)]
-        shards, bad = open_shards(folder, "latents", how, keys, (2, *shape), dtype, make, processes)
-        reasons = {row // views: reason for row, reason in bad}
+        processes = processes or Processes()
+        sizes = buckets.sizes if buckets else [framing.square]
+        members = buckets.members if buckets else [np.arange(len(source))]
+        shards: list[Shards] = []
+        reasons: dict[int, str] = {}
+        for size, those in zip(sizes, members, strict=True):
+            shape = (2, channels, size[1] // factor, size[0] // factor)
+            how = {"encoder": digest, "size": size, "crops": crops, "resampling": "lanczos", **asdict(framing)}
+            rows = _Latents(_Windows(source, those, size, framing, crops), encode, shape, dtype, workers)
+            opened, bad = open_shards(folder, "latents", how, rows, shape, dtype, processes, batch_size)
+            shards.append(opened)
+            reasons |= {int(those[row // rows.windows.views]): reason for row, reason in bad}
         damaged = np.zeros(len(source), bool)
         damaged[list(reasons)] = True
         if damaged.all():
-            raise RunError(f"not one picture of {source.folder} can be read, e.g. {source.names[0]}: {reasons[0]}")
-        listed = [(source.names[k], reason) for k, reason in sorted(reasons.items())]
+            raise RunError(f"not one picture of {source.place} can be read, e.g. {source[0].name}: {reasons[0]}")
+        listed = [(source[k].name, reason) for k, reason in sorted(reasons.items())]
         if processes.rank == 0:
             note(len(source) - len(listed), listed)
         processes.barrier()  # the others then see what is listed already
         if processes.rank != 0:
             note(len(source) - len(listed), listed)
-        return cls(shards, views, damaged)
+        return cls(shards, crops, framing.flip, damaged, buckets)
 
 
 class TextCache:
     """The features (L, d) of each caption there is, once; row 0 is the null condition, the encoding of ""."""
 
-    def __init__(self, source: Source, shards: Shards, row_of: NDArray[np.int64]) -> None:
-        self.source, self.shards, self.row_of = source, shards, row_of  # row_of: of each of the source's texts
+    def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
+        """captions: the row of each; first: (n + 1,) where each picture's begin."""
+        self.shards, self.captions, self.first = shards, captions, first
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.first) - 1
 
     def rows(self, indices: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
         """The row of one caption of each of these pictures, chosen by u in [0, 1)."""
-        first, end = self.source.first_text[indices], self.source.first_text[indices + 1]
-        return self.row_of[first + (u * (end - first)).astype(np.int64)]
+        first, end = self.first[indices], self.first[indices + 1]
+        return self.captions[first + (u * (end - first)).astype(np.int64)]
 
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
         """(b, L, d) float32."""
@@ -132,60 +131,131 @@ class TextCache:
 
     @classmethod
     def open(
-        cls,
-        folder: Path,
-        source: Source,
-        encode: CaptionEncoder,
-        *,
-        digest: str,
-        shape: tuple[int, ...],
-        dtype: Stored = "float32",
-        batch_size: int = 256,
-        processes: Processes | None = None,
-    ) -> Self:
+        cls, folder: Path, source: Source, encode: CaptionEncoder, *, digest: str, shape: tuple[int, ...],
+        dtype: Stored = "float32", batch_size: int = 256, processes: Processes | None = None,
+    ) -> Self:  # fmt: skip
         """As LatentCache.open. shape: (L, d)."""
-        captions = sorted({"", *source.texts})  # "" sorts first
+        captions = sorted({"", *source.captions()})  # "" sorts first
         row = {caption: k for k, caption in enumerate(captions)}
-
-        def make(ranges: Sequence[range], advance: Callable[[int], object]) -> Iterator[tuple[NDArray[Any], Bad]]:
-            for rows in ranges:
-                values = []
-                for part in _cut(rows, batch_size):
-                    texts = [captions[k] for k in part]
-                    with torch.no_grad():
-                        values.append(_stored(encode(texts), (len(part), *shape), dtype, repr(texts[0][:80])))
-                    advance(len(part))
-                yield np.concatenate(values), []
-
-        processes = processes or Processes()
-        shards, _ = open_shards(folder, "text", {"encoder": digest}, captions, shape, dtype, make, processes)
-        return cls(source, shards, np.array([row[text] for text in source.texts], np.int64))
+        rows = _Texts(captions, encode, shape, dtype)
+        how = {"encoder": digest}
+        shards, _ = open_shards(folder, "text", how, rows, shape, dtype, processes or Processes(), batch_size)
+        each = [[row[text] for text in r.captions] for r in source]
+        first = np.cumsum([0, *map(len, each)])
+        return cls(shards, np.array([k for texts in each for k in texts], np.int64), first)
 
 
-class _Squares:
-    """Rows → pictures as the encoder is given them, (b, 3, H, W); those that can't be read are zeros, and told."""
+class _Window(NamedTuple):
+    """A picture as the encoder is given it."""
 
-    def __init__(self, source: Source, resolution: int, views: int) -> None:
-        self.source, self.resolution, self.views = source, resolution, views
+    pixels: Tensor  # (3, H, W); zeros if it can't be read
+    content: str
+    bad: str
 
-    def __getitems__(self, rows: Sequence[int], /) -> tuple[Tensor, Bad]:
-        pixels, bad = torch.zeros(len(rows), 3, self.resolution, self.resolution), Bad()
-        for k, row in enumerate(rows):
-            index, view = divmod(row, self.views)
+
+class _Windows:
+    """Row → a window of a picture, by place among `members`, then crop, then plain or mirrored."""
+
+    def __init__(self, source: Source, members: NDArray[np.int64], size: Size, framing: Framing, crops: int) -> None:
+        self.source, self.members, self.size, self.framing, self.crops = source, members, size, framing, crops
+        self.views = crops * (1 + framing.flip)
+
+    def __len__(self) -> int:
+        return len(self.members) * self.views
+
+    def file(self, row: int) -> bytes:
+        return self.source.read(int(self.members[row // self.views]))
+
+    def __getitems__(self, rows: Sequence[int], /) -> list[_Window]:
+        windows: list[_Window] = []
+        for place, own in _runs(rows, self.views):
+            name, empty = self.source[int(self.members[place])].name, torch.zeros(3, self.size[1], self.size[0])
             try:
-                pixels[k] = to_tensor(load_picture(self.source[index].path), self.resolution, flip=bool(view))
+                file = self.file(own[0])
+                image, content = self.framing.load(file, name), _sum(file)
+                for row in own:
+                    crop, flip = divmod(row % self.views, 1 + self.framing.flip)
+                    pixels = self.framing.cut(image, self.size, stored_place(name, crop), bool(flip))
+                    windows.append(_Window(pixels, content, ""))
             except DamagedPicture as error:
-                bad.append((row, error.reason))
-        return pixels, bad
+                windows += [_Window(empty, "", error.reason) for _ in own]
+        return windows
 
 
-def _cut(rows: range, size: int) -> list[range]:
-    return [rows[k : k + size] for k in range(0, len(rows), size)]
+class _Latents:
+    """`Rows` of posteriors."""
+
+    def __init__(
+        self, windows: _Windows, encode: PictureEncoder, shape: tuple[int, ...], dtype: Stored, workers: int
+    ) -> None:
+        self.windows, self.encode, self.shape, self.dtype, self.workers = windows, encode, shape, dtype, workers
+        files = [windows.source[int(k)][:3] for k in windows.members]
+        self.keys = [json.dumps([*file, view]) for file in files for view in range(windows.views)]
+        self.likes = [json.dumps([name, size, view]) for name, size, _ in files for view in range(windows.views)]
+
+    def contents(self, rows: Sequence[int]) -> list[str]:
+        def content(row: int) -> str:
+            try:
+                return _sum(self.windows.file(row))
+            except (DamagedPicture, OSError):
+                return ""
+
+        with ThreadPoolExecutor(8) as pool:  # reading and hashing let other threads run
+            return list(pool.map(content, rows))
+
+    def make(self, batches: Sequence[Sequence[int]]) -> Iterator[Made]:
+        for rows, windows in zip(batches, read_ahead(self.windows, batches, self.workers), strict=True):
+            with torch.no_grad():
+                both = torch.stack(list(self.encode(torch.stack([w.pixels for w in windows]))), 1)  # (b, 2, c, h, w)
+            both[[k for k, w in enumerate(windows) if w.bad]] = 0
+            first = self.windows.source[int(self.windows.members[rows[0] // self.windows.views])].name
+            values = _stored(both, self.shape, self.dtype, first)
+            yield Made(values, [w.content for w in windows], [w.bad for w in windows])
+
+
+class _Texts:
+    """`Rows` of captions' features."""
+
+    def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
+        self.keys = self.likes = captions
+        self.encode, self.shape, self.dtype = encode, shape, dtype
+
+    def contents(self, rows: Sequence[int]) -> list[str]:
+        return [""] * len(rows)  # the key is all there is
+
+    def make(self, batches: Sequence[Sequence[int]]) -> Iterator[Made]:
+        for rows in batches:
+            texts = [self.keys[k] for k in rows]
+            with torch.no_grad():
+                values = _stored(self.encode(texts), self.shape, self.dtype, repr(texts[0][:80]))
+            yield Made(values, self.contents(rows), [""] * len(rows))
+
+
+def stored_place(name: str, crop: int) -> tuple[float, float]:
+    """Where the crop-th stored window of a picture lies, in [0, 1) across and down: by its name alone."""
+    digest = hashlib.blake2b(f"{crop} {name}".encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
+
+
+def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows of one picture together: a file is decoded once for all its views in a batch."""
+    own: list[int] = []
+    for row in rows:
+        if own and row // views != own[0] // views:
+            yield own[0] // views, own
+            own = []
+        own.append(row)
+    if own:
+        yield own[0] // views, own
+
+
+def _sum(file: bytes) -> str:
+    return hashlib.sha256(file).hexdigest()[:32]
 
 
 def _stored(values: Tensor, shape: tuple[int, ...], dtype: Stored, first: str) -> NDArray[Any]:
-    if tuple(values.shape) != shape:
-        raise RunError(f"the encoder gave {tuple(values.shape)} where {shape} was expected")
+    if tuple(values.shape[1:]) != shape:
+        raise RunError(f"the encoder gave {tuple(values.shape[1:])} where {shape} was expected")
     kept = values.cpu().to(getattr(torch, dtype))
     if not kept.isfinite().all():
         raise RunError(f"the encoder gave numbers not finite in {dtype}, in the batch that begins with {first}")

@@ -5,11 +5,13 @@ position leads to an example (train/data/sampler.py) and to every random number 
 (train/data/randomness.py), so the number of workers, processes and restarts makes no difference.
 """
 
-import contextlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,180 +19,248 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.errors import RunError
+from train.data.buckets import Buckets
 from train.data.cache import LatentCache, TextCache
-from train.data.decode import Crop, DamagedPicture, load_picture, to_tensor
+from train.data.damage import Damage
+from train.data.decode import DamagedPicture
+from train.data.framing import Framing, Size
 from train.data.randomness import Positions, Purpose, normal, uniform, uniforms
-from train.data.sampler import index_at, positions, substitute
+from train.data.sampler import InOrder, Order, Shuffled, positions
 from train.data.sources import Source
+from train.data.streams import Example, Stream
 from train.data.workers import Batched, read_ahead
 
 Batch = dict[str, Any]
-Draws = Mapping[str, tuple[Purpose, tuple[int, ...]]]
+
+
+class Draws(Protocol):
+    """Random numbers that go with pictures."""
+
+    def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> Batch:
+        """Tensors (b, …) by name, for positions (b,) and pictures of this size."""
+        ...
+
 
 _ATTEMPTS = 1000  # substitutes tried for one position before giving up
-_FEW = 100  # examples below which the share of damaged ones says nothing yet
 
 
 class PictureDataset:
     """Pictures and captions by position.
 
-    A batch: "position" (b,), "index" (b,) in the source, "pixels" (b, 3, resolution, resolution), "caption" (b strings,
-    one of each picture's), "damaged" ((name, reason) of every picture that another had to stand in for), and for each
-    of `draws`, name → (purpose, shape), standard normal numbers (b, *shape). shuffle False: position p is example
-    p mod n, for measuring. Raises RunError when no readable picture is found.
+    A batch: "position" (b,), "index" (b,) in the source, "pixels" (b, 3, h, w), "caption" (b strings, one of each
+    picture's), "damaged" ((name, reason) of every picture that another had to stand in for), and what `draws` gives.
+    Pictures are squares or, with buckets, their rectangles. shuffle False: position p is example p mod n,
+    for measuring. Raises RunError when no readable picture is found.
     """
 
     def __init__(
-        self,
-        source: Source,
-        resolution: int,
-        seed: int,
-        *,
-        crop: Crop = "center",
-        flip: bool = False,
-        shuffle: bool = True,
+        self, source: Source, framing: Framing, seed: int, *, buckets: Buckets | None = None, shuffle: bool = True,
         draws: Draws | None = None,
-    ) -> None:
-        self.source, self.resolution, self.seed = source, resolution, seed
-        self.crop: Crop = crop
-        self.flip, self.shuffle, self.draws = flip, shuffle, dict(draws or {})
+    ) -> None:  # fmt: skip
+        self.source, self.buckets = source, buckets
+        self.framer = _Framer(framing, seed, draws)
+        self.order: Order = buckets or (Shuffled if shuffle else InOrder)(len(source), seed)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, where: Positions, /) -> Batch:
-        n, seed = len(self.source), self.seed
         at = np.asarray(where, np.int64)
-        places = uniforms(seed, Purpose.CROP, at, 2) if self.crop == "random" else np.full((len(at), 2), 0.5)
-        flips = uniform(seed, Purpose.FLIP, at) < 0.5 if self.flip else np.zeros(len(at), bool)
-        pixels, captions, damaged = [], [], []
-        indices = index_at(at, n, seed) if self.shuffle else np.mod(at, n)
-        for k, position in enumerate(at.tolist()):
-            for attempt in range(1, _ATTEMPTS + 2):
-                try:
-                    image = load_picture(self.source[indices[k]].path)
-                    break
-                except DamagedPicture as error:
-                    damaged.append((self.source.names[indices[k]], error.reason))
-                    indices[k] = substitute(position, attempt, n, seed)
-            else:
-                raise RunError(f"found no readable picture in {self.source.folder}, e.g. {': '.join(damaged[-1])}")
-            pixels.append(to_tensor(image, self.resolution, crop=self.crop, place=places[k], flip=bool(flips[k])))
-            captions.append(self.source.captions(indices[k]))
-        chosen = (uniform(seed, Purpose.CAPTION, at) * [len(c) for c in captions]).astype(np.int64)
-        batch: Batch = {
-            "position": torch.from_numpy(at),
-            "index": torch.from_numpy(indices),
-            "pixels": torch.stack(pixels),
-            "caption": [c[k] for c, k in zip(captions, chosen, strict=True)],
-            "damaged": damaged,
-        }
-        drawn = {name: normal(seed, purpose, at, shape) for name, (purpose, shape) in self.draws.items()}
-        return batch | {name: torch.from_numpy(values) for name, values in drawn.items()}
+        indices = self.order.at(at)
+        size = self.buckets.size(int(indices[0])) if self.buckets else self.framer.framing.square
+        candidates = [self._candidates(int(p), int(k)) for p, k in zip(at, indices, strict=True)]
+        return self.framer.batch(at, candidates, size, self.source.place)
+
+    def _candidates(self, position: int, index: int) -> Iterator["_Candidate"]:
+        """The example of a position, then its substitutes."""
+        for attempt in range(1, _ATTEMPTS + 2):
+            row = self.source[index]
+            yield _Candidate(index, row.name, row.captions, partial(self.source.read, index))
+            index = self.order.substitute(position, attempt)
 
 
-class CachedDataset:
-    """Latents and text features by position; no network runs.
+class StreamDataset:
+    """As PictureDataset, of a stream: from any position on, but forwards only. An example's index is its position.
 
-    A batch, float32: "position" (b,), "index" (b,), "mean" and "std" (b, c, h, w) of the latent's posterior,
-    "condition" (b, L, d), "timestep" (b,) uniform in [0, 1), "noise" and "posterior_noise" (b, c, h, w). With
-    probability `dropout` the condition is the null condition. Where the latents were cached mirrored too, half are.
-
-    `strata`: of that many positions in a row, each has its timestep in another of so many equal parts of [0, 1).
-    `offset_noise`: so much of a normal number that a whole channel shares is added to the noise, which teaches the network
-    to move a picture's mean (Guttenberg 2023, "Diffusion with offset noise").
+    Every process reads the whole stream and decodes its own share of it, in threads.
     """
 
-    def __init__(
-        self, latents: LatentCache, text: TextCache, seed: int, *, dropout: float = 0.0, shuffle: bool = True,
-        strata: int = 1, offset_noise: float = 0.0,
-    ) -> None:  # fmt: skip
-        if len(latents) != len(text):
-            raise ValueError(f"latents of {len(latents)} pictures, captions of {len(text)}: give caches of one source")
-        self.latents, self.text, self.seed, self.dropout, self.shuffle = latents, text, seed, dropout, shuffle
-        self.strata, self.offset_noise = strata, offset_noise
+    def __init__(self, stream: Stream, framing: Framing, seed: int, *, draws: Draws | None = None) -> None:
+        self.stream, self.seed = stream, seed
+        self.framer = _Framer(framing, seed, draws)
 
-    def __len__(self) -> int:
-        return len(self.latents)
+    def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[Batch]:
+        """A batch for each part, whose positions follow one another, as do the parts."""
+        examples: Iterator[tuple[Example, ...]] | None = None
+        begin, pending = 0, deque[Future[Batch]]()
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for part in parts:
+                if examples is None:
+                    examples, begin = self.stream.examples(self.seed, part[0]), part[0]
+                mine = list(itertools.islice(examples, part[0] - begin, part[-1] + 1 - begin))
+                begin = part[-1] + 1
+                pending.append(pool.submit(self._batch, part, mine))
+                if len(pending) > ahead * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
-    def captions(self, count: int) -> list[str]:
-        """The first caption of each of the first pictures."""
-        return [self.text.source.captions(k)[0] for k in range(min(count, len(self)))]
+    def _batch(self, part: Sequence[int], examples: Sequence[tuple[Example, ...]]) -> Batch:
+        candidates = [self._candidates(*each) for each in zip(part, examples, strict=True)]
+        return self.framer.batch(np.asarray(part, np.int64), candidates, self.framer.framing.square, self.stream.place)
 
-    def __getitems__(self, where: Positions, /) -> Batch:
-        seed, n = self.seed, len(self)
-        at = np.asarray(where, np.int64)
-        indices = index_at(at, n, seed) if self.shuffle else np.mod(at, n)
-        for k in np.flatnonzero(self.latents.damaged[indices]).tolist():
-            attempt = 0
-            while self.latents.damaged[indices[k]]:
-                attempt += 1
-                indices[k] = substitute(int(at[k]), attempt, n, seed)
-        flips = uniform(seed, Purpose.FLIP, at) < 0.5 if self.latents.views == 2 else np.zeros(len(at), bool)
-        rows = self.text.rows(indices, uniform(seed, Purpose.CAPTION, at))
-        rows[uniform(seed, Purpose.DROPOUT, at) < self.dropout] = 0
-        mean, std = self.latents.gather(indices, flips).unbind(1)
-        shape = self.latents.shape
-        noise = normal(seed, Purpose.NOISE, at, shape)
-        if self.offset_noise:
-            noise += self.offset_noise * normal(seed, Purpose.OFFSET, at, (shape[0], 1, 1))
-        return {
+    def _candidates(self, position: int, examples: tuple[Example, ...]) -> Iterator["_Candidate"]:
+        """The example of a position, then those that may stand in."""
+        for example in examples:
+            yield _Candidate(position, example.name, example.captions, partial(bytes, example.picture))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An example that is to be decoded."""
+
+    index: int
+    name: str
+    captions: tuple[str, ...]
+    read: Callable[[], bytes]
+
+
+class _Framer:
+    """Makes a batch of the first of each position's candidates that can be decoded."""
+
+    def __init__(self, framing: Framing, seed: int, draws: Draws | None) -> None:
+        self.framing, self.seed, self.draws = framing, seed, draws
+
+    def batch(self, at: NDArray[np.int64], each: Sequence[Iterator[_Candidate]], size: Size, place: str) -> Batch:
+        framing, seed = self.framing, self.seed
+        places = uniforms(seed, Purpose.CROP, at, 2) if framing.crop == "random" else np.full((len(at), 2), 0.5)
+        flips = uniform(seed, Purpose.FLIP, at) < 0.5 if framing.flip else np.zeros(len(at), bool)
+        pixels: list[Tensor] = []
+        chosen: list[_Candidate] = []
+        damaged: list[tuple[str, str]] = []
+        for k, candidates in enumerate(each):
+            for candidate in candidates:
+                try:
+                    image = framing.load(candidate.read(), candidate.name)
+                    break
+                except DamagedPicture as error:
+                    damaged.append((candidate.name, error.reason))
+            else:
+                raise RunError(f"found no readable picture in {place}, e.g. {': '.join(damaged[-1])}")
+            pixels.append(framing.cut(image, size, places[k], bool(flips[k])))
+            chosen.append(candidate)
+        which = (uniform(seed, Purpose.CAPTION, at) * [len(c.captions) for c in chosen]).astype(np.int64)
+        batch = {
             "position": torch.from_numpy(at),
-            "index": torch.from_numpy(indices),
-            "mean": mean,
-            "std": std,
-            "condition": self.text.gather(rows),
+            "index": torch.tensor([c.index for c in chosen]),
+            "pixels": torch.stack(pixels),
+            "caption": [c.captions[k] for c, k in zip(chosen, which, strict=True)],
+            "damaged": damaged,
+        }
+        return batch | (self.draws(seed, at, size) if self.draws else {})
+
+
+class PosteriorNoise(NamedTuple):
+    """`Draws` of what a posterior is sampled with. factor: of pictures' sides to latents'."""
+
+    channels: int
+    factor: int
+
+    def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> Batch:
+        """ "posterior_noise" (b, c, h, w)."""
+        shape = (self.channels, size[1] // self.factor, size[0] // self.factor)
+        return {"posterior_noise": torch.from_numpy(normal(seed, Purpose.POSTERIOR, at, shape))}
+
+
+class Noising(NamedTuple):
+    """The random numbers of diffusion's training, for pictures and for caches alike.
+
+    dropout: share of examples whose condition is the null condition. strata: of that many positions in a row, each has
+    its timestep in another of so many equal parts of [0, 1). offset: so much of a normal number that a whole channel
+    shares is added to the noise, which teaches the network to move a picture's mean (Guttenberg 2023, "Diffusion with
+    offset noise").
+    """
+
+    dropout: float = 0.0
+    strata: int = 1
+    offset: float = 0.0
+
+    def dropped(self, seed: int, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(b,), whether the condition of each position is the null condition."""
+        return uniform(seed, Purpose.DROPOUT, at) < self.dropout
+
+    def draw(self, seed: int, at: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
+        """ "timestep" (b,) uniform in [0, 1), "noise" and "posterior_noise" (b, *shape), float32."""
+        noise = normal(seed, Purpose.NOISE, at, shape)
+        if self.offset:
+            noise += self.offset * normal(seed, Purpose.OFFSET, at, (shape[0], 1, 1))
+        return {
             "timestep": _below_one((at % self.strata + uniform(seed, Purpose.TIMESTEP, at)) / self.strata),
             "noise": torch.from_numpy(noise),
             "posterior_noise": torch.from_numpy(normal(seed, Purpose.POSTERIOR, at, shape)),
         }
 
 
-class Damage:
-    """Counts pictures that can't be read, lists each once in a report, and stops when they are too many.
+PLAIN = Noising()
 
-    A line of the report is {"file", "reason"}. Raises RunError once more than `most` of the pictures tried (of at
-    least 100) were damaged. One object a process; all may share the report.
+
+class LatentNoise(NamedTuple):
+    """`Draws` of diffusion's training on pictures that are encoded as they come."""
+
+    noising: Noising
+    channels: int
+    factor: int
+
+    def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> Batch:
+        """What Noising draws, and "dropped" (b,), whether the condition is the null condition."""
+        drawn = self.noising.draw(seed, at, (self.channels, size[1] // self.factor, size[0] // self.factor))
+        return drawn | {"dropped": torch.from_numpy(self.noising.dropped(seed, at))}
+
+
+class CachedDataset:
+    """Latents and text features by position; no network runs.
+
+    A batch, float32: "position" (b,), "index" (b,), "mean" and "std" (b, c, h, w) of the latent's posterior,
+    "condition" (b, L, d), and what `noising` draws. Of windows and mirrored pictures in the cache, one is taken.
     """
 
-    def __init__(self, source: Source, report: Path, most: float = 0.1, say: Callable[[str], None] = print) -> None:
-        self.report, self.most, self.say = report, most, say
-        self.seen = self.bad = 0
-        self.listed = _listed(report)
-        self._list([(name, "the metadata names it, but there is no such file") for name in source.missing])
+    def __init__(
+        self, latents: LatentCache, text: TextCache, seed: int, noising: Noising = PLAIN, *, shuffle: bool = True
+    ) -> None:
+        if len(latents) != len(text):
+            raise ValueError(f"latents of {len(latents)} pictures, captions of {len(text)}: give caches of one source")
+        self.latents, self.text, self.seed, self.noising = latents, text, seed, noising
+        self.order: Order = latents.buckets or (Shuffled if shuffle else InOrder)(len(latents), seed)
 
-    def note(self, examples: int, damaged: Iterable[tuple[str, str]]) -> None:
-        """After a batch of so many examples."""
-        damaged = list(damaged)
-        self.seen += examples + len(damaged)
-        self.bad += len(damaged)
-        if not damaged:
-            return
-        self._list(damaged)
-        if self.bad > self.most * max(self.seen, _FEW):
-            raise RunError(
-                f"{self.bad:,} of {self.seen:,} pictures can't be read, more than the share of {self.most:g} that "
-                f"--input.max-damaged allows; {self.report} lists them"
-            )
+    def __len__(self) -> int:
+        return len(self.latents)
 
-    def _list(self, damaged: list[tuple[str, str]]) -> None:
-        if all(name in self.listed for name, _ in damaged):
-            return
-        self.listed |= _listed(self.report)  # other processes write there too
-        new = {name: reason for name, reason in damaged if name not in self.listed}
-        if new and not self.listed:
-            name, reason = next(iter(new.items()))
-            self.say(f"can't read {name} ({reason}); another picture stands in. All such are listed in {self.report}")
-        self.listed |= set(new)
-        lines = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
-        self.report.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.report.is_file() and self.report.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
-        with open(self.report, "ab") as file:  # appended at once: processes don't mix their lines
-            file.write(("\n" * torn + lines).encode())
+    def __getitems__(self, where: Positions, /) -> Batch:
+        seed, latents = self.seed, self.latents
+        at = np.asarray(where, np.int64)
+        indices = self.order.at(at)
+        for k in np.flatnonzero(latents.damaged[indices]).tolist():
+            attempt = 0
+            while latents.damaged[indices[k]]:
+                attempt += 1
+                indices[k] = self.order.substitute(int(at[k]), attempt)
+        crops = (uniform(seed, Purpose.CROP, at) * latents.crops).astype(np.int64)
+        flips = uniform(seed, Purpose.FLIP, at) < 0.5 if latents.flip else np.zeros(len(at), bool)
+        rows = self.text.rows(indices, uniform(seed, Purpose.CAPTION, at))
+        rows[self.noising.dropped(seed, at)] = 0
+        mean, std = latents.gather(indices, crops, flips).unbind(1)
+        found = {
+            "position": torch.from_numpy(at),
+            "index": torch.from_numpy(indices),
+            "mean": mean,
+            "std": std,
+            "condition": self.text.gather(rows),
+        }
+        return found | self.noising.draw(seed, at, latents.shape(int(indices[0])))
 
 
 def loader(
-    dataset: Batched[Batch],
+    dataset: Batched[Batch] | StreamDataset,
     *,
     start_step: int,
     steps: int,
@@ -210,7 +280,10 @@ def loader(
     plan = (
         p.tolist() for step in range(start_step, steps) for p in positions(step, batch_size, rank, world, accumulation)
     )
-    batches = read_ahead(dataset, plan, workers, ahead=2 * accumulation, pin_memory=pin_memory)
+    if isinstance(dataset, StreamDataset):
+        batches = dataset.read(plan, workers, ahead=2 * accumulation)
+    else:
+        batches = read_ahead(dataset, plan, workers, ahead=2 * accumulation, pin_memory=pin_memory)
     return _steps(batches, accumulation, damage)
 
 
@@ -229,12 +302,3 @@ def _steps(batches: Iterator[Batch], accumulation: int, damage: Damage | None) -
 def _below_one(u: NDArray[np.float64]) -> Tensor:
     """float32, still in [0, 1): rounding must not reach 1."""
     return torch.from_numpy(np.minimum(u.astype(np.float32), np.float32(1 - 2**-24)))
-
-
-def _listed(report: Path) -> set[str]:
-    """The files in a report, which may be missing, or cut short by a crash."""
-    names = set()
-    for line in report.read_text(encoding="utf-8").splitlines() if report.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            names.add(json.loads(line)["file"])
-    return names

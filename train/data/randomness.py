@@ -31,6 +31,8 @@ class Purpose(IntEnum):
     SUBSTITUTE = 10
     OFFSET = 11
     TRANSFORM = 12  # a position of it counts steps
+    STREAM = 13  # counts draws from a stream's buffer
+    BUCKET = 14
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:

@@ -7,14 +7,57 @@ keeps it a bijection. Memory is constant and any place is reached at once, so re
 examples a Feistel network of so few bits doesn't reach all orders alike, so there the order is simply drawn.
 """
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ldm.errors import UserError
-from train.data.randomness import Purpose, generator
+from train.data.randomness import Positions, Purpose, generator
 
 _ROUNDS = 8
 _FEW = 1024
+
+
+class Order(Protocol):
+    """Which example stands at a position of training, and which takes its place if it is damaged."""
+
+    def at(self, positions: Positions, /) -> NDArray[np.int64]:
+        """The examples at these positions, (b,)."""
+        ...
+
+    def substitute(self, position: int, attempt: int, /) -> int:
+        """The example tried in place of a damaged one, attempt = 1, 2, …"""
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Epoch after epoch of n examples, each in an order of its own."""
+
+    n: int
+    seed: int
+
+    def at(self, positions: Positions) -> NDArray[np.int64]:
+        return index_at(positions, self.n, self.seed)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        return substitute(position, attempt, self.n, self.seed)
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Position p is example p mod n, for measuring."""
+
+    n: int
+    seed: int
+
+    def at(self, positions: Positions) -> NDArray[np.int64]:
+        return np.mod(np.asarray(positions, np.int64), self.n)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        return substitute(position, attempt, self.n, self.seed)
 
 
 def permute(places: ArrayLike, n: int, seed: int, epoch: int) -> NDArray[np.int64]:

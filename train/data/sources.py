@@ -1,18 +1,20 @@
-"""Captioned pictures in a folder: which there are, in what order, and which are held out.
-
-Forms, as in Hugging Face's imagefolder:
+"""What `--data` names: which form it has, which split of it is wanted, and which pictures are held out.
 
     data/metadata.jsonl (or .csv)      a row a picture: file_name, text; several rows of one picture are its captions
-    data/train/metadata.jsonl …        the same in a folder a split: train, validation or val, test
     data/cat.png, data/cat.txt         no metadata: each non-empty line of the .txt is a caption
+    data/cat/1.png, data/dog/1.png     with a template for captions: a folder a class
+    data/*.parquet, hub ids            a column of pictures, one of captions; also what datasets' save_to_disk writes
+    data/{000..099}.tar                WebDataset: 0001.jpg, 0001.txt or 0001.json, …
+
+Splits are folders in it (train, validation or val, test), beginnings of file names (train-00000.parquet), or what the
+hub's data set calls them.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -20,164 +22,147 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.errors import UserError
-from train.data.listing import Row, find_metadata, list_pictures
+from train.data.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, Splits
+from train.data.folders import find_folder, find_metadata
+from train.data.tables import find_tables
+from train.data.tars import find_tars
 
 Split = Literal["train", "validation", "test"]
 
-_FOLDERS: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "val", "test"),
-    "test": ("test", "validation", "val"),
+_NAMES = ("train", "validation", "valid", "val", "dev", "test")
+_HELD_OUT: dict[str, tuple[str, ...]] = {
+    "validation": ("validation", "valid", "val", "dev", "test"),
+    "test": ("test", "validation", "valid", "val", "dev"),
 }
-_MOST_HELD_OUT = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A picture and its captions: at least one; "" is the null condition."""
-
-    path: Path
-    captions: tuple[str, ...]
-
-
-class Strings:
-    """A sequence of str in two arrays: small, and shared with forked workers without a copy."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        parts = [os.fsencode(s) for s in strings]
-        self.ends = np.cumsum([0, *map(len, parts)])
-        self.bytes = np.frombuffer(b"".join(parts), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[k] for k in range(len(self)))
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self.bytes[self.ends[index] : self.ends[index + 1]].tobytes())
 
 
 class Source:
-    """Pictures in the order of their names: `source[index]` is a Record.
+    """Pictures of one split, by index; the order is the catalogue's.
 
-    missing: files that the metadata names and that aren't there. uncaptioned: pictures with no caption but "".
+    Which rows they are takes no memory, however many, unless they were chosen one by one.
     """
 
-    def __init__(self, folder: Path, split: Split, rows: Iterable[Row], missing: tuple[str, ...] = ()) -> None:
-        rows = sorted(rows)
-        self.folder, self.split, self.missing = folder, split, missing
-        self.names = Strings(r.name for r in rows)
-        self.sizes = np.array([r.size for r in rows], np.int64)
-        self.mtimes_ns = np.array([r.mtime_ns for r in rows], np.int64)
-        self.texts = Strings(text for r in rows for text in r.captions)
-        self.first_text = np.cumsum([0, *(len(r.captions) for r in rows)])
-        self.uncaptioned = sum(not any(r.captions) for r in rows)
+    def __init__(
+        self, catalogue: Catalogue, split: Split = "train", *, without: NDArray[np.int64] | None = None,
+        only: NDArray[np.int64] | None = None, left_out: Sequence[tuple[str, str]] | None = None,
+    ) -> None:  # fmt: skip
+        """without: rows left out, ascending; or only: those that stay, in this order.
+
+        left_out: (name, reason) of what is no row; the catalogue's unless given.
+        """
+        self.catalogue, self.split, self.only = catalogue, split, only
+        self.left_out = tuple(catalogue.left_out if left_out is None else left_out)
+        self.without = np.empty(0, np.int64) if without is None else without
+        self._gaps = self.without - np.arange(len(self.without))
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.catalogue) - len(self.without) if self.only is None else len(self.only)
 
-    def __getitem__(self, index: int) -> Record:
+    def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
-        return Record(self.folder / self.names[index], self.captions(index))
+        if self.only is not None:
+            return int(self.only[index])
+        return int(index + np.searchsorted(self._gaps, index, side="right"))
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Of one picture."""
-        return tuple(self.texts[k] for k in range(self.first_text[index], self.first_text[index + 1]))
+    def __getitem__(self, index: int) -> Row:
+        return self.catalogue.row(self._row(index))
 
-    def row(self, index: int) -> Row:
-        """All that is known of one picture."""
-        return Row(self.names[index], int(self.sizes[index]), int(self.mtimes_ns[index]), self.captions(index))
+    def __iter__(self) -> Iterator[Row]:
+        return (self[k] for k in range(len(self)))
 
-    def sample(self, count: int) -> "Source":
-        """`count` of the pictures (all, if there are fewer), spread over the source, always the same ones."""
-        nearest = np.argsort(_places(self.names), kind="stable")[:count]
-        return Source(self.folder, self.split, [self.row(int(k)) for k in nearest])
+    def read(self, index: int) -> bytes:
+        """The file of a picture. Raises OSError, or DamagedPicture where there is none to read."""
+        return self.catalogue.read(self._row(index))
+
+    def captions(self) -> Iterator[str]:
+        """Of all the pictures, one after the other."""
+        return (text for row in self for text in row.captions)
+
+    def only_where(self, stays: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
+        """Those of the pictures (n,) that stay; left_out: (name, reason) of those whose going is to be reported."""
+        rows = np.array([self._row(int(k)) for k in np.flatnonzero(stays)], np.int64)
+        return Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return self.catalogue.place
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and captions: equal for copies of a set, wherever they lie."""
-        total = hashlib.sha256()
-        for k in range(len(self)):
-            total.update(os.fsencode(json.dumps([self.names[k], int(self.sizes[k]), self.captions(k)])) + b"\n")
-        return total.hexdigest()
+        rows = self.without if self.only is None else self.only
+        which = [self.only is None, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]
+        return hashlib.sha256(json.dumps([self.catalogue.fingerprint, which]).encode()).hexdigest()
 
     def __str__(self) -> str:
-        notes = [f"{len(self.missing):,} files named in the metadata are missing"] if self.missing else []
-        notes += [f"{self.uncaptioned:,} without a caption"] if self.uncaptioned else []
-        return ", ".join([f"{len(self):,} pictures ({self.split}) in {self.folder}", *notes])
+        notes = [f"{len(self.left_out):,} can't be had"] if self.left_out else []
+        notes += [f"{self.catalogue.uncaptioned:,} without a caption"] if self.catalogue.uncaptioned else []
+        return ", ".join([f"{len(self):,} pictures ({self.split}) in {self.place}", *notes])
 
 
-def open_source(
-    data: str | Path,
-    split: Split,
-    *,
-    image_column: str = "file_name",
-    caption_column: str = "",
-    validation_fraction: float = 0.05,
-    captioned: bool = True,
-) -> Source:
-    """The pictures of one split of a folder.
+def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Splits:
+    """The splits of what `--data` names, each opened when it is called for, once; "" where it has none.
 
-    Where the folder has no split but train, a share of it is held out as validation and test: those whose names hash
-    lowest, 1 to 1000 of them, so that a picture keeps its side when others are added. caption_column "" tries `text`,
-    then `caption`. captioned False accepts pictures that have no captions.
-
-    Raises UserError for a folder that holds nothing of the kind (saying what was looked for), for metadata that can't
-    be read, and for a row or a link that leads out of the folder.
+    names: of splits, besides the usual ones. Raises UserError where there is nothing of a known form (saying what was
+    looked for), for what can't be read, and for what leads out of the folder.
     """
-    if not str(data):
-        raise UserError("--data is missing: a folder of captioned pictures")
-    if not Path(data).is_dir():
-        raise UserError(f"--data {str(data)!r} is not a folder")
-    root = Path(data).resolve()
-    columns = (image_column, caption_column)
-    present = [f for f in ("train", "validation", "val", "test") if (root / f).is_dir()]
-    at_top = find_metadata(root) is not None
-    hold_out, folder = True, root
-    if at_top or not present:
-        rows, missing = list_pictures(root, *columns, captioned)
-        if present and (parted := [r for r in rows if r.name.partition("/")[0] in present]):
-            inside, hold_out = _choose(root, split, present)
-            rows = [r for r in parted if r.name.startswith(f"{inside}/")]
-            missing = [m for m in missing if m.startswith(f"{inside}/")]
+    if not data:
+        raise UserError("--data is missing: a folder of captioned pictures, parquet or tar files, or a hub id")
+    wanted = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
+    found: Splits | None = None
+    if not (os.path.isdir(data) and find_metadata(Path(data).resolve())):
+        found = find_tars(data, columns, wanted) or find_tables(data, columns, wanted)
+    if found is None and not os.path.isdir(data):
+        raise UserError(
+            f"--data {data!r} is no folder, no .parquet or .tar file (nor a pattern of such) and no hub id (owner/name)"
+        )
+    if found is None:
+        found = find_folder(data, columns, wanted)
+    return {name: cache(opener) for name, opener in found.items()}
+
+
+def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", fraction: float = 0.05) -> Source:
+    """One split. Where there is none but for training, a share of that one is held out as validation and test.
+
+    Held out are those whose names hash lowest, 1 to 1000 of them, so that a picture keeps its side when others are
+    added. name: of the split for validation and test, train: of that for training, in place of the usual ones.
+    """
+    if "" in splits and len(splits) > 1:
+        raise UserError(
+            f"some of the files belong to a split by their names ({_list(splits)}), others to none: name all"
+        )
+    held_out = (name,) if name else _HELD_OUT["validation" if split == "train" else split]
+    own = next((n for n in held_out if n in splits and n != train), None)
+    if split != "train" and own is not None:
+        return Source(splits[own](), split)
+    if name and own is None:
+        raise UserError(f"no split {name!r} for validation: there is {_list(splits)}")
+    if "" in splits:
+        catalogue = splits[""]()
+    elif train in splits:
+        catalogue = splits[train]()
     else:
-        inside, hold_out = _choose(root, split, present)
-        folder = Path(os.path.realpath(root / inside))
-        if not folder.is_relative_to(root):
-            raise UserError(f"{root / inside} is a link that leads out of {root}: give --data the folder it leads to")
-        rows, missing = list_pictures(folder, *columns, captioned)
-    if not rows:
-        raise UserError(f"{folder}: the metadata names no pictures for {split}")
-    if hold_out:
-        held_out = _held_out([r.name for r in rows], validation_fraction, folder)
-        rows = [r for r, held in zip(rows, held_out, strict=True) if held == (split != "train")]
-    return Source(folder, split, rows, tuple(missing))
+        raise UserError(
+            f"no split {train!r} to train on: there is {_list(splits)}; --input.train-split takes another's name"
+        )
+    if not len(catalogue):
+        raise UserError(f"{catalogue.place}: no pictures for {split}")
+    if own is not None:
+        return Source(catalogue, split)
+    if len(catalogue) < 2:
+        raise UserError(f"{catalogue.place} has one picture: at least two are needed, as one is held out")
+    below = sum(place < fraction for place, _ in catalogue.lowest[:MOST_HELD_OUT])
+    count = min(max(below, 1), len(catalogue) - 1)
+    rows = np.sort(np.array([row for _, row in catalogue.lowest[:count]], np.int64))
+    return Source(catalogue, split, without=rows) if split == "train" else Source(catalogue, split, only=rows)
 
 
-def _choose(root: Path, split: Split, present: list[str]) -> tuple[str, bool]:
-    """The folder of a split, and whether it has to be shared with held-out pictures."""
-    own = [f for f in _FOLDERS[split] if f in present]
-    if split != "train" and own:
-        return own[0], False
-    if "train" not in present:
-        others = ", ".join(f"{f}/" for f in present)
-        raise UserError(f"{root} has no train/ (it has {others}): add it, or give one of these as --data")
-    return "train", not any(f in present for f in _FOLDERS["validation"])
+def open_source(data: str | Path, split: Split, columns: Columns | None = None, *, fraction: float = 0.05) -> Source:
+    """One split of what `data` names. Errors as in `find_splits`."""
+    return take(find_splits(str(data), columns or Columns()), split, fraction=fraction)
 
 
-def _places(names: Iterable[str]) -> NDArray[np.float64]:
-    """Each name's own place in [0, 1)."""
-    digests = b"".join(hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
-    return np.frombuffer(digests, "<u8") / 2.0**64
-
-
-def _held_out(names: list[str], fraction: float, folder: Path) -> NDArray[np.bool_]:
-    if len(names) < 2:
-        raise UserError(f"{folder} has one picture: at least two are needed, as one is held out")
-    places = _places(names)
-    count = int(np.clip((places < fraction).sum(), 1, min(_MOST_HELD_OUT, len(names) - 1)))
-    held_out = np.zeros(len(names), bool)
-    held_out[np.argsort(places, kind="stable")[:count]] = True
-    return held_out
+def _list(splits: Splits) -> str:
+    return ", ".join(filter(None, splits)) or "none"

@@ -1,0 +1,82 @@
+"""What caches are worth: stage 2 from cached latents and text features, against encoding each batch anew.
+
+    python benchmarks/feeding.py --data data/shapes --vae runs/demo/vae/model --text-encoder runs/demo/clip/model
+
+Trains configs/shapes/ldm.yaml for a few steps, in turns, in one process: A (cached), B (--cache off), A, B. Prints the time
+from the call to the first step (imports are done by then), the speed, and the share of time spent waiting for batches.
+"""
+
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import train.ldm
+from train.cli import command, overlay, parse
+from train.config import LdmConfig
+from train.loop import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure what caches are worth."""
+
+    config: str = "configs/shapes/ldm.yaml"
+    """Of stage 2."""
+    data: str = "data/shapes"
+    """Captioned pictures."""
+    vae: str = "runs/demo/vae/model"
+    """Autoencoder."""
+    text_encoder: str = "runs/demo/clip/model"
+    """Text encoder."""
+    steps: int = 60
+    """Of each run; the first 20 aren't counted."""
+    rounds: int = 2
+    """Of A and B."""
+    workers: int = 0
+    """Processes that read ahead."""
+
+
+def run(config: LdmConfig) -> tuple[float, float, float]:
+    """Seconds to the first step, pictures a second, and the share of waiting."""
+    begun, first = time.perf_counter(), [0.0]
+    step = Trainer.step
+
+    def timed(self: Trainer, number: int, parts: list) -> dict:
+        first[0] = first[0] or time.perf_counter() - begun
+        return step(self, number, parts)
+
+    with patch.object(Trainer, "step", timed), contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):  # fmt: skip
+        train.ldm.train(config)
+    lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    counted = [line for line in lines if "images_per_second" in line and line["step"] > 20]
+    return first[0], *(statistics.median(line[name] for line in counted) for name in ("images_per_second", "loading"))
+
+
+def main() -> None:
+    o = overlay(Options, Options())
+    base = replace(
+        parse(LdmConfig, [o.config]), data=o.data, vae=o.vae, text_encoder=o.text_encoder, steps=o.steps, log_every=10,
+        validate_every=10**6, checkpoint_every=10**6, validation_examples=8, sample_steps=1, prompts=("a",), trackers=(),
+        workers=o.workers,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, list[tuple[float, float, float]]] = {"cached": [], "anew": []}
+        for k in range(o.rounds):
+            for name, cache in (("cached", f"{folder}/cache"), ("anew", "off")):
+                found[name].append(run(replace(base, out=f"{folder}/{name}-{k}", cache=cache)))
+                seconds, speed, waiting = found[name][-1]
+                print(f"{name}: first step after {seconds:.1f} s, {speed:.0f} pictures/s, {waiting:.1%} waiting", flush=True)
+    cached, anew = (statistics.median(speed for _, speed, _ in found[name]) for name in found)
+    print(f"cached is {cached / anew:.2f} times as fast; its first start took {found['cached'][0][0]:.1f} s, "
+          f"the second {found['cached'][1][0]:.1f} s")  # fmt: skip
+
+
+if __name__ == "__main__":
+    command(main)

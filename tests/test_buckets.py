@@ -1,0 +1,177 @@
+"""Batches of one shape: every picture in its nearest rectangle, each at least once an epoch, the same for any processes."""
+
+import io
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.errors import UserError
+from train.data.buckets import Buckets, assign, bucket_sizes, measure
+from train.data.cache import LatentCache, TextCache
+from train.data.catalogue import Catalogue, Row
+from train.data.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, loader
+from train.data.framing import Framing
+from train.data.shards import Processes
+from train.data.sources import Source
+
+QUIET = Processes(say=lambda _: None)
+
+
+class Made(Catalogue):
+    """Pictures of given shapes, each of one colour; one of no size can't be read."""
+
+    place = "memory"
+
+    def __init__(self, shapes) -> None:
+        self.shapes = list(shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def row(self, k: int) -> Row:
+        return Row(f"{k:04d}.png", k, 0, (f"picture {k}",))
+
+    def read(self, k: int) -> bytes:
+        file = io.BytesIO()
+        if self.shapes[k] != (0, 0):
+            Image.new("RGB", self.shapes[k], (k % 256, k // 256, 9)).save(file, "PNG")
+        return file.getvalue()
+
+
+def shapes_of(count: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return [tuple(int(x) for x in rng.integers(20, 60, 2)) for _ in range(count)]
+
+
+def buckets_of(shapes, batch_size: int = 6, seed: int = 3) -> Buckets:
+    sizes = bucket_sizes(32, 8, 4.0)
+    return Buckets(sizes, assign(np.array(shapes), sizes), batch_size, seed)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "step", "ratio"), [(512, 64, 2.0), (256, 8, 3.0), (1024, 64, 4.0), (64, 64, 1.0)]
+)
+def test_rectangles_have_the_area_of_the_square(resolution, step, ratio):
+    sizes = bucket_sizes(resolution, step, ratio)
+    assert (resolution, resolution) in sizes
+    assert {(h, w) for w, h in sizes} == set(sizes)
+    ratios = [w / h for w, h in sizes]
+    assert all(a < b for a, b in pairwise(ratios))
+    assert max(ratios) <= ratio
+    for width, height in sizes:
+        assert width % step == height % step == 0
+        assert width * height <= resolution**2 < (max(width, height) + step) * min(width, height)  # none longer fits
+
+
+def test_a_square_that_is_no_multiple_is_refused():
+    with pytest.raises(UserError, match=r"input.resolution 100 isn't a multiple of input.buckets 64"):
+        bucket_sizes(100, 64, 2.0)
+
+
+def test_each_picture_goes_to_the_nearest_rectangle():
+    sizes = bucket_sizes(256, 32, 2.5)
+    shapes = np.random.default_rng(0).integers(1, 1000, (500, 2))
+    distance = np.abs(np.log(shapes[:, :1] / shapes[:, 1:]) - np.log([w / h for w, h in sizes]))  # (n, sizes)
+    np.testing.assert_array_equal(assign(shapes, sizes), distance.argmin(1))
+    assert assign(np.array([[5, 5]]), [(64, 64)]).tolist() == [0]
+
+
+def test_a_batch_has_one_shape_and_an_epoch_every_picture():
+    shapes, size = shapes_of(101), 6
+    buckets = buckets_of(shapes, size)
+    batches = int(buckets.batches.sum())
+    epochs = []
+    for epoch in range(3):
+        at = np.arange(epoch * batches * size, (epoch + 1) * batches * size)
+        found = buckets.at(at).reshape(batches, size)
+        assert all(len({buckets.size(k) for k in batch}) == 1 for batch in found)
+        counts = np.bincount(found.ravel(), minlength=101)
+        assert counts.min() == 1
+        assert counts.sum() - 101 == buckets.repeats
+        for members in buckets.members:  # what fills a bucket's last batch is spread evenly
+            assert not len(members) or counts[members].max() - counts[members].min() <= 1
+        epochs.append(found)
+        np.testing.assert_array_equal(buckets.at(at[17:40]), found.ravel()[17:40])  # from any position on
+    assert not (epochs[0] == epochs[1]).all()
+    first = [[buckets.of[b[0]] for b in epoch] for epoch in epochs]
+    assert first[0] != first[1]  # buckets come in another order
+    assert f"{buckets.repeats:,} pictures come twice in an epoch of {batches} batches" in str(buckets)
+
+
+def test_every_order_of_a_bucket_is_equally_likely():
+    """The first of a bucket's pictures, over many seeds."""
+    shapes = [(32, 32)] * 5 + [(64, 16)] * 3
+    first = [buckets_of(shapes, 2, seed).at([0])[0] for seed in range(3000)]
+    counts = np.bincount(first, minlength=8)
+    batches = np.array([3, 3, 3, 3, 3, 2, 2, 2])  # of 5, in which each bucket's come first with equal chance
+    expected = 3000 * np.where(batches == 3, 3 / 5 / 5, 2 / 5 / 3)
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected.max())
+
+
+def test_sizes_are_read_once_and_upright(tmp_path):
+    source = Source(Made([*shapes_of(20), (0, 0)]))
+    shapes, unreadable = measure(source, tmp_path, 10**6, 0, QUIET)
+    np.testing.assert_array_equal(shapes[:20], source.catalogue.shapes[:20])
+    assert shapes[20].tolist() == [0, 0]
+    assert [name for name, _ in unreadable] == ["0020.png"]
+    source.catalogue.read = None
+    again, _ = measure(source, tmp_path, 10**6, 0, QUIET)
+    np.testing.assert_array_equal(again, shapes)
+
+
+class Encoder:
+    """A picture's mean colour, in latents four times smaller."""
+
+    def __call__(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels, 4)
+        return small[:, :2], small[:, 1:].exp()
+
+
+def test_caches_and_pictures_give_the_same_batches(tmp_path):
+    """Encoded as they come or kept: the same examples, numbers and latents, on one process or two."""
+    shapes = shapes_of(40)
+    source, buckets = Source(Made(shapes)), buckets_of(shapes)
+    framing, noising = Framing(resolution=32, flip=True), Noising(dropout=0.2, strata=6)
+    pictures = PictureDataset(source, framing, 5, buckets=buckets, draws=LatentNoise(noising, 2, 4))
+    latents = LatentCache.open(
+        tmp_path, source, Encoder(), digest="", framing=framing, channels=2, factor=4, buckets=buckets, processes=QUIET
+    )  # fmt: skip
+    text = TextCache.open(
+        tmp_path, source, lambda texts: torch.tensor([[[float(len(t))]] for t in texts]), digest="", shape=(1, 1),
+        processes=QUIET,
+    )  # fmt: skip
+    stored = CachedDataset(latents, text, 5, noising)
+    how = {"start_step": 0, "steps": 30, "batch_size": 6}
+    sides = set()
+    for (made,), (kept,) in zip(loader(pictures, **how), loader(stored, **how), strict=True):
+        mean, std = Encoder()(made["pixels"])
+        assert torch.equal(kept["mean"], mean)
+        assert torch.equal(kept["std"], std)
+        for name in ("position", "index", "timestep", "noise", "posterior_noise"):
+            assert torch.equal(made[name], kept[name])
+        assert (kept["condition"] == 0).flatten().tolist() == made["dropped"].tolist()
+        sides.add(tuple(made["pixels"].shape[2:]))
+    assert len(sides) > 3
+    halves = [list(loader(stored, rank=r, world=2, **how)) for r in range(2)]
+    for step, (whole,) in enumerate(loader(stored, **how)):
+        parts = [halves[r][step][0] for r in range(2)]
+        assert all(torch.equal(torch.cat([p[k] for p in parts]), whole[k]) for k in whole)
+
+
+def test_a_damaged_picture_is_replaced_from_its_own_bucket(tmp_path):
+    shapes = shapes_of(60)
+    source, buckets = Source(Made(shapes)), buckets_of(shapes)
+    broken = [k for k in range(60) if k % 5 == 0 and len(buckets.members[buckets.of[k]]) > 1]
+    for k in broken:
+        source.catalogue.shapes[k] = (0, 0)
+    dataset, seen = PictureDataset(source, Framing(resolution=32), 5, buckets=buckets), 0
+    for (batch,) in loader(dataset, start_step=0, steps=40, batch_size=6):
+        wanted = buckets.at(batch["position"].numpy())
+        for k, index in zip(wanted, batch["index"].tolist(), strict=True):
+            assert index not in broken
+            assert buckets.of[index] == buckets.of[k]
+            seen += k in broken
+    assert seen > 10

@@ -1,0 +1,234 @@
+"""Every form of the same pictures gives the same training batches; each goes on at any example; none does harm."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from test_odd_pictures import write_odd_pictures
+
+from ldm.errors import UserError
+from train.config import DataConfig
+from train.data.damage import Damage
+from train.data.dataset import LatentNoise, Noising, PictureDataset, loader
+from train.data.framing import Framing
+from train.inputs import Inputs, open_inputs
+
+COUNT, TESTS = 500, 20
+CONFIG = DataConfig(resolution=16, crop="random", flip=True)
+DRAWS = LatentNoise(Noising(dropout=0.1, strata=8), 2, 4)
+FORMS = ("jsonl", "csv", "texts", "parquet", "saved", "tars", "named tars", "tar of json")
+STREAM = "stream"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _caches(tmp_path_factory):
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("caches")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
+
+
+def pictures() -> dict[str, tuple[bytes, list[str]]]:
+    """Name → file and captions."""
+    rng, made = np.random.default_rng(0), {}
+    for k in range(COUNT + TESTS):
+        shape = (16 + k % 7, 16 + k % 5, 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(file := io.BytesIO(), "PNG")
+        made[f"{k:05d}.png"] = file.getvalue(), [f"caption {j} of {k}" for j in range(1 + k % 3)]
+    return made
+
+
+def split(name: str) -> str:
+    return "train" if int(name[:5]) < COUNT else "test"
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def write(form: str, folder: Path) -> Path:
+    """The pictures in this form; what to give as --data."""
+    import datasets
+
+    made = pictures()
+    for part in ("train", "test"):
+        own = {name: of for name, of in made.items() if split(name) == part}
+        inside = folder / part
+        inside.mkdir(parents=True)
+        match form:
+            case "jsonl" | "csv" | "texts":
+                for name, (file, _) in own.items():
+                    (inside / name).write_bytes(file)
+                rows = [(name, text) for name, (_, texts) in own.items() for text in texts]
+                if form == "jsonl":
+                    lines = [json.dumps({"file_name": name, "text": texts}) for name, (_, texts) in own.items()]
+                    (inside / "metadata.jsonl").write_text("\n".join(lines))
+                elif form == "csv":
+                    (inside / "metadata.csv").write_text("file_name,text\n" + "".join(f"{n},{t}\n" for n, t in rows))
+                else:
+                    for name, (_, texts) in own.items():
+                        (inside / name).with_suffix(".txt").write_text("\n".join(texts))
+            case "parquet" | "saved":
+                columns = {
+                    "image": [{"bytes": file, "path": name} for name, (file, _) in own.items()],
+                    "text": [texts for _, texts in own.values()],
+                }
+                if form == "parquet":
+                    inside.rmdir()
+                    for k in range(2):
+                        rows = {name: values[k::1][: len(values) // 2] if not k else values[len(values) // 2 :]
+                                for name, values in columns.items()}  # fmt: skip
+                        pq.write_table(pa.table(rows), folder / f"{part}-{k:05d}-of-00002.parquet")
+                else:
+                    inside.rmdir()
+                    features = datasets.Features(
+                        {"image": datasets.Image(decode=False), "text": datasets.List(datasets.Value("string"))}
+                    )
+                    datasets.Dataset.from_dict(columns, features).save_to_disk(inside)
+            case "tars" | "named tars" | "tar of json":
+                names = list(own)
+                for k, shard in enumerate((names[: len(names) // 3], names[len(names) // 3 :])):
+                    path = inside / f"{k:03d}.tar" if form == "tars" else folder / f"{part}-{k:03d}.tar"
+                    with tarfile.open(path, "w") as tar:
+                        for name in shard:
+                            file, texts = own[name]
+                            add(tar, name, file)
+                            if form == "tar of json":
+                                add(tar, f"{name[:5]}.json", json.dumps({"caption": texts}).encode())
+                            else:
+                                add(tar, f"{name[:5]}.txt", "\n".join(texts).encode())
+    if form == "saved":
+        splits = {part: datasets.load_from_disk(str(folder / part)) for part in ("train", "test")}
+        datasets.DatasetDict(splits).save_to_disk(folder / "all")
+        return folder / "all"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory) -> dict[str, Inputs]:
+    root = tmp_path_factory.mktemp("forms")
+    opened = {form: open_inputs(str(write(form, root / form)), CONFIG) for form in FORMS}
+    tars = root / "tars" / "train"
+    opened[STREAM] = open_inputs(f"pipe:cat {tars}/{{000,001}}.tar", CONFIG)
+    return opened
+
+
+def batches(inputs: Inputs, start: int = 0, steps: int = 80, **how):
+    return loader(inputs.pictures(CONFIG, 7, DRAWS), start_step=start, steps=steps, batch_size=8, **how)
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_every_form_gives_the_same_batches_bit_by_bit(forms, form):
+    assert len(forms[form].source) == COUNT
+    assert len(forms[form].held_out) == TESTS
+    for (one,), (other,) in zip(batches(forms[FORMS[0]]), batches(forms[form]), strict=True):
+        assert same(one, other)
+    assert [row.captions for row in forms[form].held_out] == [row.captions for row in forms[FORMS[0]].held_out]
+
+
+@pytest.mark.parametrize("form", [*FORMS[::3], "saved", STREAM])
+def test_each_form_goes_on_at_any_example(forms, form):
+    """With workers or without, on one process or two."""
+    inputs = forms[form]
+    whole = [parts[0] for parts in batches(inputs)]
+    for start, workers in ((1, 0), (33, 2), (63, 0), (79, 2)):
+        assert all(map(same, whole[start:], (parts[0] for parts in batches(inputs, start, workers=workers))))
+    for rank in range(2):
+        half = slice(4 * rank, 4 * rank + 4)
+        for step, (part,) in enumerate(batches(inputs, 40, 60, workers=2 * rank, rank=rank, world=2), 40):
+            assert same(part, {name: values[half] for name, values in whole[step].items()})
+
+
+def test_a_stream_shows_each_picture_once_an_epoch(forms):
+    inputs = forms[STREAM]
+    n = len(inputs.source)
+    assert n + len(inputs.held_out) == COUNT
+    epoch = [example[0] for example in islice(inputs.stream.examples(7), 2 * n)]
+    for part in (epoch[:n], epoch[n:]):
+        assert sorted(example.name for example in part) == sorted(row.name for row in inputs.source)
+    assert [e.name for e in epoch[:n]] != [e.name for e in epoch[n:]]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "tars"])
+def test_without_a_split_the_same_pictures_are_held_out(tmp_path, form):
+    root = write(form, tmp_path)
+    if form == "parquet":
+        for path in root.glob("test-*"):
+            path.unlink()
+        for path in root.glob("train-*"):
+            path.rename(root / path.name.removeprefix("train-"))
+    else:
+        shutil.rmtree(root / "test")
+    inputs = open_inputs(str(root if form == "parquet" else root / "train"), CONFIG)
+    names = [row.name for row in inputs.held_out]
+    assert len(names) + len(inputs.source) == COUNT
+    expected = [n for n in pictures() if split(n) == "train"]
+    lowest = sorted(expected, key=lambda n: hashlib.blake2b(n.encode(), digest_size=8).digest()[::-1])
+    assert names == sorted(lowest[: len(names)])
+    assert 10 < len(names) < 45
+
+
+# -- a thousand odd pictures ----------------------------------------------------------------------------------------
+
+
+def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
+    """All good ones are used, what can be read is, the report is exact, and nothing is deleted."""
+    folder = tmp_path / "data"
+    good, odd, damaged, either = write_odd_pictures(folder)
+    before = {path: path.stat() for path in folder.rglob("*")}
+    inputs = open_inputs(str(folder), DataConfig(validation_fraction=1e-9))
+    names = {row.name for source in (inputs.source, inputs.held_out) for row in source}
+    assert names == good | odd | damaged | either
+    assert len(good) == 1000 <= len(names) - len(good)
+    report, seen = tmp_path / "damaged.jsonl", set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in (inputs.source, inputs.held_out):
+            damage = Damage(source.left_out, report, most=1.0, say=lambda _: None)
+            dataset = PictureDataset(source, Framing(resolution=16), 0)
+            steps = -(-len(source) // 8)
+            for (batch,) in loader(dataset, start_step=0, steps=steps, batch_size=8, damage=damage):
+                seen |= {source[k].name for k in batch["index"].tolist()}
+    listed = [json.loads(line)["file"] for line in report.read_text().splitlines()]
+    assert len(set(listed)) == len(listed)
+    assert good | odd <= seen
+    assert damaged <= set(listed)
+    assert set(listed) <= damaged | either
+    assert not seen & set(listed)
+    assert {path: path.stat().st_mtime_ns for path in before} == {p: s.st_mtime_ns for p, s in before.items()}
+
+
+# -- harm -----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_that_do_not_fit_are_refused_in_words(forms, tmp_path):
+    with pytest.raises(UserError, match=r"is no folder, no .parquet or .tar file"):
+        open_inputs(str(tmp_path / "nowhere"), CONFIG)
+    with pytest.raises(UserError, match="no split 'dev' for validation: there is"):
+        open_inputs(str(Path(forms["jsonl"].source.place).parent), DataConfig(validation_split="dev"))
+    with pytest.raises(ValueError, match=r"has no \{\} for the label"):
+        DataConfig(caption_template="a photo")
+    with pytest.raises(ValueError, match="only random crops differ"):
+        DataConfig(crops=3)

@@ -1,0 +1,405 @@
+"""Pictures as they are found: a thousand damaged or odd ones among a thousand good ones; colour profiles; rectangles."""
+
+import hashlib
+import io
+import json
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, features
+
+from train.data.decode import DamagedPicture, load_picture, picture_size, to_tensor
+
+MANY = 1000
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    image.save(file := io.BytesIO(), form, **options)
+    return file.getvalue()
+
+
+def noise(rng: np.random.Generator, channels: int = 3, dtype=np.uint8) -> np.ndarray:
+    height, width = rng.integers(12, 40, 2)
+    return rng.integers(0, np.iinfo(dtype).max + 1, (height, width, channels), dtype=dtype)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, depth: int, colour_type: int, data: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+# -- fourteen kinds -------------------------------------------------------------------------------------------------
+
+FORMS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+Made = tuple[bytes, str]  # a file, and its extension
+
+
+def good(k: int, rng) -> Made:
+    form = FORMS[k % 3]
+    return encoded(Image.fromarray(noise(rng)), form), form.lower()
+
+
+def truncated(k: int, rng) -> Made:
+    form = FORMS[k % 6]
+    whole = encoded(Image.fromarray(noise(rng)), form)
+    return whole[: int(len(whole) * rng.uniform(0.05, 0.85))], form.lower()
+
+
+def flipped(k: int, rng) -> Made:
+    form = FORMS[k % 6]
+    raw = np.frombuffer(encoded(Image.fromarray(noise(rng)), form), np.uint8).copy()
+    raw[rng.integers(0, len(raw), 1 + k % 8)] ^= np.uint8(1 << k % 8)
+    return raw.tobytes(), form.lower()
+
+
+def empty(k: int, rng) -> Made:
+    return b"", ("png", "jpg", "webp")[k % 3]
+
+
+def text(k: int, rng) -> Made:
+    said = ("<!DOCTYPE html><title>404</title>", "<svg xmlns='http://www.w3.org/2000/svg'/>", "version https://git-lfs")
+    return said[k % 3].encode(), "png"
+
+
+def no_size(k: int, rng) -> Made:
+    width, height = ((0, 16), (16, 0), (0, 0))[k % 3]
+    if k % 2:
+        return png(width, height, 8, 2, b"\0" * 16), "png"
+    return b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0), "bmp"
+
+
+def bomb(k: int, rng) -> Made:
+    return png(60_000, 60_000, 1, 0, bytes(1000)), "png"
+
+
+def cmyk(k: int, rng) -> Made:
+    return encoded(Image.fromarray(noise(rng, 4), "CMYK"), ("JPEG", "TIFF")[k % 2]), ("jpg", "tif")[k % 2]
+
+
+def sixteen_bits(k: int, rng) -> Made:
+    channels, colour_type = ((1, 0), (2, 4), (3, 2), (4, 6))[k % 4]
+    pixels = noise(rng, channels, np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return png(pixels.shape[1], pixels.shape[0], 16, colour_type, rows), "png"
+
+
+def palette(k: int, rng) -> Made:
+    image = Image.fromarray(noise(rng)).quantize(2 + k % 200)
+    options = ({}, {"transparency": 0}, {"transparency": bytes([9, 99])})[k % 3]
+    return encoded(image, "GIF" if k % 3 < 2 and k % 2 else "PNG", **options), "png"
+
+
+def animated(k: int, rng) -> Made:
+    first = noise(rng)
+    frames = [Image.fromarray(np.roll(first, n, 1)) for n in range(1 + k % 3, 4)]
+    form = ("GIF", "WEBP", "PNG", "TIFF")[k % 4]
+    return encoded(Image.fromarray(first), form, save_all=True, append_images=frames), form.lower()
+
+
+def rotated(k: int, rng) -> Made:
+    exif = Image.Exif()
+    exif[0x0112] = k % 10  # 0 and 9 mean nothing
+    form = ("JPEG", "PNG", "WEBP", "TIFF")[k % 4]
+    return encoded(Image.fromarray(noise(rng)), form, exif=exif), form.lower()
+
+
+def alpha(k: int, rng) -> Made:
+    pixels = noise(rng, 4 if k % 2 else 2)
+    return encoded(Image.fromarray(pixels), ("PNG", "WEBP", "TIFF")[k % 3]), "png"
+
+
+def misnamed(k: int, rng) -> Made:
+    return encoded(Image.fromarray(noise(rng)), FORMS[k % 6]), FORMS[(k + 1) % 6].lower()
+
+
+def few_colours(k: int, rng) -> Made:
+    image = Image.fromarray(noise(rng, 1)[..., 0])
+    return encoded(image.convert("1") if k % 2 else image, ("PNG", "TIFF", "BMP")[k % 3]), "png"
+
+
+READABLE = (cmyk, sixteen_bits, palette, animated, rotated, alpha, misnamed, few_colours)
+DAMAGED = (truncated, empty, text, no_size, bomb)
+EITHER = (flipped,)
+
+
+def write_odd_pictures(folder: Path, many: int = MANY) -> tuple[set[str], set[str], set[str], set[str]]:
+    """`many` good pictures and as many of 14 other kinds in a folder, mixed, with metadata.jsonl.
+
+    Returns their names: the good, the odd that must be read, the damaged, and those that may be either.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: tuple[set[str], ...] = (set(), set(), set(), set())
+    odd = [(kind, group) for group, kinds in enumerate((READABLE, DAMAGED, EITHER), 1) for kind in kinds]
+    plan: list[tuple[Callable[..., Made], int]] = [(good, 0)] * many
+    plan += [odd[k % len(odd)] for k in range(many)]
+    rows = []
+    for number, at in enumerate(np.random.default_rng(0).permutation(len(plan)).tolist()):
+        kind, group = plan[at]
+        k = at if kind is good else (at - many) // len(odd)
+        data, extension = kind(k, np.random.default_rng((1, at)))
+        name = f"{number:04d}-{kind.__name__}.{extension}"
+        (folder / name).write_bytes(data)
+        groups[group].add(name)
+        rows.append(json.dumps({"file_name": name, "text": f"a picture, {kind.__name__}"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    return groups
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
+    groups = good, odd, damaged, _ = write_odd_pictures(tmp_path)
+    assert [len(group) for group in groups] == [1000, 574, 355, 71]
+    before = digests(tmp_path)
+    read, refused = set(), {}
+    for name in sorted(set.union(*groups)):
+        try:
+            image = load_picture(tmp_path / name, name=name)
+        except DamagedPicture as error:
+            refused[error.name] = error.reason
+        else:
+            assert image.mode == "RGB"
+            assert picture_size((tmp_path / name).read_bytes()) == image.size
+            assert np.array_equal(image, load_picture((tmp_path / name).read_bytes()))
+            assert to_tensor(image, (16, 8)).shape == (3, 8, 16)
+            read.add(name)
+    assert good | odd <= read
+    assert damaged <= set(refused)
+    assert read.isdisjoint(refused)
+    assert all(len(reason) > 10 and "\n" not in reason for reason in refused.values())
+    assert digests(tmp_path) == before
+
+
+def test_memory_and_time_are_not_spent_on_bombs():
+    data, _ = bomb(0, None)
+    started = time.process_time()
+    for read in (load_picture, picture_size):
+        with pytest.raises(DamagedPicture, match=r"accepted|exceeds limit"):
+            read(data)
+    assert time.process_time() - started < 1
+
+
+# -- sizes from headers ---------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_read_from_headers(monkeypatch):
+    pixels = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    files = {}
+    for form in ("PNG", "JPEG", "WEBP", "TIFF"):
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            files[form, orientation] = encoded(pixels, form, exif=exif)
+    expected = {key: load_picture(data).size for key, data in files.items()}
+    assert set(expected.values()) == {(30, 20), (20, 30)}
+
+    def load(*args):
+        raise AssertionError("a header is enough")
+
+    for form in ("PNG", "JPEG", "TIFF"):  # WebP's reader has no pixels before load()
+        monkeypatch.setattr(type(Image.open(io.BytesIO(files[form, 1]))), "load", load)
+    assert {key: picture_size(data) for key, data in files.items()} == expected
+    with pytest.raises(DamagedPicture, match=r"x\.png: not a picture of an accepted format"):
+        picture_size(b"text", name="x.png")
+    with pytest.raises(DamagedPicture, match="30 × 20 pixels; up to 599 are accepted"):
+        picture_size(files["PNG", 1], max_pixels=599)
+
+
+def test_files_of_several_jpegs_give_the_first():
+    first, second = (Image.new("RGB", (32, 16), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert np.abs(np.asarray(load_picture(data)).astype(int) - (255, 0, 0)).max() <= 2
+    assert picture_size(data) == (32, 16)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif():
+    data = encoded(Image.new("RGB", (32, 16), (200, 100, 50)), "AVIF", quality=100)
+    assert np.abs(np.asarray(load_picture(data)).astype(int) - (200, 100, 50)).max() <= 3
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (32, 16)), "AVIF", exif=exif)
+    assert picture_size(data) == load_picture(data).size == (16, 32)
+
+
+# -- colour profiles ------------------------------------------------------------------------------------------------
+
+
+def fixed(*numbers: float) -> bytes:
+    return struct.pack(f">{len(numbers)}i", *(round(number * 65536) for number in numbers))
+
+
+def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile, version 2."""
+    offset, table, body = 128 + 4 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = offset + len(body)
+    kind = b"prtr" if space == b"CMYK" else b"mntr"
+    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02400000, kind, space, connection) + bytes(12) + b"acsp"
+    head += bytes(28) + fixed(0.9642, 1.0, 0.8249)  # D50
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def matrix_profile(columns, gamma: float = 563 / 256) -> bytes:
+    """Of a screen: its primaries' XYZ under D50, and its gamma."""
+    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249)}
+    for name, xyz in zip((b"r", b"g", b"b"), columns, strict=True):
+        tags[name + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*xyz)
+        tags[name + b"TRC"] = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+    return profile(b"RGB ", b"XYZ ", tags)
+
+
+SRGB = np.array([(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)])
+P3 = np.array([(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)])
+
+
+def in_srgb(pixels: np.ndarray, columns: np.ndarray, gamma: float = 563 / 256) -> np.ndarray:
+    linear = np.clip((pixels / 255) ** gamma @ columns @ np.linalg.inv(SRGB), 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF", "JPEG"])
+def test_wide_colours_are_brought_to_srgb(form):
+    pixels = np.kron(np.random.default_rng(0).integers(0, 256, (3, 4, 3)), np.ones((16, 16, 1), int)).astype(np.uint8)
+    options = {"lossless": True} if form == "WEBP" else {"quality": 100, "subsampling": 0} if form == "JPEG" else {}
+    data = encoded(Image.fromarray(pixels), form, icc_profile=matrix_profile(P3), **options)
+    found = np.asarray(load_picture(data)).astype(int)
+    assert np.abs(found - in_srgb(pixels, P3))[8::16, 8::16].max() <= (4 if form == "JPEG" else 2)
+    assert np.abs(found - pixels.astype(int)).max() > 20
+
+
+def test_alpha_and_profile_together():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), "PNG", icc_profile=matrix_profile(P3))
+    a = pixels[..., 3:] / 255
+    expected = in_srgb(pixels[..., :3], P3) * a + np.array((0, 128, 255)) * (1 - a)
+    assert np.abs(np.asarray(load_picture(data, background=(0, 128, 255))) - expected).max() <= 3
+
+
+def test_srgb_and_senseless_profiles_change_nothing():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    cmyk_profile = profile(b"CMYK", b"Lab ", {})
+    for icc in (srgb, b"", b"no profile", srgb[:200], bytes(500), cmyk_profile, matrix_profile(P3)[:300]):
+        data = encoded(Image.fromarray(pixels), "PNG", icc_profile=icc)
+        np.testing.assert_array_equal(np.asarray(load_picture(data)), pixels)
+    grey = encoded(Image.fromarray(pixels[..., 0]), "PNG", icc_profile=matrix_profile(P3))
+    np.testing.assert_array_equal(np.asarray(load_picture(grey))[..., 0], pixels[..., 0])
+
+
+def test_inks_are_seen_as_their_profile_says():
+    """A press whose every ink is a middle grey, L* = 50.2, which sRGB has at 120; all four together are black."""
+    ramp = bytes(range(256))
+    corners = bytes([255, 128, 128] + [128, 128, 128] * 14 + [0, 128, 128])  # L*, a*, b* of 2⁴ mixtures
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4 + corners + ramp * 3
+    icc = profile(b"CMYK", b"Lab ", {b"A2B0": lut, b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249)})
+    ink = np.zeros((32, 32, 4), np.uint8)
+    ink[:, 16:, 3] = 255  # black
+    for form in ("TIFF", "JPEG"):
+        plain = encoded(Image.fromarray(ink, "CMYK"), form)
+        assert np.asarray(load_picture(plain))[16, [4, 28], 0].tolist() == [255, 0]
+        found = np.asarray(load_picture(encoded(Image.fromarray(ink, "CMYK"), form, icc_profile=icc))).astype(int)
+        assert np.abs(found[16, [4, 28]] - np.array([[255], [120]])).max() <= 2
+
+
+def test_flipped_bytes_in_profiles_do_no_harm():
+    sound = matrix_profile(P3)
+    picture = Image.new("RGB", (4, 4), (200, 100, 50))
+    for trial in range(300):
+        rng = np.random.default_rng(trial)
+        raw = np.frombuffer(sound, np.uint8).copy()
+        raw[rng.integers(0, len(raw), 3)] = rng.integers(0, 256, 3)
+        assert load_picture(encoded(picture, "PNG", icc_profile=raw.tobytes())).size == (4, 4)
+
+
+# -- rectangles -----------------------------------------------------------------------------------------------------
+
+SIZES = [(30, 20), (20, 30), (37, 23), (7, 100), (101, 10), (64, 64), (1, 9), (300, 199)]
+TARGETS = [(24, 16), (16, 24), (40, 8), (8, 40), (16, 16), (33, 17)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", SIZES)
+def test_constant_pictures_stay_constant(size, target):
+    for crop in ("center", "random"):
+        pixels = to_tensor(Image.new("RGB", size, (10, 128, 250)), target, crop=crop, place=(0.99, 0.3))
+        assert pixels.shape == (3, target[1], target[0])
+        expected = torch.tensor([10, 128, 250])[:, None, None] / 127.5 - 1
+        torch.testing.assert_close(pixels, expected.expand_as(pixels))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_rectangle_of_that_size_is_taken_bit_for_bit(target):
+    pixels = np.random.default_rng(0).integers(0, 256, (*target[::-1], 3), dtype=np.uint8)
+    found = to_tensor(Image.fromarray(pixels), target)
+    np.testing.assert_array_equal(((found.numpy() + 1) * 127.5).round().transpose(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", [(300, 199), (200, 400), (91, 77)])
+def test_gradients_stay_gradients_of_a_centred_window(size, target):
+    """Across and down, a pixel shows the place in the picture that the centred window gives it."""
+    (w, h), (width, height) = size, target
+    scale = min(w / width, h / height)  # the picture's pixels to one of the new
+    for axis, (length, new) in enumerate(((w, width), (h, height))):
+        ramp = np.linspace(20, 235, length)
+        values = np.rint(ramp)[None, :].repeat(h, 0) if axis == 0 else np.rint(ramp)[:, None].repeat(w, 1)
+        found = to_tensor(Image.fromarray(values.astype(np.uint8)).convert("RGB"), target)[0]
+        line = (found[height // 2] if axis == 0 else found[:, width // 2]).double().numpy() * 127.5 + 127.5
+        where = length / 2 + (np.arange(new) + 0.5 - new / 2) * scale - 0.5
+        expected = 20 + 215 * where / (length - 1)
+        inner = slice(3, -3)  # at the window's edge the filter has half its support
+        step = 215 / (length - 1)
+        assert np.abs(line - expected)[inner].max() <= 0.5 * step + 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", [(300, 200), (64, 64), (40, 100)])
+def test_mirrored_before_or_after(size, target):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    after = to_tensor(Image.fromarray(pixels), target, flip=True)
+    torch.testing.assert_close(after, to_tensor(Image.fromarray(pixels), target).flip(2), rtol=0, atol=0)
+    covered = -(-min(size[0] * target[1], size[1] * target[0]) // target[1])
+    if (size[0] - covered) % 2 == 0:  # else the window is centred but for half a pixel
+        before = to_tensor(Image.fromarray(np.ascontiguousarray(pixels[:, ::-1])), target)
+        assert float((before - after).abs().max()) <= 1.01 / 127.5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_squares_are_whole_pixels(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    side = min(size)
+    for left, top, place in (
+        ((size[0] - side) // 2, (size[1] - side) // 2, None), (0, 0, (0.0, 0.0)),
+        (size[0] - side, size[1] - side, (0.999999, 0.999999)),
+    ):  # fmt: skip
+        window = Image.fromarray(pixels[top : top + side, left : left + side])
+        expected = np.asarray(window.resize((16, 16), Image.Resampling.LANCZOS))
+        options = {"crop": "random", "place": place} if place else {}
+        found = to_tensor(Image.fromarray(pixels), 16, **options)
+        torch.testing.assert_close(found, to_tensor(Image.fromarray(pixels), (16, 16), **options), rtol=0, atol=0)
+        np.testing.assert_array_equal(((found.numpy() + 1) * 127.5).round().transpose(1, 2, 0), expected)
+
+
+def test_random_windows_reach_both_edges():
+    pixels = np.zeros((20, 90, 3), np.uint8)
+    pixels[:, :5], pixels[:, -5:] = 255, 255
+    image = Image.fromarray(pixels)
+    means = [to_tensor(image, (30, 20), crop="random", place=(u, 0.5))[0].mean(0) for u in (0.0, 0.5, 0.999999)]
+    assert means[0][:5].min() == means[2][-5:].min() == 1
+    assert means[0][-5:].max() == means[2][:5].max() == means[1].max() == -1

@@ -1,0 +1,323 @@
+"""Streams give each example once an epoch, in an order that any start continues, whatever carries them."""
+
+import bz2
+import contextlib
+import gzip
+import http.server
+import io
+import itertools
+import lzma
+import os
+import pickle
+import tarfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import RunError, UserError
+from train.data.catalogue import Columns, Row, lowest
+from train.data.streams import Example, Stream, is_stream
+from train.data.tars import find_tars
+
+CAPTIONED = Columns()
+
+
+def content(k: int) -> bytes:
+    return f"picture {k}".encode() * (1 + k % 7)
+
+
+def write_tar(path: Path, ks, captioned: bool = True, mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for k in ks:
+            for extension, data in (("png", content(k)), ("txt", f"caption {k}\n".encode())):
+                if extension == "png" or captioned:
+                    info = tarfile.TarInfo(f"{k:04d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def example(k: int) -> Example:
+    return Example(f"{k:04d}.png", content(k), (f"caption {k}",))
+
+
+@pytest.fixture
+def shards(tmp_path) -> str:
+    """60 examples in 5 shards of unequal length."""
+    ends = [0, 3, 20, 21, 45, 60]
+    for number, (a, b) in enumerate(itertools.pairwise(ends)):
+        write_tar(tmp_path / f"{number}.tar", range(a, b))
+    return f"file://{tmp_path}/{{0..4}}.tar"
+
+
+def take(stream: Stream, count: int, seed: int = 0, start: int = 0) -> list[tuple[Example, ...]]:
+    with contextlib.closing(stream.examples(seed, start)) as examples:
+        return list(itertools.islice(examples, count))
+
+
+def names(taken) -> list[str]:
+    return [first.name for first, *_ in taken]
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 1000])
+def test_every_epoch_has_each_example_once_but_the_held_out(shards, buffer):
+    stream = Stream(shards, CAPTIONED, held_out=0.2, buffer=buffer)
+    held = {row.name for row in stream.held_out}
+    n = 60 - len(held)
+    assert len(stream.training) == n
+    assert held == {f"{k:04d}.png" for _, k in lowest(map(row_of, range(60)))[: len(held)]}
+    assert 1 < len(held) < 30
+    taken = take(stream, 3 * n)
+    expected = sorted(example(k) for k in range(60) if f"{k:04d}.png" not in held)
+    epochs = [taken[k : k + n] for k in range(0, 3 * n, n)]
+    for epoch in epochs:
+        assert sorted(first for first, *_ in epoch) == expected
+    assert len({tuple(names(epoch)) for epoch in epochs}) == 3
+    other = names(take(stream, n, seed=1))
+    assert sorted(other) == sorted(names(epochs[0]))
+    assert other != names(epochs[0])
+
+
+def row_of(k: int) -> Row:
+    return Row(f"{k:04d}.png", len(content(k)), 0, (f"caption {k}",))
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 1000])
+def test_any_start_continues_exactly(shards, buffer):
+    """Examples and stand-ins, in another process's stream, over the ends of epochs."""
+    stream = Stream(shards, CAPTIONED, held_out=0.1, buffer=buffer)
+    whole = take(stream, 140, seed=5)
+    for start in (0, 1, 6, 7, len(stream.training) - 1, len(stream.training), 100, 139):
+        again = Stream(shards, CAPTIONED, held_out=0.1, buffer=buffer)
+        assert take(again, 140 - start, seed=5, start=start) == whole[start:]
+
+
+def test_held_out_is_an_example_of_a_shard_not_a_name(tmp_path):
+    """Shards that number their pictures from 0 each."""
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", range(900))
+    stream = Stream(f"file://{tmp_path}/{{0..2}}.tar", CAPTIONED, held_out=0.01, buffer=50)
+    counted = Counter(names(take(stream, 2700 - len(stream.held_out))))
+    held = Counter(row.name for row in stream.held_out)
+    assert counted + held == Counter({f"{k:04d}.png": 3 for k in range(900)})
+    assert set(held.values()) >= {2}  # the head ends in the third shard: there such a name is trained on
+
+
+@pytest.mark.parametrize("buffer", [10, 1000])
+def test_a_buffer_mixes_what_shards_keep_together(shards, buffer):
+    """Shuffled well within the buffer's reach: of all pairs that follow one another in a shard, few still do."""
+    stream = Stream(shards, CAPTIONED, held_out=0.01, buffer=buffer)
+    order = [int(name[:4]) for name in names(take(stream, len(stream.training)))]
+    assert sum(b == a + 1 for a, b in itertools.pairwise(order)) < 15
+    firsts = {names(take(stream, 1, seed=seed))[0] for seed in range(60)}
+    assert len(firsts) > (25 if buffer > 60 else 15)
+
+
+def test_stand_ins_are_eight_others(shards):
+    stream = Stream(shards, CAPTIONED, held_out=0.1, buffer=20)
+    held = {row.name for row in stream.held_out}
+    for position, (_, *others) in enumerate(take(stream, 130)):
+        assert len(others) == (8 if position or len(stream.training) > 1 else 0)
+        assert not held & {other.name for other in others}
+    last = take(stream, len(stream.training))[-1]  # the buffer is empty, those drawn before stand in
+    assert len(set(last[1:])) > 3
+
+
+def test_one_example_to_train_on(tmp_path):
+    write_tar(tmp_path / "a.tar", range(2))
+    stream = Stream(f"pipe:cat {tmp_path}/a.tar", CAPTIONED, held_out=0.9)
+    assert (len(stream.training), len(stream.held_out)) == (1, 1)
+    taken = take(stream, 3)
+    assert [len(t) for t in taken] == [1, 9, 9]
+    assert {e.name for t in taken for e in t} == {stream.training.row(0).name}
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_is_what_the_same_tars_on_disk_begin_with(tmp_path, shards, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    splits = find_tars(str(tmp_path), CAPTIONED, ())
+    assert splits is not None
+    disk = splits[""]()
+    stream = Stream(shards, CAPTIONED, held_out=0.1)
+    held = [k for _, k in disk.lowest[: len(stream.held_out)]]
+    for side, ks in ((stream.held_out, sorted(held)), (stream.training, [k for k in range(60) if k not in held])):
+        assert [(r.name, r.size, r.captions) for r in side] == [
+            (r.name, r.size, r.captions) for r in map(disk.row, ks)
+        ]  # fmt: skip
+        assert [side.read(k) for k in range(len(side))] == [disk.read(k) for k in ks]
+    assert pickle.loads(pickle.dumps(stream)).fingerprint == stream.fingerprint
+
+
+def test_only_the_head_is_read_for_it(tmp_path):
+    log = tmp_path / "log"
+    for k in range(3):
+        write_tar(tmp_path / f"{k}.tar", range(2000 * k, 2000 * k + (2000 if k < 2 else 1)))
+    stream = Stream(f"pipe:f={tmp_path}/{{0..2}}.tar; echo $f >> {log}; cat $f", CAPTIONED, held_out=0.05)
+    assert len(stream.training) + len(stream.held_out) == 2048
+    assert [Path(line).name for line in log.read_text().split()] == ["0.tar", "1.tar"]
+    assert len(stream.training) == len(list(stream.training))
+
+
+def test_fingerprints_are_of_addresses_and_columns(shards):
+    first = Stream(shards, CAPTIONED, held_out=0.1).fingerprint
+    assert first == Stream(shards, CAPTIONED, held_out=0.1).fingerprint
+    assert first != Stream(shards, Columns(caption="alt"), held_out=0.1).fingerprint
+    assert first != Stream(shards.replace("4", "3"), CAPTIONED, held_out=0.1).fingerprint
+
+
+# -- what carries it --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_a_stream(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for data in ("http://h/a.tar", "s3://b/{0..3}.tar", "pipe:cat a", "/dev/stdin", "-", str(tmp_path / "fifo")):
+        assert is_stream(data), data
+    for data in ("data/a.tar", "owner/name", "", str(tmp_path), "a{0..1}.tar", "owner/name:config", "C:\\data"):
+        assert not is_stream(data), data
+    for data in ("-", str(tmp_path / "fifo"), "/dev/null"):
+        with pytest.raises(UserError, match="write 'pipe:COMMAND'"):
+            Stream(data, CAPTIONED, held_out=0.1)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, bytes])
+def test_compressed(tmp_path, pack):
+    plain = write_tar(tmp_path / "a.tar", range(30)).read_bytes()
+    (tmp_path / "packed").write_bytes(pack(plain))
+    expected = take(Stream(f"pipe:cat {tmp_path}/a.tar", CAPTIONED, held_out=0.1), 70)
+    for data in (f"pipe:cat {tmp_path}/packed", f"file://{tmp_path}/packed"):
+        assert take(Stream(data, CAPTIONED, held_out=0.1), 70) == expected
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; /cut/… says more than it sends."""
+
+    def do_GET(self):
+        if self.path.startswith("/cut/"):
+            data = (Path(self.directory) / self.path[5:]).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2 // 2048 * 2048])  # at the end of a sample
+            return
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    make = lambda *of: Handler(*of, directory=str(tmp_path))  # noqa: E731
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_over_http(tmp_path, shards, server):
+    there = Stream(f"{server}/{{0..4}}.tar", CAPTIONED, held_out=0.1, buffer=10)
+    assert take(there, 130) == take(Stream(shards, CAPTIONED, held_out=0.1, buffer=10), 130)
+    with pytest.raises(RunError, match=r"none\.tar can't be opened: HTTP Error 404"):
+        take(Stream(f"{server}/none.tar", CAPTIONED, held_out=0.1), 1)
+    with pytest.raises(RunError, match=r"cut/3\.tar broke off after [\d,]+ of [\d,]+ bytes"):
+        take(Stream(f"{server}/cut/3.tar", CAPTIONED, held_out=0.1), 100)
+    with pytest.raises(RunError, match=r"can't be opened: .*refused"):
+        take(Stream("http://127.0.0.1:9/a.tar", CAPTIONED, held_out=0.1), 1)
+
+
+def test_other_protocols():
+    import fsspec
+
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for k in range(4):
+            info = tarfile.TarInfo(f"{k:04d}.png")
+            info.size = len(content(k))
+            tar.addfile(info, io.BytesIO(content(k)))
+    with fsspec.open("memory://stream/a.tar", "wb") as there:
+        there.write(file.getvalue())
+    stream = Stream("memory://stream/a.tar", Columns(captioned=False), held_out=0.1)
+    assert sorted(names(take(stream, 3))) == sorted(row.name for row in stream.training)
+    with pytest.raises(UserError, match=r"nonsense://a can't be opened: .*nonsense"):
+        take(Stream("nonsense://a", CAPTIONED, held_out=0.1), 1)
+    with pytest.raises(RunError, match="can't be opened"):
+        take(Stream("memory://stream/none.tar", CAPTIONED, held_out=0.1), 1)
+
+
+def test_commands_that_fail(tmp_path):
+    path = write_tar(tmp_path / "a.tar", range(20))
+    for command, told in {
+        f"cat {path}; echo why not >&2; exit 3": "ended with status 3: why not",
+        f"head -c 10240 {path}; exit 4": "ended with status 4: it said nothing",
+        "exit 5": "ended with status 5",
+        "no-such-command": "ended with status 127",
+        f"cat {path}; kill -9 $$": "ended with status -9",
+    }.items():
+        with pytest.raises(RunError, match=told):
+            take(Stream(f"pipe:{command}", CAPTIONED, held_out=0.1), 100)
+    for command in ("echo hello", "true", "yes"):
+        with pytest.raises(UserError, match="gives no tar"):
+            take(Stream(f"pipe:{command}", CAPTIONED, held_out=0.1), 1)
+
+
+def test_a_command_that_isnt_read_to_its_end_is_stopped(tmp_path):
+    path = write_tar(tmp_path / "a.tar", range(3000))
+    command = f"pipe:echo $$ >> {tmp_path}/pids; sleep 1000 & cat {path}; wait"
+    stream = Stream(command, CAPTIONED, held_out=0.1)
+    begun = time.perf_counter()
+    take(stream, 3)
+    assert time.perf_counter() - begun < 10
+    groups = (tmp_path / "pids").read_text().split()
+    assert len(groups) == 2
+    for process in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = process.read_text().rpartition(")")[2].split()[:3]
+            assert group not in groups or state == "Z", process
+
+
+def test_damage_is_passed_over_and_told(tmp_path):
+    for k in range(3):
+        write_tar(tmp_path / f"{k}.tar", range(10 * k, 10 * k + 10))
+    cut = (tmp_path / "1.tar").read_bytes()[: 2048 * 4 + 700]
+    (tmp_path / "1.tar").write_bytes(cut)
+    with tarfile.open(tmp_path / "2.tar", "a") as tar:
+        link = tarfile.TarInfo("evil.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    stream = Stream(f"pipe:cat {tmp_path}/{{0..2}}.tar", CAPTIONED, held_out=0.01)
+    n = len(stream.training)
+    assert n + len(stream.held_out) == 24
+    first, second = names(take(stream, n)), names(take(stream, 2 * n))[n:]
+    assert sorted(first) == sorted(second)
+    (one, why), (two, because) = stream.left_out
+    assert "1.tar" in one
+    assert "cut short after 4 pictures" in why
+    assert two.endswith("2.tar: evil")
+    assert "is a link" in because
+
+
+def test_nothing_to_train_on(tmp_path):
+    write_tar(tmp_path / "none.tar", [])
+    write_tar(tmp_path / "one.tar", [1])
+    write_tar(tmp_path / "bare.tar", range(5), captioned=False)
+    for name, error, told in (
+        ("none", RunError, "gave no picture"),
+        ("one", UserError, "has one picture"),
+        ("bare", UserError, "none of the first 5 pictures has a caption"),
+    ):
+        with pytest.raises(error, match=told):
+            take(Stream(f"pipe:cat {tmp_path}/{name}.tar", CAPTIONED, held_out=0.1), 1)
+    assert take(Stream(f"pipe:cat {tmp_path}/bare.tar", Columns(captioned=False), held_out=0.1), 9)
+    write_tar(tmp_path / "some.tar", range(5))
+    once = f"pipe:cat {tmp_path}/some.tar; cp {tmp_path}/none.tar {tmp_path}/some.tar"
+    with pytest.raises(RunError, match="gave no picture to train on in a whole epoch"):
+        take(Stream(once, CAPTIONED, held_out=0.1), 1)
