@@ -1,5 +1,6 @@
 """Make a data set of captioned pictures that needs no download."""
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,10 @@ def make_emoji(o: Emoji) -> None:
     if o.annotations or annotations.exists():
         named, source = read_annotations(annotations), str(annotations)
     else:
-        named, source = character_names(), "Unicode's character names (unicode-cldr-core adds keywords and sequences)"
+        named, source = character_names(), "Unicode's character names"
+        print(f"warning: no CLDR at {CLDR}, so the set will be less than half of the whole one, with a single caption a "
+              "picture: no flags, skin tones or genders, no keywords; install Debian's unicode-cldr-core, or give "
+              "--annotations", file=sys.stderr)  # fmt: skip
     train, test, captions = write_emoji(Path(o.out), named, font, o.size, o.test_fraction, o.seed)
     print(f"{o.out}: {train} training and {test} test pictures of {o.size} × {o.size}, seed {o.seed}: written in "
           f"{time.perf_counter() - began:.1f} s, {captions / (train + test):.2f} captions a picture from {source}")  # fmt: skip

@@ -2,14 +2,17 @@
 
 The font is Noto Color Emoji (Debian's fonts-noto-color-emoji); names and keywords, and which sequences there are, come
 from Unicode's CLDR (Debian's unicode-cldr-core) where it is installed, else from Python's table of character names.
-An emoji counts if the font draws it as one glyph. Variants of one emoji (skin, hair, gender) are all in train or all in
-test, so that a test picture is new and not a recoloured training picture.
+An emoji counts if the font draws it as one glyph. Left out are swatches of skin and parts of hair, which are no emoji by
+themselves, and couples of two skin tones, which are many and nearly the same. Variants of one emoji (skin, hair, gender)
+and families that differ in a colour, a digit or a direction (hearts, clocks, keycaps) are all in train or all in test, so
+that a test picture is no recoloured training picture. Faces are still like faces and flags like flags.
 """
 
 import hashlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -76,22 +79,32 @@ def character_names() -> list[Named]:
 
 
 def compose_captions(text: str, name: str, keywords: Iterable[str]) -> tuple[str, ...]:
-    """The name, a flag's or a key's in spoken order, Unicode's own name, and the keywords in one line.
+    """The name, the same in spoken order, Unicode's own name, and the keywords in one line.
 
-    A keyword alone is no caption, as hundreds of emoji share "face". Black and white in Unicode's names mean filled and
-    outlined ("heavy black heart" is red), so such a name is left out unless the first one says so too.
+    A keyword alone is no caption, as hundreds of emoji share "face"; and five skin tones need no list each, as it repeats
+    that of the plain emoji. Black and white in Unicode's names mean filled and outlined ("heavy black heart" is red), so
+    such a name is left out unless the first one says so too.
     """
     name = _clean(name)
-    found = [name]
-    kind, _, which = name.partition(": ")
-    if kind in ("flag", "keycap") and which:
-        found.append(f"flag of {which}" if kind == "flag" else f"keycap {which}")
+    found = [name, _spoken(name)]
     formal = unicodedata.name(text, "").lower() if len(text) == 1 else ""
     if not name or not {"black", "white"} & (set(formal.split()) - set(name.split())):
         found.append(formal)
-    words = _distinct(map(_clean, keywords))
+    words = () if _TONE.search(text) else _distinct(map(_clean, keywords))
     found.append(", ".join(words) if len(words) > 1 else "")
     return _distinct(found)
+
+
+def _spoken(name: str) -> str:
+    """ "flag: France" as "flag of France", "woman: medium skin tone, red hair" with "with" and "and"."""
+    kind, colon, which = name.partition(": ")
+    if kind in ("flag", "keycap") and colon:
+        return f"flag of {which}" if kind == "flag" else f"keycap {which}"
+    parts = which.split(", ")
+    traits = [part for part in parts if part.endswith(("skin tone", "hair", "beard"))]
+    people = ", ".join(part for part in parts if part not in traits)
+    whole = f"{kind}: {people}" if people else kind
+    return f"{whole} with {' and '.join(traits)}" if traits else name
 
 
 def _clean(text: str) -> str:
@@ -111,8 +124,16 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 
 # Variants
 
+_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
+_PART = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3]")  # a skin tone, or hair
 _ASIDE = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3♀♂➡\u200d\ufe0e\ufe0f]")  # skin, hair, gender, joiners
+_FAMILIES = (
+    "❤🧡💛💚💙💜🤎🖤🤍🩷🩵🩶", "🔴🟠🟡🟢🔵🟣🟤⚫⚪", "🟥🟧🟨🟩🟦🟪🟫⬛⬜◼◻◾◽▪▫", "🔶🔷🔸🔹", "📕📗📘📙📔", "💴💵💶💷", "🥇🥈🥉🏅", "❓❔❗❕",
+    "1234567890#*", "🆒🆓🆕🆖🆗🆙", "🔠🔡🔢🔣🔤", "🔙🔚🔛🔜🔝", "⬆↗➡↘⬇↙⬅↖↕↔", "👆👇👈👉", "🔈🔉🔊", "🔒🔓", "⌛⏳", "💿📀", "🚹🚺", "⛄☃", "😈👿",
+    "🌑🌒🌓🌔🌕🌖🌗🌘", "🌍🌎🌏", "😀😃😄", "😗😙😚", "😦😧😟", "🙁☹😕", "".join(map(chr, range(0x1F550, 0x1F568))),
+)  # fmt: skip
 _ALIKE = str.maketrans(
+    {member: family[0] for family in _FAMILIES for member in family} |
     {"👨": "🧑", "👩": "🧑", "👱": "🧑", "🧔": "🧑", "👦": "🧒", "👧": "🧒", "👴": "🧓", "👵": "🧓", "🤴": "🫅", "👸": "🫅",
      "🤶": "🎅", "🕺": "💃", "🤰": "🫄", "🫃": "🫄", "👬": "👫", "👭": "👫"}
 )  # fmt: skip
@@ -120,9 +141,14 @@ _AS_ONE = {"🧑❤🧑": "💑", "🧑❤💋🧑": "💏", "🧑🤝🧑": "�
 
 
 def base(text: str) -> str:
-    """What is left of an emoji without its skin, hair and gender; the same for all variants of one."""
+    """What is left of an emoji without its skin, hair and gender; the same for all variants and for its family."""
     plain = (_ASIDE.sub("", text) or text).translate(_ALIKE)
     return "👪" if re.fullmatch("🧑+🧒+", plain) else _AS_ONE.get(plain, plain)
+
+
+def wanted(text: str) -> bool:
+    """Whether it is more than a part, and of one skin tone at most."""
+    return not _PART.fullmatch(text) and len(set(_TONE.findall(text))) < 2
 
 
 def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
@@ -195,10 +221,10 @@ class Picture:
 
 
 def paint_all(named: Iterable[Named], paint: Paint, side: int) -> list[Picture]:
-    """The emoji that `paint` has, in their order, reduced to `side`; those that look the same are one picture."""
+    """The wanted emoji that `paint` has, in their order, reduced to `side`; those that look the same are one picture."""
     found: dict[bytes, Picture] = {}
     for text, captions in named:
-        if (whole := paint(text)) is None:
+        if not wanted(text) or (whole := paint(text)) is None:
             continue
         looks = hashlib.sha256(whole.tobytes()).digest()
         if looks not in found:
@@ -233,6 +259,7 @@ def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fra
     ):
         if not least <= value <= most:
             raise UserError(f"{what} {value} is out of range: accepted is {least} to {most}")
+    out = Path(os.path.realpath(out))  # a link is followed, as a folder can't take its place
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder: choose another --out, or remove it")
     pictures = paint_all(tqdm(named, unit=" names", disable=None), paint, side)
