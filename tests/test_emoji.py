@@ -229,7 +229,7 @@ def test_written_set_loads_and_no_emoji_is_on_both_sides(tmp_path: Path, side: i
         assert len(lines) == len(list((out / split).glob("*.png"))) == getattr(written, split)
         bases[split] = {base(line["emoji"]) for line in lines}
         source = open_source(out, split)
-        captions = {record.path.name: list(record.captions) for record in (source[k] for k in range(len(source)))}
+        captions = {row.name: list(row.captions) for row in source}
         assert captions == {line["file_name"]: line["text"] for line in lines}
         for line in lines[::10]:
             with Image.open(out / split / line["file_name"]) as picture:
