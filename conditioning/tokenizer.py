@@ -28,6 +28,10 @@ SMALLEST, LARGEST = len(_LETTERS) + 2, 49408  # readers of merges.txt stop after
 _SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which no encoder of bytes takes
 
 
+class PromptCut(UserWarning):
+    """A prompt is too long, and a part of it is lost."""
+
+
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """Learns at most `vocab_size` tokens; a pair of neighbours that occurs once isn't merged.
 
@@ -105,6 +109,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
             warnings.warn(
                 f"a prompt has {len(ids)} tokens and {room} fit; this part of it is lost: "
                 f'"{prompt[offsets[room][0] :]}"',
+                PromptCut,
                 stacklevel=2,
             )
         row = []

@@ -35,6 +35,7 @@ from conditioning import (
 )
 from conditioning.token_tasks import Echo, Sketch, TokenTasks
 from ldm.errors import UserError
+from train.captions import CutCaptions
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 CAPTIONS = [
@@ -845,3 +846,22 @@ def test_the_echo_teaches_the_tower(tokenizer):
             optimizer.step()
         error[learns] = metrics["echo_mse"].item()
     assert error[True] < 0.6 * error[False] < 0.6
+
+
+def test_of_captions_that_are_cut_the_first_is_quoted_and_all_are_counted():
+    tokenizer, said = train_tokenizer(["a red star"], 600, 6), []
+    cut = CutCaptions(said.append)
+
+    def read():
+        with cut.told():
+            tokenize(tokenizer, ["a", "a red star on a blue ground", "a red star and more"])
+            warnings.warn("something else", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="^something else$"):
+        read()
+    with pytest.warns(UserWarning, match="^something else$"):
+        read()
+    assert cut.count == 4
+    assert len(said) == 1
+    assert 'this part of it is lost: "' in said[0]
+    assert "ground" in said[0]

@@ -12,6 +12,7 @@ from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy
 from conditioning.token_tasks import TokenTasks
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
+from train.captions import CutCaptions
 from train.config import ClipConfig
 from train.data.dataset import PictureDataset
 from train.ema import Ema
@@ -21,6 +22,7 @@ from train.optim import build_optimizer
 from train.run import Run, open_accelerator
 from train.sheets import in_rows, sheet, to_uint8
 
+_READ = 1_000_000  # pictures whose captions the tokenizer is learned from, spread evenly
 _VALIDATION = 1000  # held-out pictures among which the right caption is to be found
 
 
@@ -54,6 +56,7 @@ class ClipStage:
         pair = Pair(Contrastive(clip, tasks))
         self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(clip, config.ema_decay)
+        self.cut = CutCaptions(run.say)
         self.training = inputs.pictures(config.input, config.seed)
         self.held_out = PictureDataset(
             inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
@@ -62,9 +65,11 @@ class ClipStage:
     def with_tokens(self, batch: Batch) -> Batch:
         """A batch with its captions as ids: `input_ids` (b, n), and `caption_ids` (b,), equal for equal captions."""
         device, captions = self.run.accelerator.device, batch["caption"]
+        with self.cut.told():
+            ids = tokenize(self.tokenizer, captions)
         return {
             "pixels": batch["pixels"].to(device),
-            "input_ids": tokenize(self.tokenizer, captions).to(device),
+            "input_ids": ids.to(device),
             "caption_ids": torch.tensor([_id(c) for c in captions], device=device),
         }
 
@@ -126,5 +131,5 @@ def train(config: ClipConfig) -> None:
         )
     with Run(config, accelerator, {"data": inputs.fingerprint}) as run:
         inputs = inputs.prepared(run)
-        tokenizer = train_tokenizer(inputs.source.captions(), config.text.vocab_size, config.text.max_length)
+        tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
         fit(run, ClipStage(run, config, inputs, tokenizer))

@@ -71,6 +71,8 @@ class SourceConfig:
     """The split for validation; empty: validation, val, dev or test, else a share of the training pictures."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the pictures held out for validation where the source has no split of its own, 1000 at most."""
+    stream_buffer: int = Field(default=1000, gt=0)
+    """Pictures of a stream that wait in memory, of which one is drawn at a time: more are shuffled better."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0)
     """Larger pictures count as damaged and aren't decoded."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 from ldm.errors import UserError
@@ -14,7 +13,7 @@ from train.data.streams import Stream, is_stream
 from train.run import Run
 
 SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-_READ = 10_000  # captions that are looked through for words
+_READ = 10_000  # pictures whose captions are looked through for words
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Inputs:
     def prepared(self, run: Run) -> "Inputs":
         """Told to the person who watches, and without the pictures that are too small."""
         config = run.config.input
-        if config.flip and (found := next(filter(SIDES.search, islice(self.source.captions(), _READ)), None)):
+        if config.flip and (found := next(filter(SIDES.search, self.source.captions(_READ)), None)):
             run.say(
                 f"input.flip mirrors half of the pictures, but captions speak of left and right, e.g. {found[:100]!r}"
             )
@@ -57,7 +56,7 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     """What --data names; captioned False accepts pictures without captions. Raises UserError as `find_splits` does."""
     columns = config.columns(captioned)
     if is_stream(data):
-        stream = Stream(data, columns, held_out=config.validation_fraction)
+        stream = Stream(data, columns, held_out=config.validation_fraction, buffer=config.stream_buffer)
         return Inputs(Source(stream.training), Source(stream.held_out, "test"), stream)
     splits = find_splits(data, columns, (config.train_split, config.validation_split))
     how: dict[str, Any] = {

@@ -16,6 +16,7 @@ from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import Importance, uniform
 from ldm.unet import build_unet, require_attention, use_attention
+from train.captions import CutCaptions
 from train.config import LdmConfig
 from train.data.buckets import Buckets
 from train.data.cache import LatentCache, TextCache
@@ -63,6 +64,7 @@ class LdmStage:
         self.run, self.config, self.inputs = run, config, inputs
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.training, self.held_out = training, held_out
+        self.cut = CutCaptions(run.say)
         shape, d = config.unet, config.diffusion
         torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
         unet = build_unet(
@@ -97,7 +99,9 @@ class LdmStage:
         with autocast(device, self.config.precision) if self.config.precision == "bf16" else nullcontext():
             mean, std = self.autoencoder.encode(batch["pixels"])
         drawn = {name: batch[name] for name in ("position", "index", "timestep", "noise", "posterior_noise")}
-        made = {"mean": mean, "std": std, "condition": self.text_encoder.encode(captions)}
+        with self.cut.told():
+            condition = self.text_encoder.encode(captions)
+        made = {"mean": mean, "std": std, "condition": condition}
         return drawn | {name: value.float() for name, value in made.items()}
 
     def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
@@ -216,8 +220,12 @@ def cached(
         factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
         batch_size=64, workers=config.workers, processes=run.processes, note=run.damage(source).note,
     )  # fmt: skip
-    text = TextCache.open(
-        run.cache, source, text_encoder.encode, digest=text_encoder.digest,
-        shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
-    )  # fmt: skip
+    cut = CutCaptions(run.say)
+    with cut.told():
+        text = TextCache.open(
+            run.cache, source, text_encoder.encode, digest=text_encoder.digest,
+            shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
+        )  # fmt: skip
+    if cut.count > 1:
+        run.say(f"{cut.count:,} captions were cut")
     return CachedDataset(latents, text, config.seed, noising, shuffle=training)

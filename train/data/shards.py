@@ -140,7 +140,6 @@ def open_shards(
     depends_on = {"kind": kind, **depends_on, "shape": shape, "dtype": dtype, "format": _FORMAT}
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     folder = folder / f"{kind}-{key[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
     row_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     per_shard = max(1, min(_SHARD_ROWS, _SHARD_BYTES // row_bytes))
     shards = []
@@ -175,6 +174,7 @@ def _make(
     dtype: Stored, processes: Processes, batch_size: int,
 ) -> None:  # fmt: skip
     """Write these shards, of rows that are known where possible."""
+    folder.mkdir(parents=True, exist_ok=True)
     found = {k: known[_short(rows.keys[k])] for s in todo for k in s.rows if _short(rows.keys[k]) in known}
     perhaps = [k for s in todo for k in s.rows if k not in found and _short(rows.likes[k]) in known]
     for k, content in zip(perhaps, rows.contents(perhaps), strict=True):

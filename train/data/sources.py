@@ -75,9 +75,11 @@ class Source:
         """The file of a picture. Raises OSError, or DamagedPicture where there is none to read."""
         return self.catalogue.read(self._row(index))
 
-    def captions(self) -> Iterator[str]:
-        """Of all the pictures, one after the other."""
-        return (text for row in self for text in row.captions)
+    def captions(self, most: int | None = None) -> Iterator[str]:
+        """Of all the pictures, one after the other, or of so many that are spread evenly."""
+        n = len(self)
+        count = n if most is None else min(most, n)
+        return (text for k in range(count) for text in self[k * n // count].captions)
 
     def only_where(self, stays: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
         """Those of the pictures (n,) that stay; left_out: (name, reason) of those whose going is to be reported."""

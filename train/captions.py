@@ -1,0 +1,28 @@
+"""Captions that are too long for the text encoder: quoted once a run, then counted."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from conditioning.tokenizer import PromptCut
+
+
+class CutCaptions:
+    """Of thousands of captions that are cut, tells the first."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self.say, self.count = say, 0
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """While captions are read inside."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PromptCut)
+            yield
+        for warning in caught:
+            if not issubclass(warning.category, PromptCut):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+                continue
+            self.count += 1
+            if self.count == 1:
+                self.say(f"caption too long: {warning.message} (others aren't told; --text-chunks reads more)")
