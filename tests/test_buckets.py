@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.errors import UserError
+from ldm.errors import RunError, UserError
 from train.data.buckets import Buckets, assign, bucket_sizes, measure
 from train.data.cache import LatentCache, TextCache
 from train.data.catalogue import Catalogue, Row
@@ -159,6 +159,36 @@ def test_caches_and_pictures_give_the_same_batches(tmp_path):
     for step, (whole,) in enumerate(loader(stored, **how)):
         parts = [halves[r][step][0] for r in range(2)]
         assert all(torch.equal(torch.cat([p[k] for p in parts]), whole[k]) for k in whole)
+
+
+def test_sizes_with_less_than_a_batch_are_done_without():
+    shapes = np.array([*shapes_of(200), (60, 15), (15, 60)])
+    sizes = bucket_sizes(32, 8, 4.0)
+    assert np.bincount(assign(shapes, sizes)).min() < 20
+    for least in (20, 60, 1000):
+        of = assign(shapes, sizes, least)
+        counts = np.bincount(of, minlength=len(sizes))
+        assert counts[counts > 0].min() >= min(least, len(shapes))
+        kept = [sizes[k] for k in np.flatnonzero(counts)]
+        np.testing.assert_array_equal([kept[k] for k in assign(shapes, kept)], [sizes[k] for k in of])  # nearest of them
+    assert (counts > 0).sum() == 1
+
+
+def test_a_bucket_of_damaged_pictures_alone_is_an_error_in_words(tmp_path):
+    shapes = [(32, 32)] * 12 + [(64, 16)] * 6
+    source, buckets = Source(Made(shapes)), buckets_of(shapes)
+    for k in range(12, 18):
+        source.catalogue.shapes[k] = (0, 0)
+    latents = LatentCache.open(
+        tmp_path, source, Encoder(), digest="", framing=Framing(resolution=32), channels=2, factor=4, buckets=buckets,
+        processes=QUIET,
+    )  # fmt: skip
+    text = TextCache.open(
+        tmp_path, source, lambda t: torch.zeros(len(t), 1, 1), digest="", shape=(1, 1), processes=QUIET
+    )  # fmt: skip
+    for dataset in (CachedDataset(latents, text, 5), PictureDataset(source, Framing(resolution=32), 5, buckets=buckets)):
+        with pytest.raises(RunError, match="found no readable picture"):
+            list(loader(dataset, start_step=0, steps=3, batch_size=6))
 
 
 def test_a_damaged_picture_is_replaced_from_its_own_bucket(tmp_path):

@@ -296,7 +296,7 @@ def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
     report = tmp_path / "run" / "damaged.jsonl"
     pictures = both_kinds(tmp_path / "again", bad)[0]
     for workers in (0, 2):
-        damage = Damage((), report, most=0.2, say=said.append)
+        damage = Damage(report, most=0.2, say=said.append)
         for parts in loader(pictures, start_step=0, steps=15, batch_size=8, workers=workers, damage=damage):
             assert "damaged" not in parts[0]
         tried = sum(int(i) in bad for i in index_at(np.arange(120), 30, 5))
@@ -310,22 +310,42 @@ def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
 
 def test_too_many_damaged_pictures_stop_the_run_and_a_few_do_not(tmp_path):
     dataset = PictureDataset(source_of(tmp_path, bad=tuple(range(10))), PLAIN, 0)
-    damage = Damage((), tmp_path / "damaged.jsonl", most=0.25, say=lambda _: None)
-    with pytest.raises(RunError, match=r"of .* pictures can't be read, more than the share of 0.25"):
+    damage = Damage(tmp_path / "damaged.jsonl", most=0.1, say=lambda _: None)
+    with pytest.raises(RunError, match=r"of .* pictures can't be read, more than the share of 0.1"):
         list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
-    assert 25 < damage.bad <= 25 + 8  # not before a quarter of a hundred
-    damage = Damage((), tmp_path / "damaged.jsonl", most=0.5, say=lambda _: None)
+    assert 19 < damage.bad <= 19 + 8  # not before a tenth of a hundred, and what chance may add
+    damage = Damage(tmp_path / "damaged.jsonl", most=0.5, say=lambda _: None)
     list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
     assert 90 < damage.bad < 300
+
+
+def test_the_share_is_exact_of_all_and_beyond_chance_of_some(tmp_path):
+    def bad(count):
+        return [(f"{k}.png", "x") for k in range(count)]
+
+    Damage(tmp_path / "one.jsonl", most=0.1, say=lambda _: None).note(45, bad(5), whole=True)
+    with pytest.raises(RunError, match=r"^6 of 50 pictures"):
+        Damage(tmp_path / "two.jsonl", most=0.1, say=lambda _: None).note(44, bad(6), whole=True)
+    rng, stopped = np.random.default_rng(0), 0
+    for run in range(100):
+        damage = Damage(tmp_path / f"{run}.jsonl", most=0.1, say=lambda _: None)
+        damage.list(bad(16))  # so that the report is written once
+        try:
+            for _ in range(200):
+                count = rng.binomial(16, 0.08)
+                damage.note(16 - count, bad(count))
+        except RunError:
+            stopped += 1
+    assert stopped <= 2
 
 
 def test_a_report_cut_short_is_continued(tmp_path):
     report = tmp_path / "damaged.jsonl"
     report.write_text('{"file": "a.png", "reason": "x"}\n{"file": "b.p')
-    damage = Damage((), report, say=lambda _: None)
+    damage = Damage(report, say=lambda _: None)
     damage.note(8, [("a.png", "x"), ("b.png", "y")])
     damage.note(8, [("c.png", "z"), ("b.png", "y")])
-    Damage((), report, say=lambda _: None).note(8, [("b.png", "y"), ("c.png", "z")])
+    Damage(report, say=lambda _: None).note(8, [("b.png", "y"), ("c.png", "z")])
     lines = report.read_text().splitlines()
     assert [json.loads(line)["file"] for line in lines if line.endswith("}")] == ["a.png", "b.png", "c.png"]
     assert len(lines) == 4
@@ -335,7 +355,8 @@ def test_missing_files_are_reported(tmp_path):
     folder = folder_of(tmp_path)
     with open(folder / "train" / "metadata.jsonl", "a") as file:
         file.write(json.dumps({"file_name": "gone.png", "text": "t"}) + "\n")
-    Damage(open_source(folder, "train").left_out, tmp_path / "damaged.jsonl", say=lambda _: None)
+    damage = Damage(tmp_path / "damaged.jsonl", say=lambda _: None)
+    damage.list(open_source(folder, "train").left_out)
     assert json.loads((tmp_path / "damaged.jsonl").read_text())["file"] == "gone.png"
 
 

@@ -206,7 +206,7 @@ def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for source in (inputs.source, inputs.held_out):
-            damage = Damage(source.left_out, report, most=1.0, say=lambda _: None)
+            damage = Damage(report, most=1.0, say=lambda _: None)
             dataset = PictureDataset(source, Framing(resolution=16), 0)
             steps = -(-len(source) // 8)
             for (batch,) in loader(dataset, start_step=0, steps=steps, batch_size=8, damage=damage):

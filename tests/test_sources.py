@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ldm.errors import UserError
 from train.data.catalogue import Columns
-from train.data.decode import DamagedPicture, load_picture, to_tensor
+from train.data.decode import DamagedPicture, load_picture, picture_size, to_tensor
 from train.data.folders import Strings
 from train.data.sources import Source, find_splits, open_source, take
 
@@ -188,6 +189,47 @@ def test_rows_are_left_out_without_a_list_of_the_others(tmp_path):
             source[len(stays)]
 
 
+def test_what_belongs_to_no_split_is_not_passed_over_in_silence(tmp_path):
+    for name in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png"):
+        picture(tmp_path / name)
+    metadata(tmp_path, [{"file_name": n, "text": n} for n in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png")])
+    with pytest.raises(UserError, match=r"belong to a split by their names \(train, test\), others to none"):
+        open_source(tmp_path, "train")
+
+
+@pytest.mark.parametrize("other", ["old.tar", "rows.parquet"])
+def test_pictures_and_an_archive_beside_them_are_not_guessed_about(tmp_path, other):
+    captioned(tmp_path / "train", 3)
+    with tarfile.open(tmp_path / "old.tar", "w") as tar:
+        tar.add(tmp_path / "train", "train")
+    (tmp_path / "old.tar").rename(tmp_path / other)
+    with pytest.raises(UserError, match="holds pictures, and tar or parquet files too"):
+        open_source(tmp_path, "train")
+
+
+def test_a_split_that_is_not_there_is_missed(tmp_path):
+    captioned(tmp_path, 5)
+    with pytest.raises(UserError, match="no split 'trian' to train on: there is none"):
+        take(find_splits(str(tmp_path), Columns()), "train", train="trian")
+
+
+def test_a_picture_whose_file_goes_away_is_damaged(tmp_path):
+    source = open_source(captioned(tmp_path, 5), "train")
+    (tmp_path / source[1].name).unlink()
+    with pytest.raises(DamagedPicture, match="No such file"):
+        source.read(1)
+
+
+def test_captions_beside_pictures_may_be_in_any_encoding_but_not_of_any_length(tmp_path):
+    for k, text in enumerate((b"caf\xe9", "café".encode(), b"x" * (2**20 + 1), b"plain")):
+        picture(tmp_path / "train" / f"{k}.png")
+        (tmp_path / "train" / f"{k}.txt").write_bytes(text)
+    picture(tmp_path / "test" / "x.png")
+    source = open_source(tmp_path, "train")
+    assert contents(source) == [("0.png", ("caf\ufffd",)), ("1.png", ("café",)), ("3.png", ("plain",))]
+    assert source.left_out == (("2.png", "its .txt has more than 1,048,576 bytes"),)
+
+
 def test_a_folder_a_class_makes_captions_by_template(tmp_path):
     for name in ("golden_retriever/1.png", "golden_retriever/2.png", "a/tabby cat/3.png", "4.png"):
         picture(tmp_path / "train" / name)
@@ -199,7 +241,7 @@ def test_a_folder_a_class_makes_captions_by_template(tmp_path):
         ("golden_retriever/1.png", ("a photo of a golden retriever",)),
         ("golden_retriever/2.png", ("a photo of a golden retriever",)),
     ]
-    rows = [{"file_name": "4.png", "label": "mixed_breed"}, {"file_name": "a/tabby cat/3.png", "label": 7}]
+    rows = [{"file_name": "4.png", "label": [None, "mixed_breed"]}, {"file_name": "a/tabby cat/3.png", "label": 7}]
     metadata(tmp_path / "train", rows)
     source = open_source(tmp_path, "train", Columns(template="a photo of a {}", caption="label"))
     assert [c for _, (c,) in contents(source)] == ["a photo of a mixed breed", "a photo of a 7"]
@@ -469,6 +511,13 @@ def test_numbers_without_a_range_are_refused(tmp_path, mode):
     Image.new(mode, (8, 8)).save(tmp_path / "x", "TIFF")
     with pytest.raises(DamagedPicture, match="no known range"):
         load_picture(tmp_path / "x")
+
+
+def test_a_limit_above_pillow_s_own_is_the_one_that_holds(tmp_path):
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "x.png")
+    assert picture_size(tmp_path / "x.png", max_pixels=10**9) == (14_000, 14_000)
+    with pytest.raises(DamagedPicture, match=r"14000 × 14000 pixels; up to 89,478,485 are accepted"):
+        picture_size(tmp_path / "x.png")
 
 
 def test_bombs_are_refused_before_they_are_decoded(tmp_path):

@@ -29,6 +29,7 @@ _EXPECTED = (
     errno.EACCES,
     errno.EPERM,
     errno.EEXIST,
+    errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
 )

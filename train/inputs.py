@@ -1,5 +1,6 @@
 """The pictures of a run: which there are, which of them are used, and as what they are trained on."""
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,8 @@ class Inputs:
 
     @property
     def fingerprint(self) -> str:
-        return self.source.fingerprint if self.stream is None else self.stream.fingerprint
+        parts = (self.source.fingerprint if self.stream is None else self.stream.fingerprint, self.held_out.fingerprint)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def prepared(self, run: Run) -> "Inputs":
         """Told to the person who watches, and without the pictures that are too small."""
@@ -69,6 +71,7 @@ def large_enough(source: Source, run: Run) -> Source:
     """The pictures of a source that input.min_size lets in."""
     config = run.config.input
     shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
+    run.damage(source).note(len(source) - len(unreadable), unreadable, whole=True)
     stays = shapes.min(1) >= config.min_size
     if not stays.any():
         raise UserError(
@@ -88,11 +91,13 @@ def build_buckets(source: Source, run: Run, multiple: int) -> tuple[Source, Buck
         raise UserError(f"input.buckets {config.buckets} isn't a multiple of {multiple}, which these networks need")
     sizes = bucket_sizes(config.resolution, config.buckets, config.bucket_ratio)
     shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
+    run.damage(source).note(len(source) - len(unreadable), unreadable, whole=True)
     readable = shapes.min(1) > 0
     if not readable.any():
         raise UserError(f"not one picture of {source.place} can be read, e.g. {': '.join(unreadable[0])}")
     if unreadable:
         source, shapes = source.only_where(readable, unreadable), shapes[readable]
-    buckets = Buckets(sizes, assign(shapes, sizes), run.config.batch_size, run.config.seed)
+    of = assign(shapes, sizes, least=run.config.batch_size)
+    buckets = Buckets(sizes, of, run.config.batch_size, run.config.seed)
     run.say(str(buckets))
     return source, buckets

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -85,26 +86,25 @@ class LdmStage:
         self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        if isinstance(self.training, CachedDataset):
-            return self.run.batches(self.training, start)
-        batches = self.run.batches(self.training, start, self.run.damage(self.inputs.source))
-        return ([self.encoded(part) for part in parts] for parts in batches)
+        cached = isinstance(self.training, CachedDataset)
+        return self.run.batches(self.training, start, None if cached else self.run.damage(self.inputs.source))
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Batch:
-        """Pictures and captions → what the cache has of them, from the networks themselves."""
+        """What the cache has of pictures and captions, from the networks themselves."""
         captions = ["" if gone else c for c, gone in zip(batch["caption"], batch["dropped"].tolist(), strict=True)]
         device = self.run.accelerator.device
         # As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16.
         with autocast(device, self.config.precision) if self.config.precision == "bf16" else nullcontext():
             mean, std = self.autoencoder.encode(batch["pixels"])
-        drawn = {name: batch[name] for name in ("position", "index", "timestep", "noise", "posterior_noise")}
         with self.cut.told():
             condition = self.text_encoder.encode(captions)
-        made = {"mean": mean, "std": std, "condition": condition}
-        return drawn | {name: value.float() for name, value in made.items()}
+        return {"mean": mean.float(), "std": std.float(), "condition": condition.float()}
 
     def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
+        for part in parts:
+            if "pixels" in part:
+                part.update(self.encoded(part))
         if self.importance is not None:
             self.importance.forget()
 
@@ -122,8 +122,8 @@ class LdmStage:
         for first in range(0, count, b):
             places = list(range(first, min(first + b, count)))
             batch = self.run.on_device(self.held_out.__getitems__(places))
-            if not isinstance(self.held_out, CachedDataset):
-                batch = self.encoded(batch)
+            if "pixels" in batch:
+                batch |= self.encoded(batch)
             batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
@@ -218,7 +218,7 @@ def cached(
         run.cache, source, autoencoder.encode, digest=autoencoder.digest,
         framing=config.input.framing() if training else config.input.plain(config.input.resolution), channels=autoencoder.latent_channels,
         factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
-        batch_size=64, workers=config.workers, processes=run.processes, note=run.damage(source).note,
+        workers=config.workers, processes=run.processes, note=partial(run.damage(source).note, whole=True),
     )  # fmt: skip
     cut = CutCaptions(run.say)
     with cut.told():

@@ -163,8 +163,11 @@ class Run:
         return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def damage(self, source: Source) -> Damage:
-        """Counts what can't be read, and lists it in damaged.jsonl."""
-        return Damage(source.left_out, self.out / "damaged.jsonl", self.config.input.max_damaged, self.say)
+        """Counts what can't be read, and lists it and what the source left out in damaged.jsonl."""
+        damage = Damage(self.out / "damaged.jsonl", self.config.input.max_damaged, self.say)
+        if self.main:
+            damage.list(source.left_out)
+        return damage
 
     def agree(self, signal: int, step: int) -> int:
         """The largest signal number that any process has received. Several processes ask each other every 10 steps."""
@@ -212,7 +215,10 @@ def _refuse_differences(out: Path, before: dict[str, Any], config: RunConfig, in
         raise UserError(f"{str(out)!r} holds a run of another stage or version ({error}): take another --out") from None
     for name, value in _flat(_plain(config)).items():
         was = was_config[name]
-        if was != value and not {name, name.split(".")[0]} & _FREE:
+        free = {name, name.split(".")[0]} & _FREE
+        if name == "cache" and "off" in (was, value):
+            free = set()  # latents that are made anew aren't bit by bit those that are kept
+        if was != value and not free:
             raise UserError(
                 f"{str(out)!r} was made with --{name.replace('_', '-')} {_say(was)}, not {_say(value)}: "
                 "give the same to continue it, or another --out"
@@ -220,7 +226,7 @@ def _refuse_differences(out: Path, before: dict[str, Any], config: RunConfig, in
 
 
 def _say(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "''"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

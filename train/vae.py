@@ -26,6 +26,7 @@ from ldm.errors import UserError
 from train.config import AutoencoderConfig, PerceptualConfig, VaeConfig
 from train.data.dataset import PictureDataset, PosteriorNoise
 from train.data.randomness import Purpose, uniforms
+from train.data.workers import read_ahead
 from train.ema import Ema
 from train.features import load_features
 from train.game import Judge, Reconstruct
@@ -120,8 +121,9 @@ class VaeStage:
         """This process's batches of the first `count` pictures, in order."""
         accelerator = self.run.accelerator
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
-        for first in range(accelerator.process_index * b, count, accelerator.num_processes * b):
-            yield self.run.on_device(pictures.__getitems__(list(range(first, min(first + b, count)))))
+        firsts = range(accelerator.process_index * b, count, accelerator.num_processes * b)
+        parts = [range(first, min(first + b, count)) for first in firsts]
+        return map(self.run.on_device, read_ahead(pictures, parts, self.config.workers))
 
     def _normalised(self, pictures: PictureDataset, count: int) -> tuple[AutoencoderKL, LatentStatistics | None]:
         """The averaged weights, their latents normalised over so many pictures, unless the encoder is somebody else's."""

@@ -45,7 +45,8 @@ class Buckets:
     """Each picture's rectangle, and an `Order` in which each batch has pictures of one.
 
     An epoch holds every picture at least once. A bucket's last batch is filled by beginning with the bucket again, so
-    that up to a batch of its pictures come twice.
+    that some of its pictures come twice. One with less than a batch would come as often as that takes, so give it to a
+    neighbour first (`assign`).
     """
 
     def __init__(self, sizes: Sequence[Size], of: NDArray[np.int64], batch_size: int, seed: int) -> None:
@@ -91,11 +92,21 @@ class Buckets:
         )
 
 
-def assign(shapes: NDArray[np.int64], sizes: Sequence[Size]) -> NDArray[np.int64]:
-    """Width and height of pictures, (n, 2) → the nearest of the sizes, which ascend in width / height, (n,)."""
+def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> NDArray[np.int64]:
+    """Width and height of pictures, (n, 2) → the nearest of the sizes, which ascend in width / height, (n,).
+
+    Sizes that would have fewer than `least` pictures are done without, the emptiest first.
+    """
     ratios = np.log([width / height for width, height in sizes])
-    between = (ratios[1:] + ratios[:-1]) / 2
-    return np.searchsorted(between, np.log(shapes[:, 0] / shapes[:, 1])).astype(np.int64)
+    mine = np.log(shapes[:, 0] / shapes[:, 1])
+    kept = np.arange(len(sizes))
+    while True:
+        between = (ratios[kept][1:] + ratios[kept][:-1]) / 2
+        of = np.searchsorted(between, mine)
+        counts = np.bincount(of, minlength=len(kept))
+        if len(kept) == 1 or counts.min() >= least:
+            return kept[of]
+        kept = np.delete(kept, counts.argmin())
 
 
 def measure(

@@ -46,6 +46,7 @@ class Columns:
 
     def of_label(self, label: str) -> str:
         """The caption of a class label: "golden_retriever" is spoken "golden retriever"."""
+        label = label.encode(errors="replace").decode()
         return self.template.replace("{}", " ".join(label.replace("_", " ").split()))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,40 +14,43 @@ _FEW = 100  # examples below which the share of damaged ones says nothing yet
 class Damage:
     """Counts pictures that can't be read, lists each once in a report, and stops when they are too many.
 
-    left_out: (name, reason) of what is to be listed at once. A line of the report is {"file", "reason"}. Raises RunError once more than `most` of the pictures tried (of at
-    least 100) were damaged. One object a process; all may share the report.
+    A line of the report is {"file", "reason"}. One object a process; all may share the report.
     """
 
-    def __init__(
-        self, left_out: Iterable[tuple[str, str]], report: Path, most: float = 0.1, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, report: Path, most: float = 0.1, say: Callable[[str], None] = print) -> None:
+        """most: the share of pictures that may be damaged."""
         self.report, self.most, self.say = report, most, say
         self.seen = self.bad = 0
         self.listed = _listed(report)
-        self._list(list(left_out))
 
-    def note(self, examples: int, damaged: Iterable[tuple[str, str]]) -> None:
-        """After a batch of so many examples."""
+    def note(self, readable: int, damaged: Iterable[tuple[str, str]], *, whole: bool = False) -> None:
+        """So many pictures were read, and these (name, reason) weren't. whole: these are all the pictures there are.
+
+        Raises RunError when too many are damaged: of all more than their share, of some more than chance would explain.
+        """
         damaged = list(damaged)
-        self.seen += examples + len(damaged)
+        self.seen += readable + len(damaged)
         self.bad += len(damaged)
         if not damaged:
             return
-        self._list(damaged)
-        if self.bad > self.most * max(self.seen, _FEW):
+        self.list(damaged, "can't read", "; another picture stands in")
+        expected = self.most * (self.seen if whole else max(self.seen, _FEW))
+        if self.bad > expected + (0 if whole else 3 * math.sqrt(expected)):
             raise RunError(
                 f"{self.bad:,} of {self.seen:,} pictures can't be read, more than the share of {self.most:g} that "
                 f"--input.max-damaged allows; {self.report} lists them"
             )
 
-    def _list(self, damaged: list[tuple[str, str]]) -> None:
-        if all(name in self.listed for name, _ in damaged):
+    def list(self, found: Iterable[tuple[str, str]], what: str = "left out", then: str = "") -> None:
+        """Add (name, reason) to the report, those that aren't there yet; the first is told."""
+        found = list(found)
+        if all(name in self.listed for name, _ in found):
             return
         self.listed |= _listed(self.report)  # other processes write there too
-        new = {name: reason for name, reason in damaged if name not in self.listed}
+        new = {name: reason for name, reason in found if name not in self.listed}
         if new and not self.listed:
             name, reason = next(iter(new.items()))
-            self.say(f"can't read {name} ({reason}); another picture stands in. All such are listed in {self.report}")
+            self.say(f"{what} {name} ({reason}){then}. All such are listed in {self.report}")
         self.listed |= set(new)
         lines = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
         self.report.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ class StreamDataset:
     """
 
     def __init__(self, stream: Stream, framing: Framing, seed: int, *, draws: Draws | None = None) -> None:
-        self.stream, self.seed = stream, seed
+        self.stream, self.seed, self.told = stream, seed, 0
         self.framer = _Framer(framing, seed, draws)
 
     def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[Batch]:
@@ -101,9 +101,15 @@ class StreamDataset:
                 begin = part[-1] + 1
                 pending.append(pool.submit(self._batch, part, mine))
                 if len(pending) > ahead * workers:
-                    yield pending.popleft().result()
+                    yield self._told(pending.popleft().result())
             while pending:
-                yield pending.popleft().result()
+                yield self._told(pending.popleft().result())
+
+    def _told(self, batch: Batch) -> Batch:
+        """With what the stream has left out since the last one."""
+        found = self.stream.left_out
+        batch["left_out"], self.told = found[self.told :], len(found)
+        return batch
 
     def _batch(self, part: Sequence[int], examples: Sequence[tuple[Example, ...]]) -> Batch:
         candidates = [self._candidates(*each) for each in zip(part, examples, strict=True)]
@@ -240,10 +246,10 @@ class CachedDataset:
         at = np.asarray(where, np.int64)
         indices = self.order.at(at)
         for k in np.flatnonzero(latents.damaged[indices]).tolist():
-            attempt = 0
-            while latents.damaged[indices[k]]:
-                attempt += 1
-                indices[k] = self.order.substitute(int(at[k]), attempt)
+            tried = (self.order.substitute(int(at[k]), attempt) for attempt in range(1, _ATTEMPTS + 1))
+            indices[k] = next((index for index in tried if not latents.damaged[index]), -1)
+            if indices[k] < 0:
+                raise RunError("found no readable picture among those of one shape: leave out input.buckets")
         crops = (uniform(seed, Purpose.CROP, at) * latents.crops).astype(np.int64)
         flips = uniform(seed, Purpose.FLIP, at) < 0.5 if latents.flip else np.zeros(len(at), bool)
         rows = self.text.rows(indices, uniform(seed, Purpose.CAPTION, at))
@@ -290,8 +296,9 @@ def loader(
 def _steps(batches: Iterator[Batch], accumulation: int, damage: Damage | None) -> Iterator[list[Batch]]:
     parts = []
     for batch in batches:
-        damaged = batch.pop("damaged", ())
+        damaged, left_out = batch.pop("damaged", ()), batch.pop("left_out", ())
         if damage is not None:
+            damage.list(left_out)
             damage.note(len(batch["position"]), damaged)
         parts.append(batch)
         if len(parts) == accumulation:

@@ -26,6 +26,7 @@ Crop = Literal["center", "random"]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []))
 MAX_PIXELS = 89_478_485  # Pillow's own figure: a quarter of a GiB of RGB
 
+Image.MAX_IMAGE_PIXELS = None  # the limit here is max_pixels, asked for after the header
 _MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -123,7 +124,7 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Imag
                     reason = f"{image.width} × {image.height} pixels; up to {max_pixels:,} are accepted"
                     raise DamagedPicture(name, reason)
                 yield image
-    except DamagedPicture:
+    except (DamagedPicture, MemoryError):
         raise
     except UnidentifiedImageError:
         raise DamagedPicture(name, f"not a picture of an accepted format ({', '.join(FORMATS)})") from None

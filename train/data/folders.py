@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError
-from train.data.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits
+from train.data.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits
 from train.data.decode import DamagedPicture
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _FILE_NAME = "file_name"
+_MOST_TEXT = 2**20  # bytes of captions beside a picture
 _CAPTIONS = ("text", "caption")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
@@ -61,10 +62,13 @@ class Folder(Catalogue):
         return Row(self.names[k], int(self.sizes[k]), int(self.mtimes_ns[k]), tuple(self.texts[t] for t in texts))
 
     def read(self, k: int) -> bytes:
-        with open(self.folder / self.names[k], "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                raise DamagedPicture(self.names[k], f"{size:,} bytes; up to {MAX_BYTES:,} are accepted")
-            return file.read()
+        try:
+            with open(self.folder / self.names[k], "rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                    raise DamagedPicture(self.names[k], f"{size:,} bytes; up to {MAX_BYTES:,} are accepted")
+                return file.read()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise DamagedPicture(self.names[k], str(error.strerror)) from None
 
     def part(self, inside: str) -> "Folder":
         """Of one folder in it; names stay as they are."""
@@ -84,10 +88,9 @@ def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
     if find_metadata(root) is None and present:
         return {name: partial(_split_folder, root, name, columns) for name in present}
     whole = list_folder(root, columns)
-    inside = {row.name.partition("/")[0] for row in whole} & set(present)
-    if not inside:
-        return {"": lambda: whole}
-    return {name: partial(whole.part, name) for name in present if name in inside}
+    parts = {row.name.partition("/")[0] for row in whole}
+    found: dict[str, Opener] = {name: partial(whole.part, name) for name in present if name in parts}
+    return found if found and parts <= set(found) else found | {"": lambda: whole}
 
 
 def _split_folder(root: Path, name: str, columns: Columns) -> Folder:
@@ -101,7 +104,7 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
     """The pictures of a resolved folder. Several rows of one picture are its captions. Errors as above."""
     metadata = find_metadata(folder)
     if metadata is None:
-        return Folder(folder, _list_texts(folder, columns))
+        return Folder(folder, *_list_texts(folder, columns))
     captions: dict[str, list[str]] = {}
     for name, texts in _read_metadata(metadata, columns):
         captions.setdefault(name, []).extend(texts)
@@ -123,8 +126,8 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
     return Folder(folder, rows, missing)
 
 
-def _list_texts(folder: Path, columns: Columns) -> list[Row]:
-    """Pictures with a .txt beside them or, where captions are made of labels, in a folder a class."""
+def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Pictures with a .txt beside them or, where captions are made of labels, in a folder a class; what is left out."""
     files = {name: found or _look(folder, name) for name, found in _scan(folder)}
     names = [name for name, found in files.items() if found and name.lower().endswith(_SUFFIXES)]
     looked_for = "metadata.jsonl, metadata.csv, or a .txt beside each picture"
@@ -136,14 +139,18 @@ def _list_texts(folder: Path, columns: Columns) -> list[Row]:
             label = os.path.basename(os.path.dirname(name))
             return [columns.of_label(label)] if label else []
         beside = f"{os.path.splitext(name)[0]}.txt"
-        return [line.strip() for line in _read(folder / beside).splitlines()] if files.get(beside) else []
+        text = (folder / beside).read_bytes().decode("utf-8-sig", "replace") if files.get(beside) else ""
+        return [line.strip() for line in text.splitlines()]
 
+    long = [name for name in names if (files.get(f"{os.path.splitext(name)[0]}.txt") or (0, 0))[0] > _MOST_TEXT]
+    left_out = [(name, f"its .txt has more than {_MOST_TEXT:,} bytes") for name in long]
+    names = [name for name in names if name not in set(long)]
     rows = [Row(name, *(files[name] or (0, 0)), tuple(filter(None, captions(name))) or ("",)) for name in names]
     if columns.captioned and not any(any(row.captions) for row in rows):
         if columns.template:
             looked_for = "a folder a class, to make captions of by --input.caption-template"
         raise UserError(f"{folder} has {len(names):,} pictures but no captions: looked for {looked_for}")
-    return rows
+    return rows, left_out
 
 
 def find_metadata(folder: Path) -> Path | None:
@@ -174,7 +181,7 @@ def _read_metadata(path: Path, columns: Columns) -> Iterator[tuple[str, list[str
 def _captions(value: Any, where: str, columns: Columns) -> list[str]:
     texts = value if isinstance(value, list) else ["" if value is None else value]
     if columns.template:
-        return [columns.of_label(str(label)) for label in texts if label != ""]
+        return [columns.of_label(str(label)) for label in texts if label not in ("", None)]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: caption {str(value)[:80]!r} is not text (nor a list of texts)")
     return [text.encode(errors="replace").decode().strip() for text in texts]
@@ -214,11 +221,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} can't be read near line {number}: {error}") from None
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+def has_pictures(folder: Path) -> bool:
+    """Whether a picture's file lies anywhere in a folder."""
+    return any(name.lower().endswith(_SUFFIXES) for name, _ in _scan(folder))
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:

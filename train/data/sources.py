@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ldm.errors import UserError
 from train.data.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, Splits
-from train.data.folders import find_folder, find_metadata
+from train.data.folders import find_folder, find_metadata, has_pictures
 from train.data.tables import find_tables
 from train.data.tars import find_tars
 
@@ -116,6 +116,10 @@ def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Spl
     found: Splits | None = None
     if not (os.path.isdir(data) and find_metadata(Path(data).resolve())):
         found = find_tars(data, columns, wanted) or find_tables(data, columns, wanted)
+        if found and os.path.isdir(data) and has_pictures(Path(data)):
+            raise UserError(
+                f"{data} holds pictures, and tar or parquet files too: give one of them as --data, e.g. '{data}/*.tar'"
+            )
     if found is None and not os.path.isdir(data):
         raise UserError(
             f"--data {data!r} is no folder, no .parquet or .tar file (nor a pattern of such) and no hub id (owner/name)"
@@ -129,7 +133,7 @@ def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", 
     """One split. Where there is none but for training, a share of that one is held out as validation and test.
 
     Held out are those whose names hash lowest, 1 to 1000 of them, so that a picture keeps its side when others are
-    added. name: of the split for validation and test, train: of that for training, in place of the usual ones.
+    added (until there are 1000). name: of the split for validation and test, train: of that for training, in place of the usual ones.
     """
     if "" in splits and len(splits) > 1:
         raise UserError(
@@ -141,10 +145,10 @@ def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", 
         return Source(splits[own](), split)
     if name and own is None:
         raise UserError(f"no split {name!r} for validation: there is {_list(splits)}")
-    if "" in splits:
-        catalogue = splits[""]()
-    elif train in splits:
+    if train in splits:
         catalogue = splits[train]()
+    elif "" in splits and train == "train":
+        catalogue = splits[""]()
     else:
         raise UserError(
             f"no split {train!r} to train on: there is {_list(splits)}; --input.train-split takes another's name"
