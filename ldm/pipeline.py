@@ -28,11 +28,13 @@ from tqdm import tqdm
 from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from conditioning.clip import ClipTextEncoder
+from conditioning.tokenizer import load_tokenizer
 from ldm.denoiser import Denoise, Denoiser
 from ldm.errors import RunError, UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.interchange import Process
 from ldm.samplers import invert, make_step, sample
+from ldm.single_file import Parts, load_single_file, save_single_file
 from ldm.spacing import Plan, SamplerKind, Spacing, plan
 from ldm.unet import AttentionBackend, use_attention
 
@@ -106,6 +108,30 @@ class LatentDiffusionPipeline:
             ClipTextEncoder.load(folder, chunks=chunks),
             Process.from_diffusers(config),
         )
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, *, config: str | Path, chunks: int | None = None) -> Self:
+        """From one safetensors file with the original key names, e.g. of Stable Diffusion 1.5.
+
+        config: a local diffusers folder of the same shape, of which JSON and tokenizer are read. Nothing is downloaded.
+        chunks: as in `from_pretrained`. Raises UserError where file and configuration can't be read or don't fit.
+        """
+        return cls.from_parts(load_single_file(path, config), config, chunks=chunks)
+
+    @classmethod
+    def from_parts(cls, parts: Parts, folder: str | Path, *, chunks: int | None = None) -> Self:
+        """From networks at hand and the tokenizer of a pipeline's folder. Raises UserError where it can't be read."""
+        try:
+            tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+        except Exception as error:  # a broken file makes the library raise almost anything
+            raise UserError(f"{str(folder)!r} has no tokenizer/ that can be read: {error}") from None
+        use_attention(parts.unet)
+        encoder = ClipTextEncoder(parts.text_encoder, tokenizer, chunks=chunks)
+        return cls(parts.unet, Autoencoder(parts.vae), encoder, parts.process)
+
+    def save_single_file(self, path: str | Path) -> None:
+        """Write one new safetensors file with the original key names; see `ldm.single_file.save_single_file`."""
+        save_single_file(self, path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole folder, safetensors and JSON only, every key of the scheduler spelled out."""

@@ -1,0 +1,552 @@
+"""One file with the original names: diffusers' own loader reads ours, we read everybody's, and no bit changes."""
+
+import json
+import os
+import pickle
+import runpy
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from conditioning.tokenizer import save_tokenizer, train_tokenizer
+from ldm.errors import RunError, UserError
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.single_file import (
+    _empty,
+    _layouts,
+    from_original,
+    load_single_file,
+    read_pickled,
+    save_single_file,
+    to_original,
+)
+from ldm.unet import build_unet
+
+PROMPTS = ["a red star", "a small blue circle"]
+ROOT = Path(__file__).parent.parent
+SD1: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+        "block_out_channels": (320, 640, 1280, 1280),
+    },
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    },
+    "text": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "hidden_act": "quick_gelu", "max_position_embeddings": 77, "vocab_size": 49408,
+    },
+}  # fmt: skip
+"""Stable Diffusion 1.5's configuration."""
+NARROW: dict[str, dict[str, Any]] = {
+    "unet": SD1["unet"] | {"sample_size": 16, "cross_attention_dim": 32, "block_out_channels": (32, 64, 64, 96)},
+    "vae": SD1["vae"] | {"block_out_channels": (32, 32, 64, 64), "sample_size": 128},
+    "text": SD1["text"] | {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 24, "vocab_size": 600,
+    },
+}  # fmt: skip
+SD2: dict[str, dict[str, Any]] = {
+    "unet": NARROW["unet"] | {"use_linear_projection": True, "attention_head_dim": (2, 4, 4, 6)},
+    "vae": NARROW["vae"],
+    "text": NARROW["text"] | {"hidden_act": "gelu", "num_hidden_layers": 3},
+}
+ODD: dict[str, dict[str, Any]] = {
+    "unet": NARROW["unet"] | {
+        "block_out_channels": (32, 64, 96), "layers_per_block": 3, "transformer_layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": (1, 2, 3),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "resnet_time_scale_shift": "scale_shift",
+    },
+    "vae": NARROW["vae"] | {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    },
+    "text": NARROW["text"] | {"hidden_act": "gelu", "num_hidden_layers": 24},
+}  # fmt: skip
+"""Other levels, layers and depths; and a text tower of as many layers as OpenCLIP's, all of them used."""
+
+
+def noisy(module: nn.Module, seed: int) -> Any:
+    """Random in every weight, so that none can be taken for another; but near what its training would start from."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return module.eval().requires_grad_(False)
+
+
+def stock_folder(folder: Path, shape: dict[str, dict[str, Any]], scheduler: Any) -> Path:
+    """A diffusers folder with random weights, made by diffusers and transformers alone but for the tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(PROMPTS, 600, shape["text"]["max_position_embeddings"])
+    text = CLIPTextConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **shape["text"],
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        noisy(AutoencoderKL(**shape["vae"]), 1), noisy(CLIPTextModel(text), 2), tokenizer,
+        noisy(UNet2DConditionModel(**shape["unet"]), 3), scheduler, None, None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    return folder
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+KINDS: dict[str, Callable[[Path], object]] = {
+    "sd1": lambda folder: stock_folder(folder, NARROW, PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)),
+    "sd2": lambda folder: stock_folder(
+        folder, SD2, DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction")
+    ),
+    "odd": lambda folder: stock_folder(folder, ODD, DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)),
+    "ours": lambda folder: tiny_pipeline().save_pretrained(folder),
+    "learned": lambda folder: tiny_pipeline(variance="learned").save_pretrained(folder),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """made(kind): a diffusers folder, and the single file that we make of it."""
+    root, done = tmp_path_factory.mktemp("models"), set()
+
+    def make(kind: str) -> tuple[Path, Path]:
+        folder, file = root / kind, root / f"{kind}.safetensors"
+        if kind not in done:
+            KINDS[kind](folder)
+            save_single_file(LatentDiffusionPipeline.from_pretrained(folder), file)
+            done.add(kind)
+        return folder, file
+
+    return make
+
+
+def stock(file: Path, folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_single_file(str(file), config=str(folder), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+# -- everybody's file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_diffusers_reads_the_same_weights(made: Any, kind: str) -> None:
+    folder, file = made(kind)
+    ours, theirs = LatentDiffusionPipeline.from_pretrained(folder), stock(file, folder)
+    assert equal(ours.unet.state_dict(), theirs.unet.state_dict())
+    assert equal(ours.autoencoder.vae.state_dict(), theirs.vae.state_dict())
+    assert equal(ours.text_encoder.model.state_dict(), theirs.text_encoder.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_name_is_one_that_diffusers_converter_knows(made: Any, kind: str) -> None:
+    folder, file = made(kind)
+    weights, pipe = load_file(file), LatentDiffusionPipeline.from_pretrained(folder)
+    unet, vae = dict(pipe.unet.config), dict(pipe.autoencoder.vae.config)
+    assert equal(convert_ldm_unet_checkpoint(dict(weights), unet), pipe.unet.state_dict())
+    assert equal(convert_ldm_vae_checkpoint(dict(weights), vae), pipe.autoencoder.vae.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_and_a_file_hold_the_same_bits(made: Any, kind: str, tmp_path: Path) -> None:
+    folder, file = made(kind)
+    pipe = LatentDiffusionPipeline.from_single_file(file, config=folder)
+    pipe.save_pretrained(tmp_path / "folder")
+    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        before, after = (load_file(f / f"{part}.safetensors") for f in (folder, tmp_path / "folder"))
+        if part == "text_encoder/model":  # with and without a prefix, by transformers' version
+            before, after = ({k.removeprefix("text_model."): v for k, v in s.items()} for s in (before, after))
+        assert equal(before, after), part
+    save_single_file(LatentDiffusionPipeline.from_pretrained(tmp_path / "folder"), tmp_path / "again.safetensors")
+    assert equal(load_file(file), load_file(tmp_path / "again.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "odd", "ours"])
+def test_a_step_is_that_of_stock_diffusers(made: Any, kind: str) -> None:
+    folder, file = made(kind)
+    difference, size = one_step(file, folder)
+    print(f"{kind}: {difference:.1e} at a deviation of {size:.2f}")
+    assert difference <= 1e-4
+    assert size > 0.1  # a picture, not a flat field
+
+
+def one_step(file: Path, folder: Path, **size: int) -> tuple[float, float]:
+    """Greatest difference of latents after a step of ddim, of ours and stock diffusers'; and their deviation."""
+    theirs = stock(file, folder)
+    theirs.scheduler = DDIMScheduler.from_config(
+        theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    settings = {"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent", **size}
+    one, other = (
+        pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **settings, **more).images
+        for pipe, more in (
+            (LatentDiffusionPipeline.from_single_file(file, config=folder), {"sampler": "ddim", "spacing": "trailing"}),
+            (theirs, {}),
+        )
+    )
+    return float((one - other).abs().max()), float(other.std())
+
+
+@pytest.mark.slow
+def test_the_shape_of_stable_diffusion_1_5_at_full_size() -> None:
+    with tempfile.TemporaryDirectory() as where:  # 8.6 GB, which tmp_path would keep
+        scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+        folder, file = stock_folder(Path(where) / "sd15", SD1, scheduler), Path(where) / "sd15.safetensors"
+        save_single_file(LatentDiffusionPipeline.from_pretrained(folder), file)
+        theirs, ours = stock(file, folder), load_single_file(file, folder)
+        assert equal(theirs.unet.state_dict(), ours.unet.state_dict())
+        assert equal(theirs.vae.state_dict(), ours.vae.state_dict())
+        assert equal(theirs.text_encoder.state_dict(), ours.text_encoder.state_dict())
+        del theirs, ours
+        difference, size = one_step(file, folder, height=128, width=128)
+    print(f"full size: {difference:.1e} at a deviation of {size:.2f}")
+    assert difference <= 1e-4
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def full_size(tmp_path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of Stable Diffusion 1.5's weights, without the weights."""
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        (tmp_path / part).mkdir()
+    with torch.device("meta"):
+        UNet2DConditionModel(**SD1["unet"]).save_config(tmp_path / "unet")
+        AutoencoderKL(**SD1["vae"]).save_config(tmp_path / "vae")
+    CLIPTextConfig(**SD1["text"]).save_pretrained(tmp_path / "text_encoder")
+    DDIMScheduler(**BETAS).save_pretrained(tmp_path / "scheduler")
+    return {
+        name: tuple(module.get_parameter(ours[0]).shape)
+        for module, layout in _layouts(_empty(tmp_path), openclip=False)
+        for name, ours in layout.items()
+    }
+
+
+def test_the_names_of_stable_diffusion_1_5(tmp_path: Path) -> None:
+    names = full_size(tmp_path)
+    counts = [sum(name.startswith(p) for name in names) for p in ("model.", "first_stage_model.", "cond_stage_model.")]
+    assert counts == [686, 248, 196]  # of the released files, whose 197th of text is position_ids
+    unet, vae = "model.diffusion_model.", "first_stage_model."
+    for name, shape in {  # as the original configuration v1-inference.yaml makes them
+        f"{unet}time_embed.2.weight": (1280, 1280),
+        f"{unet}input_blocks.0.0.weight": (320, 4, 3, 3),
+        f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+        f"{unet}input_blocks.3.0.op.weight": (320, 320, 3, 3),
+        f"{unet}input_blocks.4.0.skip_connection.weight": (640, 320, 1, 1),
+        f"{unet}input_blocks.11.0.out_layers.3.bias": (1280,),
+        f"{unet}middle_block.1.transformer_blocks.0.ff.net.0.proj.weight": (10240, 1280),
+        f"{unet}middle_block.2.emb_layers.1.weight": (1280, 1280),
+        f"{unet}output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
+        f"{unet}output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+        f"{unet}output_blocks.11.0.in_layers.2.weight": (320, 640, 3, 3),
+        f"{unet}out.2.weight": (4, 320, 3, 3),
+        f"{vae}encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
+        f"{vae}encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        f"{vae}encoder.norm_out.weight": (512,),
+        f"{vae}decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+        f"{vae}decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
+        f"{vae}decoder.mid.attn_1.proj_out.bias": (512,),
+        f"{vae}quant_conv.weight": (8, 8, 1, 1),
+        "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc2.weight": (768, 3072),
+    }.items():
+        assert names[name] == shape, name
+    assert "model.diffusion_model.input_blocks.10.1.norm.weight" not in names
+
+
+def test_the_autoencoders_attention_is_made_of_convolutions(made: Any) -> None:
+    folder, file = made("sd1")
+    weights = load_file(file)
+    names = [f"first_stage_model.encoder.mid.attn_1.{x}.weight" for x in ("q", "k", "v", "proj_out")]
+    assert {tuple(weights[name].shape) for name in names} == {(64, 64, 1, 1)}
+    flat = weights | {name: weights[name][:, :, 0, 0] for name in names}
+    one, other = from_original(weights, folder), from_original(flat, folder)
+    assert equal(one.vae.state_dict(), other.vae.state_dict())
+
+
+def test_openclip_keeps_query_key_and_value_in_one(made: Any) -> None:
+    (folder, file), (_, first) = made("sd2"), made("sd1")
+    weights = load_file(file)
+    assert weights["cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight"].shape == (96, 32)
+    assert not any(name.startswith("cond_stage_model.transformer.") for name in weights)
+    assert not any(name.startswith("cond_stage_model.model.") for name in load_file(first))
+    extras = {  # the layer that isn't used, and what belongs to no picture
+        name.replace("resblocks.2.", "resblocks.3."): value for name, value in weights.items() if "resblocks.2." in name
+    } | {"cond_stage_model.model.text_projection": torch.zeros(32, 32), "model_ema.decay": torch.tensor(0.999)}
+    extras |= {"cond_stage_model.model.logit_scale": torch.tensor(1.0), "model_ema.num_updates": torch.tensor(3)}
+    parts = from_original(weights | extras, folder)
+    assert equal(parts.text_encoder.state_dict(), from_original(weights, folder).text_encoder.state_dict())
+
+
+def test_the_schedule_is_written_as_the_original_has_it(made: Any) -> None:
+    folder, file = made("sd1")
+    weights = load_file(file)
+    scheduler = PNDMScheduler.from_pretrained(str(folder), subfolder="scheduler")
+    assert torch.allclose(weights["alphas_cumprod"], scheduler.alphas_cumprod, rtol=1e-5)
+    assert torch.allclose(weights["betas"], scheduler.betas, rtol=1e-5)
+    assert {weights[name].dtype for name in ("betas", "alphas_cumprod_prev", "posterior_variance")} == {torch.float32}
+    flow = to_original(tiny_pipeline("flow", schedule="flow"))
+    assert "betas" not in flow
+    assert "alphas_cumprod" not in flow
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "prediction", "resolution"),
+    [
+        ("sd1", "stable-diffusion-v1", "epsilon", "128x128"),
+        ("sd2", "stable-diffusion-v2-768-v", "v", "128x128"),
+    ],
+)
+def test_metadata_says_what_weights_can_not(
+    made: Any, kind: str, architecture: str, prediction: str, resolution: str
+) -> None:
+    with safe_open(made(kind)[1], framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert metadata["modelspec.architecture"] == architecture
+    assert metadata["modelspec.prediction_type"] == prediction
+    assert metadata["modelspec.resolution"] == resolution
+    assert float(metadata["scaling_factor"]) == 0.18215
+
+
+def test_what_others_may_get_wrong_is_said(made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tiny_pipeline("flow", schedule="flow")
+    pipe.autoencoder.vae.register_to_config(scaling_factor=0.5)
+    save_single_file(pipe, tmp_path / "flow.safetensors")
+    assert "a flow" in caplog.text
+    assert "scaling factor 0.5" in caplog.text
+    assert "unet block_out_channels [32, 64] (Stable Diffusion: [320, 640, 1280, 1280]): only tools" in caplog.text
+    caplog.clear()
+    folder, file = made("sd1")
+    save_file(load_file(file), tmp_path / "v.safetensors", {"modelspec.prediction_type": "v"})
+    load_single_file(tmp_path / "v.safetensors", folder)
+    assert "says prediction_type 'v', the configuration 'epsilon'" in caplog.text
+
+
+def test_half_precision_is_widened_and_leans_on_no_file(made: Any, tmp_path: Path) -> None:
+    folder, file = made("sd1")
+    halves = {name: value.half() for name, value in load_file(file).items()}
+    extras = {  # of the released files
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(24)[None],
+        "model_ema.diffusion_modeloutbias": torch.zeros(4),
+        "sqrt_recipm1_alphas_cumprod": torch.ones(1000),
+        "logvar": torch.zeros(1000),
+    }
+    save_file(halves | extras, tmp_path / "half.safetensors")
+    parts = load_single_file(tmp_path / "half.safetensors", folder)
+    (tmp_path / "half.safetensors").write_bytes(b"")
+    assert torch.equal(parts.unet.conv_in.weight, halves["model.diffusion_model.input_blocks.0.0.weight"].float())
+
+
+# -- what doesn't fit -------------------------------------------------------------------------------------------------
+
+
+def test_what_the_original_has_no_counterpart_of_is_named() -> None:
+    pipe = tiny_pipeline()
+    pipe.unet = build_unet(
+        channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4,
+        latent_size=16, text_width=32, modulation=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"unet\.modulation .* has no counterpart"):
+        to_original(pipe)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("unet", {"freq_shift": 1}, "unet freq_shift 1: the original layout has 0 built in"),
+        ("unet", {"class_embed_type": "timestep"}, r"unet\.class_embedding.* has no counterpart"),
+        ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "unet block AttnDownBlock2D"),
+        ("unet", {"mid_block_type": "UNetMidBlock2D"}, "unet mid_block_type 'UNetMidBlock2D'"),
+        ("vae", {"use_quant_conv": False}, "vae use_quant_conv False"),
+        ("vae", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "vae latents_mean"),
+        ("vae", {"block_out_channels": [16]}, "isn't the folder of a configuration|the file has"),
+        ("vae", {"block_out_channels": [16, 64]}, "of shape .* in the file, .* in the configuration"),
+        ("unet", {"block_out_channels": "many"}, "isn't the folder of a configuration"),
+        ("text_encoder", {"model_type": "t5"}, "model_type 't5'"),
+        ("text_encoder", {"num_hidden_layers": 3}, "the file lacks cond_stage_model.model.transformer.resblocks.2"),
+        ("text_encoder", {"hidden_size": -1}, "isn't the folder of a configuration"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(
+    made: Any, tmp_path: Path, part: str, change: dict[str, Any], says: str
+) -> None:
+    folder, file = made("ours")
+    shutil.copytree(folder, tmp_path / "config")
+    path = tmp_path / "config" / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=says) as error:
+        load_single_file(file, tmp_path / "config")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_do_not_fit_are_refused(made: Any, tmp_path: Path) -> None:
+    folder, file = made("ours")
+    weights = load_file(file)
+    name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    less = {key: value for key, value in weights.items() if key != name}
+    for wrong, says in (
+        (less, f"the file lacks {name}"),
+        (weights | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(2)}, r"the file has .*label_emb"),
+        (weights | {"cond_stage_model.model.transformer.resblocks.9.ln_1.bias": torch.ones(32)}, "resblocks.9"),
+        (weights | {name: torch.ones(3, 3)}, r"shape \(3, 3\) in the file, \(32, 32, 3, 3\)"),
+        (weights | {name: torch.tensor(1.0)}, r"shape \(\) in the file"),
+        (weights | {name: torch.ones(32, 32, 3, 3, dtype=torch.int8)}, "holds no plain numbers: torch.int8"),
+        (weights | {name: torch.ones(32, 32, 3, 3, device="meta")}, "meta"),
+        (weights | {name: torch.ones(32, 32, 3, 3).to_sparse()}, "sparse"),
+        ({}, "the file lacks"),
+    ):
+        with pytest.raises(UserError, match=says):
+            from_original(wrong, folder)
+    with pytest.raises(UserError, match="isn't the folder of a configuration"):
+        load_single_file(file, tmp_path)
+    with pytest.raises(UserError, match="there already"):
+        save_single_file(tiny_pipeline(), file)
+    with pytest.raises(UserError, match=r"ends in \.safetensors"):
+        save_single_file(tiny_pipeline(), tmp_path / "model.ckpt")
+
+
+def test_damaged_files_get_one_line(made: Any, tmp_path: Path) -> None:
+    folder, file = made("ours")
+    whole, path = file.read_bytes(), tmp_path / "damaged.safetensors"
+    huge = (2**62).to_bytes(8, "little") + whole[8:]
+    for content in (b"", whole[:100], whole[: len(whole) // 2], huge, b"\0" * 64, pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"can't read .* as safetensors"):
+            load_single_file(path, folder)
+    for missing in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError, match="can't read"):
+            load_single_file(missing, folder)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(weights: object, path: Path, metadata: object) -> None:
+        from safetensors import SafetensorError
+
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("ldm.single_file.save_file", full)
+    with pytest.raises(RunError, match="No space left"):
+        save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# -- pickles and the command ------------------------------------------------------------------------------------------
+
+
+class Malice:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.canary),)
+
+
+def test_pickles_are_converted_only_when_told_to_and_never_run(made: Any, tmp_path: Path) -> None:
+    folder, file = made("sd1")
+    weights, canary, path = load_file(file), tmp_path / "canary", tmp_path / "model.ckpt"
+    torch.save({"state_dict": weights, "global_step": 470000, "epoch": 3}, path)
+    with pytest.raises(UserError, match="is a pickle, which isn't loaded"):
+        load_single_file(path, folder)
+    assert equal(read_pickled(path), weights)
+
+    evil = {"state_dict": weights, "callbacks": Malice(canary)}
+    attacks = [pickle.dumps(evil["callbacks"], protocol) for protocol in (0, 2, 5)]
+    for zipped in (True, False):
+        torch.save(evil, path, _use_new_zipfile_serialization=zipped)
+        attacks.append(path.read_bytes())
+    pickle.loads(attacks[1])  # the weapon is loaded
+    canary.rmdir()
+    torch.save(weights["betas"], path)
+    attacks += [path.read_bytes(), b"", b"\x80", *map(pickle.dumps, ([1], 3, {"state_dict": 3}))]
+    for attack in attacks:
+        for name in ("model.ckpt", "model.pt", "model.safetensors"):
+            (tmp_path / name).write_bytes(attack)
+            for load in (read_pickled, lambda p: load_single_file(p, folder)):
+                with pytest.raises(UserError) as error:
+                    load(tmp_path / name)
+                assert "\n" not in str(error.value)
+                assert "weights_only" not in str(error.value)  # no advice to run it all the same
+        assert not canary.exists()
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """convert(model, out, config) → exit status, and what it said where it failed."""
+
+    def run(model: Path | str, out: Path | str, config: Path | str = "") -> tuple[int, str]:
+        line = ["convert.py", "--model", str(model), "--out", str(out), "--config", str(config)]
+        monkeypatch.setattr(sys, "argv", line)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / "convert.py"), run_name="__main__")
+        return ended.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_the_command_converts_all_three_ways(made: Any, convert: Any, tmp_path: Path) -> None:
+    folder, file = made("sd1")
+    assert convert(folder, tmp_path / "new" / "a.safetensors")[0] == 0
+    assert equal(load_file(file), load_file(tmp_path / "new" / "a.safetensors"))
+    assert convert(tmp_path / "new" / "a.safetensors", tmp_path / "folder", folder)[0] == 0
+    torch.save({"state_dict": load_file(file)}, tmp_path / "b.ckpt")
+    assert convert(tmp_path / "b.ckpt", tmp_path / "b.safetensors", folder)[0] == 0
+    assert equal(load_file(file), load_file(tmp_path / "b.safetensors"))
+    one, other = (LatentDiffusionPipeline.from_pretrained(f) for f in (folder, tmp_path / "folder"))
+    assert equal(one.unet.state_dict(), other.unet.state_dict())
+    assert torch.equal(one.encode(PROMPTS), other.encode(PROMPTS))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.ckpt", "b.safetensors", "folder", "new"]
+
+
+def test_the_command_refuses_in_one_line(made: Any, convert: Any, tmp_path: Path) -> None:
+    folder, file = made("sd1")
+    before = file.read_bytes()
+    torch.save({"state_dict": Malice(tmp_path / "canary")}, tmp_path / "evil.ckpt")
+    out, torn = tmp_path / "out", tmp_path / "torn"
+    shutil.copytree(folder, torn)
+    (torn / "tokenizer" / "tokenizer.json").write_text("{")
+    for arguments, says in (
+        ((folder, file), "is there already"),
+        ((file, folder, folder), "is there already"),
+        ((folder, tmp_path / "model.ckpt"), "nothing is pickled"),
+        ((file, out), "--config"),
+        ((file, out, tmp_path / "none"), "--config"),
+        ((file, out, torn), "tokenizer"),
+        ((folder, out, folder), "a folder brings its own"),
+        ((tmp_path / "none", out), "no such file or folder"),
+        (("", out), "--model and --out are needed"),
+        ((tmp_path / "evil.ckpt", out, folder), "isn't plain weights"),
+        ((file, out, made("ours")[0]), "the file lacks"),
+    ):
+        status, said = convert(*arguments)
+        assert status == 2, said
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert says in said
+    assert file.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.ckpt", "torn"]
