@@ -70,8 +70,13 @@ def evaluate(o: Options) -> dict[str, Any]:
     dataset = PictureDataset(source, o.input.plain(side), o.seed, shuffle=False, draws=draws)
     count, b = min(o.pictures, len(dataset.source)), o.batch_size
 
+    damaged: set[tuple[str, str]] = set()
+
     def batches(count: int) -> Iterator[Batch]:
-        return (dataset.__getitems__(range(first, min(first + b, count))) for first in range(0, count, b))
+        for first in range(0, count, b):
+            batch = dataset.__getitems__(range(first, min(first + b, count)))
+            damaged.update(batch["damaged"])
+            yield batch
 
     pairs = ((batch["pixels"], batch["posterior_noise"]) for batch in batches(count))
     report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs, levels=(0.2,))}
@@ -90,6 +95,7 @@ def evaluate(o: Options) -> dict[str, Any]:
     else:
         captions = [row.captions[0] for row in islice(dataset.source, min(16, count))]
         pictures = list(paint(pipe, captions, **how))
+    report["damaged"] = [list(pair) for pair in sorted(damaged)]
     report["settings"] = how | {"model": o.model, "data": o.data, "split": o.split, "pictures": count}
     report["versions"] = versions()
     sheet(in_rows(pictures, 8), captions).save(folder / "samples.png")
@@ -101,6 +107,8 @@ def main() -> None:
     o = overlay(Options, Options())
     report = evaluate(o)
     print(json.dumps({k: report[k] for k in ("vae", "latents", "alignment") if k in report}, indent=2))
+    if damaged := report["damaged"]:
+        print(f"{len(damaged)} pictures can't be read, others stood in, e.g. for {': '.join(damaged[0])}")
     print(f"written to {o.out}/report.json and {o.out}/samples.png")
 
 

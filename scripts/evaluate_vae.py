@@ -88,9 +88,12 @@ def evaluate(o: Options) -> dict[str, Any]:
     pictures = PictureDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
     count = min(o.pictures, len(source))
 
+    damaged: set[tuple[str, str]] = set()
+
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, count, o.batch_size):
             batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
+            damaged.update(batch["damaged"])
             yield batch["pixels"], batch["posterior_noise"]
 
     latents = LatentSums(autoencoder.latent_channels, device)
@@ -100,7 +103,7 @@ def evaluate(o: Options) -> dict[str, Any]:
     )  # fmt: skip
     report: dict[str, Any] = {
         "vae": scores, "channels": _channels(latents.health()), "settings": asdict(o) | {"pictures": count},
-        "versions": versions(),
+        "damaged": [list(pair) for pair in sorted(damaged)], "versions": versions(),
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     few = pictures.__getitems__(range(min(8, count, o.batch_size)))["pixels"]
@@ -123,6 +126,8 @@ def main() -> None:
     o = overlay(Options, Options())
     report = evaluate(o)
     print(json.dumps({k: report[k] for k in ("vae", "channels")}, indent=2))
+    if damaged := report["damaged"]:
+        print(f"{len(damaged)} pictures can't be read, others stood in, e.g. for {': '.join(damaged[0])}")
     print(f"written to {o.out}/report.json and {o.out}/reconstructions.png")
 
 

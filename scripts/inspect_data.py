@@ -77,7 +77,7 @@ def inspect(o: Options) -> Report:
         tokenizer, chunks = encoder.tokenizer, encoder.chunks
     pictures = Pictures(chosen, o.input.plain(_SIDE), o.workers)
     same, left_out = pictures.duplicates(), names_left_out(inputs)
-    counted_by = o.text_encoder or "the tokenizer that stage 0 would learn"
+    counted_by = o.text_encoder or "the tokenizer that stage 0 would learn, with its default --text.max-length"
     report: Report = {
         "data": {"place": o.data, **data_report(inputs), "split": o.split, "looked_at": len(chosen)},
         "captions": caption_report(chosen, tokenizer, chunks) | {"tokenizer": counted_by},

@@ -98,7 +98,7 @@ def test_a_batch_has_one_shape_and_an_epoch_every_picture():
     assert not (epochs[0] == epochs[1]).all()
     first = [[buckets.of[b[0]] for b in epoch] for epoch in epochs]
     assert first[0] != first[1]  # buckets come in another order
-    assert f"{buckets.repeats:,} pictures come twice in an epoch of {batches} batches" in str(buckets)
+    assert f"in an epoch of {batches} batches, {buckets.repeats} places are filled by repeats" in str(buckets)
 
 
 def test_every_order_of_a_bucket_is_equally_likely():
@@ -170,7 +170,9 @@ def test_sizes_with_less_than_a_batch_are_done_without():
         counts = np.bincount(of, minlength=len(sizes))
         assert counts[counts > 0].min() >= min(least, len(shapes))
         kept = [sizes[k] for k in np.flatnonzero(counts)]
-        np.testing.assert_array_equal([kept[k] for k in assign(shapes, kept)], [sizes[k] for k in of])  # nearest of them
+        np.testing.assert_array_equal(
+            [kept[k] for k in assign(shapes, kept)], [sizes[k] for k in of]
+        )  # nearest of them
     assert (counts > 0).sum() == 1
 
 
@@ -186,7 +188,10 @@ def test_a_bucket_of_damaged_pictures_alone_is_an_error_in_words(tmp_path):
     text = TextCache.open(
         tmp_path, source, lambda t: torch.zeros(len(t), 1, 1), digest="", shape=(1, 1), processes=QUIET
     )  # fmt: skip
-    for dataset in (CachedDataset(latents, text, 5), PictureDataset(source, Framing(resolution=32), 5, buckets=buckets)):
+    for dataset in (
+        CachedDataset(latents, text, 5),
+        PictureDataset(source, Framing(resolution=32), 5, buckets=buckets),
+    ):
         with pytest.raises(RunError, match="found no readable picture"):
             list(loader(dataset, start_step=0, steps=3, batch_size=6))
 

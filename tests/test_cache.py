@@ -1,12 +1,14 @@
 """Batches are functions of (seed, positions); caches give exactly what the encoders gave, or are made anew."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+import train.data.row_index as row_index
 import train.data.shards as shards_module
 from ldm.errors import RunError, UserError
+from train.data.buckets import measure
 from train.data.cache import LatentCache, TextCache, stored_place
+from train.data.catalogue import Catalogue, Row
 from train.data.damage import Damage
 from train.data.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, PosteriorNoise, loader
 from train.data.decode import load_picture, to_tensor
@@ -26,7 +31,7 @@ from train.data.framing import Framing
 from train.data.randomness import Purpose, normal, uniform
 from train.data.sampler import index_at, substitute
 from train.data.shards import Processes
-from train.data.sources import open_source
+from train.data.sources import Source, open_source
 
 SIDE, LATENT, TEXT = 16, (2, 4, 4), (3, 5)
 PLAIN = Framing(resolution=SIDE)
@@ -37,7 +42,6 @@ COLOURS = ("red", "green", "blue")
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(shards_module, "_SHARD_ROWS", 8)
-    monkeypatch.setattr(shards_module, "_TRIED", 10**9)  # no batches to measure the time by, which would count
 
 
 def folder_of(tmp_path: Path, count: int = 30, bad: tuple[int, ...] = ()) -> Path:
@@ -378,14 +382,24 @@ def test_nothing_but_damage_is_an_error_in_words(tmp_path):
 # -- caches ---------------------------------------------------------------------------------------------------------
 
 
-def shard_files(tmp_path, kind="latents"):
-    return sorted((tmp_path / "cache").glob(f"{kind}-*/*.npy"))
+def shard_files(tmp_path, kind="latents", suffix="npy"):
+    """In the order in which they were written."""
+    return sorted((tmp_path / "cache").glob(f"{kind}-*/*.{suffix}"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def stamps(tmp_path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")}
+
+
+def expected_of(source) -> torch.Tensor:
+    """(n, 2, c, h, w) of all pictures."""
+    return torch.stack(Encoder()(torch.stack([shown(source, k) for k in range(len(source))])), 1)
 
 
 def test_a_complete_cache_needs_no_encoder(tmp_path):
     source, said = source_of(tmp_path), []
     first, text = latents_of(tmp_path, source, Encoder(), said=said), text_of(tmp_path, source, TextEncoder())
-    assert said[0].endswith(": 30 rows to write, 0.0 MiB; 30 to compute")
+    assert ": 30 rows to make, 0.0 MiB, about " in said[0]
     again, text_again = latents_of(tmp_path, source, never, said=said), text_of(tmp_path, source, never)
     assert len(said) == 1
     rows = np.arange(30)
@@ -402,7 +416,8 @@ def test_each_caption_is_encoded_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where", ["values", "header", "json", "list of the damaged", "cut", "values gone", "json gone"]
+    "where",
+    ["values", "header", "records", "json", "list of the damaged", "cut", "values gone", "records gone", "json gone"],
 )
 def test_a_damaged_shard_is_made_anew_and_the_others_kept(tmp_path, where):
     source, said = source_of(tmp_path, bad=(9,)), []
@@ -414,6 +429,10 @@ def test_a_damaged_shard_is_made_anew_and_the_others_kept(tmp_path, where):
         case "values" | "header":
             raw[-1 if where == "values" else 20] ^= 1
             path.write_bytes(raw)
+        case "records":
+            records = bytearray(path.with_suffix(".idx").read_bytes())
+            records[100] ^= 1
+            path.with_suffix(".idx").write_bytes(records)
         case "json":
             about.write_text(about.read_text()[:-9])
         case "list of the damaged":
@@ -423,16 +442,21 @@ def test_a_damaged_shard_is_made_anew_and_the_others_kept(tmp_path, where):
             path.write_bytes(raw[:-64])
         case "values gone":
             path.unlink()
+        case "records gone":
+            path.with_suffix(".idx").unlink()
         case "json gone":
             about.unlink()
-    others = {p: p.stat().st_mtime_ns for p in shard_files(tmp_path) if p != path}
+    others = {p: at for p, at in stamps(tmp_path).items() if p.stem != path.stem}
     encode = Encoder()
     latents = latents_of(tmp_path, source, encode, said=said)
     assert encode.rows == 8
-    assert ": 8 rows to write, 0.0 MiB; 8 to compute" in said[0]
+    assert ": 8 rows to make, 0.0 MiB" in said[-1]
+    assert ("shards that aren't as they were written: 1;" in said[0]) == (where not in ("records gone", "json gone"))
     assert torch.equal(latents.gather(np.arange(30)), expected)
     assert latents.damaged.nonzero()[0].tolist() == [9]
-    assert others == {p: p.stat().st_mtime_ns for p in others}
+    assert others.items() <= stamps(tmp_path).items()
+    assert path.exists() == (where in ("records gone", "json gone"))  # they may be another's that is being written
+    latents_of(tmp_path, source, never)
 
 
 @pytest.mark.parametrize("change", ["digest", "dtype", "flip"])
@@ -476,9 +500,12 @@ def test_added_touched_and_copied_pictures_are_taken_over(tmp_path):
     with open(folder / "train" / "metadata.jsonl", "a") as file:
         file.write(json.dumps({"file_name": "000a.png", "text": "t"}) + "\n")
     source, encode, said = open_source(folder, "train"), Encoder(), []
+    before = stamps(tmp_path)
     latents = latents_of(tmp_path, source, encode, said=said)
     assert encode.rows == 1
-    assert ": 31 rows to write, 0.0 MiB; 1 to compute, 30 are known" in said[0]
+    assert ": 1 rows to make, 0.0 MiB" in said[0]
+    assert before.items() <= stamps(tmp_path).items()
+    assert len(stamps(tmp_path)) == len(before) + 3
     pictures = torch.stack([shown(source, i) for i in range(31) if i != 10])
     kept = np.array([i for i in range(31) if i != 10])
     assert torch.equal(latents.gather(kept)[:, 0], Encoder()(pictures)[0])
@@ -492,23 +519,163 @@ def test_added_touched_and_copied_pictures_are_taken_over(tmp_path):
     latents_of(tmp_path, open_source(folder, "train"), Encoder())
     copy, encode = open_source(tmp_path / "copy", "train"), Encoder()
     latents = latents_of(tmp_path, copy, encode)
-    assert encode.rows == 2  # the changed one, and the damaged one, which is tried again
+    assert encode.rows == 1  # the changed one
     assert copy[4].name == "003.png"
     assert torch.equal(latents.gather(np.array([4]))[0, 0], Encoder()(shown(copy, 4)[None])[0][0])
     assert latents.damaged.nonzero()[0].tolist() == [10]
 
 
-def test_the_time_is_told_before_it_is_spent(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "_TRIED", 4)
+def test_a_copied_set_is_compared_once(tmp_path, monkeypatch):
+    """It costs an alias file; the next start reads no picture. Flips and crops cost no further reading."""
+    folder = folder_of(tmp_path, bad=(9,))
+    how = {"framing": CHANCE, "crops": 2}
+    latents_of(tmp_path, open_source(folder, "train"), Encoder(), **how)
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
+    copy, before, reads = open_source(tmp_path / "copy", "train"), stamps(tmp_path), []
+    monkeypatch.setattr(copy.catalogue, "read", lambda k, read=copy.catalogue.read: reads.append(k) or read(k))
+    latents = latents_of(tmp_path, copy, never, **how)
+    assert sorted(reads) == list(range(30))
+    added = stamps(tmp_path).keys() - before.keys()
+    assert sorted(path.suffix for path in added) == [".idx", ".json"]
+    assert before.items() <= stamps(tmp_path).items()
+    assert latents.damaged.nonzero()[0].tolist() == [9]
+    again = latents_of(tmp_path, copy, never, **how)
+    assert len(reads) == 30
+    rows = np.arange(30)
+    for crop in range(2):
+        assert torch.equal(again.gather(rows, crop, True), latents.gather(rows, crop, True))
 
+    for path in shard_files(tmp_path):  # an alias of what is gone is none
+        path.with_suffix(".json").unlink()
+    encode = Encoder()
+    assert torch.equal(latents_of(tmp_path, copy, encode, **how).gather(rows), latents.gather(rows))
+    assert encode.rows == 120
+    latents_of(tmp_path, copy, never, **how)
+
+
+def twins(tmp_path, count=6):
+    """Two sets with equal names, sizes and times, but other pixels."""
+    for name, first in (("one", 0), ("two", 100)):
+        (tmp_path / name).mkdir(parents=True)
+        for k in range(count):
+            path = tmp_path / name / f"{k}.bmp"
+            Image.new("RGB", (SIDE, SIDE), (first + k, 0, 0)).save(path)
+            path.with_suffix(".txt").write_text("t")
+            os.utime(path, ns=(10**18, 10**18))
+    return [open_source(tmp_path / name, "train") for name in ("one", "two")]
+
+
+def test_sets_that_look_alike_have_their_own_latents(tmp_path):
+    one, two = twins(tmp_path)
+    assert [row[:3] for row in one] == [row[:3] for row in two]
+    for source, encode in ((one, Encoder()), (two, Encoder()), (one, never), (two, never)):
+        latents = latents_of(tmp_path, source, encode)
+        assert torch.equal(latents.gather(np.arange(len(source))), expected_of(source))
+
+
+class Tars(Catalogue):
+    """Pictures that are numbered anew every three, all of one size and time."""
+
+    place = "tars"
+
+    def __init__(self, count: int = 9) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def row(self, k: int) -> Row:
+        return Row(f"{k % 3:06d}.bmp", 822, 0, ("t",))
+
+    def read(self, k: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (SIDE, SIDE + k), (10 * k, 0, 0)).save(file, "BMP")
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("interrupted_at", range(9))
+def test_pictures_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, interrupted_at):
+    monkeypatch.setattr(shards_module, "_SHARD_ROWS", 2)
+    source, encode = Source(Tars()), Encoder()
+
+    def interrupted(pixels):
+        if encode.rows >= interrupted_at:
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        latents_of(tmp_path, source, interrupted)
+    kept, rest = len(shard_files(tmp_path)), Encoder()
+    latents = latents_of(tmp_path, source, rest)
+    assert rest.rows == 9 - 2 * kept
+    assert torch.equal(latents.gather(np.arange(9)), expected_of(source))
+    shard_files(tmp_path)[interrupted_at % 5].unlink()
+    for encode in (rest, never):
+        latents = latents_of(tmp_path, source, encode)
+        assert torch.equal(latents.gather(np.arange(9)), expected_of(source))
+    some = source.only_where(np.arange(9) < 3)  # each has a name of its own now
+    assert torch.equal(latents_of(tmp_path, some, never).gather(np.arange(3)), expected_of(some))
+    shapes, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(say=lambda _: None))
+    again, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(say=never))
+    assert shapes[:, 1].tolist() == again[:, 1].tolist() == list(range(SIDE, SIDE + 9))
+
+
+def test_a_key_of_two_contents_is_not_trusted(tmp_path):
+    """As two runs at once may leave it, when a picture was replaced between them."""
+    one, two = twins(tmp_path)
+    two.catalogue.place = one.place
+    for source, cache in ((one, tmp_path), (two, tmp_path / "other")):
+        latents_of(cache, source, Encoder())
+    shutil.copytree(tmp_path / "other" / "cache", tmp_path / "cache", dirs_exist_ok=True)
+    for source in (one, two, one):
+        assert torch.equal(latents_of(tmp_path, source, never).gather(np.arange(len(source))), expected_of(source))
+
+
+def test_the_time_is_told_before_it_is_spent(tmp_path):
     class Slow(Encoder):
         def __call__(self, pixels):
             time.sleep(0.3)
             return super().__call__(pixels)
 
-    said = []
-    latents_of(tmp_path, source_of(tmp_path), Slow(), said=said)
-    assert said[0].endswith("30 to compute, about 3 s")  # ten batches
+    said, source, encode = [], source_of(tmp_path), Slow()
+    processes = Processes(say=lambda line: said.append((line, encode.rows, shard_files(tmp_path))))
+    latents_of(tmp_path, source, encode, processes=processes)
+    [(line, made, written)] = said
+    assert ": 30 rows to make, 0.0 MiB, about " in line
+    assert 2 <= int(line.split()[-2]) <= 5  # 22 rows in batches of three, or less
+    assert made == 8  # of the first shard
+    assert not written
+    assert encode.rows == 30  # none twice
+
+
+def test_a_batch_is_as_large_as_memory_allows(tmp_path):
+    sizes, source = [], source_of(tmp_path)
+
+    def small(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Encoder()(pixels)
+
+    latents = latents_of(tmp_path, source, small)
+    assert torch.equal(latents.gather(np.arange(30)), expected_of(source))
+    assert sizes[:4] == [3, 1, 1, 1]
+    assert max(sizes[1:]) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        latents_of(tmp_path, source, lambda pixels: small(pixels.repeat(3, 1, 1, 1)), digest="two")
+    for side, most in ((16, 8), (512, 8), (1024, 4), (4096, 1)):
+        framing, seen = Framing(resolution=side), []
+
+        def encode(pixels, side=side, seen=seen):
+            seen.append(len(pixels))
+            return (torch.zeros(len(pixels), 2, side // 256 or 1, side // 256 or 1),) * 2
+
+        some = source.only_where(np.arange(30) < 8)
+        LatentCache.open(
+            tmp_path / "cache", some, encode, digest="three", framing=framing, channels=2,
+            factor=min(side, 256), processes=Processes(say=lambda _: None),
+        )  # fmt: skip
+        assert max(seen) == most
 
 
 def test_windows_of_a_picture_are_kept_and_chosen_from(tmp_path):
@@ -556,12 +723,12 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     encode, said = Encoder(), []
     latents = latents_of(tmp_path, source, encode, said=said)
     assert encode.rows == 30 - 16
-    assert ": 14 rows to write" in said[0]
+    assert ": 14 rows to make" in said[0]
     pictures = torch.stack([shown(source, i) for i in range(30)])
     assert torch.equal(latents.gather(np.arange(30))[:, 0], Encoder()(pictures)[0])
 
 
-@pytest.mark.parametrize("fails_at", range(6))
+@pytest.mark.parametrize("fails_at", range(9))
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, fails_at):
     source, calls = source_of(tmp_path), []
     write = shards_module._atomically
@@ -583,10 +750,11 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, fails_at
     monkeypatch.undo()
     assert not list((tmp_path / "cache").rglob(".tmp-*"))
     monkeypatch.setattr(shards_module, "_SHARD_ROWS", 8)
-    monkeypatch.setattr(shards_module, "_TRIED", 10**9)
+    assert {p.stem for p in (tmp_path / "cache").rglob("*.*")} == {p.stem for p in shard_files(tmp_path)}
     encode = Encoder()
-    latents_of(tmp_path, source, encode)
-    assert encode.rows == 30 - 8 * (fails_at // 2)
+    latents = latents_of(tmp_path, source, encode)
+    assert encode.rows == 30 - 8 * (fails_at // 3)
+    assert torch.equal(latents.gather(np.arange(30)), expected_of(source))
 
 
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
@@ -596,10 +764,34 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
-def test_processes_share_the_work_and_make_the_same_files(tmp_path, world):
+def test_processes_share_the_work_and_have_the_same_values(tmp_path, world):
     source = source_of(tmp_path, bad=(4, 20))
     alone = latents_of(tmp_path, source, Encoder())
-    expected = {p.name: p.read_bytes() for p in shard_files(tmp_path)}
+    shared = tmp_path / "shared"
+
+    def once(source, count):
+        results = together(world, lambda rank: shared, source)
+        assert sum(rows for rows, _, _ in results) == count
+        for _, values, damaged in results:
+            np.testing.assert_array_equal(values, alone.gather(np.arange(30)))
+            np.testing.assert_array_equal(damaged, alone.damaged)
+
+    once(source, 30)
+    once(source, 0)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copy)
+    once(open_source(tmp_path / "copy", "train"), 0)  # each compares some
+    assert len(shard_files(shared, suffix="idx")) - len(shard_files(shared)) == world
+    for path in shard_files(shared)[1:3]:  # one by its values, one by its records
+        rows = len(np.load(path))
+        damaged = path if path == shard_files(shared)[1] else path.with_suffix(".idx")
+        raw = bytearray(damaged.read_bytes())
+        raw[-1] ^= 1
+        damaged.write_bytes(raw)
+        once(source, rows)
+
+
+def together(world, folder, source):
+    """What each of several processes has: rows it made, all values, which are damaged; or an error."""
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(world), context.Queue()
 
@@ -607,8 +799,13 @@ def test_processes_share_the_work_and_make_the_same_files(tmp_path, world):
         torch.set_num_threads(1)  # a forked process has none of its parent's threads
         encode = Encoder()
         processes = Processes(rank=rank, world=world, barrier=barrier.wait, say=lambda _: None)
-        latents = latents_of(tmp_path / "shared", source, encode, processes=processes)
-        queue.put((encode.rows, latents.gather(np.arange(30)).numpy(), latents.damaged))
+        try:
+            latents = latents_of(folder(rank), source, encode, processes=processes)
+            queue.put((encode.rows, latents.gather(np.arange(len(source))).numpy(), latents.damaged))
+        except (RunError, threading.BrokenBarrierError) as error:
+            queue.put(error)
+            time.sleep(2)  # for those that are just leaving the last barrier
+            barrier.abort()
 
     workers = [context.Process(target=work, args=(rank,)) for rank in range(world)]
     for worker in workers:
@@ -616,16 +813,37 @@ def test_processes_share_the_work_and_make_the_same_files(tmp_path, world):
     results = [queue.get(timeout=60) for _ in workers]
     for worker in workers:
         worker.join()
-    assert sum(rows for rows, _, _ in results) == 30
-    for _, values, damaged in results:
-        np.testing.assert_array_equal(values, alone.gather(np.arange(30)))
-        np.testing.assert_array_equal(damaged, alone.damaged)
-    assert {p.name: p.read_bytes() for p in shard_files(tmp_path / "shared")} == expected
+    return results
 
 
 def test_processes_without_a_shared_folder_are_refused(tmp_path):
-    with pytest.raises(RunError, match="must share the folder"):
-        latents_of(tmp_path, source_of(tmp_path), Encoder(), processes=Processes(rank=1, world=2, say=lambda _: None))
+    """Whatever they see in theirs, none goes on with rows that aren't right."""
+    source = source_of(tmp_path)
+    with pytest.raises(RunError, match=r"lacks 15 of 30 rows: the processes of a run must share the folder"):
+        latents_of(tmp_path, source, Encoder(), processes=Processes(rank=1, world=2, say=lambda _: None))
+    results = together(2, lambda rank: tmp_path / f"own-{rank}", source)
+    assert all(isinstance(result, RunError) for result in results)
+    assert all("must share the folder" in str(result) for result in results)
+
+
+def test_a_folder_seen_differently_is_an_error_and_not_wrong_rows(tmp_path, monkeypatch):
+    """One process doesn't see a shard yet that another does, so that their shares don't fit."""
+    source = source_of(tmp_path)
+    latents_of(tmp_path, source, Encoder())
+    for path in shard_files(tmp_path)[2:]:
+        path.with_suffix(".json").unlink()
+    listing = shards_module.listing
+    late = shard_files(tmp_path)[0].stem
+
+    def mine(rank):
+        if rank == 1:  # in the process of its own, after the fork
+            for module in (shards_module, row_index):
+                monkeypatch.setattr(module, "listing", lambda folder: [n for n in listing(folder) if n != late])
+        return tmp_path
+
+    results = together(2, mine, source)
+    assert any(isinstance(result, RunError) and "run the same command again" in str(result) for result in results)
+    assert torch.equal(latents_of(tmp_path, source, Encoder()).gather(np.arange(30)), expected_of(source))
 
 
 def test_workers_decode_the_same_latents(tmp_path):
@@ -676,7 +894,7 @@ def test_many_shards_keep_no_files_open(tmp_path, monkeypatch):
 
 def test_a_shard_is_a_plain_numpy_file(tmp_path):
     latents = latents_of(tmp_path, source_of(tmp_path), Encoder())
-    rows = np.concatenate([np.load(path, allow_pickle=False) for path in shard_files(tmp_path)])
+    rows = np.concatenate([np.load(path, allow_pickle=False) for path in shard_files(tmp_path)])  # made in order
     np.testing.assert_array_equal(rows, latents.gather(np.arange(30)))
     order = np.array([29, 0, 8, 7, 0, 16])
     np.testing.assert_array_equal(rows[order], latents.gather(order))
@@ -688,4 +906,8 @@ def test_a_shard_cut_short_in_use_is_an_error_in_words(tmp_path, workers):
     for path in shard_files(tmp_path):
         os.truncate(path, path.stat().st_size - 4)
     with pytest.raises(RunError, match=r"^\S*npy was cut short while in use: run the same command again$"):
+        list(loader(dataset, start_step=0, steps=5, batch_size=8, workers=workers))
+    for path in shard_files(tmp_path):
+        path.unlink()
+    with pytest.raises(RunError, match=r"^\S*npy was removed while in use: run the same command again$"):
         list(loader(dataset, start_step=0, steps=5, batch_size=8, workers=workers))

@@ -850,7 +850,7 @@ def test_the_echo_teaches_the_tower(tokenizer):
 
 def test_of_captions_that_are_cut_the_first_is_quoted_and_all_are_counted():
     tokenizer, said = train_tokenizer(["a red star"], 600, 6), []
-    cut = CutCaptions(said.append)
+    cut = CutCaptions(said.append, "--more")
 
     def read():
         with cut.told():

@@ -10,8 +10,9 @@ from conditioning.tokenizer import PromptCut
 class CutCaptions:
     """Of thousands of captions that are cut, tells the first."""
 
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self.say, self.count = say, 0
+    def __init__(self, say: Callable[[str], object], more: str) -> None:
+        """more: the option that makes room for longer ones."""
+        self.say, self.more, self.count = say, more, 0
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -25,4 +26,4 @@ class CutCaptions:
                 continue
             self.count += 1
             if self.count == 1:
-                self.say(f"caption too long: {warning.message} (others aren't told; --text-chunks reads more)")
+                self.say(f"caption too long: {warning.message!s:.250} ({self.more} makes room; others aren't told)")

@@ -80,10 +80,22 @@ def parse(kind: type[Config], arguments: list[str] | None = None) -> Config:
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((key for k, key in enumerate(keys) if key in keys[:k]), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file, by the safe loader: a file can't name code."""
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read the configuration {str(path)!r}: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:
@@ -135,6 +147,7 @@ def dump(config: object) -> str:
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()  # it lists what a part of a model leaves unread; what lacks is our error
     transformers.logging.disable_progress_bar()
     try:

@@ -56,7 +56,7 @@ class ClipStage:
         pair = Pair(Contrastive(clip, tasks))
         self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(clip, config.ema_decay)
-        self.cut = CutCaptions(run.say)
+        self.cut = CutCaptions(run.say, "--text.max-length")
         self.training = inputs.pictures(config.input, config.seed)
         self.held_out = PictureDataset(
             inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False

@@ -491,7 +491,7 @@ class LdmConfig(RunConfig):
     openclip:ARCHITECTURE/TAG."""
     clip_skip: int = Field(default=0, ge=0)
     """Last layers of the text encoder that are left out, e.g. 1 for the penultimate one's features."""
-    text_chunks: int = Field(default=0, ge=0)
+    text_chunks: int = Field(default=0, ge=0, le=32)
     """Windows of the text encoder's length that a caption is read in, what is longer is cut; stock pipelines read one.
     0: as the text encoder was saved, else one."""
     unet: UnetConfig = Field(default_factory=UnetConfig)

@@ -18,7 +18,7 @@ def advice(report: Report) -> list[str]:
     """A line for all that asks for a decision."""
     data, captions, pictures = report["data"], report["captions"], report["pictures"]
     n, read, side = data["looked_at"], pictures["read"], pictures["resolution"]
-    lines = []
+    lines, stream = [], data["form"].startswith("a stream")
     if bad := report["damaged"]["count"]:
         most = DataConfig().max_damaged
         lines.append(
@@ -37,11 +37,13 @@ def advice(report: Report) -> list[str]:
         lines.append(f"left or right: said in {say}; leave --input.flip off, it mirrors pictures")
     if small := pictures["smaller"]:
         fitting = f"{max(8, pictures['median_side'] // 8 * 8)} suits them better"
-        way_out = f"--input.min-size {side} leaves them out" if 2 * small < read else fitting
+        way_out = f"--input.min-size {side} leaves them out" if 2 * small < read and not stream else fitting
         lines.append(f"smaller than {side}: {_of(small, read, 'picture')}, which will be enlarged; {way_out}")
     if pictures["square"] < _LITTLE:
         shown = f"a square shows {100 * pictures['square']:.0f} % of the average picture"
-        lines.append(f"long pictures: {shown}; --input.buckets 64 trains stage 2 on rectangles")
+        step = min(64, max(8, side // 32 * 8))
+        buckets = "" if stream else f"; --input.buckets {step} trains stage 2 on rectangles"
+        lines.append(f"long pictures: {shown}{buckets}")
     same = report["duplicates"].values()
     if leaks := sum(kind["leaks"] for kind in same):
         lines.append(f"held out, but also in training: {_many(leaks, 'picture')}; what is measured on them flatters")

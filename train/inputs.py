@@ -37,6 +37,8 @@ class Inputs:
             run.say(
                 f"input.flip mirrors half of the pictures, but captions speak of left and right, e.g. {found[:100]!r}"
             )
+        if without := self.source.catalogue.uncaptioned:
+            run.say(f"{without:,} of {len(self.source.catalogue):,} pictures have no caption")
         if not config.min_size:
             return self
         if self.stream is not None:
@@ -99,5 +101,7 @@ def build_buckets(source: Source, run: Run, multiple: int) -> tuple[Source, Buck
         source, shapes = source.only_where(readable, unreadable), shapes[readable]
     of = assign(shapes, sizes, least=run.config.batch_size)
     buckets = Buckets(sizes, of, run.config.batch_size, run.config.seed)
-    run.say(str(buckets))
+    joined = len(set(assign(shapes, sizes).tolist())) - len(set(of.tolist()))
+    few = f"; {joined} shapes with less than a batch of pictures joined others" if joined else ""
+    run.say(f"{buckets}{few}")
     return source, buckets

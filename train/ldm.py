@@ -65,7 +65,7 @@ class LdmStage:
         self.run, self.config, self.inputs = run, config, inputs
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.training, self.held_out = training, held_out
-        self.cut = CutCaptions(run.say)
+        self.cut = CutCaptions(run.say, "--text-chunks")
         shape, d = config.unet, config.diffusion
         torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
         unet = build_unet(
@@ -220,7 +220,7 @@ def cached(
         factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
         workers=config.workers, processes=run.processes, note=partial(run.damage(source).note, whole=True),
     )  # fmt: skip
-    cut = CutCaptions(run.say)
+    cut = CutCaptions(run.say, "--text-chunks")
     with cut.told():
         text = TextCache.open(
             run.cache, source, text_encoder.encode, digest=text_encoder.digest,

@@ -10,10 +10,12 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +23,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from pydantic import TypeAdapter
+from tqdm import tqdm
 
 from ldm.errors import UserError
 from train.cli import read_yaml, validate
@@ -33,7 +36,7 @@ from train.data.workers import Batched
 
 # What may differ when a run is continued. Inputs are compared by content, wherever they lie.
 _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
-         "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "prompts", "sample_steps",
+         "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "attention", "prompts", "sample_steps",
          "guidance_scale", "validation_examples", "validation_features", "init",
          "perceptual.model"}  # fmt: skip
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
@@ -103,7 +106,8 @@ class Run:
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if self.main:
-            print(text, flush=True)
+            tqdm.write(text)
+            sys.stdout.flush()
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """A line of metrics.jsonl, and the trackers."""
@@ -185,6 +189,9 @@ def open_accelerator(config: RunConfig) -> Accelerator:
         raise UserError("--out is missing: the folder for the run, e.g. --out runs/mine")
     if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise UserError(f"--trackers {name} isn't installed: pip install {name.replace('_', '-')}")
     try:
         # no: its own autocast would wrap the forward of a process group alone
         return Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=config.out)

@@ -4,7 +4,6 @@ A picture goes to the rectangle nearest in aspect ratio, and a batch holds one b
 "Improvements on Stable Diffusion"). For that every picture's size must be known, which is read once and kept.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from ldm.errors import UserError
 from train.data.decode import DamagedPicture, picture_size
 from train.data.framing import Size
 from train.data.randomness import Positions, Purpose, fork
+from train.data.row_index import Digests, digests, doubled, picture_keys
 from train.data.sampler import permute, substitute
 from train.data.shards import Made, Processes, open_shards
 from train.data.sources import Source
@@ -87,8 +87,8 @@ class Buckets:
         )
         listed = ", ".join(f"{w}×{h}: {count:,}" for count, (w, h) in filled[:12]) + (", …" if len(filled) > 12 else "")
         return (
-            f"{len(filled)} buckets ({listed}); {self.repeats:,} pictures come twice in an epoch of "
-            f"{int(self.batches.sum()):,} batches, to fill the last of each"
+            f"{len(filled)} bucket{'s' * (len(filled) > 1)} ({listed}); in an epoch of {int(self.batches.sum()):,} batches, "
+            f"{self.repeats:,} places are filled by repeats"
         )
 
 
@@ -128,15 +128,20 @@ class _Shapes:
 
     def __init__(self, source: Source, max_pixels: int, workers: int) -> None:
         self.headers, self.workers = _Headers(source, max_pixels), workers
-        self.keys = self.likes = [json.dumps(row[:3]) for row in source]
+        self.keys = picture_keys(source)
+        self.doubtful = doubled(self.keys)
 
-    def contents(self, rows: Sequence[int]) -> list[str]:
-        return [""] * len(rows)  # reading a header is less work than to compare files
+    def likes(self, rows: NDArray[np.int64]) -> Digests:
+        return self.keys[rows]  # reading a header is less work than to compare files
 
-    def make(self, batches: Sequence[Sequence[int]]) -> Iterator[Made]:
-        for shapes in read_ahead(self.headers, batches, self.workers):
+    def contents(self, rows: NDArray[np.int64]) -> Digests:
+        return digests(map(str, self.headers.__getitems__(rows.tolist())))
+
+    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
+        for shapes in read_ahead(self.headers, (rows.tolist() for rows in batches), self.workers):
             values = np.array([(0, 0) if isinstance(shape, str) else shape for shape in shapes], np.float32)
-            yield Made(values, [""] * len(shapes), [shape if isinstance(shape, str) else "" for shape in shapes])
+            bad = [shape if isinstance(shape, str) else "" for shape in shapes]
+            yield Made(values, digests(map(str, shapes)), bad)
 
 
 class _Headers:

@@ -6,6 +6,7 @@ weights, another transform or another kind of number have other folders; a chang
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -16,14 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.errors import RunError
 from train.data.buckets import Buckets
 from train.data.decode import DamagedPicture
 from train.data.framing import Framing, Size
+from train.data.row_index import Digests, digest, digests, doubled, picture_keys
 from train.data.shards import Made, Processes, Shards, Stored, open_shards
 from train.data.sources import Source
 from train.data.workers import read_ahead
+
+_PIXELS = 2**22  # encoded at once, at most: 16 pictures of 512², as an autoencoder in fp32 takes about 1 GB for each
 
 
 class PictureEncoder(Protocol):
@@ -73,30 +78,35 @@ class LatentCache:
     @classmethod
     def open(
         cls, folder: Path, source: Source, encode: PictureEncoder, *, digest: str, framing: Framing, channels: int,
-        factor: int, crops: int = 1, buckets: Buckets | None = None, dtype: Stored = "float32", batch_size: int = 32,
-        workers: int = 0, processes: Processes | None = None,
+        factor: int, crops: int = 1, buckets: Buckets | None = None, dtype: Stored = "float32",
+        batch_size: int | None = None, workers: int = 0, processes: Processes | None = None,
         note: Callable[[int, list[tuple[str, str]]], object] = lambda readable, damaged: None,
     ) -> Self:  # fmt: skip
         """The cache of a source under `folder`, completed where it isn't; `encode` isn't called if nothing is missing.
 
         digest: of the encoder's weights and whatever else its output depends on. channels, factor: a latent has so many
         channels, and sides so many times smaller than the picture's. crops: random windows kept of each picture, the
-        same for as long as its name is. With framing.flip the mirrored pictures' latents are kept too. note: told how
-        many pictures can be read, and the (name, reason) of each that can't. Raises RunError when none can, when the
+        same for as long as its name is. With framing.flip the mirrored pictures' latents are kept too. batch_size: of what
+        is encoded at once; as a GPU's memory allows unless given. note: told how many pictures can be read, and the
+        (name, reason) of each that can't. Raises RunError when none can, when the
         encoder gives another shape or numbers that aren't finite, and when the disk has no room.
         """
         processes = processes or Processes()
         sizes = buckets.sizes if buckets else [framing.square]
         members = buckets.members if buckets else [np.arange(len(source))]
+        keys = picture_keys(source)
+        doubtful = doubled(keys)
         shards: list[Shards] = []
         reasons: dict[int, str] = {}
         for size, those in zip(sizes, members, strict=True):
             shape = (2, channels, size[1] // factor, size[0] // factor)
             how = {"encoder": digest, "size": size, "crops": crops, "resampling": "lanczos", **asdict(framing)}
-            rows = _Latents(_Windows(source, those, size, framing, crops), encode, shape, dtype, workers)
-            opened, bad = open_shards(folder, "latents", how, rows, shape, dtype, processes, batch_size)
+            windows = _Windows(source, those, size, framing, crops)
+            at_once = batch_size or min(64, max(1, _PIXELS // (size[0] * size[1])))
+            rows = _Latents(windows, keys[those], doubtful[those], encode, shape, dtype, workers)
+            opened, bad = open_shards(folder, "latents", how, rows, shape, dtype, processes, at_once)
             shards.append(opened)
-            reasons |= {int(those[row // rows.windows.views]): reason for row, reason in bad}
+            reasons |= {int(those[row // windows.views]): reason for row, reason in bad}
         damaged = np.zeros(len(source), bool)
         damaged[list(reasons)] = True
         if damaged.all():
@@ -140,16 +150,18 @@ class TextCache:
         rows = _Texts(captions, encode, shape, dtype)
         how = {"encoder": digest}
         shards, _ = open_shards(folder, "text", how, rows, shape, dtype, processes or Processes(), batch_size)
-        each = [[row[text] for text in r.captions] for r in source]
-        first = np.cumsum([0, *map(len, each)])
-        return cls(shards, np.array([k for texts in each for k in texts], np.int64), first)
+        each, first = array("q"), array("q", [0])
+        for picture in source:
+            each.extend(row[text] for text in picture.captions)
+            first.append(len(each))
+        return cls(shards, np.array(each), np.array(first))
 
 
 class _Window(NamedTuple):
     """A picture as the encoder is given it."""
 
     pixels: Tensor  # (3, H, W); zeros if it can't be read
-    content: str
+    content: Digests  # (2,)
     bad: str
 
 
@@ -163,22 +175,29 @@ class _Windows:
     def __len__(self) -> int:
         return len(self.members) * self.views
 
-    def file(self, row: int) -> bytes:
-        return self.source.read(int(self.members[row // self.views]))
+    def content(self, picture: int) -> Digests:
+        """(2,) by place among the members: of its file, or of why there is none."""
+        try:
+            return digest(self.source.read(int(self.members[picture])))
+        except DamagedPicture as error:
+            return digest(error.reason.encode())
 
     def __getitems__(self, rows: Sequence[int], /) -> list[_Window]:
         windows: list[_Window] = []
-        for place, own in _runs(rows, self.views):
-            name, empty = self.source[int(self.members[place])].name, torch.zeros(3, self.size[1], self.size[0])
+        for picture, own in _runs(rows, self.views):
+            index, empty = int(self.members[picture]), torch.zeros(3, self.size[1], self.size[0])
+            name, content = self.source[index].name, None
             try:
-                file = self.file(own[0])
-                image, content = self.framing.load(file, name), _sum(file)
+                file = self.source.read(index)
+                content = digest(file)
+                image = self.framing.load(file, name)
                 for row in own:
                     crop, flip = divmod(row % self.views, 1 + self.framing.flip)
                     pixels = self.framing.cut(image, self.size, stored_place(name, crop), bool(flip))
                     windows.append(_Window(pixels, content, ""))
             except DamagedPicture as error:
-                windows += [_Window(empty, "", error.reason) for _ in own]
+                content = digest(error.reason.encode()) if content is None else content
+                windows += [_Window(empty, content, error.reason) for _ in own]
         return windows
 
 
@@ -186,46 +205,72 @@ class _Latents:
     """`Rows` of posteriors."""
 
     def __init__(
-        self, windows: _Windows, encode: PictureEncoder, shape: tuple[int, ...], dtype: Stored, workers: int
-    ) -> None:
+        self, windows: _Windows, keys: Digests, doubtful: NDArray[np.bool_], encode: PictureEncoder,
+        shape: tuple[int, ...], dtype: Stored, workers: int,
+    ) -> None:  # fmt: skip
+        """keys, doubtful: of the windows' pictures."""
         self.windows, self.encode, self.shape, self.dtype, self.workers = windows, encode, shape, dtype, workers
-        files = [windows.source[int(k)][:3] for k in windows.members]
-        self.keys = [json.dumps([*file, view]) for file in files for view in range(windows.views)]
-        self.likes = [json.dumps([name, size, view]) for name, size, _ in files for view in range(windows.views)]
+        self.keys = np.repeat(keys, windows.views, 0)
+        self.keys[:, 0] += np.tile(np.arange(windows.views, dtype=np.uint64), len(keys))
+        self.doubtful = np.repeat(doubtful, windows.views)
+        self._at_once = 2**31
 
-    def contents(self, rows: Sequence[int]) -> list[str]:
-        def content(row: int) -> str:
-            try:
-                return _sum(self.windows.file(row))
-            except (DamagedPicture, OSError):
-                return ""
+    def likes(self, rows: NDArray[np.int64]) -> Digests:
+        pictures, views = np.divmod(rows, self.windows.views)
+        pictures, which = np.unique(pictures, return_inverse=True)
+        files = (self.windows.source[k] for k in self.windows.members[pictures].tolist())
+        likes = digests(json.dumps([file.name, file.size]) for file in files)[which]
+        likes[:, 0] += views.astype(np.uint64)
+        return likes
 
-        with ThreadPoolExecutor(8) as pool:  # reading and hashing let other threads run
-            return list(pool.map(content, rows))
+    def contents(self, rows: NDArray[np.int64]) -> Digests:
+        pictures, which = np.unique(rows // self.windows.views, return_inverse=True)
+        contents = np.empty((len(pictures), 2), np.uint64)
+        with ThreadPoolExecutor(8) as pool, tqdm(total=len(pictures), desc="comparing", leave=False, delay=2) as bar:
+            for k in range(0, len(pictures), 1024):  # reading and hashing let other threads run
+                part = pictures[k : k + 1024].tolist()
+                contents[k : k + 1024] = list(pool.map(self.windows.content, part))
+                bar.update(len(part))
+        return contents[which]
 
-    def make(self, batches: Sequence[Sequence[int]]) -> Iterator[Made]:
-        for rows, windows in zip(batches, read_ahead(self.windows, batches, self.workers), strict=True):
-            with torch.no_grad():
-                both = torch.stack(list(self.encode(torch.stack([w.pixels for w in windows]))), 1)  # (b, 2, c, h, w)
+    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
+        read = read_ahead(self.windows, (rows.tolist() for rows in batches), self.workers)
+        for rows, windows in zip(batches, read, strict=True):
+            both = self._encoded(torch.stack([w.pixels for w in windows]))
             both[[k for k, w in enumerate(windows) if w.bad]] = 0
             first = self.windows.source[int(self.windows.members[rows[0] // self.windows.views])].name
             values = _stored(both, self.shape, self.dtype, first)
-            yield Made(values, [w.content for w in windows], [w.bad for w in windows])
+            yield Made(values, np.stack([w.content for w in windows]), [w.bad for w in windows])
+
+    @torch.no_grad()
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """(b, 3, H, W) → (b, 2, c, h, w), in parts where memory is short."""
+        while True:
+            try:
+                parts = pixels.split(self._at_once)
+                return torch.cat([torch.stack(list(self.encode(part)), 1) for part in parts])
+            except torch.OutOfMemoryError:
+                self._at_once = min(self._at_once, len(pixels)) // 2
+                if not self._at_once:
+                    raise
 
 
 class _Texts:
     """`Rows` of captions' features."""
 
     def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
-        self.keys = self.likes = captions
-        self.encode, self.shape, self.dtype = encode, shape, dtype
+        self.captions, self.encode, self.shape, self.dtype = captions, encode, shape, dtype
+        self.keys, self.doubtful = digests(captions), np.zeros(len(captions), bool)
 
-    def contents(self, rows: Sequence[int]) -> list[str]:
-        return [""] * len(rows)  # the key is all there is
+    def likes(self, rows: NDArray[np.int64]) -> Digests:
+        return self.keys[rows]
 
-    def make(self, batches: Sequence[Sequence[int]]) -> Iterator[Made]:
+    def contents(self, rows: NDArray[np.int64]) -> Digests:
+        return np.zeros((len(rows), 2), np.uint64)  # the key is all there is
+
+    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
         for rows in batches:
-            texts = [self.keys[k] for k in rows]
+            texts = [self.captions[k] for k in rows]
             with torch.no_grad():
                 values = _stored(self.encode(texts), self.shape, self.dtype, repr(texts[0][:80]))
             yield Made(values, self.contents(rows), [""] * len(rows))
@@ -247,10 +292,6 @@ def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
         own.append(row)
     if own:
         yield own[0] // views, own
-
-
-def _sum(file: bytes) -> str:
-    return hashlib.sha256(file).hexdigest()[:32]
 
 
 def _stored(values: Tensor, shape: tuple[int, ...], dtype: Stored, first: str) -> NDArray[Any]:

@@ -4,6 +4,7 @@ A form is read by one module (folders, tars, tables) and is a `Catalogue` afterw
 out of it.
 """
 
+import codecs
 import hashlib
 import heapq
 import json
@@ -91,6 +92,16 @@ class Catalogue(ABC):
 Opener = Callable[[], Catalogue]
 Splits = Mapping[str, Opener]
 """By the names of the splits that a data set has; "" for one that has none."""
+
+
+def text_of(data: bytes) -> str:
+    """A text file's text: UTF-8, or UTF-16 if it begins with its mark; what is neither is read as Windows-1252."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
 
 
 def fingerprint(rows: Iterator[Row] | Catalogue) -> str:

@@ -50,7 +50,7 @@ class Damage:
         new = {name: reason for name, reason in found if name not in self.listed}
         if new and not self.listed:
             name, reason = next(iter(new.items()))
-            self.say(f"{what} {name} ({reason}){then}. All such are listed in {self.report}")
+            self.say(f"{what} {name!r} ({reason}){then}. All such are listed in {self.report}")
         self.listed |= set(new)
         lines = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
         self.report.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError
-from train.data.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits
+from train.data.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits, text_of
 from train.data.decode import DamagedPicture
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -128,6 +128,8 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
 
 def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[str, str]]]:
     """Pictures with a .txt beside them or, where captions are made of labels, in a folder a class; what is left out."""
+    if column := columns.image or (columns.caption if not columns.template else ""):
+        raise UserError(f"{folder} has no {' or '.join(_METADATA)} in which there could be a column {column!r}")
     files = {name: found or _look(folder, name) for name, found in _scan(folder)}
     names = [name for name, found in files.items() if found and name.lower().endswith(_SUFFIXES)]
     looked_for = "metadata.jsonl, metadata.csv, or a .txt beside each picture"
@@ -139,7 +141,7 @@ def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[s
             label = os.path.basename(os.path.dirname(name))
             return [columns.of_label(label)] if label else []
         beside = f"{os.path.splitext(name)[0]}.txt"
-        text = (folder / beside).read_bytes().decode("utf-8-sig", "replace") if files.get(beside) else ""
+        text = text_of((folder / beside).read_bytes()) if files.get(beside) else ""
         return [line.strip() for line in text.splitlines()]
 
     long = [name for name in names if (files.get(f"{os.path.splitext(name)[0]}.txt") or (0, 0))[0] > _MOST_TEXT]
@@ -147,8 +149,7 @@ def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[s
     names = [name for name in names if name not in set(long)]
     rows = [Row(name, *(files[name] or (0, 0)), tuple(filter(None, captions(name))) or ("",)) for name in names]
     if columns.captioned and not any(any(row.captions) for row in rows):
-        if columns.template:
-            looked_for = "a folder a class, to make captions of by --input.caption-template"
+        looked_for += ", or a folder a class with --input.caption-template 'a photo of a {}'"
         raise UserError(f"{folder} has {len(names):,} pictures but no captions: looked for {looked_for}")
     return rows, left_out
 
@@ -174,7 +175,10 @@ def _read_metadata(path: Path, columns: Columns) -> Iterator[tuple[str, list[str
             absent = [image] if image not in row else []
             absent += [" or ".join(wanted)] if columns.captioned and not column else []
             if absent:
-                raise UserError(f"{where} has no column {', '.join(absent)}; it has: {', '.join(map(str, row))[:300]}")
+                raise UserError(
+                    f"{where} has no column {', '.join(absent)}; it has: {', '.join(map(str, row))[:300]} "
+                    "(--input.image-column and --input.caption-column name others)"
+                )
         yield _safe_name(row.get(image), where, image), _captions(row.get(column), where, columns)
 
 
@@ -218,7 +222,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     except UserError:
         raise
     except (ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path} can't be read near line {number}: {error}") from None
+        raise UserError(f"{path} can't be read near line {max(number, 1)}: {error}") from None
 
 
 def has_pictures(folder: Path) -> bool:

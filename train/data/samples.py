@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
-from train.data.catalogue import MAX_BYTES, Columns
+from train.data.catalogue import MAX_BYTES, Columns, text_of
 
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, zlib.error, lzma.LZMAError)
 """What tarfile raises for a tar that is cut short or damaged."""
@@ -140,7 +140,7 @@ def _text(tar: tarfile.TarFile, member: _Member) -> str | _Unusable:
         _check(member, _MOST_TEXT)
     except _Unusable as why:
         return why
-    return _read(tar, member).decode("utf-8-sig", errors="replace")
+    return text_of(_read(tar, member))
 
 
 def _captions(texts: dict[str, str | _Unusable], columns: Columns) -> tuple[str, ...]:

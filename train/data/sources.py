@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.errors import UserError
-from train.data.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, Splits
+from train.data.catalogue import MOST_HELD_OUT, Catalogue, Columns, Opener, Row, Splits
 from train.data.folders import find_folder, find_metadata, has_pictures
 from train.data.tables import find_tables
 from train.data.tars import find_tars
@@ -126,7 +126,14 @@ def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Spl
         )
     if found is None:
         found = find_folder(data, columns, wanted)
-    return {name: cache(opener) for name, opener in found.items()}
+    return {name: cache(partial(_opened, opener, columns)) for name, opener in found.items()}
+
+
+def _opened(opener: Opener, columns: Columns) -> Catalogue:
+    catalogue = opener()
+    if columns.captioned and len(catalogue) and catalogue.uncaptioned == len(catalogue):
+        raise UserError(f"{catalogue.place}: the captions of all {len(catalogue):,} pictures are empty")
+    return catalogue
 
 
 def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", fraction: float = 0.05) -> Source:
@@ -143,8 +150,10 @@ def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", 
     own = next((n for n in held_out if n in splits and n != train), None)
     if split != "train" and own is not None:
         return Source(splits[own](), split)
+    if name and name == train:
+        raise UserError(f"the split {name!r} can't be for validation: it is the one to train on")
     if name and own is None:
-        raise UserError(f"no split {name!r} for validation: there is {_list(splits)}")
+        raise UserError(f"no split {name!r} for validation: there is {_list(splits)}; without one, a share is held out")
     if train in splits:
         catalogue = splits[train]()
     elif "" in splits and train == "train":

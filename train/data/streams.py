@@ -184,7 +184,7 @@ class Stream:
     def _read(self, url: str) -> Examples:
         def leave_out(name: str, reason: str) -> None:
             if len(self._left_out) < _LISTED:
-                self._left_out.setdefault(f"{url}: {name}", reason)
+                self._left_out.setdefault(f"{url}: {name}" if name else url, reason)
 
         given, refused = 0, ""
         tar: tarfile.TarFile | None = None
