@@ -25,15 +25,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder.model import Autoencoder
+from autoencoder.model import Autoencoder, Posterior
 from autoencoder.tiling import Tiles
 from conditioning.clip import ClipTextEncoder
 from conditioning.tokenizer import load_tokenizer
 from ldm.denoiser import Denoise, Denoiser
+from ldm.editing import Blended, Pixels, on_latents, pad, paste, steps_of, to_mask, to_pixels
 from ldm.errors import RunError, UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.interchange import Process
-from ldm.samplers import invert, make_step, sample
+from ldm.samplers import Step, invert, make_step, sample
 from ldm.single_file import Parts, load_single_file, save_single_file
 from ldm.spacing import Plan, SamplerKind, Spacing, plan
 from ldm.unet import AttentionBackend, use_attention
@@ -192,6 +193,9 @@ class LatentDiffusionPipeline:
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] = "",
         *,
+        image: Pixels | None = None,
+        strength: float | None = None,
+        mask_image: Pixels | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 3.0,
         guidance_rescale: float = 0.0,
@@ -212,8 +216,13 @@ class LatentDiffusionPipeline:
         output_type: OutputType = "pil",
         progress: bool = False,
     ) -> Pictures:
-        """Paint `num_images_per_prompt` pictures of each prompt.
+        """Paint `num_images_per_prompt` pictures of each prompt, from noise, from a picture, or inside a mask.
 
+        image: one for all prompts, or one each (or several for one prompt), of any size. What is painted has that size.
+        strength: how much of the picture is given up: of n steps the last ⌊n · strength⌋ are walked, at least one. At 1
+            only its size counts, as in text-to-image, at 0 it comes back through the autoencoder. 0.8 unless given, and 1
+            with a mask.
+        mask_image: white is painted, black stays as it is, bit by bit, and grey is mixed; of any size.
         guidance_scale: 1 is the conditional prediction, larger follows the prompt more closely (Ho & Salimans 2022).
         guidance_rescale: 0 to 1, against the contrast that a large scale brings (Lin et al. 2024).
         guidance_interval: the noise levels sigma / alpha, low and high, between which to guide by prompts; on others the
@@ -239,7 +248,23 @@ class LatentDiffusionPipeline:
             raise UserError(
                 f"{len(prompts)} prompts and {len(negatives)} negative prompts: give one negative for all, or each"
             )
+        given: Tensor | None = None
+        if image is None:
+            if mask_image is not None or strength is not None:
+                raise UserError("mask_image and strength speak of a picture: give image too")
+        else:
+            given = to_pixels(image)  # (b, 3, h, w)
+            if height or width:
+                raise UserError(f"height {height} and width {width} with an image: its own size holds")
+            if len(given) > 1 and len(prompts) == 1:
+                prompts, negatives = prompts * len(given), negatives * len(given)
+            if len(given) not in (1, len(prompts)):
+                raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for all, or as many")
+            given = given.expand(len(prompts), -1, -1, -1).repeat_interleave(num_images_per_prompt, 0)
         count = len(prompts) * num_images_per_prompt
+        multiple = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if given is not None:  # odd sizes are painted a little larger, and cut back
+            height, width = (side + -side % multiple for side in given.shape[2:])
         shape = (count, self.autoencoder.latent_channels, *self._latent_size(height, width))
         if isinstance(generator, list) and len(generator) != count:
             raise UserError(f"{len(generator)} generators for {count} pictures: give one, or one for each picture")
@@ -248,7 +273,7 @@ class LatentDiffusionPipeline:
 
         route = self._plan(sampler, num_inference_steps, spacing)
         process = self.process
-        step = make_step(sampler, eta, process.variance, process.schedule.zero_terminal_snr)
+        step: Step = make_step(sampler, eta, process.variance, process.schedule.zero_terminal_snr)
         learned = sampler in ("ddpm", "predictor_corrector") and process.variance == "learned"
         if learned and (guidance_rescale or weak is not None or classifier is not None):
             raise UserError(
@@ -280,10 +305,36 @@ class LatentDiffusionPipeline:
 
         device = self.unet.device
         noise = lambda: randn_tensor(shape, generator, device, torch.float32)  # noqa: E731
+        strength = (0.8 if mask_image is None else 1.0) if strength is None else strength
+        k = steps_of(strength, len(route.legs)) if given is not None else len(route.legs)
+        legs = route.legs[len(route.legs) - k :]
+        mask: Tensor | None = None
+        x0: Tensor | None = None
+        if given is not None:
+            posterior = self.autoencoder.encode(pad(given, multiple) * 2 - 1)
+            x0 = Posterior(posterior.mean.float(), posterior.std.float()).sample(noise())
         start = noise() if latents is None else latents.to(device, torch.float32)
-        with tqdm(total=num_inference_steps, disable=not progress, dynamic_ncols=True) as bar:
-            z = sample(denoise, route.start(start), route.legs, step, noise, callback=lambda *_: bar.update())
-        return Pictures(z if output_type == "latent" else _finish(self.decode(z), output_type))
+        if x0 is not None and mask_image is not None:
+            assert given is not None
+            mask = to_mask(mask_image, (given.shape[2], given.shape[3]))
+            if len(mask) not in (1, count):
+                raise UserError(f"{len(mask)} masks for {count} pictures: give one for all, or as many")
+            inside = on_latents(pad(mask, multiple), self.autoencoder.factor).to(device)
+            step = Blended(step, x0, start, inside, route.legs[-1].next)
+        if x0 is None or strength == 1:
+            z = route.start(start)
+        else:
+            z = legs[0].now.alpha * x0 + legs[0].now.sigma * start if legs else x0
+        with tqdm(total=len(legs), disable=not progress, dynamic_ncols=True) as bar:
+            z = sample(denoise, z, legs, step, noise, callback=lambda *_: bar.update())
+        if output_type == "latent":
+            return Pictures(z)
+        pixels = self.decode(z)
+        if given is not None:
+            pixels = pixels[..., : given.shape[2], : given.shape[3]]
+            if mask is not None:
+                pixels = paste(pixels.cpu(), given, mask)
+        return Pictures(_finish(pixels, output_type))
 
     @torch.no_grad()
     def invert(

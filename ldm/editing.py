@@ -1,0 +1,112 @@
+"""Pictures as where sampling begins (Meng et al. 2022, SDEdit), or as what is to stay round a mask.
+
+Inpainting with any model replaces, after every step, what lies outside the mask by the given latent at that step's noise
+level (Song et al. 2021, arXiv 2011.13456, appendix I.2): it wraps the step, and the loop stays as it is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.denoiser import Denoise
+from ldm.errors import UserError
+from ldm.samplers import Noise, Step
+from ldm.schedule import Level
+
+Pixels = Image.Image | Tensor | np.ndarray | Sequence[Image.Image]
+"""PIL pictures, or (b, 3, h, w) or (b, h, w, 3) in [0, 1]."""
+
+
+def steps_of(strength: float, n: int) -> int:
+    """How many of n steps are walked: all at strength 1, none at 0, else ⌊n · strength⌋, but at least one.
+
+    Raises UserError outside [0, 1].
+    """
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength {strength}: 0 (the picture as it is) to 1 (nothing of it) is accepted")
+    return max(math.floor(n * strength + 1e-6), 1) if strength else 0
+
+
+def to_pixels(images: Pixels, what: str = "image") -> Tensor:
+    """Pictures of one size, (b, 3, h, w) float32 in [0, 1], on the CPU. Raises UserError for anything else."""
+    if isinstance(images, Tensor):
+        found = images.detach().float().cpu()
+    elif isinstance(images, np.ndarray):
+        found = torch.from_numpy(images).float()
+        found = found.movedim(-1, -3) if found.ndim > 2 else found
+    else:
+        listed = [images] if isinstance(images, Image.Image) else list(images)
+        if not listed or not all(isinstance(image, Image.Image) for image in listed):
+            raise UserError(f"{what}: PIL pictures, or a tensor or array in [0, 1] is accepted")
+        if len({image.size for image in listed}) > 1:
+            raise UserError(
+                f"{what}: pictures of sizes {', '.join('×'.join(map(str, i.size)) for i in listed)}: give one size"
+            )
+        mode = "L" if what == "mask_image" else "RGB"
+        arrays = [np.asarray(image.convert(mode), np.float32) / 255 for image in listed]
+        found = torch.from_numpy(np.stack(arrays))  # (b, h, w) or (b, h, w, 3)
+        found = found[:, None] if mode == "L" else found.movedim(-1, 1)
+    channels = 1 if what == "mask_image" else 3
+    found = found[None] if found.ndim == 3 else found
+    if found.ndim != 4 or found.shape[1] != channels or not found.numel():
+        raise UserError(f"{what} of shape {tuple(found.shape)}: (b, {channels}, h, w) is accepted")
+    if not (torch.isfinite(found).all() and found.min() >= 0 and found.max() <= 1):
+        raise UserError(f"{what}: values from {found.min():g} to {found.max():g}; 0 to 1 are accepted")
+    return found
+
+
+def to_mask(mask: Pixels, size: tuple[int, int]) -> Tensor:
+    """Where to paint, (b, 1, h, w) in [0, 1]; white is painted. A mask of another size is brought to (h, w).
+
+    When it is reduced, a thin line stays: the whitest of what falls on a pixel counts. Raises UserError where nothing is
+    to be painted.
+    """
+    found = to_pixels(mask, "mask_image")
+    if tuple(found.shape[2:]) != size:
+        found = F.adaptive_max_pool2d(found, [min(n, m) for n, m in zip(size, found.shape[2:], strict=True)])
+        found = F.interpolate(found, size)
+    if not found.flatten(1).amax(1).all():
+        raise UserError("mask_image is black: what is white in it is painted")
+    return found
+
+
+def pad(x: Tensor, multiple: int) -> Tensor:
+    """(b, c, h, w) with its last row and column repeated until both sides are multiples."""
+    h, w = x.shape[2:]
+    return F.pad(x, (0, -w % multiple, 0, -h % multiple), mode="replicate")
+
+
+def on_latents(mask: Tensor, factor: int) -> Tensor:
+    """A mask (b, 1, h, w) of pixels as one of latents: whatever a latent covers of it, it has to paint."""
+    return F.max_pool2d(mask, factor)
+
+
+def paste(made: Tensor, given: Tensor, mask: Tensor) -> Tensor:
+    """(b, 3, h, w): what was made inside the mask, what was given outside, bit by bit, mixed where the mask is grey."""
+    return torch.where(mask > 0, given + mask * (made - given), given)
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A step after which the latent outside the mask is the given one."""
+
+    step: Step
+    x0: Tensor
+    """The given latent, (b, c, h, w)."""
+    noise: Tensor
+    """What noises it, the same at every level, (b, c, h, w)."""
+    mask: Tensor
+    """Of what is painted, (b, 1, h, w) in [0, 1]."""
+    last: Level
+    """Where the steps end: there it is given as it is."""
+
+    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
+        made = self.step(denoise, x, now, next, noise)
+        given = self.x0 if next is self.last else next.alpha * self.x0 + next.sigma * self.noise
+        return self.mask * made + (1 - self.mask) * given

@@ -1,0 +1,175 @@
+"""From a picture and inside a mask: stock diffusers' pictures, exact pixels outside, and every way to ask wrongly."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from PIL import Image, ImageDraw
+
+from ldm.editing import on_latents, steps_of, to_mask
+from ldm.errors import UserError
+
+PROMPTS = ["a small red star on a blue background", "a large green circle"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def pictures(count: int, size=(32, 32), seed: int = 0):
+    """Smooth ones."""
+    made = []
+    for k in range(count):
+        coarse = np.random.default_rng(seed + k).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        made.append(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
+    return made
+
+
+def box(size=(32, 32), where=(8, 4, 23, 19)) -> Image.Image:
+    """White inside; PIL's box holds its right and lower end."""
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(where, 255)
+    return mask
+
+
+def seeds(count: int):
+    return [torch.Generator().manual_seed(k) for k in range(count)]
+
+
+# -- stock diffusers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.9])
+def test_from_a_picture_stock_diffusers_paints_the_same(pipe, saved, sampler, strength):
+    from diffusers import DPMSolverMultistepScheduler
+
+    stock = StableDiffusionImg2ImgPipeline.from_pretrained(saved)
+    stock.set_progress_bar_config(disable=True)
+    if sampler == "dpmpp_2m":
+        stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    how = {"strength": strength, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
+    theirs = stock(PROMPTS, image=pictures(2), generator=seeds(2), **how).images
+    ours = pipe(PROMPTS, image=pictures(2), generator=seeds(2), sampler=sampler, **how).images
+    assert np.abs(ours - theirs).max() <= 2 / 255
+    assert ours.std() > 0.05
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inside_a_mask_stock_diffusers_paints_the_same(pipe, saved, strength):
+    """Before pasting: in latents. The mask's borders are multiples of the autoencoder's factor."""
+    stock = StableDiffusionInpaintPipeline.from_pretrained(saved)
+    stock.set_progress_bar_config(disable=True)
+    how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
+    theirs = stock(
+        PROMPTS, image=pictures(2), mask_image=box(), generator=seeds(2), height=32, width=32, **how
+    ).images  # fmt: skip
+    ours = pipe(PROMPTS, image=pictures(2), mask_image=box(), generator=seeds(2), sampler="ddim", **how).images
+    ours, theirs = (pipe.decode(z.to(torch.float32) / s) for z, s in ((ours, 1), (theirs, 1)))
+    assert (ours - theirs).abs().max() <= 2 / 255
+
+
+# -- strength -------------------------------------------------------------------------------------------------------
+
+
+def test_strength_is_the_share_of_the_steps():
+    assert [steps_of(s, 25) for s in (0, 0.001, 0.04, 0.28, 0.6, 0.999, 1)] == [0, 1, 1, 7, 15, 24, 25]
+    assert steps_of(0.29, 100) == 29  # which binary fractions make 28.999…
+    for odd in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match="strength"):
+            steps_of(odd, 10)
+
+
+def test_at_1_it_is_text_to_image_and_at_0_the_autoencoder(pipe):
+    given = pictures(2)
+    how = {"num_inference_steps": 4, "output_type": "np"}
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    one = pipe(PROMPTS, image=given, strength=1.0, latents=noise, generator=seeds(2), **how).images
+    np.testing.assert_array_equal(one, pipe(PROMPTS, latents=noise, **how).images)
+    none = pipe(PROMPTS, image=given, strength=0.0, generator=seeds(2), **how).images
+    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in given])).movedim(-1, 1) / 127.5 - 1
+    z = [
+        pipe.autoencoder.encode(x[None]).sample(torch.randn(1, 4, 16, 16, generator=g))
+        for x, g in zip(pixels, seeds(2), strict=True)
+    ]
+    expected = pipe.decode(torch.cat(z)).movedim(1, -1).numpy()
+    np.testing.assert_allclose(none, expected, atol=1e-5)
+
+
+# -- masks ----------------------------------------------------------------------------------------------------------
+
+
+def test_outside_the_mask_nothing_changes(pipe):
+    """A hundred masks, odd sizes, thin lines, grey edges."""
+    rng = np.random.default_rng(0)
+    for k in range(100):
+        size = tuple(int(n) for n in rng.integers(17, 45, 2))
+        (given,), mask = pictures(1, size, k), Image.new("L", size)
+        draw = ImageDraw.Draw(mask)
+        for _ in range(3):
+            ends = [int(rng.integers(0, size[i % 2])) for i in range(4)]
+            if k % 2:
+                draw.line(ends, int(rng.integers(1, 256)), 1)
+            else:
+                draw.ellipse([*map(min, ends[:2], ends[2:]), *map(max, ends[:2], ends[2:])], 255)
+        (made,) = pipe(PROMPTS[0], image=given, mask_image=mask, num_inference_steps=1, generator=seeds(1)).images
+        assert made.size == size
+        outside = np.asarray(mask) == 0
+        np.testing.assert_array_equal(np.asarray(made)[outside], np.asarray(given)[outside])
+        assert (np.asarray(made)[~outside] != np.asarray(given)[~outside]).any()
+
+
+@pytest.mark.parametrize("line", [(100, 0, 100, 511), (0, 333, 511, 333), (0, 0, 511, 511)])
+def test_a_line_of_one_pixel_reaches_the_latents(line):
+    mask = Image.new("L", (512, 512))
+    ImageDraw.Draw(mask).line(line, 255, 1)
+    small = on_latents(to_mask(mask, (512, 512)), 8)
+    assert small.shape == (1, 1, 64, 64)
+    assert (small[0, 0].amax(0) == 1).sum() in (1, 64)
+    assert int(small.sum()) == 64
+    assert int((to_mask(mask.resize((1024, 1024), Image.Resampling.NEAREST), (512, 512)) > 0).sum()) >= 512
+    assert int((to_mask(mask, (100, 100)) > 0).sum()) >= 100
+
+
+def test_batches_are_as_pictures_alone(pipe):
+    given = pictures(3)
+    how = {"num_inference_steps": 3, "output_type": "np", "strength": 0.7}
+    together = pipe("a star", image=given, generator=seeds(3), **how).images
+    for k in range(3):
+        alone = pipe("a star", image=given[k], generator=seeds(3)[k : k + 1], **how).images
+        assert np.abs(together[k] - alone[0]).max() <= 1 / 255
+    one_for_all = pipe(PROMPTS, image=given[0], generator=seeds(2), **how).images
+    assert (
+        np.abs(one_for_all[0] - pipe(PROMPTS[0], image=given[0], generator=seeds(1), **how).images[0]).max() <= 1 / 255
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"mask_image": box()}, "speak of a picture: give image too"),
+        ({"strength": 0.5}, "speak of a picture: give image too"),
+        ({"image": pictures(1), "strength": 1.5}, "strength 1.5"),
+        ({"image": pictures(3)}, "3 pictures for 2 prompts"),
+        ({"image": [pictures(1)[0], *pictures(1, (40, 32))]}, "give one size"),
+        ({"image": []}, "PIL pictures"),
+        ({"image": ["cat.png"]}, "PIL pictures"),
+        ({"image": torch.zeros(1, 4, 32, 32)}, r"shape \(1, 4, 32, 32\)"),
+        ({"image": torch.full((1, 3, 32, 32), 2.0)}, "values from 2 to 2"),
+        ({"image": torch.full((1, 3, 32, 32), float("nan"))}, "values from nan"),
+        ({"image": pictures(1), "mask_image": Image.new("L", (32, 32))}, "mask_image is black"),
+        ({"image": pictures(1), "width": 64}, "its own size holds"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(pipe, how, said):
+    with pytest.raises(UserError, match=said):
+        pipe(PROMPTS, num_inference_steps=1, **how)
