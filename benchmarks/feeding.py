@@ -72,7 +72,10 @@ def main() -> None:
             for name, cache in (("cached", f"{folder}/cache"), ("anew", "off")):
                 found[name].append(run(replace(base, out=f"{folder}/{name}-{k}", cache=cache)))
                 seconds, speed, waiting = found[name][-1]
-                print(f"{name}: first step after {seconds:.1f} s, {speed:.0f} pictures/s, {waiting:.1%} waiting", flush=True)
+                print(
+                    f"{name}: first step after {seconds:.1f} s, {speed:.0f} pictures/s, {waiting:.1%} waiting",
+                    flush=True,
+                )
     cached, anew = (statistics.median(speed for _, speed, _ in found[name]) for name in found)
     print(f"cached is {cached / anew:.2f} times as fast; its first start took {found['cached'][0][0]:.1f} s, "
           f"the second {found['cached'][1][0]:.1f} s")  # fmt: skip

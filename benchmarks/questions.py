@@ -119,7 +119,9 @@ def main() -> None:
         "Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out pictures: PSNR against decode(encode(x))"
     )
     side = pipe.unet.config.sample_size * pipe.autoencoder.factor
-    batch = PictureDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(range(64))
+    batch = PictureDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(
+        range(64)
+    )
     z = pipe.autoencoder.encode(batch["pixels"]).mean
     target = pipe.autoencoder.decode(z)
     for refinements in (0, 1, 2, 4):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -166,6 +167,32 @@ def test_text_becomes_pictures_that_carry_their_settings(
         assert (settings["prompt"], settings["seed"], settings["steps"]) == ("ellipse", seed, 2)
     assert forked(f"{line} {tmp_path}/b").status == 0
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_pictures_become_pictures(shapes_road: Path, tmp_path: Path, forked: Callable[[str], Ended]) -> None:
+    """Variations, inside a mask, and beyond the borders; what isn't painted stays bit by bit."""
+    first, second = sorted((shapes_road / "data/test").rglob("*.png"))[:2]
+    how = f"--model {shapes_road}/runs/ldm/model --prompt star --steps 2 --num-images 2 --out {tmp_path}"
+    ended = forked(f"scripts/img2img.py --image {first} {second} --strength 0.5 {how}")
+    assert ended.status == 0, ended.err
+    painted = [Path(name) for name in ended.out.split()]
+    assert [p.name for p in painted] == [f"{p.stem}-star-{seed}.png" for p in (first, second) for seed in (0, 1)]
+    assert read_png(painted[0])["strength"] == 0.5
+
+    given = np.asarray(Image.open(first).convert("RGB"))
+    mask = np.zeros((32, 32), np.uint8)
+    mask[5:20, 9:13] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    ended = forked(f"scripts/inpaint.py --image {first} --mask {tmp_path}/mask.png {how}/inside")
+    assert ended.status == 0, ended.err
+    for name in ended.out.split():
+        np.testing.assert_array_equal(np.asarray(Image.open(name))[mask == 0], given[mask == 0])
+    ended = forked(f"scripts/inpaint.py --image {first} --extend 3 0 4 5 {how}/beyond")
+    assert ended.status == 0, ended.err
+    for name in ended.out.split():
+        made = np.asarray(Image.open(name))
+        assert made.shape == (37, 39, 3)
+        np.testing.assert_array_equal(made[:32, 3:35], given)
 
 
 def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
@@ -356,6 +383,19 @@ BAD = {
     "too many steps": ("txt2img.py --prompt x --model {ldm}/model --steps 1001 --out {new}", "1001"),
     "unknown sampler": ("txt2img.py --prompt x --model {ldm}/model --sampler plms --out {new}", "plms"),
     "odd size": ("txt2img.py --prompt x --model {ldm}/model --width 33 --out {new}", "33"),
+    "no picture": ("img2img.py --prompt x --model {ldm}/model --out {new}", "--image"),
+    "no such picture": ("img2img.py --image {root}/no.png --prompt x --model {ldm}/model --out {new}", "no.png"),
+    "a picture that isn't one": ("img2img.py --image {yaml} --prompt x --model {ldm}/model --out {new}", "wrong.yaml"),
+    "too strong": ("img2img.py --image {bare}/a.png --strength 1.5 --prompt x --model {ldm}/model --out {new}", "1.5"),
+    "no mask": ("inpaint.py --image {bare}/a.png --prompt x --model {ldm}/model --out {new}", "--mask"),
+    "a black mask": (
+        "inpaint.py --image {bare}/a.png --mask {bare}/a.png --prompt x --model {ldm}/model --out {new}",
+        "black",
+    ),
+    "less than nothing beyond": (
+        "inpaint.py --image {bare}/a.png --extend 0 0 0 -1 --prompt x --model {ldm}/model --out {new}",
+        "--extend",
+    ),
     "nothing to measure": ("evaluate.py --model {ldm}/model --data {data} --pictures 0 --out {new}", "--pictures"),
     "nothing to measure on": ("evaluate.py --model {ldm}/model --out {new}", "--data"),
     "small pictures": ("make_dataset.py shapes --out {new} --size 8", "8"),

@@ -192,7 +192,9 @@ def test_rows_are_left_out_without_a_list_of_the_others(tmp_path):
 def test_what_belongs_to_no_split_is_not_passed_over_in_silence(tmp_path):
     for name in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png"):
         picture(tmp_path / name)
-    metadata(tmp_path, [{"file_name": n, "text": n} for n in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png")])
+    metadata(
+        tmp_path, [{"file_name": n, "text": n} for n in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png")]
+    )
     with pytest.raises(UserError, match=r"belong to a split by their names \(train, test\), others to none"):
         open_source(tmp_path, "train")
 

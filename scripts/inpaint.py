@@ -1,0 +1,63 @@
+"""Paint inside a mask, or beyond a picture's borders; the rest stays as it is."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import tyro
+from PIL import Image, ImageFilter
+
+from ldm.errors import UserError
+from train.cli import command, overlay
+from train.painting import Painter, PaintOptions, open_picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PaintOptions):
+    """Paint inside a mask, or beyond a picture's borders; the rest stays as it is, bit by bit."""
+
+    image: str = ""
+    """The picture, of any size."""
+    mask: str = ""
+    """White is painted, black stays, grey is mixed; of any size. May be left out with --extend."""
+    strength: float = 1.0
+    """How much of what is inside the mask is given up: 0 nothing, 1 all."""
+    feather: float = 0.0
+    """Soften the mask's edge over about so many pixels."""
+    extend: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (0, 0, 0, 0)
+    """Pixels to paint beyond the borders (outpainting)."""
+
+
+def framed(image: Image.Image, mask: Image.Image, o: Options) -> tuple[Image.Image, Image.Image]:
+    """Picture and mask with what is to be painted beyond the borders, where the picture's edge is repeated."""
+    left, top, right, bottom = o.extend
+    if min(o.extend) < 0:
+        raise UserError(f"--extend {' '.join(map(str, o.extend))}: pixels to add, none below 0")
+    if not any(o.extend):
+        return image, mask
+    if mask.size != image.size:
+        raise UserError(
+            f"--mask of {mask.width}×{mask.height} pixels with --extend: {image.width}×{image.height}, the picture's"
+        )
+    sides = ((top, bottom), (left, right))
+    wide = Image.fromarray(np.pad(np.asarray(image), (*sides, (0, 0)), mode="edge"))
+    return wide, Image.fromarray(np.pad(np.asarray(mask), sides, constant_values=255))
+
+
+def main() -> None:
+    o = overlay(Options, Options())
+    image = open_picture(o.image, "--image")
+    if not o.mask and not any(o.extend):
+        raise UserError("--mask is missing: a picture that is white where to paint; or give --extend")
+    mask = open_picture(o.mask, "--mask").convert("L") if o.mask else Image.new("L", image.size)
+    image, mask = framed(image, mask, o)
+    if o.feather < 0:
+        raise UserError(f"--feather {o.feather}: pixels, at least 0")
+    if o.feather:
+        mask = mask.filter(ImageFilter.GaussianBlur(o.feather / 2))
+    for path in Painter(o).paint(image=image, mask_image=mask, strength=o.strength):
+        print(path)
+
+
+if __name__ == "__main__":
+    command(main)
