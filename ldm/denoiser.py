@@ -19,6 +19,18 @@ Denoise = Callable[[Tensor, Level], Tensor]
 """(x_t (b, c, h, w), level) → x0_hat (b, c, h, w): a denoiser with its condition and guidance, as samplers see it."""
 
 
+def beside(network: Network, context: Tensor) -> Network:
+    """Of a network that takes a context (b, k, h, w) as further channels, one of states alone: (b, c, h, w), or n times b
+    of them, as guidance asks.
+    """
+
+    def with_context(x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        given = context.to(x).repeat(len(x) // len(context), 1, 1, 1)
+        return network(torch.cat([x, given], 1), index, condition)
+
+    return with_context
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """`(x_t, level, condition) → x0_hat`, for a batch at one level.

@@ -87,6 +87,11 @@ def on_latents(mask: Tensor, factor: int) -> Tensor:
     return F.max_pool2d(mask, factor)
 
 
+def without(pixels: Tensor, mask: Tensor) -> Tensor:
+    """Pictures (b, 3, h, w) in [−1, 1], grey where anything is to be painted: what a UNet trained to inpaint sees of them."""
+    return pixels * (mask == 0)
+
+
 def paste(made: Tensor, given: Tensor, mask: Tensor) -> Tensor:
     """(b, 3, h, w): what was made inside the mask, what was given outside, bit by bit, mixed where the mask is grey."""
     return torch.where(mask > 0, given + mask * (made - given), given)
@@ -110,3 +115,27 @@ class Blended:
         made = self.step(denoise, x, now, next, noise)
         given = self.x0 if next is self.last else next.alpha * self.x0 + next.sigma * self.noise
         return self.mask * made + (1 - self.mask) * given
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """From a (t = 0) to b (t = 1) along the arc between them, (b, …), each picture by itself.
+
+    The straight line between two independent noises is too short by up to √2 in its middle, so that it is no noise of
+    unit variance any more, and what is painted from it is flat; on the arc it keeps its length. Where a and b point the
+    same way the arc is the line; where they point opposite ways all arcs are as good, and one of them is taken.
+    """
+    if t in (0, 1):
+        return a if t == 0 else b
+    x, y = a.double().flatten(1), b.double().flatten(1)  # (b, n)
+    length = torch.lerp(x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True), t)
+    x, y = F.normalize(x), F.normalize(y)
+    cos = (x * y).sum(1, keepdim=True)
+    beside = y - cos * x  # what b has that a hasn't
+    sin = beside.norm(dim=1, keepdim=True)
+    turned = F.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2)).flip(2) * x.new_tensor(
+        [-1, 1]
+    )  # at a right angle to a
+    turned = turned.flatten(1)[:, : x.shape[1]]
+    beside = F.normalize(torch.where(sin > 1e-12, beside, turned))
+    angle = t * torch.atan2(sin, cos)
+    return ((angle.cos() * x + angle.sin() * beside) * length).view_as(a).to(a.dtype)

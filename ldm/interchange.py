@@ -1,7 +1,9 @@
 """A model's process as diffusers writes it: scheduler_config.json, read from any scheduler and written explicitly."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -44,6 +46,17 @@ class Process:
         if self.variance not in get_args(VarianceKind):
             raise UserError(f"variance {self.variance!r}: choose {', '.join(get_args(VarianceKind))}")
         check_target(self.target, self.schedule)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Process":
+        """Of a pipeline's folder. Raises UserError where it can't be read."""
+        try:
+            text = (Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+            return cls.from_diffusers(json.loads(text))
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"can't load the scheduler of {str(folder)!r}: {error}") from None
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":

@@ -44,13 +44,13 @@ def sample(
     legs: Iterable[Leg],
     step: Step,
     noise: Noise,
-    callback: Callable[[int, Leg, Tensor], object] | None = None,
+    callback: Callable[[int, Leg, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Walk the legs from state x (b, c, h, w); `callback(k, leg, x)` sees the state at the end of leg k."""
+    """Walk the legs from state x (b, c, h, w); `callback(k, leg, x)` sees the state at the end of leg k, and may change it."""
     for k, leg in enumerate(legs):
         x = step(denoise, x, leg.now, leg.next, noise)
         if callback is not None:
-            callback(k, leg, x)
+            x = callback(k, leg, x)
     return x
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -71,6 +72,31 @@ def build_unet(
             nn.init.zeros_(module.bias)
     use_attention(unet)
     return unet
+
+
+def load_unet(folder: str | Path) -> UNet2DConditionModel:
+    """Of a pipeline's folder, on the CPU. Raises UserError where it can't be read."""
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            str(Path(folder) / "unet"), use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"can't load the UNet of {str(folder)!r}: {error}") from None
+    use_attention(unet)
+    return unet
+
+
+@torch.no_grad()
+def widen(unet: UNet2DConditionModel, channels: int) -> None:
+    """Have it take so many channels, in place. The weights of the further ones are zero: it begins as what it was."""
+    old = unet.conv_in
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)
+    nn.init.zeros_(new.weight)
+    new.weight[:, : old.in_channels] = old.weight
+    assert new.bias is not None
+    new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=channels)
 
 
 AttentionBackend = Literal["sdpa", "xformers", "auto"]

@@ -12,7 +12,7 @@ from conditioning.tokenizer import train_tokenizer
 from ldm.interchange import Process
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Schedule
-from ldm.unet import build_unet
+from ldm.unet import build_unet, widen
 from train.data.shapes import prompts, write_shapes
 
 torch.set_num_threads(1)  # tests run side by side
@@ -23,6 +23,7 @@ def tiny_pipeline(
     spacing: str = "trailing",
     schedule: str = "scaled_linear",
     variance: str = "fixed_small",
+    inpaints: bool = False,
     **process: float,
 ) -> LatentDiffusionPipeline:
     """Random weights, but none of them zero: every part of the network speaks."""
@@ -42,6 +43,9 @@ def tiny_pipeline(
     for parameter in unet.parameters():
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    if inpaints:
+        widen(unet, 9)
+        torch.nn.init.normal_(unet.conv_in.weight[:, 4:].detach(), std=0.1, generator=generator)
     return LatentDiffusionPipeline(
         unet.eval().requires_grad_(False), Autoencoder(vae), ClipTextEncoder(clip.text_model, tokenizer),
         Process(schedule=Schedule.build(schedule, **process), target=target, spacing=spacing, variance=variance),

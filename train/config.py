@@ -4,6 +4,7 @@ Read from YAML with the command line over it (train/cli.py). The mathematics nev
 builds its objects from them in one place. A variant is a `Literal`, matched where it is built.
 """
 
+import re
 from dataclasses import replace
 from typing import Annotated, Literal, Self, TypeVar, assert_never
 
@@ -166,10 +167,19 @@ class RunConfig:
     """Where metrics go besides metrics.jsonl, through accelerate."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Of the running average of the weights, which validation, samples and model/ use; warmed up from 0.1."""
+    license: str = ""
+    """Of the model, for its card: an SPDX name such as apache-2.0 or cc-by-4.0, or `other`; empty: not stated, so nobody may
+    assume any. May be given, or changed, when the run is finished."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """The optimizer."""
     input: DataConfig = Field(default_factory=DataConfig)
     """The pictures."""
+
+    @model_validator(mode="after")
+    def _license_is_a_name(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9.+-]*", self.license):
+            raise ValueError(f"license {self.license!r} is no name: give an SPDX one, e.g. apache-2.0, or `other`")
+        return self
 
 
 Stage = TypeVar("Stage", bound=RunConfig)
@@ -484,6 +494,12 @@ class DiffusionConfig:
 class LdmConfig(RunConfig):
     """Stage 2: a cross-attention UNet over the latents, conditioned on the text encoder's tokens."""
 
+    task: Literal["txt2img", "inpaint"] = "txt2img"
+    """`inpaint`: the UNet is also shown a mask and the picture without what is under it, 2 · latent channels + 1 in all, and
+    learns to paint under masks of any kind. Best begun with a text-to-image model as `init`."""
+    init: str = ""
+    """Folder (or hub id) of a pipeline whose UNet to begin with, instead of random weights; its shape then holds, not `unet`.
+    Where `vae` and `text_encoder` aren't given, they are the pipeline's too."""
     vae: str = ""
     """Folder (or hub id) of the autoencoder: a stage 1 run's model/, or a diffusers AutoencoderKL."""
     text_encoder: str = ""

@@ -41,11 +41,12 @@ def bits_per_dimension(
         u = torch.stack([torch.rand(strata, generator=g, dtype=torch.float64) for g in generators], 1).to(device)
         x0 = mean + std * noise[0]
         index = torch.zeros(len(x0), dtype=torch.int64, device=device)
-        total = prior_term(x0, schedule.level(T - 1)) + objective.bound(pipe.network, x0, index, noise[1], condition)
+        network = pipe.text_network(*x0.shape[2:])
+        total = prior_term(x0, schedule.level(T - 1)) + objective.bound(network, x0, index, noise[1], condition)
         for k in range(strata):
             index = (T ** ((k + u[k]) / strata)).long().clamp(max=T - 1)  # i with probability log((i + 1) / i) / log T
             share = torch.log1p(1 / index) / math.log(T)
-            term = objective.bound(pipe.network, x0, index, noise[k + 2], condition)
+            term = objective.bound(network, x0, index, noise[k + 2], condition)
             total = total + term / (strata * share)
         bits += total.double().tolist()
     error = float(np.std(bits, ddof=1)) / len(bits) ** 0.5 if len(bits) > 1 else None

@@ -1,5 +1,6 @@
 """Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,20 +9,26 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 
-from autoencoder.model import Autoencoder
+from autoencoder.model import Autoencoder, digest
 from conditioning.clip import ClipTextEncoder
+from ldm.denoiser import beside
+from ldm.editing import on_latents, without
 from ldm.errors import UserError
+from ldm.hub import find_pipeline
+from ldm.interchange import Process
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import Importance, uniform
-from ldm.unet import build_unet, require_attention, use_attention
+from ldm.unet import build_unet, load_unet, require_attention, use_attention, widen
 from train.captions import CutCaptions
-from train.config import LdmConfig
+from train.config import LdmConfig, UnetConfig
 from train.data.buckets import Buckets
-from train.data.cache import LatentCache, TextCache
-from train.data.dataset import PLAIN, CachedDataset, LatentNoise, Noising, PictureDataset, StreamDataset
+from train.data.cache import LatentCache, Originals, TextCache
+from train.data.dataset import PLAIN, CachedDataset, LatentNoise, Noising, PictureDataset, StreamDataset, masking
 from train.data.shards import Stored
 from train.data.sources import Source
 from train.ema import Ema
@@ -30,7 +37,7 @@ from train.inputs import Inputs, build_buckets, open_inputs
 from train.loop import Batch, Phase, StepOutput, fit
 from train.optim import DTYPES, autocast, build_optimizer
 from train.run import Run, open_accelerator
-from train.sheets import in_rows, sheet
+from train.sheets import in_rows, sheet, to_uint8
 
 _SHEET = 16  # pictures of a sample sheet
 
@@ -49,7 +56,8 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, batch: Batch) -> StepOutput:
         x0 = batch["mean"] + batch["std"] * batch["posterior_noise"]  # (b, c, h, w)
-        losses = self.objective(self.network, x0, batch["timestep"], batch["noise"], batch["condition"])
+        network = beside(self.network, batch["context"]) if "context" in batch else self.network
+        losses = self.objective(network, x0, batch["timestep"], batch["noise"], batch["condition"])
         if self.importance is not None:
             self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
         return StepOutput(losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}, {})
@@ -59,26 +67,22 @@ class LdmStage:
     """What the loop asks of stage 2."""
 
     def __init__(
-        self, run: Run, config: LdmConfig, autoencoder: Autoencoder, text_encoder: ClipTextEncoder, inputs: Inputs,
-        training: CachedDataset | PictureDataset | StreamDataset, held_out: CachedDataset | PictureDataset,
+        self, run: Run, config: LdmConfig, unet: UNet2DConditionModel, autoencoder: Autoencoder,
+        text_encoder: ClipTextEncoder, inputs: Inputs, training: CachedDataset | PictureDataset | StreamDataset,
+        held_out: CachedDataset | PictureDataset,
     ) -> None:  # fmt: skip
         self.run, self.config, self.inputs = run, config, inputs
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.training, self.held_out = training, held_out
         self.cut = CutCaptions(run.say, "--text-chunks")
-        shape, d = config.unet, config.diffusion
-        torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
-        unet = build_unet(
-            channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
-            depth=shape.depth, modulation=shape.modulation, groups=shape.groups, learned_variance=d.variance == "learned",
-            latent_channels=autoencoder.latent_channels, latent_size=config.input.resolution // autoencoder.factor, text_width=text_encoder.width,
-        ).to(run.accelerator.device)  # fmt: skip
+        self._steps = 0
+        unet.to(run.accelerator.device)
         backend = use_attention(unet, config.attention, DTYPES[config.precision])
         if config.attention == "auto":
             run.say(f"attention: {backend}")
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        objective = d.build_objective()
+        objective = config.diffusion.build_objective()
         loss = DiffusionLoss(unet, objective).to(run.accelerator.device)
         self.importance = loss.importance
         self.phases = [Phase("unet", loss, build_optimizer(unet, config.optimizer), config.optimizer.lr)]
@@ -90,21 +94,39 @@ class LdmStage:
         return self.run.batches(self.training, start, None if cached else self.run.damage(self.inputs.source))
 
     @torch.no_grad()
-    def encoded(self, batch: Batch) -> Batch:
-        """What the cache has of pictures and captions, from the networks themselves."""
-        captions = ["" if gone else c for c, gone in zip(batch["caption"], batch["dropped"].tolist(), strict=True)]
-        device = self.run.accelerator.device
-        # As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16.
-        with autocast(device, self.config.precision) if self.config.precision == "bf16" else nullcontext():
-            mean, std = self.autoencoder.encode(batch["pixels"])
-        with self.cut.told():
-            condition = self.text_encoder.encode(captions)
-        return {"mean": mean.float(), "std": std.float(), "condition": condition.float()}
+    def complete(self, batch: Batch) -> None:
+        """Add what the cache doesn't have, from the networks themselves: of pictures and captions, and under masks."""
+        if "mean" not in batch:
+            captions = ["" if gone else c for c, gone in zip(batch["caption"], batch["dropped"].tolist(), strict=True)]
+            batch["mean"], batch["std"] = self._posterior(batch["pixels"])
+            with self.cut.told():
+                batch["condition"] = self.text_encoder.encode(captions).float()
+        if "mask" in batch:
+            mean, std = self._posterior(without(batch["pixels"], batch["mask"]))
+            inside = on_latents(batch["mask"], self.autoencoder.factor)
+            batch["context"] = torch.cat([inside, mean + std * batch["masked_noise"]], 1)
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16."""
+        bf16 = self.config.precision == "bf16"
+        with autocast(self.run.accelerator.device, "bf16") if bf16 else nullcontext():
+            mean, std = self.autoencoder.encode(pixels)
+        return mean.float(), std.float()
+
+    def _now(self) -> float:
+        """Seconds; while it still matters, of a device that has done its work."""
+        if self._steps < 2 and self.run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
+        begun = self._now()
         for part in parts:
-            if "pixels" in part:
-                part.update(self.encoded(part))
+            self.complete(part)
+        self._steps += 1
+        if self._steps == 2 and {"mask", "pixels"} & parts[0].keys():  # the first one warms up
+            b = sum(len(part["position"]) for part in parts)
+            self.run.say(f"encoding takes {1000 * (self._now() - begun) / b:.3g} ms of each picture's time")
         if self.importance is not None:
             self.importance.forget()
 
@@ -122,8 +144,7 @@ class LdmStage:
         for first in range(0, count, b):
             places = list(range(first, min(first + b, count)))
             batch = self.run.on_device(self.held_out.__getitems__(places))
-            if "pixels" in batch:
-                batch |= self.encoded(batch)
+            self.complete(batch)
             batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
@@ -140,12 +161,33 @@ class LdmStage:
 
     def sheet(self, path: Path) -> None:
         config = self.config
+        if config.task == "inpaint":
+            self._inpainted().save(path)
+            return
         prompts = config.prompts or [row.captions[0] for row in islice(self.inputs.held_out, _SHEET)]
         pictures = paint(
             self.pipeline(), prompts, num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale,
             seed=config.seed,
         )  # fmt: skip
         sheet(in_rows(list(pictures), 4), prompts).save(path)
+
+    def _inpainted(self) -> Image.Image:
+        """Held-out pictures without what is under a mask, each beside what is painted there by its caption."""
+        config, rows = self.config, list(islice(self.inputs.held_out, _SHEET // 2))
+        framing = config.input.plain(config.input.resolution)
+        draws = partial(masking, shape=(1, 1, 1))
+        batch = PictureDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
+            range(len(rows))
+        )
+        made = self.pipeline()(
+            batch["caption"], image=batch["pixels"] / 2 + 0.5, mask_image=batch["mask"],
+            num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale, output_type="pt",
+            generator=[torch.Generator().manual_seed(config.seed + k) for k in range(len(rows))],
+        ).images  # fmt: skip
+        assert isinstance(made, Tensor)
+        pairs = torch.stack([without(batch["pixels"], batch["mask"]), made.cpu() * 2 - 1], 1).flatten(0, 1)
+        captions = [text for caption in batch["caption"] for text in ("", caption)]
+        return sheet(in_rows(list(to_uint8(pairs)), 8), captions)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         if self.run.main:
@@ -155,8 +197,10 @@ class LdmStage:
 
 def train(config: LdmConfig) -> None:
     """Train stage 2 into `config.out`, or continue what stands there."""
-    for name in ("vae", "text_encoder"):
-        if not getattr(config, name):
+    init = find_pipeline(config.init) if config.init else None
+    where: dict[str, str | Path] = {n: getattr(config, n) or init or "" for n in ("vae", "text_encoder")}
+    for name, given in where.items():
+        if not given:
             raise UserError(
                 f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model, or a hub id"
             )
@@ -168,14 +212,18 @@ def train(config: LdmConfig) -> None:
             f"--data {config.data!r} is a stream, of which nothing can be kept and no sizes are known: "
             "give --cache off and no input.buckets, or copy it to a disk"
         )
-    autoencoder = Autoencoder.load(config.vae)
-    text_encoder = ClipTextEncoder.load(config.text_encoder, skip=config.clip_skip, chunks=config.text_chunks or None)
+    autoencoder = Autoencoder.load(where["vae"])
+    text_encoder = ClipTextEncoder.load(where["text_encoder"], skip=config.clip_skip, chunks=config.text_chunks or None)
     if config.input.resolution % autoencoder.factor:
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
         )
+    unet = first_unet(config, init, autoencoder, text_encoder)
     made_from = {"data": inputs.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest}
+    made_from["init"] = digest(unet) if init else ""
     with Run(config, accelerator, made_from) as run:
+        if init:
+            _tell_changes(run, config, init)
         autoencoder.vae.to(accelerator.device)
         text_encoder.to(accelerator.device)
         inputs, buckets = inputs.prepared(run), None
@@ -192,19 +240,74 @@ def train(config: LdmConfig) -> None:
         training: CachedDataset | PictureDataset | StreamDataset
         held_out: CachedDataset | PictureDataset
         if config.cache == "off":
-            c, f = autoencoder.latent_channels, autoencoder.factor
-            training = inputs.pictures(config.input, config.seed, LatentNoise(noising, c, f), buckets)
-            held_out = PictureDataset(
-                inputs.held_out,
-                config.input.plain(config.input.resolution),
-                config.seed,
-                shuffle=False,
-                draws=LatentNoise(PLAIN, c, f),
-            )
+            c, f, masks = autoencoder.latent_channels, autoencoder.factor, config.task == "inpaint"
+            training = inputs.pictures(config.input, config.seed, LatentNoise(noising, c, f, masks), buckets)
+            plain = config.input.plain(config.input.resolution)
+            draws = LatentNoise(PLAIN, c, f, masks)
+            held_out = PictureDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws)
         else:
             training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
             held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
-        fit(run, LdmStage(run, config, autoencoder, text_encoder, inputs, training, held_out))
+        fit(run, LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out))
+
+
+def first_unet(
+    config: LdmConfig, init: Path | None, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
+) -> UNet2DConditionModel:
+    """From random weights or the pipeline at `init`, and widened for its task. Raises UserError where it doesn't fit."""
+    shape, c, side = config.unet, autoencoder.latent_channels, config.input.resolution // autoencoder.factor
+    build = partial(
+        build_unet, channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
+        depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=c, latent_size=side,
+        learned_variance=config.diffusion.variance == "learned", text_width=text_encoder.width,
+    )  # fmt: skip
+    torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
+    if init is None:
+        unet = build()
+    else:
+        unet = load_unet(init).float().train().requires_grad_(True)
+        wanted: dict[str, int] = {"cross_attention_dim": text_encoder.width}
+        wanted["out_channels"] = c * (1 + (config.diffusion.variance == "learned"))
+        if config.task == "txt2img" or unet.config.in_channels != 2 * c + 1:
+            wanted["in_channels"] = c
+        for name, value in wanted.items():
+            if unet.config[name] != value:
+                raise UserError(
+                    f"the UNet of init {config.init!r} has {name} {unet.config[name]}, this run needs {value}"
+                )
+        multiple = autoencoder.factor * 2 ** (len(unet.config.block_out_channels) - 1)
+        if config.input.resolution % multiple:
+            raise UserError(
+                f"input.resolution {config.input.resolution} isn't a multiple of {multiple}, which the UNet of init "
+                f"{config.init!r} needs"
+            )
+        if shape != UnetConfig():
+            with torch.device("meta"):
+                _same_shape(unet, build(), f"init {config.init!r} has another shape than the configuration's unet")
+        unet.register_to_config(sample_size=side)
+    if config.task == "inpaint" and unet.config.in_channels == c:
+        widen(unet, 2 * c + 1)
+    return unet
+
+
+def _tell_changes(run: Run, config: LdmConfig, init: Path) -> None:
+    """Say where this run's process isn't what the given UNet has learned: it may be meant, and then has to be learned."""
+    was, now = Process.load(init), config.diffusion.build_process()
+    if was.target != now.target:
+        run.say(f"init {config.init!r} predicts {was.target}, this run {now.target} (--diffusion.target)")
+    a, b = was.schedule.alpha, now.schedule.alpha
+    if a.shape != b.shape or not torch.allclose(a, b, atol=1e-6):
+        run.say(f"init {config.init!r} has another noise schedule than this run (--diffusion.schedule, beta_start, …)")
+
+
+def _same_shape(unet: nn.Module, configured: nn.Module, what: str) -> None:
+    """Raises UserError where the networks differ, but in the first layer's width."""
+    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (configured, unet))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name) and name != "conv_in.weight":
+            raise UserError(
+                f"{what}: {name} {theirs.get(name, 'absent')}, not {ours.get(name, 'absent')}; leave it out"
+            )
 
 
 def cached(
@@ -214,10 +317,10 @@ def cached(
     """Latents and text features of a source, from the cache or computed into it now; without noising, for measuring."""
     training = source.split == "train"
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
+    framing = config.input.framing() if training else config.input.plain(config.input.resolution)
     latents = LatentCache.open(
-        run.cache, source, autoencoder.encode, digest=autoencoder.digest,
-        framing=config.input.framing() if training else config.input.plain(config.input.resolution), channels=autoencoder.latent_channels,
-        factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
+        run.cache, source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
+        channels=autoencoder.latent_channels, factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
         workers=config.workers, processes=run.processes, note=partial(run.damage(source).note, whole=True),
     )  # fmt: skip
     cut = CutCaptions(run.say, "--text-chunks")
@@ -228,4 +331,5 @@ def cached(
         )  # fmt: skip
     if cut.count > 1:
         run.say(f"{cut.count:,} captions were cut")
-    return CachedDataset(latents, text, config.seed, noising, shuffle=training)
+    originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
+    return CachedDataset(latents, text, config.seed, noising, shuffle=training, originals=originals)

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ldm.errors import RunError
 from train.data.buckets import Buckets
-from train.data.cache import LatentCache, TextCache
+from train.data.cache import LatentCache, Originals, TextCache
 from train.data.damage import Damage
 from train.data.decode import DamagedPicture
 from train.data.framing import Framing, Size
+from train.data.masks import draw_masks
 from train.data.randomness import Positions, Purpose, normal, uniform, uniforms
 from train.data.sampler import InOrder, Order, Shuffled, positions
 from train.data.sources import Source
@@ -211,16 +212,24 @@ PLAIN = Noising()
 
 
 class LatentNoise(NamedTuple):
-    """`Draws` of diffusion's training on pictures that are encoded as they come."""
+    """`Draws` of diffusion's training on pictures that are encoded as they come. masks: to be inpainted."""
 
     noising: Noising
     channels: int
     factor: int
+    masks: bool = False
 
     def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> Batch:
-        """What Noising draws, and "dropped" (b,), whether the condition is the null condition."""
-        drawn = self.noising.draw(seed, at, (self.channels, size[1] // self.factor, size[0] // self.factor))
-        return drawn | {"dropped": torch.from_numpy(self.noising.dropped(seed, at))}
+        """What Noising draws, "dropped" (b,), whether the condition is the null condition, and what `masking` draws."""
+        shape = (self.channels, size[1] // self.factor, size[0] // self.factor)
+        drawn = self.noising.draw(seed, at, shape) | {"dropped": torch.from_numpy(self.noising.dropped(seed, at))}
+        return drawn | (masking(seed, at, size, shape) if self.masks else {})
+
+
+def masking(seed: int, at: NDArray[np.int64], size: Size, shape: tuple[int, ...]) -> Batch:
+    """ "mask" (b, 1, H, W), 1 where to paint, and "masked_noise" (b, *shape), which the rest's posterior is sampled with."""
+    noise = torch.from_numpy(normal(seed, Purpose.MASKED, at, shape))
+    return {"mask": draw_masks(seed, at, size), "masked_noise": noise}
 
 
 class CachedDataset:
@@ -228,14 +237,16 @@ class CachedDataset:
 
     A batch, float32: "position" (b,), "index" (b,), "mean" and "std" (b, c, h, w) of the latent's posterior,
     "condition" (b, L, d), and what `noising` draws. Of windows and mirrored pictures in the cache, one is taken.
+    originals: given to be inpainted; "pixels" (b, 3, H, W) are then decoded too, and `masking` draws.
     """
 
     def __init__(
-        self, latents: LatentCache, text: TextCache, seed: int, noising: Noising = PLAIN, *, shuffle: bool = True
-    ) -> None:
+        self, latents: LatentCache, text: TextCache, seed: int, noising: Noising = PLAIN, *, shuffle: bool = True,
+        originals: Originals | None = None,
+    ) -> None:  # fmt: skip
         if len(latents) != len(text):
             raise ValueError(f"latents of {len(latents)} pictures, captions of {len(text)}: give caches of one source")
-        self.latents, self.text, self.seed, self.noising = latents, text, seed, noising
+        self.latents, self.text, self.seed, self.noising, self.originals = latents, text, seed, noising, originals
         self.order: Order = latents.buckets or (Shuffled if shuffle else InOrder)(len(latents), seed)
 
     def __len__(self) -> int:
@@ -255,6 +266,7 @@ class CachedDataset:
         rows = self.text.rows(indices, uniform(seed, Purpose.CAPTION, at))
         rows[self.noising.dropped(seed, at)] = 0
         mean, std = latents.gather(indices, crops, flips).unbind(1)
+        shape = latents.shape(int(indices[0]))
         found = {
             "position": torch.from_numpy(at),
             "index": torch.from_numpy(indices),
@@ -262,7 +274,10 @@ class CachedDataset:
             "std": std,
             "condition": self.text.gather(rows),
         }
-        return found | self.noising.draw(seed, at, latents.shape(int(indices[0])))
+        if self.originals is not None:
+            pixels = self.originals.gather(indices, crops, flips)
+            found |= {"pixels": pixels} | masking(seed, at, (pixels.shape[3], pixels.shape[2]), shape)
+        return found | self.noising.draw(seed, at, shape)
 
 
 def loader(

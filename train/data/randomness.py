@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     TRANSFORM = 12  # a position of it counts steps
     STREAM = 13  # counts draws from a stream's buffer
     BUCKET = 14
+    MASK = 15
+    MASKED = 16  # the posterior of what a mask leaves of a picture
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:

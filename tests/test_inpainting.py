@@ -1,0 +1,266 @@
+"""A UNet trained to inpaint: what it is shown, that it begins as the model it was, and stock diffusers' pictures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline
+from test_editing import PROMPTS, box, pictures, seeds
+from test_training import COMMON, clip_config, cut, final_state, ldm_config, losses, vae_config
+
+import train.clip
+import train.ldm
+import train.vae
+from ldm.denoiser import Denoiser, beside
+from ldm.editing import on_latents, without
+from ldm.errors import UserError
+from ldm.guidance import ClassifierFree
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.unet import widen
+from train.config import DataConfig, DiffusionConfig, UnetConfig
+from train.ldm import LdmStage
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline(inpaints=True)
+
+
+@pytest.fixture(scope="module")
+def begun(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished stages 0, 1 and 2, of text to image."""
+    runs = tmp_path_factory.mktemp("runs")
+    train.clip.train(clip_config(shapes, runs / "clip", steps=2, validate_every=2))
+    train.vae.train(vae_config(shapes, runs / "vae", steps=2, validate_every=2))
+    train.ldm.train(ldm_config(shapes, runs / "ldm", runs, steps=2, validate_every=2))
+    return runs
+
+
+def inpaint_config(shapes: Path, out: Path, runs: Path, **change: Any) -> Any:
+    init = str(runs / "ldm/model")
+    return ldm_config(shapes, out, runs, **{"task": "inpaint", "init": init, "keep_checkpoints": 9} | change)
+
+
+# -- the network ----------------------------------------------------------------------------------------------------
+
+
+def test_widened_it_is_what_it_was_until_it_learns():
+    unet = tiny_pipeline().unet.requires_grad_(True)
+    x, index, text = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 16, 32)
+    before = unet(x, index, text).sample
+    widen(unet, 9)
+    assert unet.config.in_channels == 9
+    context = torch.randn(2, 5, 16, 16)
+    network = beside(lambda x, index, text: unet(x, index, text).sample, context)
+    after = network(x, index, text)
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+    after.square().sum().backward()
+    assert unet.conv_in.weight.grad[:, 4:].abs().amax((0, 2, 3)).min() > 0  # each new input is learned from
+
+
+def test_each_guided_prediction_sees_its_own_pictures_context():
+    """Three predictions of two pictures in one evaluation: the context goes with the picture."""
+
+    def network(x, index, condition):
+        return x[:, :1] * 0 + x[:, 1:2] + condition[:, :, None, None]
+
+    context = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    denoise = ClassifierFree(
+        Denoiser(beside(network, context), "x0"),
+        torch.zeros(2, 1),
+        [(torch.zeros(2, 1), 2.0), (torch.zeros(2, 1), 3.0)],
+    )
+    level = tiny_pipeline().process.schedule.level(500)
+    assert denoise(torch.randn(2, 1, 1, 1), level).flatten().tolist() == pytest.approx([1.0, 2.0])
+
+
+# -- the data -------------------------------------------------------------------------------------------------------
+
+WAYS: dict[str, dict[str, Any]] = {
+    "cached": {},
+    "kept crops": {"input": DataConfig(resolution=32, crop="random", crops=2, flip=True)},
+    "buckets": {"input": DataConfig(resolution=32, buckets=8)},
+    "as they come": {"cache": "off", "input": DataConfig(resolution=32, crop="random", flip=True)},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 noisy pictures of several shapes, which no window of another resembles."""
+    folder = tmp_path_factory.mktemp("wide")
+    for k in range(32):
+        size = (64, 40) if k % 2 else (36, 36)
+        pictures(1, size, k)[0].save(folder / f"{k:02d}.png")
+        (folder / f"{k:02d}.txt").write_text(f"picture {k}")
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_masked_picture_is_the_one_its_latent_was_made_of(
+    begun: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    seen: list[Any] = []
+    begin_step = LdmStage.begin_step
+
+    def spy(self: LdmStage, step: int, parts: list, scale: Any) -> None:
+        begin_step(self, step, parts, scale)
+        seen.append((self, parts[0]))
+
+    monkeypatch.setattr(LdmStage, "begin_step", spy)
+    config = inpaint_config(wide, tmp_path / "run", begun, steps=2, validate_every=2, batch_size=8, **WAYS[way])
+    train.ldm.train(config)
+    for stage, batch in seen:
+        mean, std = stage.autoencoder.encode(batch["pixels"])
+        torch.testing.assert_close(batch["mean"], mean, atol=1e-5, rtol=0)
+        mask, context = batch["mask"], batch["context"]
+        torch.testing.assert_close(context[:, :1], on_latents(mask, stage.autoencoder.factor))
+        elsewhere = torch.where(mask > 0, torch.rand_like(batch["pixels"]), batch["pixels"])
+        mean, std = stage.autoencoder.encode(without(elsewhere, mask))
+        torch.testing.assert_close(context[:, 1:], mean + std * batch["masked_noise"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["cached", "kept crops", "as they come"])
+def test_a_run_is_continued_exactly(
+    shapes: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    def start(name: str, **change: Any) -> None:
+        train.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change))
+
+    start("whole", workers=2)
+    with monkeypatch.context() as patch:
+        cut(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            start("cut")
+    start("cut")
+    assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 4
+    assert (tmp_path / "whole/samples/step-00000008.png").is_file()
+
+
+def test_it_begins_as_the_model_that_is_given(shapes: Path, begun: Path, tmp_path: Path) -> None:
+    """Its first loss, at a learning rate of nearly 0, is that of continuing as text to image; so are autoencoder and encoder."""
+    still = {"optimizer": replace(COMMON["optimizer"], lr=1e-12), "steps": 2, "validate_every": 2}
+    for task in ("txt2img", "inpaint"):
+        train.ldm.train(
+            replace(inpaint_config(shapes, tmp_path / task, begun, **still), task=task, vae="", text_encoder="")
+        )
+    one, other = (losses(tmp_path / task)[0][1] for task in ("txt2img", "inpaint"))
+    assert other == pytest.approx(one, rel=1e-5)
+    was = LatentDiffusionPipeline.from_pretrained(begun / "ldm/model").unet.state_dict()
+    for name, value in LatentDiffusionPipeline.from_pretrained(tmp_path / "txt2img/model").unet.state_dict().items():
+        torch.testing.assert_close(value, was[name], atol=1e-6, rtol=0)
+
+
+def test_what_does_not_fit_what_is_given_is_refused(
+    shapes: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(name: str = "run", **change: Any) -> None:
+        train.ldm.train(inpaint_config(shapes, tmp_path / name, begun, steps=1, validate_every=1, **change))
+
+    with pytest.raises(UserError, match="no pipeline at 'nowhere'"):
+        start(init="nowhere")
+    with pytest.raises(UserError, match=r"lacks unet/"):
+        start(init=str(begun / "vae/model"))
+    with pytest.raises(UserError, match="has out_channels 4, this run needs 8"):
+        start(diffusion=DiffusionConfig(variance="learned", objective="hybrid"))
+    wide = UnetConfig(channels=(32, 32), attention=(True, True), heads=(2, 2), groups=8)
+    with pytest.raises(UserError, match="another shape than the configuration's unet"):
+        train.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), unet=wide))
+    assert not (tmp_path / "run").exists()
+    start()
+    with pytest.raises(UserError, match="has in_channels 9, this run needs 4"):
+        start("other", task="txt2img", init=str(tmp_path / "run/model"))
+    start("again", init=str(tmp_path / "run/model"), diffusion=DiffusionConfig(target="v", beta_end=0.02))
+    said = capsys.readouterr().out
+    assert "predicts eps, this run v" in said
+    assert "another noise schedule" in said
+    with pytest.raises(UserError, match="--init holds something else"):
+        start(init=str(tmp_path / "again/model"), diffusion=DiffusionConfig())
+
+
+# -- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_stock_diffusers_paints_the_same(pipe, saved, strength, sampler):
+    """Before pasting. The mask's borders are multiples of the autoencoder's factor."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    stock = DiffusionPipeline.from_pretrained(saved)
+    assert type(stock) is StableDiffusionInpaintPipeline
+    stock.set_progress_bar_config(disable=True)
+    if sampler == "dpmpp_2m":
+        stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
+    given = {"image": pictures(2), "mask_image": box()}
+    theirs = stock(PROMPTS, **given, generator=seeds(2), height=32, width=32, **how).images
+    ours = pipe(PROMPTS, **given, generator=seeds(2), sampler=sampler, **how).images
+    assert (pipe.decode(ours) - pipe.decode(theirs)).abs().max() <= 2 / 255
+    other = pipe(
+        PROMPTS, image=pictures(2, seed=9), mask_image=box(), generator=seeds(2), sampler=sampler, **how
+    ).images
+    assert (pipe.decode(ours) - pipe.decode(other)).abs().max() > 2 / 255  # it does see the picture
+
+
+def test_it_is_loaded_and_saved_as_it_is(pipe, saved):
+    again = LatentDiffusionPipeline.from_pretrained(saved)
+    assert again.inpaints
+    assert json.loads((saved / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    how = {"image": pictures(1), "mask_image": box(), "num_inference_steps": 2, "output_type": "np"}
+    one, other = (p("a star", generator=seeds(1), **how).images for p in (pipe, again))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_outside_the_mask_nothing_changes_and_what_is_inside_is_not_looked_at(pipe):
+    (given,), mask = pictures(1, (45, 35)), box((45, 35), (7, 6, 22, 20))
+    how = {"mask_image": mask, "num_inference_steps": 2, "generator": None}
+    hidden = np.asarray(mask) > 0
+    other = np.asarray(given).copy()
+    other[hidden] = 255 - other[hidden]
+    made = [
+        np.asarray(pipe("a star", image=image, **how | {"generator": seeds(1)}).images[0])
+        for image in (given, pictures(1, (45, 35))[0])
+    ]
+    np.testing.assert_array_equal(made[0][~hidden], np.asarray(given)[~hidden])
+    from PIL import Image
+
+    again = np.asarray(pipe("a star", image=Image.fromarray(other), **how | {"generator": seeds(1)}).images[0])
+    np.testing.assert_array_equal(again[hidden], made[0][hidden])
+
+
+def test_it_paints_from_text_and_from_pictures_too(pipe):
+    """As under a mask that is white all over; so its text-to-image is that of such a mask, whatever the picture."""
+    how = {"num_inference_steps": 3, "output_type": "np"}
+    text = pipe(PROMPTS, generator=seeds(2), **how).images
+    assert text.shape == (2, 32, 32, 3)
+    np.testing.assert_array_equal(text, pipe(PROMPTS, generator=seeds(2), **how).images)
+    alone = pipe(PROMPTS[1], generator=seeds(2)[1:], **how).images
+    assert np.abs(alone[0] - text[1]).max() <= 1 / 255
+    near = pipe(PROMPTS, image=pictures(2), strength=0.3, generator=seeds(2), **how).images
+    far = pipe(PROMPTS, image=pictures(2), strength=0.9, generator=seeds(2), **how).images
+    given = np.stack([np.asarray(p) / 255 for p in pictures(2)])
+    assert np.abs(near - far).max() > 1 / 255
+    assert given.shape == near.shape
+    noise = torch.randn(2, 4, 16, 16)
+    z = pipe.invert(noise, "", num_inference_steps=3)
+    assert torch.isfinite(z).all()
+
+
+def test_a_channel_count_that_is_neither_is_refused(pipe):
+    unet = tiny_pipeline().unet
+    widen(unet, 8)
+    with pytest.raises(UserError, match="takes 8 channels"):
+        LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process)

@@ -1,0 +1,38 @@
+"""Masks are data: a function of seed and position, of all kinds, and never empty."""
+
+import numpy as np
+import torch
+
+from train.data.masks import BOXES, WHOLE, draw_masks
+
+SIZE = (48, 32)  # width, height
+
+
+def test_a_mask_is_a_function_of_seed_and_position():
+    together = draw_masks(3, range(100, 140), SIZE)
+    assert together.shape == (40, 1, 32, 48)
+    alone = torch.cat([draw_masks(3, [p], SIZE) for p in reversed(range(100, 140))]).flip(0)
+    assert torch.equal(together, alone)
+    assert not torch.equal(together, draw_masks(4, range(100, 140), SIZE))
+
+
+def test_masks_are_of_all_kinds_and_none_is_empty():
+    masks = draw_masks(0, range(3000), SIZE)[:, 0].numpy()
+    assert set(np.unique(masks)) == {0, 1}
+    cover = masks.mean((1, 2))
+    assert cover.min() > 0
+    whole = cover == 1
+    rows, columns = masks.any(2).sum(1), masks.any(1).sum(1)
+    box = (rows * columns == masks.sum((1, 2))) & ~whole
+    error = 3 * (0.25 / 3000) ** 0.5
+    assert abs(whole.mean() - WHOLE) < error
+    assert BOXES - error < box.mean() < BOXES + 0.05  # a short thick stroke can be a box
+    assert 0.02 < cover[~whole & ~box].mean() < 0.5
+    assert (cover[~whole & ~box] < 0.02).any()  # thin strokes are among them
+
+
+def test_every_place_is_painted_sometimes_and_kept_sometimes():
+    masks = draw_masks(1, range(2000), SIZE)[:, 0]
+    often = masks.mean(0)
+    assert often.min() > 0.2
+    assert often.max() < 0.6
