@@ -14,7 +14,8 @@ from transformers import CLIPTextModel
 
 from conditioning import ClipTextEncoder, tokenize
 from ldm.errors import UserError
-from ldm.pipeline import LatentDiffusionPipeline, _warn_once
+from ldm.networks import _warn_once
+from ldm.pipeline import LatentDiffusionPipeline
 
 SHORT = "a small blue star"
 WORDS = [

@@ -18,7 +18,7 @@ from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
 from ldm.objective import Objective
 from ldm.schedule import Schedule
-from ldm.unet import build_unet
+from ldm.unet import build_unet, widen
 from train.cli import dump, overlay, parse, read_yaml, validate
 from train.config import ClipConfig, LdmConfig, RunConfig, VaeConfig
 
@@ -84,6 +84,8 @@ def test_stable_diffusion_shapes() -> None:
     assert sum(p.numel() for p in codec.parameters()) == 83_653_863
     heads = [b.attentions[0].transformer_blocks[0].attn1.heads for b in network.down_blocks if hasattr(b, "attentions")]
     assert heads == [8, 8, 8]
+    widen(network, 9)
+    assert sum(p.numel() for p in network.parameters()) == 859_535_364  # that of the published inpainting model
 
 
 def test_shapes_128_has_heads_of_64() -> None:

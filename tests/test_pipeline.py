@@ -30,7 +30,8 @@ from torch import Tensor
 from autoencoder.tiling import Tiles
 from ldm.errors import RunError, UserError
 from ldm.interchange import Process
-from ldm.pipeline import LatentDiffusionPipeline, _warn_once
+from ldm.networks import _warn_once
+from ldm.pipeline import LatentDiffusionPipeline
 from ldm.png import file_name, read_png, save_png
 
 STOCK = {
@@ -400,6 +401,98 @@ def test_a_png_carries_its_settings(tmp_path: Path, prompt: str) -> None:
     assert path.parent == tmp_path
     save_png(Image.new("RGB", (4, 4)), path, settings)
     assert read_png(path) == settings
+
+
+def test_the_callback_sees_what_stock_diffusers_shows_its_own(folder: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    seen: dict[str, list[Any]] = {"theirs": [], "ours": []}
+
+    def note(who: str) -> Any:
+        def callback(pipe: Any, step: int, t: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+            seen[who].append((step, int(t), given["latents"].clone()))
+            return {}
+
+        return callback
+
+    how: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    stock(PROMPTS, generator=seeds(), callback_on_step_end=note("theirs"), **how)
+    z = pipe(PROMPTS, generator=seeds(), sampler="ddim", callback_on_step_end=note("ours"), **how).images
+    for (k, t, theirs), (step, index, ours) in zip(seen["theirs"], seen["ours"], strict=True):
+        assert (k, t) == (step, index)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert torch.equal(seen["ours"][-1][2], z)
+
+
+def test_the_callback_may_change_the_latents_and_sees_what_was_made_out(folder: Path) -> None:
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    made: list[Tensor] = []
+
+    def callback(pipe: Any, step: int, t: float, given: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        made.append(given["denoised"])
+        return {"latents": torch.zeros_like(given["latents"])} if step == 2 else None
+
+    how: dict[str, Any] = {"num_inference_steps": 3, "sampler": "ddim", "output_type": "latent"}
+    z = pipe(PROMPTS, generator=seeds(), callback_on_step_end=callback, **how).images
+    assert isinstance(z, Tensor)
+    assert not z.any()
+    assert [m.shape for m in made] == [z.shape] * 3
+    plain = pipe(PROMPTS, generator=seeds(), **how | {"num_inference_steps": 1}, callback_on_step_end=callback).images
+    scale = pipe.process.schedule.level(0).alpha  # a single step ends at the first level, nearly what was made out
+    assert (plain - made[3]).abs().max() < 0.1 + (1 - scale)
+
+
+def test_features_of_prompts_take_their_place(folder: Path) -> None:
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    how: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+    said = pipe(PROMPTS, "a circle", generator=seeds(), **how).images
+    given = pipe(
+        prompt_embeds=pipe.encode(PROMPTS), negative_prompt_embeds=pipe.encode(["a circle"]), generator=seeds(), **how
+    ).images
+    np.testing.assert_array_equal(said, given)
+    for wrong, says in (
+        ({}, "prompt None: give at least one"),
+        ({"prompt": [], "negative_prompt": "a"}, "give at least one"),
+        ({"prompt": "a", "prompt_embeds": pipe.encode(["a"])}, "both given"),
+        ({"prompt_embeds": torch.zeros(1, 3, 32)}, r"shape \(1, 3, 32\)"),
+        ({"prompt": "a", "negative_prompt_embeds": torch.zeros(0, 16, 32)}, r"shape \(0, 16, 32\)"),
+        ({"prompt_embeds": pipe.encode(["a"]), "weak": pipe}, "give prompt, not prompt_embeds"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"]}, "3 prompts for 2 negative prompts"),
+        ({"prompt": "a", "output_type": "jpeg"}, "output_type 'jpeg'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            pipe(**wrong, num_inference_steps=1)
+
+
+def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Picture by picture through the autoencoder, and one network after the other on the device."""
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    given = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    how: dict[str, Any] = {"image": given, "num_inference_steps": 3, "output_type": "np"}
+    whole = pipe(PROMPTS, generator=seeds(), **how).images
+    at_once: list[int] = []
+    decode = pipe.autoencoder.vae.decode
+    monkeypatch.setattr(pipe.autoencoder.vae, "decode", lambda z: at_once.append(len(z)) or decode(z))
+    pipe.enable_vae_slicing()
+    sliced = pipe(PROMPTS, generator=seeds(), **how).images
+    assert np.abs(sliced - whole).max() <= 1e-5
+    assert at_once == [1, 1]
+    pipe.disable_vae_slicing()
+
+    moved: list[tuple[str, str]] = []
+    to = torch.nn.Module.to
+
+    def spy(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        moved.append((type(module).__name__, str(kwargs.get("device"))))
+        return to(module, "cpu")
+
+    pipe.enable_model_cpu_offload("cpu")
+    pipe._offload = torch.device("cpu", 0)  # by its name told from where the networks stay
+    monkeypatch.setattr(torch.nn.Module, "to", spy)
+    np.testing.assert_array_equal(pipe(PROMPTS, generator=seeds(), **how).images, whole)
+    networks = ["CLIPTextModel", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
+    assert moved == [(name, device) for name in networks for device in ("cpu:0", "cpu")]
 
 
 def test_large_pictures_are_decoded_in_tiles() -> None:
