@@ -162,7 +162,7 @@ def test_what_stock_diffusers_cannot_sample_is_said_once(tmp_path: Path, caplog:
         pipe = tiny_pipeline(**process)
         pipe.save_pretrained(tmp_path / "a")
         pipe.save_pretrained(tmp_path / "b")
-        lines = [record.getMessage() for record in caplog.records if record.name == "ldm.pipeline"]
+        lines = [record.getMessage() for record in caplog.records if record.name == "ldm.networks"]
         assert len(lines) == (says is not None)
         assert says is None or says in lines[0]
 
