@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from autoencoder.preview import Colours
 from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
 
@@ -86,11 +87,13 @@ class Autoencoder:
 
     `encode` gives the posterior already multiplied by the scaling factor; `decode` takes such latents. With `tiles`,
     pictures larger than a tile are encoded and decoded tile by tile, in the memory of one (autoencoder/tiling.py).
+    `colours` previews latents without decoding them (autoencoder/preview.py); None where nobody has fitted them.
     """
 
     def __init__(self, vae: AutoencoderKL, tiles: Tiles | None = None) -> None:
         self.vae = vae.eval().requires_grad_(False)
         self.tiles = tiles
+        self.colours: Colours | None = None
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
         self.latent_channels: int = vae.config.latent_channels
         self.scale: float = vae.config.scaling_factor
@@ -115,7 +118,15 @@ class Autoencoder:
                 f"the autoencoder at {str(where)!r} shifts its latents, which Stable Diffusion pipelines ignore: "
                 "use one with scaling_factor alone"
             )
-        return cls(vae)
+        autoencoder = cls(vae)
+        autoencoder.colours = Colours.load(where, autoencoder.latent_channels)
+        return autoencoder
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, config.json and, where there are colours, preview.json."""
+        self.vae.save_pretrained(str(folder), safe_serialization=True)
+        if self.colours is not None:
+            self.colours.save(folder)
 
     @property
     def digest(self) -> str:

@@ -264,7 +264,7 @@ def test_gradient_checkpointing_gives_the_same_run(
     train.vae.train(config(shapes, tmp_path / "a"))
     once = calls[0]
     train.vae.train(config(shapes, tmp_path / "b", gradient_checkpointing=True))
-    assert calls[0] > 2.3 * once
+    assert calls[0] > 2.2 * once
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
 
 

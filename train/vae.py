@@ -1,6 +1,7 @@
 """Stage 1: train the autoencoder, measure its latents, and fold their normalisation into the weights it hands over."""
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_never
@@ -22,6 +23,7 @@ from autoencoder.model import (
     measure,
 )
 from autoencoder.perceptual import ClipPerceptual, Lpips
+from autoencoder.preview import fit_colours
 from ldm.errors import UserError
 from train.config import AutoencoderConfig, PerceptualConfig, VaeConfig
 from train.data.dataset import PictureDataset, PosteriorNoise
@@ -37,7 +39,8 @@ from train.reconstruction import measure_reconstruction
 from train.run import Run, open_accelerator
 from train.sheets import reconstruction_sheet
 
-_REFRESH = 2048  # pictures that normalise the model/ of an unfinished run
+_REFRESH = 2048  # pictures, at most, that normalise the model/ of an unfinished run
+_COLOURS = 512  # that previews' colours are fitted to, which are few numbers: with 2,048 they are the same
 _SHEET = 8  # pictures of a sheet
 _NOISE = (0.2,)  # added to latents in validation; scripts/evaluate_vae.py has more
 
@@ -98,6 +101,9 @@ class VaeStage:
     def _mean(self, x: Tensor) -> Tensor:
         return self.run.accelerator.reduce(x, "mean")
 
+    def _sum(self, x: Tensor) -> Tensor:
+        return self.run.accelerator.reduce(x, "sum")
+
     def batches(self, start: int) -> Iterator[list[Batch]]:
         return self.run.batches(self.training, start, self.run.damage(self.inputs.source))
 
@@ -117,32 +123,31 @@ class VaeStage:
         if self.critic is not None and self.reconstruct.adversarial and self.config.adversarial.spectral_norm:
             self.critic.refresh()
 
-    def _shares(self, pictures: PictureDataset, count: int) -> Iterator[Batch]:
-        """This process's batches of the first `count` pictures, in order."""
+    def _shares(self, pictures: PictureDataset, places: range) -> Iterator[Batch]:
+        """This process's batches of the pictures at these places, in order."""
         accelerator = self.run.accelerator
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
-        firsts = range(accelerator.process_index * b, count, accelerator.num_processes * b)
-        parts = [range(first, min(first + b, count)) for first in firsts]
+        firsts = range(accelerator.process_index * b, len(places), accelerator.num_processes * b)
+        parts = [places[first : first + b] for first in firsts]
         return map(self.run.on_device, read_ahead(pictures, parts, self.config.workers))
 
-    def _normalised(self, pictures: PictureDataset, count: int) -> tuple[AutoencoderKL, LatentStatistics | None]:
-        """The averaged weights, their latents normalised over so many pictures, unless the encoder is somebody else's."""
+    def _normalised(self, pictures: PictureDataset, places: range) -> tuple[AutoencoderKL, LatentStatistics | None]:
+        """The averaged weights, their latents normalised over these pictures, unless the encoder is somebody else's."""
         vae = copy.deepcopy(self.ema.module)
         if self.config.decoder_only:
             return vae, None
-        batches = ((part["pixels"], part["posterior_noise"]) for part in self._shares(pictures, count))
+        batches = ((part["pixels"], part["posterior_noise"]) for part in self._shares(pictures, places))
         sums = measure(vae, batches, channels=self.latent_channels)
-        statistics = latent_statistics(self.run.accelerator.reduce(sums, "sum").cpu())
+        statistics = latent_statistics(self._sum(sums).cpu())
         fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
         return vae, statistics
 
     def validate(self, step: int) -> dict[str, float]:
         count = min(len(self.held_out.source), self.config.validation_examples)
-        vae, _ = self._normalised(self.held_out, count)
+        vae, _ = self._normalised(self.held_out, range(count))
         figures = measure_reconstruction(
-            Autoencoder(vae), ((p["pixels"], p["posterior_noise"]) for p in self._shares(self.held_out, count)),
-            perceptual=self.perceptual, features=self.features, levels=_NOISE,
-            reduce=lambda x: self.run.accelerator.reduce(x, "sum"),
+            Autoencoder(vae), ((p["pixels"], p["posterior_noise"]) for p in self._shares(self.held_out, range(count))),
+            perceptual=self.perceptual, features=self.features, levels=_NOISE, reduce=self._sum,
         )  # fmt: skip
         self.run.say(
             f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out pictures"
@@ -154,11 +159,14 @@ class VaeStage:
         reconstruction_sheet(Autoencoder(self.ema.module), pictures["pixels"]).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
-        """The averaged weights, their latents normalised over the training set (a part of it until the end)."""
-        count = len(self.plain.source) if final else min(_REFRESH, len(self.plain.source))
-        vae, statistics = self._normalised(self.plain, count)
+        """The averaged weights, their latents normalised over the training set (a part of it until the end), and their colours."""
+        count = len(self.plain.source)
+        vae, statistics = self._normalised(self.plain, range(count) if final else _spread(count, _REFRESH))
+        autoencoder = Autoencoder(vae)
+        pictures = (part["pixels"] for part in self._shares(self.plain, _spread(count, _COLOURS)))
+        autoencoder.colours = fit_colours(autoencoder, pictures, reduce=self._sum)
         if self.run.main:
-            vae.save_pretrained(str(folder), safe_serialization=True)
+            autoencoder.save(folder)
         if statistics is None:
             return {}
         if statistics.dead:
@@ -166,6 +174,11 @@ class VaeStage:
                 f"latent channels {statistics.dead} carry nothing: fewer latent channels, or a lower --kl-weight"
             )
         return {"dead_channels": len(statistics.dead)}
+
+
+def _spread(count: int, most: int) -> range:
+    """Up to so many of the places in a set, from all of it: a set may be sorted."""
+    return range(0, count, math.ceil(count / most))
 
 
 def first_autoencoder(config: VaeConfig) -> AutoencoderKL:

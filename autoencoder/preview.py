@@ -1,0 +1,90 @@
+"""Cheap previews: a linear map from latents to colours, one pixel a latent, without the decoder.
+
+What a latent says of the mean colour of its place is nearly linear, so least squares over some pictures finds it. It is
+taken over posterior samples z = μ + σ ε, since those are what a diffusion learns to paint, but none is drawn: of the
+normal equations only E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ enter. A channel that is all noise is so left out of it.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoencoder.tiling import pad_to_multiple
+from ldm.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from autoencoder.model import Autoencoder
+
+_FILE = "preview.json"  # beside the weights
+
+
+class Colours(NamedTuple):
+    """Colours of normalised latents; float32."""
+
+    weight: Tensor  # (3, c)
+    bias: Tensor  # (3,)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Normalised latents (b, c, h, w) to pictures (b, 3, h, w) in [−1, 1], float32, on their device."""
+        z = latents.float()
+        colours = torch.einsum("kc,bchw->bkhw", self.weight.to(z), z) + self.bias.to(z).view(3, 1, 1)
+        return colours.clamp(-1, 1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write preview.json into an autoencoder's folder."""
+        numbers = {name: value.tolist() for name, value in self._asdict().items()}
+        (Path(folder) / _FILE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, channels: int) -> "Colours | None":
+        """Of an autoencoder's folder; None where it has none. Raises UserError for anything but those of so many channels."""
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            return None
+        try:
+            numbers = json.loads(path.read_text(encoding="utf-8"))
+            colours = cls(*(torch.tensor(numbers[name], dtype=torch.float32) for name in cls._fields))
+        except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{str(path)!r} can't be read ({said}): delete it, previews alone need it") from None
+        shapes = [tuple(value.shape) for value in colours]
+        if shapes != [(3, channels), (3,)] or not all(value.isfinite().all() for value in colours):
+            raise UserError(
+                f"{str(path)!r} isn't of this autoencoder: weight (3, {channels}) and bias (3,) of finite numbers are "
+                f"accepted, it has {shapes[0]} and {shapes[1]}; delete it, previews alone need it"
+            )
+        return colours
+
+
+@torch.no_grad()
+def fit_colours(
+    autoencoder: "Autoencoder", batches: Iterable[Tensor], *, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Colours:
+    """The colours of an autoencoder's latents, from batches of pictures (b, 3, H, W) in [−1, 1].
+
+    reduce: the sum of a tensor over all processes, each of which must call this, with or without pictures. Raises UserError
+    where none has a picture, RunError where latents aren't finite.
+    """
+    c, f = autoencoder.latent_channels, autoencoder.factor
+    # Of rows [z, 1], (c + 1,), and of the colours y, (3,): Σ [z, 1] [z, 1]ᵀ beside Σ [z, 1] yᵀ.
+    sums = torch.zeros(c + 1, c + 1 + 3, dtype=torch.float64, device=autoencoder.vae.device)
+    for pixels in batches:
+        q = autoencoder.encode(pixels)
+        y = F.avg_pool2d(pad_to_multiple(pixels, f).to(sums), f)  # (b, 3, h, w)
+        mean, variance = q.mean.to(sums), q.std.to(sums) ** 2
+        rows = torch.cat([mean, torch.ones_like(mean[:, :1]), y], 1).movedim(1, 0).flatten(1)  # (c + 1 + 3, b h w)
+        sums += rows[: c + 1] @ rows.T
+        sums[:c, :c] += variance.sum((0, 2, 3)).diag()
+    sums = reduce(sums).cpu()
+    if not sums[c, c]:
+        raise UserError("no pictures to fit the colours of latents to: at least one is needed")
+    if not sums.isfinite().all():
+        raise RunError("the autoencoder's latents aren't finite: no colours can be fitted to them")
+    # By pseudo-inverse: pictures may all be of one colour, and latents then say nothing.
+    both = (torch.linalg.pinv(sums[:, : c + 1], hermitian=True) @ sums[:, c + 1 :]).T.float()  # (3, c + 1)
+    return Colours(both[:, :c].contiguous(), both[:, c].contiguous())

@@ -1,0 +1,168 @@
+"""Colours of latents: least squares that is exact where the decoder is linear, over any batches and processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from test_training import ROOT, vae_config
+
+import train.vae
+from autoencoder.model import Autoencoder, Posterior, build_autoencoder
+from autoencoder.preview import Colours, fit_colours
+from ldm.errors import RunError, UserError
+from train.data.dataset import PictureDataset
+from train.data.framing import Framing
+from train.data.sources import open_source
+
+WEIGHT = torch.tensor([[0.5, 0.1, -0.2], [0.0, -0.3, 0.1], [0.2, 0.2, 0.4]])
+BIAS = torch.tensor([0.1, -0.2, 0.05])
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def codec(encode, channels, factor=2):
+    """What is asked of an autoencoder here."""
+    return SimpleNamespace(encode=encode, latent_channels=channels, factor=factor, vae=torch.empty(0))
+
+
+def linear(std=0.0):
+    """Its decoder: each latent is a square of colour WEIGHT z + BIAS."""
+
+    def encode(pixels):
+        mean = torch.einsum("ck,bkhw->bchw", WEIGHT.inverse(), F.avg_pool2d(pixels, 2) - BIAS.view(3, 1, 1))
+        return Posterior(mean, torch.full_like(mean, std))
+
+    return codec(encode, 3)
+
+
+def painted(z):
+    colours = torch.einsum("kc,bchw->bkhw", WEIGHT, z) + BIAS.view(3, 1, 1)
+    return colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def small_autoencoder():
+    torch.manual_seed(0)
+    return Autoencoder(build_autoencoder(channels=(8, 16), layers=1, latent_channels=4, groups=2, attention=False))
+
+
+def test_a_linear_decoder_is_found():
+    z = 0.3 * draw(8, 3, 6, 5)
+    colours = fit_colours(linear(), [painted(z)])
+    torch.testing.assert_close(colours.weight, WEIGHT, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(colours.bias, BIAS, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(colours(z), F.avg_pool2d(painted(z), 2).clamp(-1, 1), rtol=1e-5, atol=1e-5)
+    assert colours(50 * z).abs().max() == 1
+
+
+def test_the_fit_is_to_samples_though_none_is_drawn():
+    # ± the rows of a Hadamard matrix: noise of mean 0 and variance 1 in each channel, none of them correlated.
+    half = torch.tensor([[1.0, 1, 1], [1, -1, 1], [1, 1, -1], [1, -1, -1]])
+    signs = torch.cat([half, -half])  # (8, 3)
+    z, pixels = 0.3 * draw(4, 3, 6, 5), draw(4, 3, 12, 10, seed=1).tanh()
+    samples = [z + 0.2 * sign.view(3, 1, 1) for sign in signs]
+    drawn = iter(samples)
+    given = codec(lambda _: Posterior(next(drawn), torch.zeros_like(z)), 3)
+    by_sampling = fit_colours(given, [pixels] * len(samples))
+    at_once = fit_colours(codec(lambda _: Posterior(z, torch.full_like(z, 0.2)), 3), [pixels])
+    for a, b in zip(at_once, by_sampling, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    without = fit_colours(codec(lambda _: Posterior(z, torch.zeros_like(z)), 3), [pixels])
+    assert (without.weight - at_once.weight).abs().max() > 1e-3
+
+
+def test_batches_make_no_difference():
+    autoencoder, x = small_autoencoder(), draw(12, 3, 16, 16).tanh()
+    whole, parts = (fit_colours(autoencoder, batches) for batches in ([x], x.split([1, 7, 4])))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    ragged = fit_colours(autoencoder, [x[..., :15, :11]])  # sides that are no multiple of the factor
+    assert ragged(autoencoder.encode(x[..., :15, :11]).mean).shape == (12, 3, 8, 6)
+
+
+def test_pictures_that_teach_nothing():
+    grey = torch.full((2, 3, 8, 8), 0.25)
+    still = codec(lambda x: Posterior(torch.zeros(len(x), 3, 4, 4), torch.zeros(len(x), 3, 4, 4)), 3)
+    torch.testing.assert_close(fit_colours(still, [grey])(draw(1, 3, 4, 4)), torch.full((1, 3, 4, 4), 0.25))
+    with pytest.raises(UserError, match="no pictures"):
+        fit_colours(linear(), [])
+    with pytest.raises(RunError, match="finite"):
+        fit_colours(linear(), [grey * torch.nan])
+
+
+def test_colours_are_kept_beside_the_weights(tmp_path, capfd, recwarn):
+    autoencoder = small_autoencoder()
+    autoencoder.save(tmp_path / "plain")
+    assert Autoencoder.load(tmp_path / "plain").colours is None
+    autoencoder.colours = fit_colours(autoencoder, [draw(4, 3, 16, 16).tanh()])
+    autoencoder.save(tmp_path / "pipeline" / "vae")
+    capfd.readouterr()
+    for where in ("pipeline", "pipeline/vae"):
+        read = Autoencoder.load(tmp_path / where)
+        assert all(torch.equal(a, b) for a, b in zip(read.colours, autoencoder.colours, strict=True))
+    AutoencoderKL.from_pretrained(tmp_path / "pipeline" / "vae")
+    assert capfd.readouterr() == ("", "")
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1, 2]",
+        '{"weight": [[1, 2, 3, 4]]}',
+        '{"weight": "red", "bias": [0, 0, 0]}',
+        '{"weight": [[1, 2, 3], [1, 2, 3], [1, 2, 3]], "bias": [0, 0, 0]}',
+        '{"weight": [[1, 2, 3, 4], [1, 2, 3, NaN], [1, 2, 3, 4]], "bias": [0, 0, 0]}',
+        '{"weight": [[1, 2, 3, 4], [1, 2, 3], [1, 2, 3, 4]], "bias": [0, 0, 0]}',
+        '{"weight": [[1, 2, 3, 4], [1, 2, 3, 1e999], [1, 2, 3, 4]], "bias": [0, 0, 0]}',
+        "[" * 100_000,
+    ],
+)
+def test_what_holds_no_colours_is_said_in_a_line(text, tmp_path):
+    small_autoencoder().save(tmp_path)
+    (tmp_path / "preview.json").write_text(text)
+    with pytest.raises(UserError, match=r"preview\.json") as raised:
+        Autoencoder.load(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):
+    """Of the latents it hands over, those of a decoder trained on somebody else's too."""
+    train.vae.train(vae_config(shapes, tmp_path / "whole", steps=2))
+    given = {"init": str(tmp_path / "whole/model"), "decoder_only": True}
+    train.vae.train(vae_config(shapes, tmp_path / "decoder", steps=2, **given))
+    plain = PictureDataset(open_source(shapes, "train"), Framing(resolution=32), 0, shuffle=False)
+    for run in ("whole", "decoder"):
+        autoencoder = Autoencoder.load(tmp_path / run / "model")
+        again = fit_colours(autoencoder, [plain.__getitems__(range(64))["pixels"]])
+        for a, b in zip(autoencoder.colours, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_fit_as_one(shapes: Path, tmp_path: Path):
+    script = tmp_path / "worker.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+import test_training as t, train.vae
+train.vae.train(t.vae_config(Path({str(shapes)!r}), Path(sys.argv[1]), steps=1, optimizer=t.OptimizerConfig(lr=1e-9)))
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for before, out in (([sys.executable], "one"), (launch, "two")):
+        command = [*before, str(script), str(tmp_path / out)]
+        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
+    one, two = (Colours.load(tmp_path / out / "model", 4) for out in ("one", "two"))
+    assert one is not None
+    assert two is not None
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
