@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.errors import RunError
+from train.card import write_card
 from train.checkpoint import Checkpoints, atomic_folder
 from train.data.shards import duration
 from train.ema import Ema
+from train.inputs import Inputs
 from train.optim import autocast, learning_rate
 from train.run import Run
 
@@ -57,6 +59,7 @@ class Stage(Protocol):
 
     phases: list[Phase]
     ema: Ema[Any]
+    inputs: Inputs
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
         """For each step from `start` on, the parts of this process's share of its batch."""
@@ -222,10 +225,16 @@ class Trainer:
             with atomic_folder(model) as folder:
                 figures = self.stage.export(folder, final=final)
                 self.run.write_provenance(folder, step=step, final=final)
+                write_card(folder, self.run, self.stage.inputs, self.stage.ema.module, step=step, final=final)
         else:
             figures = self.stage.export(model, final=final)
         if figures:
             self.run.log(step, figures)
+        if final and not self.run.config.license:
+            self.run.say(
+                f"{model}/README.md states no licence, so nobody may assume any: the same command with, for one, --license "
+                "apache-2.0 adds it"
+            )
         self.run.accelerator.wait_for_everyone()
 
     def validate(self, step: int) -> None:

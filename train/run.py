@@ -37,7 +37,7 @@ from train.data.workers import Batched
 # What may differ when a run is continued. Inputs are compared by content, wherever they lie.
 _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
          "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "attention", "prompts", "sample_steps",
-         "guidance_scale", "validation_examples", "validation_features", "init",
+         "guidance_scale", "validation_examples", "validation_features", "init", "license",
          "perceptual.model"}  # fmt: skip
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
 
@@ -51,12 +51,12 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, inputs: Mapping[str, str]) -> None:
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.inputs = config, accelerator, dict(inputs)
         self.out = Path(config.out)
         self.name = self.out.name
         self.main = accelerator.is_main_process
         if self.main:
-            self._open(dict(inputs))
+            self._open(self.inputs)
         accelerator.wait_for_everyone()
         self.processes = Processes(
             rank=accelerator.process_index, world=accelerator.num_processes, barrier=accelerator.wait_for_everyone,
@@ -128,6 +128,16 @@ class Run:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
                 temporary.replace(path)
 
+    def validated(self, step: int) -> tuple[int, dict[str, float]]:
+        """The last validation up to this step: its step, and its figures by name; none where there was none."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for line in reversed([line for line in lines if _step_of(line) <= step]):
+            logged = json.loads(line)
+            if figures := {k.removeprefix("val_"): v for k, v in logged.items() if k.startswith("val_")}:
+                return logged["step"], figures
+        return 0, {}
+
     def write_provenance(self, folder: Path, *, step: int, final: bool) -> None:
         """Beside the weights: what they were trained with."""
         about = {"step": step, "final": final, "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -135,12 +145,13 @@ class Run:
         (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def finished(self, step: int) -> bool:
-        """Whether model/ is the result of this step, written at the end of a run."""
+        """Whether model/ is the result of this step, written at the end of a run, under the licence it is to have."""
         try:
             about = json.loads((self.out / "model" / "training.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return about.get("final") is True and about.get("step") == step
+        license = about.get("config", {}).get("license", "")
+        return about.get("final") is True and about.get("step") == step and license == self.config.license
 
     @property
     def cache(self) -> Path:
