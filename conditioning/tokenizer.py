@@ -25,6 +25,7 @@ BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _LETTERS = [*_BYTES, *(b + WORD_END for b in _BYTES)]
 SMALLEST, LARGEST = len(_LETTERS) + 2, 49408  # readers of merges.txt stop after as many merges as OpenAI's
+_QUOTED = 500  # characters of what is lost; nobody reads a megabyte
 _SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which no encoder of bytes takes
 
 
@@ -86,8 +87,8 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
     One chunk is what a stock Stable Diffusion pipeline feeds. With more, each takes as many tokens as it holds of what
     the ones before it left, wherever words end; those that nothing is left for are the "" of other prompts.
 
-    A prompt that is too long for all of them is cut, with a UserWarning that quotes the text that was lost. Half
-    characters (lone surrogates) are read as U+FFFD.
+    A prompt that is too long for all of them is cut, with a UserWarning that quotes the text that was lost, or where that
+    begins. Half characters (lone surrogates) are read as U+FFFD.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts {prompts!r} is one string: a sequence of strings is accepted")
@@ -106,9 +107,10 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
     rows = []
     for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if len(ids) > room:
+            lost = prompt[offsets[room][0] :]
+            more = f" and {len(lost) - _QUOTED} characters more" if len(lost) > _QUOTED else ""
             warnings.warn(
-                f"a prompt has {len(ids)} tokens and {room} fit; this part of it is lost: "
-                f'"{prompt[offsets[room][0] :]}"',
+                f'a prompt has {len(ids)} tokens and {room} fit; this part of it is lost: "{lost[:_QUOTED]}"{more}',
                 PromptCut,
                 stacklevel=2,
             )

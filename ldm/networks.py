@@ -108,7 +108,7 @@ class Networks:
         """Write the whole folder, safetensors and JSON only, every key of the scheduler spelled out."""
         folder = Path(folder)
         self.unet.save_pretrained(str(folder / "unet"), safe_serialization=True)
-        self.autoencoder.vae.save_pretrained(str(folder / "vae"), safe_serialization=True)
+        self.autoencoder.save(folder / "vae")
         self.text_encoder.save(folder)
         scheduler = self.process.to_diffusers()
         scheduler.save_pretrained(str(folder / "scheduler"))
@@ -250,7 +250,8 @@ class Networks:
         size = self.unet.config.sample_size
         natural = (size, size) if isinstance(size, int) else tuple(size)
         multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        h, w = height or natural[0] * factor, width or natural[1] * factor
+        h = natural[0] * factor if height is None else height
+        w = natural[1] * factor if width is None else width
         if h <= 0 or w <= 0 or h % multiple or w % multiple:
             raise UserError(
                 f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"

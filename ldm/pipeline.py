@@ -102,7 +102,7 @@ class LatentDiffusionPipeline(Networks):
             raise UserError(f"output_type {output_type!r}: choose {', '.join(get_args(OutputType))}")
         if image is None and (mask_image is not None or strength is not None):
             raise UserError("mask_image and strength speak of a picture: give image too")
-        if image is not None and (height or width):
+        if image is not None and (height, width) != (None, None):
             raise UserError(f"height {height} and width {width} with an image: its own size holds")
         if weak is not None and prompt_embeds is not None:
             raise UserError("the weaker model reads the prompt itself: give prompt, not prompt_embeds")

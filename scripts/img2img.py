@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
-from train.cli import command, overlay
-from train.painting import Painter, PaintOptions, open_picture
+from ldm.png import slug
+from train.cli import command
+from train.painting import Painter, PaintOptions, open_picture, options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,21 +14,32 @@ class Options(PaintOptions):
     """Paint pictures that begin with given ones: variations, or the same seen as the prompt says."""
 
     image: tuple[str, ...] = ()
-    """Pictures to begin with, of any size; each is painted --num-images times."""
+    """Pictures to begin with, of any size; each is painted --num-images times. With --prompts: one for all, or as many."""
     strength: float = 0.8
     """How much of a picture is given up: 0 nothing, 1 all but its size. Of the steps the last strength · steps are walked."""
 
 
 def main() -> None:
-    o = overlay(Options, Options())
+    o = options(Options)
     if not o.image:
         raise UserError("--image is missing: pictures to begin with")
-    given = [open_picture(path, "--image") for path in o.image]
+    stems = [slug(Path(path).stem) for path in o.image]
+    names = [f"{stem}-" if len(stems) > 1 else "" for stem in stems]
+    if len(set(stems)) < len(stems):  # pictures of several folders
+        names = [f"{k}-{name}" for k, name in enumerate(names)]
+    given = [
+        {"image": open_picture(path, "--image"), "name": name, "story": {"image": [path]}, "files": {"image": path}}
+        for path, name in zip(o.image, names, strict=True)
+    ]
     painter = Painter(o)
-    for path, image in zip(o.image, given, strict=True):
-        name = f"{Path(path).stem}-" if len(o.image) > 1 else ""
-        for made in painter.paint(name, image=image, strength=o.strength):
-            print(made)
+    prompts = painter.prompts
+    n = max(len(given), len(prompts))
+    if not {len(given), len(prompts)} <= {1, n}:
+        raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for all, or as many of each")
+    pairs = zip(prompts * (n // len(prompts)), given * (n // len(given)), strict=True)
+    wanted = [picture for prompt, how in pairs for picture in painter.wanted(prompt, **how)]
+    for path in painter.paint(wanted, strength=o.strength):
+        print(path)
 
 
 if __name__ == "__main__":

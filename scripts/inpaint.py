@@ -8,8 +8,9 @@ import tyro
 from PIL import Image, ImageFilter
 
 from ldm.errors import UserError
-from train.cli import command, overlay
-from train.painting import Painter, PaintOptions, open_picture
+from train.cli import command
+from train.data.decode import MAX_PIXELS
+from train.painting import Painter, PaintOptions, open_picture, options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ def framed(image: Image.Image, mask: Image.Image, o: Options) -> tuple[Image.Ima
         raise UserError(f"--extend {' '.join(map(str, o.extend))}: pixels to add, none below 0")
     if not any(o.extend):
         return image, mask
+    width, height = image.width + left + right, image.height + top + bottom
+    if width * height > MAX_PIXELS:
+        raise UserError(f"--extend to {width}×{height} pixels: up to {MAX_PIXELS} in all are accepted")
     if mask.size != image.size:
         raise UserError(
             f"--mask of {mask.width}×{mask.height} pixels with --extend: {image.width}×{image.height}, the picture's"
@@ -45,17 +49,20 @@ def framed(image: Image.Image, mask: Image.Image, o: Options) -> tuple[Image.Ima
 
 
 def main() -> None:
-    o = overlay(Options, Options())
+    o = options(Options)
     image = open_picture(o.image, "--image")
     if not o.mask and not any(o.extend):
         raise UserError("--mask is missing: a picture that is white where to paint; or give --extend")
     mask = open_picture(o.mask, "--mask").convert("L") if o.mask else Image.new("L", image.size)
     image, mask = framed(image, mask, o)
-    if o.feather < 0:
-        raise UserError(f"--feather {o.feather}: pixels, at least 0")
+    if not 0 <= o.feather <= max(image.size):
+        raise UserError(f"--feather {o.feather}: pixels, 0 to {max(image.size)} for this picture")
     if o.feather:
         mask = mask.filter(ImageFilter.GaussianBlur(o.feather / 2))
-    for path in Painter(o).paint(image=image, mask_image=mask, strength=o.strength):
+    painter = Painter(o)
+    files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
+    wanted = [p for prompt in painter.prompts for p in painter.wanted(prompt, image=image, files=files)]
+    for path in painter.paint(wanted, mask_image=mask, strength=o.strength):
         print(path)
 
 

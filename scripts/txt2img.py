@@ -1,17 +1,17 @@
-"""Paint pictures from a prompt with a trained model."""
+"""Paint pictures from prompts with a trained model."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from train.cli import command, overlay
-from train.painting import Painter, PaintOptions
+from train.cli import command
+from train.painting import Painter, PaintOptions, options
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PaintOptions):
-    """Paint pictures from a prompt."""
+    """Paint pictures from a prompt, or from each of a file."""
 
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
     """Width; the model's own unless given."""
@@ -20,8 +20,10 @@ class Options(PaintOptions):
 
 
 def main() -> None:
-    o = overlay(Options, Options())
-    for path in Painter(o).paint(width=o.width, height=o.height):
+    o = options(Options)
+    painter = Painter(o)
+    wanted = [picture for prompt in painter.prompts for picture in painter.wanted(prompt)]
+    for path in painter.paint(wanted, width=o.width, height=o.height):
         print(path)
 
 

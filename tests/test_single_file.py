@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from conftest import tiny_pipeline
@@ -120,6 +121,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "odd": lambda folder: stock_folder(folder, ODD, DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)),
     "ours": lambda folder: tiny_pipeline().save_pretrained(folder),
     "learned": lambda folder: tiny_pipeline(variance="learned").save_pretrained(folder),
+    "inpaints": lambda folder: tiny_pipeline(inpaints=True).save_pretrained(folder),
 }
 
 
@@ -140,7 +142,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 
 
 def stock(file: Path, folder: Path) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_single_file(str(file), config=str(folder), local_files_only=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = getattr(diffusers, index["_class_name"])
+    pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

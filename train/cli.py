@@ -73,7 +73,7 @@ def parse(kind: type[Config], arguments: list[str] | None = None) -> Config:
     given = read_yaml(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else {}
     if str(given.get("data", "")).startswith("pipe:"):
         raise UserError(f"data: {given['data']!r} is a command, which no file may give: write it as --data")
-    config = overlay(kind, validate(kind, given), arguments)
+    config = overlay(kind, validate(kind, given), arguments, flags=False)
     if show:
         print(dump(config), end="")
         raise SystemExit(0)
@@ -125,12 +125,17 @@ def use_device(name: str) -> torch.device:
     return device
 
 
-def overlay(kind: type[Config], default: Config, arguments: list[str] | None = None) -> Config:
-    """The configuration with `--dotted.name value` arguments (else the process's own) laid over it."""
+def overlay(kind: type[Config], default: Config, arguments: list[str] | None = None, *, flags: bool = True) -> Config:
+    """The configuration with `--dotted.name value` arguments (else the process's own) laid over it.
+
+    flags: what is on or off is given as --name or --no-name; else as --name True or False, like all that a file may hold.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, default=default, args=arguments, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(
+                kind, default=default, args=arguments, config=() if flags else (tyro.conf.FlagConversionOff,)
+            )
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
@@ -147,7 +152,7 @@ def dump(config: object) -> str:
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_line(str(message))}\n"
     transformers.logging.set_verbosity_error()  # it lists what a part of a model leaves unread; what lacks is our error
     transformers.logging.disable_progress_bar()
     try:
