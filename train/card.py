@@ -14,7 +14,7 @@ import yaml
 
 from train.config import ClipConfig, LdmConfig, RunConfig, VaeConfig
 from train.inputs import Inputs
-from train.run import Run, versions
+from train.run import Run, told, versions
 
 _LONGEST = 200  # characters of a prompt in an example
 _USE_CLIP = """```python
@@ -223,12 +223,7 @@ def _list(numbers: Iterable[int]) -> str:
 
 
 def _place(given: str) -> str:
-    """Where something came from, as it was typed; but nothing more of this machine, and nothing that opens another."""
-    if given.startswith("pipe:"):
-        return "the output of a command"
-    if "://" in given:
-        return _code(re.sub(r"(?<=://)[^/@]*@|[?#].*", "", given))  # without password, and tokens of the query
-    return _code(Path(given).name if Path(given).is_absolute() else given)
+    return "the output of a command" if given.startswith("pipe:") else _code(told(given))
 
 
 def _code(text: str) -> str:

@@ -8,6 +8,7 @@ out/samples/  out/checkpoints/  out/model/
 import fcntl
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log
          "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "attention", "prompts", "sample_steps",
          "guidance_scale", "validation_examples", "validation_features", "init", "license",
          "perceptual.model"}  # fmt: skip
+_PLACES = {"data", "out", "cache", "vae", "text_encoder", "init"}
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
 
 
@@ -139,9 +141,11 @@ class Run:
         return 0, {}
 
     def write_provenance(self, folder: Path, *, step: int, final: bool) -> None:
-        """Beside the weights: what they were trained with."""
+        """Beside the weights, with which it may be published: what they were trained with."""
+        config = _plain(self.config)
+        config |= {name: told(config[name]) for name in _PLACES & config.keys()}
         about = {"step": step, "final": final, "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                 "versions": versions(), "config": _plain(self.config)}  # fmt: skip
+                 "versions": versions(), "config": config}  # fmt: skip
         (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def finished(self, step: int) -> bool:
@@ -208,6 +212,15 @@ def open_accelerator(config: RunConfig) -> Accelerator:
         return Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=config.out)
     except (ImportError, ValueError) as error:
         raise UserError(f"--trackers {' '.join(config.trackers)}: {error}") from None
+
+
+def told(place: str) -> str:
+    """Where something came from, as it was typed; but nothing more of this machine, and nothing that opens another."""
+    if place.startswith("pipe:"):
+        return "pipe:"
+    if "://" in place:
+        return re.sub(r"(?<=://)[^/@]*@|[?#].*", "", place)  # without password, and tokens of the query
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def versions() -> dict[str, str]:
