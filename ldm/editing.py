@@ -1,12 +1,14 @@
 """Pictures as where sampling begins (Meng et al. 2022, SDEdit), or as what is to stay round a mask.
 
 Inpainting with any model replaces, after every step, what lies outside the mask by the given latent at that step's noise
-level (Song et al. 2021, arXiv 2011.13456, appendix I.2): it wraps the step, and the loop stays as it is.
+level (Song et al. 2021, arXiv 2011.13456, appendix I.2): it wraps the step, and the loop stays as it is. At the mask's edge
+lie latents that it covers in part. As long as there is more noise than signal, when a picture is laid out, they are the
+given ones, so that what is painted finds its place inside; afterwards they are painted too (after Levin & Fried 2023, arXiv
+2306.00950, who give each latent a step from which on it is painted).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -97,24 +99,26 @@ def paste(made: Tensor, given: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0, given + mask * (made - given), given)
 
 
-@dataclass(frozen=True)
 class Blended:
     """A step after which the latent outside the mask is the given one."""
 
-    step: Step
-    x0: Tensor
-    """The given latent, (b, c, h, w)."""
-    noise: Tensor
-    """What noises it, the same at every level, (b, c, h, w)."""
-    mask: Tensor
-    """Of what is painted, (b, 1, h, w) in [0, 1]."""
-    last: Level
-    """Where the steps end: there it is given as it is."""
+    def __init__(self, step: Step, x0: Tensor, noise: Tensor | None, mask: Tensor, last: Level) -> None:
+        """x0: the given latent, (b, c, h, w), and noise, of the same shape, what noises it at every level; None: what is
+        drawn anew at each.
+
+        mask: where to paint, by pixels, (b, 1, H, W) in [0, 1]. last: where the steps end; there x0 is given as it is.
+        """
+        self.step, self.x0, self.noise, self.last = step, x0, noise, last
+        factor = mask.shape[-1] // x0.shape[-1]
+        self.whole = on_latents((mask < 0.5).float(), factor) == 0
+        self.covered = on_latents(mask, factor) > 0
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        made = self.step(denoise, x, now, next, noise)
-        given = self.x0 if next is self.last else next.alpha * self.x0 + next.sigma * self.noise
-        return self.mask * made + (1 - self.mask) * given
+        made, last = self.step(denoise, x, now, next, noise), next is self.last
+        given = self.x0
+        if not last:
+            given = next.alpha * self.x0 + next.sigma * (noise() if self.noise is None else self.noise)
+        return torch.where(self.covered if last or next.sigma <= next.alpha else self.whole, made, given)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.denoiser import Denoise, Denoiser, Network, beside
-from ldm.editing import Blended, Pixels, on_latents, pad, paste, steps_of, to_mask, to_pixels
+from ldm.editing import Blended, Pixels, pad, paste, steps_of, to_mask, to_pixels
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.networks import Networks, to_pil
-from ldm.samplers import Step, invert, make_step, sample
+from ldm.samplers import Step, draws_noise, invert, make_step, sample
 from ldm.schedule import Level
 from ldm.spacing import Leg, Plan, SamplerKind, Spacing, plan
 
@@ -160,8 +160,8 @@ class LatentDiffusionPipeline(Networks):
             if self.inpaints:
                 network = beside(network, self._context(pixels, inside, noise()))
             elif x0 is not None:
-                seen = on_latents(inside, self.autoencoder.factor).to(self.device)
-                step = Blended(step, x0, start, seen, route.legs[-1].next)
+                same = None if draws_noise(sampler, eta) else start
+                step = Blended(step, x0, same, inside.to(self.device), route.legs[-1].next)
 
         denoiser = Denoiser(network, process.target, self.unet.dtype, fraction=learned)
         also = [(self.encode([text]), scale) for text, scale in compose]

@@ -70,6 +70,11 @@ def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 
     return x
 
 
+def draws_noise(kind: SamplerKind, eta: float = 0.0) -> bool:
+    """Whether the steps of that kind add noise, and the same start doesn't always end in the same picture."""
+    return kind in ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "predictor_corrector") or eta > 0
+
+
 def make_step(
     kind: SamplerKind, eta: float = 0.0, variance: VarianceKind = "fixed_small", from_pure_noise: bool = False
 ) -> Step:

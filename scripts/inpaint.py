@@ -8,6 +8,7 @@ import tyro
 from PIL import Image, ImageFilter
 
 from ldm.errors import UserError
+from ldm.spacing import SamplerKind
 from train.cli import command
 from train.data.decode import MAX_PIXELS
 from train.painting import Painter, PaintOptions, open_picture, options
@@ -17,6 +18,8 @@ from train.painting import Painter, PaintOptions, open_picture, options
 class Options(PaintOptions):
     """Paint inside a mask, or beyond a picture's borders; the rest stays as it is, bit by bit."""
 
+    sampler: SamplerKind = "dpmpp_2m_sde"
+    """How a step is taken; those that draw noise on the way fit what they paint to its surroundings better."""
     image: str = ""
     """The picture, of any size."""
     mask: str = ""

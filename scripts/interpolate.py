@@ -19,12 +19,9 @@ from torch import Tensor
 from ldm.editing import slerp
 from ldm.errors import UserError
 from ldm.png import save_png, slug
-from ldm.spacing import SamplerKind
+from ldm.samplers import draws_noise
 from train.cli import command, overlay
 from train.painting import ModelOptions, check_seed, load, read_prompts, settings
-
-_DRAWING: tuple[SamplerKind, ...] = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "predictor_corrector")
-"""Samplers that add noise on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +63,7 @@ class Way:
             raise UserError(f"--fps {o.fps}: 1 to 50 are accepted")
         for option, seed in zip(("--seed", "--to-seed"), self.seeds, strict=True):
             check_seed(option, seed)
-        draws = o.sampler in _DRAWING or (o.sampler == "ddim" and o.eta)
-        if draws and self.seeds[0] != self.seeds[1]:
+        if draws_noise(o.sampler, o.eta) and self.seeds[0] != self.seeds[1]:
             raise UserError(f"--sampler {o.sampler} draws noise on the way, which has no half way: take dpmpp_2m, say")
         self.o, self.pipe = o, load(o, o.model)
         of_the_way = ("to", "to_seed", "frames", "fps", "loop")

@@ -1,5 +1,7 @@
 """From a picture and inside a mask: stock diffusers' pictures, exact pixels outside, and every way to ask wrongly."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from conftest import tiny_pipeline
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
-from ldm.editing import on_latents, steps_of, to_mask
+from ldm.editing import Blended, on_latents, steps_of, to_mask
 from ldm.errors import UserError
+from ldm.schedule import Schedule
 
 PROMPTS = ["a small red star on a blue background", "a large green circle"]
 
@@ -95,6 +98,8 @@ def test_at_1_it_is_text_to_image_and_at_0_the_autoencoder(pipe):
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     one = pipe(PROMPTS, image=given, strength=1.0, latents=noise, generator=seeds(2), **how).images
     np.testing.assert_array_equal(one, pipe(PROMPTS, latents=noise, **how).images)
+    seeded = pipe(PROMPTS, image=given, strength=1.0, generator=seeds(2), **how).images
+    np.testing.assert_array_equal(seeded, pipe(PROMPTS, generator=seeds(2), **how).images)
     none = pipe(PROMPTS, image=given, strength=0.0, generator=seeds(2), **how).images
     pixels = torch.from_numpy(np.stack([np.asarray(p) for p in given])).movedim(-1, 1) / 127.5 - 1
     z = [
@@ -138,6 +143,37 @@ def test_a_line_of_one_pixel_reaches_the_latents(line):
     assert int(small.sum()) == 64
     assert int((to_mask(mask.resize((1024, 1024), Image.Resampling.NEAREST), (512, 512)) > 0).sum()) >= 512
     assert int((to_mask(mask, (100, 100)) > 0).sum()) >= 100
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(same):
+    """By latents: the mask covers the first wholly, the second in part, the third not at all."""
+    schedule = Schedule.build("scaled_linear")
+    mask = torch.zeros(1, 1, 4, 12)
+    mask[..., :6] = 1
+    x0, start, drawn = torch.full((1, 1, 1, 3), 2.0), torch.full((1, 1, 1, 3), 3.0), torch.full((1, 1, 1, 3), 5.0)
+    last = schedule.level(0)
+    step = Blended(lambda *_: torch.full((1, 1, 1, 3), 7.0), x0, start if same else None, mask, last)
+    for index in (900, 600, 400, 100, 0):
+        level = schedule.level(index) if index else last
+        got = step(None, x0, level, level, lambda: drawn)[0, 0, 0].tolist()
+        given = level.alpha * 2 + level.sigma * (3 if same else 5) if index else 2.0
+        edge = 7.0 if level.sigma <= level.alpha else given
+        assert got == pytest.approx([7.0, edge, given])
+    assert schedule.level(400).sigma > schedule.level(400).alpha > schedule.level(100).sigma
+
+
+def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
+    """Also where the mask covers no latent wholly: a thin line, a soft spot, the noise of a JPEG file."""
+    (given,) = pictures(1)
+    line, spot, jpeg = np.zeros((3, 32, 32), np.float32)
+    line[7], spot[9, 9], jpeg[8:20, 8:20] = 1, 0.1, 0.98
+    for mask, sampler in itertools.product((line, spot, jpeg), ("dpmpp_2m", "dpmpp_2m_sde")):
+        how = {"mask_image": mask[None, :, :, None], "num_inference_steps": 3, "sampler": sampler, "output_type": "np"}
+        made = pipe("a star", image=given, generator=seeds(1), **how).images[0]
+        changed = (made != np.asarray(given, np.float32) / 255).any(-1)
+        assert not changed[mask == 0].any()
+        assert changed[mask > 0].all()
 
 
 def test_batches_are_as_pictures_alone(pipe):

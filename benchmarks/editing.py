@@ -1,0 +1,304 @@
+"""Do edits of Shapes pictures come out as told? Inpainting, image to image, and both in half precision.
+
+    python benchmarks/editing.py --model runs/demo/model --data data/shapes --out out/editing
+
+Inpainting asks for a small object inside a box in a test picture that has one, clear of it, "a small red star above …";
+image to image asks for the same object on another background. A checker without any learning reads what came out. Prints
+tables, and writes them to editing.json with sheets of examples. Two minutes on one core.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.random import Generator, default_rng
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from ldm.errors import UserError
+from ldm.pipeline import LatentDiffusionPipeline
+from train.cli import SamplingOptions, command, overlay
+from train.data.checker import ATTRIBUTES, Found, read_scene
+from train.data.dataset import PictureDataset
+from train.data.framing import Framing
+from train.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    GAP,
+    HELD_OUT,
+    SHAPES,
+    Box,
+    Object,
+    Relation,
+    Scene,
+    parse_caption,
+)
+from train.data.sources import open_source
+from train.optim import DTYPES
+from train.run import versions
+from train.sheets import sheet, to_uint8
+
+RED_STAR = Object("star", "red", "small")
+BOX_SIDES = (0.36, 0.5)  # of the picture's; the largest small object needs 0.3
+STRENGTHS = (0.5, 0.6, 0.7, 0.8)
+SAMPLERS = ("dpmpp_2m", "dpmpp_2m_sde")  # of inpainting, which profits from noise drawn on the way
+NEAR = 0.1  # of the side: an object that moved no farther has stayed
+SHOWN = 10  # examples on a sheet
+Pictures = NDArray[np.float32]
+"""(n, side, side, 3) in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions):
+    """Shares of edits of Shapes pictures that come out as told."""
+
+    model: str = "runs/demo/model"
+    """Folder of a model of the Shapes set."""
+    inpaint_model: str = ""
+    """Folder of a model trained to inpaint, to compare."""
+    data: str = "data/shapes"
+    """Folder of the Shapes set."""
+    out: str = "out/editing"
+    """Folder for editing.json and the sheets."""
+    pictures: int = 200
+    """Test pictures an edit is tried on."""
+    seed: int = 0
+    """Of boxes and prompts; picture k's noise is that of seed + k."""
+    batch_size: int = 50
+    """Pictures painted at once."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture of one object, and what is asked of it."""
+
+    picture: NDArray[np.uint8]
+    """(side, side, 3)."""
+    before: Scene
+    after: Scene
+    """Its caption is the prompt; the object that inpainting adds stands first."""
+    box: Box | None = None
+    """Where to paint; everywhere unless given."""
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(side, side, 1)."""
+        rows, columns = np.indices(self.picture.shape[:2])[..., None]
+        if self.box is None:
+            return np.ones_like(rows, bool)
+        left, top, right, bottom = self.box
+        return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+
+
+def given_pictures(data: str, side: int) -> list[Edit]:
+    """The test pictures of one object, nothing asked yet."""
+    if not (Path(data) / "shapes.json").is_file():
+        raise UserError(f"--data {data!r}: a Shapes set is accepted, as scripts/make_dataset.py shapes writes it")
+    dataset = PictureDataset(open_source(data, "test"), Framing(resolution=side), 0, shuffle=False)
+    batch = dataset.__getitems__(range(len(dataset.source)))
+    scenes = map(parse_caption, batch["caption"])
+    pairs = zip(to_uint8(batch["pixels"]), scenes, strict=True)
+    return [Edit(picture, scene, scene) for picture, scene in pairs if len(scene.objects) == 1]
+
+
+def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callable[[], Object]) -> list[Edit]:
+    """`count` pictures with a box in which `choose()` is to appear, at random where it fits."""
+    edits = []
+    for edit in given:
+        side, thing = len(edit.picture), choose()
+        least, most = (round(share * side) for share in BOX_SIDES)
+        h, w = rng.integers(least, most, size=2, endpoint=True).tolist()
+        taken = (edit.picture != np.array(BACKGROUNDS[edit.before.background], np.uint8)).any(-1)
+        near = ndimage.binary_dilation(taken, np.ones((3, 3)), round(GAP * side))
+        corners = np.argwhere(~sliding_window_view(near, (h, w)).any((-2, -1)))
+        if thing == edit.before.objects[0] or not len(corners):
+            continue
+        top, left = corners[rng.integers(len(corners))].tolist()
+        y, x = ndimage.center_of_mass(taken)
+        relation = direction(left + (w - 1) / 2 - x, top + (h - 1) / 2 - y)
+        after = replace(edit.before, objects=(thing, *edit.before.objects), relation=relation)
+        edits.append(replace(edit, after=after, box=Box(left, top, left + w, top + h)))
+    if len(edits) < count:
+        raise UserError(f"--pictures {count}: only {len(edits)} of the set's have room for another object")
+    return edits[:count]
+
+
+def direction(right: float, down: float) -> Relation:
+    """In what relation that stands which lies so far to the right and below."""
+    if abs(right) > abs(down):
+        return "right of" if right > 0 else "left of"
+    return "below" if down > 0 else "above"
+
+
+def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]:
+    """`count` pictures whose background is to be another."""
+    if len(given) < count:
+        raise UserError(f"--pictures {count}: the set has {len(given)} test pictures of one object")
+    others = [[name for name in BACKGROUNDS if name != edit.before.background] for edit in given[:count]]
+    return [
+        replace(edit, after=replace(edit.before, background=names[rng.integers(len(names))]))
+        for edit, names in zip(given, others, strict=False)
+    ]
+
+
+def paint(pipe: LatentDiffusionPipeline, edits: Sequence[Edit], o: Options, **how: Any) -> Pictures:
+    """What the edits come to; from noise alone with `from_picture=False`."""
+    painted, from_picture = [], how.pop("from_picture", True)
+    for first in range(0, len(edits), o.batch_size):
+        part = edits[first : first + o.batch_size]
+        if from_picture:
+            how["image"] = np.stack([edit.picture for edit in part]) / np.float32(255)
+            if part[0].box is not None:
+                how["mask_image"] = np.stack([edit.mask for edit in part])
+        generators = [torch.Generator().manual_seed(o.seed + first + k) for k in range(len(part))]
+        prompts = [edit.after.caption for edit in part]
+        made = pipe(prompts, generator=generators, output_type="np", **(o.sampling() | how)).images
+        painted.append(np.asarray(made))
+    return np.concatenate(painted)
+
+
+def eight_bits(pictures: Pictures) -> NDArray[np.uint8]:
+    return (pictures * 255).round().astype(np.uint8)
+
+
+def is_like(found: Found, thing: Object) -> bool:
+    return all(getattr(found, name) == getattr(thing, name) for name in ATTRIBUTES)
+
+
+def judge_inpainting(picture: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
+    """What of the new object is in the box, and what of the rest is as before. picture: (side, side, 3)."""
+    assert edit.box is not None
+    side, (thing, other) = len(picture), edit.after.objects
+    left, top, right, bottom = (edge / side for edge in edit.box)
+    objects = read_scene(picture).objects
+    inside = [f for f in objects if left <= f.x < right and top <= f.y < bottom]
+    kept = ~edit.mask[..., 0]
+    told = {name: any(getattr(f, name) == getattr(thing, name) for f in inside) for name in ATTRIBUTES}
+    told["object"] = any(is_like(f, thing) for f in inside)
+    told["two"] = len(objects) == 2
+    told["other"] = any(is_like(f, other) for f in objects if f not in inside)
+    told["outside"] = bool((picture == edit.picture)[kept].all())
+    return told | {"all": all(told.values())}
+
+
+def judge_background(picture: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
+    """Whether the background is as told, and whether the object is as before. picture: (side, side, 3)."""
+    before, found = read_scene(edit.picture).objects[0], read_scene(picture)
+    told = {"background": found.background == edit.after.background}
+    told["object"] = len(found.objects) == 1 and is_like(found.objects[0], edit.before.objects[0])
+    moved = [np.hypot(f.x - before.x, f.y - before.y) for f in found.objects]
+    told["place"] = told["object"] and bool(moved[0] <= NEAR)
+    return told | {"all": all(told.values())}
+
+
+Judge = Callable[[NDArray[np.uint8], Edit], dict[str, bool]]
+
+
+def shares(judge: Judge, pictures: Pictures, edits: Sequence[Edit]) -> dict[str, float]:
+    """Of each thing asked, in how many of the pictures it came out."""
+    told = [judge(*pair) for pair in zip(eight_bits(pictures), edits, strict=True)]
+    return {name: round(float(np.mean([t[name] for t in told])), 3) for name in told[0]}
+
+
+def differences(made: Pictures, exact: Pictures) -> dict[str, float | bool]:
+    """Of pictures in two precisions, in levels of 255: over all values, and of the picture that differs the most."""
+    levels = 255 * np.abs(made - exact)
+    return {
+        "finite": bool(np.isfinite(made).all()),
+        "mean": round(float(levels.mean()), 2),
+        "max": round(float(levels.max()), 1),
+        "median picture": round(float(np.median(levels.mean((1, 2, 3)))), 2),
+        "worst picture": round(float(levels.mean((1, 2, 3)).max()), 2),
+    }
+
+
+def show(title: str, table: dict[str, dict[str, Any]]) -> None:
+    """Print a table, a row an entry."""
+    width = max(map(len, table))
+    columns = list(next(iter(table.values())))
+    print(f"\n{title}\n{'':{width}}  {'  '.join(columns)}")
+    for name, row in table.items():
+        print(f"{name:{width}}  {'  '.join(f'{row[c]!s:>{len(c)}}' for c in columns)}", flush=True)
+
+
+def marked(edit: Edit) -> NDArray[np.uint8]:
+    """The picture with its box shaded."""
+    return edit.picture if edit.box is None else np.where(edit.mask, edit.picture // 2 + 64, edit.picture)
+
+
+def save_sheet(path: Path, edits: Sequence[Edit], painted: Sequence[Pictures]) -> None:
+    """A row of what was given, its prompts under it, and one of each way of painting."""
+    captions = [edit.after.caption for edit in edits[:SHOWN]]
+    rows = [[marked(edit) for edit in edits[:SHOWN]], *(list(eight_bits(p[:SHOWN])) for p in painted)]
+    sheet(rows, captions).save(path)
+
+
+def main() -> None:
+    o = overlay(Options, Options())
+    if o.pictures < 1 or o.batch_size < 1 or o.seed < 0:
+        raise UserError(f"--pictures {o.pictures} --batch-size {o.batch_size} --seed {o.seed}: 1, 1 and 0 at least")
+    rng = default_rng(o.seed)
+    models = {"blending": o.model} | ({"trained to inpaint": o.inpaint_model} if o.inpaint_model else {})
+    pipes = {name: LatentDiffusionPipeline.from_pretrained(folder) for name, folder in models.items()}
+    pipe, out = pipes["blending"], Path(o.out)
+    given = given_pictures(o.data, pipe.unet.config.sample_size * pipe.autoencoder.factor)
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    small = [Object(shape, colour, "small") for colour, shape in pairs]
+    asked = {
+        "a small red star": to_inpaint(given, o.pictures, rng, lambda: RED_STAR),
+        "any small object": to_inpaint(given, o.pictures, rng, lambda: small[rng.integers(len(small))]),
+    }
+    report: dict[str, Any] = {"options": asdict(o), "versions": versions()}
+    report["red star held out of training"] = ("red", "star") in HELD_OUT
+    print(f"a red star is {'' if report['red star held out of training'] else 'not '}held out of training")
+
+    report["inpainting"] = {}
+    for what, edits in asked.items():
+        painted = {
+            f"{name}, {sampler}": paint(pipe, edits, o, sampler=sampler)
+            for name, pipe in pipes.items()
+            for sampler in SAMPLERS
+        }
+        table = {f"{what}, {name}": shares(judge_inpainting, p, edits) for name, p in painted.items()}
+        show("Inpainting: shares right", table)
+        report["inpainting"] |= table
+        save_sheet(out / f"inpainting-{what.rpartition(' ')[2]}.png", edits, list(painted.values()))
+
+    edits = to_recolour(given, o.pictures, rng)
+    by_strength = {s: paint(pipe, edits, o, strength=s) for s in STRENGTHS}
+    report["image to image"] = {f"strength {s}": shares(judge_background, p, edits) for s, p in by_strength.items()}
+    # In the autoencoder's latents a black background inverts what an object looks like: told apart, as it decides.
+    for black in (True, False):
+        which = [k for k, e in enumerate(edits) if black == ("black" in (e.before.background, e.after.background))]
+        if which:
+            chosen = shares(judge_background, by_strength[0.6][which], [edits[k] for k in which])
+            report["image to image"][f"strength 0.6, {'to or from' if black else 'without'} black"] = chosen
+    show("Image to image: shares right", report["image to image"])
+    save_sheet(out / "img2img.png", edits, list(by_strength.values()))
+
+    some = {"text to image": edits, "image to image": edits, "inpainting": asked["a small red star"]}
+    how: dict[str, dict[str, Any]] = {"text to image": {"from_picture": False}, "image to image": {"strength": 0.6}}
+    made: dict[str, dict[str, Pictures]] = {what: {} for what in some}
+    for precision in ("fp32", "bf16", "fp16"):
+        pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(dtype=DTYPES[precision])
+        for what in some:
+            made[what][precision] = paint(pipe, some[what][: o.batch_size], o, **how.get(what, {}))
+    report["precision"] = {
+        f"{what}, {precision}": differences(pictures, by_precision["fp32"])
+        for what, by_precision in made.items()
+        for precision, pictures in by_precision.items()
+        if precision != "fp32"
+    }
+    show("Against fp32, in levels of 255", report["precision"])
+    save_sheet(out / "precision.png", edits, list(made["image to image"].values()))
+    (out / "editing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command(main)
