@@ -16,7 +16,7 @@ from torch import Tensor
 from train.data.framing import Size
 from train.data.randomness import Positions, Purpose, generator
 
-WHOLE, BOXES = 0.2, 0.4
+WHOLE, BOXES = 0.15, 0.5
 """Shares of the masks; the rest are brush strokes."""
 _STROKES, _JOINTS = 4, 8  # at most, of a brush mask and of a stroke
 
