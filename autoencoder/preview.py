@@ -1,7 +1,7 @@
 """Cheap previews: a linear map from latents to colours, one pixel a latent, without the decoder.
 
-What a latent says of the mean colour of its place is nearly linear, so least squares over some pictures finds it. It is
-taken over posterior samples z = μ + σ ε, since those are what a diffusion learns to paint, but none is drawn: of the
+What a latent and its eight neighbours say of the mean colour of its place is nearly linear, so least squares over some
+pictures finds it. (Without the neighbours much is lost where a decoder is trained on few pictures: docs/LOG.md.) It is taken over posterior samples z = μ + σ ε, since those are what a diffusion learns to paint, but none is drawn: of the
 normal equations only E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ enter. A channel that is all noise is so left out of it.
 """
 
@@ -26,14 +26,13 @@ _FILE = "preview.json"  # beside the weights
 class Colours(NamedTuple):
     """Colours of normalised latents; float32."""
 
-    weight: Tensor  # (3, c)
+    weight: Tensor  # (3, c, 3, 3), of a convolution
     bias: Tensor  # (3,)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Normalised latents (b, c, h, w) to pictures (b, 3, h, w) in [−1, 1], float32, on their device."""
-        z = latents.float()
-        colours = torch.einsum("kc,bchw->bkhw", self.weight.to(z), z) + self.bias.to(z).view(3, 1, 1)
-        return colours.clamp(-1, 1)
+        z = _padded(latents.float())
+        return F.conv2d(z, self.weight.to(z), self.bias.to(z)).clamp(-1, 1)
 
     def save(self, folder: str | Path) -> None:
         """Write preview.json into an autoencoder's folder."""
@@ -53,9 +52,9 @@ class Colours(NamedTuple):
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{str(path)!r} can't be read ({said}): delete it, previews alone need it") from None
         shapes = [tuple(value.shape) for value in colours]
-        if shapes != [(3, channels), (3,)] or not all(value.isfinite().all() for value in colours):
+        if shapes != [(3, channels, 3, 3), (3,)] or not all(value.isfinite().all() for value in colours):
             raise UserError(
-                f"{str(path)!r} isn't of this autoencoder: weight (3, {channels}) and bias (3,) of finite numbers are "
+                f"{str(path)!r} isn't of this autoencoder: weight (3, {channels}, 3, 3) and bias (3,) of finite numbers are "
                 f"accepted, it has {shapes[0]} and {shapes[1]}; delete it, previews alone need it"
             )
         return colours
@@ -71,20 +70,26 @@ def fit_colours(
     where none has a picture, RunError where latents aren't finite.
     """
     c, f = autoencoder.latent_channels, autoencoder.factor
-    # Of rows [z, 1], (c + 1,), and of the colours y, (3,): Σ [z, 1] [z, 1]ᵀ beside Σ [z, 1] yᵀ.
-    sums = torch.zeros(c + 1, c + 1 + 3, dtype=torch.float64, device=autoencoder.vae.device)
+    n = 9 * c
+    # Of rows [z, 1], (n + 1,), and of the colours y, (3,): Σ [z, 1] [z, 1]ᵀ beside Σ [z, 1] yᵀ.
+    sums = torch.zeros(n + 1, n + 1 + 3, dtype=torch.float64, device=autoencoder.vae.device)
     for pixels in batches:
         q = autoencoder.encode(pixels)
-        y = F.avg_pool2d(pad_to_multiple(pixels, f).to(sums), f)  # (b, 3, h, w)
-        mean, variance = q.mean.to(sums), q.std.to(sums) ** 2
-        rows = torch.cat([mean, torch.ones_like(mean[:, :1]), y], 1).movedim(1, 0).flatten(1)  # (c + 1 + 3, b h w)
-        sums += rows[: c + 1] @ rows.T
-        sums[:c, :c] += variance.sum((0, 2, 3)).diag()
+        y = F.avg_pool2d(pad_to_multiple(pixels, f).to(sums), f).flatten(2)  # (b, 3, h w)
+        mean, variance = (F.unfold(_padded(x.to(sums)), 3) for x in (q.mean, q.std**2))  # (b, n, h w)
+        rows = torch.cat([mean, torch.ones_like(mean[:, :1]), y], 1).movedim(1, 0).flatten(1)  # (n + 1 + 3, b h w)
+        sums += rows[: n + 1] @ rows.T
+        sums[:n, :n] += variance.sum((0, 2)).diag()
     sums = reduce(sums).cpu()
-    if not sums[c, c]:
+    if not sums[n, n]:
         raise UserError("no pictures to fit the colours of latents to: at least one is needed")
     if not sums.isfinite().all():
         raise RunError("the autoencoder's latents aren't finite: no colours can be fitted to them")
     # By pseudo-inverse: pictures may all be of one colour, and latents then say nothing.
-    both = (torch.linalg.pinv(sums[:, : c + 1], hermitian=True) @ sums[:, c + 1 :]).T.float()  # (3, c + 1)
-    return Colours(both[:, :c].contiguous(), both[:, c].contiguous())
+    both = (torch.linalg.pinv(sums[:, : n + 1], hermitian=True) @ sums[:, n + 1 :]).T.float()  # (3, n + 1)
+    return Colours(both[:, :n].reshape(3, c, 3, 3), both[:, n].contiguous())
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With a border in which the last row and column are repeated."""
+    return F.pad(x, (1, 1, 1, 1), mode="replicate")

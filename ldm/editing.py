@@ -21,6 +21,8 @@ from ldm.errors import UserError
 from ldm.samplers import Noise, Step
 from ldm.schedule import Level
 
+_BLACK = 8 / 255  # masks' values below it
+
 Pixels = Image.Image | Tensor | np.ndarray | Sequence[Image.Image]
 """PIL pictures, or (b, 3, h, w) or (b, h, w, 3) in [0, 1]."""
 
@@ -66,10 +68,11 @@ def to_pixels(images: Pixels, what: str = "image") -> Tensor:
 def to_mask(mask: Pixels, size: tuple[int, int]) -> Tensor:
     """Where to paint, (b, 1, h, w) in [0, 1]; white is painted. A mask of another size is brought to (h, w).
 
-    When it is reduced, a thin line stays: the whitest of what falls on a pixel counts. Raises UserError where nothing is
-    to be painted.
+    When it is reduced, a thin line stays: the whitest of what falls on a pixel counts. What is black but for the noise of
+    a scan or a JPEG file is black. Raises UserError where nothing is to be painted.
     """
     found = to_pixels(mask, "mask_image")
+    found = torch.where(found < _BLACK, 0, found)
     if tuple(found.shape[2:]) != size:
         found = F.adaptive_max_pool2d(found, [min(n, m) for n, m in zip(size, found.shape[2:], strict=True)])
         found = F.interpolate(found, size)
@@ -92,6 +95,13 @@ def on_latents(mask: Tensor, factor: int) -> Tensor:
 def without(pixels: Tensor, mask: Tensor) -> Tensor:
     """Pictures (b, 3, h, w) in [−1, 1], grey where anything is to be painted: what a UNet trained to inpaint sees of them."""
     return pixels * (mask == 0)
+
+
+def inpainting_context(mask: Tensor, around: Tensor) -> Tensor:
+    """What it sees beside its state, (b, 1 + c, h, w): the mask (b, 1, H, W), 1 where any of a latent's pixels is to be
+    painted, and `around` (b, c, h, w), the latent of what the mask leaves.
+    """
+    return torch.cat([on_latents((mask > 0).float(), mask.shape[-1] // around.shape[-1]), around], 1)
 
 
 def paste(made: Tensor, given: Tensor, mask: Tensor) -> Tensor:

@@ -25,14 +25,14 @@ from autoencoder.tiling import Tiles
 from conditioning.clip import ClipTextEncoder
 from conditioning.tokenizer import load_tokenizer
 from ldm.denoiser import Network, beside
-from ldm.editing import on_latents, without
+from ldm.editing import inpainting_context, without
 from ldm.errors import RunError, UserError
 from ldm.hub import find_pipeline
 from ldm.interchange import Process
 from ldm.single_file import Parts, load_single_file, save_single_file
-from ldm.unet import AttentionBackend, load_unet, use_attention
+from ldm.unet import AttentionBackend, load_unet, stock_limits, use_attention
 
-_AT_ONCE = 32  # pictures that the autoencoder is given; it takes the most memory of all
+_AT_ONCE, _PIXELS = 32, 2**23  # pictures and pixels, at most, that the autoencoder is given: it takes the most memory
 
 
 class Networks:
@@ -112,7 +112,11 @@ class Networks:
         self.text_encoder.save(folder)
         scheduler = self.process.to_diffusers()
         scheduler.save_pretrained(str(folder / "scheduler"))
-        for limits in (self.process.stock_limits(), self.text_encoder.stock_limits()):
+        for limits in (
+            self.process.stock_limits(),
+            self.text_encoder.stock_limits(),
+            stock_limits(self.unet, self.inpaints),
+        ):
             if limits:
                 _warn_once(limits)
         parts = {
@@ -168,7 +172,7 @@ class Networks:
 
         Raises UserError where xformers is asked for and doesn't work.
         """
-        return use_attention(self.unet, backend)
+        return use_attention(self.unet, backend, device=self.device)
 
     def enable_vae_tiling(self, tiles: Tiles | None = None) -> None:
         """Decode and encode large pictures tile by tile, for small memory."""
@@ -191,7 +195,8 @@ class Networks:
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], in portions."""
         with self._running(self.autoencoder.vae):
-            pixels = torch.cat([self.autoencoder.decode(part) for part in latents.split(self._at_once)])
+            at_once = max(1, min(self._at_once, _PIXELS // (latents[0, 0].numel() * self.autoencoder.factor**2)))
+            pixels = torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
         if not torch.isfinite(pixels).all():
             raise RunError(
                 "the picture came out non-finite: try fp32 or bf16 in place of fp16, a lower guidance scale, or more steps"
@@ -222,19 +227,19 @@ class Networks:
         """The network of states (b, c, h, w) as for text-to-image: one that inpaints sees a mask that is white all over."""
         if not self.inpaints:
             return self.network
-        white = torch.ones(1, 3, h * self.autoencoder.factor, w * self.autoencoder.factor)
-        return beside(self.network, self._context(white, white[:, :1], torch.zeros(())))
+        return beside(self.network, self.white_context(h, w))
 
-    def _context(self, pixels: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-        """What a UNet that inpaints sees beside the state: the mask, and the latent of what that leaves, (b, 1 + c, h, w)."""
-        mask = (mask > 0).float()  # what is mixed in has to be painted too
-        around = self._posterior(without(pixels, mask)).sample(noise.to(self.device))
-        return torch.cat([on_latents(mask, self.autoencoder.factor).to(self.device), around], 1)
+    def white_context(self, h: int, w: int) -> Tensor:
+        """What a UNet that inpaints is shown for latents (h, w) where all is to be painted, (1, 1 + c, h, w)."""
+        white = torch.ones(1, 1, h * self.autoencoder.factor, w * self.autoencoder.factor)
+        around = self._posterior(without(white.expand(-1, 3, -1, -1), white)).mean
+        return inpainting_context(white.to(self.device), around)
 
     def _posterior(self, pixels: Tensor) -> Posterior:
         """Of pictures (b, 3, H, W) in [−1, 1], float32, in portions."""
         with self._running(self.autoencoder.vae):
-            parts = [self.autoencoder.encode(part) for part in pixels.split(self._at_once)]
+            at_once = max(1, min(self._at_once, _PIXELS // pixels[0, 0].numel()))
+            parts = [self.autoencoder.encode(part) for part in pixels.split(at_once)]
         mean, std = (torch.cat(each).to(self.device, torch.float32) for each in zip(*parts, strict=True))
         return Posterior(mean, std)
 

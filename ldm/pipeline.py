@@ -4,6 +4,7 @@ autoencoder. One loop, whose denoiser guidance wraps and whose step a mask wraps
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.denoiser import Denoise, Denoiser, Network, beside
-from ldm.editing import Blended, Pixels, pad, paste, steps_of, to_mask, to_pixels
+from autoencoder.model import Posterior
+from ldm.denoiser import Denoise, Denoiser, beside
+from ldm.editing import Blended, Pixels, inpainting_context, pad, paste, steps_of, to_mask, to_pixels, without
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.networks import Networks, to_pil
@@ -90,7 +92,8 @@ class LatentDiffusionPipeline(Networks):
         generator: one for all pictures, or a list with one for each; on the CPU it gives the same noise for any device.
         latents: starting noise (b, c, h, w) of unit variance, instead of drawing it.
         prompt_embeds, negative_prompt_embeds: what `encode` gives of prompts, (b, tokens, width), in their place.
-        callback_on_step_end: called after each step; what it returns as "latents" takes their place.
+        callback_on_step_end: called after each step; what it returns as "latents" takes their place (unipc corrects its last
+            step before the next, from what it has made itself).
         Raises UserError for arguments that don't fit, RunError when the picture comes out non-finite.
         """
         scales = (guidance_scale, weak_scale, classifier_scale, *(scale for _, scale in compose))
@@ -147,21 +150,26 @@ class LatentDiffusionPipeline(Networks):
         k = steps_of(strength, len(route.legs)) if given is not None else len(route.legs)
         legs = route.legs[len(route.legs) - k :]
 
-        # Noise is drawn in diffusers' order: of the picture's posterior, to begin with, and of what a mask leaves.
+        # Noise is drawn in diffusers' order: of the picture's posterior, to begin with, and of what a mask leaves. But each
+        # picture has its own of all three, also where stock repeats one posterior's sample for several of one prompt.
         noise = lambda: randn_tensor(shape, generator, self.device, torch.float32)  # noqa: E731
-        pixels = None if given is None else spread(pad(given, multiple) * 2 - 1)
+        pixels = None if given is None else pad(given, multiple) * 2 - 1
         x0: Tensor | None = None
         if pixels is not None and (strength < 1 or (mask is not None and not self.inpaints)):
-            x0 = self._posterior(pixels).sample(noise())
+            x0 = Posterior(*map(spread, self._posterior(pixels))).sample(noise())
         start = noise() if latents is None else latents.to(self.device, torch.float32)
-        network: Network = self.text_network(*shape[2:]) if mask is None else self.network
+        context: Tensor | None = None
         if pixels is not None and mask is not None:
-            inside = spread(pad(mask, multiple))
+            inside = pad(mask, multiple)
             if self.inpaints:
-                network = beside(network, self._context(pixels, inside, noise()))
+                around = Posterior(*map(spread, self._posterior(without(pixels, inside)))).sample(noise())
+                context = inpainting_context(spread(inside).to(self.device), around)
             elif x0 is not None:
                 same = None if draws_noise(sampler, eta) else start
-                step = Blended(step, x0, same, inside.to(self.device), route.legs[-1].next)
+                step = Blended(step, x0, same, spread(inside).to(self.device), route.legs[-1].next)
+        elif self.inpaints:
+            context = self.white_context(*shape[2:])
+        network = self.network if context is None else beside(self.network, context)
 
         denoiser = Denoiser(network, process.target, self.unet.dtype, fraction=learned)
         also = [(self.encode([text]), scale) for text, scale in compose]
@@ -175,7 +183,8 @@ class LatentDiffusionPipeline(Networks):
                 raise UserError(
                     "the weaker model has other latents or another noise schedule: give one of the same kind"
                 )
-            guide = Denoiser(weak.network, weak.process.target, weak.unet.dtype)
+            weaker = weak.network if context is None else beside(weak.network, context)
+            guide = Denoiser(weaker, weak.process.target, weak.unet.dtype)
             denoise = Autoguided(denoise, Conditioned(guide, spread(weak.encode(prompts))), weak_scale)
         if classifier is not None:
             denoise = ClassifierGuided(denoise, classifier, classifier_scale)
@@ -195,7 +204,7 @@ class LatentDiffusionPipeline(Networks):
                 changed = callback_on_step_end(self, k, leg.now.index, {"latents": x, "denoised": made})
                 return (changed or {}).get("latents", x)
 
-            with self._running(self.unet):
+            with self._running(self.unet), weak._running(weak.unet) if weak else nullcontext():
                 z = sample(watched, z, legs, step, noise, after)
         if output_type == "latent":
             return Pictures(z)

@@ -99,6 +99,16 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
     unet.register_to_config(in_channels=channels)
 
 
+def stock_limits(unet: UNet2DConditionModel, inpaints: bool) -> str | None:
+    """What stock diffusers can't do with this UNet, in one line; None: nothing."""
+    if not inpaints or unet.config.in_channels == 9:
+        return None
+    return (
+        f"a UNet of {unet.config.in_channels} channels to inpaint with: stock diffusers' StableDiffusionInpaintPipeline takes "
+        "9; inpaint.py and our pipeline take any"
+    )
+
+
 AttentionBackend = Literal["sdpa", "xformers", "auto"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""
@@ -112,12 +122,15 @@ def require_attention(backend: AttentionBackend) -> None:
 
 
 def use_attention(
-    unet: UNet2DConditionModel, backend: AttentionBackend = "sdpa", dtype: torch.dtype | None = None
+    unet: UNet2DConditionModel,
+    backend: AttentionBackend = "sdpa",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Literal["sdpa", "xformers"]:
     """Compute attention with torch's scaled_dot_product_attention or with xformers; returns which. The weights are the same.
 
-    `auto` is xformers where it works on the UNet's device, else sdpa. dtype: of the attention's arithmetic, as under
-    autocast; the UNet's own unless given. Raises UserError, naming what is wrong, where xformers is asked for in vain.
+    `auto` is xformers where it works on the UNet's device, else sdpa. dtype, device: of the attention's arithmetic, as under
+    autocast and when offloaded; the UNet's own unless given. Raises UserError, naming what is wrong, where xformers is asked for in vain.
     """
     if backend not in get_args(AttentionBackend):
         raise UserError(f"attention {backend!r}: choose {', '.join(get_args(AttentionBackend))}")
@@ -126,7 +139,7 @@ def use_attention(
         widths = {m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}
         gradients = any(p.requires_grad for p in unet.parameters())
         try:
-            attend = _load_xformers(unet.device, dtype or unet.dtype, widths, gradients)
+            attend = _load_xformers(device or unet.device, dtype or unet.dtype, widths, gradients)
         except UserError:
             if backend == "xformers":
                 raise

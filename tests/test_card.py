@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import train.vae
 from ldm.errors import UserError
 from train.card import _code, _place
 from train.cli import validate
-from train.config import ClipConfig, DiffusionConfig
+from train.config import AutoencoderConfig, ClipConfig, DiffusionConfig
 
 parts, start = test_training.parts, test_training.start  # fixtures
 HOSTILE = (
@@ -106,8 +107,18 @@ def test_a_licence_is_stated_when_it_is_given(start: Start, tmp_path: Path, caps
     assert card.data.license == "cc-by-4.0"
     assert card.text.rstrip().endswith("## Licence\n\n`CC-BY-4.0`")
     assert {p: p.read_bytes() for p in (tmp_path / "run/model").rglob("*.safetensors")} == weights
+    # Once stated, it stands until another is.
+    before = {p: p.read_bytes() for p in (tmp_path / "run/model").rglob("*.*")}
+    start(tmp_path / "run", steps=2)
     start(tmp_path / "run", steps=2, license="CC-BY-4.0")
     assert "is finished" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in (tmp_path / "run/model").rglob("*.*")} == before
+    start(tmp_path / "run", steps=3, validate_every=3)
+    assert ModelCard.load(tmp_path / "run/model/README.md").data.license == "cc-by-4.0"
+    assert json.loads((tmp_path / "run/model/training.json").read_text())["config"]["license"] == "CC-BY-4.0"
+    start(tmp_path / "run", steps=3, license="mit")
+    assert ModelCard.load(tmp_path / "run/model/README.md").data.license == "mit"
+    assert json.loads((tmp_path / "run/model/training.json").read_text())["config"]["license"] == "mit"
 
 
 @pytest.mark.parametrize("license", ["my own", "mit\n---", "a: b", "mit # or not"])
@@ -176,6 +187,18 @@ def test_an_inpainting_model_says_how_to_inpaint(
         Path("painted.png").unlink()
 
 
+def test_an_inpainting_model_of_other_latents_is_said_to_be_ours_alone(
+    shapes: Path, parts: Path, tmp_path: Path
+) -> None:
+    small = AutoencoderConfig(channels=(8, 16), layers=1, groups=2, attention=False, latent_channels=3)
+    train.vae.train(vae_config(shapes, tmp_path / "vae", steps=1, validate_every=1, model=small))
+    config = ldm_config(shapes, tmp_path / "run", parts, steps=1, task="inpaint", cache=str(tmp_path / "cache"))
+    train.ldm.train(replace(config, vae=str(tmp_path / "vae/model")))
+    page = (tmp_path / "run/model/README.md").read_text()
+    assert len(code_of(page)) == 1
+    assert "a UNet of 7 channels to inpaint with" in page
+
+
 def test_a_process_that_others_cannot_sample_is_said(shapes: Path, parts: Path, tmp_path: Path) -> None:
     flow = DiffusionConfig(schedule="flow", target="flow")
     train.ldm.train(ldm_config(shapes, tmp_path / "run", parts, steps=1, diffusion=flow))
@@ -192,6 +215,11 @@ def test_a_process_that_others_cannot_sample_is_said(shapes: Path, parts: Path, 
         ("owner/name", "`owner/name`"),
         ("/disk/{000..099}.tar", "`{000..099}.tar`"),
         ("https://me:word@host/a/{0..9}.tar?token=x#y", "`https://host/a/{0..9}.tar`"),
+        ("https://me:p@ss@host/a.tar", "`https://host/a.tar`"),
+        ("file:///home/me/secret/a.tar", "`file://a.tar`"),
+        ("openclip:/home/me/x", "`openclip:x`"),
+        ("openclip:ViT-B-32/laion2b", "`openclip:ViT-B-32/laion2b`"),
+        ("~/private/x", "`x`"),
         ("pipe:curl -H 'Authorization: x' https://host/a.tar", "the output of a command"),
     ],
 )

@@ -123,7 +123,7 @@ def test_outside_the_mask_nothing_changes(pipe):
         for _ in range(3):
             ends = [int(rng.integers(0, size[i % 2])) for i in range(4)]
             if k % 2:
-                draw.line(ends, int(rng.integers(1, 256)), 1)
+                draw.line(ends, int(rng.integers(8, 256)), 1)
             else:
                 draw.ellipse([*map(min, ends[:2], ends[2:]), *map(max, ends[:2], ends[2:])], 255)
         (made,) = pipe(PROMPTS[0], image=given, mask_image=mask, num_inference_steps=1, generator=seeds(1)).images
@@ -174,6 +174,31 @@ def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
         changed = (made != np.asarray(given, np.float32) / 255).any(-1)
         assert not changed[mask == 0].any()
         assert changed[mask > 0].all()
+
+
+def test_black_is_black_but_for_noise(pipe):
+    (given,), mask = pictures(1), np.asarray(box())
+    noisy = np.maximum(mask, np.random.default_rng(0).integers(0, 8, mask.shape)).astype(np.uint8)
+    how = {"image": given, "num_inference_steps": 3}
+    one, other = (
+        np.asarray(pipe("a star", mask_image=Image.fromarray(m), generator=seeds(1), **how).images[0])
+        for m in (mask, noisy)
+    )
+    np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match="mask_image is black"):
+        pipe("a star", mask_image=Image.fromarray(noisy * (mask == 0)), **how)
+
+
+def test_a_picture_is_encoded_once_for_all_that_are_painted_of_it(monkeypatch):
+    for inpaints, times in ((False, 1), (True, 2)):  # the picture, and what a mask leaves of it
+        pipe, encoded = tiny_pipeline(inpaints=inpaints), []
+        encode = pipe.autoencoder.encode
+        monkeypatch.setattr(pipe.autoencoder, "encode", lambda x, f=encode, n=encoded: (n.append(len(x)), f(x))[1])
+        how = {"mask_image": box(), "strength": 0.5, "num_inference_steps": 2, "num_images_per_prompt": 5}
+        made = pipe("a star", image=pictures(1), generator=seeds(5), **how).images
+        assert encoded == [1] * times
+        alone = pipe("a star", image=pictures(1), generator=seeds(5)[3:4], **how | {"num_images_per_prompt": 1}).images
+        assert np.abs(np.asarray(alone[0], int) - np.asarray(made[3], int)).max() <= 1
 
 
 def test_batches_are_as_pictures_alone(pipe):

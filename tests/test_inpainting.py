@@ -1,6 +1,7 @@
 """A UNet trained to inpaint: what it is shown, that it begins as the model it was, and stock diffusers' pictures."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline
+from PIL import Image
+from pydantic import ValidationError
 from test_editing import PROMPTS, box, pictures, seeds
 from test_training import COMMON, clip_config, cut, final_state, ldm_config, losses, vae_config
+from torch import Tensor
 
 import train.clip
 import train.ldm
@@ -23,6 +28,10 @@ from ldm.guidance import ClassifierFree
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.unet import widen
 from train.config import DataConfig, DiffusionConfig, UnetConfig
+from train.data.cache import LatentCache, Originals, TextCache
+from train.data.dataset import PLAIN, CachedDataset, LatentNoise, PictureDataset, loader
+from train.data.framing import Framing
+from train.data.sources import Source, open_source
 from train.ldm import LdmStage
 
 
@@ -142,6 +151,60 @@ def test_a_run_is_continued_exactly(
     assert (tmp_path / "whole/samples/step-00000008.png").is_file()
 
 
+def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Path, tmp_path: Path) -> None:
+    """Of two, with a batch in two parts: together what one sees."""
+    source = open_source(wide, "train")
+    framing = Framing(resolution=32)
+    for dataset in (
+        PictureDataset(source, framing, 3, draws=LatentNoise(PLAIN, 4, 2, masks=True)),
+        cached_pictures(source, framing, tmp_path),
+    ):
+        (whole,) = next(iter(loader(dataset, start_step=5, steps=6, batch_size=8)))
+        parts = [
+            part
+            for rank in range(2)
+            for part in next(
+                iter(loader(dataset, start_step=5, steps=6, batch_size=8, rank=rank, world=2, accumulation=2))
+            )
+        ]
+        for part in parts:
+            for k, position in enumerate(part["position"].tolist()):
+                (at,) = (whole["position"] == position).nonzero()
+                for name in ("mask", "masked_noise", "pixels"):
+                    assert torch.equal(part[name][k], whole[name][at[0]]), name
+        assert sorted(p for part in parts for p in part["position"].tolist()) == whole["position"].tolist()
+
+
+def cached_pictures(source: Source, framing: Framing, folder: Path) -> CachedDataset:
+    """Of stand-ins for the networks."""
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return F.avg_pool2d(pixels, 2), torch.ones(len(pixels), 3, 16, 16)
+
+    how: dict[str, Any] = {"framing": framing, "channels": 3, "factor": 2, "digest": "x"}
+    latents = LatentCache.open(folder, source, encode, **how)
+    text = TextCache.open(folder, source, lambda texts: torch.zeros(len(texts), 2, 3), digest="x", shape=(2, 3))
+    return CachedDataset(latents, text, 3, originals=Originals(source, framing))
+
+
+def test_a_picture_that_goes_while_it_is_trained_on_has_a_substitute(wide: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(wide, data)
+    source = open_source(data, "train")
+    dataset = cached_pictures(source, Framing(resolution=32), tmp_path / "cache")
+    before = dataset.__getitems__(range(8))
+    gone = int(before["index"][3])
+    (data / source[gone].name).write_bytes(b"no picture any more")
+    after = dataset.__getitems__(range(8))
+    assert [name for name, _ in after["damaged"]] == [source[gone].name]
+    assert gone not in after["index"]
+    torch.testing.assert_close(after["mean"], F.avg_pool2d(after["pixels"], 2))
+    for k in range(8):
+        if int(before["index"][k]) != gone:
+            assert torch.equal(before["pixels"][k], after["pixels"][k])
+    assert "damaged" not in dataset.__getitems__(range(8))  # once told
+
+
 def test_it_begins_as_the_model_that_is_given(shapes: Path, begun: Path, tmp_path: Path) -> None:
     """Its first loss, at a learning rate of nearly 0, is that of continuing as text to image; so are autoencoder and encoder."""
     still = {"optimizer": replace(COMMON["optimizer"], lr=1e-12), "steps": 2, "validate_every": 2}
@@ -179,6 +242,26 @@ def test_what_does_not_fit_what_is_given_is_refused(
     said = capsys.readouterr().out
     assert "predicts eps, this run v" in said
     assert "another noise schedule" in said
+    assert "another autoencoder's latents" not in said
+    train.vae.train(vae_config(shapes, tmp_path / "vae", steps=1, validate_every=1, seed=5))
+    train.ldm.train(
+        replace(
+            inpaint_config(shapes, tmp_path / "foreign", begun, steps=1, validate_every=1),
+            vae=str(tmp_path / "vae/model"), cache=str(tmp_path / "cache"),
+        )
+    )  # fmt: skip
+    assert "another autoencoder's latents" in capsys.readouterr().out
+    with pytest.raises(ValidationError, match="prompts with task inpaint"):
+        start("prompts", prompts=("a star",))
+    deep = UnetConfig(channels=(8, 8, 8), attention=(False, False, True), heads=(2, 2, 2), groups=8)
+    train.ldm.train(replace(ldm_config(shapes, tmp_path / "deep", begun, steps=1, validate_every=1), unet=deep))
+    with pytest.raises(UserError, match=r"input.buckets 4 isn't a multiple of 8"):  # though two levels would do with 4
+        train.ldm.train(
+            replace(
+                inpaint_config(shapes, tmp_path / "bucketed", begun, steps=1, input=DataConfig(resolution=32, buckets=4)),
+                init=str(tmp_path / "deep/model"), unet=UnetConfig(),
+            )
+        )  # fmt: skip
     with pytest.raises(UserError, match="--init holds something else"):
         start(init=str(tmp_path / "again/model"), diffusion=DiffusionConfig())
 
@@ -235,28 +318,43 @@ def test_outside_the_mask_nothing_changes_and_what_is_inside_is_not_looked_at(pi
         for image in (given, pictures(1, (45, 35))[0])
     ]
     np.testing.assert_array_equal(made[0][~hidden], np.asarray(given)[~hidden])
-    from PIL import Image
-
     again = np.asarray(pipe("a star", image=Image.fromarray(other), **how | {"generator": seeds(1)}).images[0])
     np.testing.assert_array_equal(again[hidden], made[0][hidden])
 
 
 def test_it_paints_from_text_and_from_pictures_too(pipe):
-    """As under a mask that is white all over; so its text-to-image is that of such a mask, whatever the picture."""
+    """As under a mask that is white all over, but for the noise that a grey picture's narrow posterior is sampled with."""
     how = {"num_inference_steps": 3, "output_type": "np"}
     text = pipe(PROMPTS, generator=seeds(2), **how).images
     assert text.shape == (2, 32, 32, 3)
-    np.testing.assert_array_equal(text, pipe(PROMPTS, generator=seeds(2), **how).images)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    white = {"image": pictures(2), "mask_image": Image.new("L", (32, 32), 255), "latents": noise}
+    under = pipe(PROMPTS, generator=seeds(2), **white, **how).images
+    assert np.abs(under - pipe(PROMPTS, latents=noise, **how).images).max() <= 0.05
+    other = pipe(PROMPTS, generator=seeds(2), **white | {"image": pictures(2, seed=7)}, **how).images
+    np.testing.assert_allclose(under, other, atol=1e-5)
     alone = pipe(PROMPTS[1], generator=seeds(2)[1:], **how).images
     assert np.abs(alone[0] - text[1]).max() <= 1 / 255
     near = pipe(PROMPTS, image=pictures(2), strength=0.3, generator=seeds(2), **how).images
     far = pipe(PROMPTS, image=pictures(2), strength=0.9, generator=seeds(2), **how).images
-    given = np.stack([np.asarray(p) / 255 for p in pictures(2)])
     assert np.abs(near - far).max() > 1 / 255
-    assert given.shape == near.shape
     noise = torch.randn(2, 4, 16, 16)
     z = pipe.invert(noise, "", num_inference_steps=3)
     assert torch.isfinite(z).all()
+
+
+def test_a_weaker_model_sees_the_context_too(pipe):
+    """Guided away from itself, a model paints what it would; from another, something else."""
+    given = {"image": pictures(2), "mask_image": box()}
+    other = tiny_pipeline(inpaints=True)
+    torch.nn.init.normal_(other.unet.conv_in.weight[:, 4:].detach(), std=1, generator=seeds(1)[0])
+    for how in (given, {}):
+        how = how | {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+        plain = pipe(PROMPTS, generator=seeds(2), **how).images
+        itself = pipe(PROMPTS, generator=seeds(2), weak=pipe, weak_scale=2.0, **how).images
+        np.testing.assert_allclose(itself, plain, atol=2e-4)
+        away = pipe(PROMPTS, generator=seeds(2), weak=other, weak_scale=2.0, **how).images
+        assert np.abs(away - plain).max() > 1 / 255
 
 
 def test_a_channel_count_that_is_neither_is_refused(pipe):

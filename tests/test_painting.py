@@ -479,6 +479,17 @@ def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previ
     ended = run("img2img", *how, "--image", given / "odd.png", "--strength", 0.9)
     assert ended.status == 0, ended.err
     assert "preview.png" not in files(tmp_path / "a")
+    (tmp_path / "a/preview.png").write_text("mine")
+    assert "already; move it" in refused("txt2img", *how)
+    assert (tmp_path / "a/preview.png").read_text() == "mine"
+
+
+def test_a_grid_is_not_written_over_what_it_is_made_of(model: Path, given: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "grid-x-0.png"
+    picture.write_bytes((given / "a.png").read_bytes())
+    how = ("--image", picture, "--prompt", "x", "--grid", "--out", tmp_path)
+    assert "written over" in refused("img2img", *FEW, model, *how)
+    assert picture.read_bytes() == (given / "a.png").read_bytes()
 
 
 def test_an_interrupted_command_leaves_no_preview(

@@ -494,6 +494,13 @@ def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPa
     networks = ["CLIPTextModel", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
     assert moved == [(name, device) for name in networks for device in ("cpu:0", "cpu")]
 
+    weak = LatentDiffusionPipeline.from_pretrained(folder)
+    weak._offload, moved[:] = pipe._offload, []
+    pipe(PROMPTS, generator=seeds(), weak=weak, **how)
+    assert moved.count(("UNet2DConditionModel", "cpu:0")) == 2
+    first = moved.index(("UNet2DConditionModel", "cpu:0"))
+    assert moved[first + 1] == ("UNet2DConditionModel", "cpu:0")  # both are there while it samples
+
 
 def test_large_pictures_are_decoded_in_tiles() -> None:
     pipe = tiny_pipeline()

@@ -56,26 +56,34 @@ def small_autoencoder():
 def test_a_linear_decoder_is_found():
     z = 0.3 * draw(8, 3, 6, 5)
     colours = fit_colours(linear(), [painted(z)])
-    torch.testing.assert_close(colours.weight, WEIGHT, rtol=1e-5, atol=1e-6)
+    alone = F.pad(WEIGHT[:, :, None, None], (1, 1, 1, 1))  # the neighbours say nothing
+    torch.testing.assert_close(colours.weight, alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(colours.bias, BIAS, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(colours(z), F.avg_pool2d(painted(z), 2).clamp(-1, 1), rtol=1e-5, atol=1e-5)
     assert colours(50 * z).abs().max() == 1
 
 
+def test_a_decoder_that_looks_around_is_found():
+    weight = 0.1 * draw(3, 3, 3, 3, seed=3)
+    z = draw(8, 3, 6, 5)
+    pixels = F.conv2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), weight, BIAS).repeat_interleave(2, 2)
+    given = codec(lambda _: Posterior(z, torch.zeros_like(z)), 3)
+    colours = fit_colours(given, [pixels.repeat_interleave(2, 3)])
+    torch.testing.assert_close(colours.weight, weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(colours.bias, BIAS, rtol=1e-4, atol=1e-5)
+
+
 def test_the_fit_is_to_samples_though_none_is_drawn():
-    # ± the rows of a Hadamard matrix: noise of mean 0 and variance 1 in each channel, none of them correlated.
-    half = torch.tensor([[1.0, 1, 1], [1, -1, 1], [1, 1, -1], [1, -1, -1]])
-    signs = torch.cat([half, -half])  # (8, 3)
-    z, pixels = 0.3 * draw(4, 3, 6, 5), draw(4, 3, 12, 10, seed=1).tanh()
-    samples = [z + 0.2 * sign.view(3, 1, 1) for sign in signs]
+    z, pixels = 0.3 * draw(4, 3, 24, 20), draw(4, 3, 48, 40, seed=1).tanh()
+    pixels = pixels + painted(z)
+    samples = [z + 0.2 * draw(4, 3, 24, 20, seed=100 + k) for k in range(300)]
     drawn = iter(samples)
     given = codec(lambda _: Posterior(next(drawn), torch.zeros_like(z)), 3)
     by_sampling = fit_colours(given, [pixels] * len(samples))
     at_once = fit_colours(codec(lambda _: Posterior(z, torch.full_like(z, 0.2)), 3), [pixels])
-    for a, b in zip(at_once, by_sampling, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     without = fit_colours(codec(lambda _: Posterior(z, torch.zeros_like(z)), 3), [pixels])
-    assert (without.weight - at_once.weight).abs().max() > 1e-3
+    error, difference = ((c.weight - at_once.weight).norm() for c in (by_sampling, without))
+    assert error < 0.15 * difference
 
 
 def test_batches_make_no_difference():
@@ -112,6 +120,12 @@ def test_colours_are_kept_beside_the_weights(tmp_path, capfd, recwarn):
     assert not list(recwarn)
 
 
+def numbers(channels: int, other: str = "1") -> str:
+    """A file of colours, with another number at its end."""
+    kernel = [[[1] * 3] * 3] * channels
+    return f'{{"weight": {[kernel, kernel, kernel]}, "bias": [0, 0, {other}]}}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -119,10 +133,10 @@ def test_colours_are_kept_beside_the_weights(tmp_path, capfd, recwarn):
         "[1, 2]",
         '{"weight": [[1, 2, 3, 4]]}',
         '{"weight": "red", "bias": [0, 0, 0]}',
-        '{"weight": [[1, 2, 3], [1, 2, 3], [1, 2, 3]], "bias": [0, 0, 0]}',
-        '{"weight": [[1, 2, 3, 4], [1, 2, 3, NaN], [1, 2, 3, 4]], "bias": [0, 0, 0]}',
-        '{"weight": [[1, 2, 3, 4], [1, 2, 3], [1, 2, 3, 4]], "bias": [0, 0, 0]}',
-        '{"weight": [[1, 2, 3, 4], [1, 2, 3, 1e999], [1, 2, 3, 4]], "bias": [0, 0, 0]}',
+        numbers(3),
+        numbers(4, "NaN"),
+        numbers(4, "1e999"),
+        numbers(4, "[2]"),
         "[" * 100_000,
     ],
 )
@@ -132,6 +146,8 @@ def test_what_holds_no_colours_is_said_in_a_line(text, tmp_path):
     with pytest.raises(UserError, match=r"preview\.json") as raised:
         Autoencoder.load(tmp_path)
     assert "\n" not in str(raised.value)
+    (tmp_path / "preview.json").write_text(numbers(4))
+    assert Autoencoder.load(tmp_path).colours is not None
 
 
 def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):

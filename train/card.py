@@ -4,6 +4,7 @@ It says what was given, counted and measured, and nothing else. What comes from 
 literals of one line, where no markup, line break or row of dashes means anything.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ldm.unet import stock_limits
 from train.config import ClipConfig, LdmConfig, RunConfig, VaeConfig
 from train.inputs import Inputs
 from train.run import Run, told, versions
 
+_LICENCE = "## Licence\n\n"  # the last section
 _LONGEST = 200  # characters of a prompt in an example
 _USE_CLIP = """```python
 from conditioning.clip import ClipTextEncoder
@@ -133,13 +136,31 @@ def write_card(folder: Path, run: Run, inputs: Inputs, network: Any, *, step: in
         "## Measured",
         f"On held-out pictures, with the averaged weights, at step {measured:,}:" if rows else "Nothing yet.",
         "\n".join(["| figure | value |", "|---|---|", *rows]) if rows else "",
-        "## Licence",
+        _LICENCE.strip(),
         f"`{config.license}`"
         if config.license
         else "Its maker hasn't stated a licence, so nobody may assume any: ask before you use or share this model.",
     ]
     page = "\n\n".join(filter(None, blocks))
     (folder / "README.md").write_text(f"---\n{front}---\n\n{page}\n", encoding="utf-8")
+
+
+def state_license(folder: Path, license: str) -> None:
+    """Write a licence into the card and the training.json of a finished model, and leave all else as it is."""
+    page, about = folder / "README.md", folder / "training.json"
+    if not page.is_file():
+        return
+    _, front, text = page.read_text(encoding="utf-8").split("---\n", 2)
+    hub = yaml.safe_load(front) | {"license": license.lower()}
+    text = text[: text.rindex(_LICENCE)] + f"{_LICENCE}`{license}`\n"
+    told = json.loads(about.read_text(encoding="utf-8"))
+    told["config"]["license"] = license
+    for path, new in (
+        (page, f"---\n{yaml.safe_dump(hub, sort_keys=False)}---\n{text}"), (about, json.dumps(told, indent=2) + "\n")
+    ):  # fmt: skip
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(new, encoding="utf-8")
+        temporary.replace(path)
 
 
 def _about(config: RunConfig, network: Any, inputs: Inputs) -> _About:
@@ -182,7 +203,10 @@ def _about(config: RunConfig, network: Any, inputs: Inputs) -> _About:
                 "prompt": repr(config.prompts[0][:_LONGEST]) if config.prompts else _prompt(inputs),
                 "steps": config.sample_steps, "guidance": config.guidance_scale,
             }  # fmt: skip
-            code, limits = _INPAINT if inpaints else _PAINT, d.build_process().stock_limits()
+            code, limits = (
+                _INPAINT if inpaints else _PAINT,
+                d.build_process().stock_limits() or stock_limits(network, inpaints),
+            )
             ours = code.format(package="ldm", pipeline="LatentDiffusionPipeline", **how)
             stock = code.format(package="diffusers", pipeline="DiffusionPipeline", **how)
             return _About(
@@ -194,7 +218,12 @@ def _about(config: RunConfig, network: Any, inputs: Inputs) -> _About:
                     "tags": ["latent-diffusion", "inpainting" if inpaints else "text-to-image"],
                 },
                 use=f"{ours}\n\n" + (f"It has {limits}." if limits else f"or with diffusers alone:\n\n{stock}"),
-                sheet=f"Pictures over their prompts; {config.sample_steps} steps, guidance {config.guidance_scale:g}.",
+                sheet=(
+                    "Held-out pictures without what is under a mask, each beside what is painted there"
+                    if inpaints
+                    else "Pictures over their prompts"
+                )
+                + f"; {config.sample_steps} steps, guidance {config.guidance_scale:g}.",
                 settings=_begun(config.init)
                 | {
                     "network": f"{size}; channels {_list(shape.block_out_channels)}",

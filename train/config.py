@@ -543,5 +543,7 @@ class LdmConfig(RunConfig):
 
     @model_validator(mode="after")
     def _sheets_fit(self) -> Self:
+        if self.task == "inpaint" and self.prompts:
+            raise ValueError("prompts with task inpaint: its sheets are of held-out pictures, by their captions")
         plan(self.diffusion.build_schedule(), "dpmpp_2m", self.sample_steps, self.diffusion.spacing)
         return self

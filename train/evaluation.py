@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.bound import prior_term
+from ldm.denoiser import Network
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from train.data.checker import score_pictures
@@ -33,6 +34,7 @@ def bits_per_dimension(
     objective = Objective(schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
     T, device = schedule.T, pipe.unet.device
     bits: list[float] = []
+    network: Network | None = None
     for pixels, captions in batches:
         posterior, condition = pipe.autoencoder.encode(pixels), pipe.encode(captions)
         mean, std = posterior.mean.float(), posterior.std.float()
@@ -41,7 +43,8 @@ def bits_per_dimension(
         u = torch.stack([torch.rand(strata, generator=g, dtype=torch.float64) for g in generators], 1).to(device)
         x0 = mean + std * noise[0]
         index = torch.zeros(len(x0), dtype=torch.int64, device=device)
-        network = pipe.text_network(*x0.shape[2:])
+        if network is None:
+            network = pipe.text_network(*x0.shape[2:])
         total = prior_term(x0, schedule.level(T - 1)) + objective.bound(network, x0, index, noise[1], condition)
         for k in range(strata):
             index = (T ** ((k + u[k]) / strata)).long().clamp(max=T - 1)  # i with probability log((i + 1) / i) / log T

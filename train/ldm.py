@@ -1,7 +1,7 @@
 """Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoencoder.model import Autoencoder, digest
 from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import beside
-from ldm.editing import on_latents, without
+from ldm.editing import inpainting_context, without
 from ldm.errors import UserError
 from ldm.hub import find_pipeline
 from ldm.interchange import Process
@@ -90,8 +90,8 @@ class LdmStage:
         self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        cached = isinstance(self.training, CachedDataset)
-        return self.run.batches(self.training, start, None if cached else self.run.damage(self.inputs.source))
+        read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
+        return self.run.batches(self.training, start, self.run.damage(self.inputs.source) if read else None)
 
     @torch.no_grad()
     def complete(self, batch: Batch) -> None:
@@ -103,8 +103,7 @@ class LdmStage:
                 batch["condition"] = self.text_encoder.encode(captions).float()
         if "mask" in batch:
             mean, std = self._posterior(without(batch["pixels"], batch["mask"]))
-            inside = on_latents(batch["mask"], self.autoencoder.factor)
-            batch["context"] = torch.cat([inside, mean + std * batch["masked_noise"]], 1)
+            batch["context"] = inpainting_context(batch["mask"], mean + std * batch["masked_noise"])
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16."""
@@ -223,13 +222,13 @@ def train(config: LdmConfig) -> None:
     made_from["init"] = digest(unet) if init else ""
     with Run(config, accelerator, made_from) as run:
         if init:
-            _tell_changes(run, config, init)
+            _tell_changes(run, config, init, made_from)
         autoencoder.vae.to(accelerator.device)
         text_encoder.to(accelerator.device)
         inputs, buckets = inputs.prepared(run), None
         if config.input.buckets:
             source, buckets = build_buckets(
-                inputs.source, run, autoencoder.factor * 2 ** (len(config.unet.channels) - 1)
+                inputs.source, run, autoencoder.factor * 2 ** (len(unet.config.block_out_channels) - 1)
             )
             inputs = replace(inputs, source=source)
         # Held-out pictures are squares whatever the training ones are, so that measures can be compared.
@@ -290,8 +289,12 @@ def first_unet(
     return unet
 
 
-def _tell_changes(run: Run, config: LdmConfig, init: Path) -> None:
-    """Say where this run's process isn't what the given UNet has learned: it may be meant, and then has to be learned."""
+def _tell_changes(run: Run, config: LdmConfig, init: Path, made_from: Mapping[str, str]) -> None:
+    """Say where this run isn't what the given UNet has learned: it may be meant, and then has to be learned."""
+    if config.vae and Autoencoder.load(init).digest != made_from["vae"]:
+        run.say(f"init {config.init!r} has learned another autoencoder's latents than those of --vae {config.vae!r}")
+    if config.text_encoder and ClipTextEncoder.load(init).digest != made_from["text_encoder"]:
+        run.say(f"init {config.init!r} has learned to read another text encoder than {config.text_encoder!r}")
     was, now = Process.load(init), config.diffusion.build_process()
     if was.target != now.target:
         run.say(f"init {config.init!r} predicts {was.target}, this run {now.target} (--diffusion.target)")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.errors import RunError
-from train.card import write_card
+from train.card import state_license, write_card
 from train.checkpoint import Checkpoints, atomic_folder
 from train.data.shards import duration
 from train.ema import Ema
@@ -351,6 +351,8 @@ def fit(run: Run, stage: Stage) -> None:
     start = trainer.resume()
     if start >= config.steps:
         if run.finished(start):
+            if run.main and run.config.license:
+                state_license(run.out / "model", run.config.license)
             run.say(f"{run.out} is finished ({start} steps); give more --steps to go on, or another --out")
         else:
             trainer.export(start, final=True)

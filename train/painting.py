@@ -27,6 +27,7 @@ from train.optim import DTYPES
 _OF_A_CALL = {  # and no part of a picture's story
     *("out", "prompts", "num_images", "batch_size", "device", "offload", "slice", "grid", "preview", "like"),
 }
+_PREVIEW = "preview.png"
 _MODELS = ("model", "weak_model")
 _INPUTS = ("image", "mask")
 _LONGEST = 4_000_000  # characters of a prompt: Pillow reads 64 MB of a PNG's text, and JSON makes six bytes of some
@@ -144,7 +145,9 @@ def _still(name: str, path: str, sha256: str | None, like: str) -> None:
             raise UserError(f"--like {like!r}: its model {path!r} is no folder here; give {option}")
         now = model_sha256(Path(path))
         if sha256 not in (None, now):
-            line = f"the model at {path!r} is another by now: {like!r} was painted with {sha256:.10}, this is {now:.10}"
+            line = (
+                f"the model at {path!r} is another by now: {like!r} was painted with {sha256[:10]!r}, this is {now:.10}"
+            )
             print(f"warning: {line} (SHA-256 of the UNet's weights)", file=sys.stderr)
     else:
         if not Path(path).is_file():
@@ -216,11 +219,11 @@ def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
         raise UserError("--offload with --device cpu: there is nowhere to keep the networks but where they run")
     pipe = LatentDiffusionPipeline.from_pretrained(model, chunks=o.chunks)
     pipe.to(None if o.offload else device, DTYPES[o.precision])
+    if o.offload:
+        pipe.enable_model_cpu_offload(device)
     taken = pipe.set_attention(o.attention)
     if o.attention == "auto":
         print(f"attention of {model}: {taken}", file=sys.stderr)
-    if o.offload:
-        pipe.enable_model_cpu_offload(device)
     if o.slice:
         pipe.enable_vae_slicing()
     if o.tile is not None:
@@ -269,14 +272,22 @@ class Painter:
         """
         o, folder, told = self.o, Path(self.o.out), settings(self.o)
         read = {Path(path).resolve() for w in wanted for path in (o.like, *w.files.values()) if path}
-        if over := next((w.file for w in wanted if (folder / w.file).resolve() in read), None):
+        grid = f"grid-{file_name(wanted[0].prompt, wanted[0].seed)}"
+        names = [w.file for w in wanted] + [grid] * o.grid
+        if over := next((name for name in names if (folder / name).resolve() in read), None):
             raise UserError(f"{str(folder / over)!r} would be written over what it is painted from: give another --out")
         if o.preview:
+            if (folder / _PREVIEW).exists():
+                raise UserError(
+                    f"--preview: there is a {str(folder / _PREVIEW)!r} already; move it, or give another --out"
+                )
             inputs["callback_on_step_end"] = self._show
         made: list[tuple[Image.Image, dict[str, Any]]] = []
         try:
             for batch in self._batches(wanted):
                 given = [w.image for w in batch if w.image]
+                if all(image is given[0] for image in given):
+                    given = given[:1]  # one for all: it is encoded once
                 images = self.pipe(
                     [w.prompt for w in batch], o.negative_prompt, image=given or None, **o.sampling(),
                     compose=o.compose, weak=self.weak, weak_scale=o.weak_scale, progress=True,
@@ -293,11 +304,10 @@ class Painter:
                         made.append((image, story))
         finally:
             if o.preview:
-                (folder / "preview.png").unlink(missing_ok=True)
+                (folder / _PREVIEW).unlink(missing_ok=True)
         if o.grid:
-            path = folder / f"grid-{file_name(wanted[0].prompt, wanted[0].seed)}"
-            save_png(in_rows([image for image, _ in made]), path, made[0][1])
-            yield path
+            save_png(in_rows([image for image, _ in made]), folder / grid, made[0][1])
+            yield folder / grid
 
     def _batches(self, wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
         """Of pictures that begin with ones of the same size."""
@@ -313,7 +323,7 @@ class Painter:
         small = pipe.preview(tensors["denoised"])
         folder = Path(self.o.out)
         folder.mkdir(parents=True, exist_ok=True)
-        in_rows([i.resize((i.width * factor, i.height * factor)) for i in small]).save(folder / "preview.png")
+        in_rows([i.resize((i.width * factor, i.height * factor)) for i in small]).save(folder / _PREVIEW)
 
 
 def in_rows(images: Sequence[Image.Image]) -> Image.Image:

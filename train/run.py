@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -40,7 +41,7 @@ _FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log
          "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "attention", "prompts", "sample_steps",
          "guidance_scale", "validation_examples", "validation_features", "init", "license",
          "perceptual.model"}  # fmt: skip
-_PLACES = {"data", "out", "cache", "vae", "text_encoder", "init"}
+_PLACES = {"data", "out", "cache", "vae", "text_encoder", "init", "validation_features"}
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
 
 
@@ -81,6 +82,8 @@ class Run:
         if described.is_file():
             before = read_yaml(described)
             _refuse_differences(self.out, before, self.config, inputs)
+            if not self.config.license:  # once stated, it stands
+                self.config = replace(self.config, license=before.get("license", ""))
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise UserError(
                 f"--out {str(self.out)!r} holds something that isn't a run (no config.yaml): choose another"
@@ -144,18 +147,19 @@ class Run:
         """Beside the weights, with which it may be published: what they were trained with."""
         config = _plain(self.config)
         config |= {name: told(config[name]) for name in _PLACES & config.keys()}
+        if "perceptual" in config:
+            config["perceptual"] |= {"model": told(config["perceptual"]["model"])}
         about = {"step": step, "final": final, "date": datetime.now(UTC).isoformat(timespec="seconds"),
                  "versions": versions(), "config": config}  # fmt: skip
         (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def finished(self, step: int) -> bool:
-        """Whether model/ is the result of this step, written at the end of a run, under the licence it is to have."""
+        """Whether model/ is the result of this step, written at the end of a run."""
         try:
             about = json.loads((self.out / "model" / "training.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        license = about.get("config", {}).get("license", "")
-        return about.get("final") is True and about.get("step") == step and license == self.config.license
+        return about.get("final") is True and about.get("step") == step
 
     @property
     def cache(self) -> Path:
@@ -218,9 +222,12 @@ def told(place: str) -> str:
     """Where something came from, as it was typed; but nothing more of this machine, and nothing that opens another."""
     if place.startswith("pipe:"):
         return "pipe:"
-    if "://" in place:
-        return re.sub(r"(?<=://)[^/@]*@|[?#].*", "", place)  # without password, and tokens of the query
-    return Path(place).name if Path(place).is_absolute() else place
+    if "://" in place and not place.startswith("file:"):
+        return re.sub(r"(?<=://)[^/]*@|[?#].*", "", place)  # without password, and tokens of the query
+    scheme, path = re.fullmatch(
+        r"((?:file:(?://)?|openclip:|inception:|dinov2:|clip:)?)(.*)", place, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    return scheme + Path(path).name if path.startswith(("/", "~")) else place
 
 
 def versions() -> dict[str, str]:

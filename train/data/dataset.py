@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm.errors import RunError
 from train.data.buckets import Buckets
-from train.data.cache import LatentCache, Originals, TextCache
+from train.data.cache import GonePicture, LatentCache, Originals, TextCache
 from train.data.damage import Damage
 from train.data.decode import DamagedPicture
 from train.data.framing import Framing, Size
@@ -236,7 +236,8 @@ class CachedDataset:
     """Latents and text features by position; no network runs.
 
     A batch, float32: "position" (b,), "index" (b,), "mean" and "std" (b, c, h, w) of the latent's posterior,
-    "condition" (b, L, d), and what `noising` draws. Of windows and mirrored pictures in the cache, one is taken.
+    "condition" (b, L, d), "damaged" where pictures have gone since, and what `noising` draws. Of windows and
+    mirrored pictures in the cache, one is taken.
     originals: given to be inpainted; "pixels" (b, 3, H, W) are then decoded too, and `masking` draws.
     """
 
@@ -253,8 +254,16 @@ class CachedDataset:
         return len(self.latents)
 
     def __getitems__(self, where: Positions, /) -> Batch:
+        damaged: list[tuple[str, str]] = []
+        while True:
+            try:
+                return self._batch(np.asarray(where, np.int64)) | ({"damaged": damaged} if damaged else {})
+            except GonePicture as gone:
+                self.latents.damaged[gone.index] = True
+                damaged.append((gone.name, gone.reason))
+
+    def _batch(self, at: NDArray[np.int64]) -> Batch:
         seed, latents = self.seed, self.latents
-        at = np.asarray(where, np.int64)
         indices = self.order.at(at)
         for k in np.flatnonzero(latents.damaged[indices]).tolist():
             tried = (self.order.substitute(int(at[k]), attempt) for attempt in range(1, _ATTEMPTS + 1))

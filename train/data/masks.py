@@ -17,7 +17,7 @@ from train.data.framing import Size
 from train.data.randomness import Positions, Purpose, generator
 
 WHOLE, BOXES = 0.15, 0.5
-"""Shares of the masks; the rest are brush strokes."""
+"""Shares of the masks; the rest are brush strokes. Part of every run that inpaints: others would change one continued."""
 _STROKES, _JOINTS = 4, 8  # at most, of a brush mask and of a stroke
 
 
