@@ -9,6 +9,7 @@ given ones, so that what is painted finds its place inside; afterwards they are 
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +98,20 @@ def without(pixels: Tensor, mask: Tensor) -> Tensor:
     return pixels * (mask == 0)
 
 
+def filled(pixels: Tensor, mask: Tensor) -> Tensor:
+    """Pictures (b, 3, h, w) with smooth colours, made up from what lies around, where anything is to be painted.
+
+    From coarse to fine: each pixel takes the mean of what is known near it (pull-push: Gortler et al. 1996, sec. 3.4).
+    """
+    known = (mask == 0).to(pixels)
+    if known.all() or mask.shape[2:] == (1, 1):
+        return pixels
+    share = F.avg_pool2d(known, 2, ceil_mode=True)
+    coarse = F.avg_pool2d(pixels * known, 2, ceil_mode=True) / share.clamp_min(1e-6)
+    around = F.interpolate(filled(coarse, (share == 0).to(mask)), pixels.shape[2:], mode="bilinear")
+    return torch.where(mask == 0, pixels, around)
+
+
 def inpainting_context(mask: Tensor, around: Tensor) -> Tensor:
     """What it sees beside its state, (b, 1 + c, h, w): the mask (b, 1, H, W), 1 where any of a latent's pixels is to be
     painted, and `around` (b, c, h, w), the latent of what the mask leaves.
@@ -109,26 +124,38 @@ def paste(made: Tensor, given: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0, given + mask * (made - given), given)
 
 
-class Blended:
-    """A step after which the latent outside the mask is the given one."""
+class Painted(NamedTuple):
+    """Which latents are painted, (b, 1, h, w) bool each; the others are the given ones."""
 
-    def __init__(self, step: Step, x0: Tensor, noise: Tensor | None, mask: Tensor, last: Level) -> None:
+    first: Tensor
+    """As long as there is more noise than signal."""
+    then: Tensor
+
+
+def painted(mask: Tensor, factor: int, seen: bool) -> Painted:
+    """By a mask of pixels (b, 1, H, W). seen: by the UNet, which keeps by itself what lies outside, but for the edge."""
+    covered, whole = on_latents(mask, factor) > 0, on_latents((mask < 0.5).float(), factor) == 0
+    return Painted(whole | ~covered, torch.ones_like(covered)) if seen else Painted(whole, covered)
+
+
+class Blended:
+    """A step after which latents that aren't painted are the given ones."""
+
+    def __init__(self, step: Step, x0: Tensor, noise: Tensor | None, painted: Painted, last: Level) -> None:
         """x0: the given latent, (b, c, h, w), and noise, of the same shape, what noises it at every level; None: what is
         drawn anew at each.
 
-        mask: where to paint, by pixels, (b, 1, H, W) in [0, 1]. last: where the steps end; there x0 is given as it is.
+        last: where the steps end; there x0 is given as it is.
         """
-        self.step, self.x0, self.noise, self.last = step, x0, noise, last
-        factor = mask.shape[-1] // x0.shape[-1]
-        self.whole = on_latents((mask < 0.5).float(), factor) == 0
-        self.covered = on_latents(mask, factor) > 0
+        self.step, self.x0, self.noise, self.painted, self.last = step, x0, noise, painted, last
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         made, last = self.step(denoise, x, now, next, noise), next is self.last
         given = self.x0
         if not last:
             given = next.alpha * self.x0 + next.sigma * (noise() if self.noise is None else self.noise)
-        return torch.where(self.covered if last or next.sigma <= next.alpha else self.whole, made, given)
+        signal = last or next.sigma <= next.alpha
+        return torch.where(self.painted.then if signal else self.painted.first, made, given)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -17,7 +17,20 @@ from tqdm import tqdm
 
 from autoencoder.model import Posterior
 from ldm.denoiser import Denoise, Denoiser, beside
-from ldm.editing import Blended, Pixels, inpainting_context, pad, paste, steps_of, to_mask, to_pixels, without
+from ldm.editing import (
+    Blended,
+    Painted,
+    Pixels,
+    filled,
+    inpainting_context,
+    pad,
+    painted,
+    paste,
+    steps_of,
+    to_mask,
+    to_pixels,
+    without,
+)
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.networks import Networks, to_pil
@@ -154,20 +167,25 @@ class LatentDiffusionPipeline(Networks):
         # picture has its own of all three, also where stock repeats one posterior's sample for several of one prompt.
         noise = lambda: randn_tensor(shape, generator, self.device, torch.float32)  # noqa: E731
         pixels = None if given is None else pad(given, multiple) * 2 - 1
+        inside = None if mask is None else pad(mask, multiple)
+        places = None if inside is None else painted(inside, self.autoencoder.factor, seen=self.inpaints)
+        if places is not None and all(place.all() for place in places):
+            places = None
         x0: Tensor | None = None
-        if pixels is not None and (strength < 1 or (mask is not None and not self.inpaints)):
-            x0 = Posterior(*map(spread, self._posterior(pixels))).sample(noise())
-        start = noise() if latents is None else latents.to(self.device, torch.float32)
         context: Tensor | None = None
-        if pixels is not None and mask is not None:
-            inside = pad(mask, multiple)
-            if self.inpaints:
-                around = Posterior(*map(spread, self._posterior(without(pixels, inside)))).sample(noise())
-                context = inpainting_context(spread(inside).to(self.device), around)
-            elif x0 is not None:
-                same = None if draws_noise(sampler, eta) else start
-                step = Blended(step, x0, same, spread(inside).to(self.device), route.legs[-1].next)
-        elif self.inpaints:
+        if pixels is not None and (strength < 1 or places is not None or (mask is not None and not self.inpaints)):
+            if strength < 1 or inside is None or not self.inpaints:
+                x0 = Posterior(*map(spread, self._posterior(pixels))).sample(noise())
+            else:  # only an edge is held to it, of which nothing under the mask may be known
+                x0 = spread(self._posterior(filled(pixels, inside)).mean)
+        start = noise() if latents is None else latents.to(self.device, torch.float32)
+        if pixels is not None and inside is not None and self.inpaints:
+            around = Posterior(*map(spread, self._posterior(without(pixels, inside)))).sample(noise())
+            context = inpainting_context(spread(inside).to(self.device), around)
+        if places is not None and x0 is not None:
+            places = Painted(*(spread(place).to(self.device) for place in places))
+            step = Blended(step, x0, None if draws_noise(sampler, eta) else start, places, route.legs[-1].next)
+        if mask is None and self.inpaints:
             context = self.white_context(*shape[2:])
         network = self.network if context is None else beside(self.network, context)
 

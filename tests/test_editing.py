@@ -9,7 +9,7 @@ from conftest import tiny_pipeline
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
-from ldm.editing import Blended, on_latents, steps_of, to_mask
+from ldm.editing import Blended, filled, on_latents, painted, steps_of, to_mask
 from ldm.errors import UserError
 from ldm.schedule import Schedule
 
@@ -146,20 +146,22 @@ def test_a_line_of_one_pixel_reaches_the_latents(line):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(same):
-    """By latents: the mask covers the first wholly, the second in part, the third not at all."""
+@pytest.mark.parametrize("seen", [True, False])
+def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(same, seen):
+    """By latents: the mask covers the first wholly, the second in part, the third not at all. A UNet that sees it keeps that."""
     schedule = Schedule.build("scaled_linear")
     mask = torch.zeros(1, 1, 4, 12)
     mask[..., :6] = 1
     x0, start, drawn = torch.full((1, 1, 1, 3), 2.0), torch.full((1, 1, 1, 3), 3.0), torch.full((1, 1, 1, 3), 5.0)
     last = schedule.level(0)
-    step = Blended(lambda *_: torch.full((1, 1, 1, 3), 7.0), x0, start if same else None, mask, last)
+    places = painted(mask, 4, seen)
+    step = Blended(lambda *_: torch.full((1, 1, 1, 3), 7.0), x0, start if same else None, places, last)
     for index in (900, 600, 400, 100, 0):
         level = schedule.level(index) if index else last
         got = step(None, x0, level, level, lambda: drawn)[0, 0, 0].tolist()
         given = level.alpha * 2 + level.sigma * (3 if same else 5) if index else 2.0
         edge = 7.0 if level.sigma <= level.alpha else given
-        assert got == pytest.approx([7.0, edge, given])
+        assert got == pytest.approx([7.0, edge, 7.0 if seen else given])
     assert schedule.level(400).sigma > schedule.level(400).alpha > schedule.level(100).sigma
 
 
@@ -174,6 +176,20 @@ def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
         changed = (made != np.asarray(given, np.float32) / 255).any(-1)
         assert not changed[mask == 0].any()
         assert changed[mask > 0].all()
+
+
+def test_what_is_made_up_under_a_mask_is_of_what_is_round_it():
+    x = torch.rand(1, 3, 13, 22, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 13, 22)
+    mask[..., 2:9, 4:20] = 1
+    made = filled(x, mask)
+    assert torch.equal(torch.where(mask == 0, made, x), x)
+    assert torch.equal(made, filled(torch.where(mask > 0, -5.0, x), mask))  # nothing under it is looked at
+    assert made.amin() >= x.amin()
+    assert made.amax() <= x.amax()
+    red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 13, 22)
+    torch.testing.assert_close(filled(torch.where(mask > 0, 0.0, red), mask), red)
+    assert torch.isfinite(filled(x, torch.ones_like(mask))).all()
 
 
 def test_black_is_black_but_for_noise(pipe):
