@@ -111,7 +111,11 @@ class Autoencoder:
             raise UserError(f"no autoencoder at {str(where)!r}: give a stage 1 run's model/ folder, or a hub id")
         try:
             vae = AutoencoderKL.from_pretrained(str(where), use_safetensors=True, low_cpu_mem_usage=False)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError):
+            if isinstance(where, Path) and not any(where.glob("diffusion_pytorch_model*.safetensors")):
+                error = UserError(
+                    "it has no diffusion_pytorch_model.safetensors; pickles and variants (fp16) aren't read"
+                )
             raise UserError(f"can't load an autoencoder from {str(where)!r}: {error}") from None
         if vae.config.get("shift_factor") or vae.config.get("latents_mean"):
             raise UserError(

@@ -31,6 +31,7 @@ from ldm.errors import UserError
 # The text tower's weights wherever they are stored: a CLIPModel, a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
 _PREFIX = "text_model."
+MOST_CHUNKS = 32
 _CHUNKS = "prompt_chunks"  # in the text encoder's config.json, where transformers ignores it
 _WANTED = (  # of a hub repository
     *("config.json", "model.safetensors", "model-*-of-*.safetensors"),
@@ -48,13 +49,13 @@ class ClipTextEncoder(nn.Module):
         """Takes both as they are; the text tower of a CLIPModel in training stays trainable.
 
         chunks: in how many a prompt is read; None for what the model was saved with, else 1.
-        Raises UserError when the tokenizer has ids that the model doesn't, or for chunks below 1.
+        Raises UserError when the tokenizer has ids that the model doesn't, or for chunks out of range.
         """
         super().__init__()
         config = model.config
         chunks = getattr(config, _CHUNKS, 1) if chunks is None else chunks
-        if type(chunks) is not int or chunks < 1:
-            raise UserError(f"chunks {chunks!r}: a whole number of at least 1 is accepted")
+        if type(chunks) is not int or not 1 <= chunks <= MOST_CHUNKS:
+            raise UserError(f"chunks {chunks!r}: a whole number from 1 to {MOST_CHUNKS} is accepted")
         if len(tokenizer) > config.vocab_size:
             raise UserError(f"{len(tokenizer)} tokens in the tokenizer, only {config.vocab_size} in its text encoder")
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)

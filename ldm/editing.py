@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.errors import UserError
+from ldm.pictures import to_rgb
 from ldm.samplers import Noise, Step
 from ldm.schedule import Level
 
@@ -39,11 +40,15 @@ def steps_of(strength: float, n: int) -> int:
 
 
 def to_pixels(images: Pixels, what: str = "image") -> Tensor:
-    """Pictures of one size, (b, 3, h, w) float32 in [0, 1], on the CPU. Raises UserError for anything else."""
+    """Pictures of one size, (b, 3, h, w) float32 in [0, 1], on the CPU. Raises UserError for anything else.
+
+    Transparent PIL pictures are laid on white; of a mask, which has one channel, what is transparent is black.
+    """
+    mask = what == "mask_image"
     if isinstance(images, Tensor):
         found = images.detach().float().cpu()
     elif isinstance(images, np.ndarray):
-        found = torch.from_numpy(images).float()
+        found = torch.from_numpy(np.array(images, np.float32))
         found = found.movedim(-1, -3) if found.ndim > 2 else found
     else:
         listed = [images] if isinstance(images, Image.Image) else list(images)
@@ -53,11 +58,15 @@ def to_pixels(images: Pixels, what: str = "image") -> Tensor:
             raise UserError(
                 f"{what}: pictures of sizes {', '.join('×'.join(map(str, i.size)) for i in listed)}: give one size"
             )
-        mode = "L" if what == "mask_image" else "RGB"
-        arrays = [np.asarray(image.convert(mode), np.float32) / 255 for image in listed]
+        try:
+            seen = [to_rgb(image, (0, 0, 0) if mask else (255, 255, 255)) for image in listed]
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from None
+        arrays = [np.asarray(image.convert("L") if mask else image, np.float32) / 255 for image in seen]
         found = torch.from_numpy(np.stack(arrays))  # (b, h, w) or (b, h, w, 3)
-        found = found[:, None] if mode == "L" else found.movedim(-1, 1)
-    channels = 1 if what == "mask_image" else 3
+        found = found[:, None] if mask else found.movedim(-1, 1)
+    found = found[None, None] if mask and found.ndim == 2 else found
+    channels = 1 if mask else 3
     found = found[None] if found.ndim == 3 else found
     if found.ndim != 4 or found.shape[1] != channels or not found.numel():
         raise UserError(f"{what} of shape {tuple(found.shape)}: (b, {channels}, h, w) is accepted")

@@ -152,9 +152,17 @@ class Networks:
         return self._offload or self.unet.device
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Keep the networks in main memory, and each on the device only while it runs: the largest has to fit, not all."""
+        """Keep the networks in main memory, and each on the device only while it runs: the largest has to fit, not all.
+
+        Raises UserError where there is no such device.
+        """
+        try:
+            offload = torch.device(device)
+            torch.empty(1, device=offload)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"device {str(device)!r} can't be used: {str(error).strip().splitlines()[0]}") from None
         self.to("cpu")
-        self._offload = torch.device(device)
+        self._offload = offload
 
     @contextmanager
     def _running(self, network: nn.Module) -> Iterator[None]:

@@ -199,7 +199,8 @@ class LatentDiffusionPipeline(Networks):
             if not (weak.unet.config.in_channels == self.unet.config.in_channels
                     and torch.equal(weak.process.schedule.alpha, process.schedule.alpha)):  # fmt: skip
                 raise UserError(
-                    "the weaker model has other latents or another noise schedule: give one of the same kind"
+                    "the weaker model has other latents or another noise schedule, or only one of the two was trained to "
+                    "inpaint: give one of the same kind"
                 )
             weaker = weak.network if context is None else beside(weak.network, context)
             guide = Denoiser(weaker, weak.process.target, weak.unet.dtype)
@@ -220,7 +221,12 @@ class LatentDiffusionPipeline(Networks):
                     return x
                 made = watched.last[:, : shape[1]]
                 changed = callback_on_step_end(self, k, leg.now.index, {"latents": x, "denoised": made})
-                return (changed or {}).get("latents", x)
+                found = (changed or {}).get("latents", x)
+                if found.shape != x.shape:
+                    raise UserError(
+                        f"callback_on_step_end gave latents of shape {tuple(found.shape)}, not {tuple(x.shape)}"
+                    )
+                return found.to(x)
 
             with self._running(self.unet), weak._running(weak.unet) if weak else nullcontext():
                 z = sample(watched, z, legs, step, noise, after)

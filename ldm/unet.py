@@ -80,7 +80,9 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
         unet = UNet2DConditionModel.from_pretrained(
             str(Path(folder) / "unet"), use_safetensors=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError):
+        if not any((Path(folder) / "unet").glob("diffusion_pytorch_model*safetensors")):
+            error = UserError("it has no diffusion_pytorch_model.safetensors; pickles and variants (fp16) aren't read")
         raise UserError(f"can't load the UNet of {str(folder)!r}: {error}") from None
     use_attention(unet)
     return unet

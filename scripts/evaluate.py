@@ -95,6 +95,8 @@ def evaluate(o: Options) -> dict[str, Any]:
     else:
         captions = [row.captions[0] for row in islice(dataset.source, min(16, count))]
         pictures = list(paint(pipe, captions, **how))
+    if pipe.inpaints:
+        report["task"] = "text to image, by a model that inpaints, under a mask that is white all over"
     report["damaged"] = [list(pair) for pair in sorted(damaged)]
     report["settings"] = how | {"model": o.model, "data": o.data, "split": o.split, "pictures": count}
     report["versions"] = versions()
@@ -106,7 +108,7 @@ def evaluate(o: Options) -> dict[str, Any]:
 def main() -> None:
     o = overlay(Options, Options())
     report = evaluate(o)
-    print(json.dumps({k: report[k] for k in ("vae", "latents", "alignment") if k in report}, indent=2))
+    print(json.dumps({k: report[k] for k in ("task", "vae", "latents", "alignment") if k in report}, indent=2))
     if damaged := report["damaged"]:
         print(f"{len(damaged)} pictures can't be read, others stood in, e.g. for {': '.join(damaged[0])}")
     print(f"written to {o.out}/report.json and {o.out}/samples.png")

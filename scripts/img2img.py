@@ -24,7 +24,7 @@ def main() -> None:
     if not o.image:
         raise UserError("--image is missing: pictures to begin with")
     stems = [slug(Path(path).stem) for path in o.image]
-    names = [f"{stem}-" if len(stems) > 1 else "" for stem in stems]
+    names = [f"{stem}-" for stem in stems]
     if len(set(stems)) < len(stems):  # pictures of several folders
         names = [f"{k}-{name}" for k, name in enumerate(names)]
     given = [

@@ -1,13 +1,15 @@
 """Paint inside a mask, or beyond a picture's borders; the rest stays as it is."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from ldm.errors import UserError
+from ldm.png import slug
 from ldm.spacing import SamplerKind
 from train.cli import command
 from train.data.decode import MAX_PIXELS
@@ -23,11 +25,11 @@ class Options(PaintOptions):
     image: str = ""
     """The picture, of any size."""
     mask: str = ""
-    """White is painted, black stays, grey is mixed; of any size. May be left out with --extend."""
+    """White is painted, black and transparent stay, grey is mixed; of any size. May be left out with --extend."""
     strength: float = 1.0
     """How much of what is inside the mask is given up: 0 nothing, 1 all."""
     feather: float = 0.0
-    """Soften the mask's edge over about so many pixels."""
+    """Soften the mask's edge over about so many pixels, on both its sides."""
     extend: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (0, 0, 0, 0)
     """Pixels to paint beyond the borders (outpainting)."""
 
@@ -56,15 +58,17 @@ def main() -> None:
     image = open_picture(o.image, "--image")
     if not o.mask and not any(o.extend):
         raise UserError("--mask is missing: a picture that is white where to paint; or give --extend")
-    mask = open_picture(o.mask, "--mask").convert("L") if o.mask else Image.new("L", image.size)
+    mask = open_picture(o.mask, "--mask", (0, 0, 0)).convert("L") if o.mask else Image.new("L", image.size)
+    beyond = framed(image, Image.new("L", mask.size), o)[1]
     image, mask = framed(image, mask, o)
     if not 0 <= o.feather <= max(image.size):
         raise UserError(f"--feather {o.feather}: pixels, 0 to {max(image.size)} for this picture")
     if o.feather:
-        mask = mask.filter(ImageFilter.GaussianBlur(o.feather / 2))
+        mask = ImageChops.lighter(mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), beyond)  # that is all new
     painter = Painter(o)
     files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
-    wanted = [p for prompt in painter.prompts for p in painter.wanted(prompt, image=image, files=files)]
+    name = f"{slug(Path(o.image).stem)}-"
+    wanted = [p for prompt in painter.prompts for p in painter.wanted(prompt, image=image, name=name, files=files)]
     for path in painter.paint(wanted, mask_image=mask, strength=o.strength):
         print(path)
 

@@ -1,5 +1,6 @@
 """From a picture and inside a mask: stock diffusers' pictures, exact pixels outside, and every way to ask wrongly."""
 
+import io
 import itertools
 
 import numpy as np
@@ -9,8 +10,9 @@ from conftest import tiny_pipeline
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
-from ldm.editing import Blended, filled, on_latents, painted, steps_of, to_mask
+from ldm.editing import Blended, filled, on_latents, painted, steps_of, to_mask, to_pixels
 from ldm.errors import UserError
+from ldm.pictures import to_rgb
 from ldm.schedule import Schedule
 
 PROMPTS = ["a small red star on a blue background", "a large green circle"]
@@ -176,6 +178,38 @@ def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
         changed = (made != np.asarray(given, np.float32) / 255).any(-1)
         assert not changed[mask == 0].any()
         assert changed[mask > 0].all()
+
+
+def test_pil_pictures_are_seen_as_they_are_meant():
+    """Upright, 16 bits scaled, on white where they are transparent; once, however often."""
+    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    np.testing.assert_allclose(to_pixels(Image.fromarray(deep))[0, 0], np.rint(deep / 257) / 255, atol=1e-6)
+    clear = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    clear.putpixel((0, 0), (0, 0, 0, 0))
+    assert to_pixels(clear)[0, :, 0, :2].T.tolist() == [[1, 1, 1], [1, 0, 0]]
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)).save(file, "PNG", exif=exif)
+    turned = Image.open(file)
+    assert to_pixels(turned).shape == (1, 3, 6, 4)
+    once = to_rgb(turned)
+    np.testing.assert_array_equal(np.asarray(to_rgb(once)), np.asarray(once))
+    with pytest.raises(UserError, match="32 bits a pixel"):
+        to_pixels(Image.new("F", (4, 4)))
+    bytes_ = np.zeros((2, 2, 3), np.uint8)
+    bytes_.flags.writeable = False
+    assert to_pixels(bytes_).shape == (1, 3, 2, 2)
+
+
+def test_what_is_transparent_in_a_mask_is_black():
+    layer = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (2, 2, 5, 4))
+    found = to_mask(layer, (8, 8))
+    assert found[0, 0, 2:4, 2:5].all()
+    assert found.sum() == 6
+    assert torch.equal(to_mask(found[0, 0].numpy(), (8, 8)), found)  # a plain array (h, w) is a mask too
+    assert torch.equal(to_mask(found[0, 0] > 0, (8, 8)), found)
 
 
 def test_what_is_made_up_under_a_mask_is_of_what_is_round_it():

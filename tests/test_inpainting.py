@@ -262,6 +262,10 @@ def test_what_does_not_fit_what_is_given_is_refused(
                 init=str(tmp_path / "deep/model"), unet=UnetConfig(),
             )
         )  # fmt: skip
+    with pytest.raises(UserError, match="was made with --task inpaint, not txt2img"):
+        train.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), task="txt2img", steps=1))
+    with pytest.raises(UserError, match=r"--vae is missing: .* or --init with a pipeline"):
+        train.ldm.train(replace(inpaint_config(shapes, tmp_path / "none", begun), init="", vae=""))
     with pytest.raises(UserError, match="--init holds something else"):
         start(init=str(tmp_path / "again/model"), diffusion=DiffusionConfig())
 

@@ -407,7 +407,7 @@ def test_pictures_and_prompts_agree_in_number(model: Path, given: Path, tmp_path
     shutil.copy(given / "b.png", tmp_path / "c/a.png")
     names = [p.name for p in run(*how, given / "a.png", given / "odd.png").paths]
     assert names == ["a-one-0.png", "odd-two-0.png"]
-    assert [p.name for p in run(*how, given / "a.png").paths] == ["one-0.png", "two-0.png"]
+    assert [p.name for p in run(*how, given / "a.png").paths] == ["a-one-0.png", "a-two-0.png"]
     assert [p.name for p in run(*how, given / "a.png", tmp_path / "c/a.png").paths] == [
         "0-a-one-0.png",
         "1-a-two-0.png",

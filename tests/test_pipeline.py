@@ -465,6 +465,21 @@ def test_features_of_prompts_take_their_place(folder: Path) -> None:
             pipe(**wrong, num_inference_steps=1)
 
 
+def test_what_cannot_be_used_is_said_in_words(folder: Path) -> None:
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(UserError, match="device 'nowhere' can't be used"):
+        pipe.enable_model_cpu_offload("nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device 'cuda' can't be used"):
+            pipe.enable_model_cpu_offload()
+    assert pipe.device == torch.device("cpu")
+    with pytest.raises(UserError, match="gave latents of shape"):
+        pipe("a", num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
+    for size in ({"width": 0}, {"height": -8}, {"width": 9}):
+        with pytest.raises(UserError, match="must be multiples of"):
+            pipe("a", **size)
+
+
 def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Picture by picture through the autoencoder, and one network after the other on the device."""
     pipe = LatentDiffusionPipeline.from_pretrained(folder)

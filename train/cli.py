@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
+import diffusers
 import torch
 import transformers
 import tyro
@@ -22,6 +24,7 @@ from ldm.errors import RunError, UserError
 from ldm.spacing import SamplerKind, Spacing
 
 Config = TypeVar("Config")
+_LESS = "lower --batch-size; in training --accumulation splits it, in painting --tile and a smaller picture help"
 _EXPECTED = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -153,6 +156,7 @@ def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
     warnings.formatwarning = lambda message, *_, **__: f"warning: {_line(str(message))}\n"
+    diffusers.logging.set_verbosity(logging.CRITICAL)  # what it tells of a failure, our error tells
     transformers.logging.set_verbosity_error()  # it lists what a part of a model leaves unread; what lacks is our error
     transformers.logging.disable_progress_bar()
     try:
@@ -164,13 +168,13 @@ def command(main: Callable[[], None]) -> NoReturn:
     except RunError as error:
         _leave(1, error)
     except torch.OutOfMemoryError:
-        _leave(1, "out of memory on the device: lower --batch-size, or raise --accumulation to split it")
+        _leave(1, f"out of memory on the device: {_LESS}")
     except MemoryError:
-        _leave(1, "out of memory: lower --batch-size, or raise --accumulation to split it")
+        _leave(1, f"out of memory: {_LESS}")
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        _leave(1, "out of memory: lower --batch-size, or raise --accumulation to split it")
+        _leave(1, f"out of memory: {_LESS}")
     except OSError as error:
         if error.errno not in _EXPECTED:
             raise

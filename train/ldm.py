@@ -1,7 +1,7 @@
 """Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,19 +13,18 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from autoencoder.model import Autoencoder, digest
+from autoencoder.model import Autoencoder
 from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import beside
 from ldm.editing import inpainting_context, without
 from ldm.errors import UserError
 from ldm.hub import find_pipeline
-from ldm.interchange import Process
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import Importance, uniform
-from ldm.unet import build_unet, load_unet, require_attention, use_attention, widen
+from ldm.unet import require_attention, use_attention
 from train.captions import CutCaptions
-from train.config import LdmConfig, UnetConfig
+from train.config import LdmConfig
 from train.data.buckets import Buckets
 from train.data.cache import LatentCache, Originals, TextCache
 from train.data.dataset import PLAIN, CachedDataset, LatentNoise, Noising, PictureDataset, StreamDataset, masking
@@ -33,6 +32,7 @@ from train.data.shards import Stored
 from train.data.sources import Source
 from train.ema import Ema
 from train.evaluation import paint
+from train.first_unet import first_unet, tell_changes
 from train.inputs import Inputs, build_buckets, open_inputs
 from train.loop import Batch, Phase, StepOutput, fit
 from train.optim import DTYPES, autocast, build_optimizer
@@ -201,7 +201,8 @@ def train(config: LdmConfig) -> None:
     for name, given in where.items():
         if not given:
             raise UserError(
-                f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model, or a hub id"
+                f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model or a hub id, or "
+                "--init with a pipeline, which has one"
             )
     accelerator = open_accelerator(config)
     require_attention(config.attention)
@@ -217,12 +218,13 @@ def train(config: LdmConfig) -> None:
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
         )
-    unet = first_unet(config, init, autoencoder, text_encoder)
-    made_from = {"data": inputs.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest}
-    made_from["init"] = digest(unet) if init else ""
+    unet, given = first_unet(config, init, autoencoder, text_encoder)
+    made_from = {
+        "data": inputs.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": given
+    }  # fmt: skip
     with Run(config, accelerator, made_from) as run:
         if init:
-            _tell_changes(run, config, init, made_from)
+            tell_changes(run, config, init, made_from)
         autoencoder.vae.to(accelerator.device)
         text_encoder.to(accelerator.device)
         inputs, buckets = inputs.prepared(run), None
@@ -248,69 +250,6 @@ def train(config: LdmConfig) -> None:
             training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
             held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
         fit(run, LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out))
-
-
-def first_unet(
-    config: LdmConfig, init: Path | None, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
-) -> UNet2DConditionModel:
-    """From random weights or the pipeline at `init`, and widened for its task. Raises UserError where it doesn't fit."""
-    shape, c, side = config.unet, autoencoder.latent_channels, config.input.resolution // autoencoder.factor
-    build = partial(
-        build_unet, channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
-        depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=c, latent_size=side,
-        learned_variance=config.diffusion.variance == "learned", text_width=text_encoder.width,
-    )  # fmt: skip
-    torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
-    if init is None:
-        unet = build()
-    else:
-        unet = load_unet(init).float().train().requires_grad_(True)
-        wanted: dict[str, int] = {"cross_attention_dim": text_encoder.width}
-        wanted["out_channels"] = c * (1 + (config.diffusion.variance == "learned"))
-        if config.task == "txt2img" or unet.config.in_channels != 2 * c + 1:
-            wanted["in_channels"] = c
-        for name, value in wanted.items():
-            if unet.config[name] != value:
-                raise UserError(
-                    f"the UNet of init {config.init!r} has {name} {unet.config[name]}, this run needs {value}"
-                )
-        multiple = autoencoder.factor * 2 ** (len(unet.config.block_out_channels) - 1)
-        if config.input.resolution % multiple:
-            raise UserError(
-                f"input.resolution {config.input.resolution} isn't a multiple of {multiple}, which the UNet of init "
-                f"{config.init!r} needs"
-            )
-        if shape != UnetConfig():
-            with torch.device("meta"):
-                _same_shape(unet, build(), f"init {config.init!r} has another shape than the configuration's unet")
-        unet.register_to_config(sample_size=side)
-    if config.task == "inpaint" and unet.config.in_channels == c:
-        widen(unet, 2 * c + 1)
-    return unet
-
-
-def _tell_changes(run: Run, config: LdmConfig, init: Path, made_from: Mapping[str, str]) -> None:
-    """Say where this run isn't what the given UNet has learned: it may be meant, and then has to be learned."""
-    if config.vae and Autoencoder.load(init).digest != made_from["vae"]:
-        run.say(f"init {config.init!r} has learned another autoencoder's latents than those of --vae {config.vae!r}")
-    if config.text_encoder and ClipTextEncoder.load(init).digest != made_from["text_encoder"]:
-        run.say(f"init {config.init!r} has learned to read another text encoder than {config.text_encoder!r}")
-    was, now = Process.load(init), config.diffusion.build_process()
-    if was.target != now.target:
-        run.say(f"init {config.init!r} predicts {was.target}, this run {now.target} (--diffusion.target)")
-    a, b = was.schedule.alpha, now.schedule.alpha
-    if a.shape != b.shape or not torch.allclose(a, b, atol=1e-6):
-        run.say(f"init {config.init!r} has another noise schedule than this run (--diffusion.schedule, beta_start, …)")
-
-
-def _same_shape(unet: nn.Module, configured: nn.Module, what: str) -> None:
-    """Raises UserError where the networks differ, but in the first layer's width."""
-    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (configured, unet))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name) and name != "conv_in.weight":
-            raise UserError(
-                f"{what}: {name} {theirs.get(name, 'absent')}, not {ours.get(name, 'absent')}; leave it out"
-            )
 
 
 def cached(

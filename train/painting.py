@@ -272,6 +272,8 @@ class Painter:
         """
         o, folder, told = self.o, Path(self.o.out), settings(self.o)
         read = {Path(path).resolve() for w in wanted for path in (o.like, *w.files.values()) if path}
+        if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+            raise UserError(f"--out {o.out!r} can't be a folder: {str(file)!r} is a file")
         grid = f"grid-{file_name(wanted[0].prompt, wanted[0].seed)}"
         names = [w.file for w in wanted] + [grid] * o.grid
         if over := next((name for name in names if (folder / name).resolve() in read), None):
@@ -336,12 +338,12 @@ def in_rows(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def open_picture(path: str, option: str) -> Image.Image:
-    """A picture that an option names, upright, mode RGB. Raises UserError where it isn't one."""
+def open_picture(path: str, option: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """A picture that an option names, upright, mode RGB, laid on a background. Raises UserError where it isn't one."""
     if not path:
         raise UserError(f"{option} is missing: a picture's file")
     try:
-        return load_picture(Path(path))
+        return load_picture(Path(path), background=background)
     except DamagedPicture as error:
         raise UserError(f"{option} {path!r} can't be read: {error.reason}") from None
     except OSError as error:

@@ -1,0 +1,89 @@
+"""A picture of any kind as it is meant to be seen: upright, in 8 bits a channel, opaque, in sRGB.
+
+EXIF's rotation is applied (TIFF's own tag, Pillow applies while loading), 16-bit grey is scaled to 8, alpha is laid over a
+background, colours are brought from the picture's profile to sRGB.
+"""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+Colour = tuple[int, int, int]
+
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (_UPRIGHT[5], _UPRIGHT[6], _UPRIGHT[7], _UPRIGHT[8])
+_SAME = 2  # of 255: the common sRGB profiles differ by rounding
+
+
+def to_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Image.Image:
+    """The picture, mode RGB; nothing of it is to be applied again. Raises ValueError for 32 bits a pixel."""
+    turn = _turn(image)
+    seen = _flat(image if turn is None else image.transpose(turn), background)
+    seen = seen.copy() if seen is image else seen
+    seen.info = {}
+    return seen
+
+
+def sideways(image: Image.Image) -> bool:
+    """Whether width and height of a picture that isn't decoded yet will change places."""
+    return _turn(image, decode=False) in _SIDEWAYS
+
+
+def _turn(image: Image.Image, decode: bool = True) -> Image.Transpose | None:
+    """What EXIF says is to be done. Without leave to decode, EXIF behind a PNG's pixels isn't seen."""
+    if not decode and image.format == "TIFF":  # whose size is the upright one
+        return None
+    try:
+        exif = image.getexif() if decode else Image.Image.getexif(image)  # PNG's own method decodes
+        return _UPRIGHT.get(exif.get(_ORIENTATION, 1))
+    except Exception:  # unreadable EXIF says nothing
+        return None
+
+
+def _flat(image: Image.Image, background: Colour) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float64) / 257  # 65535 → 255
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(behind, _to_srgb(image.convert("RGBA"), profile)).convert("RGB")
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    return _to_srgb(image, profile).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The colours as they are meant; as they are where there is no profile, or none that makes sense."""
+    transform = _transform(profile, image.mode) if profile else None
+    return image if transform is None else transform.apply(image)
+
+
+@lru_cache(maxsize=16)  # most pictures of a set share a few profiles
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile's colours to sRGB; None where they are sRGB already, within rounding, or can't be told."""
+    target = "RGBA" if mode == "RGBA" else "RGB"
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
+        if mode == "CMYK":
+            return transform
+        levels = np.mgrid[:256:51, :256:51, :256:51].reshape(3, 1, -1).transpose(1, 2, 0)  # a lattice of colours
+        probe = Image.fromarray(levels.astype(np.uint8)).convert(mode)
+        seen = np.asarray(transform.apply(probe).convert("RGB")).astype(int)
+        return None if np.abs(seen - np.asarray(probe.convert("RGB"))).max() <= _SAME else transform
+    except Exception:  # as browsers do: a bad profile says nothing
+        return None
