@@ -80,10 +80,12 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
         unet = UNet2DConditionModel.from_pretrained(
             str(Path(folder) / "unet"), use_safetensors=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError):
-        if not any((Path(folder) / "unet").glob("diffusion_pytorch_model*safetensors")):
-            error = UserError("it has no diffusion_pytorch_model.safetensors; pickles and variants (fp16) aren't read")
-        raise UserError(f"can't load the UNet of {str(folder)!r}: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        said = str(error)
+        place, name = Path(folder) / "unet", "diffusion_pytorch_model"
+        if not [*place.glob(f"{name}.safetensors"), *place.glob(f"{name}-*")]:
+            said = "it has no diffusion_pytorch_model.safetensors; pickles and variants (fp16) aren't read"
+        raise UserError(f"can't load the UNet of {str(folder)!r}: {said}") from None
     use_attention(unet)
     return unet
 

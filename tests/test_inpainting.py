@@ -366,3 +366,17 @@ def test_a_channel_count_that_is_neither_is_refused(pipe):
     widen(unet, 8)
     with pytest.raises(UserError, match="takes 8 channels"):
         LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_folders_without_plain_safetensors_are_refused_in_a_line(saved, tmp_path, part):
+    """Pickled weights, and variants such as fp16's."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    weights = folder / part / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(UserError, match=r"it has no diffusion_pytorch_model\.safetensors; pickles and variants"):
+        LatentDiffusionPipeline.from_pretrained(folder)
+    weights.with_name("diffusion_pytorch_model.fp16.safetensors").rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"it has no diffusion_pytorch_model\.safetensors; pickles and variants"):
+        LatentDiffusionPipeline.from_pretrained(folder)

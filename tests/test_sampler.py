@@ -20,7 +20,7 @@ def test_purposes_keep_their_numbers():
     assert {p.name: p.value for p in Purpose} == {
         "ORDER": 1, "TIMESTEP": 2, "NOISE": 3, "CAPTION": 4, "DROPOUT": 5,
         "CROP": 6, "FLIP": 7, "POSTERIOR": 8, "VALIDATION": 9, "SUBSTITUTE": 10, "OFFSET": 11,
-        "TRANSFORM": 12, "STREAM": 13, "BUCKET": 14,
+        "TRANSFORM": 12, "STREAM": 13, "BUCKET": 14, "MASK": 15, "MASKED": 16,
     }  # fmt: skip
 
 
