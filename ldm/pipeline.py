@@ -169,8 +169,9 @@ class LatentDiffusionPipeline(Networks):
         pixels = None if given is None else pad(given, multiple) * 2 - 1
         inside = None if mask is None else pad(mask, multiple)
         places = None if inside is None else painted(inside, self.autoencoder.factor, seen=self.inpaints)
-        if places is not None and all(place.all() for place in places):
-            places = None
+        fresh = draws_noise(sampler, eta)
+        if places is not None and all(place.all() for place in places) and not fresh:
+            places = None  # but where noise is drawn, as often for each mask, lest pictures depend on their batch
         x0: Tensor | None = None
         context: Tensor | None = None
         if pixels is not None and (strength < 1 or places is not None or (mask is not None and not self.inpaints)):
@@ -184,7 +185,7 @@ class LatentDiffusionPipeline(Networks):
             context = inpainting_context(spread(inside).to(self.device), around)
         if places is not None and x0 is not None:
             places = Painted(*(spread(place).to(self.device) for place in places))
-            step = Blended(step, x0, None if draws_noise(sampler, eta) else start, places, route.legs[-1].next)
+            step = Blended(step, x0, None if fresh else start, places, route.legs[-1].next)
         if mask is None and self.inpaints:
             context = self.white_context(*shape[2:])
         network = self.network if context is None else beside(self.network, context)

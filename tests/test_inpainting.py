@@ -347,6 +347,28 @@ def test_it_paints_from_text_and_from_pictures_too(pipe):
     assert torch.isfinite(z).all()
 
 
+@pytest.mark.parametrize("task", ["text", "picture", "mask"])
+@pytest.mark.parametrize("inpaints", [False, True])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
+def test_a_batch_of_seven_is_the_same_twice_and_as_each_picture_alone(inpaints, task, sampler):
+    pipe, given = tiny_pipeline(inpaints=inpaints), pictures(7, (29, 35))
+    prompts = [
+        f"a small red star above a {word} circle"
+        for word in ["red", "green", "blue", "yellow", "purple", "orange", "grey"]
+    ]
+    masks = [box((29, 35), (k, 2 * k, k + 9, 2 * k + 11)) for k in range(7)]
+    how: dict[str, Any] = {"num_inference_steps": 3, "sampler": sampler, "output_type": "np"}
+    of_each = {"text": {}, "picture": {"image": given, "strength": 0.7}, "mask": {"image": given, "mask_image": masks}}[
+        task
+    ]
+    one, other = (pipe(prompts, generator=seeds(7), **of_each, **how).images for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+    for k in (0, 4, 6):
+        mine = {name: value[k : k + 1] if isinstance(value, list) else value for name, value in of_each.items()}
+        alone = pipe(prompts[k], generator=seeds(7)[k : k + 1], **mine, **how).images
+        assert np.abs(alone[0] - one[k]).max() <= 1 / 255
+
+
 def test_a_weaker_model_sees_the_context_too(pipe):
     """Guided away from itself, a model paints what it would; from another, something else."""
     given = {"image": pictures(2), "mask_image": box()}
