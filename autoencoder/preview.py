@@ -1,8 +1,9 @@
 """Cheap previews: a linear map from latents to colours, one pixel a latent, without the decoder.
 
 What a latent and its eight neighbours say of the mean colour of its place is nearly linear, so least squares over some
-pictures finds it. (Without the neighbours much is lost where a decoder is trained on few pictures: docs/LOG.md.) It is taken over posterior samples z = μ + σ ε, since those are what a diffusion learns to paint, but none is drawn: of the
-normal equations only E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ enter. A channel that is all noise is so left out of it.
+pictures finds it (docs/LOG.md says what the neighbours are worth). It is taken over posterior samples z = μ + σ ε, since
+those are what a diffusion learns to paint, but none is drawn: of the normal equations only E[z zᵀ] = μ μᵀ + diag(σ²) and
+E[z] = μ enter. A channel that is all noise is so left out of it.
 """
 
 import json

@@ -182,10 +182,8 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     cos = (x * y).sum(1, keepdim=True)
     beside = y - cos * x  # what b has that a hasn't
     sin = beside.norm(dim=1, keepdim=True)
-    turned = F.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2)).flip(2) * x.new_tensor(
-        [-1, 1]
-    )  # at a right angle to a
-    turned = turned.flatten(1)[:, : x.shape[1]]
+    pairs = F.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2))
+    turned = (pairs.flip(2) * x.new_tensor([-1, 1])).flatten(1)[:, : x.shape[1]]  # at a right angle to a
     beside = F.normalize(torch.where(sin > 1e-12, beside, turned))
     angle = t * torch.atan2(sin, cos)
     return ((angle.cos() * x + angle.sin() * beside) * length).view_as(a).to(a.dtype)

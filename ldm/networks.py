@@ -259,6 +259,7 @@ class Networks:
         return rows[[distinct.index(p) for p in prompts]]
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the latents of pictures of so many pixels; None: the model's own. Else UserError."""
         factor = self.autoencoder.factor
         size = self.unet.config.sample_size
         natural = (size, size) if isinstance(size, int) else tuple(size)

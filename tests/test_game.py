@@ -256,15 +256,15 @@ def test_gradient_checkpointing_gives_the_same_run(
 ) -> None:
     calls, forward = [0], ResnetBlock2D.forward
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        calls[0] += 1
-        return forward(*args, **kwargs)
+    def counted(block: ResnetBlock2D, *args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += block.training  # those of measuring and handing over aside
+        return forward(block, *args, **kwargs)
 
     monkeypatch.setattr(ResnetBlock2D, "forward", counted)
     train.vae.train(config(shapes, tmp_path / "a"))
     once = calls[0]
     train.vae.train(config(shapes, tmp_path / "b", gradient_checkpointing=True))
-    assert calls[0] > 2.2 * once
+    assert calls[0] > 2.3 * once
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
 
 
