@@ -29,6 +29,7 @@ from ldm.editing import inpainting_context, without
 from ldm.errors import RunError, UserError
 from ldm.hub import find_pipeline
 from ldm.interchange import Process
+from ldm.pictures import MAX_PIXELS
 from ldm.single_file import Parts, load_single_file, save_single_file
 from ldm.unet import AttentionBackend, load_unet, stock_limits, use_attention
 
@@ -270,6 +271,8 @@ class Networks:
             raise UserError(
                 f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
             )
+        if h * w > MAX_PIXELS:
+            raise UserError(f"a picture of {w}×{h} pixels: up to {MAX_PIXELS:,} in all are accepted")
         return h // factor, w // factor
 
 

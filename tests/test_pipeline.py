@@ -478,6 +478,8 @@ def test_what_cannot_be_used_is_said_in_words(folder: Path) -> None:
     for size in ({"width": 0}, {"height": -8}, {"width": 9}):
         with pytest.raises(UserError, match="must be multiples of"):
             pipe("a", **size)
+    with pytest.raises(UserError, match="100000000×100000000 pixels: up to 89,478,485"):
+        pipe("a", width=10**8, height=10**8)
 
 
 def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

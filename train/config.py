@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from autoencoder.losses import ReconstructionKind
+from conditioning.clip import MOST_CHUNKS
 from ldm.interchange import Process
 from ldm.objective import LossKind, Objective, ObjectiveKind, Weighting, edm, min_snr, p2
 from ldm.parameterization import Target
@@ -507,7 +508,7 @@ class LdmConfig(RunConfig):
     openclip:ARCHITECTURE/TAG."""
     clip_skip: int = Field(default=0, ge=0)
     """Last layers of the text encoder that are left out, e.g. 1 for the penultimate one's features."""
-    text_chunks: int = Field(default=0, ge=0, le=32)
+    text_chunks: int = Field(default=0, ge=0, le=MOST_CHUNKS)
     """Windows of the text encoder's length that a caption is read in, what is longer is cut; stock pipelines read one.
     0: as the text encoder was saved, else one."""
     unet: UnetConfig = Field(default_factory=UnetConfig)

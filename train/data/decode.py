@@ -19,13 +19,12 @@ import torch
 from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
-from ldm.pictures import sideways, to_rgb
+from ldm.pictures import MAX_PIXELS, sideways, to_rgb
 
 Crop = Literal["center", "random"]
 
 # JPEG's reader also takes MPO, several JPEGs in a file, as some cameras write them
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []))
-MAX_PIXELS = 89_478_485  # Pillow's own figure: a quarter of a GiB of RGB
 
 Image.MAX_IMAGE_PIXELS = None  # the limit here is max_pixels, asked for after the header
 _MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
