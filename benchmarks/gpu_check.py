@@ -1,0 +1,234 @@
+"""Are the three stages right on a GPU? Each trains a few steps in every precision, beside the CPU's fp32 losses.
+
+The batches of a run depend on its seed alone, so a GPU run sees the examples, timesteps and noise of the CPU run and its
+losses must agree: in fp32 to rounding, in bf16 and fp16 to the accuracy of those formats.
+
+    CUDA_VISIBLE_DEVICES= python benchmarks/gpu_check.py reference --out runs/gpu   # on the CPU; keeps models and losses
+    python benchmarks/gpu_check.py check --out runs/gpu                             # on the GPU; prints a table
+
+`check` writes `check.json` after every case, so an interrupted run keeps what it measured.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ldm.pipeline import LatentDiffusionPipeline
+from train import clip, ldm, vae
+from train.cli import parse
+from train.config import ClipConfig, LdmConfig, VaeConfig
+from train.data.shapes import write_shapes
+from train.run import versions
+
+STEPS = 12
+_FEW = ["--steps", str(STEPS), "--log-every", "1", "--validate-every", "1000", "--checkpoint-every", "1000",
+        "--trackers", "--batch-size", "32", "--optimizer.warmup", "2"]  # fmt: skip
+_FULL = ["--adversarial.kind", "hinge", "--adversarial.start", "4", "--adversarial.spectral-norm", "True",
+         "--adversarial.r1", "0.1", "--equivariance.share", "0.5", "--equivariance.smallest", "0.5", "--learn-logvar", "True",
+         "--perceptual.kind", "clip"]  # fmt: skip
+_ADAMW = ["--optimizer.kind", "adamw", "--optimizer.lr", "1e-3"]
+_KINDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "clip": (ClipConfig, clip.train), "vae": (VaeConfig, vae.train), "ldm": (LdmConfig, ldm.train)
+}  # fmt: skip
+# name → stage, options; each in the precisions named. Losses of fp32 on the CPU are the reference of all.
+CASES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
+    "clip": ("clip", [], ("fp32", "bf16", "fp16")),
+    "vae": ("vae", [], ("fp32", "bf16", "fp16")),
+    "vae, every loss": ("vae", [*_FULL, "--accumulation", "2"], ("fp32", "bf16", "fp16")),
+    "ldm": ("ldm", [], ("fp32", "bf16", "fp16")),
+    "ldm, AdamW, checkpointing": ("ldm", [*_ADAMW, "--gradient-checkpointing", "True"], ("fp32", "bf16", "fp16")),
+    "ldm, no cache": ("ldm", ["--cache", "off", "--workers", "2"], ("fp32", "bf16", "fp16")),
+    "ldm, inpaint": ("ldm", ["--task", "inpaint", "--workers", "2"], ("fp32", "bf16", "fp16")),
+    "ldm, learned variance": (
+        "ldm",
+        ["--diffusion.variance", "learned", "--diffusion.objective", "hybrid", "--diffusion.timestep-sampling",
+         "importance"],
+        ("fp32", "bf16", "fp16"),
+    ),
+    "ldm, xformers": ("ldm", ["--attention", "xformers"], ("bf16", "fp16")),
+}  # fmt: skip
+_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3}  # relative, of the first losses; Muon orthogonalises in bf16
+_COMPARED = 3  # losses: later ones depart with the weights
+
+
+def train(out: Path, case: str, precision: str, *more: str) -> list[dict[str, float]]:
+    """Train a case into out/CASE-PRECISION, or continue it there, and return the lines of its metrics.jsonl."""
+    stage, options, _ = CASES[case]
+    kind, fit = _KINDS[stage]
+    run = out / f"{case}-{precision}".replace(", ", "-").replace(" ", "-")
+    arguments = [f"configs/shapes/{stage}.yaml", "--data", str(out / "data"), "--out", str(run), *_FEW]
+    arguments += ["--precision", precision, *options, *more]
+    models = out / "models"
+    if stage == "ldm":
+        arguments += ["--vae", str(models / "vae"), "--text-encoder", str(models / "clip"), "--cache",
+                      str(out / f"cache-{precision}")] if "--cache" not in options else [
+                      "--vae", str(models / "vae"), "--text-encoder", str(models / "clip")]  # fmt: skip
+    if "--perceptual.kind" in options:
+        arguments += ["--perceptual.model", str(models / "clip")]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        fit(parse(kind, arguments))
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: Sequence[dict[str, float]]) -> list[float]:
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def reference(out: Path) -> None:
+    """The CPU's losses in fp32, and the models that stage 2 starts from."""
+    write_shapes(out / "data", 32, 512, 64, 0)
+    found: dict[str, list[float]] = {}
+    for case in CASES:
+        if case == "ldm, xformers":
+            found[case] = found["ldm"]
+            continue
+        found[case] = losses(train(out, case, "fp32"))
+        for stage in ("clip", "vae"):
+            if case == stage:
+                shutil.copytree(out / f"{stage}-fp32" / "model", out / "models" / stage, dirs_exist_ok=True)
+        print(f"{case}: {found[case][0]:.5f} … {found[case][-1]:.5f}", flush=True)
+    (out / "reference.json").write_text(json.dumps(found, indent=1))
+    for folder in {*out.glob("*-fp32"), *out.glob("cache-*")}:
+        shutil.rmtree(folder)
+
+
+class Report:
+    """Rows of name, verdict and figures, printed and saved as they come."""
+
+    def __init__(self, path: Path, only: Sequence[str]) -> None:
+        self.path, self.only, self.rows = path, only, [{"versions": versions(), "device": _device()}]
+
+    def add(self, name: str, check: Callable[[], dict[str, Any]]) -> None:
+        if self.only and not any(part in name for part in self.only):
+            return
+        begun = time.perf_counter()
+        try:
+            row = {"name": name, **check()}
+        except Exception as error:
+            row = {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
+            row["at"] = traceback.format_exc().splitlines()[-4:]
+        row["seconds"] = round(time.perf_counter() - begun, 1)
+        self.rows.append(row)
+        self.path.write_text(json.dumps(self.rows, indent=1))
+        print("ok  " if row["ok"] else "FAIL", row, flush=True)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _stage(out: Path, case: str, precision: str, expected: list[float]) -> dict[str, Any]:
+    lines = train(out, case, precision)
+    found = losses(lines)
+    skipped = max(line.get("skipped", 0) for line in lines)  # fp16 finds its loss scale by skipping
+    compared = found[: 1 if skipped else _COMPARED]
+    off = [abs(a / b - 1) for a, b in zip(compared, expected, strict=False)]
+    ok = len(found) == STEPS and bool(np.isfinite(found).all()) and max(off) < _TOLERANCE[precision]
+    return {
+        "ok": ok and (skipped == 0 or precision == "fp16"), "first": found[0], "last": found[-1], "cpu last": expected[-1],
+        "relative difference": max(off), "skipped": skipped, "images/s": lines[-2].get("images_per_second"),
+    }  # fmt: skip
+
+
+def _resume(out: Path) -> dict[str, Any]:
+    """Go on from a checkpoint in the middle, and compare with the run that went through: losses and weights."""
+    run, kept = out / "ldm-bf16", out / "ldm-bf16-whole"
+    whole = losses(train(out, "ldm", "bf16", "--checkpoint-every", "10"))
+    shutil.copytree(run / "model", kept, dirs_exist_ok=True)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    parts = losses(train(out, "ldm", "bf16", "--checkpoint-every", "10"))
+    a, b = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (kept, run / "model"))
+    worst = max(float((a[name] - b[name]).abs().max()) for name in a)
+    return {"ok": parts == whole, "weights differ by": worst, "losses": [parts[-2:], whole[-2:]]}
+
+
+def _stock(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[str, Any]:
+    """Our pipeline's pictures beside stock diffusers', from one folder, seed and sampler; and both beside our fp32."""
+    import diffusers
+
+    folder, device = out / "ldm-fp32" / "model", "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = ["a large red circle on a white background", "a small blue star above a large green square"]
+    pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device)
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    stock.scheduler = getattr(diffusers, scheduler).from_config(stock.scheduler.config)
+    stock.set_progress_bar_config(disable=True)
+
+    def pictures(call: Any, **how: Any) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
+        made = call(prompts, generator=generators, num_inference_steps=20, guidance_scale=4.0, output_type="np", **how)
+        return np.asarray(made.images, np.float64) * 255
+
+    exact = pictures(pipe, sampler=sampler)
+    ours, theirs = pictures(pipe.to(dtype=dtype), sampler=sampler), pictures(stock)
+    far = {name: float(np.abs(x - exact).mean()) for name, x in (("ours", ours), ("stock", theirs))}
+    worst = float(np.abs(ours - theirs).max())
+    ok = worst <= 2 if dtype == torch.float32 else far["ours"] <= far["stock"]
+    return {"ok": ok, "apart, of 255": worst, "mean error to fp32, of 255": far}
+
+
+def _paint(out: Path) -> dict[str, Any]:
+    """Half precision, xformers and offload: each pipeline's pictures near those of fp32."""
+    folder, prompts = out / "ldm-fp32" / "model", ["a large red circle on a white background"] * 2
+    g = torch.Generator().manual_seed
+
+    def pictures(pipe: LatentDiffusionPipeline) -> np.ndarray:
+        return np.asarray(pipe(prompts, generator=[g(0), g(1)], output_type="np").images)
+
+    exact = pictures(LatentDiffusionPipeline.from_pretrained(folder).to("cuda"))
+    far: dict[str, float] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        pipe = LatentDiffusionPipeline.from_pretrained(folder).to("cuda", dtype=dtype)
+        far[name] = float(np.abs(pictures(pipe) - exact).mean()) * 255
+        try:
+            pipe.set_attention("xformers")
+            far[f"{name}, xformers"] = float(np.abs(pictures(pipe) - exact).mean()) * 255
+        except Exception as error:
+            far[f"{name}, xformers: {error}"[:300]] = float("nan")
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    pipe.enable_model_cpu_offload()
+    far["offload"] = float(np.abs(pictures(pipe) - exact).mean()) * 255
+    return {"ok": all(value < 8 for value in far.values()), "mean difference of 255": far}
+
+
+def check(out: Path, only: Sequence[str]) -> None:
+    expected = json.loads((out / "reference.json").read_text())
+    report = Report(out / "check.json", only)
+    for case, (_, _, precisions) in CASES.items():
+        for precision in precisions:
+            name = f"{case}, {precision}"
+            report.add(name, lambda c=case, p=precision: _stage(out, c, p, expected[c]))  # type: ignore[misc]
+    samplers = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+    for sampler, scheduler in samplers.items():
+        report.add(f"{sampler} as stock, fp32", lambda s=sampler, c=scheduler: _stock(out, torch.float32, s, c))  # type: ignore[misc]
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        report.add(f"ddim as stock, {name}", lambda d=dtype: _stock(out, d, "ddim", "DDIMScheduler"))  # type: ignore[misc]
+    if torch.cuda.is_available():
+        report.add("painting in half precision", lambda: _paint(out))
+    shutil.rmtree(out / "ldm-bf16", ignore_errors=True)
+    report.add("resume, bf16", lambda: _resume(out))
+    failed = [row["name"] for row in report.rows[1:] if not row["ok"]]
+    print(f"{len(report.rows) - 1 - len(failed)} of {len(report.rows) - 1} right; not: {failed}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["reference", "check"])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the checks to make")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.what == "reference":
+        reference(options.out)
+    else:
+        check(options.out, options.only)

@@ -1,0 +1,221 @@
+"""A training step of stage 2 beside diffusers' train_text_to_image.py, in one run, on the same latents and text features.
+
+`ours` is the step that train_ldm.py takes: loss, clipping, skipping of non-finite steps, optimizer, running average. The
+peers are diffusers' loop in our words: `script` with its defaults (separate AdamW kernels, a loss read from the device each
+step, its EMA), `by hand` as a careful user would patch it (fused AdamW, foreach EMA, nothing read from the device). Neither
+encodes pictures or captions here: the caches do that for all three. `+ cl` is channels_last, `+ compile` torch.compile.
+
+    python benchmarks/training_step.py --shape sd15 --batch-size 32 --precision bf16
+    python benchmarks/training_step.py --shape demo --batch-size 64 --precision fp32 bf16
+
+Steps alternate between the variants that fit in memory together (one at a time for sd15); medians are given, in ms of the
+process (CPU) or of the device. Results go to --out as they come, as JSON.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from autoencoder.model import Autoencoder, build_autoencoder
+from conditioning.clip import ClipTextEncoder
+from conditioning.contrastive import build_clip
+from conditioning.tokenizer import train_tokenizer
+from ldm.unet import build_unet
+from train.config import LdmConfig, OptimizerConfig, Precision, UnetConfig
+from train.ldm import LdmStage
+from train.loop import Trainer
+from train.optim import autocast
+from train.run import Run, open_accelerator, versions
+
+SHAPES = {  # UNet, side of the latents, tokens, width of the text features
+    "demo": (UnetConfig(channels=(64, 128), attention=(False, True), heads=(4, 4)), 8, 16, 96),
+    "sd15": (UnetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
+                        heads=(8, 8, 8, 8)), 64, 77, 768),
+    "sd2": (UnetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
+                       heads=(5, 10, 20, 20)), 64, 77, 1024),
+}  # fmt: skip
+Step = Callable[[], None]
+
+
+def network(shape: str, device: torch.device) -> nn.Module:
+    unet, side, _, width = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device(device):
+        return build_unet(
+            channels=unet.channels, layers=unet.layers, attention=unet.attention, heads=unet.heads, latent_channels=4,
+            latent_size=side, text_width=width,
+        ).train()  # fmt: skip
+
+
+def batch_of(shape: str, b: int, device: torch.device) -> dict[str, Tensor]:
+    _, side, tokens, width = SHAPES[shape]
+    g = torch.Generator().manual_seed(0)
+    latent = (b, 4, side, side)
+    drawn = {name: torch.randn(latent, generator=g) for name in ("mean", "posterior_noise", "noise")}
+    drawn |= {"std": torch.full(latent, 0.1), "condition": torch.randn(b, tokens, width, generator=g)}
+    drawn |= {"timestep": torch.rand(b, generator=g), "position": torch.arange(b)}
+    return {name: value.to(device) for name, value in drawn.items()}
+
+
+def ours(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
+    out = tempfile.mkdtemp()
+    _, _, tokens, width = SHAPES[shape]
+    config = LdmConfig(out=out, batch_size=b, precision=precision, trackers=(), unet=SHAPES[shape][0],
+                       optimizer=OptimizerConfig(warmup=0), ema_decay=0.9999)  # fmt: skip
+    tokenizer = train_tokenizer(["a red star"], 600, tokens)
+    clip = build_clip(tokenizer, text_width=width, text_layers=1, text_heads=2, vision_width=16, vision_layers=1,
+                      vision_heads=2, patch_size=8, image_size=16, projection_dim=16)  # fmt: skip
+    autoencoder = Autoencoder(build_autoencoder(channels=(32,), layers=1, latent_channels=4))
+    unet = network(shape, device)
+    if "cl" in how:
+        unet.to(memory_format=torch.channels_last)
+    run = Run(config, open_accelerator(config), {})
+    stage = LdmStage(run, config, unet, autoencoder, ClipTextEncoder(clip.text_model, tokenizer), None, None, None)  # type: ignore[arg-type]
+    if "compile" in how:
+        unet.compile()
+    trainer, batch, count = Trainer(run, stage), batch_of(shape, b, device), 0
+
+    def step() -> None:
+        nonlocal count
+        trainer.step(count, [dict(batch)])
+        count += 1
+
+    return step
+
+
+def peer(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
+    """diffusers' loop; `hand` in how: patched."""
+    unet, by_hand = network(shape, device), "hand" in how
+    if "cl" in how:
+        unet.to(memory_format=torch.channels_last)
+    unet.set_attn_processor(AttnProcessor2_0())
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    optimizer = torch.optim.AdamW(unet.parameters(), 1e-4, weight_decay=1e-2, fused=True if by_hand else None)
+    average = copy.deepcopy(unet).requires_grad_(False) if by_hand else EMAModel(unet.parameters())
+    if not by_hand:
+        average.to(device)
+    if "compile" in how:
+        unet.compile()
+    batch, weights = batch_of(shape, b, device), list(unet.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def step() -> None:
+        x0 = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"])
+        noise = torch.randn_like(x0)
+        timesteps = torch.randint(0, 1000, (b,), device=device)
+        noisy = scheduler.add_noise(x0, noise, timesteps)
+        with autocast(device, precision):
+            output = unet(noisy, timesteps, batch["condition"], return_dict=False)[0]
+            loss = F.mse_loss(output.float(), noise)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if by_hand:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), weights, 1e-4)
+        else:
+            average.step(unet.parameters())
+            loss.item()
+
+    return step
+
+
+VARIANTS: dict[str, tuple[Callable[..., Step], set[str]]] = {
+    "ours": (ours, set()),
+    "peer script": (peer, set()),
+    "peer by hand": (peer, {"hand"}),
+    "ours + cl": (ours, {"cl"}),
+    "peer by hand + cl": (peer, {"hand", "cl"}),
+    "ours + compile": (ours, {"compile"}),
+    "peer by hand + compile": (peer, {"hand", "compile"}),
+    "ours + cl + compile": (ours, {"cl", "compile"}),
+    "peer by hand + cl + compile": (peer, {"hand", "cl", "compile"}),
+}
+
+
+def milliseconds(step: Step, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - begun)
+    begun = time.process_time()
+    step()
+    return 1e3 * (time.process_time() - begun) / torch.get_num_threads()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large product on random data: what the figures are to be held against."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = [milliseconds(lambda: a @ b, device) for _ in range(8)]
+    return 2 * n**3 / statistics.median(times[2:]) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="demo")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16", "fp16"], default=["bf16"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=600, help="start no further variant after so many")
+    parser.add_argument("--out", type=Path, default=Path("runs/training_step.json"))
+    o = parser.parse_args()
+    device, begun = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
+    rows: list[dict[str, object]] = [{"versions": versions(), "shape": o.shape, "batch size": o.batch_size,
+             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+             "TFLOP/s fp32, bf16": [matrix_rate(device, t) for t in (torch.float32, torch.bfloat16)]}]  # fmt: skip
+    print(rows[0], flush=True)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    for precision in o.precision:
+        for name in o.variants:
+            if time.perf_counter() - begun > o.seconds:
+                print(f"{precision} {name}: no time left")
+                continue
+            row: dict[str, object] = {"precision": precision, "variant": name}
+            try:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                make, how = VARIANTS[name]
+                started = time.perf_counter()
+                step = make(o.shape, o.batch_size, precision, device, how)
+                milliseconds(step, device)
+                row["first step, s"] = round(time.perf_counter() - started, 1)
+                times = [milliseconds(step, device) for _ in range(o.steps + 2)][2:]
+                median = statistics.median(times)
+                row |= {"ms": round(median, 2), "from": round(min(times), 2), "to": round(max(times), 2),
+                        "images/s": round(1e3 * o.batch_size / median, 2)}  # fmt: skip
+                if device.type == "cuda":
+                    row["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                del step
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            gc.collect()
+            torch._dynamo.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            rows.append(row)
+            o.out.write_text(json.dumps(rows, indent=1))
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
