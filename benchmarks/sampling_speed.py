@@ -26,7 +26,7 @@ from conditioning.clip import ClipTextEncoder
 from conditioning.contrastive import build_clip
 from conditioning.tokenizer import train_tokenizer
 from ldm.interchange import Process
-from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline import LatentDiffusionPipeline, OutputType
 from ldm.schedule import Schedule
 from train.run import versions
 
@@ -105,13 +105,13 @@ def main() -> None:
     print(rows[0], flush=True)
     how = {"num_inference_steps": o.steps, "guidance_scale": 5.0}
 
-    def calls(b: int, output_type: str) -> dict[str, Callable[[], object]]:
+    def calls(b: int, output_type: OutputType) -> dict[str, Callable[[], object]]:
         return {
             "ours": lambda: ours([PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how),
             "stock": lambda: stock([PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how),
         }  # fmt: skip
 
-    def row(name: str, b: int, output_type: str, chosen: list[str]) -> None:
+    def row(name: str, b: int, output_type: OutputType, chosen: list[str]) -> None:
         try:
             ms = measure({k: v for k, v in calls(b, output_type).items() if k in chosen}, device, o.repeats)
             ratio = {"stock / ours": round(ms["stock"] / ms["ours"], 3)} if len(ms) == 2 else {}

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoder.model import Autoencoder, build_autoencoder
 from conditioning.clip import ClipTextEncoder
@@ -47,10 +47,10 @@ SHAPES = {  # UNet, side of the latents, tokens, width of the text features
     "sd2": (UnetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
                        heads=(5, 10, 20, 20)), 64, 77, 1024),
 }  # fmt: skip
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
-def network(shape: str, device: torch.device) -> nn.Module:
+def network(shape: str, device: torch.device) -> UNet2DConditionModel:
     unet, side, _, width = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(device):
@@ -109,7 +109,8 @@ def peer(shape: str, b: int, precision: Precision, device: torch.device, how: se
         average.to(device)
     if "compile" in how:
         unet.compile()
-    batch, weights = batch_of(shape, b, device), list(unet.parameters())
+    batch, weights = batch_of(shape, b, device), list[Tensor](unet.parameters())
+    averages = list[Tensor](average.parameters()) if by_hand else []
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def step() -> None:
@@ -128,7 +129,7 @@ def peer(shape: str, b: int, precision: Precision, device: torch.device, how: se
         optimizer.zero_grad(set_to_none=True)
         if by_hand:
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), weights, 1e-4)
+                torch._foreach_lerp_(averages, weights, 1e-4)
         else:
             average.step(unet.parameters())
             loss.item()
