@@ -28,16 +28,18 @@ from torchvision.models import vgg16
 from autoencoder.discriminator import PatchDiscriminator
 from autoencoder.model import build_autoencoder
 from autoencoder.perceptual import Lpips
-from train.config import AdversarialConfig, OptimizerConfig, Precision, VaeConfig
-from train.game import Judge, Reconstruct
-from train.optim import autocast, build_optimizer
-from train.run import versions
+from train.config.optimizer import OptimizerConfig
+from train.config.run import Precision
+from train.config.vae import AdversarialConfig, VaeConfig
+from train.engine.optim import autocast, build_optimizer
+from train.engine.run import versions
+from train.stages.vae_step import Judge, Reconstruct
 
 Step = Callable[[dict[str, Tensor]], float]
 
 
 def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) -> Step:
-    """As train/loop.py takes it, without logging and averaging."""
+    """As train/engine/loop.py takes it, without logging and averaging."""
     torch.manual_seed(0)
     config = VaeConfig(adversarial=AdversarialConfig(kind="hinge", channels=64, layers=3))
     vae, critic = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)

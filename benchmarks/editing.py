@@ -22,11 +22,13 @@ from scipy import ndimage
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.cli import SamplingOptions, command, overlay
-from train.data.checker import ATTRIBUTES, Found, read_scene
-from train.data.dataset import PictureDataset
-from train.data.framing import Framing
-from train.data.shapes import (
+from train.commands.main import command
+from train.config.load import overlay
+from train.config.sampling import SamplingOptions
+from train.data.batches.dataset import PictureDataset
+from train.data.images.crop import Framing
+from train.data.sources.splits import open_source
+from train.data.synthetic.shapes import (
     BACKGROUNDS,
     COLOURS,
     GAP,
@@ -38,10 +40,10 @@ from train.data.shapes import (
     Scene,
     parse_caption,
 )
-from train.data.sources import open_source
-from train.optim import DTYPES
-from train.run import versions
-from train.sheets import sheet, to_uint8
+from train.data.synthetic.shapes_checker import ATTRIBUTES, Found, read_scene
+from train.engine.optim import DTYPES
+from train.engine.run import versions
+from train.evaluation.sheets import sheet, to_uint8
 
 RED_STAR = Object("star", "red", "small")
 BOX_SIDES = (0.36, 0.5)  # of the picture's; the largest small object needs 0.3

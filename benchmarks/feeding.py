@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-import train.ldm
-from train.cli import command, overlay, parse
-from train.config import LdmConfig
-from train.loop import Trainer
+import train.stages.ldm
+from train.commands.main import command
+from train.config.ldm import LdmConfig
+from train.config.load import overlay, parse
+from train.engine.loop import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def run(config: LdmConfig) -> tuple[float, float, float]:
 
     with patch.object(Trainer, "step", timed), contextlib.redirect_stdout(io.StringIO()), \
             contextlib.redirect_stderr(io.StringIO()):  # fmt: skip
-        train.ldm.train(config)
+        train.stages.ldm.train(config)
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     counted = [line for line in lines if "images_per_second" in line and line["step"] > 20]
     return first[0], *(statistics.median(line[name] for line in counted) for name in ("images_per_second", "loading"))

@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from train.cli import command, overlay
-from train.data.catalogue import MOST_HELD_OUT, Columns
-from train.data.sampler import index_at
-from train.data.tar_index import RECORD, Segment, Writer, checksum, look
-from train.data.tars import find_tars, index_folder
+from train.commands.main import command
+from train.config.load import overlay
+from train.data.order.permutation import index_at
+from train.data.sources.catalogue import MOST_HELD_OUT, Columns
+from train.data.sources.tar_index import RECORD, Segment, Writer, checksum, look
+from train.data.sources.tars import find_tars, index_folder
 
 SIZE = 40_000  # bytes of a picture
 LINE = '["%09d.jpg", 40000, ["a caption of usual length, of a picture that is not there, number %09d"]]\n'

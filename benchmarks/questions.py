@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train.cli import command, overlay
-from train.data.dataset import PictureDataset
-from train.data.framing import Framing
-from train.data.shapes import prompts
-from train.data.sources import open_source
-from train.evaluation import alignment
-from train.reconstruction import reconstruction_quality
-from train.sheets import sheet
+from train.commands.main import command
+from train.config.load import overlay
+from train.data.batches.dataset import PictureDataset
+from train.data.images.crop import Framing
+from train.data.sources.splits import open_source
+from train.data.synthetic.shapes import prompts
+from train.evaluation.autoencoder import reconstruction_quality
+from train.evaluation.diffusion import alignment
+from train.evaluation.sheets import sheet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ import torch
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.spacing import SamplerKind
-from train.cli import command, overlay
-from train.data.shapes import Scene, prompts
-from train.evaluation import alignment
+from train.commands.main import command
+from train.config.load import overlay
+from train.data.synthetic.shapes import Scene, prompts
+from train.evaluation.diffusion import alignment
 
 STEPS = (4, 6, 8, 10, 12, 15, 20, 25, 32, 40, 50, 75, 100)
 TWICE = ("heun", "predictor_corrector")

@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from ldm.guidance import LogProbability
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Level, Schedule
-from train.cli import command, overlay
-from train.data.checker import read_scene
-from train.data.dataset import PictureDataset
-from train.data.framing import Framing
-from train.data.shapes import BACKGROUNDS, parse_caption
-from train.data.sources import open_source
-from train.sheets import in_rows, sheet
+from train.commands.main import command
+from train.config.load import overlay
+from train.data.batches.dataset import PictureDataset
+from train.data.images.crop import Framing
+from train.data.sources.splits import open_source
+from train.data.synthetic.shapes import BACKGROUNDS, parse_caption
+from train.data.synthetic.shapes_checker import read_scene
+from train.evaluation.sheets import in_rows, sheet
 
 NAMES = list(BACKGROUNDS)
 

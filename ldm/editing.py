@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.pictures import to_rgb
+from ldm.formats.images import to_rgb
 from ldm.samplers import Noise, Step
 from ldm.schedule import Level
 

@@ -33,7 +33,7 @@ from ldm.editing import (
 )
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
-from ldm.networks import Networks, to_pil
+from ldm.model import Networks, to_pil
 from ldm.samplers import Step, draws_noise, invert, make_step, sample
 from ldm.schedule import Level
 from ldm.spacing import Leg, Plan, SamplerKind, Spacing, plan

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.formats.single_file import PICKLED, from_original, read_pickled
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.single_file import PICKLED, from_original, read_pickled
-from train.cli import command, overlay
+from train.commands.main import command
+from train.config.load import overlay
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from ldm.errors import RunError
-from train.checkpoint import atomic_folder
-from train.cli import command
+from train.commands.main import command
+from train.engine.checkpoint import atomic_folder
 
 RUNS = Path("runs/demo")
 DATA = "data/shapes"

@@ -11,15 +11,17 @@ import torch
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.cli import SamplingOptions, command, overlay, use_device
-from train.config import SourceConfig
-from train.data.dataset import Batch, PictureDataset, PosteriorNoise
-from train.data.shapes import prompts
-from train.evaluation import alignment, bits_per_dimension, paint
-from train.inputs import open_inputs
-from train.reconstruction import measure_reconstruction
-from train.run import versions
-from train.sheets import in_rows, sheet
+from train.commands.main import command, use_device
+from train.config.data import SourceConfig
+from train.config.load import overlay
+from train.config.sampling import SamplingOptions
+from train.data.batches.dataset import Batch, PictureDataset, PosteriorNoise
+from train.data.synthetic.shapes import prompts
+from train.engine.open_data import open_inputs
+from train.engine.run import versions
+from train.evaluation.autoencoder import measure_reconstruction
+from train.evaluation.diffusion import alignment, bits_per_dimension, paint
+from train.evaluation.sheets import in_rows, sheet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,17 @@ from torch import Tensor
 from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
-from train.cli import command, overlay, use_device
-from train.config import PerceptualConfig, SourceConfig
-from train.data.dataset import PictureDataset, PosteriorNoise
-from train.features import load_features
-from train.inputs import open_inputs
-from train.reconstruction import LAGS, LatentHealth, LatentSums, measure_reconstruction
-from train.run import versions
-from train.sheets import reconstruction_sheet
-from train.vae import build_perceptual
+from train.commands.main import command, use_device
+from train.config.data import SourceConfig
+from train.config.load import overlay
+from train.config.vae import PerceptualConfig
+from train.data.batches.dataset import PictureDataset, PosteriorNoise
+from train.engine.open_data import open_inputs
+from train.engine.run import versions
+from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
+from train.evaluation.features import load_features
+from train.evaluation.sheets import reconstruction_sheet
+from train.stages.vae import build_perceptual
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.png import slug
-from train.cli import command
-from train.painting import Painter, PaintOptions, open_picture, options
+from ldm.formats.png import slug
+from train.commands.generate import Painter, PaintOptions, open_picture, options
+from train.commands.main import command
 
 
 @dataclass(frozen=True, kw_only=True)

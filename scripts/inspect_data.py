@@ -15,11 +15,7 @@ from PIL import Image
 from conditioning.clip import ClipTextEncoder
 from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
-from train.cli import command, overlay
-from train.config import SourceConfig, TextTowerConfig
-from train.description import advice, describe
-from train.inputs import open_inputs
-from train.inspection import (
+from train.commands.inspect_data import (
     Chosen,
     Pictures,
     Report,
@@ -29,8 +25,14 @@ from train.inspection import (
     list_report,
     names_left_out,
 )
-from train.run import versions
-from train.sheets import in_rows, sheet, to_uint8
+from train.commands.inspect_report import advice, describe
+from train.commands.main import command
+from train.config.clip import TextTowerConfig
+from train.config.data import SourceConfig
+from train.config.load import overlay
+from train.engine.open_data import open_inputs
+from train.engine.run import versions
+from train.evaluation.sheets import in_rows, sheet, to_uint8
 
 _SHOWN, _COLUMNS, _SIDE = 48, 8, 128
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ldm.editing import slerp
 from ldm.errors import UserError
-from ldm.png import save_png, slug
+from ldm.formats.png import save_png, slug
 from ldm.samplers import draws_noise
-from train.cli import command, overlay
-from train.painting import ModelOptions, check_seed, load, read_prompts, settings
+from train.commands.generate import ModelOptions, check_seed, load, read_prompts, settings
+from train.commands.main import command
+from train.config.load import overlay
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from typing import assert_never
 import tyro
 from tyro.extras import subcommand_type_from_defaults
 
-from train.cli import command, overlay
-from train.data.emoji import CLDR, FONT, Font, character_names, read_annotations, write_emoji
-from train.data.shapes import write_shapes
+from train.commands.main import command
+from train.config.load import overlay
+from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_annotations, write_emoji
+from train.data.synthetic.shapes import write_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Train stage 0, a small CLIP, from a configuration: train_clip.py CONFIG.yaml --data DATA --out RUN."""
 
-from train.cli import command, parse
-from train.clip import train
-from train.config import ClipConfig
+from train.commands.main import command
+from train.config.clip import ClipConfig
+from train.config.load import parse
+from train.stages.clip import train
 
 if __name__ == "__main__":
     command(lambda: train(parse(ClipConfig)))

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from train.cli import command
-from train.painting import Painter, PaintOptions, options
+from train.commands.generate import Painter, PaintOptions, options
+from train.commands.main import command
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from autoencoder.model import Autoencoder, build_autoencoder
 from conditioning.clip import ClipTextEncoder
 from conditioning.contrastive import build_clip, save_clip
 from conditioning.tokenizer import train_tokenizer
-from ldm.interchange import Process
+from ldm.formats.scheduler_config import Process
+from ldm.networks.unet import build_unet, widen
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Schedule
-from ldm.unet import build_unet, widen
-from train.data.shapes import prompts, write_shapes
+from train.data.synthetic.shapes import prompts, write_shapes
 
 torch.set_num_threads(1)  # tests run side by side
 

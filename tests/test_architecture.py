@@ -24,7 +24,7 @@ def layer(module: str) -> str:
     """The layer of a module of ours: its package, but for the pipeline and for the errors, which anyone may raise."""
     if module.startswith(("ldm.errors",)):
         return "errors"
-    if module.startswith(("ldm.pipeline", "ldm.networks")) or module == "ldm.LatentDiffusionPipeline":
+    if module.startswith(("ldm.pipeline", "ldm.model")) or module == "ldm.LatentDiffusionPipeline":
         return "pipeline"
     return module.split(".")[0]
 

@@ -15,9 +15,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
 
-from ldm import unet as module
 from ldm.errors import UserError
-from ldm.unet import AttentionProcessor, build_unet, require_attention, sdpa, use_attention
+from ldm.networks import attention as module
+from ldm.networks.attention import AttentionProcessor, require_attention, sdpa, use_attention
+from ldm.networks.unet import build_unet
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from ldm.errors import RunError, UserError
-from train.data.buckets import Buckets, assign, bucket_sizes, measure
-from train.data.cache import LatentCache, TextCache
-from train.data.catalogue import Catalogue, Row
-from train.data.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, loader
-from train.data.framing import Framing
-from train.data.shards import Processes
-from train.data.sources import Source
+from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure
+from train.data.batches.cache import LatentCache, TextCache
+from train.data.batches.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, loader
+from train.data.images.crop import Framing
+from train.data.sources.catalogue import Catalogue, Row
+from train.data.sources.splits import Source
+from train.data.store.shards import Processes
 
 QUIET = Processes(say=lambda _: None)
 

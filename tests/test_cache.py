@@ -18,20 +18,20 @@ import pytest
 import torch
 from PIL import Image
 
-import train.data.row_index as row_index
-import train.data.shards as shards_module
+import train.data.store.row_index as row_index
+import train.data.store.shards as shards_module
 from ldm.errors import RunError, UserError
-from train.data.buckets import measure
-from train.data.cache import LatentCache, TextCache, stored_place
-from train.data.catalogue import Catalogue, Row
-from train.data.damage import Damage
-from train.data.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, PosteriorNoise, loader
-from train.data.decode import load_picture, to_tensor
-from train.data.framing import Framing
-from train.data.randomness import Purpose, normal, uniform
-from train.data.sampler import index_at, substitute
-from train.data.shards import Processes
-from train.data.sources import Source, open_source
+from train.data.batches.buckets import measure
+from train.data.batches.cache import LatentCache, TextCache, stored_place
+from train.data.batches.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, PosteriorNoise, loader
+from train.data.batches.unreadable import Damage
+from train.data.images.crop import Framing
+from train.data.images.decode import load_picture, to_tensor
+from train.data.order.permutation import index_at, substitute
+from train.data.order.rng import Purpose, normal, uniform
+from train.data.sources.catalogue import Catalogue, Row
+from train.data.sources.splits import Source, open_source
+from train.data.store.shards import Processes
 
 SIDE, LATENT, TEXT = 16, (2, 4, 4), (3, 5)
 PLAIN = Framing(resolution=SIDE)
@@ -242,7 +242,9 @@ def test_the_null_condition_has_its_share_and_is_exact(tmp_path):
 
 def test_timesteps_are_below_one_in_float32(tmp_path, monkeypatch):
     dataset = cached(tmp_path, source_of(tmp_path))
-    monkeypatch.setattr("train.data.dataset.uniform", lambda seed, purpose, at: np.full(len(at), np.nextafter(1, 0)))
+    monkeypatch.setattr(
+        "train.data.batches.dataset.uniform", lambda seed, purpose, at: np.full(len(at), np.nextafter(1, 0))
+    )
     timestep = dataset.__getitems__([0])["timestep"]
     assert timestep.dtype == torch.float32
     assert timestep.item() < 1

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.errors import RunError
-from train import checkpoint
-from train.checkpoint import Checkpoints, atomic_folder, load_tree, recover, save_tree
+from train.engine import checkpoint
+from train.engine.checkpoint import Checkpoints, atomic_folder, load_tree, recover, save_tree
 
 FILES = ["state.safetensors", "state.json", "manifest.json"]
 

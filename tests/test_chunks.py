@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from conditioning import ClipTextEncoder, tokenize
 from ldm.errors import UserError
-from ldm.networks import _warn_once
+from ldm.model import _warn_once
 from ldm.pipeline import LatentDiffusionPipeline
 
 SHORT = "a small blue star"
@@ -100,7 +100,7 @@ def test_the_number_is_saved_with_the_model_and_can_be_overridden(pipe, tmp_path
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 2), pipe.process)
     long.save_pretrained(tmp_path)
     long.save_pretrained(tmp_path)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "ldm.networks"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "ldm.model"]
     assert "2 chunks" in line
     assert "first 16 tokens" in line
     assert json.loads((tmp_path / "text_encoder/config.json").read_text())["prompt_chunks"] == 2

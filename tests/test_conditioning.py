@@ -35,7 +35,7 @@ from conditioning import (
 )
 from conditioning.token_tasks import Echo, Sketch, TokenTasks
 from ldm.errors import UserError
-from train.captions import CutCaptions
+from train.stages.caption_warnings import CutCaptions
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 CAPTIONS = [

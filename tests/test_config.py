@@ -16,11 +16,14 @@ from autoencoder.model import build_autoencoder
 from conditioning.contrastive import build_clip
 from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
+from ldm.networks.unet import build_unet, widen
 from ldm.objective import Objective
 from ldm.schedule import Schedule
-from ldm.unet import build_unet, widen
-from train.cli import dump, overlay, parse, read_yaml, validate
-from train.config import ClipConfig, LdmConfig, RunConfig, VaeConfig
+from train.config.clip import ClipConfig
+from train.config.ldm import LdmConfig
+from train.config.load import dump, overlay, parse, read_yaml, validate
+from train.config.run import RunConfig
+from train.config.vae import VaeConfig
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"clip": ClipConfig, "vae": VaeConfig, "ldm": LdmConfig}

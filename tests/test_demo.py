@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train.data.dataset import PictureDataset
-from train.data.framing import Framing
-from train.data.sources import open_source
-from train.reconstruction import reconstruction_quality
+from train.data.batches.dataset import PictureDataset
+from train.data.images.crop import Framing
+from train.data.sources.splits import open_source
+from train.evaluation.autoencoder import reconstruction_quality
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ldm.editing import Blended, filled, on_latents, painted, steps_of, to_mask, to_pixels
 from ldm.errors import UserError
-from ldm.pictures import to_rgb
+from ldm.formats.images import to_rgb
 from ldm.schedule import Schedule
 
 PROMPTS = ["a small red star on a blue background", "a large green circle"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.ema import Ema
+from train.engine.ema import Ema
 
 
 def random_weights(net, seed):

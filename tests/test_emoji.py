@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data.emoji as emoji_module
+import train.data.synthetic.emoji as emoji_module
 from ldm.errors import UserError
-from train.data.emoji import (
+from train.data.sources.splits import open_source
+from train.data.synthetic.emoji import (
     FONT,
     Font,
     Named,
@@ -28,7 +29,6 @@ from train.data.emoji import (
     wanted,
     write_emoji,
 )
-from train.data.sources import open_source
 
 ANNOTATIONS = """<?xml version="1.0" encoding="UTF-8" ?>
 <!DOCTYPE ldml SYSTEM "../../common/dtd/ldml.dtd">

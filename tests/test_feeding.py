@@ -13,21 +13,21 @@ import torch
 from PIL import Image
 from test_training import clip_config, cut, final_state, ldm_config, losses, vae_config
 
-import train.clip
-import train.ldm
-import train.vae
+import train.stages.clip
+import train.stages.ldm
+import train.stages.vae
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.config import DataConfig
-from train.data.cache import LatentCache, TextCache
+from train.config.data import DataConfig
+from train.data.batches.cache import LatentCache, TextCache
 
 
 @pytest.fixture(scope="session")
 def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage 0 and stage 1."""
     runs = tmp_path_factory.mktemp("runs")
-    train.clip.train(clip_config(shapes, runs / "clip", steps=2, validate_every=2))
-    train.vae.train(vae_config(shapes, runs / "vae", steps=2, validate_every=2))
+    train.stages.clip.train(clip_config(shapes, runs / "clip", steps=2, validate_every=2))
+    train.stages.vae.train(vae_config(shapes, runs / "vae", steps=2, validate_every=2))
     return runs
 
 
@@ -81,13 +81,13 @@ def test_each_way_is_continued_exactly(
         data = Path(str(settings.pop("data")))
         return ldm_config(data, tmp_path / name, parts, **settings)
 
-    train.ldm.train(config("whole", accumulation=2))
+    train.stages.ldm.train(config("whole", accumulation=2))
     for at in (3, 5):
         with monkeypatch.context() as patch:
             cut(patch, at)
             with pytest.raises(KeyboardInterrupt):
-                train.ldm.train(config(f"cut-{at}", accumulation=2, workers=2))
-        train.ldm.train(config(f"cut-{at}", accumulation=2))
+                train.stages.ldm.train(config(f"cut-{at}", accumulation=2, workers=2))
+        train.stages.ldm.train(config(f"cut-{at}", accumulation=2))
         assert final_state(tmp_path / f"cut-{at}", 6) == final_state(tmp_path / "whole", 6), at
     listed = [json.loads(line)["file"] for line in (tmp_path / "whole/damaged.jsonl").read_text().splitlines()]
     assert set(listed) <= {"05.png", "29.png", "53.png", "77.png"}
@@ -99,8 +99,8 @@ def test_each_way_is_continued_exactly(
 
 
 def test_cached_or_as_they_come_the_losses_are_the_same(shapes: Path, parts: Path, tmp_path: Path) -> None:
-    train.ldm.train(ldm_config(shapes, tmp_path / "cached", parts, log_every=1))
-    train.ldm.train(ldm_config(shapes, tmp_path / "anew", parts, log_every=1, cache="off"))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "cached", parts, log_every=1))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "anew", parts, log_every=1, cache="off"))
     one, other = losses(tmp_path / "cached"), losses(tmp_path / "anew")
     assert [step for step, _ in one] == list(range(1, 9))
     for (_, a), (_, b) in zip(one, other, strict=True):
@@ -110,7 +110,7 @@ def test_cached_or_as_they_come_the_losses_are_the_same(shapes: Path, parts: Pat
 def test_a_second_run_runs_neither_network(
     shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train.ldm.train(ldm_config(shapes, tmp_path / "one", parts, steps=2, cache=str(tmp_path / "cache")))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "one", parts, steps=2, cache=str(tmp_path / "cache")))
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a network ran")
@@ -120,7 +120,7 @@ def test_a_second_run_runs_neither_network(
         monkeypatch.setattr(
             kind, "open", lambda folder, source, encode, opened=opened, **how: opened(folder, source, never, **how)
         )
-    train.ldm.train(ldm_config(shapes, tmp_path / "two", parts, steps=2, cache=str(tmp_path / "cache")))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "two", parts, steps=2, cache=str(tmp_path / "cache")))
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
@@ -140,7 +140,7 @@ def test_a_text_encoder_of_either_kind_trains_and_stock_diffusers_paints_the_sam
     else:
         encoder = str(parts / "clip/model")
     config = ldm_config(shapes, tmp_path / "run", parts, steps=4)
-    train.ldm.train(replace(config, text_encoder=encoder, clip_skip=int(kind == "openclip"), cache=""))
+    train.stages.ldm.train(replace(config, text_encoder=encoder, clip_skip=int(kind == "openclip"), cache=""))
     prompts = ["a small red star on a blue background", ""]
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")(
         prompts, num_inference_steps=4, guidance_scale=3.0, sampler="ddim", output_type="np",
@@ -162,9 +162,9 @@ def test_a_stream_trains_every_stage_and_is_continued_exactly(
 ) -> None:
     given: Any = stream
     stages = {
-        "clip": lambda out, **c: train.clip.train(clip_config(given, out, **c)),
-        "vae": lambda out, **c: train.vae.train(vae_config(given, out, **c)),
-        "ldm": lambda out, **c: train.ldm.train(ldm_config(given, out, parts, **{"cache": "off", **c})),
+        "clip": lambda out, **c: train.stages.clip.train(clip_config(given, out, **c)),
+        "vae": lambda out, **c: train.stages.vae.train(vae_config(given, out, **c)),
+        "ldm": lambda out, **c: train.stages.ldm.train(ldm_config(given, out, parts, **{"cache": "off", **c})),
     }
     for name, start in stages.items():
         start(tmp_path / name)
@@ -183,7 +183,7 @@ def test_a_stream_trains_every_stage_and_is_continued_exactly(
 
 def test_flips_and_words_for_sides_are_told(varied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = vae_config(varied, tmp_path / "run", steps=1, input=DataConfig(resolution=32, flip=True))
-    train.vae.train(config)
+    train.stages.vae.train(config)
     assert "captions speak of left and right, e.g. 'caption 0 of 0, on the left'" in capsys.readouterr().out
 
 
@@ -200,7 +200,7 @@ def test_what_can_not_be_had_is_refused_in_words(
     varied: Path, parts: Path, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        train.ldm.train(ldm_config(varied, tmp_path / "run", parts, **change))
+        train.stages.ldm.train(ldm_config(varied, tmp_path / "run", parts, **change))
     assert not (tmp_path / "run").exists()
 
 
@@ -211,8 +211,8 @@ def test_squares_alone_in_the_first_stages(shapes: Path, tmp_path: Path) -> None
 
 
 def test_a_command_is_not_taken_from_a_file(tmp_path: Path) -> None:
-    from train.cli import parse
-    from train.config import VaeConfig
+    from train.config.load import parse
+    from train.config.vae import VaeConfig
 
     (tmp_path / "config.yaml").write_text(f"data: 'pipe:touch {tmp_path}/canary'\n")
     with pytest.raises(UserError, match="is a command, which no file may give"):

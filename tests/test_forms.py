@@ -18,11 +18,11 @@ from PIL import Image
 from test_odd_pictures import write_odd_pictures
 
 from ldm.errors import UserError
-from train.config import DataConfig
-from train.data.damage import Damage
-from train.data.dataset import LatentNoise, Noising, PictureDataset, loader
-from train.data.framing import Framing
-from train.inputs import Inputs, open_inputs
+from train.config.data import DataConfig
+from train.data.batches.dataset import LatentNoise, Noising, PictureDataset, loader
+from train.data.batches.unreadable import Damage
+from train.data.images.crop import Framing
+from train.engine.open_data import Inputs, open_inputs
 
 COUNT, TESTS = 500, 20
 CONFIG = DataConfig(resolution=16, crop="random", flip=True)

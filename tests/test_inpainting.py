@@ -18,21 +18,22 @@ from test_editing import PROMPTS, box, pictures, seeds
 from test_training import COMMON, clip_config, cut, final_state, ldm_config, losses, vae_config
 from torch import Tensor
 
-import train.clip
-import train.ldm
-import train.vae
+import train.stages.clip
+import train.stages.ldm
+import train.stages.vae
 from ldm.denoiser import Denoiser, beside
 from ldm.editing import on_latents, without
 from ldm.errors import UserError
 from ldm.guidance import ClassifierFree
+from ldm.networks.unet import widen
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.unet import widen
-from train.config import DataConfig, DiffusionConfig, UnetConfig
-from train.data.cache import LatentCache, Originals, TextCache
-from train.data.dataset import PLAIN, CachedDataset, LatentNoise, PictureDataset, loader
-from train.data.framing import Framing
-from train.data.sources import Source, open_source
-from train.ldm import LdmStage
+from train.config.data import DataConfig
+from train.config.ldm import DiffusionConfig, UnetConfig
+from train.data.batches.cache import LatentCache, Originals, TextCache
+from train.data.batches.dataset import PLAIN, CachedDataset, LatentNoise, PictureDataset, loader
+from train.data.images.crop import Framing
+from train.data.sources.splits import Source, open_source
+from train.stages.ldm import LdmStage
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,9 @@ def pipe():
 def begun(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished stages 0, 1 and 2, of text to image."""
     runs = tmp_path_factory.mktemp("runs")
-    train.clip.train(clip_config(shapes, runs / "clip", steps=2, validate_every=2))
-    train.vae.train(vae_config(shapes, runs / "vae", steps=2, validate_every=2))
-    train.ldm.train(ldm_config(shapes, runs / "ldm", runs, steps=2, validate_every=2))
+    train.stages.clip.train(clip_config(shapes, runs / "clip", steps=2, validate_every=2))
+    train.stages.vae.train(vae_config(shapes, runs / "vae", steps=2, validate_every=2))
+    train.stages.ldm.train(ldm_config(shapes, runs / "ldm", runs, steps=2, validate_every=2))
     return runs
 
 
@@ -122,7 +123,7 @@ def test_the_masked_picture_is_the_one_its_latent_was_made_of(
 
     monkeypatch.setattr(LdmStage, "begin_step", spy)
     config = inpaint_config(wide, tmp_path / "run", begun, steps=2, validate_every=2, batch_size=8, **WAYS[way])
-    train.ldm.train(config)
+    train.stages.ldm.train(config)
     for stage, batch in seen:
         mean, std = stage.autoencoder.encode(batch["pixels"])
         torch.testing.assert_close(batch["mean"], mean, atol=1e-5, rtol=0)
@@ -138,7 +139,7 @@ def test_a_run_is_continued_exactly(
     shapes: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     def start(name: str, **change: Any) -> None:
-        train.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change))
+        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change))
 
     start("whole", workers=2)
     with monkeypatch.context() as patch:
@@ -209,7 +210,7 @@ def test_it_begins_as_the_model_that_is_given(shapes: Path, begun: Path, tmp_pat
     """Its first loss, at a learning rate of nearly 0, is that of continuing as text to image; so are autoencoder and encoder."""
     still = {"optimizer": replace(COMMON["optimizer"], lr=1e-12), "steps": 2, "validate_every": 2}
     for task in ("txt2img", "inpaint"):
-        train.ldm.train(
+        train.stages.ldm.train(
             replace(inpaint_config(shapes, tmp_path / task, begun, **still), task=task, vae="", text_encoder="")
         )
     one, other = (losses(tmp_path / task)[0][1] for task in ("txt2img", "inpaint"))
@@ -223,7 +224,7 @@ def test_what_does_not_fit_what_is_given_is_refused(
     shapes: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def start(name: str = "run", **change: Any) -> None:
-        train.ldm.train(inpaint_config(shapes, tmp_path / name, begun, steps=1, validate_every=1, **change))
+        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, steps=1, validate_every=1, **change))
 
     with pytest.raises(UserError, match="no pipeline at 'nowhere'"):
         start(init="nowhere")
@@ -233,7 +234,7 @@ def test_what_does_not_fit_what_is_given_is_refused(
         start(diffusion=DiffusionConfig(variance="learned", objective="hybrid"))
     wide = UnetConfig(channels=(32, 32), attention=(True, True), heads=(2, 2), groups=8)
     with pytest.raises(UserError, match="another shape than the configuration's unet"):
-        train.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), unet=wide))
+        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), unet=wide))
     assert not (tmp_path / "run").exists()
     start()
     with pytest.raises(UserError, match="has in_channels 9, this run needs 4"):
@@ -243,8 +244,8 @@ def test_what_does_not_fit_what_is_given_is_refused(
     assert "predicts eps, this run v" in said
     assert "another noise schedule" in said
     assert "another autoencoder's latents" not in said
-    train.vae.train(vae_config(shapes, tmp_path / "vae", steps=1, validate_every=1, seed=5))
-    train.ldm.train(
+    train.stages.vae.train(vae_config(shapes, tmp_path / "vae", steps=1, validate_every=1, seed=5))
+    train.stages.ldm.train(
         replace(
             inpaint_config(shapes, tmp_path / "foreign", begun, steps=1, validate_every=1),
             vae=str(tmp_path / "vae/model"), cache=str(tmp_path / "cache"),
@@ -254,18 +255,18 @@ def test_what_does_not_fit_what_is_given_is_refused(
     with pytest.raises(ValidationError, match="prompts with task inpaint"):
         start("prompts", prompts=("a star",))
     deep = UnetConfig(channels=(8, 8, 8), attention=(False, False, True), heads=(2, 2, 2), groups=8)
-    train.ldm.train(replace(ldm_config(shapes, tmp_path / "deep", begun, steps=1, validate_every=1), unet=deep))
+    train.stages.ldm.train(replace(ldm_config(shapes, tmp_path / "deep", begun, steps=1, validate_every=1), unet=deep))
     with pytest.raises(UserError, match=r"input.buckets 4 isn't a multiple of 8"):  # though two levels would do with 4
-        train.ldm.train(
+        train.stages.ldm.train(
             replace(
                 inpaint_config(shapes, tmp_path / "bucketed", begun, steps=1, input=DataConfig(resolution=32, buckets=4)),
                 init=str(tmp_path / "deep/model"), unet=UnetConfig(),
             )
         )  # fmt: skip
     with pytest.raises(UserError, match="was made with --task inpaint, not txt2img"):
-        train.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), task="txt2img", steps=1))
+        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), task="txt2img", steps=1))
     with pytest.raises(UserError, match=r"--vae is missing: .* or --init with a pipeline"):
-        train.ldm.train(replace(inpaint_config(shapes, tmp_path / "none", begun), init="", vae=""))
+        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "none", begun), init="", vae=""))
     with pytest.raises(UserError, match="--init holds something else"):
         start(init=str(tmp_path / "again/model"), diffusion=DiffusionConfig())
 

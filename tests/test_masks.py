@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from train.data.masks import BOXES, WHOLE, draw_masks
+from train.data.images.masks import BOXES, WHOLE, draw_masks
 
 SIZE = (48, 32)  # width, height
 

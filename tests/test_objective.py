@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.networks.unet import build_unet
 from ldm.objective import Objective, min_snr, pointwise
 from ldm.parameterization import error_ratio, target_of, to_x0
 from ldm.schedule import Schedule
-from ldm.unet import build_unet
 
 TARGETS = ("eps", "x0", "v")
 SCHEDULE = Schedule.build("scaled_linear")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, features
 
-from train.data.decode import DamagedPicture, load_picture, picture_size, to_tensor
+from train.data.images.decode import DamagedPicture, load_picture, picture_size, to_tensor
 
 MANY = 1000
 

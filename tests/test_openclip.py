@@ -19,8 +19,8 @@ from conditioning import ClipTextEncoder
 from conditioning.openclip import convert, tokenizer_of
 from conditioning.tokenizer import tokenize
 from ldm.errors import UserError
+from ldm.networks.unet import build_unet
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.unet import build_unet
 
 SMALL = {
     "embed_dim": 16,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import OptimizerConfig
-from train.optim import Muon, build_optimizer, orthogonal
+from train.config.optimizer import OptimizerConfig
+from train.engine.optim import Muon, build_optimizer, orthogonal
 
 CONFIG = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.1, momentum=0.9)
 

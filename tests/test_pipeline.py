@@ -29,10 +29,10 @@ from torch import Tensor
 
 from autoencoder.tiling import Tiles
 from ldm.errors import RunError, UserError
-from ldm.interchange import Process
-from ldm.networks import _warn_once
+from ldm.formats.png import file_name, read_png, save_png
+from ldm.formats.scheduler_config import Process
+from ldm.model import _warn_once
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.png import file_name, read_png, save_png
 
 STOCK = {
     "ddim": DDIMScheduler,
@@ -162,7 +162,7 @@ def test_what_stock_diffusers_cannot_sample_is_said_once(tmp_path: Path, caplog:
         pipe = tiny_pipeline(**process)
         pipe.save_pretrained(tmp_path / "a")
         pipe.save_pretrained(tmp_path / "b")
-        lines = [record.getMessage() for record in caplog.records if record.name == "ldm.networks"]
+        lines = [record.getMessage() for record in caplog.records if record.name == "ldm.model"]
         assert len(lines) == (says is not None)
         assert says is None or says in lines[0]
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from test_training import ROOT, vae_config
 
-import train.vae
+import train.stages.vae
 from autoencoder.model import Autoencoder, Posterior, build_autoencoder
 from autoencoder.preview import Colours, fit_colours
 from ldm.errors import RunError, UserError
-from train.data.dataset import PictureDataset
-from train.data.framing import Framing
-from train.data.sources import open_source
+from train.data.batches.dataset import PictureDataset
+from train.data.images.crop import Framing
+from train.data.sources.splits import open_source
 
 WEIGHT = torch.tensor([[0.5, 0.1, -0.2], [0.0, -0.3, 0.1], [0.2, 0.2, 0.4]])
 BIAS = torch.tensor([0.1, -0.2, 0.05])
@@ -152,9 +152,9 @@ def test_what_holds_no_colours_is_said_in_a_line(text, tmp_path):
 
 def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):
     """Of the latents it hands over, those of a decoder trained on somebody else's too."""
-    train.vae.train(vae_config(shapes, tmp_path / "whole", steps=2))
+    train.stages.vae.train(vae_config(shapes, tmp_path / "whole", steps=2))
     given = {"init": str(tmp_path / "whole/model"), "decoder_only": True}
-    train.vae.train(vae_config(shapes, tmp_path / "decoder", steps=2, **given))
+    train.stages.vae.train(vae_config(shapes, tmp_path / "decoder", steps=2, **given))
     plain = PictureDataset(open_source(shapes, "train"), Framing(resolution=32), 0, shuffle=False)
     for run in ("whole", "decoder"):
         autoencoder = Autoencoder.load(tmp_path / run / "model")
@@ -169,8 +169,8 @@ def test_two_processes_fit_as_one(shapes: Path, tmp_path: Path):
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-import test_training as t, train.vae
-train.vae.train(t.vae_config(Path({str(shapes)!r}), Path(sys.argv[1]), steps=1, optimizer=t.OptimizerConfig(lr=1e-9)))
+import test_training as t, train.stages.vae
+train.stages.vae.train(t.vae_config(Path({str(shapes)!r}), Path(sys.argv[1]), steps=1, optimizer=t.OptimizerConfig(lr=1e-9)))
 """)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from ldm.png import read_png
+from ldm.formats.png import read_png
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -51,7 +51,9 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
     """forked(line) runs a command in a child of a server that has imported everything."""
     outputs = tmp_path_factory.mktemp("outputs")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.clip", "train.vae", "train.ldm", "diffusers.models.autoencoders"])
+    context.set_forkserver_preload(
+        ["train.stages.clip", "train.stages.vae", "train.stages.ldm", "diffusers.models.autoencoders"]
+    )
 
     def run(line: str) -> Ended:
         process = context.Process(target=_script, args=(line.split(), str(outputs)))

@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-import train.data.shapes as shapes_module
+import train.data.synthetic.shapes as shapes_module
 from ldm.errors import UserError
-from train.data.checker import read_scene, score, score_pictures
-from train.data.shapes import (
+from train.data.synthetic.shapes import (
     BACKGROUNDS,
     COLOURS,
     DIAMETERS,
@@ -38,6 +37,7 @@ from train.data.shapes import (
     render,
     write_shapes,
 )
+from train.data.synthetic.shapes_checker import read_scene, score, score_pictures
 
 EVERY_SCENE = [s for count in (1, 2) for unseen in (False, True) for s in all_scenes(count, unseen)]
 

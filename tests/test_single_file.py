@@ -30,8 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from conditioning.tokenizer import save_tokenizer, train_tokenizer
 from ldm.errors import RunError, UserError
-from ldm.pipeline import LatentDiffusionPipeline
-from ldm.single_file import (
+from ldm.formats.single_file import (
     _empty,
     _layouts,
     from_original,
@@ -40,7 +39,8 @@ from ldm.single_file import (
     save_single_file,
     to_original,
 )
-from ldm.unet import build_unet
+from ldm.networks.unet import build_unet
+from ldm.pipeline import LatentDiffusionPipeline
 
 PROMPTS = ["a red star", "a small blue circle"]
 ROOT = Path(__file__).parent.parent
@@ -454,7 +454,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr("ldm.single_file.save_file", full)
+    monkeypatch.setattr("ldm.formats.single_file.save_file", full)
     with pytest.raises(RunError, match="No space left"):
         save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())

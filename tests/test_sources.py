@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
-from train.data.catalogue import Columns
-from train.data.decode import DamagedPicture, load_picture, picture_size, to_tensor
-from train.data.folders import Strings
-from train.data.sources import Source, find_splits, open_source, take
+from train.data.images.decode import DamagedPicture, load_picture, picture_size, to_tensor
+from train.data.sources.catalogue import Columns
+from train.data.sources.folders import Strings
+from train.data.sources.splits import Source, find_splits, open_source, take
 
 RNG = np.random.default_rng(0)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import RunError, UserError
-from train.data.catalogue import Columns, Row, lowest
-from train.data.streams import Example, Stream, is_stream
-from train.data.tars import find_tars
+from train.data.sources.catalogue import Columns, Row, lowest
+from train.data.sources.streams import Example, Stream, is_stream
+from train.data.sources.tars import find_tars
 
 CAPTIONED = Columns()
 

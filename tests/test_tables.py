@@ -17,8 +17,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from PIL import Image as PillowImage
 
 from ldm.errors import RunError, UserError
-from train.data.catalogue import Columns
-from train.data.tables import find_tables
+from train.data.sources.catalogue import Columns
+from train.data.sources.tables import find_tables
 
 NAMES = ("train", "validation", "val", "valid", "test")
 PLAIN = Image(decode=False)
@@ -266,7 +266,7 @@ def test_rows_without_a_picture_are_left_out(tmp_path):
 
 
 def test_files_beyond_the_limit_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.data.arrow.MAX_BYTES", 4)
+    monkeypatch.setattr("train.data.sources.arrow.MAX_BYTES", 4)
     table = {"image": [{"bytes": b"x" * k, "path": f"{k}.png"} for k in (4, 5)], "text": ["a", "b"]}
     catalogue = opened(bare(tmp_path / "x.parquet", table))
     assert [row.name for row in catalogue] == ["4.png"]

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data.tars as tars_module
+import train.data.sources.tars as tars_module
 from ldm.errors import RunError, UserError
-from train.data.catalogue import MAX_BYTES, Columns, fingerprint, lowest
-from train.data.decode import DamagedPicture
-from train.data.folders import find_folder
-from train.data.tar_index import Index, Unfit, look, open_index
-from train.data.tars import Tars, expand, find_tars
+from train.data.images.decode import DamagedPicture
+from train.data.sources.catalogue import MAX_BYTES, Columns, fingerprint, lowest
+from train.data.sources.folders import find_folder
+from train.data.sources.tar_index import Index, Unfit, look, open_index
+from train.data.sources.tars import Tars, expand, find_tars
 
 NAMES = ("train", "validation", "val", "valid", "test")
 CAPTIONED = Columns()
@@ -506,8 +506,8 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, cache, reads, monkeypatch
     data = three(tmp_path / "data")
     code = """if True:
         import os, signal, sys
-        import train.data.tars as tars
-        from train.data.catalogue import Columns
+        import train.data.sources.tars as tars
+        from train.data.sources.catalogue import Columns
         rows = tars._rows
         def killed(columns, part, left_out):
             for number, row in enumerate(rows(columns, part, left_out)):

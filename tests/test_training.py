@@ -15,28 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train.clip
-import train.ldm
-import train.loop
-import train.vae
+import train.engine.loop
+import train.stages.clip
+import train.stages.ldm
+import train.stages.vae
 from ldm.errors import RunError, UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.config import (
-    AdversarialConfig,
-    AutoencoderConfig,
-    ClipConfig,
-    DataConfig,
-    DiffusionConfig,
-    ImageTowerConfig,
-    LdmConfig,
-    OptimizerConfig,
-    TextTowerConfig,
-    UnetConfig,
-    VaeConfig,
-)
-from train.data.sources import open_source
-from train.loop import Trainer
-from train.optim import learning_rate
+from train.config.clip import ClipConfig, ImageTowerConfig, TextTowerConfig
+from train.config.data import DataConfig
+from train.config.ldm import DiffusionConfig, LdmConfig, UnetConfig
+from train.config.optimizer import OptimizerConfig
+from train.config.vae import AdversarialConfig, AutoencoderConfig, VaeConfig
+from train.data.sources.splits import open_source
+from train.engine.loop import Trainer
+from train.engine.optim import learning_rate
 
 ROOT = Path(__file__).parent.parent
 COMMON = {
@@ -73,8 +65,8 @@ def vae_config(shapes: Path, out: Path, **change: object) -> VaeConfig:
 def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage 0 and stage 1."""
     runs = tmp_path_factory.mktemp("runs")
-    train.clip.train(clip_config(shapes, runs / "clip"))
-    train.vae.train(vae_config(shapes, runs / "vae"))
+    train.stages.clip.train(clip_config(shapes, runs / "clip"))
+    train.stages.vae.train(vae_config(shapes, runs / "vae"))
     return runs
 
 
@@ -95,12 +87,12 @@ def start(request: pytest.FixtureRequest, shapes: Path) -> Start:
     """Starts a stage: start(out, **changed settings)."""
     match request.param:
         case "clip":
-            return lambda out, **change: train.clip.train(clip_config(shapes, out, **change))
+            return lambda out, **change: train.stages.clip.train(clip_config(shapes, out, **change))
         case "vae":
-            return lambda out, **change: train.vae.train(vae_config(shapes, out, **change))
+            return lambda out, **change: train.stages.vae.train(vae_config(shapes, out, **change))
         case _:
             parts = request.getfixturevalue("parts")
-            return lambda out, **change: train.ldm.train(ldm_config(shapes, out, parts, **change))
+            return lambda out, **change: train.stages.ldm.train(ldm_config(shapes, out, parts, **change))
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -212,7 +204,7 @@ def test_an_overflow_in_fp16_is_skipped_and_survived(
 ) -> None:
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k | {"init_scale": 2.0**40}))
-    train.ldm.train(
+    train.stages.ldm.train(
         ldm_config(shapes, tmp_path / "run", parts, precision="fp16", steps=40, log_every=1, optimizer=optimizer)
     )
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -255,10 +247,10 @@ def test_too_many_in_a_row_go_back_and_then_give_up(
     poison(monkeypatch, lambda step: step >= 4)
     config = clip_config(shapes, tmp_path / "run", steps=40, roll_back_after=3, log_every=1, checkpoint_every=4)
     with pytest.raises(RunError, match="finite"):
-        train.clip.train(replace(config, checkpoint_every=100))  # no checkpoint to go back to
+        train.stages.clip.train(replace(config, checkpoint_every=100))  # no checkpoint to go back to
     config = replace(config, out=str(tmp_path / "second"))
     with pytest.raises(RunError, match="not helped"):
-        train.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2))
+        train.stages.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2))
     assert "back to the weights of step 4" in capsys.readouterr().out
 
 
@@ -288,8 +280,8 @@ def test_validation_does_not_disturb_training(start: Start, tmp_path: Path) -> N
 
 
 def test_gradient_checkpointing_gives_the_same_run(shapes: Path, parts: Path, tmp_path: Path) -> None:
-    train.ldm.train(ldm_config(shapes, tmp_path / "a", parts))
-    train.ldm.train(ldm_config(shapes, tmp_path / "b", parts, gradient_checkpointing=True))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "a", parts))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "b", parts, gradient_checkpointing=True))
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
@@ -314,7 +306,7 @@ def test_a_chosen_process_trains_and_is_handed_over(
     shapes: Path, parts: Path, tmp_path: Path, process: dict[str, Any]
 ) -> None:
     config = ldm_config(shapes, tmp_path / "run", parts, steps=4, diffusion=DiffusionConfig(**process))
-    train.ldm.train(config)
+    train.stages.ldm.train(config)
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path / "run"))
     pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
     d = config.diffusion
@@ -329,7 +321,7 @@ def test_importance_of_timesteps_is_continued_exactly(
     # Of so few timesteps all have been seen after a few steps, when the probabilities leave uniform.
     diffusion = DiffusionConfig(timesteps=6, timestep_sampling="importance", stratified=True)
     settings = {"diffusion": diffusion, "accumulation": 2}
-    train.ldm.train(ldm_config(shapes, tmp_path / "whole", parts, **settings))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "whole", parts, **settings))
     state = load_file(tmp_path / "whole/checkpoints/step-00000008/state.safetensors")
     (seen,) = (value for name, value in state.items() if name.endswith("importance.seen"))
     assert seen.min() > 0
@@ -338,14 +330,14 @@ def test_importance_of_timesteps_is_continued_exactly(
         with monkeypatch.context() as patch:
             cut(patch, at)
             with pytest.raises(KeyboardInterrupt):
-                train.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
-        train.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
+                train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
+        train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
 
 
 def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_path: Path) -> None:
-    train.ldm.train(ldm_config(shapes, tmp_path / "a", parts))
-    train.ldm.train(ldm_config(shapes, tmp_path / "b", parts, accumulation=4))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "a", parts))
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "b", parts, accumulation=4))
     for (_, a), (_, b) in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
 
@@ -353,8 +345,8 @@ def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_pat
 def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
     """The final model/ is folded over the training set; what it was folded from stays unfolded in the checkpoint."""
     from autoencoder.model import Autoencoder
-    from train.data.dataset import PictureDataset, PosteriorNoise
-    from train.data.framing import Framing
+    from train.data.batches.dataset import PictureDataset, PosteriorNoise
+    from train.data.images.crop import Framing
 
     pictures = PictureDataset(
         open_source(shapes, "train"), Framing(resolution=32), 1, shuffle=False, draws=PosteriorNoise(4, 2)
@@ -378,11 +370,11 @@ def test_two_processes_train_as_one(stage: str, kind: str, shapes: Path, parts: 
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-import test_training as t, train.{stage}
+import test_training as t, train.stages.{stage}
 args = (Path({str(shapes)!r}), Path(sys.argv[1])) + ((Path({str(parts)!r}),) if {stage!r} == "ldm" else ())
 more = {{"diffusion": t.DiffusionConfig(timesteps=6, timestep_sampling="importance")}} if {stage!r} == "ldm" else {{}}
 optimizer = t.OptimizerConfig(kind={kind!r}, lr=1e-4, warmup=0)
-train.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimizer=optimizer, **more))
+train.stages.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimizer=optimizer, **more))
 """
     script = tmp_path / "worker.py"
     script.write_text(worker)
@@ -407,7 +399,7 @@ def test_learning_rates() -> None:
 
 
 def test_the_run_describes_itself(parts: Path) -> None:
-    from train.cli import read_yaml
+    from train.config.load import read_yaml
 
     about = read_yaml(parts / "clip/config.yaml")
     assert about["steps"] == 8

@@ -1,0 +1,439 @@
+"""One safetensors file with the names of the original Stable Diffusion code, of any width, and back.
+
+The networks are the same; names and places differ. Rombach et al.'s UNet numbers its blocks in one row
+(`input_blocks`, `middle_block`, `output_blocks`), their decoder counts its levels from the picture's side, the
+autoencoder's attention is made of 1×1 convolutions, and OpenCLIP's text tower (Stable Diffusion 2) keeps query, key
+and value in one matrix. So a layout is a table: each original name, and the weights of ours of which it is made. It
+follows from the configuration, which a single file doesn't hold: reading one needs a folder of that shape beside it.
+
+What the original code has built in (`_BUILT_IN`) a file can't say, and what it has no name for it can't hold: both are
+refused. An autoencoder without attention in the middle has its place: the original's `attn_type: none` has no weights.
+"""
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
+
+from ldm.errors import RunError, UserError
+from ldm.formats.scheduler_config import Process
+from ldm.schedule import BetaSchedule
+
+SCALING_FACTOR = 0.18215  # what other tools take for every file of this kind
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
+_CLIP, _OPENCLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+_OPENCLIP_LAYERS = 24  # the last of as many is never read: Stable Diffusion 2 stops before it
+
+_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_POINTWISE = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")  # a 1×1 convolution there, a matrix here
+_OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+_HARMLESS = re.compile(
+    r"model_ema\..+|betas|\w*alphas_cumprod(_prev)?|posterior_\w+|logvar|lvlb_weights|v_pred|ztsnr"
+    r"|first_stage_model\.loss\..+|cond_stage_model\..*\b(position_ids|logit_scale|text_projection|attn_mask)"
+)
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    "unet": {
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "act_fn": "silu", "norm_eps": 1e-5, "center_input_sample": False,
+        "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
+        "only_cross_attention": False, "resnet_skip_time_act": False, "time_embedding_type": "positional",
+        "time_embedding_act_fn": None, "timestep_post_act": None,
+    },
+    "vae": {
+        "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None,
+        "latents_mean": None, "latents_std": None,
+    },
+}  # fmt: skip
+"""By diffusers' names. Under other values the weights would be the same, and mean something else."""
+_OWN_SHAPE: dict[str, dict[str, Any]] = {
+    "unet": {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "norm_num_groups": 32},
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32,
+        "mid_block_add_attention": True,
+    },
+}  # fmt: skip
+"""Of Stable Diffusion 1 and 2, which tools know that aren't given a configuration."""
+_BLOCKS = {
+    *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+    *("DownEncoderBlock2D", "UpDecoderBlock2D"),
+}
+
+
+class Parts(NamedTuple):
+    """What a file and a configuration give: frozen, in evaluation mode, float32, on the CPU."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    process: Process
+
+
+class _Codec(Protocol):
+    vae: AutoencoderKL
+
+
+class _TextEncoder(Protocol):
+    model: CLIPTextModel
+
+    def stock_limits(self) -> str | None: ...
+
+
+class Pipeline(Protocol):
+    """What is written: a LatentDiffusionPipeline."""
+
+    unet: UNet2DConditionModel
+    process: Process
+
+    @property
+    def autoencoder(self) -> _Codec: ...
+
+    @property
+    def text_encoder(self) -> _TextEncoder: ...
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def to_original(pipe: Pipeline) -> dict[str, Tensor]:
+    """All weights by their original names, on the CPU, in the dtype they have; and the tables of a schedule of betas.
+
+    Raises UserError, naming it, for what the original layout has no counterpart of.
+    """
+    parts = Parts(pipe.unet, pipe.autoencoder.vae, pipe.text_encoder.model, pipe.process)
+    schedule = pipe.process.schedule
+    weights = _tables(schedule) if isinstance(schedule, BetaSchedule) else {}
+    for module, layout in _layouts(parts, openclip=_is_openclip(parts.text_encoder)):
+        state = module.state_dict()
+        for name, ours in layout.items():
+            whole = state[ours[0]] if len(ours) == 1 else torch.cat([state[key] for key in ours])
+            weights[name] = (whole[:, :, None, None] if _POINTWISE.fullmatch(name) else whole).cpu().contiguous()
+    return weights
+
+
+def save_single_file(pipe: Pipeline, path: str | Path) -> None:
+    """Write a new .safetensors file; what other tools can't know from the weights is in its metadata, and warned of.
+
+    Raises UserError where the path is taken or is no .safetensors, or the model doesn't fit the layout; RunError when
+    the file can't be written, which leaves nothing behind.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{str(path)!r}: a single file ends in .safetensors")
+    if path.exists():
+        raise UserError(f"{str(path)!r} is there already: give another name")
+    weights = to_original(pipe)
+    for line in _limits(pipe):
+        logging.getLogger(__name__).warning(line)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".tmp-{path.name}")
+    try:
+        save_file(weights, part, metadata=_metadata(pipe, path.stem))
+        part.rename(path)
+    except SafetensorError as error:
+        raise RunError(f"can't write {str(path)!r}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _limits(pipe: Pipeline) -> list[str]:
+    """What other tools can't do with the file, a line each."""
+    lines = [line for part in (pipe.process, pipe.text_encoder) if (line := part.stock_limits())]
+    if (scale := pipe.autoencoder.vae.config.scaling_factor) != SCALING_FACTOR:
+        lines.append(f"scaling factor {scale}: tools that take {SCALING_FACTOR} for granted paint other pictures")
+    for name, config in (("unet", pipe.unet.config), ("vae", pipe.autoencoder.vae.config)):
+        for key, value in _OWN_SHAPE[name].items():
+            if (found := list(config[key]) if isinstance(value, list) else config[key]) != value:
+                return [
+                    *lines,
+                    f"{name} {key} {found} (Stable Diffusion: {value}): only tools given a configuration read it",
+                ]
+    return lines
+
+
+def _metadata(pipe: Pipeline, title: str) -> dict[str, str]:
+    """As Stability's model specification 1.0 names it."""
+    vae, size = pipe.autoencoder.vae, pipe.unet.config.sample_size
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    kind = _prediction(pipe.process)
+    second = "stable-diffusion-v2-768-v" if kind == "v" else "stable-diffusion-v2-512"
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": second if _is_openclip(pipe.text_encoder.model) else "stable-diffusion-v1",
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{width * factor}x{height * factor}",
+        "modelspec.prediction_type": kind,
+        "scaling_factor": str(vae.config.scaling_factor),
+    }
+
+
+def _prediction(process: Process) -> str:
+    return "epsilon" if process.target == "eps" else process.target
+
+
+def _tables(schedule: BetaSchedule) -> dict[str, Tensor]:
+    """The buffers (T,) that the original diffusion keeps with its weights (Ho et al. 2020, eq. 4 and 7), float32."""
+    betas, alphas = schedule.betas.double(), schedule.alpha_bar.double()
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    variance = betas * (1 - before) / (1 - alphas)
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": alphas,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": alphas.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alphas).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp_min(1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - alphas),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - alphas),
+    }
+    return {name: table.float() for name, table in tables.items()}
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_single_file(path: str | Path, config: str | Path) -> Parts:
+    """The networks of a .safetensors file. `config`: any diffusers folder of that shape; of it only JSON is read.
+
+    Raises UserError where either can't be read or they don't fit: the first weight that is missing, too many or of
+    another shape is named. Of two sets of weights the trained ones are taken, not their average (`model_ema`).
+    """
+    path = Path(path)
+    if path.suffix in PICKLED:
+        raise UserError(f"{str(path)!r} is a pickle, which isn't loaded: make a folder of it with scripts/convert.py")
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = (file.metadata() or {}).get("modelspec.prediction_type")
+            state = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't read {str(path)!r} as safetensors: {error}") from None
+    parts = from_original(state, config)
+    if said and said != _prediction(parts.process):
+        logging.getLogger(__name__).warning(
+            f"{path} says prediction_type {said!r}, the configuration {_prediction(parts.process)!r}, which is taken"
+        )
+    return parts
+
+
+def read_pickled(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .ckpt by torch's restricted unpickler: no code is run, there is no fallback. Else UserError."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles' versions
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {str(name): value for name, value in state.items() if type(value) in (Tensor, nn.Parameter)}
+    except OSError as error:
+        raise UserError(f"can't read {str(path)!r}: {error.strerror}") from None
+    except Exception as error:  # whatever the file makes the unpickler raise, whose advice is to run it all the same
+        raise UserError(
+            f"{str(path)!r} isn't plain weights, and nothing else is loaded ({type(error).__name__})"
+        ) from None
+
+
+def from_original(state: Mapping[str, Tensor], config: str | Path) -> Parts:
+    """The networks of these weights by their original names. See `load_single_file`."""
+    parts = _empty(Path(config))
+    layouts = list(_layouts(parts, openclip=any(name.startswith(_OPENCLIP) for name in state)))
+    known = dict.fromkeys(name for _, layout in layouts for name in layout)
+    for name in known:
+        if name not in state:
+            raise UserError(f"the file lacks {name}, which a model of the configuration {str(config)!r} has")
+    # Stable Diffusion 2 stops before its text tower's last layer: the file has it, the configuration counts without it.
+    unused = f"{_OPENCLIP}transformer.resblocks.{parts.text_encoder.config.num_hidden_layers}."
+    for name in state:
+        if name not in known and not _HARMLESS.fullmatch(name) and not name.startswith(unused):
+            raise UserError(f"the file has {name}, which a model of the configuration {str(config)!r} has not")
+    for module, layout in layouts:
+        weights: dict[str, Tensor] = {}
+        for name, ours in layout.items():
+            weights |= _take(name, state[name], {key: module.get_parameter(key).shape for key in ours})
+        module.load_state_dict(weights, strict=True, assign=True)
+    return parts
+
+
+def _take(name: str, value: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Our weights of an original one, as float32 copies that don't lean on the file."""
+    if _POINTWISE.fullmatch(name) and value.shape[2:].numel() == 1:
+        value = value.reshape(value.shape[:2])
+    rows, *others = next(iter(shapes.values()))
+    wanted = (len(shapes) * rows, *others)
+    if tuple(value.shape) != wanted:
+        raise UserError(f"{name} of shape {tuple(value.shape)} in the file, {wanted} in the configuration")
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        raise UserError(f"{name} in the file holds no plain numbers: {value.dtype}, {value.layout}, {value.device}")
+    copies = (
+        part.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for part in value.chunk(len(shapes))
+    )
+    return dict(zip(shapes, copies, strict=True))
+
+
+def _empty(folder: Path) -> Parts:
+    """The networks without memory for weights, by the folder's JSON."""
+
+    def read(part: str, file: str = "config.json") -> dict[str, Any]:
+        return json.loads((folder / part / file).read_text(encoding="utf-8"))
+
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(read("unet"))
+            vae = AutoencoderKL.from_config(read("vae"))
+            text_encoder = CLIPTextModel(_text_config(read("text_encoder")))
+        process = Process.from_diffusers(read("scheduler", "scheduler_config.json"))
+    except UserError:
+        raise
+    except Exception as error:  # a broken file makes the libraries raise almost anything
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{str(folder)!r} isn't the folder of a configuration: {said}") from None
+    tower = _tower(text_encoder)
+    tower.embeddings.position_ids = torch.arange(text_encoder.config.max_position_embeddings)[None]
+    for module in (unet, vae, text_encoder):
+        module.eval().requires_grad_(False)
+    return Parts(unet, vae, text_encoder, process)
+
+
+def _text_config(stored: dict[str, Any]) -> CLIPTextConfig:
+    match stored.get("model_type"):
+        case "clip":
+            config: Any = CLIPConfig.from_dict(stored).text_config
+            return config
+        case "clip_text_model":
+            return CLIPTextConfig.from_dict(stored)
+        case other:
+            raise UserError(f'text_encoder model_type {other!r}: "clip" and "clip_text_model" are accepted')
+
+
+# -- the tables -----------------------------------------------------------------------------------------------------
+
+
+def _layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[str, tuple[str, ...]]]]:
+    """Each network with its table: original name → names of the weights which, one below the other, make it."""
+    tower = _tower(parts.text_encoder)
+    yield parts.unet, _named(parts.unet, _unet_names(parts.unet), _UNET, "unet")
+    yield parts.vae, _named(parts.vae, _vae_names(parts.vae), _VAE, "vae")
+    yield tower, _openclip_layout(tower) if openclip else {_CLIP + key: (key,) for key in tower.state_dict()}
+
+
+def _named(module: nn.Module, names: Mapping[str, str], prefix: str, network: str) -> dict[str, tuple[str, ...]]:
+    """The table of a network whose modules are renamed as `names` says, and all that is in them keeps its name."""
+
+    def original(key: str) -> str:
+        place = key
+        while place := place.rpartition(".")[0]:
+            if place in names:
+                return names[place] + key.removeprefix(place)
+        raise UserError(f"{network}.{key} has no counterpart in the original layout: keep this model as a folder")
+
+    return {prefix + original(key): (key,) for key in module.state_dict()}
+
+
+def _unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
+    if kind := unet.config.addition_embed_type:
+        raise UserError(
+            f"unet.modulation (addition_embed_type {kind!r}) has no counterpart in the original layout: keep this "
+            "model as a folder"
+        )
+    _check_built_in("unet", unet.config)
+    names = {
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    }  # fmt: skip
+
+    def place(ours: str, k: int, block: str, first: int = 0) -> None:
+        """A residual block, and the attention after it."""
+        names.update({f"{ours}.resnets.{k}.{a}": f"{block}.{first}.{b}" for a, b in _RESNET.items()})
+        names[f"{ours}.attentions.{k}"] = f"{block}.{first + 1}"
+
+    n = 1
+    for level, down in enumerate(unet.down_blocks):
+        for k in range(len(down.resnets)):
+            place(f"down_blocks.{level}", k, f"input_blocks.{n}")
+            n += 1
+        if down.downsamplers:
+            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+            n += 1
+    place("mid_block", 0, "middle_block")
+    place("mid_block", 1, "middle_block", 2)
+    n = 0
+    for level, up in enumerate(unet.up_blocks):
+        for k in range(len(up.resnets)):
+            place(f"up_blocks.{level}", k, f"output_blocks.{n}")
+            n += 1
+        if up.upsamplers:  # at the end of the level's last block
+            last = 2 if hasattr(up, "attentions") else 1
+            names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{last}.conv"
+    return names
+
+
+def _vae_names(vae: AutoencoderKL) -> dict[str, str]:
+    _check_built_in("vae", vae.config)
+    names = {name: name for name in ("quant_conv", "post_quant_conv")}
+    levels = len(vae.config.block_out_channels)
+    for side, blocks, way in (("encoder", vae.encoder.down_blocks, "down"), ("decoder", vae.decoder.up_blocks, "up")):
+        names |= {f"{side}.{name}": f"{side}.{name}" for name in ("conv_in", "conv_out")}
+        names[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        places = {f"{side}.mid_block.resnets.{k}": f"{side}.mid.block_{k + 1}" for k in range(2)}
+        for level, block in enumerate(blocks):
+            original = f"{side}.{way}.{level if way == 'down' else levels - 1 - level}"
+            places |= {
+                f"{side}.{way}_blocks.{level}.resnets.{k}": f"{original}.block.{k}" for k in range(len(block.resnets))
+            }
+            names[f"{side}.{way}_blocks.{level}.{way}samplers.0.conv"] = f"{original}.{way}sample.conv"
+        names |= {f"{ours}.{a}": f"{place}.{b}" for ours, place in places.items() for a, b in _VAE_RESNET.items()}
+        names |= {f"{side}.mid_block.attentions.0.{a}": f"{side}.mid.attn_1.{b}" for a, b in _VAE_ATTENTION.items()}
+    return names
+
+
+def _openclip_layout(tower: Any) -> dict[str, tuple[str, ...]]:
+    layout: dict[str, tuple[str, ...]] = {
+        "positional_embedding": ("embeddings.position_embedding.weight",),
+        "token_embedding.weight": ("embeddings.token_embedding.weight",),
+    }
+    for kind in ("weight", "bias"):
+        layout[f"ln_final.{kind}"] = (f"final_layer_norm.{kind}",)
+        for k in range(len(tower.encoder.layers)):
+            layer, block = f"encoder.layers.{k}.", f"transformer.resblocks.{k}."
+            layout[f"{block}attn.in_proj_{kind}"] = tuple(f"{layer}self_attn.{x}_proj.{kind}" for x in "qkv")
+            layout |= {f"{block}{b}.{kind}": (f"{layer}{a}.{kind}",) for a, b in _OPENCLIP_LAYER.items()}
+    return {_OPENCLIP + name: ours for name, ours in layout.items()}
+
+
+def _check_built_in(network: str, config: Mapping[str, Any]) -> None:
+    for name, value in _BUILT_IN[network].items():
+        if config.get(name, value) != value:
+            raise UserError(f"{network} {name} {config[name]!r}: the original layout has {value!r} built in")
+    if foreign := sorted({*config["down_block_types"], *config["up_block_types"]} - _BLOCKS):
+        raise UserError(f"{network} block {foreign[0]}: the original layout has {', '.join(sorted(_BLOCKS))}")
+
+
+def _is_openclip(text_encoder: CLIPTextModel) -> bool:
+    """Which of the two layouts a tower is written in: OpenAI's CLIPs have another activation than OpenCLIP's."""
+    config = text_encoder.config
+    return config.hidden_act != "quick_gelu" and config.num_hidden_layers < _OPENCLIP_LAYERS
+
+
+def _tower(text_encoder: CLIPTextModel) -> Any:
+    return getattr(text_encoder, "text_model", text_encoder)  # older transformers have a module in between

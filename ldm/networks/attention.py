@@ -1,0 +1,131 @@
+"""How the UNet's attention is computed: by torch, or by xformers where that works."""
+
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from ldm.errors import UserError
+
+AttentionBackend = Literal["sdpa", "xformers", "auto"]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""
+_XFORMERS_DEVICE = "cuda"  # the only one with kernels
+
+
+def require_attention(backend: AttentionBackend) -> None:
+    """Raises UserError, naming what is wrong, where a backend can't be used: a check before there is a network."""
+    if backend == "xformers":
+        _load_xformers(torch.device(_XFORMERS_DEVICE), torch.float16, {64}, gradients=True)
+
+
+def use_attention(
+    unet: UNet2DConditionModel,
+    backend: AttentionBackend = "sdpa",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Literal["sdpa", "xformers"]:
+    """Compute attention with torch's scaled_dot_product_attention or with xformers; returns which. The weights are the same.
+
+    `auto` is xformers where it works on the UNet's device, else sdpa. dtype, device: of the attention's arithmetic, as under
+    autocast and when offloaded; the UNet's own unless given. Raises UserError, naming what is wrong, where xformers is asked for in vain.
+    """
+    if backend not in get_args(AttentionBackend):
+        raise UserError(f"attention {backend!r}: choose {', '.join(get_args(AttentionBackend))}")
+    attend: Attend = sdpa
+    if backend != "sdpa":
+        widths = {m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}
+        gradients = any(p.requires_grad for p in unet.parameters())
+        try:
+            attend = _load_xformers(device or unet.device, dtype or unet.dtype, widths, gradients)
+        except UserError:
+            if backend == "xformers":
+                raise
+    unet.set_attn_processor(AttentionProcessor(attend))
+    return "sdpa" if attend is sdpa else "xformers"
+
+
+class AttentionProcessor:
+    """Self- and cross-attention of the UNet's transformer blocks."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **ignored: object
+    ) -> Tensor:
+        """(b, n, c), attending over itself or over (b, m, d) text tokens → (b, n, c)."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            x.unflatten(-1, (attn.heads, -1))  # (b, n, heads, c / heads)
+            for x in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
+        )
+        return attn.to_out[1](attn.to_out[0](self.attend(q, k, v).flatten(2)))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own attention, see `Attend`.
+
+    On the CPU, torch's backward pass of 16-bit attention is slower by an order of magnitude than that of 32 bits
+    (11 ms against 0.5 ms a call at 64×64 tokens), so there the products are taken in fp32 when gradients are needed.
+    """
+    dtype = q.dtype
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, n, d)
+    if q.device.type == "cpu" and dtype.itemsize < 4 and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2)
+
+
+def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[int], gradients: bool) -> Attend:
+    """xformers' attention, once it has been tried on heads of these widths. Raises UserError where it doesn't work."""
+    if find_spec("xformers") is None:
+        raise UserError("attention xformers isn't installed (pip install -e '.[xformers]'); sdpa needs nothing more")
+    if device.type != _XFORMERS_DEVICE:
+        raise UserError(f"attention xformers runs on a CUDA GPU only, not on the device {device}; sdpa runs anywhere")
+    if not torch.get_device_module(device).is_available():
+        raise UserError("attention xformers runs on a CUDA GPU only, and there is none; sdpa runs anywhere")
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        for width in widths:
+            q, k, v = (
+                torch.zeros(1, n, 2, width, device=device, dtype=dtype, requires_grad=gradients) for n in (64, 77, 77)
+            )
+            with torch.set_grad_enabled(gradients):
+                out = memory_efficient_attention(q, k, v)
+            if gradients:
+                out.sum().backward()
+    except Exception as error:  # a library that doesn't load, or that has no kernel for this GPU
+        raise UserError(
+            f"attention xformers doesn't work with {dtype} on {device}: {_reason(error)}; take sdpa"
+        ) from error
+    return memory_efficient_attention
+
+
+def _reason(error: BaseException) -> str:
+    """What xformers says of it, and what the loader said where xformers' own library didn't load."""
+    lines = [_first(error)]
+    library = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+    if library is not None:
+        while library.__cause__ is not None:
+            library = library.__cause__
+        lines.append(_first(library))
+        if "libcudart.so.12" in lines[-1]:
+            lines.append(
+                "it is built for CUDA 12: pip install nvidia-cuda-runtime-cu12 and start with LD_PRELOAD set to its libcudart.so.12"
+            )
+    return "; ".join(lines)
+
+
+def _first(error: BaseException) -> str:
+    """A line of an error: it names its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")

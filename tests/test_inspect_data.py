@@ -1,0 +1,260 @@
+"""What is told of pictures before training: a folder of known contents gives exactly the known report."""
+
+import io
+import json
+import runpy
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from train.commands.inspect_data import difference_hash, equal, look_alikes
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "inspect_data.py"
+ORIENTATION = 0x0112
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """Soft blots."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures for training, of which two can't be read, a row without a file, and three held-out pictures."""
+    folder = tmp_path_factory.mktemp("known")
+    train, test = folder / "train", folder / "test"
+    train.mkdir()
+    test.mkdir()
+    picture(0).save(train / "a.png")
+    (train / "a copy.png").write_bytes((train / "a.png").read_bytes())
+    picture(0).save(train / "a.jpg", quality=90)
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    picture(1, (100, 50)).save(train / "turned.jpg", exif=turned)
+    picture(2, (40, 40)).convert("RGBA").save(train / "alpha.png")
+    picture(3, (60, 30)).convert("CMYK").save(train / "cmyk.jpg")
+    picture(4, (30, 60)).convert("L").save(train / "grey.png")
+    picture(5).save(train / "moving.gif", save_all=True, append_images=[picture(6)])
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(train / "flat red.png")
+    Image.new("RGB", (64, 64), (30, 60, 200)).save(train / "flat blue.png")
+    (train / "torn.png").write_bytes((train / "a.png").read_bytes()[:200])
+    (train / "text.png").write_bytes(b"no picture at all")
+    (test / "turned.jpg").write_bytes((train / "turned.jpg").read_bytes())
+    picture(0).save(test / "a.webp", lossless=True)
+    picture(7).save(test / "own.png")
+    captions: dict[str, list[str]] = {path.name: ["ab cd"] for path in sorted(train.iterdir())}
+    captions |= {"a.png": ["left", "the Right one"], "alpha.png": [""], "cmyk.jpg": ["abcdefghijkl"], "gone.png": ["x"]}
+    rows = [{"file_name": f"train/{name}", "text": texts} for name, texts in captions.items()]
+    rows += [{"file_name": f"test/{path.name}", "text": "y"} for path in sorted(test.iterdir())]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(arguments…) → exit status, what it printed, its errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, tmp_path: Path) -> None:
+    """The small CLIP's tokenizer has learned no merges: a letter is a token; it has room for 8 with begin and end."""
+    status, said, errors = run(
+        "--data", known, "--out", tmp_path, "--resolution", 60, "--text-encoder", small_clip, "--workers", 0
+    )
+    assert (status, errors) == (0, "")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["data"] == {
+        "place": str(known), "form": "a folder with metadata.jsonl", "train": 12, "test": 3, "split": "all",
+        "looked_at": 15,
+    }  # fmt: skip
+    # 9 times "ab cd" (6 tokens), "left" (6), "the Right one" (13), "abcdefghijkl" (14), 3 times "y" (3)
+    assert report["captions"] == {
+        "count": 15, "mean": 1.0, "several": 1, "without": 1, "distinct": 5,
+        "most_frequent": {"ab cd": 9, "y": 3}, "median": 6, "95_percent": 14, "longest": 14,
+        "longest_caption": "abcdefghijkl", "room": 8, "too_long": 2, "chunks_for_all": 2, "left_or_right": 2,
+        "tokenizer": str(small_clip),
+    }  # fmt: skip
+    assert report["pictures"] == {
+        "read": 13, "smallest": [40, 40], "median": [64, 64], "largest": [50, 100], "median_side": 64,
+        "resolution": 60, "smaller": 5, "square": pytest.approx((9 + 4 * 0.5) / 13),
+        "shapes": {"3:1": 0, "2:1": 1, "3:2": 0, "4:3": 0, "1:1": 9, "3:4": 0, "2:3": 0, "1:2": 3, "1:3": 0},
+        "formats": {"PNG": 7, "JPEG": 4, "GIF": 1, "WEBP": 1},
+        "traits": {"turned by EXIF": 2, "with alpha": 1, "CMYK": 1, "greyscale": 1, "animated": 1},
+    }  # fmt: skip
+    assert report["left_out"] == {
+        "count": 1, "first": [["train/gone.png", "the metadata names it, but there is no such file"]]
+    }  # fmt: skip
+    assert report["damaged"]["count"] == 2
+    assert [name for name, _ in report["damaged"]["first"]] == ["train/text.png", "train/torn.png"]
+    same_bytes = [
+        {"train": ["train/a copy.png", "train/a.png"], "test": []},
+        {"train": ["train/turned.jpg"], "test": ["test/turned.jpg"]},
+    ]
+    same_looks = [{"train": ["train/a copy.png", "train/a.jpg"], "test": ["test/a.webp"]}]
+    assert report["duplicates"] == {
+        "bytes": {"groups": 2, "copies": 2, "leaks": 1, "first": same_bytes},
+        "looks": {"groups": 1, "copies": 2, "leaks": 1, "first": same_looks},
+    }
+    assert report["advice"] == [
+        "can't be read: 2 pictures (13 %); training stops above 10 %, see --input.max-damaged",
+        "without a caption: 1 picture (7 %); they teach the empty prompt",
+        "longer than 8 tokens: 2 captions (13 %), which will be cut; --text-chunks 2 reads them whole",
+        "left or right: said in 2 captions (13 %); leave --input.flip off, it mirrors pictures",
+        "smaller than 60: 5 pictures (38 %), which will be enlarged; --input.min-size 60 leaves them out",
+        "held out, but also in training: 2 pictures; what is measured on them flatters",
+        "copies: 4 pictures, seen more often than others; duplicates.jsonl lists them",
+        "few: 12 pictures to train on; from random weights a model will repeat them",
+    ]
+    assert all(f"  - {line}\n" in said for line in report["advice"])
+    assert said.startswith(f"{known}: a folder with metadata.jsonl\n")
+    assert "'train/turned.jpg' (train) = 'test/turned.jpg' (test)\n" in said
+    listed = read(tmp_path / "damaged.jsonl")
+    assert [line["file"] for line in listed] == ["train/gone.png", "train/text.png", "train/torn.png"]
+    assert all(line.keys() == {"file", "reason"} for line in listed)
+    assert read(tmp_path / "duplicates.jsonl") == [
+        *({"same": "bytes"} | group for group in same_bytes), *({"same": "looks"} | group for group in same_looks)
+    ]  # fmt: skip
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width == 8 * 132 + 4
+        assert sheet.height > 2 * 132  # 13 pictures in two rows
+        colours = [sheet.convert("RGB").getpixel((4 + 132 * k + 64, 4 + 64)) for k in range(8)]
+    assert (200, 30, 30) in colours
+    assert (30, 60, 200) in colours
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_make_no_difference(known: Path, run: Run, tmp_path: Path) -> None:
+    reports = []
+    for workers in (0, 2):
+        assert run("--data", known, "--out", tmp_path, "--workers", workers)[0] == 0
+        reports.append(json.loads((tmp_path / "report.json").read_text()))
+        del reports[-1]["settings"]
+    assert reports[0] == reports[1]
+    assert reports[0]["captions"]["room"] == 77
+
+
+def test_good_pictures_need_no_advice_and_clear_old_lists(shapes: Path, run: Run, tmp_path: Path) -> None:
+    for name in ("damaged.jsonl", "duplicates.jsonl"):
+        (tmp_path / name).write_text("of another folder\n")
+    status, said, _ = run("--data", shapes / "train", "--out", tmp_path, "--resolution", 32, "--workers", 0)
+    assert status == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [line.partition(":")[0] for line in report["advice"]] == ["left or right", "few"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["contact_sheet.png", "report.json"]
+    assert "all 32 × 32\n" in said
+
+
+def test_a_limit_takes_pictures_evenly_of_one_split(shapes: Path, run: Run, tmp_path: Path) -> None:
+    options = ("--limit", 10, "--split", "train")
+    assert run("--data", shapes, "--out", tmp_path, *options, "--workers", 0)[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["data"] | {"place": ""} == {
+        "place": "", "form": "a folder with metadata.jsonl", "train": 64, "test": 24, "split": "train", "looked_at": 10
+    }  # fmt: skip
+    rows = read(shapes / "train" / "metadata.jsonl")
+    texts = {rows[k * 64 // 10]["text"] for k in range(10)}
+    assert report["captions"]["count"] == 10
+    assert report["captions"]["distinct"] == len(texts)
+    assert report["captions"]["longest_caption"] in texts
+
+
+def test_of_a_stream_the_first_pictures_are_looked_at(known: Path, run: Run, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for k in range(6):
+            picture(k).save(tmp_path / f"{k}.png")
+            (tmp_path / f"{k}.txt").write_text(f"number {k}")
+            for suffix in ("png", "txt"):
+                tar.add(tmp_path / f"{k}.{suffix}", f"{k}.{suffix}")
+    status, said, _ = run("--data", f"pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "out", "--workers", 0)
+    assert status == 0
+    assert "a stream, of which the first pictures are looked at" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["data"]["train"] + report["data"]["test"] == report["pictures"]["read"] == 6
+
+
+def test_pictures_without_captions(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for k in range(4):
+        picture(k).save(tmp_path / "data" / f"{k}.png")
+    status, said, _ = run("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0)
+    assert status == 0
+    assert "  captions    none\n" in said
+    assert "no captions: an autoencoder can be trained" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((), "--data is missing"),
+        (("--data", "{}/nowhere/at/all"), "is no folder"),
+        (("--data", "{}", "--limit", "-1"), "--limit -1: at least 0"),
+        (("--data", "{}", "--split", "half"), "split"),
+        (("--data", "{}", "--text-encoder", "{}"), "has no text encoder"),
+        (("--data", "{}"), "not one of 2 pictures can be read, e.g. "),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], error: str, run: Run, tmp_path: Path) -> None:
+    for k in range(2):
+        (tmp_path / f"{k}.png").write_bytes(b"nothing")
+    status, said, errors = run(
+        *(a.replace("{}", str(tmp_path)) for a in arguments), "--out", tmp_path / "out", "--workers", 0
+    )
+    assert (status, said) == (2, "")
+    assert errors.startswith("error: ")
+    assert error in errors
+    assert errors.count("\n") == 1
+
+
+def test_the_difference_hash_says_where_it_gets_brighter() -> None:
+    """Row by row, the first bit is that of the left- and uppermost neighbours."""
+    ramp = np.repeat(np.arange(9, dtype=np.uint8)[None] * 20, 8, 0)
+    ramp[0, :2] = (100, 20)
+    ramp[7, 8] = 0
+    assert difference_hash(Image.fromarray(ramp).convert("RGB")) == 2**63 - 2
+    assert difference_hash(Image.fromarray(255 - ramp)) == (1 << 63) | 1
+    assert difference_hash(Image.new("RGB", (300, 200), (9, 99, 9))) == 0
+
+
+def test_look_alikes_are_found_however_they_are_stored() -> None:
+    """Each of 60 pictures as PNG, JPEG, and half as large; one more in another colour, mirrored, or turned is another."""
+    pictures = []
+    for k in range(60):
+        image = picture(k, (128, 96))
+        stored = io.BytesIO()
+        image.save(stored, "JPEG", quality=80)
+        pictures += [image, Image.open(stored).convert("RGB"), image.resize((64, 48), Image.Resampling.LANCZOS)]
+    image = pictures[0]
+    pictures += [ImageOps.mirror(image), ImageOps.flip(image), Image.merge("RGB", image.split()[::-1])]
+    pictures += [Image.new("RGB", (64, 64), (0, 0, 8 * k)) for k in range(1, 31, 2)]  # of one hash
+    looks = np.array([difference_hash(image) for image in pictures], np.uint64)
+    reduced = np.stack([np.asarray(image.resize((8, 8), Image.Resampling.BOX)).ravel() for image in pictures])
+    for order in (np.arange(len(pictures)), np.random.default_rng(0).permutation(len(pictures))):
+        groups = sorted(sorted(order[group].tolist()) for group in look_alikes(looks[order], reduced[order]))
+        assert groups == [[3 * k, 3 * k + 1, 3 * k + 2] for k in range(60)]
+
+
+def test_equal_keys_are_found_together() -> None:
+    keys = np.array([5, 1, 5, 2, 1, 5])
+    assert [group.tolist() for group in equal(keys)] == [[1, 4], [0, 2, 5]]
+    assert equal(np.arange(4)) == []

@@ -1,0 +1,389 @@
+"""Stage 1's step: the loss is the sum of its terms, each player moves itself alone, and no split of a batch changes it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
+from test_training import ROOT, cut, final_state, losses, vae_config
+from torch import Tensor, nn
+
+import train.stages.clip
+import train.stages.vae
+import train.stages.vae_step
+from autoencoder.discriminator import PatchDiscriminator, generator_loss
+from autoencoder.equivariance import Transform
+from autoencoder.losses import LARGEST_WEIGHT, kl_loss
+from autoencoder.model import Autoencoder, build_autoencoder
+from ldm.errors import UserError
+from train.config.optimizer import OptimizerConfig
+from train.config.vae import AdversarialConfig, AutoencoderConfig, EquivarianceConfig, PerceptualConfig, VaeConfig
+from train.engine.loop import Trainer
+from train.stages.vae_step import Judge, Reconstruct
+
+ADAPTIVE = AdversarialConfig(kind="hinge", start=0, channels=8, layers=2)
+
+
+def small_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = build_autoencoder(channels=(8, 16), layers=1, latent_channels=4, groups=2, attention=False)
+    with torch.no_grad():
+        for p in vae.parameters():
+            p += 0.05 * torch.randn(p.shape)  # no branch is zero
+    return vae
+
+
+def batch(n: int = 4) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(n, 3, 4, 4, generator=g) * 2 - 1
+    pixels = nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
+    return {"pixels": pixels, "posterior_noise": torch.randn(n, 4, 16, 16, generator=g)}
+
+
+class Contrast(nn.Module):
+    """A perceptual distance that needs no download."""
+
+    def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
+        return (made.diff(dim=-1) - pixels.diff(dim=-1)).square().mean()
+
+
+def gradient(module: nn.Module) -> Tensor:
+    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in module.parameters()])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# -- one step -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [None, Transform(8, 12, 1)])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("learn_logvar", [False, True])
+def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, transform: Transform | None) -> None:
+    """Against plain autograd through everything at once: gradients worked out ahead change nothing."""
+    vae, critic, b = small_vae(), PatchDiscriminator(8, 2, spectral=True), batch()
+    config = VaeConfig(
+        reconstruction="l2", kl_weight=1e-3, learn_logvar=learn_logvar, perceptual=PerceptualConfig(weight=0.7),
+        adversarial=AdversarialConfig(kind="non_saturating", weight=0.3, adaptive=adaptive),
+    )  # fmt: skip
+    player = Reconstruct(vae, config, Contrast(), critic)
+    player.adversarial, player.transform = True, transform
+    s = torch.tensor(-2.0)
+    if player.logvar is not None:
+        player.logvar.data.fill_(s)
+    out = player(b)
+    out.loss.backward()
+    ours = gradient(player)
+    player.zero_grad()
+    q = vae.encode(b["pixels"]).latent_dist
+    z, wanted = q.mean + q.std * b["posterior_noise"], b["pixels"]
+    if transform is not None:
+        z, wanted = transform(z), transform(wanted, 2)
+    made = vae.decode(z).sample
+    likeness = (made - wanted).square().mean() + 0.7 * Contrast()(made, wanted)
+    if player.logvar is not None:
+        likeness = likeness / player.logvar.exp() + player.logvar
+    game = generator_loss("non_saturating", critic(made))
+    weight = torch.tensor(0.3)
+    if adaptive:
+        last = vae.decoder.conv_out.weight
+        norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (likeness, game)]
+        weight = 0.3 * norms[0] / norms[1]
+    loss = likeness + 1e-3 * kl_loss(q.mean, q.logvar, 3072) + weight.detach() * game
+    loss.backward()
+    torch.testing.assert_close(out.loss, loss)
+    assert distance(ours, gradient(player)) < 1e-5
+    assert float(out.metrics["adversarial_weight"]) == pytest.approx(float(weight), rel=1e-4)
+
+
+def test_the_weights_of_rombach_et_al_carry_over() -> None:
+    """Their loss (sums over a picture) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
+    vae, critic, b = small_vae(), PatchDiscriminator(8, 2), batch()
+    player = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), critic)
+    player.adversarial = True
+    player(b).loss.backward()
+    ours = gradient(vae)
+    vae.zero_grad()
+    q = vae.encode(b["pixels"]).latent_dist
+    made = vae.decode(q.mean + q.std * b["posterior_noise"]).sample
+    n = len(made)
+    nll = ((made - b["pixels"]).abs() + Contrast()(made, b["pixels"])).sum() / n
+    kl = 0.5 * (q.mean**2 + q.var - 1 - q.logvar).sum() / n
+    game, last = -critic(made).mean(), vae.decoder.conv_out.weight
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, game)]
+    (nll + 1e-6 * kl + 0.5 * (norms[0] / norms[1]).detach() * game).backward()
+    assert distance(ours * 3 * 32 * 32, gradient(vae)) < 1e-4
+
+
+@pytest.mark.parametrize("r1", [0.0, 1.0])
+@pytest.mark.parametrize("spectral", [False, True])
+def test_each_player_trains_itself_alone(spectral: bool, r1: float) -> None:
+    vae, critic, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), batch()
+    settings = AdversarialConfig(kind="hinge", spectral_norm=spectral, r1=r1)
+    player = Reconstruct(vae, VaeConfig(adversarial=settings), None, critic)
+    player.adversarial = True
+    state = {k: v.clone() for k, v in critic.state_dict().items()}
+    out = player(b)
+    out.loss.backward()
+    assert gradient(vae).norm() > 0
+    assert all(p.grad is None for p in critic.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in critic.state_dict().items())
+    vae.zero_grad()
+    state = {k: v.clone() for k, v in vae.state_dict().items()}
+    Judge(critic, settings)(b | out.carry).loss.backward()
+    assert gradient(critic).norm() > 0
+    assert all(p.grad is None for p in vae.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in vae.state_dict().items())
+
+
+def test_the_discriminator_sees_the_pictures_that_were_wanted() -> None:
+    vae, critic, b = small_vae(), PatchDiscriminator(8, 2), batch()
+    player = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE), None, critic)
+    player.transform = t = Transform(8, 8, 3)
+    carry = player(b).carry
+    torch.testing.assert_close(carry["wanted"], t(b["pixels"], 2))
+    assert carry["made"].shape == carry["wanted"].shape
+    assert not carry["made"].requires_grad
+
+
+# -- splits of a batch ----------------------------------------------------------------------------------------
+
+
+def config(shapes: Path, out: Path, **change: Any) -> VaeConfig:
+    return vae_config(shapes, out, **{"adversarial": ADAPTIVE} | change)
+
+
+EVERYTHING: dict[str, Any] = {
+    "learn_logvar": True,
+    "reconstruction": "huber",
+    "adversarial": AdversarialConfig(kind="hinge", start=2, channels=8, spectral_norm=True, r1=0.5),
+    "equivariance": EquivarianceConfig(share=0.5, smallest=0.5),
+}
+
+
+def distances(a: Path, b: Path, step: int) -> dict[str, float]:
+    """Relative L2 distance of each network's weights at a step of two runs."""
+    states = [load_file(run / f"checkpoints/step-{step:08d}/state.safetensors") for run in (a, b)]
+    found = {}
+    for name in ("vae", "discriminator"):
+        mine = [k for k in states[0] if k.startswith(f"state/phases/{name}/module/")]
+        one, two = (torch.cat([s[k].flatten().double() for k in mine]) for s in states)
+        found[name] = distance(one, two)
+    return found
+
+
+def test_accumulation_changes_nothing(shapes: Path, tmp_path: Path) -> None:
+    steady = {"optimizer": OptimizerConfig(lr=1e-4, warmup=0), "steps": 5, "checkpoint_every": 5}
+    train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | steady))
+    train.stages.vae.train(config(shapes, tmp_path / "b", accumulation=4, **EVERYTHING | steady))
+    assert max(distances(tmp_path / "a", tmp_path / "b", 5).values()) < 1e-5
+
+
+def test_two_processes_play_as_one(shapes: Path, tmp_path: Path) -> None:
+    """2 Gloo processes with 4 pictures each, and 1 with 8: five steps of both players lead to the same weights."""
+    script = tmp_path / "worker.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+import test_vae_step as t, train.stages.vae
+change = t.EVERYTHING | {{"adversarial": t.AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True, r1=0.5)}}
+change |= {{"optimizer": t.OptimizerConfig(lr=1e-4, warmup=0), "steps": 5, "checkpoint_every": 5, "log_every": 1}}
+train.stages.vae.train(t.config(Path({str(shapes)!r}), Path(sys.argv[1]), **change))
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for before, out in (([sys.executable], "one"), (launch, "two")):
+        command = [*before, str(script), str(tmp_path / out)]
+        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
+    assert max(distances(tmp_path / "one", tmp_path / "two", 5).values()) < 1e-5
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    # Validation is shared out, and adds up to the same.
+    one, two = (
+        [
+            line
+            for line in map(json.loads, (tmp_path / n / "metrics.jsonl").read_text().splitlines())
+            if "val_psnr" in line
+        ]
+        for n in ("one", "two")
+    )
+    for name, value in one[0].items():
+        if name.startswith("val_"):
+            assert value == pytest.approx(two[0][name], rel=1e-3, abs=1e-3), name
+
+
+def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.stages.vae.train(config(shapes, tmp_path / "whole", **EVERYTHING))
+    state = load_file(tmp_path / "whole/checkpoints/step-00000008/state.safetensors")
+    assert state["state/phases/vae/module/logvar"] != 0
+    for at in (2, 5):
+        with monkeypatch.context() as patch:
+            cut(patch, at)
+            with pytest.raises(KeyboardInterrupt):
+                train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING))
+        train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING))
+        assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
+
+
+def test_trying_a_step_first_leaves_no_trace(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate before a run goes through every phase; the run is the same without it."""
+    game = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
+    train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | game))
+    monkeypatch.setattr(Trainer, "estimate", lambda *_: None)
+    train.stages.vae.train(config(shapes, tmp_path / "b", **EVERYTHING | game))
+    assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
+
+
+def test_gradient_checkpointing_gives_the_same_run(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, forward = [0], ResnetBlock2D.forward
+
+    def counted(block: ResnetBlock2D, *args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += block.training  # those of measuring and handing over aside
+        return forward(block, *args, **kwargs)
+
+    monkeypatch.setattr(ResnetBlock2D, "forward", counted)
+    train.stages.vae.train(config(shapes, tmp_path / "a"))
+    once = calls[0]
+    train.stages.vae.train(config(shapes, tmp_path / "b", gradient_checkpointing=True))
+    assert calls[0] > 2.3 * once
+    assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
+
+
+# -- when gradients vanish and explode ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e25, math.inf])
+def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
+    factor: float, precision: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator's loss times a factor: vanishing, ordinary, exploding, infinite."""
+    monkeypatch.setattr(train.stages.vae_step, "generator_loss", lambda game, fake: factor * generator_loss(game, fake))
+    train.stages.vae.train(config(shapes, tmp_path / "run", precision=precision, steps=4, log_every=1))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    weights = [line["adversarial_weight"] for line in lines if "adversarial_weight" in line]
+    state = load_file(tmp_path / "run/checkpoints/step-00000004/state.safetensors")
+    assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+    skipped = max(line["skipped"] for line in lines if "skipped" in line)
+    assert all(0 <= w <= 0.5 * LARGEST_WEIGHT for w in weights)
+    if factor == math.inf:
+        assert not weights  # NaN, which a log leaves out
+        assert skipped == 4
+    elif factor < 1:
+        assert weights[-1] == pytest.approx(0.5 * LARGEST_WEIGHT)
+        assert skipped <= (precision == "fp16")  # whose loss scale begins too high
+    elif factor == 1:
+        assert 0 < weights[-1] < 100
+        assert skipped < 3
+    else:  # the gradient is too large for half precision, not for float32
+        assert skipped == (4 if precision == "fp16" else 0)
+        assert precision == "fp16" or weights[-1] < 1e-20
+
+
+# -- continued from another autoencoder -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A folder of an autoencoder with a scaling factor of its own."""
+    vae = small_vae()
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def test_training_the_decoder_alone_leaves_the_latents_as_they_are(shapes: Path, trained: Path, tmp_path: Path) -> None:
+    train.stages.vae.train(
+        config(shapes, tmp_path / "run", init=str(trained), decoder_only=True, model=AutoencoderConfig())
+    )
+    before, after = Autoencoder.load(trained), Autoencoder.load(tmp_path / "run/model")
+    assert after.scale == 0.5
+    x = batch()["pixels"]
+    assert torch.equal(before.encode(x).mean, after.encode(x).mean)
+    assert torch.equal(before.encode(x).std, after.encode(x).std)
+    z = before.encode(x).mean
+    assert not torch.equal(before.decode(z), after.decode(z))
+    for name, value in before.vae.state_dict().items():
+        moved = not torch.equal(value, after.vae.state_dict()[name])
+        assert moved == name.startswith(("decoder", "post_quant_conv")), name
+
+
+def test_training_goes_on_from_a_given_autoencoder(shapes: Path, trained: Path, tmp_path: Path) -> None:
+    train.stages.vae.train(config(shapes, tmp_path / "run", init=str(trained), steps=1, model=AutoencoderConfig()))
+    after = Autoencoder.load(tmp_path / "run/model")
+    assert after.scale == 0.18215
+    assert after.vae.config.block_out_channels == [8, 16]
+    raw = load_file(tmp_path / "run/checkpoints/step-00000001/state.safetensors")
+    weight = small_vae().encoder.conv_in.weight
+    assert distance(raw["state/phases/vae/module/vae.encoder.conv_in.weight"], weight.detach()) < 0.05
+    # Another starting point isn't the same run, nor is none.
+    with pytest.raises(UserError, match="--init"):
+        train.stages.vae.train(config(shapes, tmp_path / "run", steps=2))
+    other = small_vae()
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="--init"):
+        train.stages.vae.train(
+            config(shapes, tmp_path / "run", init=str(tmp_path / "other"), steps=2, model=AutoencoderConfig())
+        )
+
+
+def test_an_error_in_a_run_leaves_its_checkpoints(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, float]:
+        raise UserError("of no use")
+
+    monkeypatch.setattr(train.stages.vae, "measure_reconstruction", fail)
+    with pytest.raises(UserError):
+        train.stages.vae.train(config(shapes, tmp_path / "run", validate_every=5))
+    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+
+
+def test_what_cannot_be_continued_is_refused(shapes: Path, trained: Path, tmp_path: Path) -> None:
+    wider = AutoencoderConfig(channels=(16, 32), layers=1, groups=2, attention=False)
+    with pytest.raises(UserError, match="another shape"):
+        train.stages.vae.train(config(shapes, tmp_path / "run", init=str(trained), model=wider))
+    bare = AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=2, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    bare.save_pretrained(tmp_path / "bare")
+    plain = {"init": str(tmp_path / "bare"), "model": AutoencoderConfig(), "steps": 1}
+    with pytest.raises(UserError, match="quant"):
+        train.stages.vae.train(config(shapes, tmp_path / "run", **plain))
+    train.stages.vae.train(config(shapes, tmp_path / "run", decoder_only=True, **plain))
+
+
+def test_another_perceptual_network_is_another_run(shapes: Path, tmp_path: Path, small_clip: Path) -> None:
+    perceptual = PerceptualConfig(kind="clip", model=str(small_clip))
+    train.stages.vae.train(
+        config(shapes, tmp_path / "run", steps=1, perceptual=perceptual, validation_features=str(small_clip))
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    measured = next(line for line in lines if "val_psnr" in line)
+    assert measured["val_perceptual"] > 0
+    assert measured["val_frechet"] > 0
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-r", str(small_clip), str(moved)], check=True)
+    elsewhere = PerceptualConfig(kind="clip", model=str(moved))
+    train.stages.vae.train(config(shapes, tmp_path / "run", steps=1, perceptual=elsewhere))  # the same wherever it lies
+    weights = moved / "model.safetensors"
+    state = {k: v + 0.01 for k, v in load_file(weights).items() if v.is_floating_point()}
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"perceptual\.model"):
+        train.stages.vae.train(config(shapes, tmp_path / "run", steps=2, perceptual=elsewhere))

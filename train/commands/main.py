@@ -1,0 +1,78 @@
+"""What every command does: from an exception to one plain line and an exit status, and a device that is there."""
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+import diffusers
+import torch
+import transformers
+from pydantic import ValidationError
+
+from ldm.errors import RunError, UserError
+from train.config.load import first_error, one_line
+
+_LESS = "lower --batch-size; in training --accumulation splits it, in painting --tile and a smaller picture help"
+_EXPECTED = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    diffusers.logging.set_verbosity(logging.CRITICAL)  # what it tells of a failure, our error tells
+    transformers.logging.set_verbosity_error()  # it lists what a part of a model leaves unread; what lacks is our error
+    transformers.logging.disable_progress_bar()
+    try:
+        main()
+    except UserError as error:
+        _leave(2, error)
+    except ValidationError as error:
+        _leave(2, first_error(error))
+    except RunError as error:
+        _leave(1, error)
+    except torch.OutOfMemoryError:
+        _leave(1, f"out of memory on the device: {_LESS}")
+    except MemoryError:
+        _leave(1, f"out of memory: {_LESS}")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        _leave(1, f"out of memory: {_LESS}")
+    except OSError as error:
+        if error.errno not in _EXPECTED:
+            raise
+        _leave(1, f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} while writing")
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    raise SystemExit(0)
+
+
+def _leave(status: int, what: object) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0" or status == 1:
+        print(f"error: {one_line(str(what))}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def use_device(name: str) -> torch.device:
+    """A device that is there. Raises UserError otherwise."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name!r} can't be used: {one_line(str(error))[:200]}") from None
+    return device

@@ -1,0 +1,35 @@
+"""The optimizer's configuration; and of every one, that unknown keys and non-finite numbers are refused."""
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
+class OptimizerConfig:
+    """The optimizer and its learning rate over time."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`adamw` (Loshchilov & Hutter 2019); `muon` (Jordan et al. 2024) for the matrices, AdamW for the rest: more progress
+    a step at the price of longer steps, which small networks repay well."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate falls from its peak to `final` of it over the steps after the warm-up."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """Share of the peak rate that is left at the last step (cosine, linear)."""
+    warmup: int = Field(default=500, ge=0)
+    """Steps over which the rate rises linearly from 0 to its peak."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square (AdamW)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the running mean square."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of Muon's running mean of the gradient."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled decay, on matrices and convolution kernels only (not on biases and normalisation weights)."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient over all parameters; 0 leaves it as it is."""

@@ -1,0 +1,332 @@
+"""What frozen networks make of a source, computed once: posteriors of pictures, features of captions.
+
+Stage 2 then reads both from disk (train/data/store/shards.py) and runs neither the autoencoder nor the text encoder.
+Other weights, another transform or another kind of number have other folders; a changed picture or caption is made anew.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.errors import RunError
+from train.data.batches.buckets import Buckets
+from train.data.images.crop import Framing, Size
+from train.data.images.decode import DamagedPicture
+from train.data.sources.splits import Source
+from train.data.store.prefetch import read_ahead
+from train.data.store.row_index import Digests, digest, digests, doubled, picture_keys
+from train.data.store.shards import Made, Processes, Shards, Stored, open_shards
+
+_PIXELS = 2**22  # encoded at once, at most: 16 pictures of 512², as an autoencoder in fp32 takes about 1 GB for each
+
+
+class PictureEncoder(Protocol):
+    """Pictures (b, 3, H, W) in [−1, 1] → mean and standard deviation of their latents, (b, c, h, w) each, scaled."""
+
+    def __call__(self, pixels: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+class CaptionEncoder(Protocol):
+    """Captions → (b, L, d)."""
+
+    def __call__(self, captions: Sequence[str], /) -> Tensor: ...
+
+
+class LatentCache:
+    """The posterior of each picture's latent: mean and deviation, as the encoder gave them.
+
+    damaged: (n,) bool, pictures that can't be read and have no latent. crops, flip: how many windows of each picture are
+    there, and whether each mirrored too. With buckets, pictures of one rectangle have latents of one shape.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shards], crops: int, flip: bool, damaged: NDArray[np.bool_], buckets: Buckets | None = None
+    ) -> None:  # fmt: skip
+        self.shards, self.crops, self.flip, self.damaged, self.buckets = list(shards), crops, flip, damaged, buckets
+        self._place = np.arange(len(damaged))  # of each picture among those of its rectangle
+        for members in buckets.members if buckets else ():
+            self._place[members] = np.arange(len(members))
+
+    def __len__(self) -> int:
+        return len(self.damaged)
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """(c, h, w) of a picture's latent."""
+        return self._of(index).shape[1:]
+
+    def _of(self, index: int) -> Shards:
+        return self.shards[self.buckets.of[index] if self.buckets else 0]
+
+    def gather(
+        self, indices: NDArray[np.int64], crop: NDArray[np.int64] | int = 0, mirrored: NDArray[np.bool_] | bool = False
+    ) -> Tensor:
+        """(b, 2, c, h, w) float32: mean and deviation of these pictures, all of one shape, in these windows."""
+        rows = (self._place[indices] * self.crops + crop) * (1 + self.flip) + mirrored
+        return self._of(int(indices[0])).gather(rows)
+
+    @classmethod
+    def open(
+        cls, folder: Path, source: Source, encode: PictureEncoder, *, digest: str, framing: Framing, channels: int,
+        factor: int, crops: int = 1, buckets: Buckets | None = None, dtype: Stored = "float32",
+        batch_size: int | None = None, workers: int = 0, processes: Processes | None = None,
+        note: Callable[[int, list[tuple[str, str]]], object] = lambda readable, damaged: None,
+    ) -> Self:  # fmt: skip
+        """The cache of a source under `folder`, completed where it isn't; `encode` isn't called if nothing is missing.
+
+        digest: of the encoder's weights and whatever else its output depends on. channels, factor: a latent has so many
+        channels, and sides so many times smaller than the picture's. crops: random windows kept of each picture, the
+        same for as long as its name is. With framing.flip the mirrored pictures' latents are kept too. batch_size: of what
+        is encoded at once; as a GPU's memory allows unless given. note: told how many pictures can be read, and the
+        (name, reason) of each that can't. Raises RunError when none can, when the
+        encoder gives another shape or numbers that aren't finite, and when the disk has no room.
+        """
+        processes = processes or Processes()
+        sizes = buckets.sizes if buckets else [framing.square]
+        members = buckets.members if buckets else [np.arange(len(source))]
+        keys = picture_keys(source)
+        doubtful = doubled(keys)
+        shards: list[Shards] = []
+        reasons: dict[int, str] = {}
+        for size, those in zip(sizes, members, strict=True):
+            shape = (2, channels, size[1] // factor, size[0] // factor)
+            how = {"encoder": digest, "size": size, "crops": crops, "resampling": "lanczos", **asdict(framing)}
+            windows = _Windows(source, those, size, framing, crops)
+            at_once = batch_size or min(64, max(1, _PIXELS // (size[0] * size[1])))
+            rows = _Latents(windows, keys[those], doubtful[those], encode, shape, dtype, workers)
+            opened, bad = open_shards(folder, "latents", how, rows, shape, dtype, processes, at_once)
+            shards.append(opened)
+            reasons |= {int(those[row // windows.views]): reason for row, reason in bad}
+        damaged = np.zeros(len(source), bool)
+        damaged[list(reasons)] = True
+        if damaged.all():
+            raise RunError(f"not one picture of {source.place} can be read, e.g. {source[0].name}: {reasons[0]}")
+        listed = [(source[k].name, reason) for k, reason in sorted(reasons.items())]
+        if processes.rank == 0:
+            note(len(source) - len(listed), listed)
+        processes.barrier()  # the others then see what is listed already
+        if processes.rank != 0:
+            note(len(source) - len(listed), listed)
+        return cls(shards, crops, framing.flip, damaged, buckets)
+
+
+class GonePicture(Exception):
+    """Could be read when its latent was made, and can't any more."""
+
+    def __init__(self, index: int, name: str, reason: str) -> None:
+        self.index, self.name, self.reason = index, name, reason
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The pictures that the latents of a cache were made of, decoded once more."""
+
+    source: Source
+    framing: Framing
+    buckets: Buckets | None = None
+
+    def gather(self, indices: NDArray[np.int64], crop: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
+        """(b, 3, h, w) in [−1, 1], in the windows that `LatentCache.gather` gives. GonePicture where one has gone since."""
+        size = self.buckets.size(int(indices[0])) if self.buckets else self.framing.square
+        pixels = []
+        for index, window, flip in zip(indices.tolist(), crop.tolist(), mirrored.tolist(), strict=True):
+            name = self.source[index].name
+            try:
+                image = self.framing.load(self.source.read(index), name)
+            except DamagedPicture as error:
+                raise GonePicture(index, name, error.reason) from None
+            pixels.append(self.framing.cut(image, size, stored_place(name, window), flip))
+        return torch.stack(pixels)
+
+
+class TextCache:
+    """The features (L, d) of each caption there is, once; row 0 is the null condition, the encoding of ""."""
+
+    def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
+        """captions: the row of each; first: (n + 1,) where each picture's begin."""
+        self.shards, self.captions, self.first = shards, captions, first
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def rows(self, indices: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The row of one caption of each of these pictures, chosen by u in [0, 1)."""
+        first, end = self.first[indices], self.first[indices + 1]
+        return self.captions[first + (u * (end - first)).astype(np.int64)]
+
+    def gather(self, rows: NDArray[np.int64]) -> Tensor:
+        """(b, L, d) float32."""
+        return self.shards.gather(rows)
+
+    @classmethod
+    def open(
+        cls, folder: Path, source: Source, encode: CaptionEncoder, *, digest: str, shape: tuple[int, ...],
+        dtype: Stored = "float32", batch_size: int = 256, processes: Processes | None = None,
+    ) -> Self:  # fmt: skip
+        """As LatentCache.open. shape: (L, d)."""
+        captions = sorted({"", *source.captions()})  # "" sorts first
+        row = {caption: k for k, caption in enumerate(captions)}
+        rows = _Texts(captions, encode, shape, dtype)
+        how = {"encoder": digest}
+        shards, _ = open_shards(folder, "text", how, rows, shape, dtype, processes or Processes(), batch_size)
+        each, first = array("q"), array("q", [0])
+        for picture in source:
+            each.extend(row[text] for text in picture.captions)
+            first.append(len(each))
+        return cls(shards, np.array(each), np.array(first))
+
+
+class _Window(NamedTuple):
+    """A picture as the encoder is given it."""
+
+    pixels: Tensor  # (3, H, W); zeros if it can't be read
+    content: Digests  # (2,)
+    bad: str
+
+
+class _Windows:
+    """Row → a window of a picture, by place among `members`, then crop, then plain or mirrored."""
+
+    def __init__(self, source: Source, members: NDArray[np.int64], size: Size, framing: Framing, crops: int) -> None:
+        self.source, self.members, self.size, self.framing, self.crops = source, members, size, framing, crops
+        self.views = crops * (1 + framing.flip)
+
+    def __len__(self) -> int:
+        return len(self.members) * self.views
+
+    def content(self, picture: int) -> Digests:
+        """(2,) by place among the members: of its file, or of why there is none."""
+        try:
+            return digest(self.source.read(int(self.members[picture])))
+        except DamagedPicture as error:
+            return digest(error.reason.encode())
+
+    def __getitems__(self, rows: Sequence[int], /) -> list[_Window]:
+        windows: list[_Window] = []
+        for picture, own in _runs(rows, self.views):
+            index, empty = int(self.members[picture]), torch.zeros(3, self.size[1], self.size[0])
+            name, content = self.source[index].name, None
+            try:
+                file = self.source.read(index)
+                content = digest(file)
+                image = self.framing.load(file, name)
+                for row in own:
+                    crop, flip = divmod(row % self.views, 1 + self.framing.flip)
+                    pixels = self.framing.cut(image, self.size, stored_place(name, crop), bool(flip))
+                    windows.append(_Window(pixels, content, ""))
+            except DamagedPicture as error:
+                content = digest(error.reason.encode()) if content is None else content
+                windows += [_Window(empty, content, error.reason) for _ in own]
+        return windows
+
+
+class _Latents:
+    """`Rows` of posteriors."""
+
+    def __init__(
+        self, windows: _Windows, keys: Digests, doubtful: NDArray[np.bool_], encode: PictureEncoder,
+        shape: tuple[int, ...], dtype: Stored, workers: int,
+    ) -> None:  # fmt: skip
+        """keys, doubtful: of the windows' pictures."""
+        self.windows, self.encode, self.shape, self.dtype, self.workers = windows, encode, shape, dtype, workers
+        self.keys = np.repeat(keys, windows.views, 0)
+        self.keys[:, 0] += np.tile(np.arange(windows.views, dtype=np.uint64), len(keys))
+        self.doubtful = np.repeat(doubtful, windows.views)
+        self._at_once = 2**31
+
+    def likes(self, rows: NDArray[np.int64]) -> Digests:
+        pictures, views = np.divmod(rows, self.windows.views)
+        pictures, which = np.unique(pictures, return_inverse=True)
+        files = (self.windows.source[k] for k in self.windows.members[pictures].tolist())
+        likes = digests(json.dumps([file.name, file.size]) for file in files)[which]
+        likes[:, 0] += views.astype(np.uint64)
+        return likes
+
+    def contents(self, rows: NDArray[np.int64]) -> Digests:
+        pictures, which = np.unique(rows // self.windows.views, return_inverse=True)
+        contents = np.empty((len(pictures), 2), np.uint64)
+        with ThreadPoolExecutor(8) as pool, tqdm(total=len(pictures), desc="comparing", leave=False, delay=2) as bar:
+            for k in range(0, len(pictures), 1024):  # reading and hashing let other threads run
+                part = pictures[k : k + 1024].tolist()
+                contents[k : k + 1024] = list(pool.map(self.windows.content, part))
+                bar.update(len(part))
+        return contents[which]
+
+    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
+        read = read_ahead(self.windows, (rows.tolist() for rows in batches), self.workers)
+        for rows, windows in zip(batches, read, strict=True):
+            both = self._encoded(torch.stack([w.pixels for w in windows]))
+            both[[k for k, w in enumerate(windows) if w.bad]] = 0
+            first = self.windows.source[int(self.windows.members[rows[0] // self.windows.views])].name
+            values = _stored(both, self.shape, self.dtype, first)
+            yield Made(values, np.stack([w.content for w in windows]), [w.bad for w in windows])
+
+    @torch.no_grad()
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """(b, 3, H, W) → (b, 2, c, h, w), in parts where memory is short."""
+        while True:
+            try:
+                parts = pixels.split(self._at_once)
+                return torch.cat([torch.stack(list(self.encode(part)), 1) for part in parts])
+            except torch.OutOfMemoryError:
+                self._at_once = min(self._at_once, len(pixels)) // 2
+                if not self._at_once:
+                    raise
+
+
+class _Texts:
+    """`Rows` of captions' features."""
+
+    def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
+        self.captions, self.encode, self.shape, self.dtype = captions, encode, shape, dtype
+        self.keys, self.doubtful = digests(captions), np.zeros(len(captions), bool)
+
+    def likes(self, rows: NDArray[np.int64]) -> Digests:
+        return self.keys[rows]
+
+    def contents(self, rows: NDArray[np.int64]) -> Digests:
+        return np.zeros((len(rows), 2), np.uint64)  # the key is all there is
+
+    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
+        for rows in batches:
+            texts = [self.captions[k] for k in rows]
+            with torch.no_grad():
+                values = _stored(self.encode(texts), self.shape, self.dtype, repr(texts[0][:80]))
+            yield Made(values, self.contents(rows), [""] * len(rows))
+
+
+def stored_place(name: str, crop: int) -> tuple[float, float]:
+    """Where the crop-th stored window of a picture lies, in [0, 1) across and down: by its name alone."""
+    digest = hashlib.blake2b(f"{crop} {name}".encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
+
+
+def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows of one picture together: a file is decoded once for all its views in a batch."""
+    own: list[int] = []
+    for row in rows:
+        if own and row // views != own[0] // views:
+            yield own[0] // views, own
+            own = []
+        own.append(row)
+    if own:
+        yield own[0] // views, own
+
+
+def _stored(values: Tensor, shape: tuple[int, ...], dtype: Stored, first: str) -> NDArray[Any]:
+    if tuple(values.shape[1:]) != shape:
+        raise RunError(f"the encoder gave {tuple(values.shape[1:])} where {shape} was expected")
+    kept = values.cpu().to(getattr(torch, dtype))
+    if not kept.isfinite().all():
+        raise RunError(f"the encoder gave numbers not finite in {dtype}, in the batch that begins with {first}")
+    return kept.numpy()

@@ -1,0 +1,123 @@
+"""From a file to an 8-bit RGB picture to a tensor, whatever kind of picture it is; or a reason why not.
+
+Alpha is laid over a background, EXIF's rotation is applied, 16-bit grey is scaled to 8, colours are brought from the
+file's colour profile to sRGB, the first frame of an animation is taken. Only the formats in FORMATS are tried, and
+nothing is decoded before its size is known to be within the limit.
+"""
+
+import errno
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, assert_never
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError, features
+from torch import Tensor
+
+from ldm.formats.images import MAX_PIXELS, sideways, to_rgb
+
+Crop = Literal["center", "random"]
+
+# JPEG's reader also takes MPO, several JPEGs in a file, as some cameras write them
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []))
+
+Image.MAX_IMAGE_PIXELS = None  # the limit here is max_pixels, asked for after the header
+_MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
+
+
+class DamagedPicture(Exception):
+    """A file that gives no picture, and why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def load_picture(
+    file: bytes | Path,
+    *,
+    name: str = "",
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Image.Image:
+    """The picture in a file, mode RGB.
+
+    name: for messages; empty: the path. Raises DamagedPicture; OSError where the machine failed, not the file.
+    """
+    with _open(file, name, max_pixels) as image:
+        image.load()
+        return to_rgb(image, background)
+
+
+def picture_size(file: bytes | Path, *, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the picture that load_picture would give, from the file's header. Raises as it does."""
+    with _open(file, name, max_pixels) as image:
+        width, height = image.size
+        return (height, width) if sideways(image) else (width, height)
+
+
+def to_tensor(
+    image: Image.Image,
+    size: int | tuple[int, int],
+    *,
+    crop: Crop = "center",
+    place: Sequence[float] = (0.5, 0.5),
+    flip: bool = False,
+) -> Tensor:
+    """The largest window of an RGB picture that has the proportions of `size`, resized: (3, height, width) in [−1, 1].
+
+    size: width and height, or the side of a square. place: two numbers in [0, 1) that say where a "random" window
+    lies, across and down; a "center" one is centred within half a pixel. Resizing is Lanczos's, with the filter
+    widened when it shrinks (no aliasing); a picture of the right size is taken over bit for bit.
+    """
+    target = (size, size) if isinstance(size, int) else size
+    least = min(length * other for length, other in zip(image.size, reversed(target), strict=True))
+    window = [least / other for other in reversed(target)]  # of exactly these proportions: not always whole pixels
+    covered = [-(-least // other) for other in reversed(target)]  # the whole pixels that it needs
+    match crop:
+        case "center":
+            left, top = ((length - n) // 2 for length, n in zip(image.size, covered, strict=True))
+        case "random":
+            left, top = (
+                math.floor(u * (length - n + 1)) for u, length, n in zip(place, image.size, covered, strict=True)
+            )
+        case _:
+            assert_never(crop)
+    if image.size != tuple(covered):
+        image = image.crop((left, top, left + covered[0], top + covered[1]))
+    if image.size != target:
+        x, y = ((n - length) / 2 for n, length in zip(covered, window, strict=True))
+        image = image.resize(target, Image.Resampling.LANCZOS, box=(x, y, x + window[0], y + window[1]))
+    pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)  # (3, h, w)
+    return (pixels.flip(2) if flip else pixels).float().div_(127.5).sub_(1).contiguous()
+
+
+@contextmanager
+def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """A picture within the limit, not decoded yet. What goes wrong inside becomes DamagedPicture."""
+    name = name or (str(file) if isinstance(file, Path) else "picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged file is told by the exception alone
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+                if image.width * image.height > max_pixels:
+                    reason = f"{image.width} × {image.height} pixels; up to {max_pixels:,} are accepted"
+                    raise DamagedPicture(name, reason)
+                yield image
+    except (DamagedPicture, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise DamagedPicture(name, f"not a picture of an accepted format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # Pillow's decoders raise nearly every kind there is
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise
+        message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DamagedPicture(name, " ".join(message.split())[:200]) from error

@@ -1,0 +1,61 @@
+"""Masks as data: where a training picture is to be painted, drawn like all other randomness from (seed, position).
+
+Of the kinds that people make by hand: brush strokes, boxes, and the whole picture, which keeps a network that is trained
+to inpaint able to paint from text alone.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from train.data.images.crop import Size
+from train.data.order.rng import Positions, Purpose, generator
+
+WHOLE, BOXES = 0.15, 0.5
+"""Shares of the masks; the rest are brush strokes. Part of every run that inpaints: others would change one continued."""
+_STROKES, _JOINTS = 4, 8  # at most, of a brush mask and of a stroke
+
+
+def draw_masks(seed: int, at: Positions, size: Size) -> Tensor:
+    """(b, 1, h, w) float32, 1 where to paint, else 0; none is empty. size: width and height in pixels."""
+    return torch.from_numpy(np.stack([_draw(generator(seed, Purpose.MASK, int(p)), size) for p in at])[:, None])
+
+
+def _draw(random: Generator, size: Size) -> NDArray[np.float32]:
+    kind = random.random()
+    canvas = Image.new("1", size, kind < WHOLE)
+    if WHOLE <= kind < WHOLE + BOXES:
+        _box(ImageDraw.Draw(canvas), random, size)
+    elif kind >= WHOLE:
+        _brush(ImageDraw.Draw(canvas), random, size)
+    return np.asarray(canvas, np.float32)
+
+
+def _box(draw: ImageDraw.ImageDraw, random: Generator, size: Size) -> None:
+    """Of any place and proportion, an eighth of a side to the whole of it."""
+    sides = [max(1, round(side * random.uniform(1 / 8, 1))) for side in size]
+    first = [int(random.integers(0, whole - part + 1)) for whole, part in zip(size, sides, strict=True)]
+    last = [begin + part - 1 for begin, part in zip(first, sides, strict=True)]  # PIL's corners both belong to the box
+    draw.rectangle((*first, *last), 1)
+
+
+def _brush(draw: ImageDraw.ImageDraw, random: Generator, size: Size) -> None:
+    """Wandering lines with round ends, a 32nd to a quarter of the shorter side wide."""
+    short = min(size)
+    for _ in range(int(random.integers(1, _STROKES + 1))):
+        width = max(1, round(short * math.exp(random.uniform(math.log(1 / 32), math.log(1 / 4)))))
+        place = random.uniform(0, 1, 2) * size
+        heading = random.uniform(0, 2 * math.pi)
+        for _ in range(int(random.integers(1, _JOINTS + 1))):
+            heading += random.normal(0, 0.8)
+            step = short * random.uniform(0.05, 0.3) * np.array([math.cos(heading), math.sin(heading)])
+            end = np.clip(place + step, 0, np.array(size) - 1)
+            draw.line((*place, *end), 1, width)
+            for x, y in (place, end):
+                draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), 1)
+            place = end

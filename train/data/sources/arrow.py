@@ -1,0 +1,230 @@
+"""Columns of pictures and captions in a `datasets.Dataset`, which maps them into memory, as a catalogue."""
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.errors import UserError
+from train.data.images.decode import DamagedPicture
+from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row
+
+_IMAGES = ("image", "jpg", "png", "img", "picture")
+_CAPTIONS = ("text", "caption")
+_LABELS = ("label", *_CAPTIONS)  # where captions are made of labels
+_PER_NAME = 10  # rows that share a name: above, names tell nothing
+
+
+class Table(Catalogue):
+    """Rows of a `datasets.Dataset` in its order, but for those without a picture.
+
+    A row's name is the path that the table gives its picture, where all have one that is safe, else its number.
+    """
+
+    def __init__(self, dataset: Any, columns: Columns, place: str, mtime_ns: int, caches: Sequence[str] = ()) -> None:
+        """caches: folders whose files may stand in a picture's place."""
+        self.place, self.columns, self.mtime_ns, self.caches = place, columns, mtime_ns, caches
+        self.image, self.caption = choose_columns(dataset.features, columns, place)
+        self.labels: list[str] | None = getattr(_element(dataset.features.get(self.caption)), "names", None)
+        self.dataset = dataset.select_columns([c for c in (self.image, self.caption) if c])
+        self._check()
+        self._open()
+        sizes, left_out = self._sizes()
+        self.sizes, self.left_out = sizes[sizes >= 0], tuple(left_out)
+        self.numbers = np.flatnonzero(sizes >= 0) if left_out else None  # in the table, of the rows here
+        if not len(self):
+            why = f", e.g. {': '.join(left_out[0])}" if left_out else ""
+            raise UserError(f"{place} has no pictures: none of its {len(sizes):,} rows has one{why}")
+        paths = [_safe_path(path) for path, size in zip(self.paths, sizes.tolist(), strict=True) if size >= 0]
+        self.named = "" not in paths and len(set(paths)) * _PER_NAME >= len(paths)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def row(self, k: int) -> Row:
+        number = self._number(k)
+        name = _safe_path(self.paths[number]) if self.named else f"{number:08d}"
+        return Row(name, int(self.sizes[k]), self.mtime_ns, self._captions(self.texts[number]))
+
+    def read(self, k: int) -> bytes:
+        number = self._number(k)
+        if (data := self.bytes[number]) is not None:
+            return data
+        if (file := self._cached(self.paths[number])) is None:
+            raise DamagedPicture(self.row(k).name, "no longer in the cache of its library")
+        return file.read_bytes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is mapped into memory: another process maps the files anew."""
+        return {key: value for key, value in vars(self).items() if key not in ("bytes", "paths", "texts")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def _open(self) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        table = self.dataset.data.table
+        nothing = pa.chunked_array([pa.nulls(len(table))])
+        pictures = table[self.image]
+        parts = {"bytes": nothing, "path": nothing}
+        if pa.types.is_struct(pictures.type):
+            parts |= {f.name: pc.struct_field(pictures, f.name) for f in pictures.type if f.name in parts}
+        else:
+            parts["path" if _is_text(pictures.type) else "bytes"] = pictures
+        self.bytes, self.paths = Cells(parts["bytes"]), Cells(parts["path"])
+        self.texts = Cells(table[self.caption] if self.caption else nothing)
+
+    def _check(self) -> None:
+        """Offsets that lead out of the file, and text that isn't UTF-8, are met here rather than in training."""
+        import pyarrow as pa
+
+        for column in filter(None, (self.image, self.caption)):
+            try:
+                self.dataset.data.table[column].validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{self.place}: column {column!r} is damaged: {line(error)}") from None
+
+    def _sizes(self) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
+        """Bytes of each picture of the table, −1 for those to be left out; and these, with the reason."""
+        sizes, left_out = self.bytes.sizes(), []
+        for number in np.flatnonzero(sizes < 0).tolist():
+            if file := self._cached(self.paths[number]):
+                sizes[number] = file.stat().st_size
+        for number in np.flatnonzero((sizes < 0) | (sizes > MAX_BYTES)).tolist():
+            path = self.paths[number]
+            reason = "the table has a path in the picture's place, which isn't followed" if path else "no picture"
+            if sizes[number] > MAX_BYTES:
+                reason = f"{sizes[number]:,} bytes; up to {MAX_BYTES:,} are accepted"
+            sizes[number] = -1
+            left_out.append((_safe_path(path) or f"{number:08d}", reason))
+        return sizes, left_out
+
+    def _cached(self, path: str | None) -> Path | None:
+        """A file that the libraries have put into a cache of theirs, if that's where the path leads."""
+        if not path or not self.caches or not os.path.isabs(path):
+            return None
+        real = Path(os.path.realpath(path))
+        return real if any(real.is_relative_to(cache) for cache in self.caches) and real.is_file() else None
+
+    def _number(self, k: int) -> int:
+        return k if self.numbers is None else int(self.numbers[k])
+
+    def _captions(self, value: Any) -> tuple[str, ...]:
+        values = value if isinstance(value, list) else [value]
+        if self.labels is not None:
+            values = [self.labels[v] if v is not None and 0 <= v < len(self.labels) else None for v in values]
+        texts = ("" if v is None else str(v).strip() for v in values)
+        if self.columns.template:
+            return tuple(self.columns.of_label(text) for text in texts if text) or ("",)
+        return tuple(filter(None, texts)) or ("",)
+
+
+class Cells:
+    """The values of a column, None where there is none."""
+
+    def __init__(self, column: Any) -> None:
+        """column: pyarrow.ChunkedArray"""
+        self.chunks = column.chunks
+        self.ends = list(accumulate(map(len, self.chunks)))
+
+    def __getitem__(self, row: int) -> Any:
+        k = bisect_right(self.ends, row)
+        return self.chunks[k][row - self.ends[k]].as_py()  # counted from the chunk's end
+
+    def __iter__(self) -> Iterator[Any]:
+        return (value for chunk in self.chunks for value in chunk.to_pylist())
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each value, from their offsets alone; −1 where there is none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        binary = (c if pa.types.is_large_binary(c.type) else c.cast(pa.binary()) for c in self.chunks)
+        sizes = [pc.fill_null(pc.binary_length(chunk), -1).to_numpy(zero_copy_only=False) for chunk in binary]
+        return np.concatenate(sizes or [[]]).astype(np.int64)
+
+
+def choose_columns(features: Any, columns: Columns, place: str) -> tuple[str, str]:
+    """The columns of pictures and captions ("" where there are none and none are needed) among datasets.Features.
+
+    Raises UserError where one is missing, or holds something else.
+    """
+    types = {field.name: field.type for field in features.arrow_schema}
+    pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    wanted = (columns.image,) if columns.image else tuple(pictures) if len(pictures) == 1 else _IMAGES
+    image = next((name for name in wanted if name in types), None)
+    wanted_captions = (columns.caption,) if columns.caption else _LABELS if columns.template else _CAPTIONS
+    caption = next((name for name in wanted_captions if name in types), None)
+    absent = ["/".join(wanted)] if image is None else []
+    absent += [" or ".join(wanted_captions)] if caption is None and (columns.captioned or columns.caption) else []
+    if absent:
+        labels = [name for name, feature in features.items() if hasattr(_element(feature), "names")]
+        hint = f" (labels in {labels[0]} can be captions: see --input.caption-template)" if labels and image else ""
+        raise UserError(f"{place} has no column {', '.join(absent)}; it has: {', '.join(types)[:300]}{hint}")
+    assert image is not None
+    if not _is_picture(types[image]):
+        raise UserError(f"{place}: column {image!r} holds {types[image]!s:.80}, not the bytes of pictures")
+    if caption is not None:
+        _check_captions(types[caption], _element(features[caption]), columns, f"{place}: column {caption!r}")
+    return image, caption or ""
+
+
+def _check_captions(kind: Any, element: Any, columns: Columns, where: str) -> None:
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise UserError(f"{where} holds {kind!s:.80}; captions are texts, lists of texts, or labels")
+    if pa.types.is_integer(kind) and not columns.template:
+        example = f", e.g. {element.names[0][:80]!r}" if getattr(element, "names", None) else ""
+        raise UserError(
+            f"{where} holds labels{example}, not captions: say how to speak of one, "
+            "e.g. --input.caption-template 'a photo of a {}'"
+        )
+
+
+def _element(feature: Any) -> Any:
+    """What a list is a list of."""
+    return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
+
+
+def _is_picture(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        parts = {field.name: field.type for field in kind}
+        return "bytes" in parts and (pa.types.is_null(parts["bytes"]) or _is_picture(parts["bytes"]))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _safe_path(path: str | None) -> str:
+    """A path inside some folder, written one way: of an absolute one, its last part. "" where there is none."""
+    if not path or len(path) > 1000 or "\0" in path or "::" in path or "://" in path:
+        return ""
+    parts = re.split(r"[/\\]", path)
+    if ".." in parts:
+        return ""
+    if path[0] in "/\\" or path[1:2] == ":":  # on POSIX or on Windows
+        return parts[-1]
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]

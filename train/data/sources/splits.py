@@ -1,0 +1,183 @@
+"""What `--data` names: which form it has, which split of it is wanted, and which pictures are held out.
+
+    data/metadata.jsonl (or .csv)      a row a picture: file_name, text; several rows of one picture are its captions
+    data/cat.png, data/cat.txt         no metadata: each non-empty line of the .txt is a caption
+    data/cat/1.png, data/dog/1.png     with a template for captions: a folder a class
+    data/*.parquet, hub ids            a column of pictures, one of captions; also what datasets' save_to_disk writes
+    data/{000..099}.tar                WebDataset: 0001.jpg, 0001.txt or 0001.json, …
+
+Splits are folders in it (train, validation or val, test), beginnings of file names (train-00000.parquet), or what the
+hub's data set calls them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.errors import UserError
+from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Opener, Row, Splits
+from train.data.sources.folders import find_folder, find_metadata, has_pictures
+from train.data.sources.tables import find_tables
+from train.data.sources.tars import find_tars
+
+Split = Literal["train", "validation", "test"]
+
+_NAMES = ("train", "validation", "valid", "val", "dev", "test")
+_HELD_OUT: dict[str, tuple[str, ...]] = {
+    "validation": ("validation", "valid", "val", "dev", "test"),
+    "test": ("test", "validation", "valid", "val", "dev"),
+}
+
+
+class Source:
+    """Pictures of one split, by index; the order is the catalogue's.
+
+    Which rows they are takes no memory, however many, unless they were chosen one by one.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, split: Split = "train", *, without: NDArray[np.int64] | None = None,
+        only: NDArray[np.int64] | None = None, left_out: Sequence[tuple[str, str]] | None = None,
+    ) -> None:  # fmt: skip
+        """without: rows left out, ascending; or only: those that stay, in this order.
+
+        left_out: (name, reason) of what is no row; the catalogue's unless given.
+        """
+        self.catalogue, self.split, self.only = catalogue, split, only
+        self.left_out = tuple(catalogue.left_out if left_out is None else left_out)
+        self.without = np.empty(0, np.int64) if without is None else without
+        self._gaps = self.without - np.arange(len(self.without))
+
+    def __len__(self) -> int:
+        return len(self.catalogue) - len(self.without) if self.only is None else len(self.only)
+
+    def _row(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        if self.only is not None:
+            return int(self.only[index])
+        return int(index + np.searchsorted(self._gaps, index, side="right"))
+
+    def __getitem__(self, index: int) -> Row:
+        return self.catalogue.row(self._row(index))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[k] for k in range(len(self)))
+
+    def read(self, index: int) -> bytes:
+        """The file of a picture. Raises OSError, or DamagedPicture where there is none to read."""
+        return self.catalogue.read(self._row(index))
+
+    def captions(self, most: int | None = None) -> Iterator[str]:
+        """Of all the pictures, one after the other, or of so many that are spread evenly."""
+        n = len(self)
+        count = n if most is None else min(most, n)
+        return (text for k in range(count) for text in self[k * n // count].captions)
+
+    def only_where(self, stays: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
+        """Those of the pictures (n,) that stay; left_out: (name, reason) of those whose going is to be reported."""
+        rows = np.array([self._row(int(k)) for k in np.flatnonzero(stays)], np.int64)
+        return Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return self.catalogue.place
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, sizes and captions: equal for copies of a set, wherever they lie."""
+        rows = self.without if self.only is None else self.only
+        which = [self.only is None, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]
+        return hashlib.sha256(json.dumps([self.catalogue.fingerprint, which]).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        notes = [f"{len(self.left_out):,} can't be had"] if self.left_out else []
+        notes += [f"{self.catalogue.uncaptioned:,} without a caption"] if self.catalogue.uncaptioned else []
+        return ", ".join([f"{len(self):,} pictures ({self.split}) in {self.place}", *notes])
+
+
+def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Splits:
+    """The splits of what `--data` names, each opened when it is called for, once; "" where it has none.
+
+    names: of splits, besides the usual ones. Raises UserError where there is nothing of a known form (saying what was
+    looked for), for what can't be read, and for what leads out of the folder.
+    """
+    if not data:
+        raise UserError("--data is missing: a folder of captioned pictures, parquet or tar files, or a hub id")
+    wanted = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
+    found: Splits | None = None
+    if not (os.path.isdir(data) and find_metadata(Path(data).resolve())):
+        found = find_tars(data, columns, wanted) or find_tables(data, columns, wanted)
+        if found and os.path.isdir(data) and has_pictures(Path(data)):
+            raise UserError(
+                f"{data} holds pictures, and tar or parquet files too: give one of them as --data, e.g. '{data}/*.tar'"
+            )
+    if found is None and not os.path.isdir(data):
+        raise UserError(
+            f"--data {data!r} is no folder, no .parquet or .tar file (nor a pattern of such) and no hub id (owner/name)"
+        )
+    if found is None:
+        found = find_folder(data, columns, wanted)
+    return {name: cache(partial(_opened, opener, columns)) for name, opener in found.items()}
+
+
+def _opened(opener: Opener, columns: Columns) -> Catalogue:
+    catalogue = opener()
+    if columns.captioned and len(catalogue) and catalogue.uncaptioned == len(catalogue):
+        raise UserError(f"{catalogue.place}: the captions of all {len(catalogue):,} pictures are empty")
+    return catalogue
+
+
+def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", fraction: float = 0.05) -> Source:
+    """One split. Where there is none but for training, a share of that one is held out as validation and test.
+
+    Held out are those whose names hash lowest, 1 to 1000 of them, so that a picture keeps its side when others are
+    added (until there are 1000). name: of the split for validation and test, train: of that for training, in place of the usual ones.
+    """
+    if "" in splits and len(splits) > 1:
+        raise UserError(
+            f"some of the files belong to a split by their names ({_list(splits)}), others to none: name all"
+        )
+    held_out = (name,) if name else _HELD_OUT["validation" if split == "train" else split]
+    own = next((n for n in held_out if n in splits and n != train), None)
+    if split != "train" and own is not None:
+        return Source(splits[own](), split)
+    if name and name == train:
+        raise UserError(f"the split {name!r} can't be for validation: it is the one to train on")
+    if name and own is None:
+        raise UserError(f"no split {name!r} for validation: there is {_list(splits)}; without one, a share is held out")
+    if train in splits:
+        catalogue = splits[train]()
+    elif "" in splits and train == "train":
+        catalogue = splits[""]()
+    else:
+        raise UserError(
+            f"no split {train!r} to train on: there is {_list(splits)}; --input.train-split takes another's name"
+        )
+    if not len(catalogue):
+        raise UserError(f"{catalogue.place}: no pictures for {split}")
+    if own is not None:
+        return Source(catalogue, split)
+    if len(catalogue) < 2:
+        raise UserError(f"{catalogue.place} has one picture: at least two are needed, as one is held out")
+    below = sum(place < fraction for place, _ in catalogue.lowest[:MOST_HELD_OUT])
+    count = min(max(below, 1), len(catalogue) - 1)
+    rows = np.sort(np.array([row for _, row in catalogue.lowest[:count]], np.int64))
+    return Source(catalogue, split, without=rows) if split == "train" else Source(catalogue, split, only=rows)
+
+
+def open_source(data: str | Path, split: Split, columns: Columns | None = None, *, fraction: float = 0.05) -> Source:
+    """One split of what `data` names. Errors as in `find_splits`."""
+    return take(find_splits(str(data), columns or Columns()), split, fraction=fraction)
+
+
+def _list(splits: Splits) -> str:
+    return ", ".join(filter(None, splits)) or "none"

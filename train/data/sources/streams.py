@@ -1,0 +1,283 @@
+"""Tars that are read from the first byte to the last: remote ones by address, or what a command writes.
+
+    https://host/data/{000..099}.tar       http and https by Python's own client, others (s3://, gs://) by fsspec
+    pipe:zstd -dc /disk/{000..099}.tar.zst a command a shard, run by the shell; braces are expanded here first
+
+gzip, bzip2 and xz are recognised. What is in a shard is a sample as in train/data/sources/webdataset.py. Nothing is known of
+a stream before it is read, so its fingerprint is that of its addresses, and what stands for it where rows must be known
+is its head: the first examples, of which some are held out.
+
+An epoch visits the shards in an order of its own and draws from a buffer, of what was read and not yet drawn, until it is
+empty: each example once. Which one is drawn is a function of (seed, position) and of the buffer, which is a function of
+the draws before: so the examples from any position on are always the same ones, and to reach it those before are read
+again.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import signal
+import stat
+import subprocess
+import tarfile
+import tempfile
+import urllib.request
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ldm.errors import RunError, UserError
+from train.data.order.permutation import permute
+from train.data.order.rng import Purpose, generator
+from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, lowest
+from train.data.sources.tars import REMOTE, expand
+from train.data.sources.webdataset import DAMAGE, Header, samples
+
+_HEAD = 2048
+_STAND_INS = 8
+_RECENT = 64  # examples that may stand in besides the buffer's, when it runs low
+_LISTED = 10_000  # left out, by name
+_TIMEOUT = 60  # seconds without a byte
+_REST = 2**26  # bytes that a command may write after its tar's end
+
+
+class Example(NamedTuple):
+    """A picture with its captions, as streamed."""
+
+    name: str
+    picture: bytes
+    captions: tuple[str, ...]
+
+
+Examples = Generator[Example, None, None]
+
+
+class Memory(Catalogue):
+    """Examples that are kept."""
+
+    def __init__(self, place: str, examples: Sequence[Example]) -> None:
+        self.place, self.examples = place, list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def row(self, k: int) -> Row:
+        name, picture, captions = self.examples[k]
+        return Row(name, len(picture), 0, captions)
+
+    def read(self, k: int) -> bytes:
+        return self.examples[k].picture
+
+
+class _Head(NamedTuple):
+    training: Memory
+    held_out: Memory
+    skipped: frozenset[tuple[int, str]]
+    """(shard, name) of what is held out."""
+
+
+def is_stream(data: str) -> bool:
+    """Whether `--data` names something that can only be read in passing."""
+    return bool(REMOTE.match(data)) or data == "-" or _is_pipe(data)
+
+
+class Stream:
+    """The examples of a stream, shuffled, without end.
+
+    Raises UserError for what can't be read more than once, for what is no tar, and, when the head is read, where that has
+    fewer than two pictures or, though `columns.captioned`, no caption. RunError for what fails while it is read.
+    """
+
+    def __init__(self, data: str, columns: Columns, *, held_out: float, buffer: int = 1000) -> None:
+        """held_out: share of the head. buffer: examples in memory, of which one is drawn at a time."""
+        if not REMOTE.match(data):
+            raise UserError(f"--data {data!r} can be read only once: write 'pipe:COMMAND', which is run every epoch")
+        self.place, self.columns, self.share, self.buffer = data, columns, held_out, buffer
+        self.urls = expand(data)
+        about = [self.urls, columns.image, columns.caption, columns.template]
+        self.fingerprint = hashlib.sha256(os.fsencode(json.dumps(about))).hexdigest()
+        self._left_out: dict[str, str] = {}
+
+    @property
+    def training(self) -> Catalogue:
+        """The head's examples that are trained on."""
+        return self.head.training
+
+    @property
+    def held_out(self) -> Catalogue:
+        """The head's other examples, never among `examples`."""
+        return self.head.held_out
+
+    @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """Of what has been read so far: (name, reason), at most 10,000."""
+        return tuple(self._left_out.items())
+
+    def examples(self, seed: int, start: int = 0) -> Generator[tuple[Example, ...], None, None]:
+        """Of position `start` and those after it, without end: the example, then 8 others to try where it is damaged.
+
+        (Of a stream with a single example for training the first comes alone.) To reach `start`, everything before it
+        is read once more: an epoch's length isn't known otherwise.
+        """
+        position, recent = 0, deque[Example](maxlen=_RECENT)
+        for epoch in itertools.count():
+            begun = position
+            shards = permute(np.arange(len(self.urls)), len(self.urls), seed, epoch)
+            with contextlib.closing(self._epoch(shards.tolist())) as incoming:
+                waiting = list(itertools.islice(incoming, self.buffer))
+                while waiting:
+                    random = generator(seed, Purpose.STREAM, position)
+                    k = int(random.integers(len(waiting)))
+                    drawn, last = waiting[k], waiting.pop()
+                    if k < len(waiting):
+                        waiting[k] = last
+                    waiting.extend(itertools.islice(incoming, 1))
+                    if position >= start:
+                        pool = waiting if len(waiting) >= _RECENT else [*waiting, *recent]
+                        others = random.integers(len(pool), size=_STAND_INS).tolist() if pool else []
+                        yield drawn, *(pool[j] for j in others)
+                    recent.append(drawn)
+                    position += 1
+            if position == begun:
+                raise RunError(f"{self.place} gave no picture to train on in a whole epoch{self._why()}")
+
+    @cached_property
+    def head(self) -> _Head:
+        """The first 2,048 examples, shards in the order given."""
+        with contextlib.closing(self._all(range(len(self.urls)))) as examples:
+            numbered = list(itertools.islice(examples, _HEAD))
+        shards, first = [shard for shard, _ in numbered], [example for _, example in numbered]
+        whole = Memory(self.place, first)
+        if not first:
+            raise RunError(f"{self.place} gave no picture{self._why()}")
+        if len(first) < 2:
+            raise UserError(f"{self.place} has one picture: at least two are needed, as one is held out")
+        if self.columns.captioned and whole.uncaptioned == len(first):
+            raise UserError(f"{self.place}: none of the first {len(first):,} pictures has a caption beside it")
+        nearest = lowest(whole)[:MOST_HELD_OUT]
+        count = min(max(sum(place < self.share for place, _ in nearest), 1), len(first) - 1)
+        held = {k for _, k in nearest[:count]}
+        skipped = frozenset((shards[k], first[k].name) for k in held)
+        return _Head(
+            Memory(self.place, [e for shard, e in zip(shards, first, strict=True) if (shard, e.name) not in skipped]),
+            Memory(self.place, [first[k] for k in sorted(held)]),
+            skipped,
+        )
+
+    def _epoch(self, shards: Sequence[int]) -> Examples:
+        skipped = self.head.skipped
+        for shard, example in self._all(shards):
+            if (shard, example.name) not in skipped:
+                yield example
+
+    def _all(self, shards: Sequence[int]) -> Generator[tuple[int, Example], None, None]:
+        """(shard, example) of these shards, one after the other."""
+        for shard in shards:
+            with contextlib.closing(self._read(self.urls[shard])) as examples:
+                yield from ((shard, example) for example in examples)
+
+    def _read(self, url: str) -> Examples:
+        def leave_out(name: str, reason: str) -> None:
+            if len(self._left_out) < _LISTED:
+                self._left_out.setdefault(f"{url}: {name}" if name else url, reason)
+
+        given, refused = 0, ""
+        tar: tarfile.TarFile | None = None
+        with _opened(url) as file:
+            try:
+                tar = tarfile.open(  # noqa: SIM115  closed with what it reads
+                    fileobj=file, mode="r|*", tarinfo=Header, encoding="utf-8", errors="surrogateescape"
+                )
+                for sample in samples(tar, self.columns, leave_out, pictures=True):
+                    given += 1
+                    yield Example(sample.name, sample.picture, sample.captions)
+            except DAMAGE as error:
+                if tar is None:
+                    refused = str(error)
+                else:
+                    leave_out("", f"damaged or cut short after {given:,} pictures: {error}")
+        if refused:  # told only now, as a command that failed tells more
+            raise UserError(f"{url} gives no tar ({refused}): a .tar, .tar.gz, .tar.bz2 or .tar.xz is accepted")
+
+    def _why(self) -> str:
+        return f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
+
+
+class _Reader:
+    """Reads a stream for tarfile, and says of what it was when that fails."""
+
+    def __init__(self, url: str, file: Any, length: int | None = None) -> None:
+        self.url, self.file, self.length, self.got = url, file, length, 0
+
+    def read(self, count: int) -> bytes:
+        try:
+            data: bytes = self.file.read(count)
+        except Exception as error:  # each protocol has its own
+            raise RunError(f"{self.url} broke off after {self.got:,} bytes: {_say(error)}") from error
+        self.got += len(data)
+        if not data and self.length is not None and self.got < self.length:
+            raise RunError(f"{self.url} broke off after {self.got:,} of {self.length:,} bytes")
+        return data
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    if url.startswith("pipe:"):
+        with _running(url) as output:
+            yield _Reader(url, output)
+        return
+    try:
+        if url.startswith(("http://", "https://")):
+            file: Any = urllib.request.urlopen(url, timeout=_TIMEOUT)
+            length = file.length
+        else:
+            import fsspec
+
+            file, length = fsspec.open(url, "rb").open(), None
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url} can't be opened: {_say(error)}") from None
+    except Exception as error:
+        raise RunError(f"{url} can't be opened: {_say(error)}") from error
+    with contextlib.closing(file):
+        yield _Reader(url, file, length)
+
+
+@contextlib.contextmanager
+def _running(url: str) -> Iterator[Any]:
+    """What the command writes. Raises RunError if it fails; one that isn't read to its end is stopped."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            url.removeprefix("pipe:"), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
+            start_new_session=True,
+        )  # fmt: skip
+        output: Any = process.stdout
+        status = 0
+        try:
+            yield output
+            if any(not output.read(2**16) for _ in range(_REST // 2**16)):
+                status = process.wait()
+        finally:
+            if process.poll() is None:  # with all that the shell has started
+                os.killpg(process.pid, signal.SIGKILL)
+            output.close()
+            process.wait()
+        said.seek(0)
+        last = said.read()[-300:].decode(errors="replace").strip().splitlines()[-1:]
+    if status:
+        raise RunError(f"{url} ended with status {status}: {''.join(last) or 'it said nothing'}")
+
+
+def _say(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _is_pipe(data: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        mode = os.stat(data).st_mode
+        return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+    return False

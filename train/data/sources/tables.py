@@ -1,0 +1,214 @@
+"""Pictures in tables: parquet files, folders that `datasets` has saved, and data sets on the Hugging Face hub.
+
+The `datasets` library reads them into Arrow files that are mapped into memory. It is told which files to read (parquet,
+or what a saved folder lists, all inside the folder): nothing that a folder says of itself, in a README or a script, is
+followed. Nothing is decoded, and a picture is bytes in the table: paths and addresses in its place aren't opened, but
+for files that the libraries have themselves put into their caches.
+"""
+
+import errno
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import RunError, UserError
+from train.data.sources.arrow import Table, choose_columns, line
+from train.data.sources.catalogue import Columns, Splits
+
+_HUB_ID = re.compile(
+    r"(?P<hub>hf://datasets/)?(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?",
+    re.ASCII,
+)
+_BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset", "json", "csv", "cache")  # readers of the hub's files
+_LONG = 2**29  # bytes above which the library's progress bars are shown
+
+
+def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | None:
+    """The splits of a data set that is parquet files, a folder saved by `datasets`, or on the hub; None for others.
+
+    data: a .parquet file, a glob of such, a folder that has some (in it, in its data/, or in folders named after
+    splits), a folder written by save_to_disk, or a name on the hub: owner/name, owner/name:config, owner/name@revision,
+    with hf://datasets/ before it where there is a folder `owner` here. names: those that splits have. A parquet file
+    belongs to the split whose folder it is in, or whose name its own begins with (train-00000-of-00002.parquet).
+
+    Raises UserError for what can't be read, lacks the columns, or leads out of its folder; RunError for a full disk.
+    So do the splits' openers.
+    """
+    path = Path(data)
+    if path.is_dir():
+        root = path.resolve()
+        if _is_saved(root) or (root / "dataset_dict.json").is_file():
+            return _saved_splits(root, columns)
+        return _parquet_splits(root, _parquet_files(root, names), columns, names)
+    if path.is_file():
+        return _parquet_splits(path.parent, [path] if path.suffix == ".parquet" else [], columns, names)
+    if glob.has_magic(data):
+        files = [Path(f) for f in sorted(glob.glob(data, recursive=True)) if f.endswith(".parquet")]
+        root = Path(os.path.commonpath([str(f.parent) for f in files])) if files else Path()
+        return _parquet_splits(root, files, columns, names)
+    found = _HUB_ID.fullmatch(data)
+    if found and (found["hub"] or not os.path.isdir(found["id"].partition("/")[0])):  # else a path, misspelt
+        return _hub_splits(found["id"], found["config"], found["revision"], columns)
+    return None
+
+
+# -- parquet --------------------------------------------------------------------------------------------------------
+
+
+def _parquet_files(root: Path, names: Sequence[str]) -> list[Path]:
+    folders = (root, root / "data", *(root / name for name in names))
+    files = [f for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
+    files = [f for f in files if f.suffix == ".parquet" and f.name[0] != "." and f.name != "metadata.parquet"]
+    return [_inside(root, f) for f in files]
+
+
+def _parquet_splits(root: Path, files: Sequence[Path], columns: Columns, names: Sequence[str]) -> Splits | None:
+    begins = re.compile(rf"({'|'.join(map(re.escape, names))})(?![a-zA-Z])")
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        above = [part for part in file.parent.relative_to(root).parts if part in names]
+        found = begins.match(file.name) if names else None
+        splits.setdefault(above[-1] if above else found[1] if found else "", []).append(file)
+    place = str(files[0] if len(files) == 1 else root)
+    return {split: partial(_open_parquet, splits[split], columns, place) for split in splits} or None
+
+
+def _open_parquet(files: Sequence[Path], columns: Columns, place: str) -> Table:
+    import datasets
+    import pyarrow.parquet as pq
+
+    chosen: list[str] = []
+    filled = []
+    for file in files:
+        with _reading(str(file)), pq.ParquetFile(file) as parquet:
+            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+            features = datasets.Features.from_arrow_schema(schema)
+        chosen = chosen or [c for c in choose_columns(features, columns, place) if c]
+        if absent := [c for c in chosen if c not in schema.names]:
+            raise UserError(f"{file} has no column {', '.join(absent)}, which {files[0].name} has")
+        filled += [file] if rows else []
+    if not filled:
+        raise UserError(f"{place} has no pictures: it has no rows")
+    exact = [glob.escape(os.path.abspath(file)) for file in filled]
+    long = sum(file.stat().st_size for file in filled) > _LONG
+    with _reading(place, long):
+        # as load_dataset("parquet") does, which tells the hub of it first
+        dataset = datasets.Dataset.from_parquet(exact, columns=chosen, keep_in_memory=False)
+    return Table(dataset, columns, place, max(file.stat().st_mtime_ns for file in files))
+
+
+# -- folders saved by datasets --------------------------------------------------------------------------------------
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved_splits(root: Path, columns: Columns) -> Splits:
+    if _is_saved(root):
+        return {"": partial(_open_saved, root, root, columns)}
+    index = root / "dataset_dict.json"
+    splits = _json(_inside(root, index)).get("splits")
+    if not isinstance(splits, list) or not splits or not all(isinstance(s, str) for s in splits):
+        raise UserError(f"{index} lists no splits")
+    return {split: partial(_open_saved, root, _inside(root, root / split), columns) for split in splits}
+
+
+def _open_saved(root: Path, folder: Path, columns: Columns) -> Table:
+    import datasets
+
+    state = _json(_inside(root, folder / "state.json"))
+    _inside(root, folder / "dataset_info.json")
+    listed = state.get("_data_files")
+    names = [f.get("filename") if isinstance(f, dict) else None for f in listed] if isinstance(listed, list) else []
+    files = [_inside(root, folder / name) for name in names if isinstance(name, str)]
+    if not files or len(files) < len(names):
+        raise UserError(f"{folder / 'state.json'} lists no files")
+    with _reading(str(folder)):
+        dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    return Table(dataset, columns, str(folder), max(file.stat().st_mtime_ns for file in files))
+
+
+def _inside(root: Path, file: Path) -> Path:
+    """A file or folder of a given folder. ("::" makes `datasets` look elsewhere.)"""
+    if ".." in file.parts or "\0" in str(file) or "::" in str(file) or not file.is_relative_to(root):
+        raise UserError(f"{str(file)[:300]!r} leads out of {root}; names inside it are accepted")
+    if not Path(os.path.realpath(file)).is_relative_to(root):
+        raise UserError(f"{file!s:.300} is a link that leads out of {root}: copy the file into it")
+    if not file.exists():
+        raise UserError(f"{file!s:.300} is missing")
+    return file
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} can't be read: {line(error)}") from None
+    return found if isinstance(found, dict) else {}
+
+
+# -- the hub --------------------------------------------------------------------------------------------------------
+
+
+def _hub_splits(name: str, config: str | None, revision: str | None, columns: Columns) -> Splits:
+    import datasets
+
+    with _reading(f"{name!r} is no file or folder here, and as a data set on the Hugging Face hub it", long=True):
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+    files = {split: list(files) for split, files in (builder.config.data_files or {}).items()}
+    strange = [str(f) for found in files.values() for f in found if not str(f).startswith("hf://datasets/")]
+    if strange or builder.name not in _BUILDERS:
+        what = f"names files elsewhere, e.g. {strange[0][:200]!r}" if strange else f"is of the kind {builder.name!r}"
+        raise UserError(f"{name} on the hub {what}; data sets of pictures in their own repository are accepted")
+    splits = map(str, files or builder.info.splits)
+    return {split: partial(_open_hub, builder, split, columns, name) for split in splits}
+
+
+def _open_hub(builder: Any, split: str, columns: Columns, name: str) -> Table:
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    with _reading(name, long=True):
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=split, in_memory=False)
+    caches = [os.path.realpath(cache) for cache in (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
+    revision = hashlib.sha256(dataset._fingerprint.encode()).digest()  # says which revision was read
+    return Table(dataset, columns, name, int.from_bytes(revision[:7], "little"), caches)
+
+
+@contextmanager
+def _reading(what: str, long: bool = False) -> Iterator[None]:
+    """With `datasets` quiet, and what goes wrong told in a line. long: leaves its progress bars on."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    loggers = datasets.logging, hub_logging
+    verbosities, bars = [log.get_verbosity() for log in loggers], not datasets.are_progress_bars_disabled()
+    for log in loggers:
+        log.set_verbosity(logging.CRITICAL)
+    if bars and not long:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    except Exception as error:  # the library's readers raise nearly every kind there is
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+            causes.append(cause)
+        if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+            cache = datasets.config.HF_DATASETS_CACHE
+            raise RunError(f"no space is left in {cache} for {what}: make some, or set HF_DATASETS_CACHE") from error
+        raise UserError(f"{what} can't be read: {line(error.__cause__ or error)}") from error
+    finally:
+        for log, verbosity in zip(loggers, verbosities, strict=True):
+            log.set_verbosity(verbosity)
+        if bars and not long:
+            datasets.enable_progress_bars()

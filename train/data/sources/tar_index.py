@@ -1,0 +1,343 @@
+"""An index of rows on disk: 100 million of them take no memory and are there at once.
+
+A folder holds, of one generation G or more:
+
+    G.rows     a record a row: where its line begins among its part's, where its picture begins in the part, the length
+               of the line, and a CRC-32 over all of these and the line
+    G.lines    a line a row, JSON of [name, size, captions]: their SHA-256 is the catalogue's fingerprint
+    G.parts    a JSON line a part (a tar): its path, size and time, how much of the two files is its own, what it left out
+    about.json names the generation that is whole, with what is known of all its rows
+
+Written last and renamed into place, about.json makes an index be there whole or not at all. A part's rows and lines say
+nothing of other parts. So what an older generation has of parts that haven't changed, or what one has that was never
+finished, is taken over, row by row as the sums are right. Rows are read with pread, docs/adr/0005 says why.
+"""
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import struct
+import tempfile
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.errors import RunError
+from train.data.sources.catalogue import Row, lowest
+
+_FORMAT = 1
+_RECORD = struct.Struct("<QQII")  # line, picture, length of the line, CRC-32
+RECORD = np.dtype([("line", "<u8"), ("picture", "<u8"), ("length", "<u4"), ("crc", "<u4")])
+"""The same for NumPy."""
+_KINDS = ("rows", "lines", "parts")
+
+Placed = tuple[int, Row]
+"""Where a row's picture begins in its part, and the row."""
+LeftOut = list[tuple[str, str]]
+Read = Callable[["Part", LeftOut], Iterator[Placed]]
+"""The rows of a part, in its order; adds (name, reason) of what it leaves out."""
+
+
+class Part(NamedTuple):
+    """A file that holds pictures."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Segment(NamedTuple):
+    """What an index has of a part."""
+
+    part: Part
+    rows: int
+    line_bytes: int
+    uncaptioned: int
+    left_out: LeftOut
+
+
+class Unfit(Exception):
+    """The folder has no whole index of these parts as they are."""
+
+
+def look(paths: Iterable[str]) -> list[Part]:
+    """The parts as the file system has them now."""
+    return [Part(path, (about := os.stat(path)).st_size, about.st_mtime_ns) for path in paths]
+
+
+class Index:
+    """Rows of parts, in their order. The open files stay in this process; a copy elsewhere opens its own."""
+
+    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
+        """Raises Unfit."""
+        try:
+            about = json.loads((folder / "about.json").read_bytes())
+            if about.pop("sum") != _sum(about) or about["format"] != _FORMAT:
+                raise Unfit
+            self.folder, self.generation = folder, str(about["generation"])
+            listed = (folder / f"{self.generation}.parts").read_bytes()
+            self.segments = list(map(_segment, listed.splitlines()))
+            if about["parts"] != hashlib.sha256(listed).hexdigest() or [s.part for s in self.segments] != list(parts):
+                raise Unfit
+            self.fingerprint: str = about["fingerprint"]
+            self.lowest = [(float(place), int(k)) for place, k in about["lowest"]]
+            self.uncaptioned = sum(s.uncaptioned for s in self.segments)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise Unfit from None
+        self.rows = np.cumsum([0, *(s.rows for s in self.segments)], dtype=np.int64)  # before each part
+        self.lines = np.cumsum([0, *(s.line_bytes for s in self.segments)], dtype=np.int64)
+        self._files: tuple[int, ...] = ()
+        try:
+            sizes = [os.fstat(file).st_size for file in self._open()]
+        except OSError:
+            raise Unfit from None
+        if sizes != [int(self.rows[-1]) * _RECORD.size, int(self.lines[-1])]:
+            raise Unfit
+
+    def __len__(self) -> int:
+        return int(self.rows[-1])
+
+    def __getitem__(self, k: int) -> tuple[Part, int, Row]:
+        """The part of row k, where in it the picture begins, and the row. Raises RunError where the index is damaged."""
+        if not 0 <= k < len(self):
+            raise IndexError(f"row {k} of {len(self)}")
+        number = int(np.searchsorted(self.rows, k, side="right")) - 1
+        segment = self.segments[number]
+        try:
+            rows, lines = self._files or self._open()
+            record = os.pread(rows, _RECORD.size, k * _RECORD.size)
+            begin, length = _extent(record, segment)
+            line = os.pread(lines, length, int(self.lines[number]) + begin)
+            return segment.part, *_verified(record, line, begin, segment.part)
+        except FileNotFoundError:
+            raise RunError(f"the index {self.folder} was made anew meanwhile: run the same command again") from None
+        except ValueError:
+            (self.folder / "about.json").unlink(missing_ok=True)
+            raise RunError(f"the index {self.folder} is damaged: run the same command again to mend it") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": ()}
+
+    def _open(self) -> tuple[int, ...]:
+        paths = [self.folder / f"{self.generation}.{kind}" for kind in ("rows", "lines")]
+        with contextlib.ExitStack() as opened:
+            files = []
+            for path in paths:
+                files.append(os.open(path, os.O_RDONLY))
+                opened.callback(os.close, files[-1])
+            weakref.finalize(self, opened.pop_all().close)
+        self._files = tuple(files)
+        return self._files
+
+
+def open_index(folder: Path, paths: Sequence[str], read: Read) -> Index:
+    """The index of these parts, made or brought up to date if need be, by one process while others wait.
+
+    Where the folder can't be written to, it lies in a temporary one for this process, with a warning. Raises OSError for
+    parts that can't be read, RunError for a full disk, and what `read` does.
+    """
+    with contextlib.suppress(Unfit):
+        return Index(folder, look(paths))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("ab")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given up when the file is closed, however the process ends
+    except OSError as error:
+        temporary = Path(tempfile.mkdtemp(prefix="ldm-index-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        warnings.warn(
+            f"can't write to {folder} ({error.strerror}): the index of {len(paths):,} files is made anew each time, in "
+            f"{temporary}; set XDG_CACHE_HOME to a folder that can be written to",
+            stacklevel=2,
+        )
+        return open_index(temporary, paths, read)
+    with lock:
+        parts = look(paths)
+        with contextlib.suppress(Unfit):
+            return Index(folder, parts)
+        try:
+            _build(folder, parts, read)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunError(f"no room for the index in {folder}: free some, or set XDG_CACHE_HOME") from None
+            raise
+        return Index(folder, parts)
+
+
+class Writer:
+    """A new generation, in a folder that no other process writes to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.generation = folder, secrets.token_hex(8)
+        self.rows, self.lines, self.parts = (self._path(kind).open("w+b") for kind in _KINDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What isn't committed stays, for the next one to take over."""
+        for file in (self.rows, self.lines, self.parts):
+            file.close()
+
+    def _path(self, kind: str) -> Path:
+        return self.folder / f"{self.generation}.{kind}"
+
+    def add(self, part: Part, placed: Iterable[Placed], left_out: LeftOut) -> None:
+        """A part. When `placed` raises, it is as if it hadn't been tried."""
+        begun = self.rows.tell(), self.lines.tell()
+        rows = length = uncaptioned = 0
+        try:
+            for picture, row in placed:
+                line = os.fsencode(json.dumps([row.name, row.size, row.captions])) + b"\n"
+                self.rows.write(_RECORD.pack(length, picture, len(line), checksum(length, picture, line)))
+                self.lines.write(line)
+                rows, length, uncaptioned = rows + 1, length + len(line), uncaptioned + (not any(row.captions))
+        except BaseException:
+            for file, end in zip((self.rows, self.lines), begun, strict=True):
+                file.seek(end)
+                file.truncate()
+            raise
+        self.seal(Segment(part, rows, length, uncaptioned, left_out))
+
+    def seal(self, segment: Segment) -> None:
+        """After its records and lines were written."""
+        self.parts.write(json.dumps(segment).encode() + b"\n")
+        for file in (self.rows, self.lines, self.parts):
+            file.flush()
+
+    def commit(self, nearest: list[tuple[float, int]] | None = None) -> None:
+        """Make this the folder's index, and remove all others. nearest: Catalogue.lowest, if known."""
+        sums = []
+        for file in (self.lines, self.parts):
+            file.seek(0)
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+        if nearest is None:
+            self.lines.seek(0)
+            nearest = lowest(_row(line, 0) for line in self.lines)
+        about = {
+            "format": _FORMAT, "generation": self.generation, "fingerprint": sums[0], "parts": sums[1],
+            "lowest": nearest,
+        }  # fmt: skip
+        with self._path("about").open("wb") as new:
+            new.write(json.dumps({**about, "sum": _sum(about)}).encode())
+            new.flush()
+            for descriptor in (file.fileno() for file in (self.rows, self.lines, self.parts, new)):
+                os.fsync(descriptor)
+        os.replace(self._path("about"), self.folder / "about.json")
+        directory = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        for path in self.folder.iterdir():
+            if path.suffix[1:] in (*_KINDS, "about") and path.stem != self.generation:
+                path.unlink(missing_ok=True)
+
+
+def checksum(line_at: int, picture: int, line: bytes | memoryview) -> int:
+    """Of a row's record and line."""
+    return zlib.crc32(line, zlib.crc32(struct.pack("<QQ", line_at, picture)))
+
+
+def _build(folder: Path, parts: Sequence[Part], read: Read) -> None:
+    known = _known(folder)
+    total = sum(part.size for part in parts)
+    bar = tqdm(total=total, desc="reading tars", unit="B", unit_scale=True, leave=False, delay=2)
+    with bar, Writer(folder) as writer:
+        for part in parts:
+            begun, left_out = bar.n, LeftOut()
+            if part in known:
+                generation, rows_at, lines_at, segment = known[part]
+                with contextlib.suppress(OSError, ValueError):
+                    writer.add(part, _copied(folder / generation, rows_at, lines_at, segment), segment.left_out)
+                    bar.update(part.size)
+                    continue
+            writer.add(part, _told(read(part, left_out), bar), left_out)
+            bar.update(begun + part.size - bar.n)
+        writer.commit()
+
+
+def _told(placed: Iterator[Placed], bar: Any) -> Iterator[Placed]:
+    begun = bar.n
+    for picture, row in placed:
+        bar.update(begun + picture - bar.n)
+        yield picture, row
+
+
+def _known(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
+    """What the folder's generations have: each part's generation, first row and first byte of lines there."""
+    known = {}
+    whole = ""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        whole = json.loads((folder / "about.json").read_bytes())["generation"]
+    unfinished = sorted(folder.glob("*.parts"), key=lambda p: (p.stem == whole, p.stat().st_size))
+    for path in unfinished[:-2]:  # by crash after crash
+        for kind in _KINDS:
+            path.with_suffix(f".{kind}").unlink(missing_ok=True)
+    for path in unfinished[-2:]:
+        rows = lines = 0
+        with contextlib.suppress(ValueError, TypeError):  # a last line that was cut short
+            for segment in map(_segment, path.read_bytes().splitlines()):
+                known[segment.part] = path.stem, rows, lines, segment
+                rows, lines = rows + segment.rows, lines + segment.line_bytes
+    return known
+
+
+def _copied(generation: Path, rows_at: int, lines_at: int, segment: Segment) -> Iterator[Placed]:
+    with generation.with_suffix(".rows").open("rb") as rows, generation.with_suffix(".lines").open("rb") as lines:
+        rows.seek(rows_at * _RECORD.size)
+        lines.seek(lines_at)
+        end = 0
+        for _ in range(segment.rows):
+            record = rows.read(_RECORD.size)
+            begin, end = end, end + len(line := lines.readline(segment.line_bytes))
+            yield _verified(record, line, begin, segment.part)
+        if end != segment.line_bytes:
+            raise ValueError("lines are missing")
+
+
+def _extent(record: bytes, segment: Segment) -> tuple[int, int]:
+    """Where a row's line begins among those of its part, and its length."""
+    if len(record) != _RECORD.size:
+        raise ValueError("cut short")
+    begin, _, length, _ = _RECORD.unpack(record)
+    if begin + length > segment.line_bytes:
+        raise ValueError("beyond its part")
+    return begin, length
+
+
+def _verified(record: bytes, line: bytes, begin: int, part: Part) -> Placed:
+    """Raises ValueError unless the sum is right, and the picture inside its part."""
+    if len(record) != _RECORD.size or line[-1:] != b"\n":
+        raise ValueError("cut short")
+    at, picture, length, crc = _RECORD.unpack(record)
+    row = _row(line, part.mtime_ns) if (at, length, crc) == (begin, len(line), checksum(at, picture, line)) else None
+    if row is None or not 0 <= picture <= picture + row.size <= part.size:
+        raise ValueError("a wrong sum")
+    return picture, row
+
+
+def _row(line: bytes, mtime_ns: int) -> Row:
+    name, size, captions = json.loads(line)
+    return Row(name, size, mtime_ns, tuple(captions))
+
+
+def _segment(line: bytes) -> Segment:
+    part, rows, line_bytes, uncaptioned, left_out = json.loads(line)
+    return Segment(Part(*part), int(rows), int(line_bytes), int(uncaptioned), [(name, why) for name, why in left_out])
+
+
+def _sum(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

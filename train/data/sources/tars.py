@@ -1,0 +1,167 @@
+"""WebDataset tars on local disks as a catalogue: which there are, and where in them each picture is."""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from ldm.errors import RunError, UserError
+from train.data.images.decode import DamagedPicture
+from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits
+from train.data.sources.tar_index import LeftOut, Part, Placed, open_index
+from train.data.sources.webdataset import DAMAGE, PICTURES, Header, samples
+
+REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
+"""How what is streamed begins; train/data/sources/streams.py."""
+
+_LISTED = 100  # left out of a tar, by name
+_LOOKED_FOR = "a .txt, .json or .cls beside each picture"
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Tars(Catalogue):
+    """Pictures in local tars, through an index in the user's cache (train/data/sources/tar_index.py).
+
+    A row's name is its picture's in the tar: the same as in a folder where the tars are unpacked.
+    """
+
+    def __init__(self, place: str, paths: Sequence[str], columns: Columns, split: str = "") -> None:
+        """Raises UserError for what is no tar, and where nothing has a picture or, if it should, a caption."""
+        self.place = place
+        try:
+            self.index = open_index(index_folder(place, columns, split), paths, partial(_rows, columns))
+        except OSError as error:
+            raise RunError(f"{error.filename or place} can't be read: {error.strerror}") from None
+        self.left_out = tuple((name, why) for segment in self.index.segments for name, why in segment.left_out)
+        self.fingerprint, self.lowest = self.index.fingerprint, self.index.lowest
+        self.uncaptioned = self.index.uncaptioned
+        if not len(self):
+            reason = f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
+            raise UserError(f"no pictures in {place}: looked for members {', '.join(PICTURES)}{reason}")
+        if columns.captioned and self.uncaptioned == len(self):
+            raise UserError(f"{place} has {len(self):,} pictures but no captions: looked for {_LOOKED_FOR}")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def row(self, k: int) -> Row:
+        return self.index[k][2]
+
+    def read(self, k: int) -> bytes:
+        part, offset, row = self.index[k]
+        if row.size > MAX_BYTES:
+            raise DamagedPicture(row.name, f"{row.size:,} bytes; up to {MAX_BYTES:,} are accepted")
+        with open(
+            part.path, "rb", buffering=0
+        ) as tar:  # opened anew: a set may have more tars than a process may files
+            about = os.fstat(tar.fileno())
+            content = os.pread(tar.fileno(), row.size, offset)
+        if (about.st_size, about.st_mtime_ns, len(content)) != (part.size, part.mtime_ns, row.size):
+            raise RunError(f"{part.path} has changed since the run began: run the same command again")
+        return content
+
+
+def index_folder(place: str, columns: Columns, split: str = "") -> Path:
+    """Where the index of a split lies: named after what was asked for, so that tars may come and go."""
+    about = [os.path.abspath(place), split, columns.image, columns.caption, columns.template]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "ldm" / "index" / hashlib.sha256(os.fsencode(json.dumps(about))).hexdigest()[:32]
+
+
+def find_tars(data: str, columns: Columns, names: Sequence[str]) -> Splits | None:
+    """The splits of tars: a .tar, a glob, a pattern with braces, or a folder that has some; None for all else.
+
+    names: those that splits have. A tar belongs to the split whose folder it is in, or whose name its own begins with
+    ("train-0001.tar", not "training.tar"); others to "". Sorted by path. Raises UserError, at once for files that don't
+    exist or are compressed, from what is returned as `Tars` does.
+    """
+    if REMOTE.match(data) or (paths := _paths(data, names)) is None:
+        return None
+    base = data if os.path.isdir(data) else os.path.commonpath([os.path.dirname(path) for path in paths])
+    begins = re.compile(f"({'|'.join(map(re.escape, names))})(?![A-Za-z])")
+    splits: dict[str, list[str]] = {}
+    for path in paths:
+        inside = os.path.relpath(path, base).split(os.sep)
+        own = begins.match(inside[-1])
+        split = inside[0] if len(inside) > 1 and inside[0] in names else own[1] if own else ""
+        splits.setdefault(split, []).append(path)
+    return {split: partial(Tars, data, own, columns, split) for split, own in splits.items()}
+
+
+def _paths(data: str, names: Sequence[str]) -> list[str] | None:
+    """The tars' absolute paths, sorted; None if `data` doesn't speak of tars."""
+    if os.path.isdir(data):
+        folders = [data, *(os.path.join(data, name) for name in names)]
+        found = [os.path.join(folder, f) for folder in folders if os.path.isdir(folder) for f in os.listdir(folder)]
+        tars = [f for f in found if f.lower().endswith(".tar") and os.path.isfile(f)]
+        return sorted(map(os.path.abspath, tars)) or None
+    patterns = [data] if os.path.lexists(data) else expand(data)
+    if not all(pattern.lower().endswith(".tar") for pattern in patterns):
+        if any(pattern.lower().endswith(_COMPRESSED) for pattern in patterns):
+            raise UserError(f"--data {data!r} is compressed: unpack it to .tar, or stream it with 'pipe:gzip -dc FILE'")
+        return None
+    paths = set()
+    for pattern in patterns:
+        matched = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+        if not matched:
+            raise UserError(f"--data {data!r}: there is no file {pattern!r}")
+        paths |= {os.path.abspath(path) for path in matched}
+    if odd := [path for path in sorted(paths) if not os.path.isfile(path)]:
+        raise UserError(f"--data {data!r}: {odd[0]!r} is not a file; a pipe is read with 'pipe:cat {odd[0]}'")
+    return sorted(paths)
+
+
+def expand(pattern: str) -> list[str]:
+    """Braces, as a shell expands them: a{08..10}.tar is a08.tar, a09.tar and a10.tar; {a,b}.tar is a.tar and b.tar."""
+    if not (found := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)):
+        return [pattern]
+    first, last, listed = found.groups()
+    if listed is None:
+        a, b = int(first), int(last)
+        if abs(a - b) >= 10**6:
+            raise UserError(f"{found[0]!r} stands for {abs(a - b) + 1:,} files; up to 1,000,000 are accepted")
+        width = max(len(first), len(last)) if any(re.match("0.", n) for n in (first, last)) else 0
+        choices = [f"{k:0{width}d}" for k in range(a, b + (1 if b >= a else -1), 1 if b >= a else -1)]
+    else:
+        choices = listed.split(",")
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return list(dict.fromkeys(whole for choice in choices for whole in expand(before + choice + after)))
+
+
+def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[Placed]:
+    """What the index has of a tar. Raises UserError for a file that isn't one."""
+    shard, more, given = os.path.basename(part.path), 0, 0
+
+    def leave_out(name: str, reason: str) -> None:
+        nonlocal more
+        if len(left_out) < _LISTED:
+            left_out.append((f"{shard}/{name}", reason))
+        else:
+            more += 1
+
+    with open(part.path, "rb") as file:
+        begins = file.read(6)
+        file.seek(0)
+        if form := next((name for magic, name in _MAGIC.items() if begins.startswith(magic)), ""):
+            raise UserError(
+                f"{part.path} is compressed ({form}): unpack it, or stream it with 'pipe:{form} -dc {part.path}'"
+            )
+        try:
+            tar = tarfile.TarFile(fileobj=file, tarinfo=Header, encoding="utf-8", errors="surrogateescape")
+        except DAMAGE as error:
+            raise UserError(f"{part.path} is not a tar ({error}): WebDataset's .tar files are accepted") from None
+        with tar:
+            try:
+                for sample in samples(tar, columns, leave_out):
+                    given += 1
+                    yield sample.offset, Row(sample.name, sample.size, part.mtime_ns, sample.captions)
+            except DAMAGE as error:
+                left_out.append((shard, f"damaged or cut short after {given:,} pictures: {error}"))
+    if more:
+        left_out.append((shard, f"{more:,} more"))

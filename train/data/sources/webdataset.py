@@ -1,0 +1,188 @@
+"""WebDataset's tars: which members of a tar make a sample.
+
+Members that follow one another and share a key, their path up to the first dot of the file name, are a sample:
+
+    000123.jpg, 000123.txt             each non-empty line is a caption
+    000123.jpg, 000123.json            text or caption: a string or a list of strings
+    000123.jpg, 000123.cls             with a template for captions: a label
+
+The first .jpg, .png … is its picture. Hidden files are passed over, and of caption members the first kind above is used.
+A sample is left out, with the reason, if its picture or the caption in use is a link, a sparse or a special file, if its
+path leads out of the tar, or if its caption is too long or unreadable: a picture isn't trained on without its caption.
+Members are only ever read from the tar itself; nothing is unpacked.
+"""
+
+import itertools
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+from train.data.sources.catalogue import MAX_BYTES, Columns, text_of
+
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, zlib.error, lzma.LZMAError)
+"""What tarfile raises for a tar that is cut short or damaged."""
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+
+_KEYS = ("text", "caption")
+_MOST_TEXT = 2**20  # bytes of a caption's member
+_MOST_HEADER = 2**20  # bytes of a long name or of extended headers
+
+
+class Sample(NamedTuple):
+    """A picture with its captions, as a tar has it."""
+
+    name: str
+    size: int
+    offset: int
+    """Where in the tar the picture begins."""
+    captions: tuple[str, ...]
+    picture: bytes
+    """b"" unless asked for."""
+
+
+class Header(tarfile.TarInfo):
+    """Headers that can neither fill the memory nor lead backwards; a damaged one is an error, not the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if not buf or not any(buf):
+            return super().frombuf(buf, encoding, errors)  # the end
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+        if header.size < 0 or (header.size > _MOST_HEADER and header.type in b"xgXLK"):
+            raise tarfile.ReadError(f"a header with a size of {header.size}")
+        return header
+
+
+class _Member(NamedTuple):
+    key: str
+    extension: str
+    name: str
+    header: tarfile.TarInfo
+
+
+class _Unusable(Exception):
+    """Why a sample is no row."""
+
+
+def samples(
+    tar: tarfile.TarFile, columns: Columns, leave_out: Callable[[str, str], object], *, pictures: bool = False
+) -> Iterator[Sample]:
+    """The samples of an open tar, in its order; (name, reason) of those it can't use go to `leave_out`.
+
+    pictures: with the bytes of each. Memory stays that of one sample. Raises one of DAMAGE where the tar is damaged; the
+    sample that is cut off there is not given.
+    """
+    for key, members in itertools.groupby(_members(tar), lambda member: member.key):
+        try:
+            yield _sample(tar, members, columns, pictures)
+        except _Unusable as why:
+            leave_out(key, str(why))
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
+    while (header := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
+        if header.size < 0:  # as extended headers may say: tarfile would go backwards, for ever
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        parts = [part for part in header.name.split("/") if part not in ("", ".")]
+        if header.isdir() or not parts or any(p.startswith((".", "__MACOSX")) and p != ".." for p in parts):
+            continue
+        stem, _, extension = parts[-1].partition(".")
+        yield _Member("/".join([*parts[:-1], stem]), extension.lower(), "/".join(parts), header)
+
+
+def _sample(tar: tarfile.TarFile, members: Iterator[_Member], columns: Columns, pictures: bool) -> Sample:
+    accepted = (_extension(columns.image),) if columns.image else PICTURES
+    found: Sample | None = None
+    texts: dict[str, str | _Unusable] = {}
+    for member in members:
+        if found is None and member.extension in accepted:
+            _check(member, MAX_BYTES if pictures else None)
+            content = _read(tar, member) if pictures else b""
+            found = Sample(member.name, member.header.size, member.header.offset_data, ("",), content)
+        elif member.extension in ("txt", "json", "cls", _extension(columns.caption)):
+            texts.setdefault(member.extension, _text(tar, member))
+    if found is None:
+        raise _Unusable(f"no picture of that name ({', '.join(accepted)})")
+    return found._replace(captions=_captions(texts, columns))
+
+
+def _check(member: _Member, most: int | None) -> None:
+    header, name = member.header, member.header.name
+    rooted = name[0] in "/\\" or name[1:2] == ":"  # on POSIX or on Windows
+    if rooted or "\0" in name or ".." in re.split(r"[/\\]", name):
+        raise _Unusable(f"member {name[:200]!r} leads out of the tar; paths inside it are accepted")
+    if header.issym() or header.islnk():
+        raise _Unusable(f"member {name[:200]!r} is a link; files are accepted")
+    if not header.isreg() or header.issparse():
+        raise _Unusable(f"member {name[:200]!r} is a special file; plain ones are accepted")
+    if most is not None and header.size > most:
+        raise _Unusable(f"member {name[:200]!r} has {header.size:,} bytes; up to {most:,} are accepted")
+
+
+def _read(tar: tarfile.TarFile, member: _Member) -> bytes:
+    file = tar.extractfile(member.header)
+    content = file.read() if file else b""
+    if len(content) != member.header.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return content
+
+
+def _text(tar: tarfile.TarFile, member: _Member) -> str | _Unusable:
+    try:
+        _check(member, _MOST_TEXT)
+    except _Unusable as why:
+        return why
+    return text_of(_read(tar, member))
+
+
+def _captions(texts: dict[str, str | _Unusable], columns: Columns) -> tuple[str, ...]:
+    """At least one. columns.caption is an extension or a key in the .json; with a template, what it holds is a label."""
+    wanted = _extension(columns.caption)
+    labels = bool(columns.template and wanted)
+    if wanted in texts and wanted != "json":
+        found = _plain(texts[wanted]).splitlines()
+    elif wanted and wanted != "json":
+        found = _fields(texts, (columns.caption,), labels)
+    elif "txt" in texts and wanted != "json":
+        found = _plain(texts["txt"]).splitlines()
+    else:
+        found = _fields(texts, _KEYS, labels)
+        if not found and columns.template and "cls" in texts:
+            found, labels = _plain(texts["cls"]).splitlines(), True
+    cleaned = (text.encode(errors="replace").decode().strip() for text in found)
+    return tuple(columns.of_label(text) if labels else text for text in cleaned if text) or ("",)
+
+
+def _plain(text: str | _Unusable) -> str:
+    if isinstance(text, _Unusable):
+        raise text
+    return text
+
+
+def _fields(texts: dict[str, str | _Unusable], keys: Sequence[str], labels: bool) -> list[str]:
+    """The first of the keys that the .json has."""
+    if "json" not in texts:
+        return []
+    try:
+        row = json.loads(_plain(texts["json"]))
+    except (ValueError, RecursionError) as error:
+        raise _Unusable(f"its .json can't be read: {error}") from None
+    if not isinstance(row, dict):
+        raise _Unusable(f"its .json holds a {type(row).__name__}, not an object")
+    value: Any = next((row[key] for key in keys if row.get(key) is not None), [])
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(v, str) or (labels and isinstance(v, int)) for v in values):
+        raise _Unusable(f"caption {str(value)[:80]!r} is not text (nor a list of texts)")
+    return [str(v) for v in values]
+
+
+def _extension(name: str) -> str:
+    return name.lower().lstrip(".")

@@ -1,0 +1,125 @@
+"""The optimizer, its learning rate over time, and the arithmetic of the networks."""
+
+import math
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from train.config.optimizer import OptimizerConfig
+from train.config.run import Precision
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, *, lr: float | None = None) -> torch.optim.AdamW:
+    """The optimizer of a module's trainable weights, at peak rate `lr`, else the configuration's.
+
+    Weight decay is on weights of two and more dimensions only. Muon takes the matrices and kernels; embedding modules,
+    biases and normalisation weights are AdamW's.
+    """
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    weights = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in weights if p.ndim > 1 and id(p) not in tables]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "orthogonal": config.kind == "muon"},
+        {"params": [p for p in weights if p.ndim > 1 and id(p) in tables], "weight_decay": config.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    rate = config.lr if lr is None else lr
+    match config.kind:
+        case "adamw":
+            return torch.optim.AdamW(groups, rate, config.betas, config.eps, fused=True)
+        case "muon":
+            return Muon(groups, rate, config.betas, config.eps, momentum=config.momentum)
+        case _:
+            assert_never(config.kind)
+
+
+class Muon(torch.optim.AdamW):
+    """Momentum whose matrices are orthogonalised before each step (Jordan et al. 2024), and AdamW for the rest.
+
+    Groups marked `orthogonal` hold weights of two and more dimensions, a kernel (out, in, h, w) being the matrix
+    (out, in·h·w). Their step is 0.2 √max(rows, columns) · UVᵀ of the Nesterov momentum USVᵀ, whose elements are then as
+    large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, sec. 2.2). Like the fused
+    AdamW it leaves weights and momenta alone when `found_inf` is 1, without waiting for the device.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, *, momentum: float = 0.95
+    ) -> None:
+        super().__init__(groups, lr, betas, eps, fused=True)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group.get("orthogonal"):
+                same = defaultdict(list)  # matrices of one shape, which are orthogonalised together
+                for p in group["params"]:
+                    if p.grad is not None:
+                        same[p.flatten(1).shape].append(p)
+                for weights in same.values():
+                    self._orthogonal_step(weights, group["lr"], group["weight_decay"])
+                    for p in weights:
+                        p.grad = None  # AdamW passes by
+        super().step()
+
+    def _orthogonal_step(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        found = getattr(self, "found_inf", None)
+        good = torch.ones((), device=weights[0].device) if found is None else 1 - found.to(weights[0].device)
+        mixed = []
+        for p in weights:
+            assert p.grad is not None
+            gradient = p.grad.nan_to_num_(0, 0, 0)  # finite in a good step; in a bad one its share is 0
+            state = self.state[p]
+            if not state:  # AdamW asks every state for its step when it is loaded
+                state |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
+            momentum = state["momentum"]
+            momentum.lerp_(gradient, (1 - self.momentum) * good)
+            mixed.append(gradient.lerp(momentum, self.momentum).flatten(1).bfloat16())
+        changes = orthogonal(torch.stack(mixed))
+        changes *= lr * good * 0.2 * max(changes.shape[1:]) ** 0.5
+        for p, change in zip(weights, changes, strict=True):
+            if weight_decay:
+                p.mul_(1 - lr * weight_decay * good)
+            p.sub_(change.view_as(p))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(k, rows, columns) of any scale, USVᵀ each → nearly UVᵀ, with singular values between about 0.7 and 1.2.
+
+    Five Newton-Schulz steps in bf16 with the quintic of Jordan et al. 2024, which grows small singular values fastest.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Share of the peak rate at `step` of `steps`: a linear rise, then the chosen fall. A function of nothing else."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, steps - config.warmup)
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1 - (1 - config.final) * done
+        case "cosine":
+            return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done))
+        case _:
+            assert_never(config.schedule)
+
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast | nullcontext[None]:
+    """The arithmetic of the networks; weights stay fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])

@@ -1,0 +1,248 @@
+"""What is measured of an autoencoder on held-out pictures: its reconstructions, and the latents it leaves to diffusion.
+
+Everything is a sum over pictures, in float64, so it adds up over batches and over processes; a process without pictures
+has zeros. `reduce` gives the sum of a tensor over all processes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from autoencoder.model import Autoencoder, Posterior, latent_statistics, latent_sums
+from ldm.errors import UserError
+from train.evaluation.features import Features, eight_bits
+
+Reduce = Callable[[Tensor], Tensor]
+NOISE_LEVELS = (0.1, 0.2, 0.5)  # in deviations of a normalised latent
+LAGS = (1, 2)
+_BINS, _REACH = 4096, 8.0  # of the histogram of latents, over [−reach, reach]
+
+
+def psnr(made: Tensor, pixels: Tensor) -> Tensor:
+    """PSNR (dB) of each 8-bit picture (b,): both (b, 3, h, w) in [−1, 1]."""
+    a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
+    each = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    # A perfect reconstruction has infinite PSNR, which no mean survives: it counts as half a grey level off everywhere.
+    return each.clamp(max=20 * math.log10(2 * 255))
+
+
+def reconstruction_quality(made: Tensor, pixels: Tensor) -> tuple[float, float]:
+    """PSNR (dB) and SSIM, each a mean over pictures, of 8-bit pictures: both (b, 3, h, w) in [−1, 1]."""
+    a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
+    ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    return float(psnr(made, pixels).mean()), float(torch.as_tensor(ssim).mean())
+
+
+class FrechetSums:
+    """Count, sum and outer products of features f, kept as one matrix: Σ [1, f][1, f]ᵀ, (1 + d, 1 + d)."""
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor) -> None:
+        """Features (n, d)."""
+        rows = F.pad(features.to(self.sums), (1, 0), value=1.0)
+        self.sums += rows.T @ rows
+
+    def reduce(self, reduce: Reduce) -> None:
+        self.sums = reduce(self.sums)
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and unbiased covariance (d, d). Raises UserError below two features.
+
+        Σ f fᵀ − n μ μᵀ cancels, but float64 has digits to spare while the mean is below some 10⁵ deviations.
+        """
+        n = self.sums[0, 0]
+        if n < 2:
+            raise UserError(f"a Fréchet distance needs at least 2 pictures, got {int(n)}")
+        mean = self.sums[0, 1:] / n
+        return mean, (self.sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
+
+
+def frechet(a: FrechetSums, b: FrechetSums) -> float:
+    """‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½), the squared Fréchet distance of two Gaussians (arXiv 1706.08500).
+
+    tr (S₁ S₂)^½ is the sum of the singular values of S₁^½ S₂^½. That takes no root of a product's rounding error, so
+    covariances without full rank (fewer pictures than features) cost no digits. nan if a feature isn't finite.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = a.gaussian(), b.gaussian()
+    if not (cov_a + cov_b).isfinite().all():
+        return math.nan
+    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+
+class LatentHealth(NamedTuple):
+    """Of a data set's latents, a channel each, float64 on the CPU; distances from normal are of posterior samples."""
+
+    mean: Tensor
+    """(c,)"""
+    std: Tensor
+    """(c,), floored as in `latent_statistics`; the numbers below are in units of it."""
+    signal: Tensor
+    """(c,) Deviation of the posterior's mean."""
+    noise: Tensor
+    """(c,) The posterior's deviation, on average."""
+    dead: list[int]
+    """Channels whose posterior mean hardly depends on the picture."""
+    kl: Tensor
+    """(c,) KL(q(z | x) ‖ N(0, 1)) in nats an element of the latent."""
+    skewness: Tensor
+    """(c,) 0 if normal."""
+    kurtosis: Tensor
+    """(c,) The excess: 0 if normal."""
+    w1: Tensor
+    """(c,) Wasserstein-1 distance of the standardised channel to N(0, 1)."""
+    correlation: Tensor
+    """(c, c) Between channels, at the same place."""
+    autocorrelation: Tensor
+    """(lags, c) With the neighbours at 1 and 2 places, horizontally and vertically; nan where none is that far."""
+
+
+class LatentSums:
+    """What `LatentHealth` needs, added up.
+
+    Latents should be normalised, at least roughly: the histogram counts those beyond ±8 as ±8, in steps of 1/256.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.channels = channels
+        shapes = {
+            "statistics": (channels, 5),  # of `latent_sums`
+            "more": (channels, 4),  # Σ sample³, Σ sample⁴, Σ posterior deviation, Σ KL
+            "products": (channels, channels),  # of samples at the same place
+            "pairs": (len(LAGS), channels, 3),  # neighbours: count, Σ product, Σ of both
+            "histogram": (channels, _BINS),
+        }
+        self.sums = {k: torch.zeros(s, dtype=torch.float64, device=device) for k, s in shapes.items()}
+
+    def add(self, posterior: Posterior, noise: Tensor) -> None:
+        """Posterior over normalised latents, and the noise (b, c, h, w) of the sample."""
+        mean, std = posterior.mean.double(), posterior.std.double()
+        z = Posterior(mean, std).sample(noise.double())  # (b, c, h, w)
+        kl = 0.5 * (mean**2 + std**2 - 1) - std.log()
+        self.sums["statistics"] += latent_sums(Posterior(mean, std), noise.double())
+        self.sums["more"] += torch.stack([z**3, z**4, std, kl]).sum(dim=(1, 3, 4)).T
+        rows = z.movedim(1, 0).flatten(1)  # (c, b h w)
+        self.sums["products"] += rows @ rows.T
+        for sums, lag in zip(self.sums["pairs"], LAGS, strict=True):
+            for one, other in ((z[..., lag:], z[..., :-lag]), (z[..., lag:, :], z[..., :-lag, :])):
+                sums += torch.stack([torch.ones_like(one), one * other, one + other]).sum(dim=(1, 3, 4)).T
+        place = ((rows.clamp(-_REACH, _REACH) + _REACH) * (_BINS / (2 * _REACH))).long().clamp(0, _BINS - 1)
+        place += _BINS * torch.arange(self.channels, device=z.device)[:, None]
+        self.sums["histogram"] += place.flatten().bincount(minlength=_BINS * self.channels).view(self.channels, _BINS)
+
+    def reduce(self, reduce: Reduce) -> None:
+        self.sums = {name: reduce(sums) for name, sums in self.sums.items()}
+
+    def health(self) -> LatentHealth:
+        """The record; nan throughout where nothing was added."""
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        mean, std, dead = latent_statistics(sums["statistics"])
+        n = sums["statistics"][:, :1]  # (c, 1)
+        _, _, square, mu, mu_square = (sums["statistics"] / n).unbind(1)
+        cube, fourth, noise, kl = (sums["more"] / n).unbind(1)
+        pairs, product, both = sums["pairs"].unbind(2)  # (lags, c) each
+        edges = torch.linspace(-_REACH, _REACH, _BINS + 1, dtype=torch.float64)
+        x = (edges - mean[:, None]) / std[:, None]  # (c, bins + 1)
+        cdf = F.pad(sums["histogram"].cumsum(1) / n, (1, 0))
+        return LatentHealth(
+            mean=mean,
+            std=std,
+            signal=(mu_square - mu**2).clamp_min(0).sqrt(),
+            noise=noise,
+            dead=dead,
+            kl=kl,
+            skewness=(cube - 3 * mean * square + 2 * mean**3) / std**3,
+            kurtosis=(fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4) / std**4 - 3,
+            w1=torch.trapezoid((cdf - torch.special.ndtr(x)).abs(), x),  # ∫ |F − Φ|
+            correlation=(sums["products"] / n - torch.outer(mean, mean)) / torch.outer(std, std),
+            autocorrelation=(product / pairs - mean * both / pairs + mean**2) / std**2,
+        )
+
+
+def noise_robustness(
+    autoencoder: Autoencoder,
+    pixels: Tensor,
+    posterior: Posterior,
+    noise: Tensor,
+    levels: Sequence[float] = NOISE_LEVELS,
+) -> list[float]:
+    """PSNR (dB) of decode(posterior mean + level × noise) against the pictures, a level each.
+
+    A sampler never hits a latent exactly. A decoder that reconstructs well and falls here turns such misses into noise.
+    """
+    return [float(psnr(autoencoder.decode(posterior.mean + s * noise), pixels).mean()) for s in levels]
+
+
+@torch.no_grad()
+def measure_reconstruction(
+    autoencoder: Autoencoder,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    features: Features | None = None,
+    reduce: Reduce = lambda sums: sums,
+    levels: Sequence[float] = NOISE_LEVELS,
+    latents: LatentSums | None = None,
+) -> dict[str, float]:
+    """All of the above over batches of pictures (b, 3, h, w) in [−1, 1] and noise of their latents' shape.
+
+    Reconstructions are of the posterior mean. `perceptual` gives a batch's mean distance of (made, pictures);
+    `features` those of the Fréchet distance; both on the autoencoder's device. Every process must call this, with or
+    without pictures. Who wants the latents channel by channel passes empty `latents` and asks them for their `health`
+    afterwards. Raises UserError where no process has a picture.
+    """
+    device = autoencoder.vae.device
+    names = ["psnr", "ssim", *(f"noise_psnr_{level:g}" for level in levels)]
+    names += ["perceptual"] if perceptual is not None else []
+    quality = torch.zeros(1 + len(names), dtype=torch.float64, device=device)  # count, Σ of each
+    latents = LatentSums(autoencoder.latent_channels, device) if latents is None else latents
+    dim = features.dim if features is not None else 0
+    real, made_up = FrechetSums(dim, device), FrechetSums(dim, device)
+    for pixels, noise in batches:
+        pixels = pixels.to(device)
+        posterior = autoencoder.encode(pixels)
+        noise = noise.to(posterior.mean)
+        made = autoencoder.decode(posterior.mean)
+        row = [1.0, *reconstruction_quality(made, pixels)]
+        row += noise_robustness(autoencoder, pixels, posterior, noise, levels)
+        row += [float(perceptual(made, pixels))] if perceptual is not None else []
+        quality += len(pixels) * torch.tensor(row, dtype=torch.float64, device=device)
+        latents.add(posterior, noise)
+        if features is not None:
+            real.add(features(pixels))
+            made_up.add(features(made))
+    quality = reduce(quality)
+    for sums in (latents, real, made_up):
+        sums.reduce(reduce)
+    if not (count := float(quality[0])):
+        raise UserError("no held-out pictures to measure: at least one is needed, two for a Fréchet distance")
+    scores = dict(zip(names, (quality[1:] / count).tolist(), strict=True)) | _latent_scores(latents.health())
+    return scores | ({"frechet": frechet(real, made_up)} if features is not None else {})
+
+
+def _latent_scores(health: LatentHealth) -> dict[str, float]:
+    """The worst channel's, but for means of KL and autocorrelation (lag 1)."""
+    scores = {
+        "kl": health.kl.mean(),
+        "latent_mean_max": health.mean.abs().max(),
+        "latent_std_min": health.std.min(),
+        "latent_std_max": health.std.max(),
+        "latent_skewness": health.skewness.abs().max(),
+        "latent_kurtosis": health.kurtosis.abs().max(),
+        "latent_w1": health.w1.max(),
+        "latent_correlation": health.correlation.clone().fill_diagonal_(0).abs().max(),
+        "latent_autocorrelation": health.autocorrelation[0].mean(),
+    }
+    return {"dead_channels": float(len(health.dead))} | {name: float(value) for name, value in scores.items()}

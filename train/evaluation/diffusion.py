@@ -1,0 +1,81 @@
+"""What a finished model is worth: the bound on its latents' likelihood, and on Shapes whether it paints what was asked.
+
+Shapes alignment is exact: a checker without any learning reads each picture back
+(train/data/synthetic/shapes_checker.py).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.bound import prior_term
+from ldm.denoiser import Network
+from ldm.objective import Objective
+from ldm.pipeline import LatentDiffusionPipeline
+from train.data.synthetic.shapes import Scene
+from train.data.synthetic.shapes_checker import score_pictures
+
+
+@torch.no_grad()
+def bits_per_dimension(
+    pipe: LatentDiffusionPipeline, batches: Iterable[tuple[Tensor, Sequence[str]]], seed: int = 0, strata: int = 32
+) -> tuple[float, float | None]:
+    """The variational bound on -log2 p(latent | caption), a dimension of the latent; and its standard error over pictures.
+
+    Batches are pictures (b, 3, h, w) in [−1, 1] with their captions; picture k's noise is that of seed + k. The sum over the
+    timesteps above index 0 is estimated from one in each of so many parts, equal in the logarithm: the terms are largest
+    next to the data. That is strata + 1 evaluations of the network a picture.
+    """
+    schedule = pipe.process.schedule
+    objective = Objective(schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
+    T, device = schedule.T, pipe.unet.device
+    bits: list[float] = []
+    network: Network | None = None
+    for pixels, captions in batches:
+        posterior, condition = pipe.autoencoder.encode(pixels), pipe.encode(captions)
+        mean, std = posterior.mean.float(), posterior.std.float()
+        generators = [torch.Generator().manual_seed(seed + len(bits) + k) for k in range(len(mean))]
+        noise = torch.stack([torch.randn(strata + 2, *mean.shape[1:], generator=g) for g in generators], 1).to(device)
+        u = torch.stack([torch.rand(strata, generator=g, dtype=torch.float64) for g in generators], 1).to(device)
+        x0 = mean + std * noise[0]
+        index = torch.zeros(len(x0), dtype=torch.int64, device=device)
+        if network is None:
+            network = pipe.text_network(*x0.shape[2:])
+        total = prior_term(x0, schedule.level(T - 1)) + objective.bound(network, x0, index, noise[1], condition)
+        for k in range(strata):
+            index = (T ** ((k + u[k]) / strata)).long().clamp(max=T - 1)  # i with probability log((i + 1) / i) / log T
+            share = torch.log1p(1 / index) / math.log(T)
+            term = objective.bound(network, x0, index, noise[k + 2], condition)
+            total = total + term / (strata * share)
+        bits += total.double().tolist()
+    error = float(np.std(bits, ddof=1)) / len(bits) ** 0.5 if len(bits) > 1 else None
+    return float(np.mean(bits)), error
+
+
+def paint(
+    pipe: LatentDiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64, **sampling: Any
+) -> np.ndarray:
+    """One picture a prompt, (n, h, w, 3) uint8; picture k's noise is that of seed + k, whatever the batch size.
+
+    `sampling` are arguments of the pipeline: num_inference_steps, guidance_scale, sampler, …
+    """
+    painted = []
+    for first in tqdm(range(0, len(prompts), batch_size), desc="painting", unit="batch", dynamic_ncols=True):
+        part = list(prompts[first : first + batch_size])
+        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(part))]
+        array = pipe(part, generator=generators, output_type="np", **sampling).images
+        painted.append((np.asarray(array) * 255).round().astype(np.uint8))
+    return np.concatenate(painted)
+
+
+def alignment(
+    pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **how: Any
+) -> tuple[dict[str, float | None], np.ndarray]:
+    """Shares of background, colour, shape, size, relation and all of it that came out as asked; and the pictures."""
+    pictures = paint(pipe, [scene.caption for scene in scenes], **how)
+    return score_pictures(pictures, scenes), pictures

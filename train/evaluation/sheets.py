@@ -1,0 +1,57 @@
+"""Sheets of pictures to look at."""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from autoencoder.model import Autoencoder
+from train.evaluation.features import eight_bits
+
+_TILE = 128  # a small picture is enlarged to about this side, pixel by pixel
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Pictures (b, 3, h, w) in [−1, 1] to (b, h, w, 3) uint8, clipped and rounded."""
+    return eight_bits(pixels).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) -> Image.Image:
+    """Rows of equally large uint8 pictures (h, w, 3); a caption, if given, under each picture of the flattened rows."""
+    h, w = rows[0][0].shape[:2]
+    scale = max(1, _TILE // max(h, w))
+    font = ImageFont.load_default(11)
+    wrapped = [textwrap.wrap(c, max(8, w * scale // 6))[:4] for c in captions]
+    foot = 14 * max(map(len, wrapped), default=0) + (4 if wrapped else 0)
+    gap = 4
+    cell_w, cell_h = w * scale + gap, h * scale + foot + gap
+    canvas = Image.new("RGB", (cell_w * max(map(len, rows)) + gap, cell_h * len(rows) + gap), (245, 245, 245))
+    draw = ImageDraw.Draw(canvas)
+    number = 0
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            x, y = gap + c * cell_w, gap + r * cell_h
+            canvas.paste(Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST), (x, y))
+            if number < len(wrapped):
+                draw.multiline_text((x, y + h * scale + 2), "\n".join(wrapped[number]), (40, 40, 40), font, spacing=2)
+            number += 1
+    return canvas
+
+
+def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Image:
+    """Pictures (b, 3, h, w), their reconstructions, four times the difference, and each channel of the latents in grey."""
+    z = autoencoder.encode(pixels).mean  # (b, c, h / f, w / f)
+    made = autoencoder.decode(z).to(pixels.device)
+    std, mean = torch.std_mean(z.to(pixels), dim=(0, 2, 3), correction=0, keepdim=True)
+    grey = ((z.to(pixels) - mean) / (2 * std + 1e-8)).repeat_interleave(autoencoder.factor, 2)
+    channels = grey.repeat_interleave(autoencoder.factor, 3).unbind(1)
+    shown = [pixels, made, (made - pixels) * 4, *(c[:, None].expand(-1, 3, -1, -1) for c in channels)]
+    return sheet([list(to_uint8(x)) for x in shown])
+
+
+def in_rows(pictures: Sequence[np.ndarray], columns: int) -> list[list[np.ndarray]]:
+    """Pictures in rows of `columns`."""
+    return [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]

@@ -1,0 +1,135 @@
+"""Stage 0: train a small CLIP, and the tokenizer it reads with, on the captions and pictures themselves."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer
+
+from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy, save_clip
+from conditioning.token_tasks import TokenTasks
+from conditioning.tokenizer import tokenize, train_tokenizer
+from ldm.errors import UserError
+from train.config.clip import ClipConfig
+from train.data.batches.dataset import PictureDataset
+from train.engine.ema import Ema
+from train.engine.loop import Batch, Phase, StepOutput, fit
+from train.engine.open_data import Inputs, open_inputs
+from train.engine.optim import build_optimizer
+from train.engine.run import Run, open_accelerator
+from train.evaluation.sheets import in_rows, sheet, to_uint8
+from train.stages.caption_warnings import CutCaptions
+
+_READ = 1_000_000  # pictures whose captions the tokenizer is learned from, spread evenly
+_VALIDATION = 1000  # held-out pictures among which the right caption is to be found
+
+
+class Pair(nn.Module):
+    """The CLIP's turn: pictures and their captions against each other."""
+
+    def __init__(self, contrastive: Contrastive) -> None:
+        super().__init__()
+        self.contrastive = contrastive
+
+    def forward(self, batch: Batch) -> StepOutput:
+        loss, metrics = self.contrastive(**batch)
+        return StepOutput(loss, metrics, {})
+
+
+class ClipStage:
+    """What the loop asks of stage 0."""
+
+    def __init__(self, run: Run, config: ClipConfig, inputs: Inputs, tokenizer: CLIPTokenizer) -> None:
+        self.run, self.config, self.tokenizer, self.inputs = run, config, tokenizer, inputs
+        torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
+        clip = build_clip(
+            tokenizer, text_width=config.text.width, text_layers=config.text.layers, text_heads=config.text.heads,
+            vision_width=config.image.width, vision_layers=config.image.layers, vision_heads=config.image.heads,
+            patch_size=config.image.patch_size, image_size=config.input.resolution, projection_dim=config.projection,
+        ).to(run.accelerator.device)  # fmt: skip
+        tasks = TokenTasks(
+            sketch_weight=config.tokens.sketch, echo_weight=config.tokens.echo, width=config.text.width,
+            vocab_size=len(tokenizer), patch_size=config.image.patch_size, image_size=config.input.resolution,
+        ).to(run.accelerator.device)  # fmt: skip
+        pair = Pair(Contrastive(clip, tasks))
+        self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
+        self.ema = Ema(clip, config.ema_decay)
+        self.cut = CutCaptions(run.say, "--text.max-length")
+        self.training = inputs.pictures(config.input, config.seed)
+        self.held_out = PictureDataset(
+            inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
+        )
+
+    def with_tokens(self, batch: Batch) -> Batch:
+        """A batch with its captions as ids: `input_ids` (b, n), and `caption_ids` (b,), equal for equal captions."""
+        device, captions = self.run.accelerator.device, batch["caption"]
+        with self.cut.told():
+            ids = tokenize(self.tokenizer, captions)
+        return {
+            "pixels": batch["pixels"].to(device),
+            "input_ids": ids.to(device),
+            "caption_ids": torch.tensor([_id(c) for c in captions], device=device),
+        }
+
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        for parts in self.run.batches(self.training, start, self.run.damage(self.inputs.source)):
+            yield [self.with_tokens(part) for part in parts]
+
+    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
+        pass
+
+    def end_step(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[Batch]]:
+        """Picture features, caption features, caption ids of held-out examples, and their batches."""
+        towers, b = Contrastive(self.ema.module), self.config.batch_size
+        raw = [self.held_out.__getitems__(list(range(k, min(k + b, count)))) for k in range(0, count, b)]
+        batches = [self.with_tokens(batch) for batch in raw]
+        image = torch.cat([towers.image_features(batch["pixels"]) for batch in batches])
+        text = torch.cat([towers.text_features(batch["input_ids"]) for batch in batches])
+        return image, text, torch.cat([batch["caption_ids"] for batch in batches]), raw
+
+    def validate(self, step: int) -> dict[str, float]:
+        count = min(len(self.held_out.source), _VALIDATION)
+        image, text, ids, _ = self.held_out_features(count)
+        found = {name: float(share) for name, share in retrieval_accuracy(image, text, ids).items()}
+        self.run.say(f"step {step}: among {count} held-out, " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        return {f"val_{name}": share for name, share in found.items()}
+
+    def sheet(self, path: Path) -> None:
+        """Held-out pictures, each over the caption found nearest to it."""
+        count = min(len(self.held_out.source), _VALIDATION)
+        image, text, _, raw = self.held_out_features(count)
+        nearest = (nn.functional.normalize(image[:16], dim=-1) @ nn.functional.normalize(text, dim=-1).T).argmax(1)
+        captions = [c for batch in raw for c in batch["caption"]]
+        pictures = to_uint8(torch.cat([batch["pixels"] for batch in raw])[:16])
+        sheet(in_rows(list(pictures), 4), [captions[k] for k in nearest.tolist()]).save(path)
+
+    def export(self, folder: Path, *, final: bool) -> dict[str, float]:
+        if self.run.main:
+            clip = self.ema.module
+            assert isinstance(clip, CLIPModel)
+            save_clip(clip, self.tokenizer, folder)
+        return {}
+
+
+def _id(caption: str) -> int:
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=7).digest())
+
+
+def train(config: ClipConfig) -> None:
+    """Train stage 0 into `config.out`, or continue what stands there."""
+    accelerator = open_accelerator(config)
+    inputs = open_inputs(config.data, config.input)
+    if config.input.resolution % config.image.patch_size:
+        raise UserError(
+            f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
+        )
+    with Run(config, accelerator, {"data": inputs.fingerprint}) as run:
+        inputs = inputs.prepared(run)
+        tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
+        fit(run, ClipStage(run, config, inputs, tokenizer))

@@ -1,0 +1,285 @@
+"""Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from autoencoder.model import Autoencoder
+from conditioning.clip import ClipTextEncoder
+from ldm.denoiser import beside
+from ldm.editing import inpainting_context, without
+from ldm.errors import UserError
+from ldm.formats.hub import find_pipeline
+from ldm.networks.attention import require_attention, use_attention
+from ldm.objective import Objective
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.timesteps import Importance, uniform
+from train.config.ldm import LdmConfig
+from train.data.batches.buckets import Buckets
+from train.data.batches.cache import LatentCache, Originals, TextCache
+from train.data.batches.dataset import (
+    PLAIN,
+    CachedDataset,
+    LatentNoise,
+    Noising,
+    PictureDataset,
+    StreamDataset,
+    masking,
+)
+from train.data.sources.splits import Source
+from train.data.store.shards import Stored
+from train.engine.ema import Ema
+from train.engine.loop import Batch, Phase, StepOutput, fit
+from train.engine.open_data import Inputs, build_buckets, open_inputs
+from train.engine.optim import DTYPES, autocast, build_optimizer
+from train.engine.run import Run, open_accelerator
+from train.evaluation.diffusion import paint
+from train.evaluation.sheets import in_rows, sheet, to_uint8
+from train.stages.caption_warnings import CutCaptions
+from train.stages.ldm_init import first_unet, tell_changes
+
+_SHEET = 16  # pictures of a sample sheet
+
+
+class DiffusionLoss(nn.Module):
+    """The UNet's turn: a latent sampled from its posterior, noised, and the weighted error of the prediction."""
+
+    def __init__(self, unet: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.unet, self.objective = unet, objective
+        # As a module of this one, its state goes into checkpoints.
+        self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
+
+    def network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        return self.unet(x, index, condition, return_dict=False)[0]
+
+    def forward(self, batch: Batch) -> StepOutput:
+        x0 = batch["mean"] + batch["std"] * batch["posterior_noise"]  # (b, c, h, w)
+        network = beside(self.network, batch["context"]) if "context" in batch else self.network
+        losses = self.objective(network, x0, batch["timestep"], batch["noise"], batch["condition"])
+        if self.importance is not None:
+            self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
+        return StepOutput(losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}, {})
+
+
+class LdmStage:
+    """What the loop asks of stage 2."""
+
+    def __init__(
+        self, run: Run, config: LdmConfig, unet: UNet2DConditionModel, autoencoder: Autoencoder,
+        text_encoder: ClipTextEncoder, inputs: Inputs, training: CachedDataset | PictureDataset | StreamDataset,
+        held_out: CachedDataset | PictureDataset,
+    ) -> None:  # fmt: skip
+        self.run, self.config, self.inputs = run, config, inputs
+        self.autoencoder, self.text_encoder = autoencoder, text_encoder
+        self.training, self.held_out = training, held_out
+        self.cut = CutCaptions(run.say, "--text-chunks")
+        self._steps = 0
+        unet.to(run.accelerator.device)
+        backend = use_attention(unet, config.attention, DTYPES[config.precision])
+        if config.attention == "auto":
+            run.say(f"attention: {backend}")
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        objective = config.diffusion.build_objective()
+        loss = DiffusionLoss(unet, objective).to(run.accelerator.device)
+        self.importance = loss.importance
+        self.phases = [Phase("unet", loss, build_optimizer(unet, config.optimizer), config.optimizer.lr)]
+        self.ema = Ema(unet, config.ema_decay)
+        self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
+
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
+        return self.run.batches(self.training, start, self.run.damage(self.inputs.source) if read else None)
+
+    @torch.no_grad()
+    def complete(self, batch: Batch) -> None:
+        """Add what the cache doesn't have, from the networks themselves: of pictures and captions, and under masks."""
+        if "mean" not in batch:
+            captions = ["" if gone else c for c, gone in zip(batch["caption"], batch["dropped"].tolist(), strict=True)]
+            batch["mean"], batch["std"] = self._posterior(batch["pixels"])
+            with self.cut.told():
+                batch["condition"] = self.text_encoder.encode(captions).float()
+        if "mask" in batch:
+            mean, std = self._posterior(without(batch["pixels"], batch["mask"]))
+            batch["context"] = inpainting_context(batch["mask"], mean + std * batch["masked_noise"])
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16."""
+        bf16 = self.config.precision == "bf16"
+        with autocast(self.run.accelerator.device, "bf16") if bf16 else nullcontext():
+            mean, std = self.autoencoder.encode(pixels)
+        return mean.float(), std.float()
+
+    def _now(self) -> float:
+        """Seconds; while it still matters, of a device that has done its work."""
+        if self._steps < 2 and self.run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
+        begun = self._now()
+        for part in parts:
+            self.complete(part)
+        self._steps += 1
+        if self._steps == 2 and {"mask", "pixels"} & parts[0].keys():  # the first one warms up
+            b = sum(len(part["position"]) for part in parts)
+            self.run.say(f"encoding takes {1000 * (self._now() - begun) / b:.3g} ms of each picture's time")
+        if self.importance is not None:
+            self.importance.forget()
+
+    def end_step(self) -> None:
+        if self.importance is not None:
+            self.importance.fold()
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        """The loss on held-out examples, whose timesteps (stratified), noise and captions are the same at each call."""
+        b = self.config.batch_size
+        count = min(len(self.held_out), self.config.validation_examples)
+        device = self.run.accelerator.device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for first in range(0, count, b):
+            places = list(range(first, min(first + b, count)))
+            batch = self.run.on_device(self.held_out.__getitems__(places))
+            self.complete(batch)
+            batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
+            with autocast(device, self.config.precision):
+                out = self.averaged(batch)
+            total += len(places) * torch.stack([out.loss, out.metrics["error"]]).double()
+        loss, error = (total / count).tolist()
+        self.run.say(f"step {step}: validation loss {loss:.5f} on {count} held-out examples")
+        return {"val_loss": loss, "val_error": error}
+
+    def pipeline(self) -> LatentDiffusionPipeline:
+        """The averaged network with everything else it needs."""
+        return LatentDiffusionPipeline(
+            self.ema.module, self.autoencoder, self.text_encoder, self.config.diffusion.build_process()
+        )
+
+    def sheet(self, path: Path) -> None:
+        config = self.config
+        if config.task == "inpaint":
+            self._inpainted().save(path)
+            return
+        prompts = config.prompts or [row.captions[0] for row in islice(self.inputs.held_out, _SHEET)]
+        pictures = paint(
+            self.pipeline(), prompts, num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale,
+            seed=config.seed,
+        )  # fmt: skip
+        sheet(in_rows(list(pictures), 4), prompts).save(path)
+
+    def _inpainted(self) -> Image.Image:
+        """Held-out pictures without what is under a mask, each beside what is painted there by its caption."""
+        config, rows = self.config, list(islice(self.inputs.held_out, _SHEET // 2))
+        framing = config.input.plain(config.input.resolution)
+        draws = partial(masking, shape=(1, 1, 1))
+        batch = PictureDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
+            range(len(rows))
+        )
+        made = self.pipeline()(
+            batch["caption"], image=batch["pixels"] / 2 + 0.5, mask_image=batch["mask"],
+            num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale, output_type="pt",
+            generator=[torch.Generator().manual_seed(config.seed + k) for k in range(len(rows))],
+        ).images  # fmt: skip
+        assert isinstance(made, Tensor)
+        pairs = torch.stack([without(batch["pixels"], batch["mask"]), made.cpu() * 2 - 1], 1).flatten(0, 1)
+        captions = [text for caption in batch["caption"] for text in ("", caption)]
+        return sheet(in_rows(list(to_uint8(pairs)), 8), captions)
+
+    def export(self, folder: Path, *, final: bool) -> dict[str, float]:
+        if self.run.main:
+            self.pipeline().save_pretrained(folder)
+        return {}
+
+
+def train(config: LdmConfig) -> None:
+    """Train stage 2 into `config.out`, or continue what stands there."""
+    init = find_pipeline(config.init) if config.init else None
+    where: dict[str, str | Path] = {n: getattr(config, n) or init or "" for n in ("vae", "text_encoder")}
+    for name, given in where.items():
+        if not given:
+            raise UserError(
+                f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model or a hub id, or "
+                "--init with a pipeline, which has one"
+            )
+    accelerator = open_accelerator(config)
+    require_attention(config.attention)
+    inputs = open_inputs(config.data, config.input)
+    if inputs.stream is not None and (config.cache != "off" or config.input.buckets):
+        raise UserError(
+            f"--data {config.data!r} is a stream, of which nothing can be kept and no sizes are known: "
+            "give --cache off and no input.buckets, or copy it to a disk"
+        )
+    autoencoder = Autoencoder.load(where["vae"])
+    text_encoder = ClipTextEncoder.load(where["text_encoder"], skip=config.clip_skip, chunks=config.text_chunks or None)
+    if config.input.resolution % autoencoder.factor:
+        raise UserError(
+            f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
+        )
+    unet, given = first_unet(config, init, autoencoder, text_encoder)
+    made_from = {
+        "data": inputs.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": given
+    }  # fmt: skip
+    with Run(config, accelerator, made_from) as run:
+        if init:
+            tell_changes(run, config, init, made_from)
+        autoencoder.vae.to(accelerator.device)
+        text_encoder.to(accelerator.device)
+        inputs, buckets = inputs.prepared(run), None
+        if config.input.buckets:
+            source, buckets = build_buckets(
+                inputs.source, run, autoencoder.factor * 2 ** (len(unet.config.block_out_channels) - 1)
+            )
+            inputs = replace(inputs, source=source)
+        # Held-out pictures are squares whatever the training ones are, so that measures can be compared.
+        noising = Noising(
+            dropout=config.caption_dropout, strata=config.batch_size if config.diffusion.stratified else 1,
+            offset=config.diffusion.offset_noise,
+        )  # fmt: skip
+        training: CachedDataset | PictureDataset | StreamDataset
+        held_out: CachedDataset | PictureDataset
+        if config.cache == "off":
+            c, f, masks = autoencoder.latent_channels, autoencoder.factor, config.task == "inpaint"
+            training = inputs.pictures(config.input, config.seed, LatentNoise(noising, c, f, masks), buckets)
+            plain = config.input.plain(config.input.resolution)
+            draws = LatentNoise(PLAIN, c, f, masks)
+            held_out = PictureDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws)
+        else:
+            training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
+            held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
+        fit(run, LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out))
+
+
+def cached(
+    run: Run, config: LdmConfig, source: Source, autoencoder: Autoencoder, text_encoder: ClipTextEncoder,
+    noising: Noising = PLAIN, buckets: Buckets | None = None,
+) -> CachedDataset:  # fmt: skip
+    """Latents and text features of a source, from the cache or computed into it now; without noising, for measuring."""
+    training = source.split == "train"
+    dtype: Stored = "float32" if config.precision == "fp32" else "float16"
+    framing = config.input.framing() if training else config.input.plain(config.input.resolution)
+    latents = LatentCache.open(
+        run.cache, source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
+        channels=autoencoder.latent_channels, factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
+        workers=config.workers, processes=run.processes, note=partial(run.damage(source).note, whole=True),
+    )  # fmt: skip
+    cut = CutCaptions(run.say, "--text-chunks")
+    with cut.told():
+        text = TextCache.open(
+            run.cache, source, text_encoder.encode, digest=text_encoder.digest,
+            shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
+        )  # fmt: skip
+    if cut.count > 1:
+        run.say(f"{cut.count:,} captions were cut")
+    originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
+    return CachedDataset(latents, text, config.seed, noising, shuffle=training, originals=originals)

@@ -1,0 +1,248 @@
+"""Stage 1: train the autoencoder, measure its latents, and fold their normalisation into the weights it hands over."""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import assert_never
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from autoencoder.discriminator import PatchDiscriminator, frozen
+from autoencoder.equivariance import draw
+from autoencoder.model import (
+    SCALING_FACTOR,
+    Autoencoder,
+    LatentStatistics,
+    build_autoencoder,
+    digest,
+    fold,
+    latent_statistics,
+    measure,
+)
+from autoencoder.perceptual import ClipPerceptual, Lpips
+from autoencoder.preview import fit_colours
+from ldm.errors import UserError
+from train.config.vae import AutoencoderConfig, PerceptualConfig, VaeConfig
+from train.data.batches.dataset import PictureDataset, PosteriorNoise
+from train.data.order.rng import Purpose, uniforms
+from train.data.store.prefetch import read_ahead
+from train.engine.ema import Ema
+from train.engine.loop import Batch, Phase, fit
+from train.engine.open_data import Inputs, open_inputs
+from train.engine.optim import autocast, build_optimizer
+from train.engine.run import Run, open_accelerator
+from train.evaluation.autoencoder import measure_reconstruction
+from train.evaluation.features import load_features
+from train.evaluation.sheets import reconstruction_sheet
+from train.stages.vae_step import Judge, Reconstruct
+
+_REFRESH = 2048  # pictures, at most, that normalise the model/ of an unfinished run
+_COLOURS = 512  # that previews' colours are fitted to, which are few numbers: with 2,048 they are the same
+_SHEET = 8  # pictures of a sheet
+_NOISE = (0.2,)  # added to latents in validation; scripts/evaluate_vae.py has more
+
+
+class VaeStage:
+    """What the loop asks of stage 1."""
+
+    def __init__(
+        self, run: Run, config: VaeConfig, vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs
+    ) -> None:
+        self.run, self.config, self.inputs = run, config, inputs
+        device, resolution = run.accelerator.device, config.input.resolution
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_side = resolution // self.factor
+        if resolution % self.factor:
+            raise UserError(
+                f"input.resolution {resolution} isn't a multiple of {self.factor}, the autoencoder's factor"
+            )
+        if config.decoder_only:
+            for part in (vae.encoder, vae.quant_conv):
+                if part is not None:
+                    part.requires_grad_(False)
+        elif vae.quant_conv is None or vae.post_quant_conv is None:
+            raise UserError(
+                f"init {config.init!r} has no quant convolutions, without which new latents can't be normalised exactly: "
+                "train its decoder_only, or take another"
+            )
+        if config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        vae.to(device)
+        self.perceptual = None if perceptual is None else perceptual.to(device)
+        game = config.adversarial
+        self.critic = critic = build_critic(config, resolution, self.factor)
+        if critic is not None:
+            critic.to(device)
+            if game.start >= config.steps:
+                run.say(f"the discriminator would begin at step {game.start}, after the last of {config.steps}")
+        self.features = load_features(config.validation_features).to(device) if config.validation_features else None
+        if self.features is not None and min(len(inputs.held_out), config.validation_examples) < 2:
+            raise UserError("validation_features: a Fréchet distance needs at least 2 held-out pictures")
+        self.reconstruct = Reconstruct(vae, config, self.perceptual, critic, self._mean)
+        self.phases = [
+            Phase("vae", self.reconstruct, build_optimizer(self.reconstruct, config.optimizer), config.optimizer.lr)
+        ]
+        if critic is not None:
+            optimizer = build_optimizer(critic, config.optimizer, lr=game.lr)
+            self.phases.append(Phase("discriminator", Judge(critic, game), optimizer, game.lr, game.start))
+        self.ema = Ema(vae, config.ema_decay)
+        self.latent_channels: int = vae.config.latent_channels
+        draws = PosteriorNoise(self.latent_channels, self.factor)
+        self.training = inputs.pictures(config.input, config.seed, draws)
+        # In order, each picture once, nothing left to chance: for the statistics and for validation.
+        self.plain, self.held_out = (
+            PictureDataset(source, config.input.plain(config.input.resolution), config.seed, draws=draws, shuffle=False)
+            for source in (inputs.source, inputs.held_out)
+        )
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return self.run.accelerator.reduce(x, "mean")
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return self.run.accelerator.reduce(x, "sum")
+
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        return self.run.batches(self.training, start, self.run.damage(self.inputs.source))
+
+    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
+        c, player, vae = self.config, self.reconstruct, self.reconstruct.vae
+        player.loss_scale, player.adversarial_weight = loss_scale / len(parts), None
+        player.adversarial = self.critic is not None and step >= c.adversarial.start
+        u = uniforms(c.seed, Purpose.TRANSFORM, [step], 4)[0]
+        share, smallest = c.equivariance.share, c.equivariance.smallest
+        player.transform = draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None
+        if player.adversarial and c.adversarial.adaptive and len(parts) > 1:
+            # The weight is the whole batch's, so all of it is gone through before the first part's turn.
+            with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
+                player.adversarial_weight = player.balance(player.terms(part) for part in parts)
+
+    def end_step(self) -> None:
+        if self.critic is not None and self.reconstruct.adversarial and self.config.adversarial.spectral_norm:
+            self.critic.refresh()
+
+    def _shares(self, pictures: PictureDataset, places: range) -> Iterator[Batch]:
+        """This process's batches of the pictures at these places, in order."""
+        accelerator = self.run.accelerator
+        b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
+        firsts = range(accelerator.process_index * b, len(places), accelerator.num_processes * b)
+        parts = [places[first : first + b] for first in firsts]
+        return map(self.run.on_device, read_ahead(pictures, parts, self.config.workers))
+
+    def _normalised(self, pictures: PictureDataset, places: range) -> tuple[AutoencoderKL, LatentStatistics | None]:
+        """The averaged weights, their latents normalised over these pictures, unless the encoder is somebody else's."""
+        vae = copy.deepcopy(self.ema.module)
+        if self.config.decoder_only:
+            return vae, None
+        batches = ((part["pixels"], part["posterior_noise"]) for part in self._shares(pictures, places))
+        sums = measure(vae, batches, channels=self.latent_channels)
+        statistics = latent_statistics(self._sum(sums).cpu())
+        fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
+        return vae, statistics
+
+    def validate(self, step: int) -> dict[str, float]:
+        count = min(len(self.held_out.source), self.config.validation_examples)
+        vae, _ = self._normalised(self.held_out, range(count))
+        figures = measure_reconstruction(
+            Autoencoder(vae), ((p["pixels"], p["posterior_noise"]) for p in self._shares(self.held_out, range(count))),
+            perceptual=self.perceptual, features=self.features, levels=_NOISE, reduce=self._sum,
+        )  # fmt: skip
+        self.run.say(
+            f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out pictures"
+        )
+        return {f"val_{name}": value for name, value in figures.items()}
+
+    def sheet(self, path: Path) -> None:
+        pictures = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))
+        reconstruction_sheet(Autoencoder(self.ema.module), pictures["pixels"]).save(path)
+
+    def export(self, folder: Path, *, final: bool) -> dict[str, float]:
+        """The averaged weights, their latents normalised over the training set (a part of it until the end), and their colours."""
+        count = len(self.plain.source)
+        vae, statistics = self._normalised(self.plain, range(count) if final else _spread(count, _REFRESH))
+        autoencoder = Autoencoder(vae)
+        pictures = (part["pixels"] for part in self._shares(self.plain, _spread(count, _COLOURS)))
+        autoencoder.colours = fit_colours(autoencoder, pictures, reduce=self._sum)
+        if self.run.main:
+            autoencoder.save(folder)
+        if statistics is None:
+            return {}
+        if statistics.dead:
+            self.run.say(
+                f"latent channels {statistics.dead} carry nothing: fewer latent channels, or a lower --kl-weight"
+            )
+        return {"dead_channels": len(statistics.dead)}
+
+
+def _spread(count: int, most: int) -> range:
+    """Up to so many of the places in a set, from all of it: a set may be sorted."""
+    return range(0, count, math.ceil(count / most))
+
+
+def first_autoencoder(config: VaeConfig) -> AutoencoderKL:
+    """From random weights, or the given one; its latents are our own to normalise unless the decoder alone is trained."""
+    torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
+    if not config.init:
+        shape = config.model
+        return build_autoencoder(
+            channels=shape.channels, layers=shape.layers, latent_channels=shape.latent_channels, groups=shape.groups,
+            attention=shape.attention, resolution=config.input.resolution,
+        )  # fmt: skip
+    vae = Autoencoder.load(config.init).vae.float().train().requires_grad_(True)
+    given = AutoencoderConfig(
+        channels=tuple(vae.config.block_out_channels), layers=vae.config.layers_per_block,
+        latent_channels=vae.config.latent_channels, groups=vae.config.norm_num_groups,
+        attention=vae.config.mid_block_add_attention,
+    )  # fmt: skip
+    if config.model not in (given, AutoencoderConfig()):
+        raise UserError(f"init {config.init!r} has another shape, {given}: leave `model` out of the configuration")
+    if not config.decoder_only:
+        vae.register_to_config(scaling_factor=SCALING_FACTOR)
+    return vae
+
+
+def build_critic(config: VaeConfig, resolution: int, factor: int) -> PatchDiscriminator | None:
+    """The discriminator. Raises UserError where it is too deep for the smallest pictures it will be shown."""
+    game = config.adversarial
+    if game.kind == "none":
+        return None
+    critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm)
+    smallest = config.equivariance.smallest if config.equivariance.share else 1.0
+    side = factor * draw((0, 0, 0), resolution // factor, smallest).height
+    if side < critic.smallest:
+        raise UserError(
+            f"adversarial.layers {game.layers} needs pictures of {critic.smallest} pixels a side, not {side}: "
+            "take fewer layers, or a larger resolution or equivariance.smallest"
+        )
+    return critic
+
+
+def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
+    """The frozen network of the perceptual distance."""
+    match config.kind:
+        case "none":
+            return None
+        case "lpips_vgg":
+            return Lpips("vgg", config.model)
+        case "lpips_alex":
+            return Lpips("alex", config.model)
+        case "clip":
+            return ClipPerceptual(config.model)
+        case _:
+            assert_never(config.kind)
+
+
+def train(config: VaeConfig) -> None:
+    """Train stage 1 into `config.out`, or continue what stands there."""
+    accelerator = open_accelerator(config)
+    inputs = open_inputs(config.data, config.input, captioned=False)
+    vae, perceptual = first_autoencoder(config), build_perceptual(config.perceptual)
+    made_from = {
+        "data": inputs.fingerprint,
+        "init": digest(vae, str(vae.config.scaling_factor)) if config.init else "",
+        "perceptual.model": "" if perceptual is None else digest(perceptual),
+    }
+    with Run(config, accelerator, made_from) as run:
+        fit(run, VaeStage(run, config, vae, perceptual, inputs.prepared(run)))
