@@ -1,9 +1,12 @@
 """Configurations: every file is instantiated, wrong ones get one line that says what fits."""
 
 import contextlib
+import copy
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,8 @@ from ldm.objective import Objective
 from ldm.schedule import Schedule
 from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
-from train.config.load import dump, overlay, parse, read_yaml, validate
+from train.config.load import dump, overlay, parse, plain, read_yaml, validate
+from train.config.resumable import differences, published
 from train.config.run import RunConfig
 from train.config.vae import VaeConfig
 
@@ -101,6 +105,71 @@ def test_dump_reads_back(kind: type[RunConfig]) -> None:
     assert validate(kind, yaml.safe_load(dump(kind()))) == kind()
 
 
+# What a run may change when it is continued: a contract with the runs that there are.
+RESUMABLE = {
+    *(
+        "data",
+        "out",
+        "steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "validate_every",
+        "log_every",
+        "cache",
+        "workers",
+    ),
+    *("roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
+    *("validation_features", "vae", "text_encoder", "attention", "prompts", "sample_steps", "guidance_scale"),
+}
+PLACES = {"data", "out", "cache", "init", "perceptual.model", "validation_features", "vae", "text_encoder"}
+
+
+def leaves(config: object, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat |= leaves(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
+    return flat
+
+
+def changed(config: Any, name: str) -> Any:
+    """A copy in which one field has another value, valid or not."""
+    first, _, rest = name.partition(".")
+    copied = copy.copy(config)
+    object.__setattr__(copied, first, changed(getattr(config, first), rest) if rest else "something else")
+    return copied
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_which_settings_a_continued_run_may_change(kind: type[RunConfig]) -> None:
+    config = kind()
+    for name, value in leaves(config).items():
+        now = changed(config, name)
+        expected = [] if name in RESUMABLE else [(name, value, "something else")]
+        assert list(differences(config, now)) == expected
+
+
+def test_a_cache_is_neither_turned_off_nor_on() -> None:
+    kept, elsewhere, off = RunConfig(), RunConfig(cache="elsewhere"), RunConfig(cache="off")
+    assert not list(differences(kept, elsewhere))
+    assert list(differences(kept, off)) == [("cache", "", "off")]
+    assert list(differences(off, elsewhere)) == [("cache", "off", "elsewhere")]
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_only_places_are_shortened_when_published(kind: type[RunConfig]) -> None:
+    was, now = plain(kind()), published(kind(), lambda place: f"<{place}>")
+    names = {name for name in leaves(kind()) if dotted(was, name) != dotted(now, name)}
+    assert names == PLACES & leaves(kind()).keys()
+    assert dotted(now, "out") == "<>"
+
+
+def dotted(tree: dict[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
+
+
 def test_the_command_line_lies_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("steps: 7\noptimizer: {lr: 1e-3, warmup: 3}\nunet: {channels: [32, 64], heads: [1, 2]}\n")
@@ -154,11 +223,11 @@ def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: li
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=8), t, max_size=3))
-fields = st.sampled_from(["steps", "optimizer", "unet", "diffusion", "input", "precision", "prompts", "trackers", "x"])
+names = st.sampled_from(["steps", "optimizer", "unet", "diffusion", "input", "precision", "prompts", "trackers", "x"])
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(fields, trees, max_size=4))
+@given(st.dictionaries(names, trees, max_size=4))
 def test_any_mapping_is_a_configuration_or_a_plain_refusal(given: dict) -> None:
     with contextlib.suppress(UserError):  # and no other exception
         assert isinstance(validate(LdmConfig, given), LdmConfig)

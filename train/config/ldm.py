@@ -1,6 +1,6 @@
 """The configuration of stage 2, the latent diffusion model."""
 
-from typing import Literal, Self, assert_never
+from typing import Annotated, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -15,6 +15,7 @@ from ldm.schedule import Schedule, ScheduleKind
 from ldm.spacing import Spacing, plan
 from ldm.timesteps import Importance, LogitNormal, Timesteps, uniform
 from train.config.optimizer import strict
+from train.config.resumable import Place, Resumable
 from train.config.run import RunConfig
 
 
@@ -152,12 +153,12 @@ class LdmConfig(RunConfig):
     task: Literal["txt2img", "inpaint"] = "txt2img"
     """`inpaint`: the UNet is also shown a mask and the picture without what is under it, 2 · latent channels + 1 in all, and
     learns to paint under masks of any kind. Best begun with a text-to-image model as `init`."""
-    init: str = ""
+    init: Place = ""
     """Folder (or hub id) of a pipeline whose UNet to begin with, instead of random weights; its shape then holds, not `unet`.
     Where `vae` and `text_encoder` aren't given, they are the pipeline's too."""
-    vae: str = ""
+    vae: Place = ""
     """Folder (or hub id) of the autoencoder: a stage 1 run's model/, or a diffusers AutoencoderKL."""
-    text_encoder: str = ""
+    text_encoder: Place = ""
     """Folder (or hub id) of the text encoder: a stage 0 run's model/, a CLIP, or a pipeline's folder; or an OpenCLIP as
     openclip:ARCHITECTURE/TAG."""
     clip_skip: int = Field(default=0, ge=0)
@@ -171,17 +172,17 @@ class LdmConfig(RunConfig):
     """The process and the loss."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of examples trained with the empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
-    attention: AttentionBackend = "sdpa"
+    attention: Annotated[AttentionBackend, Resumable()] = "sdpa"
     """`sdpa`: torch's own; `xformers` on a GPU (pip install -e '.[xformers]'); `auto`: xformers where it works."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, far less memory."""
-    validation_examples: int = Field(default=512, gt=0)
+    validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
     """Held-out examples of the validation loss, at most; their timesteps and noise are fixed."""
-    prompts: tuple[str, ...] = ()
+    prompts: Annotated[tuple[str, ...], Resumable()] = ()
     """Prompts of the sample sheets; empty: captions of held-out pictures."""
-    sample_steps: int = Field(default=25, gt=0)
+    sample_steps: Annotated[int, Resumable()] = Field(default=25, gt=0)
     """Sampler steps of the sheets."""
-    guidance_scale: float = Field(default=3.0, ge=0)
+    guidance_scale: Annotated[float, Resumable()] = Field(default=3.0, ge=0)
     """Guidance of the sheets; 1 is the conditional prediction alone."""
 
     @model_validator(mode="after")

@@ -87,11 +87,14 @@ def overlay(kind: type[Config], default: Config, arguments: list[str] | None = N
         raise UserError(_first_sentence(said.getvalue())) from None
 
 
+def plain(config: object) -> dict[str, Any]:
+    """The configuration as JSON and YAML hold it."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
 def dump(config: object) -> str:
     """The configuration as YAML that `parse` reads back."""
-    return yaml.safe_dump(
-        TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True
-    )
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
 def first_error(error: ValidationError) -> str:

@@ -5,27 +5,29 @@ stage builds its objects from them in one place. A variant is a `Literal`, match
 """
 
 import re
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from train.config.data import DataConfig
 from train.config.optimizer import OptimizerConfig, strict
+from train.config.resumable import Place, Resumable
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class RunConfig:
     """What every stage has."""
 
-    data: str = ""
+    data: Place = ""
     """Captioned pictures: a folder (metadata.jsonl or .csv, or a .txt beside each), parquet or WebDataset tar files, what
     datasets' save_to_disk wrote, a hub id; docs/data.md shows each."""
-    out: str = ""
+    out: Place = ""
     """Folder of the run. Running the same command again continues it."""
-    steps: int = Field(default=1000, gt=0)
+    steps: Annotated[int, Resumable()] = Field(default=1000, gt=0)
     """Optimizer steps in all."""
     batch_size: int = Field(default=32, gt=0)
     """Examples a step, over all processes and accumulated parts together."""
@@ -33,28 +35,29 @@ class RunConfig:
     """Parts that each process splits its share of a batch into, one after the other, to save memory."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of everything random: weights, order, noise, captions."""
-    checkpoint_every: int = Field(default=1000, gt=0)
+    checkpoint_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
     """Steps between two resumable checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=2)
+    keep_checkpoints: Annotated[int, Resumable()] = Field(default=2, ge=2)
     """Newest checkpoints kept."""
-    validate_every: int = Field(default=1000, gt=0)
+    validate_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
     """Steps between two validations, each with a sheet in samples/."""
-    log_every: int = Field(default=50, gt=0)
+    log_every: Annotated[int, Resumable()] = Field(default=50, gt=0)
     """Steps between two lines of metrics.jsonl."""
     precision: Precision = "fp32"
     """Of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
-    cache: str = ""
+    # Latents that are made anew aren't bit by bit those that are kept, so a run changes neither to `off` nor from it.
+    cache: Annotated[str, Resumable(place=True, unless="off")] = ""
     """Folder for what is computed once of the data; empty: `cache` beside the run's folder. `off`: stage 2 encodes every
     picture and caption anew each time."""
-    workers: int = Field(default=0, ge=0)
+    workers: Annotated[int, Resumable()] = Field(default=0, ge=0)
     """Processes that read ahead; 0 reads in the training process. The batches are the same."""
-    roll_back_after: int = Field(default=25, gt=0)
+    roll_back_after: Annotated[int, Resumable()] = Field(default=25, gt=0)
     """Return to the last checkpoint's weights after so many non-finite steps in a row."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"], ...] = ("tensorboard",)
+    trackers: Annotated[tuple[Tracker, ...], Resumable()] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl, through accelerate."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Of the running average of the weights, which validation, samples and model/ use; warmed up from 0.1."""
-    license: str = ""
+    license: Annotated[str, Resumable()] = ""
     """Of the model, for its card: an SPDX name such as apache-2.0 or cc-by-4.0, or `other`; empty: not stated, so nobody may
     assume any. May be given, or changed, when the run is finished."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)

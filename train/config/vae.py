@@ -1,12 +1,13 @@
 """The configuration of stage 1, the autoencoder."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from autoencoder.losses import ReconstructionKind
 from train.config.optimizer import strict
+from train.config.resumable import Place, Resumable
 from train.config.run import RunConfig, on_squares
 
 
@@ -32,7 +33,7 @@ class PerceptualConfig:
 
     kind: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
     """LPIPS (Zhang et al. 2018) over VGG16 or AlexNet; `clip`: the image tower of a CLIP, e.g. one that stage 0 trained."""
-    model: str = ""
+    model: Place = ""
     """Folder (or hub id) of the CLIP; or file of torchvision's VGG16 or AlexNet, empty: downloaded."""
     weight: float = Field(default=1.0, gt=0)
     """Weight beside the reconstruction error."""
@@ -84,7 +85,7 @@ class EquivarianceConfig:
 class VaeConfig(RunConfig):
     """Stage 1: an autoencoder from random weights or a given one; its latents come out with mean 0 and variance 1."""
 
-    init: str = ""
+    init: Place = ""
     """Folder (or hub id) of an AutoencoderKL to begin with, instead of random weights; its shape then holds, not `model`."""
     decoder_only: bool = False
     """Train the decoder alone: the latents, and what a UNet has learned of them, stay as they are. Needs `init`."""
@@ -104,9 +105,9 @@ class VaeConfig(RunConfig):
     """Equivariance term."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, far less memory."""
-    validation_examples: int = Field(default=512, gt=0)
+    validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
     """Held-out pictures that a validation reconstructs, at most."""
-    validation_features: str = ""
+    validation_features: Place = ""
     """Of the Fréchet distance of reconstructions: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
 
     @model_validator(mode="after")

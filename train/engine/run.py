@@ -24,11 +24,11 @@ from typing import Any, Self
 import torch
 import yaml
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from train.config.load import read_yaml, validate
+from train.config.load import plain, read_yaml, validate
+from train.config.resumable import differences, published
 from train.config.run import RunConfig
 from train.data.batches.dataset import Batch, StreamDataset, loader
 from train.data.batches.unreadable import Damage
@@ -36,12 +36,6 @@ from train.data.sources.splits import Source
 from train.data.store.prefetch import Batched
 from train.data.store.shards import Processes
 
-# What may differ when a run is continued. Inputs are compared by content, wherever they lie.
-_FREE = {"steps", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every", "workers", "trackers",
-         "roll_back_after", "out", "data", "vae", "text_encoder", "cache", "attention", "prompts", "sample_steps",
-         "guidance_scale", "validation_examples", "validation_features", "init", "license",
-         "perceptual.model"}  # fmt: skip
-_PLACES = {"data", "out", "cache", "vae", "text_encoder", "init", "validation_features"}
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
 
 
@@ -101,7 +95,7 @@ class Run:
                 f"another process is training in {str(self.out)!r}: wait for it, or choose another --out"
             ) from None
         about = {"inputs": inputs, "versions": versions(), "commit": _commit()}
-        text = yaml.safe_dump(_plain(self.config) | {"about": about}, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(plain(self.config) | {"about": about}, sort_keys=False, allow_unicode=True)
         temporary = described.with_suffix(".tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(described)
@@ -145,12 +139,8 @@ class Run:
 
     def write_provenance(self, folder: Path, *, step: int, final: bool) -> None:
         """Beside the weights, with which it may be published: what they were trained with."""
-        config = _plain(self.config)
-        config |= {name: told(config[name]) for name in _PLACES & config.keys()}
-        if "perceptual" in config:
-            config["perceptual"] |= {"model": told(config["perceptual"]["model"])}
         about = {"step": step, "final": final, "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                 "versions": versions(), "config": config}  # fmt: skip
+                 "versions": versions(), "config": published(self.config, told)}  # fmt: skip
         (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def finished(self, step: int) -> bool:
@@ -235,10 +225,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
-
-
 def _refuse_differences(out: Path, before: dict[str, Any], config: RunConfig, inputs: dict[str, str]) -> None:
     about = before.pop("about", {})
     for name, value in inputs.items():
@@ -248,30 +234,18 @@ def _refuse_differences(out: Path, before: dict[str, Any], config: RunConfig, in
                 f"({was[:12] or 'nothing'}…, now {value[:12] or 'nothing'}…): use the same, or another --out"
             )
     try:
-        was_config = _flat(_plain(validate(type(config), before)))  # what it didn't know of has its default
+        was = validate(type(config), before)  # what it didn't know of has its default
     except UserError as error:
         raise UserError(f"{str(out)!r} holds a run of another stage or version ({error}): take another --out") from None
-    for name, value in _flat(_plain(config)).items():
-        was = was_config[name]
-        free = {name, name.split(".")[0]} & _FREE
-        if name == "cache" and "off" in (was, value):
-            free = set()  # latents that are made anew aren't bit by bit those that are kept
-        if was != value and not free:
-            raise UserError(
-                f"{str(out)!r} was made with --{name.replace('_', '-')} {_say(was)}, not {_say(value)}: "
-                "give the same to continue it, or another --out"
-            )
+    for name, old, new in differences(was, config):
+        raise UserError(
+            f"{str(out)!r} was made with --{name.replace('_', '-')} {_say(old)}, not {_say(new)}: "
+            "give the same to continue it, or another --out"
+        )
 
 
 def _say(value: object) -> str:
-    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "''"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "''"
 
 
 def _step_of(line: str) -> float:
