@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.bound import variances
+from ldm.denoiser import Denoised
 from ldm.objective import edm, level_weight, min_snr, p2
 from ldm.parameterization import error_ratio
 from ldm.samplers import Heun, Multistep, Step, UniPC, sample
@@ -80,10 +81,10 @@ def weightings() -> None:
 MEAN, STD = 0.7, 0.4
 
 
-def exact(x_t: Tensor, level: Level) -> Tensor:
+def exact(x_t: Tensor, level: Level) -> Denoised:
     """E[x0 | x_t] for data ~ N(MEAN, STD^2)."""
     gain = level.alpha * STD**2 / (level.alpha**2 * STD**2 + level.sigma**2)
-    return MEAN + gain * (x_t - level.alpha * MEAN)
+    return Denoised(MEAN + gain * (x_t - level.alpha * MEAN))
 
 
 def no_noise() -> Tensor:
@@ -106,7 +107,7 @@ def convergence() -> None:
             levels = []
             for k in range(n + 1):
                 ratio = math.exp(3 - 4.5 * k / n)
-                levels.append(Level(0.5, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio), 0))
+                levels.append(Level(1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio), 0))
             first, last = levels[0], levels[-1]
             x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
             wide = [math.hypot(level.alpha * STD, level.sigma) for level in (first, last)]

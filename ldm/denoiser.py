@@ -14,42 +14,64 @@ from ldm.parameterization import Target, to_x0
 from ldm.schedule import Level
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (b, c, h, w), index (b,), condition (b, …)) → output (b, c, h, w)."""
-Denoise = Callable[[Tensor, Level], Tensor]
-"""(x_t (b, c, h, w), level) → x0_hat (b, c, h, w): a denoiser with its condition and guidance, as samplers see it."""
+"""(x_t (b, c, h, w), time (b,), condition (b, …)) → output (b, c, h, w), or (b, 2c, h, w) with a learned variance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """What a denoiser says of a state."""
+
+    x0: Tensor
+    """E[x0 | x_t], (b, c, h, w)."""
+    variance_fraction: Tensor | None = None
+    """Place of the learned variance between its bounds, 0 to 1, (b, c, h, w); None: the network learned none."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Denoised":
+        """Change both tensors in the same way."""
+        return Denoised(change(self.x0), None if self.variance_fraction is None else change(self.variance_fraction))
+
+
+Denoise = Callable[[Tensor, Level], Denoised]
+"""A denoiser with its condition and guidance, as samplers see it: (x_t (b, c, h, w), level) → Denoised."""
+
+
+def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Split a network's output into its prediction (b, c, h, w) and the fraction of a variance where it learned one.
+
+    The further channels hold the variance's place between its bounds in [-1, 1].
+    """
+    prediction, place = output.split([channels, output.shape[1] - channels], 1)
+    return prediction, (place + 1) / 2 if place.shape[1] else None
 
 
 def beside(network: Network, context: Tensor) -> Network:
-    """Of a network that takes a context (b, k, h, w) as further channels, one of states alone: (b, c, h, w), or n times b
-    of them, as guidance asks.
+    """Adapt a network that takes context channels to the interface of one that does not.
+
+    The context is (b, k, h, w); the states may be (b, c, h, w), or n times as many, as guidance asks.
     """
 
-    def with_context(x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+    def with_context(x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         given = context.to(x).repeat(len(x) // len(context), 1, 1, 1)
-        return network(torch.cat([x, given], 1), index, condition)
+        return network(torch.cat([x, given], 1), time, condition)
 
     return with_context
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """`(x_t, level, condition) → x0_hat`, for a batch at one level.
+    """`(x_t, level, condition) → Denoised`, for a batch at one level.
 
-    `dtype` is what the network takes; None gives it the state as it is (the network casts for itself). A network that
-    learned its variance gives twice the channels; with `fraction` its variance's place in [0, 1] is passed on after x0_hat,
-    (b, 2c, h, w), else it is left out.
+    The network is given states of `dtype`, or as they are where it is None (the network casts for itself).
     """
 
     network: Network
     target: Target
     dtype: torch.dtype | None = None
-    fraction: bool = False
 
-    def __call__(self, x_t: Tensor, level: Level, condition: Tensor) -> Tensor:
-        """E[x0 | x_t], (b, c, h, w), in x_t's dtype. The network's index is int64, float32 if fractional."""
-        index_dtype = torch.int64 if isinstance(level.index, int) else torch.float32
-        index = torch.full((len(x_t),), level.index, dtype=index_dtype, device=x_t.device)
-        output = self.network(x_t.to(self.dtype or x_t.dtype), index, condition).to(x_t.dtype)
-        output, place = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
-        x0 = to_x0(self.target, output, x_t, level.alpha, level.sigma)
-        return torch.cat([x0, (place + 1) / 2], 1) if self.fraction else x0
+    def __call__(self, x_t: Tensor, level: Level, condition: Tensor) -> Denoised:
+        """Denoise states (b, c, h, w), in their dtype. The network's time is int64, or float32 between timesteps."""
+        time_dtype = torch.int64 if isinstance(level.model_time, int) else torch.float32
+        time = torch.full((len(x_t),), level.model_time, dtype=time_dtype, device=x_t.device)
+        output = self.network(x_t.to(self.dtype or x_t.dtype), time, condition).to(x_t.dtype)
+        output, fraction = split(output, x_t.shape[1])
+        return Denoised(to_x0(self.target, output, x_t, level.alpha, level.sigma), fraction)

@@ -1,4 +1,4 @@
-"""Guidance: wrappers round a denoiser that give `(x_t, level) → x0_hat`, all a sampler ever sees.
+"""Guidance: wrappers round a denoiser that give `(x_t, level) → Denoised`, all a sampler ever sees.
 
 They are written on x0 here, on eps or v elsewhere, and these are the same: at a given x_t and level each prediction is an
 affine function a y + b of any other. Where weights sum to 1, b passes through unchanged and the factor a moves out.
@@ -7,12 +7,13 @@ Evaluations that a wrapper doesn't need are not made.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Denoise, Denoiser
+from ldm.denoiser import Denoise, Denoised, Denoiser
 from ldm.errors import UserError
 from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.schedule import Level
@@ -23,12 +24,12 @@ LogProbability = Callable[[Tensor, Level], Tensor]
 
 @dataclass(frozen=True)
 class Conditioned:
-    """The conditional prediction: condition (b, …)."""
+    """The conditional prediction, of a condition (b, …)."""
 
     denoiser: Denoiser
     condition: Tensor
 
-    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+    def __call__(self, x_t: Tensor, level: Level) -> Denoised:
         return self.denoiser(x_t, level, self.condition)
 
 
@@ -60,19 +61,17 @@ class ClassifierFree:
         shape = torch.broadcast_shapes(negative.shape, *(condition.shape for condition, _ in prompts))
         self.condition = torch.cat([condition.expand(shape) for condition, *_ in rows])
 
-    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+    def __call__(self, x_t: Tensor, level: Level) -> Denoised:
         if len(self.weights) == 1:
             return self.denoiser(x_t, level, self.condition)
-        n = len(self.weights)
-        made = self.denoiser(x_t.repeat(n, *[1] * (x_t.ndim - 1)), level, self.condition).chunk(n)
-        guided: Tensor = sum(weight * x0 for weight, x0 in zip(self.weights, made, strict=True))  # type: ignore[assignment]
+        made = self.denoiser(x_t.repeat(len(self.weights), *[1] * (x_t.ndim - 1)), level, self.condition)
+        guided = made.each(partial(_weighted, self.weights))
         if self.rescale == 0:
             return guided
-        conditional: Tensor = sum(share * x0 for share, x0 in zip(self.shares, made, strict=True))  # type: ignore[assignment]
-        return self._rescaled(guided, conditional, x_t, level)
+        return replace(guided, x0=self._rescaled(guided.x0, _weighted(self.shares, made.x0), x_t, level))
 
     def _rescaled(self, guided: Tensor, conditional: Tensor, x_t: Tensor, level: Level) -> Tensor:
-        """On the network's own target, as everywhere: unlike guidance, this is not the same on all of them."""
+        """Rescale on the network's own target, as everywhere: unlike guidance, this isn't the same on all of them."""
         kind, alpha, sigma = self.denoiser.target, level.alpha, level.sigma
         output, like = (
             target_of(kind, x0, to_eps("x0", x0, x_t, alpha, sigma), alpha, sigma) for x0 in (guided, conditional)
@@ -80,6 +79,11 @@ class ClassifierFree:
         dims = tuple(range(1, output.ndim))
         factor = like.std(dims, keepdim=True) / output.std(dims, keepdim=True)
         return to_x0(kind, output * (1 + self.rescale * (factor - 1)), x_t, alpha, sigma)
+
+
+def _weighted(weights: Sequence[float], made: Tensor) -> Tensor:
+    """Return the sum of n weights times the n parts of a tensor (n b, …), (b, …)."""
+    return sum(weight * part for weight, part in zip(weights, made.chunk(len(weights)), strict=True))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Interval:
         if not 0 <= self.low < self.high:
             raise UserError(f"guidance interval {self.low} to {self.high}: give two noise levels, 0 <= low < high")
 
-    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+    def __call__(self, x_t: Tensor, level: Level) -> Denoised:
         return (self.inside if self.low < level.noise <= self.high else self.outside)(x_t, level)
 
 
@@ -110,10 +114,11 @@ class Autoguided:
     weak: Denoise
     scale: float
 
-    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+    def __call__(self, x_t: Tensor, level: Level) -> Denoised:
         if self.scale in (0, 1):
             return (self.main if self.scale else self.weak)(x_t, level)
-        return torch.lerp(self.weak(x_t, level), self.main(x_t, level), self.scale)
+        weak, main = self.weak(x_t, level), self.main(x_t, level)
+        return replace(main, x0=torch.lerp(weak.x0, main.x0, self.scale))
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,11 @@ class ClassifierGuided:
     log_probability: LogProbability
     weight: float = 1.0
 
-    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
-        x0 = self.denoise(x_t, level)
-        if self.weight == 0 or level.alpha == 0:  # from pure noise no class can be told
-            return x0
+    def __call__(self, x_t: Tensor, level: Level) -> Denoised:
+        made = self.denoise(x_t, level)
+        if self.weight == 0 or level.alpha == 0:  # pure noise says nothing of a class
+            return made
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.log_probability(x, level).sum(), x)
-        return x0 + self.weight * level.sigma * level.noise * slope
+        return replace(made, x0=made.x0 + self.weight * level.sigma * level.noise * slope)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.bound import Levels, bound_term, levels, variances
-from ldm.denoiser import Network
+from ldm.denoiser import Network, split
 from ldm.errors import UserError
 from ldm.parameterization import Target, check_target, error_ratio, target_of, to_x0
 from ldm.process import VarianceKind
@@ -155,16 +155,14 @@ class Objective:
         rows = (row.view(-1, *[1] * (x0.ndim - 1)) for row in table[:, index])  # (b, 1, 1, 1) each
         alpha, sigma, s_alpha, s_sigma, small, large, weight = rows
         x_t = alpha * x0 + sigma * noise.to(x0.dtype)
-        output, fraction = network(x_t, given[index], condition).to(x0.dtype), None
+        output = network(x_t, given[index], condition).to(x0.dtype)
         expected = x0.shape[1] * (2 if self.variance == "learned" else 1)
         if output.shape[1] != expected:
             raise UserError(
                 f"a network of {output.shape[1]} output channels for {x0.shape[1]} of latents with variance {self.variance}: "
                 f"it needs {expected}"
             )
-        if self.variance == "learned":
-            output, place = output.chunk(2, 1)
-            fraction = (place + 1) / 2
+        output, fraction = split(output, x0.shape[1])
         return _Prediction(Levels(alpha, sigma), Levels(s_alpha, s_sigma), small, large, weight, x_t, output, fraction)
 
     def _term(self, made: _Prediction, x0: Tensor, index: Tensor) -> Tensor:

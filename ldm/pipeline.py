@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder.model import Posterior
-from ldm.denoiser import Denoise, Denoiser, beside
+from ldm.denoiser import Denoise, Denoised, Denoiser, beside
 from ldm.editing import (
     Blended,
     Painted,
@@ -190,7 +190,7 @@ class LatentDiffusionPipeline(Networks):
             context = self.white_context(*shape[2:])
         network = self.network if context is None else beside(self.network, context)
 
-        denoiser = Denoiser(network, process.target, self.unet.dtype, fraction=learned)
+        denoiser = Denoiser(network, process.target, self.unet.dtype)
         also = [(self.encode([text]), scale) for text, scale in compose]
         conditions = [(spread(found), scale) for found, scale in ((condition, guidance_scale), *also)]
         denoise: Denoise = ClassifierFree(denoiser, spread(negative), conditions, guidance_rescale)
@@ -220,8 +220,8 @@ class LatentDiffusionPipeline(Networks):
                 bar.update()
                 if callback_on_step_end is None:
                     return x
-                made = watched.last[:, : shape[1]]
-                changed = callback_on_step_end(self, k, leg.now.index, {"latents": x, "denoised": made})
+                tensors = {"latents": x, "denoised": watched.last.x0}
+                changed = callback_on_step_end(self, k, leg.now.model_time, tensors)
                 found = (changed or {}).get("latents", x)
                 if found.shape != x.shape:
                     raise UserError(
@@ -295,7 +295,7 @@ class _Watched:
     def __init__(self, denoise: Denoise) -> None:
         self.denoise = denoise
 
-    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+    def __call__(self, x_t: Tensor, level: Level) -> Denoised:
         self.last = self.denoise(x_t, level)
         return self.last
 

@@ -72,7 +72,7 @@ def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction:
         case "fixed_large":
             return large
         case "learned":
-            assert fraction is not None, "a learned variance needs the network's fraction"
+            assert fraction is not None, "this network learned no variance"
             logs = (torch.as_tensor(v, dtype=fraction.dtype).clamp(min=LEAST_VARIANCE).log() for v in (small, large))
             log_small, log_large = logs
             return (fraction * log_large + (1 - fraction) * log_small).exp()
@@ -105,6 +105,6 @@ def probability_flow(denoise: Denoise, schedule: Schedule) -> Callable[[Tensor, 
     def velocity(x: Tensor, t: float) -> Tensor:
         level: Level = schedule.level(t * schedule.T - 1)
         f, g2 = (v.item() for v in drift_and_diffusion(schedule, torch.tensor(t, dtype=torch.float64)))
-        return f * x - g2 / 2 * score(x, denoise(x, level), level)
+        return f * x - g2 / 2 * score(x, denoise(x, level).x0, level)
 
     return velocity

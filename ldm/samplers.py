@@ -62,9 +62,9 @@ def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 
     iteration: Pan et al. 2023, arXiv 2309.04907).
     """
     for now, next in reversed(legs):
-        guess, at = x, next if next.sigma > 0 else now
+        guess, at = x, now if next.is_last else next
         for _ in range(refinements + 1):
-            eps = to_eps("x0", denoise(guess, at), guess, at.alpha, at.sigma)
+            eps = to_eps("x0", denoise(guess, at).x0, guess, at.alpha, at.sigma)
             guess, at = now.alpha / next.alpha * (x - next.sigma * eps) + now.sigma * eps, now
         x = guess
     return x
@@ -112,23 +112,20 @@ def make_step(
 class DDPM:
     """A draw from p(x_s | x_t), Ho et al. 2020, eq. 7 with x̂0, for any two levels.
 
-    With a learned variance the denoiser gives its fraction after x̂0, (b, 2c, h, w). Into t = 0, where the posterior knows
-    x0, the mean is taken.
+    Into t = 0, where the posterior knows x0, the mean is taken.
     """
 
     variance: VarianceKind = "fixed_small"
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0, fraction = denoise(x, now), None
-        if self.variance == "learned":
-            x0, fraction = x0.chunk(2, 1)
-        mean, small = posterior(x, x0, now, next)
-        if now.index <= 0:
+        made = denoise(x, now)
+        mean, small = posterior(x, made.x0, now, next)
+        if now.model_time <= 0:
             return mean
         z = noise()
-        if next.sigma == 0:
+        if next.is_last:
             return mean
-        variance = reverse_variance(self.variance, small, step_variance(next, now), fraction)
+        variance = reverse_variance(self.variance, small, step_variance(next, now), made.variance_fraction)
         return mean + variance**0.5 * z
 
 
@@ -150,9 +147,9 @@ class Multistep:
             raise UserError(f"eta {self.eta}: give 0 (no noise) to 1 (as much as DDPM)")
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = denoise(x, now)
+        x0 = denoise(x, now).x0
         target = x0 + _half_slope(x0, self.previous, now, next)
-        self.previous = (x0, now) if self.order == 2 and next.sigma > 0 else None
+        self.previous = (x0, now) if self.order == 2 and not next.is_last else None
         std = self.eta * next.sigma * math.sqrt(max(0.0, 1 - (next.noise / now.noise) ** 2))
         x = move(x, target, now, next, math.sqrt(next.sigma**2 - std**2))
         return x + std * noise() if self.eta > 0 else x
@@ -168,12 +165,12 @@ class UniPC:
     """x̂0 and level at the start of the leg before it."""
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = denoise(x, now)
+        x0 = denoise(x, now).x0
         last = None
         if self.begun is not None:
             x, last = self._correct(*self.begun, x0, now), self.begun[1:]
         self.previous, self.begun = last, (x, x0, now)
-        if next.sigma == 0:
+        if next.is_last:
             self.previous = self.begun = None
         return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
 
@@ -204,11 +201,11 @@ class Heun:
     straight: bool = False
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = denoise(x, now)
+        x0 = denoise(x, now).x0
         end = move(x, x0, now, next, next.sigma)
-        if next.sigma == 0:
+        if next.is_last:
             return end
-        x0_end = denoise(end, next)
+        x0_end = denoise(end, next).x0
         eps = to_eps("x0", x0, x, now.alpha, now.sigma)
         eps_end = to_eps("x0", x0_end, end, next.alpha, next.sigma)
         (a, b, scale), (a_end, b_end, scale_end) = self._scaled(now), self._scaled(next)
@@ -233,11 +230,10 @@ class PredictorCorrector:
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         x = self.predictor(denoise, x, now, next, noise)
-        if next.sigma == 0:
+        if next.is_last:
             return x
         size = 2 * (self.snr * next.sigma) ** 2
-        x0 = denoise(x, next)[:, : x.shape[1]]
-        return x + size * score(x, x0, next) + math.sqrt(2 * size) * noise()
+        return x + size * score(x, denoise(x, next).x0, next) + math.sqrt(2 * size) * noise()
 
 
 def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor:
@@ -248,7 +244,7 @@ def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor
 
 def _half_slope(x0: Tensor, previous: tuple[Tensor, Level] | None, now: Level, next: Level) -> Tensor | float:
     """What x̂0 changes over half the leg, by its slope in lambda since the last one; 0 where there is none."""
-    if previous is None or next.sigma == 0:
+    if previous is None or next.is_last:
         return 0.0
     last_x0, last = previous
     ratio = (next.half_log_snr - now.half_log_snr) / (now.half_log_snr - last.half_log_snr)

@@ -33,13 +33,17 @@ _UNKNOWN_TO_US = (
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One noise level, in numbers of the host: coefficients computed from it never wait for a device."""
+    """One noise level, in Python numbers: coefficients computed from it never wait for a device."""
 
-    t: float
     alpha: float
     sigma: float
-    index: int | float
-    """What the network is given: int on a grid of betas; -1 at the clean end, where no network is evaluated."""
+    model_time: int | float
+    """The time that the network is given: int at a timestep of a grid of betas, else float."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the clean end, t = 0, where no network is evaluated."""
+        return self.sigma == 0
 
     @property
     def noise(self) -> float:
@@ -81,13 +85,12 @@ class Schedule(ABC):
         """Whether the last level is pure noise."""
         return self.alpha[-1].item() == 0
 
-    def _ends(self, index: int | float) -> tuple[float, float, float]:
-        """t, alpha and sigma at an index."""
+    def _at(self, index: int | float) -> tuple[float, float]:
+        """Return alpha and sigma at an index."""
         if not -1 <= index <= self.T - 1:
             raise ValueError(f"index {index}: this schedule has -1 (clean) to {self.T - 1}")
-        t = (index + 1) / self.T
-        alpha, sigma = self(self.alpha.new_tensor(t))
-        return t, alpha.item(), sigma.item()
+        alpha, sigma = self(self.alpha.new_tensor((index + 1) / self.T))
+        return alpha.item(), sigma.item()
 
     @staticmethod
     def build(
@@ -163,23 +166,22 @@ class BetaSchedule(Schedule):
         return (1 + noise**2).rsqrt(), (1 + noise**-2).rsqrt()
 
     def level(self, index: int | float) -> Level:
-        return Level(*self._ends(index), int(index) if index == int(index) else index)
+        return Level(*self._at(index), int(index) if index == int(index) else index)
 
     def at_noise(self, noise: float) -> Level:
-        """The level of a given sigma / alpha, its index interpolated in log(sigma / alpha) as k-diffusion does."""
+        """Return the level of a given sigma / alpha, its time interpolated in log(sigma / alpha) as k-diffusion does."""
         logs = self._noise[1:].log()
         low = int((logs <= math.log(noise)).sum().clamp(1, self.T - 1)) - 1
         share = (math.log(noise) - logs[low].item()) / (logs[low + 1] - logs[low]).item()
-        index = low + min(max(share, 0.0), 1.0)
         alpha = 1 / math.hypot(1, noise)
-        return Level((index + 1) / self.T, alpha, alpha * noise, index)
+        return Level(alpha, alpha * noise, low + min(max(share, 0.0), 1.0))
 
 
 class RectifiedFlow(Schedule):
     """The straight path from data to noise: alpha = 1 - s, sigma = s with s = shift t / (1 + (shift - 1) t).
 
     Pictures of m elements keep the uncertainty that n had by a shift of sqrt(m / n) (Esser et al. 2024, eq. 23). The
-    network is given s T, as diffusers' flow models are; the clean end keeps the index -1.
+    network is given s T, as diffusers' flow models are.
     """
 
     def __init__(self, T: int = 1000, shift: float = 1.0) -> None:
@@ -194,8 +196,8 @@ class RectifiedFlow(Schedule):
         return (1 - t) / stretch, self.shift * t / stretch
 
     def level(self, index: int | float) -> Level:
-        t, alpha, sigma = self._ends(index)
-        return Level(t, alpha, sigma, float(sigma * self.T) if index > -1 else -1)
+        alpha, sigma = self._at(index)
+        return Level(alpha, sigma, sigma * self.T)
 
 
 def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:

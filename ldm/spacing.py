@@ -133,7 +133,7 @@ def _karras(schedule: BetaSchedule, kind: SamplerKind, n: int) -> Plan:
     levels = [schedule.at_noise(float(noise)) for noise in np.linspace(most, least, n) ** _RHO]
     whole = kind in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")  # what their networks are given is rounded
     if whole:
-        levels = [replace(level, index=round(level.index)) for level in levels]
+        levels = [replace(level, model_time=round(level.model_time)) for level in levels]
     return _through([*levels, schedule.level(-1)], 1.0 if whole else levels[0].sigma)
 
 

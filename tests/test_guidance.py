@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from ldm.denoiser import Denoiser
+from ldm.denoiser import Denoised, Denoiser
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval
 from ldm.parameterization import target_of, to_eps, to_x0
@@ -41,7 +41,7 @@ def network(x_t, index, condition):
 
 def outputs(x_t, level, *conditions):
     """What the network says of each condition, asked one by one."""
-    index = torch.full((len(x_t),), level.index)
+    index = torch.full((len(x_t),), level.model_time)
     return [network(x_t, index, condition) for condition in conditions]
 
 
@@ -74,7 +74,7 @@ def never(*_):
 @in_every_target_at_every_level
 def test_guiding_any_target_is_the_same(kind, level, scale):
     x_t, negative, positive = draw(4, 3, 2, 2), draw(4, seed=6), draw(4, seed=5)
-    guided = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)])(x_t, level)
+    guided = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)])(x_t, level).x0
     said = outputs(x_t, level, negative, positive)
     for space in TARGETS:
         if space == "eps" and level.alpha == 0:
@@ -103,7 +103,7 @@ def test_negative_first_then_prompts_and_only_what_has_weight(scales, needed):
     x_t, level, recorder = draw(2, 3, 2, 2), LEVELS["vp 250"], Recorder()
     conditions = [torch.tensor([10.0 * k, 10.0 * k + 1]).double() for k in range(3)]
     prompts = list(zip(conditions[1:], scales, strict=False))
-    guided = ClassifierFree(Denoiser(recorder, "x0"), conditions[0], prompts)(x_t, level)
+    guided = ClassifierFree(Denoiser(recorder, "x0"), conditions[0], prompts)(x_t, level).x0
     assert recorder.asked == [torch.cat([conditions[k] for k in needed]).tolist()]
     base, *others = outputs(x_t, level, *conditions)
     expected = base + sum(s * (other - base) for s, other in zip(scales, others, strict=False))
@@ -116,7 +116,7 @@ def test_scale_1_is_the_condition_and_scale_0_the_negative(kind, level):
     denoiser = Denoiser(network, kind)
     for scale, condition in ((1.0, positive), (0.0, negative)):
         guided = ClassifierFree(denoiser, negative, [(positive, scale)])
-        assert torch.equal(guided(x_t, level), Conditioned(denoiser, condition)(x_t, level))
+        assert torch.equal(guided(x_t, level).x0, Conditioned(denoiser, condition)(x_t, level).x0)
 
 
 # -- rescaling ------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def rescaled(kind, level, scale, phi):
     """What guidance means in the network's own target, (b, …), and the outputs it was made of."""
     x_t, negative, positive = draw(4, 3, 8, 8), draw(4, seed=6), draw(4, seed=5)
     x_t *= torch.tensor([0.2, 1, 3, 0.01]).double().view(-1, 1, 1, 1)  # pictures of different contrast
-    x0 = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)], phi)(x_t, level)
+    x0 = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)], phi)(x_t, level).x0
     return translated(x0, "x0", kind, x_t, level), *outputs(x_t, level, negative, positive)
 
 
@@ -149,10 +149,9 @@ def test_no_rescaling_is_no_change():
     for level in LEVELS.values():
         for scale, phi in ((5.0, 0.0), (1.0, 0.7)):  # at scale 1 the prediction is the conditional one already
             prompts = [(positive, scale)]
-            guided = ClassifierFree(Denoiser(network, "v"), negative, prompts, phi)
-            assert torch.equal(
-                guided(x_t, level), ClassifierFree(Denoiser(network, "v"), negative, prompts)(x_t, level)
-            )
+            denoiser = Denoiser(network, "v")
+            guided, plain = (ClassifierFree(denoiser, negative, prompts, by)(x_t, level) for by in (phi, 0.0))
+            assert torch.equal(guided.x0, plain.x0)
 
 
 @in_every_target
@@ -162,7 +161,7 @@ def test_one_prompt_in_two_parts_is_one_prompt(kind):
     denoiser, level = Denoiser(network, kind), LEVELS["vp 250"]
     for parts in ((1.5, 2.5), (0.25, 0.75)):
         prompts = [(positive, part) for part in parts], [(positive, sum(parts))]
-        two, one = (ClassifierFree(denoiser, negative, p, 0.7)(x_t, level) for p in prompts)
+        two, one = (ClassifierFree(denoiser, negative, p, 0.7)(x_t, level).x0 for p in prompts)
         torch.testing.assert_close(two, one, rtol=0, atol=1e-12)
 
 
@@ -171,7 +170,7 @@ def test_a_prompt_may_be_the_negatives_own_tensor():
     for kind in TARGETS:
         denoiser = Denoiser(network, kind)
         guided = ClassifierFree(denoiser, empty, [(empty, 3.0)], 0.7)(x_t, level)
-        torch.testing.assert_close(guided, Conditioned(denoiser, empty)(x_t, level), rtol=0, atol=1e-12)
+        torch.testing.assert_close(guided.x0, Conditioned(denoiser, empty)(x_t, level).x0, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scales", [(2.0, -2.0), (2.0, -1.9)], ids=str)
@@ -186,7 +185,7 @@ def test_rescaling_a_prompt_and_a_negated_one_adds_no_contrast(scales):
             guided = ClassifierFree(Denoiser(network, kind), negative, list(zip(prompts, scales, strict=True)), 1.0)
         except UserError:
             continue
-        contrast = translated(guided(x_t, level), "x0", kind, x_t, level).std((1, 2, 3))
+        contrast = translated(guided(x_t, level).x0, "x0", kind, x_t, level).std((1, 2, 3))
         assert (contrast > 0.7 * own.amin(0)).all(), kind
         assert (contrast < 1.4 * own.amax(0)).all(), kind
 
@@ -208,8 +207,8 @@ def test_an_interval_guides_inside_alone_and_saves_the_rest():
     interval = Interval(guided, plain, levels[3].noise, levels[1].noise)  # the lower end out, the upper end in
     made = [interval(x_t, level) for level in levels]
     assert [len(asked) for asked in recorder.asked] == [2, 4, 4, 2, 2]
-    for x0, level, by in zip(made, levels, (plain, guided, guided, plain, plain), strict=True):
-        assert torch.equal(x0, by(x_t, level))
+    for got, level, by in zip(made, levels, (plain, guided, guided, plain, plain), strict=True):
+        assert torch.equal(got.x0, by(x_t, level).x0)
 
 
 def test_an_interval_may_reach_from_the_data_to_pure_noise():
@@ -256,7 +255,7 @@ def test_composed_prompts_that_tilt_a_gaussian(level, scales):
     prompts = [(as_condition(MEAN + STD**2 * tilt, STD), s) for tilt, s in zip(tilts, scales, strict=True)]
     composed = ClassifierFree(told(level), as_condition(MEAN, STD), prompts)
     moved = MEAN + STD**2 * sum(s * tilt for s, tilt in zip(scales, tilts, strict=True))
-    torch.testing.assert_close(composed(x_t, level), gaussian(x_t, level, moved, STD), rtol=0, atol=1e-12)
+    torch.testing.assert_close(composed(x_t, level).x0, gaussian(x_t, level, moved, STD), rtol=0, atol=1e-12)
 
 
 @composed_by_scales
@@ -272,7 +271,7 @@ def test_composed_prompts_have_the_score_of_the_product(level, scales):
     )
     product = base + sum(s * (log - base) for s, log in zip(scales, logs, strict=True))
     (expected,) = torch.autograd.grad(product.sum(), x_t)
-    x0 = ClassifierFree(told(level), negative, list(zip(conditions, scales, strict=True)))(x_t.detach(), level)
+    x0 = ClassifierFree(told(level), negative, list(zip(conditions, scales, strict=True)))(x_t.detach(), level).x0
     made = score(x_t.detach(), x0, level)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
 
@@ -282,18 +281,19 @@ MAIN, WEAK = (0.7, 0.4), (0.5, 0.6)
 
 @pytest.mark.parametrize("scale", [0.0, 0.4, 1.0, 2.0, 5.0])
 def test_autoguidance_is_away_from_the_weak_model(scale):
-    main, weak = (lambda x, level, m=model: gaussian(x, level, *m) for model in (MAIN, WEAK))
+    main, weak = (lambda x, level, m=model: Denoised(gaussian(x, level, *m)) for model in (MAIN, WEAK))
     x_t = draw(4, 3, 2, 2)
     for level in LEVELS.values():
-        expected = weak(x_t, level) + scale * (main(x_t, level) - weak(x_t, level))  # Karras et al. 2024, eq. 3
-        torch.testing.assert_close(Autoguided(main, weak, scale)(x_t, level), expected, rtol=0, atol=1e-13)
-    assert torch.equal(Autoguided(main, never, 1.0)(x_t, level), main(x_t, level))
+        by_main, by_weak = (denoise(x_t, level).x0 for denoise in (main, weak))
+        expected = by_weak + scale * (by_main - by_weak)  # Karras et al. 2024, eq. 3
+        torch.testing.assert_close(Autoguided(main, weak, scale)(x_t, level).x0, expected, rtol=0, atol=1e-13)
+    assert torch.equal(Autoguided(main, never, 1.0)(x_t, level).x0, main(x_t, level).x0)
 
 
 @pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
 def test_autoguided_gaussians_stay_affine(path):
     # The ODE's samples are slope × noise + offset, carried along in numbers. Away from a broader model: narrower.
-    main, weak = (lambda x, level, m=model: gaussian(x, level, *m) for model in (MAIN, WEAK))
+    main, weak = (lambda x, level, m=model: Denoised(gaussian(x, level, *m)) for model in (MAIN, WEAK))
     legs, noise, spreads = plan(path, "ddim", 20, "trailing", set_alpha_to_one=True).legs, draw(4, 1, 2, 2), []
     for scale in (1.0, 2.0, 3.0):
         slope, offset = 1.0, 0.0
@@ -333,7 +333,7 @@ def mixture(x_t, level, weights=WEIGHTS):
     """E[x0 | x_t], exactly, for components of these weights, (4,) or (b, 4)."""
     shares = log_joint(x_t, level, weights).softmax(1)
     each = gaussian(x_t.flatten(1)[:, None], level, MEANS, STDS[:, None])  # (b, 4, 2)
-    return torch.einsum("bk,bkd->bd", shares, each).view_as(x_t)
+    return Denoised(torch.einsum("bk,bkd->bd", shares, each).view_as(x_t))
 
 
 def log_probability(label, x_t, level):
@@ -355,8 +355,8 @@ def test_an_exact_classifier_gives_the_exact_conditional_denoiser(label):
     levels = [path.level(i) for path in (VP, FLOW) for i in (0, 20, 100, 300, 600, 900, 998, 998.9)]
     for level in [*levels, VP.level(999)]:
         x_t = noisy(level)
-        x0 = guided(x_t, level)
-        torch.testing.assert_close(x0, mixture(x_t, level, WEIGHTS * LABELS[label]), rtol=0, atol=1e-9)
+        x0 = guided(x_t, level).x0
+        torch.testing.assert_close(x0, mixture(x_t, level, WEIGHTS * LABELS[label]).x0, rtol=0, atol=1e-9)
         assert not x0.requires_grad
         assert not x_t.requires_grad
 
@@ -365,7 +365,7 @@ def test_an_exact_classifier_gives_the_exact_conditional_denoiser(label):
 def test_a_classifiers_weight_is_the_scale_of_classifier_free_guidance():
     # With exact models, grad log p(y | x_t) is the difference of the two scores (Ho & Salimans 2022, section 3.2).
     def told_weights(x_t, index, condition):
-        return mixture(x_t, VP.level(int(index[0])), condition)
+        return mixture(x_t, VP.level(int(index[0])), condition).x0
 
     for label, weight, i in [(0, 0.5, 999), (1, 3.0, 600), (2, -1.0, 300), (1, 0.0, 100)]:
         level = VP.level(i)
@@ -373,13 +373,13 @@ def test_a_classifiers_weight_is_the_scale_of_classifier_free_guidance():
         everything, some = (w.expand(len(x_t), 4) for w in (WEIGHTS, WEIGHTS * LABELS[label]))
         free = ClassifierFree(Denoiser(told_weights, "x0"), everything, [(some, weight)])
         guided = ClassifierGuided(mixture, partial(log_probability, label), weight)
-        torch.testing.assert_close(guided(x_t, level), free(x_t, level), rtol=0, atol=1e-9)
+        torch.testing.assert_close(guided(x_t, level).x0, free(x_t, level).x0, rtol=0, atol=1e-9)
 
 
 def test_a_classifier_is_not_asked_in_vain():
     for weight, level in ((0.0, LEVELS["vp 250"]), (1.0, LEVELS["flow 999"])):
         x_t = noisy(level)
-        assert torch.equal(ClassifierGuided(mixture, never, weight)(x_t, level), mixture(x_t, level))
+        assert torch.equal(ClassifierGuided(mixture, never, weight)(x_t, level).x0, mixture(x_t, level).x0)
 
 
 def std_alone(legs, std, eta):
@@ -433,9 +433,9 @@ def test_wrappers_nest():
     for level, inner, rows in ((low, free, 4), (high, plain, 2)):
         main.asked.clear()
         weak.asked.clear()
-        x0 = guided(x_t, level)
+        x0 = guided(x_t, level).x0
         assert ([len(asked) for asked in main.asked], [len(asked) for asked in weak.asked]) == ([rows], [2])
-        expected = 2 * inner(x_t, level) - weaker(x_t, level) + 0.5 * level.sigma**2 / level.alpha * (-2 * x_t)
+        expected = 2 * inner(x_t, level).x0 - weaker(x_t, level).x0 + 0.5 * level.sigma**2 / level.alpha * (-2 * x_t)
         torch.testing.assert_close(x0, expected, rtol=0, atol=1e-12)
 
 

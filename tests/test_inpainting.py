@@ -86,7 +86,7 @@ def test_each_guided_prediction_sees_its_own_pictures_context():
         [(torch.zeros(2, 1), 2.0), (torch.zeros(2, 1), 3.0)],
     )
     level = tiny_pipeline().process.schedule.level(500)
-    assert denoise(torch.randn(2, 1, 1, 1), level).flatten().tolist() == pytest.approx([1.0, 2.0])
+    assert denoise(torch.randn(2, 1, 1, 1), level).x0.flatten().tolist() == pytest.approx([1.0, 2.0])
 
 
 # -- the data -------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def our_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, va
         return fake_network(x, index, condition, 8 if learned else 4)
 
     sample(
-        Conditioned(Denoiser(network, target, fraction=learned), None),
+        Conditioned(Denoiser(network, target), None),
         route.start(noise),
         route.legs,
         make_step(kind, eta, variance),

@@ -58,13 +58,14 @@ def test_levels_stand_where_the_index_says():
     schedule = Schedule.build("scaled_linear")
     for i in (0, 1, 13, 500, 998, 999):
         level = schedule.level(i)
-        assert level.index == i
-        assert isinstance(level.index, int)
-        assert level.t * 1000 - 1 == pytest.approx(i, abs=1e-9)
+        assert level.model_time == i
+        assert isinstance(level.model_time, int)
         assert level.alpha**2 == pytest.approx(schedule.alpha_bar[i].item(), rel=1e-14)
-    assert isinstance(schedule.level(3.0).index, int)
-    assert schedule.level(957.375).index == 957.375
-    assert (schedule.level(-1).alpha, schedule.level(-1).sigma, schedule.level(-1).t) == (1, 0, 0)
+    assert isinstance(schedule.level(3.0).model_time, int)
+    assert schedule.level(957.375).model_time == 957.375
+    clean = schedule.level(-1)
+    assert (clean.alpha, clean.sigma, clean.is_last) == (1, 0, True)
+    assert not schedule.level(0).is_last
     for outside in (-1.5, 999.5, float("nan")):
         with pytest.raises(ValueError, match="index"):
             schedule.level(outside)
