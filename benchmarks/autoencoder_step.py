@@ -33,30 +33,30 @@ from train.config.run import Precision
 from train.config.vae import AdversarialConfig, VaeConfig
 from train.engine.optim import autocast, build_optimizer
 from train.engine.run import versions
+from train.engine.stage import Batch
 from train.stages.vae_step import Judge, Reconstruct
 
 Step = Callable[[dict[str, Tensor]], float]
 
 
 def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) -> Step:
-    """As train/engine/loop.py takes it, without logging and averaging."""
+    """As train/engine/trainer.py takes it, without logging and averaging."""
     torch.manual_seed(0)
     config = VaeConfig(adversarial=AdversarialConfig(kind="hinge", channels=64, layers=3))
     vae, critic = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
     player, judge = Reconstruct(vae, config, Lpips("vgg", vgg).to(device), critic), Judge(critic, config.adversarial)
-    player.adversarial = True
     turns = [(m, build_optimizer(m, OptimizerConfig())) for m in (player, judge)]
 
     def step(batch: dict[str, Tensor]) -> float:
-        batch = dict(batch)
+        part: Batch = batch | {"adversarial": True}
         for module, optimizer in turns:
             with autocast(device, precision):
-                out = module(batch)
+                out = module(part)
             out.loss.backward()
             torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            batch |= out.carry
+            part = out.batch
         return 0.0
 
     return step

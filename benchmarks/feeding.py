@@ -14,13 +14,12 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import patch
 
 import train.stages.ldm
 from train.commands.main import command
 from train.config.ldm import LdmConfig
 from train.config.load import overlay, parse
-from train.engine.loop import Trainer
+from train.engine.stage import Batch, Hooks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +42,27 @@ class Options:
     """Processes that read ahead."""
 
 
+class FirstStep(Hooks):
+    """Takes the time until the first step."""
+
+    def __init__(self) -> None:
+        self.begun, self.seconds = time.perf_counter(), 0.0
+
+    def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
+        self.seconds = self.seconds or time.perf_counter() - self.begun
+        return parts
+
+
 def run(config: LdmConfig) -> tuple[float, float, float]:
     """Seconds to the first step, pictures a second, and the share of waiting."""
-    begun, first = time.perf_counter(), [0.0]
-    step = Trainer.step
-
-    def timed(self: Trainer, number: int, parts: list) -> dict:
-        first[0] = first[0] or time.perf_counter() - begun
-        return step(self, number, parts)
-
-    with patch.object(Trainer, "step", timed), contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):  # fmt: skip
-        train.stages.ldm.train(config)
+    first = FirstStep()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train.stages.ldm.train(config, first)
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     counted = [line for line in lines if "images_per_second" in line and line["step"] > 20]
-    return first[0], *(statistics.median(line[name] for line in counted) for name in ("images_per_second", "loading"))
+    return first.seconds, *(
+        statistics.median(line[name] for line in counted) for name in ("images_per_second", "loading")
+    )
 
 
 def main() -> None:

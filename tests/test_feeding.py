@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import clip_config, cut, final_state, ldm_config, losses, vae_config
+from test_training import Crash, clip_config, final_state, ldm_config, losses, vae_config
 
 import train.stages.clip
 import train.stages.ldm
@@ -73,9 +73,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_is_continued_exactly(
-    varied: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+def test_each_way_is_continued_exactly(varied: Path, parts: Path, tmp_path: Path, way: str) -> None:
     def config(name: str, **change: object) -> Any:
         settings = {"steps": 6, "validate_every": 6, "checkpoint_every": 2, "data": str(varied)} | WAYS[way] | change
         data = Path(str(settings.pop("data")))
@@ -83,10 +81,8 @@ def test_each_way_is_continued_exactly(
 
     train.stages.ldm.train(config("whole", accumulation=2))
     for at in (3, 5):
-        with monkeypatch.context() as patch:
-            cut(patch, at)
-            with pytest.raises(KeyboardInterrupt):
-                train.stages.ldm.train(config(f"cut-{at}", accumulation=2, workers=2))
+        with pytest.raises(KeyboardInterrupt):
+            train.stages.ldm.train(config(f"cut-{at}", accumulation=2, workers=2), Crash(at))
         train.stages.ldm.train(config(f"cut-{at}", accumulation=2))
         assert final_state(tmp_path / f"cut-{at}", 6) == final_state(tmp_path / "whole", 6), at
     listed = [json.loads(line)["file"] for line in (tmp_path / "whole/damaged.jsonl").read_text().splitlines()]
@@ -157,21 +153,19 @@ def test_a_text_encoder_of_either_kind_trains_and_stock_diffusers_paints_the_sam
     assert ours.std() > 0.05
 
 
-def test_a_stream_trains_every_stage_and_is_continued_exactly(
-    stream: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_trains_every_stage_and_is_continued_exactly(stream: str, parts: Path, tmp_path: Path) -> None:
     given: Any = stream
     stages = {
-        "clip": lambda out, **c: train.stages.clip.train(clip_config(given, out, **c)),
-        "vae": lambda out, **c: train.stages.vae.train(vae_config(given, out, **c)),
-        "ldm": lambda out, **c: train.stages.ldm.train(ldm_config(given, out, parts, **{"cache": "off", **c})),
+        "clip": lambda out, hooks=None, **c: train.stages.clip.train(clip_config(given, out, **c), hooks),
+        "vae": lambda out, hooks=None, **c: train.stages.vae.train(vae_config(given, out, **c), hooks),
+        "ldm": lambda out, hooks=None, **c: train.stages.ldm.train(
+            ldm_config(given, out, parts, **{"cache": "off", **c}), hooks
+        ),
     }
     for name, start in stages.items():
         start(tmp_path / name)
-        with monkeypatch.context() as patch:
-            cut(patch, 5)
-            with pytest.raises(KeyboardInterrupt):
-                start(tmp_path / f"{name}-cut", workers=2)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / f"{name}-cut", Crash(5), workers=2)
         start(tmp_path / f"{name}-cut")
         assert final_state(tmp_path / f"{name}-cut") == final_state(tmp_path / name)
     for change in ({"cache": ""}, {"input": DataConfig(resolution=32, buckets=8)}):

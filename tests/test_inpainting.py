@@ -15,12 +15,13 @@ from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from pydantic import ValidationError
 from test_editing import PROMPTS, box, pictures, seeds
-from test_training import COMMON, clip_config, cut, final_state, ldm_config, losses, vae_config
+from test_training import COMMON, Crash, clip_config, final_state, ldm_config, losses, vae_config
 from torch import Tensor
 
 import train.stages.clip
 import train.stages.ldm
 import train.stages.vae
+from autoencoder.model import Autoencoder
 from ldm.denoiser import Denoiser, beside
 from ldm.editing import on_latents, without
 from ldm.errors import UserError
@@ -33,7 +34,7 @@ from train.data.batches.cache import LatentCache, Originals, TextCache
 from train.data.batches.dataset import PLAIN, CachedDataset, LatentNoise, PictureDataset, loader
 from train.data.images.crop import Framing
 from train.data.sources.splits import Source, open_source
-from train.stages.ldm import LdmStage
+from train.engine.stage import Batch, Hooks
 
 
 @pytest.fixture(scope="module")
@@ -112,40 +113,37 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_masked_picture_is_the_one_its_latent_was_made_of(
-    begun: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    begun: Path, wide: Path, tmp_path: Path, way: str
 ) -> None:
-    seen: list[Any] = []
-    begin_step = LdmStage.begin_step
+    seen: list[Batch] = []
 
-    def spy(self: LdmStage, step: int, parts: list, scale: Any) -> None:
-        begin_step(self, step, parts, scale)
-        seen.append((self, parts[0]))
+    class Spy(Hooks):
+        def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
+            seen.extend(parts)
+            return parts
 
-    monkeypatch.setattr(LdmStage, "begin_step", spy)
     config = inpaint_config(wide, tmp_path / "run", begun, steps=2, validate_every=2, batch_size=8, **WAYS[way])
-    train.stages.ldm.train(config)
-    for stage, batch in seen:
-        mean, std = stage.autoencoder.encode(batch["pixels"])
+    train.stages.ldm.train(config, Spy())
+    autoencoder = Autoencoder.load(config.vae or config.init)
+    assert len(seen) == 2
+    for batch in seen:
+        mean, std = autoencoder.encode(batch["pixels"])
         torch.testing.assert_close(batch["mean"], mean, atol=1e-5, rtol=0)
         mask, context = batch["mask"], batch["context"]
-        torch.testing.assert_close(context[:, :1], on_latents(mask, stage.autoencoder.factor))
+        torch.testing.assert_close(context[:, :1], on_latents(mask, autoencoder.factor))
         elsewhere = torch.where(mask > 0, torch.rand_like(batch["pixels"]), batch["pixels"])
-        mean, std = stage.autoencoder.encode(without(elsewhere, mask))
+        mean, std = autoencoder.encode(without(elsewhere, mask))
         torch.testing.assert_close(context[:, 1:], mean + std * batch["masked_noise"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("way", ["cached", "kept crops", "as they come"])
-def test_a_run_is_continued_exactly(
-    shapes: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    def start(name: str, **change: Any) -> None:
-        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change))
+def test_a_run_is_continued_exactly(shapes: Path, begun: Path, tmp_path: Path, way: str) -> None:
+    def start(name: str, hooks: Hooks | None = None, **change: Any) -> None:
+        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change), hooks)
 
     start("whole", workers=2)
-    with monkeypatch.context() as patch:
-        cut(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            start("cut")
+    with pytest.raises(KeyboardInterrupt):
+        start("cut", Crash(5))
     start("cut")
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 4

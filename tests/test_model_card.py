@@ -11,7 +11,7 @@ import test_training
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_training import Start, clip_config, cut, ldm_config, vae_config
+from test_training import Crash, Start, clip_config, ldm_config, vae_config
 
 import train.stages.clip
 import train.stages.ldm
@@ -75,22 +75,18 @@ def test_every_stage_hands_over_a_card(start: Start, tmp_path: Path, monkeypatch
     assert Path("painted.png").is_file() == (stage == 2)
 
 
-def test_a_card_survives_being_continued(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_survives_being_continued(start: Start, tmp_path: Path) -> None:
     """An unfinished run says so; without a new validation it shows the old one, and its sheet."""
-    with monkeypatch.context() as patch:
-        cut(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / "run", steps=4, validate_every=9, checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "run", Crash(3), steps=4, validate_every=9, checkpoint_every=2)
     page = (tmp_path / "run/model/README.md").read_text()
     assert "Step 2 of 4: the run is **not finished**" in page
     assert "Nothing yet." in page
     assert "![" not in page
     assert not (tmp_path / "run/model/sample.png").exists()
     start(tmp_path / "run", steps=4, validate_every=9, checkpoint_every=2)
-    with monkeypatch.context() as patch:
-        cut(patch, 7)
-        with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / "run", steps=8, validate_every=9, checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "run", Crash(7), steps=8, validate_every=9, checkpoint_every=2)
     page = (tmp_path / "run/model/README.md").read_text()
     assert "Step 6 of 8" in page
     assert "at step 4:" in page

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train.engine.loop
 import train.stages.clip
 import train.stages.ldm
 import train.stages.vae
@@ -27,8 +26,8 @@ from train.config.ldm import DiffusionConfig, LdmConfig, UnetConfig
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, AutoencoderConfig, VaeConfig
 from train.data.sources.splits import open_source
-from train.engine.loop import Trainer
 from train.engine.optim import learning_rate
+from train.engine.stage import Batch, Hooks
 
 ROOT = Path(__file__).parent.parent
 COMMON = {
@@ -84,27 +83,29 @@ Start = Callable[..., None]
 
 @pytest.fixture(params=["clip", "vae", "ldm"])
 def start(request: pytest.FixtureRequest, shapes: Path) -> Start:
-    """Starts a stage: start(out, **changed settings)."""
+    """Starts a stage: start(out, hooks, **changed settings)."""
     match request.param:
         case "clip":
-            return lambda out, **change: train.stages.clip.train(clip_config(shapes, out, **change))
+            return lambda out, hooks=None, **change: train.stages.clip.train(clip_config(shapes, out, **change), hooks)
         case "vae":
-            return lambda out, **change: train.stages.vae.train(vae_config(shapes, out, **change))
+            return lambda out, hooks=None, **change: train.stages.vae.train(vae_config(shapes, out, **change), hooks)
         case _:
             parts = request.getfixturevalue("parts")
-            return lambda out, **change: train.stages.ldm.train(ldm_config(shapes, out, parts, **change))
+            return lambda out, hooks=None, **change: train.stages.ldm.train(
+                ldm_config(shapes, out, parts, **change), hooks
+            )
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Let a run crash just before its step number `at` (from 0)."""
-    step = Trainer.step
+@dataclass
+class Crash(Hooks):
+    """Ends a run just before its step number `at` (from 0)."""
 
-    def crash(self: Trainer, number: int, batch: list) -> dict:
-        if number == at:
+    at: int
+
+    def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
+        if step == self.at:
             raise KeyboardInterrupt
-        return step(self, number, batch)
-
-    monkeypatch.setattr(Trainer, "step", crash)
+        return parts
 
 
 def final_state(out: Path, step: int = 8) -> tuple[bytes, bytes]:
@@ -119,16 +120,14 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize(("accumulation", "workers", "kind"), [(1, 0, "muon"), (4, 2, "adamw")])
 def test_a_run_cut_and_continued_is_the_run_that_was_never_cut(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, workers: int, kind: str
+    start: Start, tmp_path: Path, accumulation: int, workers: int, kind: str
 ) -> None:
     optimizer = OptimizerConfig(kind=kind, lr=1e-3, schedule="cosine", warmup=3)
     settings = {"accumulation": accumulation, "workers": workers, "optimizer": optimizer}
     start(tmp_path / "whole", **settings)
     for at in (2, 5, 7):
-        with monkeypatch.context() as patch:
-            cut(patch, at)
-            with pytest.raises(KeyboardInterrupt):
-                start(tmp_path / f"cut-{at}", **settings)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / f"cut-{at}", Crash(at), **settings)
         start(tmp_path / f"cut-{at}", **settings | {"workers": 0})
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
         assert losses(tmp_path / f"cut-{at}")[-1] == losses(tmp_path / "whole")[-1]
@@ -213,25 +212,22 @@ def test_an_overflow_in_fp16_is_skipped_and_survived(
     assert skipped[-1] == skipped[-5]  # the scale has come down, and training goes on
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
-    """NaN in the noise of the batches of some steps."""
-    step = Trainer.step
+@dataclass
+class Poison(Hooks):
+    """Puts NaN into the noise or the pictures of some steps."""
 
-    def poisoned(self: Trainer, number: int, batch: list) -> dict:
-        if bad(number):
-            batch = [{k: v * torch.nan if k in ("noise", "pixels") else v for k, v in b.items()} for b in batch]
-        return step(self, number, batch)
+    bad: Callable[[int], bool]
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
+        if not self.bad(step):
+            return parts
+        return [{k: v * torch.nan if k in ("noise", "pixels") else v for k, v in part.items()} for part in parts]
 
 
 @pytest.mark.parametrize("optimizer", [COMMON["optimizer"], MUON], ids=lambda o: o.kind)
-def test_a_step_that_is_not_finite_changes_no_weight(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: OptimizerConfig
-) -> None:
+def test_a_step_that_is_not_finite_changes_no_weight(start: Start, tmp_path: Path, optimizer: OptimizerConfig) -> None:
     every = {"checkpoint_every": 1, "ema_decay": 0.0, "optimizer": optimizer}
-    poison(monkeypatch, lambda step: step == 5)
-    start(tmp_path / "run", **every)
+    start(tmp_path / "run", Poison(lambda step: step == 5), **every)
     before, after = (load_file(tmp_path / f"run/checkpoints/step-{s:08d}/state.safetensors") for s in (5, 6))
     assert all(torch.equal(before[name], value) for name, value in after.items())
     last = load_file(tmp_path / "run/checkpoints/step-00000008/state.safetensors")
@@ -242,31 +238,29 @@ def test_a_step_that_is_not_finite_changes_no_weight(
 
 
 def test_too_many_in_a_row_go_back_and_then_give_up(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poison(monkeypatch, lambda step: step >= 4)
+    poison = Poison(lambda step: step >= 4)
     config = clip_config(shapes, tmp_path / "run", steps=40, roll_back_after=3, log_every=1, checkpoint_every=4)
     with pytest.raises(RunError, match="finite"):
-        train.stages.clip.train(replace(config, checkpoint_every=100))  # no checkpoint to go back to
+        train.stages.clip.train(replace(config, checkpoint_every=100), poison)  # no checkpoint to go back to
     config = replace(config, out=str(tmp_path / "second"))
     with pytest.raises(RunError, match="not helped"):
-        train.stages.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2))
+        train.stages.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2), poison)
     assert "back to the weights of step 4" in capsys.readouterr().out
 
 
-def test_a_signal_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
     start(tmp_path / "whole")
-    step = Trainer.step
 
-    def interrupted(self: Trainer, number: int, batch: list) -> dict:
-        if number == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, number, batch)
+    class Interrupt(Hooks):
+        def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return parts
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            start(tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        start(tmp_path / "run", Interrupt())
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "run/checkpoints/step-00000005/manifest.json").is_file()
     start(tmp_path / "run")
@@ -315,9 +309,7 @@ def test_a_chosen_process_trains_and_is_handed_over(
     assert pipe("a red star", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
 
 
-def test_importance_of_timesteps_is_continued_exactly(
-    shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_importance_of_timesteps_is_continued_exactly(shapes: Path, parts: Path, tmp_path: Path) -> None:
     # Of so few timesteps all have been seen after a few steps, when the probabilities leave uniform.
     diffusion = DiffusionConfig(timesteps=6, timestep_sampling="importance", stratified=True)
     settings = {"diffusion": diffusion, "accumulation": 2}
@@ -327,10 +319,8 @@ def test_importance_of_timesteps_is_continued_exactly(
     assert seen.min() > 0
     assert seen.sum() == 64
     for at in (4, 7):
-        with monkeypatch.context() as patch:
-            cut(patch, at)
-            with pytest.raises(KeyboardInterrupt):
-                train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
+        with pytest.raises(KeyboardInterrupt):
+            train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings), Crash(at))
         train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
 

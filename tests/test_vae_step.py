@@ -13,9 +13,10 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
-from test_training import ROOT, cut, final_state, losses, vae_config
+from test_training import ROOT, Crash, final_state, losses, vae_config
 from torch import Tensor, nn
 
+import train.engine.loop
 import train.stages.clip
 import train.stages.vae
 import train.stages.vae_step
@@ -26,7 +27,6 @@ from autoencoder.model import Autoencoder, build_autoencoder
 from ldm.errors import UserError
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, AutoencoderConfig, EquivarianceConfig, PerceptualConfig, VaeConfig
-from train.engine.loop import Trainer
 from train.stages.vae_step import Judge, Reconstruct
 
 ADAPTIVE = AdversarialConfig(kind="hinge", start=0, channels=8, layers=2)
@@ -41,7 +41,7 @@ def small_vae() -> AutoencoderKL:
     return vae
 
 
-def batch(n: int = 4) -> dict[str, Tensor]:
+def batch(n: int = 4) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     coarse = torch.rand(n, 3, 4, 4, generator=g) * 2 - 1
     pixels = nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
@@ -77,7 +77,7 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
         adversarial=AdversarialConfig(kind="non_saturating", weight=0.3, adaptive=adaptive),
     )  # fmt: skip
     player = Reconstruct(vae, config, Contrast(), critic)
-    player.adversarial, player.transform = True, transform
+    b |= {"adversarial": True, "transform": transform}
     s = torch.tensor(-2.0)
     if player.logvar is not None:
         player.logvar.data.fill_(s)
@@ -110,8 +110,7 @@ def test_the_weights_of_rombach_et_al_carry_over() -> None:
     """Their loss (sums over a picture) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
     vae, critic, b = small_vae(), PatchDiscriminator(8, 2), batch()
     player = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), critic)
-    player.adversarial = True
-    player(b).loss.backward()
+    player(b | {"adversarial": True}).loss.backward()
     ours = gradient(vae)
     vae.zero_grad()
     q = vae.encode(b["pixels"]).latent_dist
@@ -131,7 +130,7 @@ def test_each_player_trains_itself_alone(spectral: bool, r1: float) -> None:
     vae, critic, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), batch()
     settings = AdversarialConfig(kind="hinge", spectral_norm=spectral, r1=r1)
     player = Reconstruct(vae, VaeConfig(adversarial=settings), None, critic)
-    player.adversarial = True
+    b["adversarial"] = True
     state = {k: v.clone() for k, v in critic.state_dict().items()}
     out = player(b)
     out.loss.backward()
@@ -140,7 +139,7 @@ def test_each_player_trains_itself_alone(spectral: bool, r1: float) -> None:
     assert all(torch.equal(v, state[k]) for k, v in critic.state_dict().items())
     vae.zero_grad()
     state = {k: v.clone() for k, v in vae.state_dict().items()}
-    Judge(critic, settings)(b | out.carry).loss.backward()
+    Judge(critic, settings)(out.batch).loss.backward()
     assert gradient(critic).norm() > 0
     assert all(p.grad is None for p in vae.parameters())
     assert all(torch.equal(v, state[k]) for k, v in vae.state_dict().items())
@@ -149,8 +148,8 @@ def test_each_player_trains_itself_alone(spectral: bool, r1: float) -> None:
 def test_the_discriminator_sees_the_pictures_that_were_wanted() -> None:
     vae, critic, b = small_vae(), PatchDiscriminator(8, 2), batch()
     player = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE), None, critic)
-    player.transform = t = Transform(8, 8, 3)
-    carry = player(b).carry
+    t = Transform(8, 8, 3)
+    carry = player(b | {"transform": t}).batch
     torch.testing.assert_close(carry["wanted"], t(b["pixels"], 2))
     assert carry["made"].shape == carry["wanted"].shape
     assert not carry["made"].requires_grad
@@ -223,24 +222,22 @@ train.stages.vae.train(t.config(Path({str(shapes)!r}), Path(sys.argv[1]), **chan
             assert value == pytest.approx(two[0][name], rel=1e-3, abs=1e-3), name
 
 
-def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path) -> None:
     train.stages.vae.train(config(shapes, tmp_path / "whole", **EVERYTHING))
     state = load_file(tmp_path / "whole/checkpoints/step-00000008/state.safetensors")
     assert state["state/phases/vae/module/logvar"] != 0
     for at in (2, 5):
-        with monkeypatch.context() as patch:
-            cut(patch, at)
-            with pytest.raises(KeyboardInterrupt):
-                train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING))
+        with pytest.raises(KeyboardInterrupt):
+            train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING), Crash(at))
         train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING))
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
 
 
 def test_trying_a_step_first_leaves_no_trace(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The estimate before a run goes through every phase; the run is the same without it."""
+    """The estimate before a run goes through every phase; the run is the same with another one."""
     game = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
     train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | game))
-    monkeypatch.setattr(Trainer, "estimate", lambda *_: None)
+    monkeypatch.setattr(train.engine.loop, "estimate", lambda *_: None)
     train.stages.vae.train(config(shapes, tmp_path / "b", **EVERYTHING | game))
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
 

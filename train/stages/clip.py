@@ -15,10 +15,12 @@ from ldm.errors import UserError
 from train.config.clip import ClipConfig
 from train.data.batches.dataset import PictureDataset
 from train.engine.ema import Ema
-from train.engine.loop import Batch, Phase, StepOutput, fit
+from train.engine.loop import fit
 from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import build_optimizer
+from train.engine.publish import publisher
 from train.engine.run import Run, open_accelerator
+from train.engine.stage import Batch, Hooks, Phase, StepOutput
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
 
@@ -35,7 +37,7 @@ class Pair(nn.Module):
 
     def forward(self, batch: Batch) -> StepOutput:
         loss, metrics = self.contrastive(**batch)
-        return StepOutput(loss, metrics, {})
+        return StepOutput(loss, metrics, batch)
 
 
 class ClipStage:
@@ -77,10 +79,10 @@ class ClipStage:
         for parts in self.run.batches(self.training, start, self.run.damage(self.inputs.source)):
             yield [self.with_tokens(part) for part in parts]
 
-    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
-        pass
+    def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
+        return parts
 
-    def end_step(self) -> None:
+    def finish(self, step: int) -> None:
         pass
 
     @torch.no_grad()
@@ -121,7 +123,7 @@ def _id(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=7).digest())
 
 
-def train(config: ClipConfig) -> None:
+def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
     """Train stage 0 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input)
@@ -132,4 +134,5 @@ def train(config: ClipConfig) -> None:
     with Run(config, accelerator, {"data": inputs.fingerprint}) as run:
         inputs = inputs.prepared(run)
         tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
-        fit(run, ClipStage(run, config, inputs, tokenizer))
+        stage = ClipStage(run, config, inputs, tokenizer)
+        fit(run, stage, publisher(run, stage, inputs), hooks)

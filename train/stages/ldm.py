@@ -1,6 +1,5 @@
 """Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,10 +37,12 @@ from train.data.batches.dataset import (
 from train.data.sources.splits import Source
 from train.data.store.shards import Stored
 from train.engine.ema import Ema
-from train.engine.loop import Batch, Phase, StepOutput, fit
+from train.engine.loop import fit
 from train.engine.open_data import Inputs, build_buckets, open_inputs
 from train.engine.optim import DTYPES, autocast, build_optimizer
+from train.engine.publish import publisher
 from train.engine.run import Run, open_accelerator
+from train.engine.stage import Batch, Hooks, Phase, StepOutput
 from train.evaluation.diffusion import paint
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
@@ -68,7 +69,7 @@ class DiffusionLoss(nn.Module):
         losses = self.objective(network, x0, batch["timestep"], batch["noise"], batch["condition"])
         if self.importance is not None:
             self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
-        return StepOutput(losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}, {})
+        return StepOutput(losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}, batch)
 
 
 class LdmStage:
@@ -83,7 +84,6 @@ class LdmStage:
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.training, self.held_out = training, held_out
         self.cut = CutCaptions(run.say, "--text-chunks")
-        self._steps = 0
         unet.to(run.accelerator.device)
         backend = use_attention(unet, config.attention, DTYPES[config.precision])
         if config.attention == "auto":
@@ -102,8 +102,9 @@ class LdmStage:
         return self.run.batches(self.training, start, self.run.damage(self.inputs.source) if read else None)
 
     @torch.no_grad()
-    def complete(self, batch: Batch) -> None:
-        """Add what the cache doesn't have, from the networks themselves: of pictures and captions, and under masks."""
+    def complete(self, batch: Batch) -> Batch:
+        """A batch with what the cache doesn't have, from the networks themselves: of pictures and captions, and under masks."""
+        batch = dict(batch)
         if "mean" not in batch:
             captions = ["" if gone else c for c, gone in zip(batch["caption"], batch["dropped"].tolist(), strict=True)]
             batch["mean"], batch["std"] = self._posterior(batch["pixels"])
@@ -112,6 +113,7 @@ class LdmStage:
         if "mask" in batch:
             mean, std = self._posterior(without(batch["pixels"], batch["mask"]))
             batch["context"] = inpainting_context(batch["mask"], mean + std * batch["masked_noise"])
+        return batch
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16."""
@@ -120,24 +122,12 @@ class LdmStage:
             mean, std = self.autoencoder.encode(pixels)
         return mean.float(), std.float()
 
-    def _now(self) -> float:
-        """Seconds; while it still matters, of a device that has done its work."""
-        if self._steps < 2 and self.run.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
-        begun = self._now()
-        for part in parts:
-            self.complete(part)
-        self._steps += 1
-        if self._steps == 2 and {"mask", "pixels"} & parts[0].keys():  # the first one warms up
-            b = sum(len(part["position"]) for part in parts)
-            self.run.say(f"encoding takes {1000 * (self._now() - begun) / b:.3g} ms of each picture's time")
+    def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
         if self.importance is not None:
             self.importance.forget()
+        return [self.complete(part) for part in parts]
 
-    def end_step(self) -> None:
+    def finish(self, step: int) -> None:
         if self.importance is not None:
             self.importance.fold()
 
@@ -150,8 +140,7 @@ class LdmStage:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, count, b):
             places = list(range(first, min(first + b, count)))
-            batch = self.run.on_device(self.held_out.__getitems__(places))
-            self.complete(batch)
+            batch = self.complete(self.run.on_device(self.held_out.__getitems__(places)))
             batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
@@ -202,7 +191,7 @@ class LdmStage:
         return {}
 
 
-def train(config: LdmConfig) -> None:
+def train(config: LdmConfig, hooks: Hooks | None = None) -> None:
     """Train stage 2 into `config.out`, or continue what stands there."""
     init = find_pipeline(config.init) if config.init else None
     where: dict[str, str | Path] = {n: getattr(config, n) or init or "" for n in ("vae", "text_encoder")}
@@ -257,7 +246,8 @@ def train(config: LdmConfig) -> None:
         else:
             training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
             held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
-        fit(run, LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out))
+        stage = LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out)
+        fit(run, stage, publisher(run, stage, inputs), hooks)
 
 
 def cached(

@@ -30,10 +30,12 @@ from train.data.batches.dataset import PictureDataset, PosteriorNoise
 from train.data.order.rng import Purpose, uniforms
 from train.data.store.prefetch import read_ahead
 from train.engine.ema import Ema
-from train.engine.loop import Batch, Phase, fit
+from train.engine.loop import fit
 from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import autocast, build_optimizer
+from train.engine.publish import publisher
 from train.engine.run import Run, open_accelerator
+from train.engine.stage import Batch, Hooks, Phase
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet
@@ -87,7 +89,9 @@ class VaeStage:
         ]
         if critic is not None:
             optimizer = build_optimizer(critic, config.optimizer, lr=game.lr)
-            self.phases.append(Phase("discriminator", Judge(critic, game), optimizer, game.lr, game.start))
+            self.phases.append(
+                Phase("discriminator", Judge(critic, game), optimizer, game.lr, game.start, "discriminator_")
+            )
         self.ema = Ema(vae, config.ema_decay)
         self.latent_channels: int = vae.config.latent_channels
         draws = PosteriorNoise(self.latent_channels, self.factor)
@@ -107,20 +111,28 @@ class VaeStage:
     def batches(self, start: int) -> Iterator[list[Batch]]:
         return self.run.batches(self.training, start, self.run.damage(self.inputs.source))
 
-    def begin_step(self, step: int, parts: list[Batch], loss_scale: Tensor) -> None:
-        c, player, vae = self.config, self.reconstruct, self.reconstruct.vae
-        player.loss_scale, player.adversarial_weight = loss_scale / len(parts), None
-        player.adversarial = self.critic is not None and step >= c.adversarial.start
+    def adversarial_at(self, step: int) -> bool:
+        """Whether the discriminator takes part yet."""
+        return self.critic is not None and step >= self.config.adversarial.start
+
+    def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
+        c, vae = self.config, self.reconstruct.vae
         u = uniforms(c.seed, Purpose.TRANSFORM, [step], 4)[0]
         share, smallest = c.equivariance.share, c.equivariance.smallest
-        player.transform = draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None
-        if player.adversarial and c.adversarial.adaptive and len(parts) > 1:
+        drawn: Batch = {
+            "transform": draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None,
+            "adversarial": self.adversarial_at(step),
+        }
+        parts = [part | drawn for part in parts]
+        if drawn["adversarial"] and c.adversarial.adaptive and len(parts) > 1:
             # The weight is the whole batch's, so all of it is gone through before the first part's turn.
             with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
-                player.adversarial_weight = player.balance(player.terms(part) for part in parts)
+                weight = self.reconstruct.balance(map(self.reconstruct.terms, parts))
+            parts = [part | {"adversarial_weight": weight} for part in parts]
+        return parts
 
-    def end_step(self) -> None:
-        if self.critic is not None and self.reconstruct.adversarial and self.config.adversarial.spectral_norm:
+    def finish(self, step: int) -> None:
+        if self.critic is not None and self.adversarial_at(step) and self.config.adversarial.spectral_norm:
             self.critic.refresh()
 
     def _shares(self, pictures: PictureDataset, places: range) -> Iterator[Batch]:
@@ -234,7 +246,7 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
             assert_never(config.kind)
 
 
-def train(config: VaeConfig) -> None:
+def train(config: VaeConfig, hooks: Hooks | None = None) -> None:
     """Train stage 1 into `config.out`, or continue what stands there."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input, captioned=False)
@@ -245,4 +257,6 @@ def train(config: VaeConfig) -> None:
         "perceptual.model": "" if perceptual is None else digest(perceptual),
     }
     with Run(config, accelerator, made_from) as run:
-        fit(run, VaeStage(run, config, vae, perceptual, inputs.prepared(run)))
+        inputs = inputs.prepared(run)
+        stage = VaeStage(run, config, vae, perceptual, inputs)
+        fit(run, stage, publisher(run, stage, inputs), hooks)

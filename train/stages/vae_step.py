@@ -1,5 +1,6 @@
 """Stage 1's two players: the autoencoder that makes pictures, and the discriminator that tells them from real ones."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from autoencoder.discriminator import PatchDiscriminator, discriminator_loss, fr
 from autoencoder.equivariance import Transform
 from autoencoder.losses import Known, adaptive_weight, kl_loss, known, likelihood_loss, reconstruction_loss
 from train.config.vae import AdversarialConfig, VaeConfig
-from train.engine.loop import Batch, StepOutput
+from train.engine.stage import Batch, StepOutput
 
 
 class Terms(NamedTuple):
@@ -19,6 +20,8 @@ class Terms(NamedTuple):
 
     made: Tensor
     """Pictures (b, 3, H, W), in the graph."""
+    scale: float
+    """A power of two by which gradients of means over them are of ordinary size, so that half precision holds them."""
     wanted: Tensor
     """What they should be: the pictures, transformed where the latents were."""
     likeness: Known
@@ -32,7 +35,8 @@ class Reconstruct(nn.Module):
     """The autoencoder's turn: pictures through a posterior sample and back, and every term of the loss.
 
     The discriminator and the perceptual network stand beside it, not in it: their weights aren't its to train. mean: of
-    a tensor over all processes. The stage sets the attributes with a description below anew for each step.
+    a tensor over all processes. A batch says what is drawn for its step: the `transform` of the latents before they are
+    decoded, whether the loss is `adversarial` yet, and its `adversarial_weight` where that is known already.
     """
 
     def __init__(
@@ -47,23 +51,17 @@ class Reconstruct(nn.Module):
         self.vae, self.config, self.mean = vae, config, mean
         self.logvar = nn.Parameter(torch.zeros((), device=vae.device)) if config.learn_logvar else None
         self._beside = {"perceptual": perceptual, "critic": critic}
-        self.adversarial = False
-        """Whether the discriminator plays yet."""
-        self.transform: Transform | None = None
-        """Of the latents, before they are decoded."""
-        self.adversarial_weight: Tensor | None = None
-        """Where it is known already; else it is worked out from the batch."""
-        self.loss_scale: Tensor | float = 1.0
-        """Of half precision, against underflow."""
 
     def terms(self, batch: Batch) -> Terms:
         c, pixels = self.config, batch["pixels"]
         q = self.vae.encode(pixels).latent_dist
         z, wanted = q.mean + q.std * batch["posterior_noise"], pixels  # (b, c, h, w), (b, 3, H, W)
-        if self.transform is not None:
+        transform: Transform | None = batch.get("transform")
+        if transform is not None:
             factor = pixels.shape[-1] // z.shape[-1]
-            z, wanted = self.transform(z), self.transform(pixels, factor)
+            z, wanted = transform(z), transform(pixels, factor)
         made = self.vae.decode(z).sample.float()
+        scale = 2.0 ** math.ceil(math.log2(made.numel()))
         kl = kl_loss(q.mean, q.logvar, pixels[0].numel())
         metrics = {"kl": kl.detach()}
         perceptual, critic = self._beside["perceptual"], self._beside["critic"]
@@ -77,13 +75,13 @@ class Reconstruct(nn.Module):
                 total = total + c.perceptual.weight * distance
             return total
 
-        alike, adversarial = known(likeness, made, self.loss_scale), None
-        if self.adversarial and critic is not None and c.adversarial.kind != "none":
+        alike, adversarial = known(likeness, made, scale), None
+        if batch.get("adversarial") and critic is not None and c.adversarial.kind != "none":
             game = c.adversarial.kind
             with frozen(critic):
-                adversarial = known(lambda made: generator_loss(game, critic(made)), made, self.loss_scale)
+                adversarial = known(lambda made: generator_loss(game, critic(made)), made, scale)
             metrics["adversarial"] = adversarial.value
-        return Terms(made, wanted, alike, adversarial, kl, metrics)
+        return Terms(made, scale, wanted, alike, adversarial, kl, metrics)
 
     def balance(self, parts: Iterable[Terms]) -> Tensor:
         """The adversarial loss's weight: constant, or adaptive by the gradients of all parts and processes together.
@@ -98,8 +96,8 @@ class Reconstruct(nn.Module):
         for part in parts:
             assert part.adversarial is not None
             for gradient in (part.likeness.gradient, part.adversarial.gradient):
-                (pull,) = torch.autograd.grad(part.made, last, gradient * self.loss_scale, retain_graph=True)
-                pulls.append(pull.float() / self.loss_scale)
+                (pull,) = torch.autograd.grad(part.made, last, gradient * part.scale, retain_graph=True)
+                pulls.append(pull.float() / part.scale)
             del part  # a generator makes the next one only now that this one's graph is gone
         likeness, game = self.mean(torch.stack([sum(pulls[0::2]), sum(pulls[1::2])]))
         if self.logvar is not None:
@@ -114,10 +112,11 @@ class Reconstruct(nn.Module):
             terms.metrics["logvar"] = self.logvar.detach()
         loss = loss + self.config.kl_weight * terms.kl
         if terms.adversarial is not None:
-            weight = self.balance([terms]) if self.adversarial_weight is None else self.adversarial_weight
+            weight = batch.get("adversarial_weight")
+            weight = self.balance([terms]) if weight is None else weight
             loss = loss + weight * terms.adversarial.attach(terms.made)
             terms.metrics["adversarial_weight"] = weight
-        return StepOutput(loss, terms.metrics, {"made": terms.made.detach(), "wanted": terms.wanted})
+        return StepOutput(loss, terms.metrics, batch | {"made": terms.made.detach(), "wanted": terms.wanted})
 
 
 class Judge(nn.Module):
@@ -137,4 +136,4 @@ class Judge(nn.Module):
             metrics["r1"] = r1_penalty(self.critic, batch["wanted"])
             loss = loss + self.config.r1 * metrics["r1"]
             metrics["r1"] = metrics["r1"].detach()
-        return StepOutput(loss, metrics, {})
+        return StepOutput(loss, metrics, batch)

@@ -1,0 +1,51 @@
+"""What a run will take in time and memory, from one part of a batch tried twice before training starts."""
+
+import resource
+import time
+
+import torch
+
+from train.data.store.shards import duration
+from train.engine.optim import autocast
+from train.engine.run import Run
+from train.engine.stage import Batch, Stage
+
+
+def estimate(run: Run, stage: Stage, parts: list[Batch], steps: int) -> None:
+    """Say what a step of these parts costs, and `steps` of them. The first try warms up; no weight changes."""
+    config, device = run.config, run.accelerator.device
+    phases = [p for p in stage.phases if p.start < config.steps]
+    for _ in range(2):
+        begun = _clock(device)
+        (part,) = stage.prepare(config.steps - 1, parts[:1])
+        prepared = _clock(device)
+        for phase in phases:
+            with autocast(device, config.precision):
+                output = phase.module(part)
+            output.loss.backward()
+            phase.module.zero_grad(set_to_none=True)
+            part = output.batch
+        preparing, seconds = (len(parts) * (then - begun) for then in (prepared, _clock(device)))
+    weights = sum(p.numel() for q in stage.phases for p in q.module.parameters())
+    trained = sum(p.numel() for q in stage.phases for p in q.module.parameters() if p.requires_grad)
+    held = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, running average
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _resident_mib()
+    run.say(
+        f"{trained / 1e6:.2f} M parameters train; weights, gradient, optimizer and average take {held:,.0f} MiB, "
+        f"about {max(peak, held):,.0f} MiB in all; a step takes about {seconds:.3g} s (without the optimizer), "
+        f"{steps} steps about {duration(seconds * steps)}"
+    )
+    if preparing > 0.01 * seconds:
+        pictures = config.batch_size / run.accelerator.num_processes
+        run.say(f"encoding takes {1000 * preparing / pictures:.3g} ms of each picture's time")
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, when the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _resident_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

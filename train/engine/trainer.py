@@ -1,0 +1,164 @@
+"""A stage under way: one step, its state, and how both are saved, restored and kept healthy.
+
+A step is a pure function of its batch and the weights: accumulation, mixed precision with fp32 weights, distribution,
+clipping, skipping of non-finite steps without waiting for the device, and the running average.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import RunError
+from train.engine.checkpoint import Checkpoints
+from train.engine.optim import autocast, learning_rate
+from train.engine.run import Run
+from train.engine.stage import Batch, Hooks, Phase, Stage, StepOutput
+
+
+@dataclass
+class Health:
+    """Counts of steps skipped for a non-finite loss or gradient, kept on the device so that nothing waits for it."""
+
+    skipped: Tensor
+    in_a_row: Tensor
+    rolled_back: int = 0
+
+    def note(self, bad: Tensor) -> None:
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + bad) * bad
+
+
+class Trainer:
+    """A stage with the state of its training."""
+
+    def __init__(self, run: Run, stage: Stage, hooks: Hooks | None = None) -> None:
+        self.run, self.stage, self.hooks = run, stage, hooks or Hooks()
+        device = run.accelerator.device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.config.precision == "fp16")
+        self.health = Health(torch.zeros((), device=device), torch.zeros((), device=device))
+        self.wrapped = [run.accelerator.prepare_model(p.module) for p in stage.phases]
+        self.checkpoints = Checkpoints(run.out / "checkpoints", keep=run.config.keep_checkpoints)
+        self.generation = 0  # checkpoints written, to tell a second roll-back without progress
+
+    # -- one step ---------------------------------------------------------------------------------------------
+
+    def step(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
+        """Every phase once. Returns its metrics as tensors on the device."""
+        parts = self.hooks.begin_step(step, self.stage.prepare(step, parts))
+        share = learning_rate(self.run.config.optimizer, step, self.run.config.steps)
+        metrics: dict[str, Tensor] = {}
+        bad = torch.zeros((), device=self.run.accelerator.device)
+        for phase, module in zip(self.stage.phases, self.wrapped, strict=True):
+            if step >= phase.start:
+                outputs = self._backward(module, parts)
+                parts = [output.batch for output in outputs]
+                read = self._means(outputs)
+                norm, skipped = self._update(phase, phase.lr * share, read["loss"])
+                bad = torch.maximum(bad, skipped)
+                metrics |= {f"{phase.prefix}loss": read.pop("loss"), f"{phase.prefix}grad_norm": norm} | read
+        self.scaler.update()
+        self.health.note(bad)
+        self.stage.ema.update(step)
+        self.stage.finish(step)
+        self.hooks.end_step(step, metrics)
+        return metrics
+
+    def _backward(self, module: nn.Module, parts: list[Batch]) -> list[StepOutput]:
+        """Add up the gradient of the parts, which processes exchange once, with the last one."""
+        accelerator, outputs = self.run.accelerator, []
+        for k, part in enumerate(parts, 1):
+            with nullcontext() if k == len(parts) else accelerator.no_sync(module):
+                with autocast(accelerator.device, self.run.config.precision):
+                    output = module(part)
+                self.scaler.scale(output.loss / len(parts)).backward()
+            outputs.append(output)
+        return outputs
+
+    def _means(self, outputs: list[StepOutput]) -> dict[str, Tensor]:
+        """The loss and the metrics of all parts and processes."""
+        each = [{"loss": o.loss} | o.metrics for o in outputs]
+        means = torch.stack([torch.stack([one[name] for one in each]).detach().float().mean() for name in each[0]])
+        return dict(zip(each[0], self.run.accelerator.reduce(means, "mean"), strict=True))
+
+    def _update(self, phase: Phase, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and step; the gradient's norm, and 1 where the step was skipped, else 0.
+
+        It is where the loss or the gradient of any process is not finite, and nothing waits for the device to know it.
+
+        The optimizer itself leaves weights and moments as they are when its `found_inf` is 1. That is ours, not the
+        scaler's, which knows of gradients alone. Gradients are averages over all processes by now, so one process's NaN
+        is everybody's, and all skip together.
+        """
+        optimizer = phase.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(optimizer)
+        weights = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.run.config.optimizer.clip or math.inf)
+        bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm, bad
+
+    def check_health(self, step: int) -> None:
+        """After too many skipped steps in a row, return to the last checkpoint's weights; the data goes on."""
+        if int(self.health.in_a_row) < self.run.config.roll_back_after:
+            return
+        found = self.checkpoints.latest()
+        if found is None or self.health.rolled_back > self.generation:
+            raise RunError(
+                f"the last {int(self.health.in_a_row)} steps gave no finite loss and gradient, and going back has not "
+                "helped: try a lower --optimizer.lr, or --precision bf16 or fp32"
+            )
+        self.run.say(f"step {step}: too many steps were not finite; back to the weights of step {found.step}")
+        self.restore(self.checkpoints.load(found), weights_only=True)
+        self.health.in_a_row.zero_()
+        self.health.rolled_back = self.generation + 1
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "phases": {
+                p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()}
+                for p in self.stage.phases
+            },
+            "ema": self.stage.ema.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": int(self.health.skipped),
+            "in_a_row": int(self.health.in_a_row),
+        }
+
+    def restore(self, state: Mapping[str, Any], *, weights_only: bool = False) -> None:
+        for p in self.stage.phases:
+            p.module.load_state_dict(state["phases"][p.name]["module"])
+            p.optimizer.load_state_dict(state["phases"][p.name]["optimizer"])
+        self.stage.ema.load_state_dict(state["ema"])
+        if not weights_only:
+            self.scaler.load_state_dict(state["scaler"])
+            self.health.skipped.fill_(state["skipped"])
+            self.health.in_a_row.fill_(state["in_a_row"])
+
+    def resume(self) -> int:
+        """The step to begin with: 0, or where the newest valid checkpoint ends."""
+        found = self.checkpoints.latest()
+        if found is None:
+            return 0
+        self.restore(self.checkpoints.load(found))
+        self.run.say(f"continuing from step {found.step} ({found.folder})")
+        return found.step
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint."""
+        if int(self.health.in_a_row):
+            self.run.say(f"step {step}: the last {int(self.health.in_a_row)} steps were not finite and were skipped")
+        if self.run.main:
+            self.checkpoints.save(step, self.state())
+        self.run.accelerator.wait_for_everyone()
+        self.generation += 1
