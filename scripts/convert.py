@@ -1,6 +1,5 @@
 """Between a diffusers folder and one safetensors file with the original key names."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from ldm.formats.single_file import PICKLED, from_original, read_pickled
 from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import command
 from train.config.load import overlay
+from train.data.store.atomic import atomic_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,8 @@ def main() -> None:
     if out.suffix == ".safetensors":
         pipe.save_single_file(out)
     else:
-        part = out.with_name(f".tmp-{out.name}")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            pipe.save_pretrained(part)
-            part.rename(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        with atomic_folder(out) as folder:
+            pipe.save_pretrained(folder)
     print(out)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm.errors import RunError
 from train.commands.main import command
-from train.engine.checkpoint import atomic_folder
+from train.data.store.atomic import atomic_folder
 
 RUNS = Path("runs/demo")
 DATA = "data/shapes"

@@ -1,5 +1,6 @@
 """Batches are functions of (seed, positions); caches give exactly what the encoders gave, or are made anew."""
 
+import contextlib
 import errno
 import io
 import json
@@ -733,21 +734,19 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("fails_at", range(9))
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, fails_at):
     source, calls = source_of(tmp_path), []
-    write = shards_module._atomically
+    write = shards_module.atomic_file
 
-    def full(path, fill):
+    @contextlib.contextmanager
+    def full(path):
         calls.append(path)
-
-        def fill_some(file):
+        with write(path) as file:
             if len(calls) > fails_at:
                 file.write(b"some")
                 raise OSError(errno.ENOSPC, "No space left on device")
-            fill(file)
+            yield file
 
-        write(path, fill_some)
-
-    monkeypatch.setattr(shards_module, "_atomically", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(shards_module, "atomic_file", full)
+    with pytest.raises(RunError, match="disk full"):
         latents_of(tmp_path, source, Encoder())
     monkeypatch.undo()
     assert not list((tmp_path / "cache").rglob(".tmp-*"))

@@ -26,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.errors import RunError
+from train.data.store import atomic
+from train.data.store.atomic import atomic_file, atomic_folder, recover
 from train.engine import checkpoint
-from train.engine.checkpoint import Checkpoints, atomic_folder, load_tree, recover, save_tree
+from train.engine.checkpoint import Checkpoints, load_tree, save_tree
 
 FILES = ["state.safetensors", "state.json", "manifest.json"]
 
@@ -214,7 +216,7 @@ def killed_after(count, work, half=False):
 
                 return run
 
-            checkpoint._do = lambda call, *arguments: counted(call)(*arguments)
+            atomic._do = lambda call, *arguments: counted(call)(*arguments)
             os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
             work()
             os._exit(0)
@@ -236,12 +238,12 @@ def damage(path, at=None, flip=1):
 def use_exchange(exchange, folder, monkeypatch):
     """Swap folders in one step, or skip where the system cannot; or else with plain renames, as elsewhere."""
     if not exchange:
-        monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
         return
     names = [folder / "a", folder / "b"]
     for name in names:
         name.mkdir()
-    exchanged = checkpoint._exchange(*names)
+    exchanged = atomic._exchange(*names)
     for name in names:
         name.rmdir()
     if not exchanged:
@@ -304,7 +306,7 @@ def test_a_result_folder_is_the_old_or_the_new_one_at_any_moment(tmp_path, excha
         with atomic_folder(final) as folder:
             (folder / "unet").mkdir()
             for name in ("unet/weights", "index"):
-                checkpoint._write(folder / name, [text.encode()])
+                atomic.write_new(folder / name, [text.encode()])
 
     def read(final):
         return {str(p.relative_to(final)): p.read_text() for p in final.rglob("*") if p.is_file()}
@@ -321,6 +323,25 @@ def test_a_result_folder_is_the_old_or_the_new_one_at_any_moment(tmp_path, excha
         count += 1
     assert count > 15
     assert not leftovers(tmp_path)
+
+
+def test_a_file_is_the_old_or_the_new_one_at_any_moment(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def refresh(text):
+        with atomic_file(path) as file:
+            file.write(text)
+
+    count, killed = 0, True
+    while killed:
+        refresh(b"old")
+        killed = killed_after(count, lambda: refresh(b"new"))
+        assert path.read_bytes() in (b"old", b"new")
+        assert killed or path.read_bytes() == b"new"
+        count += 1
+    assert count == 4  # fsync, rename, fsync of the folder, and none
+    refresh(b"newer")
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_killed_at_random_moments_of_a_run(tmp_path):
@@ -357,7 +378,7 @@ def test_killed_at_random_moments_of_a_run(tmp_path):
 
 def test_the_order_of_operations_survives_a_power_cut(tmp_path, monkeypatch):
     """Each file is fsynced after its last write, then its folder, then comes the rename, then fsync of the parent."""
-    log, do, fault = [], checkpoint._do, checkpoint._fault
+    log, do, fault = [], atomic._do, checkpoint._fault
 
     def recorded(call, *arguments):
         name = getattr(call, "__name__", "?")
@@ -373,7 +394,7 @@ def test_the_order_of_operations_survives_a_power_cut(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, small_tree(1))
     checkpoints.save(2, small_tree(2))
-    monkeypatch.setattr(checkpoint, "_do", recorded)
+    monkeypatch.setattr(atomic, "_do", recorded)
     monkeypatch.setattr(checkpoint, "_fault", lambda *a: (log.append(("read", a[1])), fault(*a))[1])
     final = checkpoints.save(3, small_tree(3))
     temporary = final.with_name(".tmp-step-00000003")
@@ -405,7 +426,7 @@ def test_an_error_at_any_operation_leaves_what_was(tmp_path, monkeypatch):
             return call(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_do", failing)
+            patch.setattr(atomic, "_do", failing)
             message = ""
             try:
                 Checkpoints(folder).save(2, small_tree(9))
@@ -440,7 +461,7 @@ def test_disk_full_at_any_offset(tmp_path, monkeypatch):
             return written
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_do", full)
+            patch.setattr(atomic, "_do", full)
             if space < total:
                 with pytest.raises(RunError, match=r"^disk full while writing .*-00000003: 0.0 MB needed, .* MB free$"):
                     checkpoints.save(3, tree)
@@ -481,6 +502,21 @@ def test_a_failure_while_writing_leaves_the_old_result(tmp_path):
             (folder / "a").write_text("new")
             raise error
     assert (tmp_path / "model" / "a").read_text() == "old"
+    assert not leftovers(tmp_path)
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    for error, raised, said in (
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (OSError(errno.ENOSPC, "No space left on device"), RunError, "disk full while writing .*/a: .* MB free"),
+        (OSError(errno.EIO, "Input/output error"), RunError, "could not write .*/a: .*Input/output error"),
+    ):
+        with pytest.raises(raised, match=said), atomic_file(path) as file:  # noqa: PT012
+            file.write(b"new")
+            raise error
+    assert path.read_bytes() == b"old"
     assert not leftovers(tmp_path)
 
 
@@ -689,7 +725,7 @@ def test_a_disk_that_lies_is_noticed_before_anything_is_pruned(two, monkeypatch)
             return len(arguments[0])
         return call(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_do", lying)
+    monkeypatch.setattr(atomic, "_do", lying)
     with pytest.raises(RunError, match="could not be read back as it was written"):
         two.save(3, small_tree(3))
     assert same(valid(two.folder), {1: small_tree(1), 2: small_tree(2)})

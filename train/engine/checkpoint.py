@@ -4,12 +4,9 @@
                               state.json          the tree: all the rest, and which tensor stands where
                               manifest.json       the step; SHA-256 and size of the two
 
-One is committed by writing `.tmp-step-…`, fsync of its files and itself, a rename, fsync of the parent and reading
-it back; only then are old ones pruned. Killed anywhere in between, a process leaves the old state or the new one.
+One is committed as an atomic folder (train/data/store/atomic.py) and read back; only then are old ones pruned. Killed anywhere in between, a process leaves the old state or the new one.
 """
 
-import ctypes
-import errno
 import functools
 import hashlib
 import json
@@ -17,11 +14,10 @@ import logging
 import math
 import os
 import re
-import shutil
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.errors import RunError
+from train.data.store.atomic import atomic_folder, plain_errors, recover_all, retire, sweep, write_new
 
 Sums = dict[str, dict[str, str | int]]  # name of a file → its "sha256" and "size"
 
@@ -44,11 +41,6 @@ _DTYPES = {
 }  # fmt: skip
 # What reading a foreign or damaged file can raise.
 _UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, struct.error)
-
-
-def _do(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Every write, fsync and rename goes through here, so that a test can end the process at each."""
-    return call(*arguments)
 
 
 # -- a tree in two files --
@@ -135,7 +127,7 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> Sums:
     text = json.dumps(state, allow_nan=False, separators=(",", ":")).encode()
-    return {_TENSORS: _write(folder / _TENSORS, _safetensors(tensors)), _TREE: _write(folder / _TREE, [text])}
+    return {_TENSORS: write_new(folder / _TENSORS, _safetensors(tensors)), _TREE: write_new(folder / _TREE, [text])}
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
@@ -150,112 +142,6 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
     yield len(text).to_bytes(8, "little") + text
     for t in tensors.values():
         yield t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _write(path: Path, parts: Iterable[Any]) -> dict[str, str | int]:
-    """Write bytes-like parts to a new file."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "xb", buffering=0) as file:
-        for part in parts:
-            view = memoryview(part)
-            digest.update(view)
-            size += len(view)
-            while view:
-                view = view[_do(file.write, view[: 2**24]) :]
-    return {"sha256": digest.hexdigest(), "size": size}
-
-
-# -- folders that are whole or not there --
-
-
-@contextmanager
-def atomic_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
-    """An empty folder beside `final` to write into. On success it takes the place of `final`; on failure it goes.
-
-    needed: bytes, for the message when the disk is full.
-    Raises RunError with a plain line for a full disk and for any other OSError; `final` is then as it was.
-    """
-    final = Path(final)
-    temporary, aside = _beside(final, "tmp"), _beside(final, "old")
-    with _plain_errors(final, needed):
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            recover(final)
-            _remove(temporary)
-            temporary.mkdir()
-            yield temporary
-            for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
-            replace_folder(temporary, final)
-        except BaseException:
-            with suppress(OSError):
-                recover(final)
-                _remove(temporary)
-            raise
-        _sync(final.parent)
-        _sync(final.parent.parent)  # which may not have known the parent
-        _remove(temporary)  # now what was there before, under one name or the other
-        _remove(aside)
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Put the folder `new` in the place of `final`, without fsync. What was there is then at `new` or `.old-…`.
-
-    One step where Linux can exchange two names. Elsewhere `final` is missing for a moment, which `recover` mends.
-    """
-    if not os.path.lexists(final):
-        _do(os.rename, new, final)
-    elif not _do(_exchange, new, final):
-        _remove(_beside(final, "old"))
-        _do(os.rename, final, _beside(final, "old"))
-        _do(os.rename, new, final)
-
-
-def recover(final: Path) -> None:
-    """Bring `final` back if a process ended in the moment of `replace_folder` in which it is missing."""
-    if not os.path.lexists(final):
-        with suppress(FileNotFoundError):
-            _do(os.rename, _beside(final, "old"), final)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step: renameat2(2) with RENAME_EXCHANGE. False, and nothing done, where it cannot."""
-    with suppress(OSError, AttributeError):
-        return ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0  # AT_FDCWD is -100
-    return False
-
-
-def _beside(final: Path, kind: str) -> Path:
-    return final.with_name(f".{kind}-{final.name}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _do(os.fsync, descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _plain_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # libraries in Rust raise types of their own, with the system's words
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            need = "" if needed is None else f"{needed / 1e6:.1f} MB needed, "
-            free = shutil.disk_usage(path.parent).free / 1e6
-            raise RunError(f"disk full while writing {path}: {need}{free:.1f} MB free") from error
-        if isinstance(error, OSError):
-            raise RunError(f"could not write {path}: {error}") from error
-        raise
 
 
 # -- the checkpoints of a run --
@@ -288,15 +174,14 @@ class Checkpoints:
             raise ValueError(f"step is {step}: a step is 0 or more")
         state, tensors = _pack_tree(tree)
         final = self.folder / f"step-{step:08d}"
-        with _plain_errors(final):
-            self._recover()
-            for leftover in (*self.folder.glob(".tmp-step-*"), *self.folder.glob(".old-step-*")):
-                _remove(leftover)
+        with plain_errors(final):
+            recover_all(self.folder, "step-*")
+            sweep(self.folder, "step-*")
             if os.path.lexists(final) and (fault := _fault(step, final)):
                 _log.warning("%s is replaced: it was not valid (%s)", final, fault)
             with atomic_folder(final, needed=sum(t.nbytes for t in tensors.values())) as folder:
                 manifest = {"step": step, "files": _write_state(folder, state, tensors)}
-                _write(folder / _MANIFEST, [json.dumps(manifest).encode()])
+                write_new(folder / _MANIFEST, [json.dumps(manifest).encode()])
             if fault := _known_fault(step, final, _stamp(final)):
                 raise RunError(f"{final} could not be read back as it was written: {fault}")
             self._prune(final)
@@ -307,7 +192,7 @@ class Checkpoints:
 
         Raises RunError, naming each with its fault, if there are some and none is valid.
         """
-        self._recover()
+        recover_all(self.folder, "step-*")
         invalid: list[str] = []
         for step, folder in self._committed():
             fault = _fault(step, folder)
@@ -325,10 +210,6 @@ class Checkpoints:
         """The tree that was saved, tensors on the CPU. Raises RunError if the files do not hold one."""
         return load_tree(found.folder)
 
-    def _recover(self) -> None:
-        for aside in self.folder.glob(".old-step-*"):
-            recover(self.folder / aside.name.removeprefix(".old-"))
-
     def _committed(self) -> list[tuple[int, Path]]:
         """Step and folder of each, newest first."""
         folders = {p.name: p for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", p.name)}
@@ -339,9 +220,7 @@ class Checkpoints:
         valid = [f for step, f in self._committed() if _known_fault(step, f, _stamp(f)) is None]
         for folder in valid[self.keep :]:
             if folder != new:
-                temporary = _beside(folder, "tmp")  # first the name, so that half of one is never found
-                _do(os.rename, folder, temporary)
-                _remove(temporary)
+                retire(folder)
 
 
 def _fault(step: int, folder: Path) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train.engine.checkpoint import atomic_folder
+from train.data.store.atomic import atomic_folder
 from train.engine.estimate import estimate
 from train.engine.optim import learning_rate
 from train.engine.run import Run

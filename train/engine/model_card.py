@@ -18,6 +18,7 @@ from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.run import RunConfig
 from train.config.vae import VaeConfig
+from train.data.store.atomic import atomic_file
 from train.engine.open_data import Inputs
 from train.engine.run import Run, told, versions
 
@@ -161,9 +162,8 @@ def state_license(folder: Path, license: str) -> None:
     for path, new in (
         (page, f"---\n{yaml.safe_dump(hub, sort_keys=False)}---\n{text}"), (about, json.dumps(told, indent=2) + "\n")
     ):  # fmt: skip
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(new, encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(path) as file:
+            file.write(new.encode())
 
 
 def _about(config: RunConfig, network: Any, inputs: Inputs) -> _About:

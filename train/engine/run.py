@@ -33,6 +33,7 @@ from train.config.run import RunConfig
 from train.data.batches.dataset import Batch, StreamDataset, loader
 from train.data.batches.unreadable import Damage
 from train.data.sources.splits import Source
+from train.data.store.atomic import atomic_file
 from train.data.store.prefetch import Batched
 from train.data.store.shards import Processes
 
@@ -96,9 +97,8 @@ class Run:
             ) from None
         about = {"inputs": inputs, "versions": versions(), "commit": _commit()}
         text = yaml.safe_dump(plain(self.config) | {"about": about}, sort_keys=False, allow_unicode=True)
-        temporary = described.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(described)
+        with atomic_file(described) as file:
+            file.write(text.encode())
         # One tracker that fails (a missing package) would fail the run at its first log: fail at the start instead.
         self.accelerator.init_trackers(self.name)
 
@@ -123,9 +123,8 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-                temporary.replace(path)
+                with atomic_file(path) as file:
+                    file.write("".join(f"{line}\n" for line in kept).encode())
 
     def validated(self, step: int) -> tuple[int, dict[str, float]]:
         """The last validation up to this step: its step, and its figures by name; none where there was none."""

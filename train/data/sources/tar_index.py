@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from ldm.errors import RunError
 from train.data.sources.catalogue import Row, lowest
+from train.data.store.atomic import atomic_file, sync
 
 _FORMAT = 1
 _RECORD = struct.Struct("<QQII")  # line, picture, length of the line, CRC-32
@@ -181,7 +182,7 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.generation = folder, secrets.token_hex(8)
-        self.rows, self.lines, self.parts = (self._path(kind).open("w+b") for kind in _KINDS)
+        self.rows, self.lines, self.parts = ((folder / f"{self.generation}.{kind}").open("w+b") for kind in _KINDS)
 
     def __enter__(self) -> Self:
         return self
@@ -190,9 +191,6 @@ class Writer:
         """What isn't committed stays, for the next one to take over."""
         for file in (self.rows, self.lines, self.parts):
             file.close()
-
-    def _path(self, kind: str) -> Path:
-        return self.folder / f"{self.generation}.{kind}"
 
     def add(self, part: Part, placed: Iterable[Placed], left_out: LeftOut) -> None:
         """A part. When `placed` raises, it is as if it hadn't been tried."""
@@ -230,19 +228,12 @@ class Writer:
             "format": _FORMAT, "generation": self.generation, "fingerprint": sums[0], "parts": sums[1],
             "lowest": nearest,
         }  # fmt: skip
-        with self._path("about").open("wb") as new:
+        for file in (self.rows, self.lines, self.parts):
+            sync(file.fileno())
+        with atomic_file(self.folder / "about.json") as new:
             new.write(json.dumps({**about, "sum": _sum(about)}).encode())
-            new.flush()
-            for descriptor in (file.fileno() for file in (self.rows, self.lines, self.parts, new)):
-                os.fsync(descriptor)
-        os.replace(self._path("about"), self.folder / "about.json")
-        directory = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
         for path in self.folder.iterdir():
-            if path.suffix[1:] in (*_KINDS, "about") and path.stem != self.generation:
+            if path.suffix[1:] in _KINDS and path.stem != self.generation:
                 path.unlink(missing_ok=True)
 
 

@@ -21,7 +21,6 @@ import math
 import os
 import secrets
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.errors import RunError
+from train.data.store.atomic import atomic_file
 from train.data.store.row_index import Digests, Index, listing, locate, sum_of
 
 Stored = Literal["float32", "float16"]
@@ -291,34 +291,19 @@ def _write(
         about = {"rows": "", "index": hashlib.sha256(raw).hexdigest(), "bad": list(bad)}
         if values is not None:
             path = folder / f"{name}.npy"
-            _atomically(path, lambda file: np.save(file, values, allow_pickle=False))
+            with atomic_file(path) as file:
+                np.save(file, values, allow_pickle=False)
             if (header := path.stat().st_size - values.nbytes) != _HEADER:
                 raise RunError(f"{path} has a header of {header} bytes where {_HEADER} were expected")
             about["rows"] = _sum(path)
-        _atomically(folder / f"{name}.idx", lambda file: file.write(raw))
+        with atomic_file(folder / f"{name}.idx") as file:
+            file.write(raw)
         about["sum"] = sum_of(about)
-        _atomically(folder / f"{name}.json", lambda file: file.write(json.dumps(about).encode()))
+        with atomic_file(folder / f"{name}.json") as file:
+            file.write(json.dumps(about).encode())
     except BaseException:
         _remove(folder, name)
         raise
-
-
-def _atomically(path: Path, write: Callable[[Any], object]) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    try:
-        with open(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _sweep(folder: Path) -> None:

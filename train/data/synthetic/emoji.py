@@ -15,7 +15,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -28,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
 from ldm.errors import UserError
+from train.data.store.atomic import new_folder
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")
@@ -271,16 +271,9 @@ def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fra
     if not parts["train"]:
         raise UserError(f"of {len(named):,} emoji named the font has {len(pictures)}: at least two are needed, "
                         "one to train with and one that is no variant of it to test with")  # fmt: skip
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        workplace = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
-    except OSError as error:
-        raise UserError(f"can't make a folder in {out.parent}: {error.strerror}") from error
-    with workplace as folder:
-        whole = Path(folder, "set")
+    with new_folder(out) as whole:
         for split, part in parts.items():
             _write_split(whole / split, part)
-        whole.rename(out)
     return Written(len(parts["train"]), len(parts["test"]), sum(len(picture.captions) for picture in pictures))
 
 

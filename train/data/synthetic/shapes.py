@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.errors import UserError
+from train.data.store.atomic import new_folder
 
 Shape = Literal["circle", "square", "triangle", "star", "cross"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "orange"]
@@ -292,20 +292,12 @@ def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool
     }
     if _holds(out, about):
         return False
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        workplace = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
-    except OSError as error:
-        raise UserError(f"can't make a folder in {out.parent}: {error.strerror}") from error
-    with workplace as folder, tqdm(total=train + test, unit=" pictures", disable=None) as bar:
-        whole = Path(folder, "set")
-        whole.mkdir()
+    with new_folder(out) as whole, tqdm(total=train + test, unit=" pictures", disable=None) as bar:
         counts: dict[Split, int] = {"train": train, "test": test}
         for split, count in counts.items():
             if count:
                 _write_split(whole / split, split, side, count, seed, bar)
         (whole / "shapes.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        whole.rename(out)
     return True
 
 
