@@ -21,7 +21,7 @@ from train.config.clip import ClipConfig
 from train.config.ldm import DiffusionConfig
 from train.config.load import validate
 from train.config.vae import AutoencoderConfig
-from train.engine.model_card import _code, _place
+from train.engine.model_card import code_span, place
 
 parts, start = test_training.parts, test_training.start  # fixtures
 HOSTILE = (
@@ -222,12 +222,12 @@ def test_a_process_that_others_cannot_sample_is_said(shapes: Path, parts: Path, 
     ],
 )
 def test_where_things_came_from_tells_no_more(given: str, shown: str) -> None:
-    assert _place(given) == shown
+    assert place(given) == shown
 
 
 @pytest.mark.parametrize("text", ["plain", "`", "a``b`", "``` \n```", "\udc80 \x1b[31m", "|"])
 def test_code_spans_end_where_they_should(text: str) -> None:
-    span = _code(text)
+    span = code_span(text)
     fence = re.match("`+", span)[0]
     inside = span[len(fence) : -len(fence)]
     assert span.endswith(fence)

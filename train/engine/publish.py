@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from train.engine.model_card import state_license, write_card
+from train.engine.model_card import About, state_license, write_card
 from train.engine.open_data import Inputs
 from train.engine.run import Run
-from train.engine.stage import Publish, Stage
+from train.engine.stage import Publish
 
 
-def publisher(run: Run, stage: Stage, inputs: Inputs) -> Publish:
+def publisher(run: Run, inputs: Inputs, about: About) -> Publish:
     """What writes all of it into the folder of a stage's weights; in one that is published, the licence alone."""
     license = run.config.license
 
@@ -18,7 +18,11 @@ def publisher(run: Run, stage: Stage, inputs: Inputs) -> Publish:
                 state_license(folder, license)
             return
         run.write_provenance(folder, step=step, final=final)
-        write_card(folder, run, inputs, stage.ema.module, step=step, final=final)
+        measured, figures = run.validated(step)
+        write_card(
+            folder, about, run.config, inputs, name=run.name, fingerprint=run.inputs["data"], samples=run.out / "samples",
+            step=step, final=final, measured=measured, figures=figures,
+        )  # fmt: skip
         if final and not license:
             run.say(
                 f"{run.out / 'model/README.md'} states no licence, so nobody may assume any: the same command with, for "

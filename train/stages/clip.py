@@ -23,6 +23,7 @@ from train.engine.run import Run, open_accelerator
 from train.engine.stage import Batch, Hooks, Phase, StepOutput
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
+from train.stages.cards import about_clip
 
 _READ = 1_000_000  # pictures whose captions the tokenizer is learned from, spread evenly
 _VALIDATION = 1000  # held-out pictures among which the right caption is to be found
@@ -135,4 +136,4 @@ def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
         inputs = inputs.prepared(run)
         tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
         stage = ClipStage(run, config, inputs, tokenizer)
-        fit(run, stage, publisher(run, stage, inputs), hooks)
+        fit(run, stage, publisher(run, inputs, about_clip(config, stage.ema.module, inputs)), hooks)

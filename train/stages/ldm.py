@@ -46,6 +46,7 @@ from train.engine.stage import Batch, Hooks, Phase, StepOutput
 from train.evaluation.diffusion import paint
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
+from train.stages.cards import about_ldm
 from train.stages.ldm_init import first_unet, tell_changes
 
 _SHEET = 16  # pictures of a sample sheet
@@ -247,7 +248,7 @@ def train(config: LdmConfig, hooks: Hooks | None = None) -> None:
             training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
             held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
         stage = LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out)
-        fit(run, stage, publisher(run, stage, inputs), hooks)
+        fit(run, stage, publisher(run, inputs, about_ldm(config, unet, inputs)), hooks)
 
 
 def cached(

@@ -39,6 +39,7 @@ from train.engine.stage import Batch, Hooks, Phase
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet
+from train.stages.cards import about_vae
 from train.stages.vae_step import Judge, Reconstruct
 
 _REFRESH = 2048  # pictures, at most, that normalise the model/ of an unfinished run
@@ -259,4 +260,4 @@ def train(config: VaeConfig, hooks: Hooks | None = None) -> None:
     with Run(config, accelerator, made_from) as run:
         inputs = inputs.prepared(run)
         stage = VaeStage(run, config, vae, perceptual, inputs)
-        fit(run, stage, publisher(run, stage, inputs), hooks)
+        fit(run, stage, publisher(run, inputs, about_vae(config, vae)), hooks)
