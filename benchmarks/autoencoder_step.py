@@ -32,7 +32,7 @@ from train.config.optimizer import OptimizerConfig
 from train.config.run import Precision
 from train.config.vae import AdversarialConfig, VaeConfig
 from train.engine.optim import autocast, build_optimizer
-from train.engine.run import versions
+from train.engine.provenance import versions
 from train.engine.stage import Batch
 from train.stages.vae_step import Judge, Reconstruct
 

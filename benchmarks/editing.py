@@ -42,7 +42,7 @@ from train.data.synthetic.shapes import (
 )
 from train.data.synthetic.shapes_checker import ATTRIBUTES, Found, read_scene
 from train.engine.optim import DTYPES
-from train.engine.run import versions
+from train.engine.provenance import versions
 from train.evaluation.sheets import sheet, to_uint8
 
 RED_STAR = Object("star", "red", "small")

@@ -18,7 +18,7 @@ from train.config.sampling import SamplingOptions
 from train.data.batches.dataset import Batch, PictureDataset, PosteriorNoise
 from train.data.synthetic.shapes import prompts
 from train.engine.open_data import open_inputs
-from train.engine.run import versions
+from train.engine.provenance import versions
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.diffusion import alignment, bits_per_dimension, paint
 from train.evaluation.sheets import in_rows, sheet

@@ -19,7 +19,7 @@ from train.config.load import overlay
 from train.config.vae import PerceptualConfig
 from train.data.batches.dataset import PictureDataset, PosteriorNoise
 from train.engine.open_data import open_inputs
-from train.engine.run import versions
+from train.engine.provenance import versions
 from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
 from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet

@@ -31,7 +31,7 @@ from train.config.clip import TextTowerConfig
 from train.config.data import SourceConfig
 from train.config.load import overlay
 from train.engine.open_data import open_inputs
-from train.engine.run import versions
+from train.engine.provenance import versions
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 
 _SHOWN, _COLUMNS, _SIDE = 48, 8, 128

@@ -2,11 +2,9 @@
 
 import itertools
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,30 +13,11 @@ from tqdm import tqdm
 from train.data.store.atomic import atomic_folder
 from train.engine.estimate import estimate
 from train.engine.optim import learning_rate
+from train.engine.provenance import is_result
 from train.engine.run import Run
 from train.engine.stage import Batch, Hooks, Publish, Stage
+from train.engine.stop import Stop
 from train.engine.trainer import Trainer
-
-
-class Stop:
-    """Notes SIGTERM and SIGINT, so that the loop can end between two steps. A second one acts as it always does."""
-
-    def __enter__(self) -> Self:
-        self.signal: int | None = None
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        self.signal = number
-        self._restore()
-        print(f"\n{signal.Signals(number).name}: stopping after this step with a checkpoint", flush=True)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
 
 
 class Means:
@@ -99,15 +78,15 @@ def fit(run: Run, stage: Stage, publish: Publish, hooks: Hooks | None = None) ->
     if start >= config.steps:
         conclude(run, stage, publish, start)
         return
-    run.forget_after(start)
+    run.metrics.forget_after(start)
     watch, means = Watch(), Means()
     batches = watch.waiting(stage.batches(start))
     first = next(batches)
     estimate(run, stage, first, config.steps - start)
     watch.restart()
-    with Stop() as stop, tqdm(
+    with Stop(run.accelerator) as stop, tqdm(
         initial=start * config.batch_size, total=config.steps * config.batch_size, unit="img", disable=not run.main,
-        dynamic_ncols=True, desc=run.name, mininterval=0.5,
+        dynamic_ncols=True, desc=run.folder.name, mininterval=0.5,
     ) as bar:  # fmt: skip
         for done, parts in enumerate(itertools.chain([first], batches), start + 1):
             means.add(trainer.step(done - 1, parts))
@@ -122,7 +101,7 @@ def fit(run: Run, stage: Stage, publish: Publish, hooks: Hooks | None = None) ->
                     "loading": watch.waited / seconds,
                     "skipped": int(trainer.health.skipped),
                 }
-                run.log(done, logged | figures)
+                run.metrics.log(done, logged | figures)
                 bar.set_postfix(step=done, loss=f"{logged.get('loss', math.nan):.4g}")
                 trainer.check_health(done)
                 means = Means()
@@ -130,7 +109,7 @@ def fit(run: Run, stage: Stage, publish: Publish, hooks: Hooks | None = None) ->
             if done % config.validate_every == 0 or last:
                 with watch.paused():
                     validate(run, stage, done)
-            stopped = run.agree(stop.signal or 0, done)
+            stopped = stop.agreed(done)
             if done % config.checkpoint_every == 0 or last or stopped:
                 with watch.paused():
                     trainer.save(done)
@@ -144,19 +123,19 @@ def fit(run: Run, stage: Stage, publish: Publish, hooks: Hooks | None = None) ->
 
 def conclude(run: Run, stage: Stage, publish: Publish, step: int) -> None:
     """Hand over the result of a run whose last step is done, unless that has been done too."""
-    if not run.finished(step):
+    if not is_result(run.folder.model, step):
         export(run, stage, publish, step, final=True)
         return
     if run.main:
-        publish(run.out / "model", step, final=True)
-    run.say(f"{run.out} is finished ({step} steps); give more --steps to go on, or another --out")
+        publish(run.folder.model, step, final=True)
+    run.say(f"{run.folder} is finished ({step} steps); give more --steps to go on, or another --out")
 
 
 def validate(run: Run, stage: Stage, step: int) -> None:
     """Held-out measures and a sheet, with the averaged weights."""
-    run.log(step, stage.validate(step))
+    run.metrics.log(step, stage.validate(step))
     if run.main:
-        sheet = run.out / "samples" / f"step-{step:08d}.png"
+        sheet = run.folder.sheet(step)
         sheet.parent.mkdir(exist_ok=True)
         stage.sheet(sheet)
     run.accelerator.wait_for_everyone()
@@ -164,13 +143,12 @@ def validate(run: Run, stage: Stage, step: int) -> None:
 
 def export(run: Run, stage: Stage, publish: Publish, step: int, *, final: bool) -> None:
     """Refresh model/ with the averaged weights."""
-    model = run.out / "model"
     if run.main:
-        with atomic_folder(model) as folder:
+        with atomic_folder(run.folder.model) as folder:
             figures = stage.export(folder, final=final)
             publish(folder, step, final=final)
     else:
-        figures = stage.export(model, final=final)
+        figures = stage.export(run.folder.model, final=final)
     if figures:
-        run.log(step, figures)
+        run.metrics.log(step, figures)
     run.accelerator.wait_for_everyone()

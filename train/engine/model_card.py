@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from train.config.run import RunConfig
 from train.data.store.atomic import atomic_file
 from train.engine.open_data import Inputs
-from train.engine.run import told, versions
+from train.engine.provenance import told, versions
 
 _LICENCE = "## Licence\n\n"  # the last section
 

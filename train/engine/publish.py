@@ -4,6 +4,7 @@ from pathlib import Path
 
 from train.engine.model_card import About, state_license, write_card
 from train.engine.open_data import Inputs
+from train.engine.provenance import is_result, write_provenance
 from train.engine.run import Run
 from train.engine.stage import Publish
 
@@ -13,19 +14,19 @@ def publisher(run: Run, inputs: Inputs, about: About) -> Publish:
     license = run.config.license
 
     def publish(folder: Path, step: int, *, final: bool) -> None:
-        if (folder / "training.json").is_file():
+        if is_result(folder, step):
             if license:
                 state_license(folder, license)
             return
-        run.write_provenance(folder, step=step, final=final)
-        measured, figures = run.validated(step)
+        write_provenance(folder, run.config, step=step, final=final)
+        measured, figures = run.metrics.validated(step)
         write_card(
-            folder, about, run.config, inputs, name=run.name, fingerprint=run.inputs["data"], samples=run.out / "samples",
+            folder, about, run.config, inputs, name=run.folder.name, fingerprint=run.inputs["data"], samples=run.folder.samples,
             step=step, final=final, measured=measured, figures=figures,
         )  # fmt: skip
         if final and not license:
             run.say(
-                f"{run.out / 'model/README.md'} states no licence, so nobody may assume any: the same command with, for "
+                f"{run.folder.model / 'README.md'} states no licence, so nobody may assume any: the same command with, for "
                 "one, --license apache-2.0 adds it"
             )
 

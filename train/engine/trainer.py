@@ -42,7 +42,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.config.precision == "fp16")
         self.health = Health(torch.zeros((), device=device), torch.zeros((), device=device))
         self.wrapped = [run.accelerator.prepare_model(p.module) for p in stage.phases]
-        self.checkpoints = Checkpoints(run.out / "checkpoints", keep=run.config.keep_checkpoints)
+        self.checkpoints = Checkpoints(run.folder.checkpoints, keep=run.config.keep_checkpoints)
         self.generation = 0  # checkpoints written, to tell a second roll-back without progress
 
     # -- one step ---------------------------------------------------------------------------------------------

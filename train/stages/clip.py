@@ -14,12 +14,13 @@ from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config.clip import ClipConfig
 from train.data.batches.dataset import PictureDataset
+from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import build_optimizer
 from train.engine.publish import publisher
-from train.engine.run import Run, open_accelerator
+from train.engine.run import Run, open_run
 from train.engine.stage import Batch, Hooks, Phase, StepOutput
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
@@ -77,7 +78,7 @@ class ClipStage:
         }
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        for parts in self.run.batches(self.training, start, self.run.damage(self.inputs.source)):
+        for parts in self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out)):
             yield [self.with_tokens(part) for part in parts]
 
     def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
@@ -132,7 +133,7 @@ def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
         )
-    with Run(config, accelerator, {"data": inputs.fingerprint}) as run:
+    with open_run(config, accelerator, {"data": inputs.fingerprint}) as run:
         inputs = inputs.prepared(run)
         tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
         stage = ClipStage(run, config, inputs, tokenizer)

@@ -36,12 +36,13 @@ from train.data.batches.dataset import (
 )
 from train.data.sources.splits import Source
 from train.data.store.shards import Stored
+from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.open_data import Inputs, build_buckets, open_inputs
 from train.engine.optim import DTYPES, autocast, build_optimizer
 from train.engine.publish import publisher
-from train.engine.run import Run, open_accelerator
+from train.engine.run import Run, open_run
 from train.engine.stage import Batch, Hooks, Phase, StepOutput
 from train.evaluation.diffusion import paint
 from train.evaluation.sheets import in_rows, sheet, to_uint8
@@ -100,7 +101,9 @@ class LdmStage:
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
         read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
-        return self.run.batches(self.training, start, self.run.damage(self.inputs.source) if read else None)
+        return self.run.feed.batches(
+            self.training, start, self.run.damage.of(self.inputs.source.left_out) if read else None
+        )
 
     @torch.no_grad()
     def complete(self, batch: Batch) -> Batch:
@@ -141,7 +144,7 @@ class LdmStage:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, count, b):
             places = list(range(first, min(first + b, count)))
-            batch = self.complete(self.run.on_device(self.held_out.__getitems__(places)))
+            batch = self.complete(self.run.feed.on_device(self.held_out.__getitems__(places)))
             batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
@@ -220,7 +223,7 @@ def train(config: LdmConfig, hooks: Hooks | None = None) -> None:
     made_from = {
         "data": inputs.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": given
     }  # fmt: skip
-    with Run(config, accelerator, made_from) as run:
+    with open_run(config, accelerator, made_from) as run:
         if init:
             tell_changes(run, config, init, made_from)
         autoencoder.vae.to(accelerator.device)
@@ -260,14 +263,14 @@ def cached(
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
     framing = config.input.framing() if training else config.input.plain(config.input.resolution)
     latents = LatentCache.open(
-        run.cache, source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
+        run.folder.cache(config.cache), source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
         channels=autoencoder.latent_channels, factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
-        workers=config.workers, processes=run.processes, note=partial(run.damage(source).note, whole=True),
+        workers=config.workers, processes=run.processes, note=partial(run.damage.of(source.left_out).note, whole=True),
     )  # fmt: skip
     cut = CutCaptions(run.say, "--text-chunks")
     with cut.told():
         text = TextCache.open(
-            run.cache, source, text_encoder.encode, digest=text_encoder.digest,
+            run.folder.cache(config.cache), source, text_encoder.encode, digest=text_encoder.digest,
             shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
         )  # fmt: skip
     if cut.count > 1:

@@ -29,12 +29,13 @@ from train.config.vae import AutoencoderConfig, PerceptualConfig, VaeConfig
 from train.data.batches.dataset import PictureDataset, PosteriorNoise
 from train.data.order.rng import Purpose, uniforms
 from train.data.store.prefetch import read_ahead
+from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import autocast, build_optimizer
 from train.engine.publish import publisher
-from train.engine.run import Run, open_accelerator
+from train.engine.run import Run, open_run
 from train.engine.stage import Batch, Hooks, Phase
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.features import load_features
@@ -110,7 +111,7 @@ class VaeStage:
         return self.run.accelerator.reduce(x, "sum")
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        return self.run.batches(self.training, start, self.run.damage(self.inputs.source))
+        return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
 
     def adversarial_at(self, step: int) -> bool:
         """Whether the discriminator takes part yet."""
@@ -142,7 +143,7 @@ class VaeStage:
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
         firsts = range(accelerator.process_index * b, len(places), accelerator.num_processes * b)
         parts = [places[first : first + b] for first in firsts]
-        return map(self.run.on_device, read_ahead(pictures, parts, self.config.workers))
+        return map(self.run.feed.on_device, read_ahead(pictures, parts, self.config.workers))
 
     def _normalised(self, pictures: PictureDataset, places: range) -> tuple[AutoencoderKL, LatentStatistics | None]:
         """The averaged weights, their latents normalised over these pictures, unless the encoder is somebody else's."""
@@ -257,7 +258,7 @@ def train(config: VaeConfig, hooks: Hooks | None = None) -> None:
         "init": digest(vae, str(vae.config.scaling_factor)) if config.init else "",
         "perceptual.model": "" if perceptual is None else digest(perceptual),
     }
-    with Run(config, accelerator, made_from) as run:
+    with open_run(config, accelerator, made_from) as run:
         inputs = inputs.prepared(run)
         stage = VaeStage(run, config, vae, perceptual, inputs)
         fit(run, stage, publisher(run, inputs, about_vae(config, vae)), hooks)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import RunError
@@ -57,6 +58,25 @@ class Damage:
         torn = self.report.is_file() and self.report.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
         with open(self.report, "ab") as file:  # appended at once: processes don't mix their lines
             file.write(("\n" * torn + lines).encode())
+
+
+@dataclass(frozen=True)
+class DamageReport:
+    """A report of pictures that can't be read, with a count for each source."""
+
+    path: Path
+    most: float
+    """The share of a source's pictures that may be damaged."""
+    say: Callable[[str], None]
+    main: bool = True
+    """Whether this process lists what sources leave out."""
+
+    def of(self, left_out: Iterable[tuple[str, str]]) -> Damage:
+        """A count for a source, which left out these (name, reason) itself."""
+        damage = Damage(self.path, self.most, self.say)
+        if self.main:
+            damage.list(left_out)
+        return damage
 
 
 def _listed(report: Path) -> set[str]:

@@ -1,0 +1,25 @@
+"""The device of a run and its processes."""
+
+from importlib.util import find_spec
+
+import torch
+from accelerate import Accelerator
+
+from ldm.errors import UserError
+from train.config.run import RunConfig
+
+
+def open_accelerator(config: RunConfig) -> Accelerator:
+    """Device and distribution; precision and accumulation are the trainer's own."""
+    if not config.out:
+        raise UserError("--out is missing: the folder for the run, e.g. --out runs/mine")
+    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise UserError(f"--trackers {name} isn't installed: pip install {name.replace('_', '-')}")
+    try:
+        # no: its own autocast would wrap the forward of a process group alone
+        return Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=config.out)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--trackers {' '.join(config.trackers)}: {error}") from None

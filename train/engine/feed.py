@@ -1,0 +1,38 @@
+"""Batches for one process: its parts of each step's batch, on its device."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from train.config.run import RunConfig
+from train.data.batches.dataset import Batch, StreamDataset, loader
+from train.data.batches.unreadable import Damage
+from train.data.store.prefetch import Batched
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one process is fed with."""
+
+    config: RunConfig
+    accelerator: Accelerator
+
+    def batches(
+        self, dataset: Batched[Batch] | StreamDataset, start: int, damage: Damage | None = None
+    ) -> Iterator[list[Batch]]:
+        """This process's parts of each step's batch from step `start` on."""
+        config, accelerator = self.config, self.accelerator
+        read = loader(
+            dataset, start_step=start, steps=config.steps, batch_size=config.batch_size,
+            rank=accelerator.process_index, world=accelerator.num_processes, accumulation=config.accumulation,
+            workers=config.workers, pin_memory=accelerator.device.type == "cuda", damage=damage,
+        )  # fmt: skip
+        for parts in read:
+            yield [self.on_device(part) for part in parts]
+
+    def on_device(self, batch: Batch) -> Batch:
+        """A batch with its tensors on this process's device."""
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}

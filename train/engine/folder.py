@@ -1,0 +1,88 @@
+"""The folder of a run: where things lie in it, and the lock that keeps a second process out."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What lies where.
+
+    out/config.yaml      the resolved configuration, with versions, commit and the content of its inputs
+    out/metrics.jsonl    a line per log
+    out/damaged.jsonl    pictures that can't be read
+    out/samples/  out/checkpoints/  out/model/
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def damaged(self) -> Path:
+        return self.path / "damaged.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def sheet(self, step: int) -> Path:
+        return self.samples / f"step-{step:08d}.png"
+
+    def cache(self, given: str) -> Path:
+        """The folder for what is computed once of the data: the one that the configuration gives, else one beside the run's."""
+        return Path(given) if given not in ("", "off") else self.path.parent / "cache"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and keep other processes out. Bad input inside leaves nothing of a folder made for it.
+
+        Raises UserError where the folder holds something else than a run, and where another process has it.
+        """
+        new = not self.settings.is_file()
+        if new and self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"--out {str(self)!r} holds something that isn't a run (no config.yaml): choose another")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"--out {str(self)!r} can't be a folder: {error.strerror}: {error.filename}") from None
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is training in {str(self)!r}: wait for it, or choose another --out"
+                ) from None
+            try:
+                yield
+            except UserError:
+                if new and not self.checkpoints.exists():
+                    shutil.rmtree(self.path, ignore_errors=True)  # nothing that the next try would trip on
+                raise

@@ -1,0 +1,52 @@
+"""metrics.jsonl: the figures of a run, a line per log."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from train.data.store.atomic import atomic_file
+
+
+class Metrics:
+    """Writes figures into a run's metrics.jsonl and to its trackers; the main process alone does."""
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add a line."""
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+            self.accelerator.log(dict(figures), step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps that will be done again."""
+        kept = self._until(step)
+        if self.accelerator.is_main_process and kept != self._lines():
+            with atomic_file(self.path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
+
+    def validated(self, step: int) -> tuple[int, dict[str, float]]:
+        """The last validation up to this step: its step, and its figures by name; none where there was none."""
+        for line in reversed(self._until(step)):
+            logged = json.loads(line)
+            if figures := {k.removeprefix("val_"): v for k, v in logged.items() if k.startswith("val_")}:
+                return logged["step"], figures
+        return 0, {}
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+
+    def _until(self, step: int) -> list[str]:
+        return [line for line in self._lines() if _step_of(line) <= step]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a crash

@@ -1,0 +1,60 @@
+"""training.json: what weights were trained with, beside them; and how far it may be published."""
+
+import json
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from train.config.resumable import published
+from train.config.run import RunConfig
+
+_FILE = "training.json"
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
+
+
+def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool) -> None:
+    """Write training.json, which may be published with the weights."""
+    about = {"step": step, "final": final, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+             "versions": versions(), "config": published(config, told)}  # fmt: skip
+    (folder / _FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def is_result(folder: Path, step: int) -> bool:
+    """Whether a folder's weights are the result of this step, written at the end of a run."""
+    try:
+        about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return about.get("final") is True and about.get("step") == step
+
+
+def told(place: str) -> str:
+    """Where something came from, as it was typed; but nothing more of this machine, and nothing that opens another."""
+    if place.startswith("pipe:"):
+        return "pipe:"
+    if "://" in place and not place.startswith("file:"):
+        return re.sub(r"(?<=://)[^/]*@|[?#].*", "", place)  # without password, and tokens of the query
+    scheme, path = re.fullmatch(
+        r"((?:file:(?://)?|openclip:|inception:|dinov2:|clip:)?)(.*)", place, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    return scheme + Path(path).name if path.startswith(("/", "~")) else place
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+def commit() -> str:
+    """The commit of the checkout that this code is in, or nothing."""
+    try:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True,
+            timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout.strip() if asked.returncode == 0 else ""
