@@ -1,0 +1,161 @@
+"""Runs that earlier code left unfinished go on with today's, and use the cache that it made.
+
+tests/stored/README.md says what is there. Nothing of it is ever made anew to please a change: folders like these lie on
+people's disks.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import runpy
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STORED = Path(__file__).parent / "stored"
+PINNED = json.loads((STORED / "pinned.json").read_text())
+EXPECTED = json.loads((STORED / "expected.json").read_text())
+
+ALL = (
+    "--steps 4 --batch-size 4 --log-every 1 --checkpoint-every 4 --validate-every 4 --ema-decay 0.9 --trackers "
+    "--input.resolution 16 --optimizer.kind muon --optimizer.lr 1e-3 --optimizer.warmup 2"
+)
+LINES = {
+    "clip": f"scripts/train_clip.py --data data --out clip {ALL} --text.vocab-size 600 --text.max-length 8 --text.width 4 "
+    "--text.layers 1 --text.heads 2 --image.width 4 --image.layers 1 --image.heads 2 --image.patch-size 4 "
+    "--projection 8 --tokens.echo 0",
+    "vae": f"scripts/train_vae.py --data data --out vae {ALL} --model.channels 4 4 --model.layers 1 "
+    "--model.latent-channels 2 --model.groups 2 --model.attention False --learn-logvar True --adversarial.kind hinge "
+    "--adversarial.start 1 --adversarial.channels 4 --adversarial.layers 1 --adversarial.spectral-norm True",
+    "ldm": f"scripts/train_ldm.py --data data --out ldm {ALL} --vae vae/model --text-encoder clip/model "
+    "--unet.channels 4 --unet.attention False --unet.heads 2 --unet.groups 2 --diffusion.timesteps 8 "
+    "--diffusion.timestep-sampling importance --sample-steps 2",
+}
+"""What the runs were begun with, and are continued with."""
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the stored folders, which is the working directory: on another path, and as new to the cache."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(STORED, folder)
+    for k, picture in enumerate(sorted((folder / "data").rglob("*.png"))):
+        os.utime(picture, ns=(10**18 + k, 10**18 + k))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the commands set their own
+    return folder
+
+
+def command(line: str, status: int = 0) -> str:
+    """Runs one as a user would, but in this process, which has loaded the libraries. What it said."""
+    script, *arguments = line.split()
+    said, before = io.StringIO(), sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert (ended.value.code or 0) == status, said.getvalue()
+    return said.getvalue()
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(checkpoint: Path) -> set[str]:
+    """The names in the header of a safetensors file."""
+    with open(checkpoint / "state.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header.keys() - {"__metadata__"}
+
+
+def pinned(stage: str) -> set[str]:
+    """The names written down: of optimizers' entries by their numbers, of a network trained as of its average."""
+    names: set[str] = set()
+    groups = PINNED["tensors"][stage]
+    for group, entries in groups.items():
+        if entries == "as state/ema/":
+            entries = groups["state/ema/"]
+        if isinstance(entries, dict):
+            entries = [f"{number}/{name}" for name, numbers in entries.items() for number in numbers]
+        names |= {group + name for name in entries}
+    return names
+
+
+def tree(checkpoint: Path) -> dict[str, list[str]]:
+    """The keys of the state, and those of its parts that aren't networks or optimizers."""
+    state = dict(json.loads((checkpoint / "state.json").read_bytes())["tree"]["dict"])
+    phases = {name: [key for key, _ in value["dict"]] for name, value in state["phases"]["dict"]}
+    return {"state": list(state), "scaler": [key for key, _ in state["scaler"]["dict"]]} | phases
+
+
+def sums(folder: Path) -> dict[str, tuple[str, int]]:
+    """Of each file below, its content and when it was written."""
+    return {
+        path.relative_to(folder).as_posix(): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
+def test_a_run_that_earlier_code_began_goes_on(stage: str, stored: Path) -> None:
+    run, before = stored / stage, sums(stored / "cache")
+    old, new = (run / f"checkpoints/step-{step:08d}" for step in (2, 4))
+    begun = logged(run)
+    said = command(LINES[stage])
+    assert "continuing from step 2" in said
+
+    assert tensors(old) == pinned(stage)
+    assert tensors(new) == pinned(stage)
+    assert tree(new) == tree(old)
+    about = json.loads((run / "model/training.json").read_text())
+    assert (about["step"], about["final"]) == (4, True)
+
+    lines = logged(run)
+    assert lines[: len(begun)] == begun
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    went_on, wanted = lines[len(begun) :], [line for line in EXPECTED[stage] if line["step"] > 2]
+    for line, like in zip(went_on, wanted, strict=True):
+        assert line.keys() - {"time", "images_per_second", "loading"} == like.keys()
+        for name, value in like.items():
+            loose = 1e-2 if name.startswith("val_") else 1e-3 if name.endswith("grad_norm") else 1e-4
+            assert line[name] == pytest.approx(value, rel=loose, abs=1e-6), (line["step"], name)  # processors differ
+
+    after = sums(stored / "cache")
+    assert sorted(before) == PINNED["cache"]
+    assert after.items() >= before.items()
+    # The copied pictures have another place and time, so their latents are found by content, and that is noted.
+    noted = {Path(name) for name in after.keys() - before.keys()}
+    assert {path.suffix for path in noted} <= {".idx", ".json"}
+    assert {path.parent for path in noted} <= {Path(name).parent for name in before}
+    assert bool(noted) == (stage == "ldm")
+
+
+def test_other_settings_are_refused_of_a_run_that_earlier_code_began(stored: Path) -> None:
+    before = sums(stored / "clip")
+    assert "batch-size 4, not 8" in command(LINES["clip"].replace("--batch-size 4", "--batch-size 8"), status=2)
+    assert sums(stored / "clip") == before
+
+
+def test_what_a_caches_folder_is_named_by() -> None:
+    """The names and values below are a contract with every cache there is."""
+    inputs = yaml.safe_load((STORED / "ldm/config.yaml").read_text())["about"]["inputs"]
+    latents = {
+        "kind": "latents", "encoder": inputs["vae"], "size": [16, 16], "crops": 1, "resampling": "lanczos",
+        "resolution": 16, "crop": "center", "flip": False, "background": [255, 255, 255], "max_pixels": 89_478_485,
+        "shape": [2, 2, 8, 8], "dtype": "float32", "format": 3,
+    }  # fmt: skip
+    text = {"kind": "text", "encoder": inputs["text_encoder"], "shape": [8, 4], "dtype": "float32", "format": 3}
+    keys = [hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16] for on in (latents, text)]
+    assert {path.name for path in (STORED / "cache").iterdir()} == {f"latents-{keys[0]}", f"text-{keys[1]}"}
