@@ -17,7 +17,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.spacing import SamplerKind
+from ldm.samplers import SamplerKind
 from train.commands.main import command
 from train.config.load import overlay
 from train.data.synthetic.shapes import Scene, prompts

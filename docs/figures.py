@@ -14,9 +14,9 @@ from ldm.bound import variances
 from ldm.denoiser import Denoised
 from ldm.objective import edm, level_weight, min_snr, p2
 from ldm.parameterization import error_ratio
-from ldm.samplers import Heun, Multistep, Step, UniPC, sample
 from ldm.schedule import Level, Schedule
 from ldm.spacing import Leg
+from ldm.steps import Heun, Multistep, Step, UniPC, sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -20,8 +20,8 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.errors import UserError
 from ldm.formats.images import to_rgb
-from ldm.samplers import Noise, Step
 from ldm.schedule import Level
+from ldm.steps import Noise, Step
 
 _BLACK = 8 / 255  # masks' values below it
 

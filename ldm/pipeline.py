@@ -34,9 +34,10 @@ from ldm.editing import (
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.model import Networks, to_pil
-from ldm.samplers import Step, draws_noise, invert, make_step, sample
+from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import Level
-from ldm.spacing import Leg, Plan, SamplerKind, Spacing, plan
+from ldm.spacing import Grid, Leg, Plan, Spacing, plan
+from ldm.steps import Step, invert, sample
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["LatentDiffusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -150,10 +151,11 @@ class LatentDiffusionPipeline(Networks):
         if latents is not None and tuple(latents.shape) != shape:
             raise UserError(f"latents of shape {tuple(latents.shape)}: these pictures need {shape}")
 
-        route = self._plan(sampler, num_inference_steps, spacing)
+        how = make_sampler(sampler, eta)
+        route = self._plan(how.grid, num_inference_steps, spacing)
         process = self.process
-        step: Step = make_step(sampler, eta, process.variance, process.schedule.zero_terminal_snr)
-        learned = sampler in ("ddpm", "predictor_corrector") and process.variance == "learned"
+        step: Step = how.step(process.schedule, process.variance)
+        learned = how.uses_learned_variance and process.variance == "learned"
         if learned and (guidance_rescale or weak is not None or classifier is not None):
             raise UserError(
                 f"{sampler} with a learned variance knows the prompt's guidance only: leave out rescale, weak model and "
@@ -169,7 +171,7 @@ class LatentDiffusionPipeline(Networks):
         pixels = None if given is None else pad(given, multiple) * 2 - 1
         inside = None if mask is None else pad(mask, multiple)
         places = None if inside is None else painted(inside, self.autoencoder.factor, seen=self.inpaints)
-        fresh = draws_noise(sampler, eta)
+        fresh = how.draws_noise
         if places is not None and all(place.all() for place in places) and not fresh:
             places = None  # but where noise is drawn, as often for each mask, lest pictures depend on their batch
         x0: Tensor | None = None
@@ -261,16 +263,16 @@ class LatentDiffusionPipeline(Networks):
             raise UserError(f"{len(prompts)} prompts for {len(latents)} latents: give one for all, or each")
         network = self.text_network(*latents.shape[2:])
         denoise = Conditioned(Denoiser(network, self.process.target, self.unet.dtype), self.encode(prompts))
-        route = self._plan("ddim", num_inference_steps, spacing)
+        route = self._plan(make_sampler("ddim").grid, num_inference_steps, spacing)
         with self._running(self.unet):
             return invert(denoise, latents.to(self.device, torch.float32), route.legs, refinements) / route.start_std
 
-    def _plan(self, sampler: SamplerKind, steps: int, spacing: Spacing | None) -> Plan:
+    def _plan(self, grid: Grid, steps: int, spacing: Spacing | None) -> Plan:
         p = self.process
-        for name, value, kinds in (("sampler", sampler, SamplerKind), ("spacing", spacing or p.spacing, Spacing)):
-            if value not in get_args(kinds):
-                raise UserError(f"{name} {value!r}: choose {', '.join(get_args(kinds))}")
-        return plan(p.schedule, sampler, steps, spacing or p.spacing, p.steps_offset, p.set_alpha_to_one)
+        spacing = spacing or p.spacing
+        if spacing not in get_args(Spacing):
+            raise UserError(f"spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
+        return plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one)
 
     def _conditions(
         self, given: str | Sequence[str] | None, embeds: Tensor | None, what: str

@@ -1,251 +1,57 @@
-"""Samplers: one loop over the legs of a plan; a sampler is a step that walks one leg.
+"""The samplers: one record each, in one place. A new one is a name here, an arm here, and a step where there is none that fits.
 
-DDPM       Ho et al. 2020, arXiv 2006.11239, eq. 7
-DDIM       Song et al. 2021, arXiv 2010.02502, eq. 12 and 16
-Euler      Karras et al. 2022, arXiv 2206.00364, algorithm 1, lines 4 and 5: DDIM's step with eta 0, which is also Euler's
-           on the straight path; ancestral, DDIM's with eta 1
-Heun       Karras et al. 2022, algorithm 1
-DPM++ 2M   Lu et al. 2022, arXiv 2211.01095, algorithm 2: DDIM's step with x̂0 extrapolated; its SDE form, with eta 1
-UniPC      Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2, of order 2 with B(h) = e^h - 1
-predictor–corrector  Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3
-
-The state is x_t = alpha x0 + sigma eps for every sampler, on any path: all depends on sigma / alpha but for the state's
-scale. Coefficients are floats of the host, made from two levels: nothing in the loop waits for a device. Plans and
-steps are diffusers' to rounding, but for what docs/adr/0007 lists.
+A command line lists the names without waiting for torch, which only `make_sampler` imports.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never, get_args
 
-from torch import Tensor
-
-from ldm.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.parameterization import to_eps
-from ldm.process import VarianceKind, posterior, reverse_variance, score, step_variance
-from ldm.schedule import Level
-from ldm.spacing import Leg, SamplerKind
 
-Noise = Callable[[], Tensor]
-"""Gives a fresh standard normal tensor of the state's shape; called exactly where diffusers draws."""
+if TYPE_CHECKING:
+    from ldm.steps import Sampler
 
-
-class Step(Protocol):
-    """Walks a leg. Multistep ones remember: one object per trajectory."""
-
-    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor: ...
+SamplerKind = Literal[
+    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "predictor_corrector"
+]
 
 
-def sample(
-    denoise: Denoise,
-    x: Tensor,
-    legs: Iterable[Leg],
-    step: Step,
-    noise: Noise,
-    callback: Callable[[int, Leg, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Walk the legs from state x (b, c, h, w); `callback(k, leg, x)` sees the state at the end of leg k, and may change it."""
-    for k, leg in enumerate(legs):
-        x = step(denoise, x, leg.now, leg.next, noise)
-        if callback is not None:
-            x = callback(k, leg, x)
-    return x
+def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
+    """Return the record of a sampler. eta, 0 to 1, is ddim's share of noise.
 
-
-def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 0) -> Tensor:
-    """Walk the legs of DDIM backwards, from data to the noise that DDIM (eta 0) would make them of.
-
-    Each leg's eps belongs to a state not yet known. It is taken from where the leg ends (Dhariwal & Nichol 2021, arXiv
-    2105.05233, appendix F), and as often as `refinements` says once more from the state that this gives (a fixed-point
-    iteration: Pan et al. 2023, arXiv 2309.04907).
+    Raises UserError for an unknown name, or an eta with another sampler.
     """
-    for now, next in reversed(legs):
-        guess, at = x, now if next.is_last else next
-        for _ in range(refinements + 1):
-            eps = to_eps("x0", denoise(guess, at).x0, guess, at.alpha, at.sigma)
-            guess, at = now.alpha / next.alpha * (x - next.sigma * eps) + now.sigma * eps, now
-        x = guess
-    return x
+    from ldm.spacing import Grid
+    from ldm.steps import DDPM, Heun, Multistep, PredictorCorrector, Sampler, UniPC
 
-
-def draws_noise(kind: SamplerKind, eta: float = 0.0) -> bool:
-    """Whether the steps of that kind add noise, and the same start doesn't always end in the same picture."""
-    return kind in ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "predictor_corrector") or eta > 0
-
-
-def make_step(
-    kind: SamplerKind, eta: float = 0.0, variance: VarianceKind = "fixed_small", from_pure_noise: bool = False
-) -> Step:
-    """A fresh step of that kind.
-
-    eta (0 to 1) is ddim's share of noise; the variance is ddpm's and the predictor's; `from_pure_noise` says that the first
-    level may have no signal left, as on a flow.
-    """
+    if kind not in get_args(SamplerKind):
+        raise UserError(f"sampler {kind!r}: choose {', '.join(get_args(SamplerKind))}")
     if eta and kind != "ddim":
         raise UserError(f"eta {eta} with {kind}: only ddim has an eta")
+    euler_grid = Grid(rounded=(), starts_bare=("trailing", "linspace", "karras"))
+    dpm_solver_grid = Grid(rounded=("linspace", "karras"), spare=True)
     match kind:
         case "ddpm":
-            return DDPM(variance)
+            grid = Grid(karras=False)
+            return Sampler(lambda _, variance: DDPM(variance), grid, draws_noise=True, uses_learned_variance=True)
         case "ddim":
-            return Multistep(1, eta)
+            grid = Grid(karras=False, strides=True)
+            return Sampler(lambda *_: Multistep(1, eta), grid, draws_noise=eta > 0)
         case "euler":
-            return Multistep(1)
+            return Sampler(lambda *_: Multistep(1), euler_grid, draws_noise=False)
         case "euler_ancestral":
-            return Multistep(1, 1.0)
-        case "heun":
-            return Heun(straight=from_pure_noise)
+            return Sampler(lambda *_: Multistep(1, 1.0), euler_grid, draws_noise=True)
+        case "heun":  # on the flow's equation where the first level is pure noise
+            return Sampler(lambda schedule, _: Heun(straight=schedule.zero_terminal_snr), euler_grid, draws_noise=False)
         case "dpmpp_2m":
-            return Multistep(2)
+            return Sampler(lambda *_: Multistep(2), dpm_solver_grid, draws_noise=False)
         case "dpmpp_2m_sde":
-            return Multistep(2, 1.0)
+            return Sampler(lambda *_: Multistep(2, 1.0), dpm_solver_grid, draws_noise=True)
         case "unipc":
-            return UniPC()
+            return Sampler(lambda *_: UniPC(), dpm_solver_grid, draws_noise=False)
         case "predictor_corrector":
-            return PredictorCorrector(DDPM(variance))
+            return Sampler(
+                lambda _, variance: PredictorCorrector(DDPM(variance)), Grid(starts_bare=("karras",)),
+                draws_noise=True, uses_learned_variance=True,
+            )  # fmt: skip
         case _:
             assert_never(kind)
-
-
-@dataclass(frozen=True)
-class DDPM:
-    """A draw from p(x_s | x_t), Ho et al. 2020, eq. 7 with x̂0, for any two levels.
-
-    Into t = 0, where the posterior knows x0, the mean is taken.
-    """
-
-    variance: VarianceKind = "fixed_small"
-
-    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        made = denoise(x, now)
-        mean, small = posterior(x, made.x0, now, next)
-        if now.model_time <= 0:
-            return mean
-        z = noise()
-        if next.is_last:
-            return mean
-        variance = reverse_variance(self.variance, small, step_variance(next, now), made.variance_fraction)
-        return mean + variance**0.5 * z
-
-
-@dataclass
-class Multistep:
-    """DDIM's family: alpha x̂ + sigma eps at the next level, with a share `eta` of that eps drawn anew.
-
-    Song et al. 2021, eq. 12 and 16: eta 0 solves the ODE, eta 1 is DDPM's step. Order 1 takes x̂ = x̂0 and is Euler's step on
-    Karras' ODE: for y = x / alpha and s = sigma / alpha, y + (s_next - s) (y - x̂0) / s keeps the eps, (y - x̂0) / s. Order
-    2 extrapolates x̂ from the last leg (Lu et al. 2022, algorithm 2, midpoint), but not into t = 0.
-    """
-
-    order: Literal[1, 2] = 1
-    eta: float = 0.0
-    previous: tuple[Tensor, Level] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"eta {self.eta}: give 0 (no noise) to 1 (as much as DDPM)")
-
-    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = denoise(x, now).x0
-        target = x0 + _half_slope(x0, self.previous, now, next)
-        self.previous = (x0, now) if self.order == 2 and not next.is_last else None
-        std = self.eta * next.sigma * math.sqrt(max(0.0, 1 - (next.noise / now.noise) ** 2))
-        x = move(x, target, now, next, math.sqrt(next.sigma**2 - std**2))
-        return x + std * noise() if self.eta > 0 else x
-
-
-@dataclass
-class UniPC:
-    """DPM++ 2M's prediction, and its correction once the network has been asked where it led; one evaluation a leg."""
-
-    begun: tuple[Tensor, Tensor, Level] | None = None
-    """State, x̂0 and level at the start of the last leg."""
-    previous: tuple[Tensor, Level] | None = None
-    """x̂0 and level at the start of the leg before it."""
-
-    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = denoise(x, now).x0
-        last = None
-        if self.begun is not None:
-            x, last = self._correct(*self.begun, x0, now), self.begun[1:]
-        self.previous, self.begun = last, (x, x0, now)
-        if next.is_last:
-            self.previous = self.begun = None
-        return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
-
-    def _correct(self, x: Tensor, x0: Tensor, then: Level, x0_now: Tensor, now: Level) -> Tensor:
-        """The last leg again, with x̂0 at its end known: Zhao et al. 2023, algorithm 1."""
-        h = then.half_log_snr - now.half_log_snr  # their -h, as x̂0 is what is integrated
-        phi = math.expm1(h)
-        first = (phi / h - 1) / phi
-        if self.previous is None:
-            correction = (x0_now - x0) / 2
-        else:
-            second = 2 * ((phi / h - 1) / h - 0.5) / phi
-            earlier, before = self.previous
-            r = (then.half_log_snr - before.half_log_snr) / h  # negative, in units of this leg
-            weight = (second - first) / (r - 1)
-            correction = weight / r * (earlier - x0) + (first - weight) * (x0_now - x0)
-        return move(x, x0 + correction, then, now, now.sigma)
-
-
-@dataclass(frozen=True)
-class Heun:
-    """Karras et al. 2022, algorithm 1: Euler's step, then again with the mean of the slopes at both ends.
-
-    In dy = x̂0 da + eps db for the state y, scaled so that a = 1 (Karras' ODE) or, `straight`, so that a + b = 1: the flow's,
-    which can start from pure noise.
-    """
-
-    straight: bool = False
-
-    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = denoise(x, now).x0
-        end = move(x, x0, now, next, next.sigma)
-        if next.is_last:
-            return end
-        x0_end = denoise(end, next).x0
-        eps = to_eps("x0", x0, x, now.alpha, now.sigma)
-        eps_end = to_eps("x0", x0_end, end, next.alpha, next.sigma)
-        (a, b, scale), (a_end, b_end, scale_end) = self._scaled(now), self._scaled(next)
-        slope = (a_end - a) * (x0 + x0_end) / 2 + (b_end - b) * (eps + eps_end) / 2
-        return (x / scale + slope) * scale_end
-
-    def _scaled(self, level: Level) -> tuple[float, float, float]:
-        scale = level.alpha + level.sigma if self.straight else level.alpha
-        return level.alpha / scale, level.sigma / scale, scale
-
-
-@dataclass(frozen=True)
-class PredictorCorrector:
-    """DDPM's step, then a step of Langevin dynamics at the level it led to: two evaluations a leg.
-
-    The step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4, with the ratio of the norms of noise and score, which
-    they measure, at its expectation sigma. Their algorithm 5's has another factor, which depends on the path's scale.
-    """
-
-    predictor: Step = DDPM()
-    snr: float = 0.16
-
-    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x = self.predictor(denoise, x, now, next, noise)
-        if next.is_last:
-            return x
-        size = 2 * (self.snr * next.sigma) ** 2
-        return x + size * score(x, denoise(x, next).x0, next) + math.sqrt(2 * size) * noise()
-
-
-def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor:
-    """alpha_next x0 + sigma eps, for the eps that x and x0 imply at `now`."""
-    kept = sigma / now.sigma
-    return kept * x + (next.alpha - kept * now.alpha) * x0
-
-
-def _half_slope(x0: Tensor, previous: tuple[Tensor, Level] | None, now: Level, next: Level) -> Tensor | float:
-    """What x̂0 changes over half the leg, by its slope in lambda since the last one; 0 where there is none."""
-    if previous is None or next.is_last:
-        return 0.0
-    last_x0, last = previous
-    ratio = (next.half_log_snr - now.half_log_snr) / (now.half_log_snr - last.half_log_snr)
-    return ratio / 2 * (x0 - last_x0)

@@ -1,4 +1,4 @@
-"""Which levels a sampler visits: the legs from noise to data, as diffusers' schedulers choose them.
+"""The levels that a sampler visits: the legs from noise to data, as diffusers' schedulers choose them.
 
 leading, trailing, linspace: Lin et al. 2024 (arXiv 2305.08891), table 2; karras: Karras et al. 2022 (arXiv 2206.00364),
 eq. 5 with rho 7, from the schedule's greatest noise level to its least.
@@ -16,9 +16,6 @@ from ldm.errors import UserError
 from ldm.schedule import BetaSchedule, Level, Schedule
 
 Spacing = Literal["leading", "trailing", "linspace", "karras"]
-SamplerKind = Literal[
-    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "predictor_corrector"
-]
 _RHO = 7
 
 
@@ -31,7 +28,7 @@ class Leg(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The legs from noise to data, and the standard deviation of the Gaussian to begin with.
+    """The legs from noise to data, and the standard deviation of the first state.
 
     To begin part of the way (image to image), walk `legs[k:]` from alpha x0 + sigma eps at `legs[k].now`.
     """
@@ -40,18 +37,34 @@ class Plan:
     start_std: float
 
     def start(self, noise: Tensor) -> Tensor:
-        """The first state, of standard normal noise."""
+        """Return the first state, made of standard normal noise."""
         return self.start_std * noise
 
 
-def plan(
-    schedule: Schedule, kind: SamplerKind, n: int, spacing: Spacing, steps_offset: int = 1, set_alpha_to_one: bool = False
-) -> Plan:  # fmt: skip
-    """The legs that diffusers' scheduler of that kind walks, made `from_config` of such a DDIMScheduler.
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Which levels a sampler visits on a grid of betas, and what it starts from, as its scheduler in diffusers does."""
 
-    All end at t = 0 except ddim on a grid of betas, which ends at index 0 unless `set_alpha_to_one`. On a flow, indices
-    aren't rounded, and the start has the standard deviation of x_t for data of variance 1. Raises UserError where n
-    steps don't fit the schedule, or the spacing the sampler or the path.
+    rounded: tuple[Spacing, ...] = ("linspace",)
+    """Spacings whose times are rounded to timesteps (with leading and trailing they are timesteps already)."""
+    spare: bool = False
+    """Divide the range in n + 1 and leave out the lowest level, with leading and linspace."""
+    strides: bool = False
+    """Go down by T // n from every level, wherever the next leg begins; the last leg's end is the model's choice."""
+    karras: bool = True
+    """Whether karras spacing is possible."""
+    starts_bare: tuple[Spacing, ...] = ()
+    """Spacings with which it starts from sigma eps; with others the start has the variance of x_t."""
+
+
+def plan(
+    schedule: Schedule, grid: Grid, n: int, spacing: Spacing, steps_offset: int = 1, set_alpha_to_one: bool = False
+) -> Plan:
+    """Return the n legs of a sampler with that grid, as diffusers' scheduler, made `from_config` of a DDIMScheduler, has them.
+
+    All end at t = 0, except that a grid of betas with strides ends at index 0 unless `set_alpha_to_one`. On a flow, times
+    aren't rounded, and the start has the standard deviation of x_t for data of variance 1. Raises UserError where n steps
+    don't fit the schedule, or the spacing the sampler or the path.
     """
     T = schedule.T
     if not 1 <= n <= T:
@@ -60,41 +73,22 @@ def plan(
         levels = [schedule.level(i) for i in _flow_indices(n, T, spacing, steps_offset)]
         return _through([*levels, schedule.level(-1)], math.hypot(levels[0].alpha, levels[0].sigma))
     if spacing == "karras":
-        return _karras(schedule, kind, n)
-    match kind:
-        case "ddim":
-            # diffusers' DDIM goes down by T // n from every index. With leading that is where the next leg
-            # begins; with trailing it can miss by an index where n doesn't divide T; with linspace it falls
-            # short, and noise is left in the picture. Ours paints the same pictures.
-            down, end = T // n, -1 if set_alpha_to_one else 0
-            indices = visited(n, T, spacing, steps_offset).tolist()
-            ends = ((i, i - down if i >= down else end) for i in indices)
-            return Plan(tuple(Leg(schedule.level(i), schedule.level(j)) for i, j in ends), 1.0)
-        case "ddpm" | "predictor_corrector":
-            indices = visited(n, T, spacing, steps_offset)
-        case "euler" | "euler_ancestral" | "heun":
-            indices = visited(n, T, spacing, steps_offset, whole=False)
-        case "dpmpp_2m" | "dpmpp_2m_sde" | "unipc":
-            indices = visited(n, T, spacing, steps_offset, spare=True)
-        case _:
-            assert_never(kind)
-    # Where its spacing reaches T - 1, diffusers' Euler begins from sigma eps, not from the variance of x_t.
-    levels = [schedule.level(i) for i in [*indices.tolist(), -1]]
-    bare = kind in ("euler", "euler_ancestral", "heun") and spacing != "leading"
-    return _through(levels, levels[0].sigma if bare else 1.0)
+        levels = _karras_levels(schedule, grid, n)
+    else:
+        levels = [schedule.level(i) for i in _indices(n, T, spacing, steps_offset, grid).tolist()]
+    if grid.strides:
+        # diffusers' DDIM goes down by T // n from every index. With leading that is where the next leg
+        # begins; with trailing it can miss by an index where n doesn't divide T; with linspace it falls
+        # short, and noise is left in the picture. Ours paints the same pictures.
+        down, end = T // n, -1 if set_alpha_to_one else 0
+        ends = (level.model_time - down if level.model_time >= down else end for level in levels)
+        return Plan(tuple(Leg(level, schedule.level(j)) for level, j in zip(levels, ends, strict=True)), 1.0)
+    return _through([*levels, schedule.level(-1)], levels[0].sigma if spacing in grid.starts_bare else 1.0)
 
 
-def visited(
-    n: int, T: int, spacing: Spacing, steps_offset: int = 0, spare: bool = False, whole: bool = True
-) -> np.ndarray:
-    """The n indices (n,) that a sampler visits on a grid of T, falling.
-
-    `spare` has leading and linspace divide the range in n + 1 and drops the lowest (diffusers' DPM-Solver); `whole=False`
-    leaves linspace unrounded (its Euler). Raises UserError where n indices don't fit.
-    """
-    if not 1 <= n <= T:
-        raise UserError(f"{n} sampling steps: give 1 to {T}, the model's timesteps")
-    divisions = n + 1 if spare else n
+def _indices(n: int, T: int, spacing: Spacing, steps_offset: int, grid: Grid) -> np.ndarray:
+    """Return the n indices (n,) that a sampler visits on a grid of T, falling. Raises UserError where they don't fit."""
+    divisions = n + 1 if grid.spare else n
     indices: np.ndarray
     match spacing:
         case "leading":
@@ -109,7 +103,8 @@ def visited(
             raise UserError("karras spacing is one of noise levels, not of timesteps")
         case _:
             assert_never(spacing)
-    indices = indices.round().astype(np.int64) if whole else indices.astype(np.float64)
+    if spacing in grid.rounded:
+        indices = indices.round()
     if indices[0] > T - 1 or indices[-1] < 0 or (np.diff(indices) >= 0).any():
         raise UserError(
             f"{n} steps with {spacing} spacing (steps_offset {steps_offset}) don't fit {T} timesteps: "
@@ -122,19 +117,18 @@ def _through(levels: list[Level], start_std: float) -> Plan:
     return Plan(tuple(Leg(*ends) for ends in pairwise(levels)), start_std)
 
 
-def _karras(schedule: BetaSchedule, kind: SamplerKind, n: int) -> Plan:
-    if kind in ("ddim", "ddpm"):
+def _karras_levels(schedule: BetaSchedule, grid: Grid, n: int) -> list[Level]:
+    if not grid.karras:
         raise UserError(
-            f"karras spacing with {kind}, which walks whole timesteps: take euler, which is ddim's step, or another spacing"
+            "karras spacing with a sampler that walks whole timesteps: take another spacing or sampler (euler is ddim's step)"
         )
     if schedule.zero_terminal_snr:
         raise UserError("karras spacing begins at a finite noise level, which zero terminal SNR has not: take trailing")
     most, least = (schedule.level(i).noise ** (1 / _RHO) for i in (schedule.T - 1, 0))
     levels = [schedule.at_noise(float(noise)) for noise in np.linspace(most, least, n) ** _RHO]
-    whole = kind in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")  # what their networks are given is rounded
-    if whole:
-        levels = [replace(level, model_time=round(level.model_time)) for level in levels]
-    return _through([*levels, schedule.level(-1)], 1.0 if whole else levels[0].sigma)
+    if "karras" in grid.rounded:
+        return [replace(level, model_time=round(level.model_time)) for level in levels]
+    return levels
 
 
 def _flow_indices(n: int, T: int, spacing: Spacing, steps_offset: int) -> list[float]:
@@ -142,4 +136,4 @@ def _flow_indices(n: int, T: int, spacing: Spacing, steps_offset: int) -> list[f
         raise UserError("karras spacing on a flow, whose noise levels reach infinity: take trailing (and a shift)")
     if spacing == "trailing":
         return [T - k * T / n - 1 for k in range(n)]
-    return visited(n, T, spacing, steps_offset, whole=False).tolist()
+    return _indices(n, T, spacing, steps_offset, Grid(rounded=())).tolist()

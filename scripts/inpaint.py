@@ -10,7 +10,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from ldm.errors import UserError
 from ldm.formats.png import slug
-from ldm.spacing import SamplerKind
+from ldm.samplers import SamplerKind
 from train.commands.generate import Painter, PaintOptions, open_picture, options
 from train.commands.main import command
 from train.data.images.decode import MAX_PIXELS

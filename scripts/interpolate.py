@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.editing import slerp
 from ldm.errors import UserError
 from ldm.formats.png import save_png, slug
-from ldm.samplers import draws_noise
+from ldm.samplers import make_sampler
 from train.commands.generate import ModelOptions, check_seed, load, read_prompts, settings
 from train.commands.main import command
 from train.config.load import overlay
@@ -64,7 +64,7 @@ class Way:
             raise UserError(f"--fps {o.fps}: 1 to 50 are accepted")
         for option, seed in zip(("--seed", "--to-seed"), self.seeds, strict=True):
             check_seed(option, seed)
-        if draws_noise(o.sampler, o.eta) and self.seeds[0] != self.seeds[1]:
+        if make_sampler(o.sampler, o.eta).draws_noise and self.seeds[0] != self.seeds[1]:
             raise UserError(f"--sampler {o.sampler} draws noise on the way, which has no half way: take dpmpp_2m, say")
         self.o, self.pipe = o, load(o, o.model)
         of_the_way = ("to", "to_seed", "frames", "fps", "loop")

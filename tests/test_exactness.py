@@ -10,9 +10,10 @@ import torch
 
 from ldm.denoiser import Denoised, Denoiser
 from ldm.guidance import Conditioned
-from ldm.samplers import DDPM, Heun, Multistep, PredictorCorrector, UniPC, invert, make_step, sample
+from ldm.samplers import make_sampler
 from ldm.schedule import Level, RectifiedFlow, Schedule
 from ldm.spacing import Leg, plan
+from ldm.steps import DDPM, Heun, Multistep, PredictorCorrector, UniPC, invert, sample
 
 SCHEDULE = Schedule.build("scaled_linear")
 FLOW = RectifiedFlow(1000, shift=2.0)
@@ -188,7 +189,7 @@ def propagate(kind, legs, start_std, eta):
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", MAKE)
 def test_mean_and_covariance_are_carried_exactly(kind, spacing):
-    route = plan(SCHEDULE, SAMPLER[kind], 20, spacing)
+    route = plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 20, spacing)
     constant, matrix = affine_map(route.legs, MAKE[kind](), route.start_std, 45)
     mean, covariance = propagate(kind, route.legs, route.start_std, 0.4 if kind == "ddim_0.4" else 0.0)
     np.testing.assert_allclose(constant, mean, atol=1e-9)
@@ -197,7 +198,7 @@ def test_mean_and_covariance_are_carried_exactly(kind, spacing):
 
 @pytest.mark.parametrize(("kind", "schedule"), ON_PATHS)
 def test_many_steps_reach_the_data(kind, schedule):
-    route = plan(schedule, SAMPLER[kind], 1000, "trailing")
+    route = plan(schedule, make_sampler(SAMPLER[kind]).grid, 1000, "trailing")
     constant, matrix = affine_map(route.legs, MAKE[kind](), route.start_std, 2005)
     np.testing.assert_allclose(constant, CENTRE, atol=0.03)
     np.testing.assert_allclose(matrix.T @ matrix, COVARIANCE, atol=0.03)
@@ -250,7 +251,7 @@ BIAS = 0.01
 @pytest.mark.parametrize(("kind", "schedule"), ON_PATHS)
 def test_the_modes_of_a_mixture_have_their_shares(kind, schedule):
     route, generator, count = (
-        plan(schedule, SAMPLER[kind], 50, "trailing"),
+        plan(schedule, make_sampler(SAMPLER[kind]).grid, 50, "trailing"),
         torch.Generator().manual_seed(4),
         20000,
     )
@@ -277,7 +278,7 @@ def exact_finite(x_t, level):
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", MAKE)
 def test_samples_of_a_finite_data_set_are_data(kind, spacing):
-    route, generator = plan(SCHEDULE, SAMPLER[kind], 50, spacing), torch.Generator().manual_seed(4)
+    route, generator = plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 50, spacing), torch.Generator().manual_seed(4)
     noise = lambda: torch.randn((500, 3, 2, 2), generator=generator, dtype=torch.float64)  # noqa: E731
     x = sample(exact_finite, route.start(noise()), route.legs, MAKE[kind](), noise)
     distance = (x[:, None] - POINTS).flatten(2).square().mean(2).sqrt()  # (b, points)
@@ -332,19 +333,22 @@ def test_eulers_step_on_the_ode_of_karras_and_on_a_flow_is_ddims():
         y, noise, next_noise = x / t.alpha, t.sigma / t.alpha, s.sigma / s.alpha
         slope = (y - nonlinear(x, t).x0) / noise  # Karras et al. 2022, algorithm 1, line 4
         torch.testing.assert_close(
-            make_step("euler")(nonlinear, x, t, s, no_noise), s.alpha * (y + (next_noise - noise) * slope)
+            make_sampler("euler").step(SCHEDULE)(nonlinear, x, t, s, no_noise),
+            s.alpha * (y + (next_noise - noise) * slope),
         )
         t, s = FLOW.level(now), FLOW.level(after)
         x0 = nonlinear(x, t).x0
         velocity = (x - t.alpha * x0) / t.sigma - x0
-        torch.testing.assert_close(make_step("euler")(nonlinear, x, t, s, no_noise), x + (s.sigma - t.sigma) * velocity)
+        torch.testing.assert_close(
+            make_sampler("euler").step(FLOW)(nonlinear, x, t, s, no_noise), x + (s.sigma - t.sigma) * velocity
+        )
 
 
 def test_a_single_datum_is_reached_exactly_by_any_ode_step():
     # With x̂0 = d throughout, the solution is alpha d + sigma eps with eps at rest.
     d, eps = draw(3, 2, 2, 2, seed=1), draw(3, 2, 2, 2, seed=2)
     for kind in ODE:
-        legs = plan(SCHEDULE, "dpmpp_2m", 4, "trailing").legs
+        legs = plan(SCHEDULE, make_sampler("dpmpp_2m").grid, 4, "trailing").legs
         start, end = legs[0].now, legs[-1].next
         x = sample(lambda x, level: Denoised(d), start.alpha * d + start.sigma * eps, legs, MAKE[kind](), no_noise)
         torch.testing.assert_close(x, end.alpha * d + end.sigma * eps, rtol=0, atol=1e-12)
@@ -352,7 +356,11 @@ def test_a_single_datum_is_reached_exactly_by_any_ode_step():
 
 @pytest.mark.parametrize("kind", ["dpmpp_2m", "unipc"])
 def test_a_multistep_step_forgets_a_finished_trajectory(kind):
-    route, step, x = plan(SCHEDULE, kind, 8, "trailing"), make_step(kind), draw(2, 1, 2, 2)
+    route, step, x = (
+        plan(SCHEDULE, make_sampler(kind).grid, 8, "trailing"),
+        make_sampler(kind).step(SCHEDULE),
+        draw(2, 1, 2, 2),
+    )
     first, second = (sample(nonlinear, x, route.legs, step, no_noise) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -363,7 +371,7 @@ def test_a_multistep_step_forgets_a_finished_trajectory(kind):
 @pytest.mark.parametrize("end", [False, True])
 def test_inversion_leads_back(end):
     # Refinements converge on the noise from which DDIM gives the data again, to rounding.
-    legs = plan(SCHEDULE, "ddim", 50, "trailing", set_alpha_to_one=end).legs
+    legs = plan(SCHEDULE, make_sampler("ddim").grid, 50, "trailing", set_alpha_to_one=end).legs
     x = MODES[draw(64, 1, 1, 1).argsort(0) % 3] + WIDTH * draw(64, 1, 1, 1, seed=1)
     errors = []
     for refinements in (0, 2, 60):
@@ -374,7 +382,7 @@ def test_inversion_leads_back(end):
 
 
 def test_inversion_of_gaussian_data_gives_standard_noise():
-    legs = plan(SCHEDULE, "ddim", 500, "trailing").legs
+    legs = plan(SCHEDULE, make_sampler("ddim").grid, 500, "trailing").legs
     x = MEAN + STD * draw(20000, 1, 1, 1)
     noise = invert(exact_gaussian, x, legs, 3)
     assert noise.mean().item() == pytest.approx(0, abs=0.08)  # alpha there is 0.068: some of the mean stays
@@ -390,7 +398,7 @@ def test_inversion_of_gaussian_data_gives_standard_noise():
 )
 def test_the_loop_waits_for_no_device(kind, schedule):
     # A meta tensor has no numbers: whatever asked for one would raise.
-    route, x = plan(schedule, "dpmpp_2m", 10, "trailing"), torch.empty(2, 4, 8, 8, device="meta")
+    route, x = plan(schedule, make_sampler("dpmpp_2m").grid, 10, "trailing"), torch.empty(2, 4, 8, 8, device="meta")
     denoise = Conditioned(Denoiser(lambda x_t, index, c: x_t * index.view(-1, 1, 1, 1), "v", torch.bfloat16), x)
     end = sample(denoise, route.start(x), route.legs, MAKE[kind](), lambda: torch.empty_like(x))
     assert (end.dtype, end.shape) == (x.dtype, x.shape)

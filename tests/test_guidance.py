@@ -12,9 +12,10 @@ from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval
 from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.process import score
-from ldm.samplers import make_step, sample
+from ldm.samplers import make_sampler
 from ldm.schedule import RectifiedFlow, Schedule
 from ldm.spacing import plan
+from ldm.steps import sample
 
 TARGETS = ("eps", "x0", "v", "flow")
 VP, FLOW = Schedule.build("scaled_linear"), RectifiedFlow(shift=3.0)
@@ -294,7 +295,11 @@ def test_autoguidance_is_away_from_the_weak_model(scale):
 def test_autoguided_gaussians_stay_affine(path):
     # The ODE's samples are slope × noise + offset, carried along in numbers. Away from a broader model: narrower.
     main, weak = (lambda x, level, m=model: Denoised(gaussian(x, level, *m)) for model in (MAIN, WEAK))
-    legs, noise, spreads = plan(path, "ddim", 20, "trailing", set_alpha_to_one=True).legs, draw(4, 1, 2, 2), []
+    legs, noise, spreads = (
+        plan(path, make_sampler("ddim").grid, 20, "trailing", set_alpha_to_one=True).legs,
+        draw(4, 1, 2, 2),
+        [],
+    )
     for scale in (1.0, 2.0, 3.0):
         slope, offset = 1.0, 0.0
         for t, s in legs:
@@ -307,7 +312,7 @@ def test_autoguided_gaussians_stay_affine(path):
             kept = s.sigma / t.sigma  # alpha_s x̂0 + sigma_s eps, with eps = (x - alpha_t x̂0) / sigma_t
             factor = s.alpha - kept * t.alpha
             slope, offset = (kept + factor * gain) * slope, (kept + factor * gain) * offset + factor * still
-        x = sample(Autoguided(main, weak, scale), noise, legs, make_step("ddim"), never)
+        x = sample(Autoguided(main, weak, scale), noise, legs, make_sampler("ddim").step(path), never)
         torch.testing.assert_close(x, slope * noise + offset, rtol=0, atol=1e-12)
         spreads.append(slope)
     assert spreads[0] > spreads[1] > spreads[2] > 0
@@ -400,8 +405,8 @@ def std_alone(legs, std, eta):
 def test_an_exact_classifier_samples_the_conditional_distribution(label, path, kind, eta):
     n, generator = 4000, torch.Generator().manual_seed(7)
     noise = lambda: torch.randn((n, 2, 1, 1), generator=generator, dtype=torch.float64)  # noqa: E731
-    route = plan(path, kind, 100, "trailing", set_alpha_to_one=True)
-    step = make_step(kind, eta if kind == "ddim" else 0.0)
+    route = plan(path, make_sampler(kind).grid, 100, "trailing", set_alpha_to_one=True)
+    step = make_sampler(kind, eta if kind == "ddim" else 0.0).step(path)
     guided = ClassifierGuided(mixture, partial(log_probability, label))
     x = sample(guided, route.start(noise()), route.legs, step, noise).flatten(1)
 
@@ -449,7 +454,7 @@ def test_guidance_waits_for_no_device(path, kind):
     guided = ClassifierFree(denoiser, condition, [(condition.clone(), 3.0), (condition.clone(), 2.0)], 0.7)
     guided = Autoguided(Interval(guided, plain, 0.1, 5.0), plain, 2.0)
     guided = ClassifierGuided(guided, lambda x, level: -x.square().flatten(1).sum(1))
-    route = plan(path, kind, 10, "trailing")
+    route = plan(path, make_sampler(kind).grid, 10, "trailing")
     with torch.no_grad():
-        end = sample(guided, route.start(x), route.legs, make_step(kind), never)
+        end = sample(guided, route.start(x), route.legs, make_sampler(kind).step(path), never)
     assert (end.device.type, end.dtype, end.shape) == ("meta", torch.float32, x.shape)

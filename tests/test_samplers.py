@@ -1,8 +1,11 @@
 """Samplers against diffusers' schedulers, step by step over whole trajectories."""
 
 import itertools
+import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,9 +26,10 @@ from ldm.denoiser import Denoiser
 from ldm.errors import UserError
 from ldm.guidance import Conditioned
 from ldm.parameterization import PREDICTION_TYPE
-from ldm.samplers import make_step, sample
+from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import RectifiedFlow, Schedule
 from ldm.spacing import plan
+from ldm.steps import sample
 
 SCHEDULE = Schedule.build("scaled_linear")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -63,7 +67,7 @@ def normal(generator, shape):
 
 
 def our_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, variance="fixed_small"):
-    route, states = plan(schedule, kind, n, spacing, steps_offset=1), []
+    route, states = plan(schedule, make_sampler(kind).grid, n, spacing, steps_offset=1), []
     learned = variance == "learned"
 
     def network(x, index, condition):
@@ -73,7 +77,7 @@ def our_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, va
         Conditioned(Denoiser(network, target), None),
         route.start(noise),
         route.legs,
-        make_step(kind, eta, variance),
+        make_sampler(kind, eta).step(schedule, variance),
         normal(generator, noise.shape),
         callback=lambda k, leg, x: (states.append(x), x)[1],
     )
@@ -220,13 +224,13 @@ def test_flows_equal_diffusers(kind, scheduler, spacing, n, shift):
     else:  # Left to itself it shifts its least level twice.
         theirs.set_timesteps(sigmas=np.linspace(1, 1 / n if spacing == "trailing" else 1 / 1000, n).tolist())
     noise, states = draw(2, 4, 4, 4).float(), []
-    route = plan(schedule, kind, n, spacing)
+    route = plan(schedule, make_sampler(kind).grid, n, spacing)
     denoise = Conditioned(Denoiser(fake_network, "flow"), None)
     sample(
         denoise,
         route.start(noise),
         route.legs,
-        make_step(kind, from_pure_noise=True),
+        make_sampler(kind).step(schedule),
         None,
         lambda k, leg, x: (states.append(x), x)[1],
     )
@@ -243,11 +247,13 @@ def test_flows_equal_diffusers(kind, scheduler, spacing, n, shift):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_legs_join_and_end_clean(spacing):
     for kind in ("ddpm", "euler", "heun", "dpmpp_2m", "unipc"):
-        legs = plan(SCHEDULE, kind, 30, spacing).legs
+        legs = plan(SCHEDULE, make_sampler(kind).grid, 30, spacing).legs
         assert all(a.next == b.now for a, b in pairwise(legs))
         assert legs[-1].next == SCHEDULE.level(-1)
-    assert plan(SCHEDULE, "ddim", 30, spacing).legs[-1].next == SCHEDULE.level(0)
-    assert plan(SCHEDULE, "ddim", 30, spacing, set_alpha_to_one=True).legs[-1].next == SCHEDULE.level(-1)
+    assert plan(SCHEDULE, make_sampler("ddim").grid, 30, spacing).legs[-1].next == SCHEDULE.level(0)
+    assert plan(SCHEDULE, make_sampler("ddim").grid, 30, spacing, set_alpha_to_one=True).legs[
+        -1
+    ].next == SCHEDULE.level(-1)
 
 
 def test_ddim_ends_clean_only_below_index_0():
@@ -255,16 +261,43 @@ def test_ddim_ends_clean_only_below_index_0():
     theirs = DDIMScheduler(1000, timestep_spacing="trailing", set_alpha_to_one=True)
     theirs.set_timesteps(7)
     assert theirs.timesteps[-1] == 142 == 1000 // 7
-    assert plan(SCHEDULE, "ddim", 7, "trailing", set_alpha_to_one=True).legs[-1].next == SCHEDULE.level(0)
+    assert plan(SCHEDULE, make_sampler("ddim").grid, 7, "trailing", set_alpha_to_one=True).legs[
+        -1
+    ].next == SCHEDULE.level(0)
+
+
+def draws(step, route):
+    """How often a step asks for noise, over a whole trajectory."""
+    asked = []
+    noise = lambda: (asked.append(1), draw(1, 4, 2, 2))[1]  # noqa: E731
+    sample(Conditioned(Denoiser(fake_network, "v"), None), draw(1, 4, 2, 2), route.legs, step, noise)
+    return len(asked)
+
+
+@pytest.mark.parametrize("kind", get_args(SamplerKind))
+def test_a_record_says_whether_its_step_draws_noise(kind):
+    for eta in (0.0, 0.5) if kind == "ddim" else (0.0,):
+        record = make_sampler(kind, eta)
+        route = plan(SCHEDULE, record.grid, 5, "trailing")
+        assert (draws(record.step(SCHEDULE), route) > 0) == record.draws_noise
+        if record.draws_noise:
+            # A record that doesn't say so gives its step no source of noise, whatever the caller has.
+            with pytest.raises(RuntimeError, match="its sampler's record says that it draws none"):
+                draws(replace(record, draws_noise=False).step(SCHEDULE), route)
+
+
+def test_the_names_of_samplers_cost_no_torch():
+    said = "import sys, ldm.samplers; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", said], check=True)
 
 
 def test_what_has_no_meaning_is_refused():
     zero = Schedule.build("scaled_linear", zero_terminal_snr=True)
     with pytest.raises(UserError, match=r"eta 0\.5 with euler"):
-        make_step("euler", 0.5)
+        make_sampler("euler", 0.5)
     for eta in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="eta"):
-            make_step("ddim", eta)
+            make_sampler("ddim", eta).step(SCHEDULE)
     for schedule, kind, n, spacing, says in [
         (SCHEDULE, "ddpm", 1000, "leading", "1000 steps with leading"),
         (SCHEDULE, "euler", 0, "trailing", "0 sampling steps"),
@@ -273,7 +306,7 @@ def test_what_has_no_meaning_is_refused():
         (RectifiedFlow(), "euler", 10, "karras", "karras spacing on a flow"),
         (zero, "euler", 10, "karras", "zero terminal SNR has not: take trailing"),
         (SCHEDULE, "ddim", 1, "leading", "take trailing"),
-        (SCHEDULE, "ddim", 10, "karras", "karras spacing with ddim"),
+        (SCHEDULE, "ddim", 10, "karras", "karras spacing with a sampler that walks whole timesteps"),
     ]:
         with pytest.raises(UserError, match=says):
-            plan(schedule, kind, n, spacing)
+            plan(schedule, make_sampler(kind).grid, n, spacing)

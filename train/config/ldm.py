@@ -11,6 +11,7 @@ from ldm.networks.attention import AttentionBackend
 from ldm.objective import LossKind, Objective, ObjectiveKind, Weighting, edm, min_snr, p2
 from ldm.parameterization import Target
 from ldm.process import VarianceKind
+from ldm.samplers import make_sampler
 from ldm.schedule import Schedule, ScheduleKind
 from ldm.spacing import Spacing, plan
 from ldm.timesteps import Importance, LogitNormal, Timesteps, uniform
@@ -201,5 +202,5 @@ class LdmConfig(RunConfig):
     def _sheets_fit(self) -> Self:
         if self.task == "inpaint" and self.prompts:
             raise ValueError("prompts with task inpaint: its sheets are of held-out pictures, by their captions")
-        plan(self.diffusion.build_schedule(), "dpmpp_2m", self.sample_steps, self.diffusion.spacing)
+        plan(self.diffusion.build_schedule(), make_sampler("dpmpp_2m").grid, self.sample_steps, self.diffusion.spacing)
         return self

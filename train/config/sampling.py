@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ldm.spacing import SamplerKind, Spacing
+from ldm.samplers import SamplerKind
+from ldm.spacing import Spacing
 
 
 @dataclass(frozen=True, kw_only=True)
