@@ -11,6 +11,7 @@ and weigh the adversarial loss by gradients (`adaptive_weight`). Divided by 3·H
 over, KL 1e-6 and adversarial 0.5. (Their bound on the adaptive weight, 1e4, is one of weights 3·H·W times as large.)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, assert_never
 
@@ -64,17 +65,27 @@ class Known(NamedTuple):
         return _Attach.apply(made.float(), self.value, self.gradient)
 
 
-def known(loss: Callable[[Tensor], Tensor], made: Tensor, scale: Tensor | float = 1.0) -> Known:
+def known(loss: Callable[[Tensor], Tensor], made: Tensor) -> Known:
     """A loss of pictures with its gradient, whose graph is freed at once.
 
     The gradient serves twice, for `adaptive_weight` and for the backward pass, so that perceptual network and
-    discriminator are gone through once. scale: of half precision's losses, against underflow on the way.
+    discriminator are gone through once.
     """
-    leaf = made.detach().float().requires_grad_()
+    leaf, scale = made.detach().float().requires_grad_(), underflow_scale(made)
     with torch.enable_grad():
         value = loss(leaf).float()
         (gradient,) = torch.autograd.grad(value * scale, leaf)
     return Known(value.detach(), gradient / scale)
+
+
+def underflow_scale(pictures: Tensor) -> float:
+    """A power of two by which gradients of a loss of these pictures are multiplied while they are computed in fp16.
+
+    An element's gradient is about 1/n for n elements, which fp16 rounds to few bits or to 0, while that of a weight is a
+    sum over elements, about 1. Times √n both are far from either end of fp16. In fp32 and bf16 a power of two changes
+    no digit.
+    """
+    return 2.0 ** math.ceil(math.log2(pictures.numel()) / 2)
 
 
 class _Attach(torch.autograd.Function):

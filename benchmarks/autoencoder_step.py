@@ -3,7 +3,7 @@
 Its script, as of diffusers 0.42, gives LPIPS no gradient and lets the discriminator's gradient into the autoencoder. Both
 are mended here. It alternates: one batch moves the autoencoder, the next the discriminator, each with a whole forward pass.
 `sharing` is that loop made better by hand: one forward pass for both, fused optimizers, nothing read from the device. All
-three have the same networks, losses, batch and clipping, and make one update of either player a step.
+three have the same networks, losses, batch and clipping, and make one update of either network a step.
 
     python benchmarks/autoencoder_step.py --steps 8
 
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,23 +34,25 @@ from train.config.run import Precision
 from train.config.vae import AdversarialConfig, VaeConfig
 from train.engine.optim import autocast, build_optimizer
 from train.engine.provenance import versions
-from train.engine.stage import Batch
-from train.stages.vae_step import Judge, Reconstruct
+from train.stages.vae_step import Discriminate, Reconstruct, VaeBatch
 
-Step = Callable[[dict[str, Tensor]], float]
+Step = Callable[[VaeBatch], float]
 
 
 def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) -> Step:
     """As train/engine/trainer.py takes it, without logging and averaging."""
     torch.manual_seed(0)
     config = VaeConfig(adversarial=AdversarialConfig(kind="hinge", channels=64, layers=3))
-    vae, critic = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
-    player, judge = Reconstruct(vae, config, Lpips("vgg", vgg).to(device), critic), Judge(critic, config.adversarial)
-    turns = [(m, build_optimizer(m, OptimizerConfig())) for m in (player, judge)]
+    vae, discriminator = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
+    modules = (
+        Reconstruct(vae, config, Lpips("vgg", vgg).to(device), discriminator),
+        Discriminate(discriminator, config.adversarial),
+    )
+    phases = [(m, build_optimizer(m, OptimizerConfig())) for m in modules]
 
-    def step(batch: dict[str, Tensor]) -> float:
-        part: Batch = batch | {"adversarial": True}
-        for module, optimizer in turns:
+    def step(batch: VaeBatch) -> float:
+        part: Any = batch
+        for module, optimizer in phases:
             with autocast(device, precision):
                 out = module(part)
             out.loss.backward()
@@ -76,9 +79,9 @@ def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, 
     fused = True if sharing else None
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, weight_decay=0.01, fused=fused) for m in (vae, critic)]
 
-    def reconstruct(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(batch["pixels"]).latent_dist
-        z = posterior.mean + posterior.std * batch["posterior_noise"]
+    def reconstruct(batch: VaeBatch) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(batch.pixels).latent_dist
+        z = posterior.mean + posterior.std * batch.posterior_noise
         return vae.decode(z).sample, posterior.kl()
 
     def update(k: int, loss: Tensor) -> None:
@@ -87,8 +90,8 @@ def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, 
         optimizers[k].step()
         optimizers[k].zero_grad(set_to_none=True)
 
-    def step(batch: dict[str, Tensor]) -> float:
-        pixels, logged = batch["pixels"], 0.0
+    def step(batch: VaeBatch) -> float:
+        pixels, logged = batch.pixels, 0.0
         with autocast(device, precision):
             made, kl = reconstruct(batch)
             n = len(pixels)
@@ -123,10 +126,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = {"channels": o.channels, "layers": o.layers, "latent_channels": 4, "attention": True}
     side = o.side // 2 ** (len(o.channels) - 1)
-    batch = {
-        "pixels": torch.rand(o.batch_size, 3, o.side, o.side, device=device) * 2 - 1,
-        "posterior_noise": torch.randn(o.batch_size, 4, side, side, device=device),
-    }
+    batch = VaeBatch(
+        pixels=torch.rand(o.batch_size, 3, o.side, o.side, device=device) * 2 - 1,
+        posterior_noise=torch.randn(o.batch_size, 4, side, side, device=device),
+        adversarial=True,
+    )
 
     def seconds(step: Step) -> float:
         if device.type == "cuda":

@@ -25,7 +25,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import command
 from train.config.load import overlay
 from train.config.sampling import SamplingOptions
-from train.data.batches.dataset import PictureDataset
+from train.data.batches.pictures import PictureDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.data.synthetic.shapes import (
@@ -103,8 +103,8 @@ def given_pictures(data: str, side: int) -> list[Edit]:
         raise UserError(f"--data {data!r}: a Shapes set is accepted, as scripts/make_dataset.py shapes writes it")
     dataset = PictureDataset(open_source(data, "test"), Framing(resolution=side), 0, shuffle=False)
     batch = dataset.__getitems__(range(len(dataset.source)))
-    scenes = map(parse_caption, batch["caption"])
-    pairs = zip(to_uint8(batch["pixels"]), scenes, strict=True)
+    scenes = map(parse_caption, batch.captions)
+    pairs = zip(to_uint8(batch.pixels), scenes, strict=True)
     return [Edit(picture, scene, scene) for picture, scene in pairs if len(scene.objects) == 1]
 
 

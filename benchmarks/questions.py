@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import command
 from train.config.load import overlay
-from train.data.batches.dataset import PictureDataset
+from train.data.batches.pictures import PictureDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.data.synthetic.shapes import prompts
@@ -123,12 +123,12 @@ def main() -> None:
     batch = PictureDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(
         range(64)
     )
-    z = pipe.autoencoder.encode(batch["pixels"]).mean
+    z = pipe.autoencoder.encode(batch.pixels).mean
     target = pipe.autoencoder.decode(z)
     for refinements in (0, 1, 2, 4):
-        x_T = pipe.invert(z, batch["caption"], refinements=refinements)
+        x_T = pipe.invert(z, batch.captions, refinements=refinements)
         back = pipe(
-            batch["caption"], latents=x_T, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
+            batch.captions, latents=x_T, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
         ).images  # fmt: skip
         assert isinstance(back, Tensor)
         psnr, _ = reconstruction_quality(pipe.autoencoder.decode(back), target)

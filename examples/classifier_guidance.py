@@ -21,7 +21,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Level, Schedule
 from train.commands.main import command
 from train.config.load import overlay
-from train.data.batches.dataset import PictureDataset
+from train.data.batches.pictures import PictureDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.data.synthetic.shapes import BACKGROUNDS, parse_caption
@@ -108,8 +108,8 @@ def main() -> None:
     latents, labels = [], []
     for first in range(0, o.pictures, 64):
         batch = dataset.__getitems__(range(first, min(first + 64, o.pictures)))
-        latents.append(pipe.autoencoder.encode(batch["pixels"]).mean)
-        labels += [NAMES.index(parse_caption(caption).background) for caption in batch["caption"]]
+        latents.append(pipe.autoencoder.encode(batch.pixels).mean)
+        labels += [NAMES.index(parse_caption(caption).background) for caption in batch.captions]
     network = train(torch.cat(latents), torch.tensor(labels), pipe.process.schedule, o)
 
     rows = []

@@ -7,8 +7,8 @@ bound teaches only the variance: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, assert_never
+from dataclasses import dataclass, field, replace
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -82,11 +82,15 @@ class Losses:
     index: Tensor
     uncorrected: Tensor
     """`weighted`, as if timesteps had been drawn alike: what importance sampling goes by."""
+    prediction: "Prediction"
+    """What further losses may look at."""
 
 
-class _Prediction(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Prediction:
     """What the network made of a batch, with the coefficients of its levels."""
 
+    target: Target
     t: Levels
     s: Levels
     small: Tensor
@@ -94,7 +98,13 @@ class _Prediction(NamedTuple):
     weight: Tensor
     x_t: Tensor
     output: Tensor
+    """Prediction of the target, (b, c, h, w)."""
     fraction: Tensor | None
+
+    @property
+    def x0_hat(self) -> Tensor:
+        """The x0 that follows from the output, (b, c, h, w)."""
+        return to_x0(self.target, self.output, self.x_t, *self.t)
 
 
 @dataclass(frozen=True)
@@ -137,20 +147,20 @@ class Objective:
         made = self._predict(network, x0, index, noise, condition)
         if self.kind == "vlb":
             term = self._term(made, x0, index)
-            return Losses(correction * T * term, term, index, T * term)
+            return Losses(correction * T * term, term, index, T * term, made)
         target = target_of(self.target, x0, noise.to(x0.dtype), *made.t)
         error = pointwise(self.loss, made.output, target).flatten(1).mean(1)
         loss = made.weight.flatten() * error
         if self.kind == "hybrid":
-            loss = loss + _HYBRID * T * self._term(made._replace(output=made.output.detach()), x0, index)
-        return Losses(correction * loss, error, index, loss)
+            loss = loss + _HYBRID * T * self._term(replace(made, output=made.output.detach()), x0, index)
+        return Losses(correction * loss, error, index, loss, made)
 
     def bound(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
         """The variational bound's terms at given indices (b,), in bits per dimension, (b,)."""
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         return self._term(self._predict(network, x0, index, noise, condition), x0, index)
 
-    def _predict(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> _Prediction:
+    def _predict(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> Prediction:
         table, given = self._on(x0.device, x0.dtype)
         rows = (row.view(-1, *[1] * (x0.ndim - 1)) for row in table[:, index])  # (b, 1, 1, 1) each
         alpha, sigma, s_alpha, s_sigma, small, large, weight = rows
@@ -163,12 +173,12 @@ class Objective:
                 f"it needs {expected}"
             )
         output, fraction = split(output, x0.shape[1])
-        return _Prediction(Levels(alpha, sigma), Levels(s_alpha, s_sigma), small, large, weight, x_t, output, fraction)
+        t, s = Levels(alpha, sigma), Levels(s_alpha, s_sigma)
+        return Prediction(self.target, t, s, small, large, weight, x_t, output, fraction)
 
-    def _term(self, made: _Prediction, x0: Tensor, index: Tensor) -> Tensor:
-        x0_hat = to_x0(self.target, made.output, made.x_t, *made.t)
+    def _term(self, made: Prediction, x0: Tensor, index: Tensor) -> Tensor:
         return bound_term(
-            x0, made.x_t, x0_hat, index, made.t, made.s, made.small, made.large, self.variance, made.fraction
+            x0, made.x_t, made.x0_hat, index, made.t, made.s, made.small, made.large, self.variance, made.fraction
         )  # fmt: skip
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

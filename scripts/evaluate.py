@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
@@ -15,7 +16,9 @@ from train.commands.main import command, use_device
 from train.config.data import SourceConfig
 from train.config.load import overlay
 from train.config.sampling import SamplingOptions
-from train.data.batches.dataset import Batch, PictureDataset, PosteriorNoise
+from train.data.batches.draws import PosteriorNoise
+from train.data.batches.pictures import PictureDataset
+from train.data.batches.records import PictureBatch
 from train.data.synthetic.shapes import prompts
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
@@ -74,16 +77,16 @@ def evaluate(o: Options) -> dict[str, Any]:
 
     damaged: set[tuple[str, str]] = set()
 
-    def batches(count: int) -> Iterator[Batch]:
+    def batches(count: int) -> Iterator[PictureBatch[Tensor]]:
         for first in range(0, count, b):
             batch = dataset.__getitems__(range(first, min(first + b, count)))
-            damaged.update(batch["damaged"])
+            damaged.update(batch.damaged)
             yield batch
 
-    pairs = ((batch["pixels"], batch["posterior_noise"]) for batch in batches(count))
+    pairs = ((batch.pixels, batch.drawn) for batch in batches(count))
     report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs, levels=(0.2,))}
     few = batches(min(o.likelihoods, count))
-    bits, error = bits_per_dimension(pipe, ((batch["pixels"], batch["caption"]) for batch in few), o.seed)
+    bits, error = bits_per_dimension(pipe, ((batch.pixels, batch.captions) for batch in few), o.seed)
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
     how: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}
     if (Path(o.data) / "shapes.json").is_file():

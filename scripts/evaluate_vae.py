@@ -17,7 +17,8 @@ from train.commands.main import command, use_device
 from train.config.data import SourceConfig
 from train.config.load import overlay
 from train.config.vae import PerceptualConfig
-from train.data.batches.dataset import PictureDataset, PosteriorNoise
+from train.data.batches.draws import PosteriorNoise
+from train.data.batches.pictures import PictureDataset
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
@@ -95,8 +96,8 @@ def evaluate(o: Options) -> dict[str, Any]:
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, count, o.batch_size):
             batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
-            damaged.update(batch["damaged"])
-            yield batch["pixels"], batch["posterior_noise"]
+            damaged.update(batch.damaged)
+            yield batch.pixels, batch.drawn
 
     latents = LatentSums(autoencoder.latent_channels, device)
     scores = measure_reconstruction(
@@ -108,7 +109,7 @@ def evaluate(o: Options) -> dict[str, Any]:
         "damaged": [list(pair) for pair in sorted(damaged)], "versions": versions(),
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    few = pictures.__getitems__(range(min(8, count, o.batch_size)))["pixels"]
+    few = pictures.__getitems__(range(min(8, count, o.batch_size))).pixels
     reconstruction_sheet(autoencoder, few).save(folder / "reconstructions.png")
     return report
 

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cache import flat, joined, same
 
 from ldm.errors import RunError, UserError
 from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure
 from train.data.batches.cache import LatentCache, TextCache
-from train.data.batches.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, loader
+from train.data.batches.cached import CachedDataset
+from train.data.batches.draws import LatentNoise, Noising
+from train.data.batches.loading import loader
+from train.data.batches.pictures import PictureDataset
 from train.data.images.crop import Framing
 from train.data.sources.catalogue import Catalogue, Row
 from train.data.sources.splits import Source
@@ -147,18 +151,19 @@ def test_caches_and_pictures_give_the_same_batches(tmp_path):
     how = {"start_step": 0, "steps": 30, "batch_size": 6}
     sides = set()
     for (made,), (kept,) in zip(loader(pictures, **how), loader(stored, **how), strict=True):
-        mean, std = Encoder()(made["pixels"])
-        assert torch.equal(kept["mean"], mean)
-        assert torch.equal(kept["std"], std)
-        for name in ("position", "index", "timestep", "noise", "posterior_noise"):
-            assert torch.equal(made[name], kept[name])
-        assert (kept["condition"] == 0).flatten().tolist() == made["dropped"].tolist()
-        sides.add(tuple(made["pixels"].shape[2:]))
+        mean, std = Encoder()(made.pixels)
+        assert torch.equal(kept.mean, mean)
+        assert torch.equal(kept.std, std)
+        one, two = flat(made), flat(kept)
+        for name in ("position", "index", "drawn.timestep", "drawn.noise", "drawn.posterior_noise", "drawn.dropped"):
+            assert torch.equal(one[name], two[name])
+        assert (kept.condition == 0).flatten().tolist() == made.drawn.dropped.tolist()
+        sides.add(tuple(made.pixels.shape[2:]))
     assert len(sides) > 3
     halves = [list(loader(stored, rank=r, world=2, **how)) for r in range(2)]
     for step, (whole,) in enumerate(loader(stored, **how)):
         parts = [halves[r][step][0] for r in range(2)]
-        assert all(torch.equal(torch.cat([p[k] for p in parts]), whole[k]) for k in whole)
+        assert same(joined(parts), joined([whole]))
 
 
 def test_sizes_with_less_than_a_batch_are_done_without():
@@ -204,8 +209,8 @@ def test_a_damaged_picture_is_replaced_from_its_own_bucket(tmp_path):
         source.catalogue.shapes[k] = (0, 0)
     dataset, seen = PictureDataset(source, Framing(resolution=32), 5, buckets=buckets), 0
     for (batch,) in loader(dataset, start_step=0, steps=40, batch_size=6):
-        wanted = buckets.at(batch["position"].numpy())
-        for k, index in zip(wanted, batch["index"].tolist(), strict=True):
+        wanted = buckets.at(batch.position.numpy())
+        for k, index in zip(wanted, batch.index.tolist(), strict=True):
             assert index not in broken
             assert buckets.of[index] == buckets.of[k]
             seen += k in broken

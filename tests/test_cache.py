@@ -1,6 +1,7 @@
 """Batches are functions of (seed, positions); caches give exactly what the encoders gave, or are made anew."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -24,7 +25,11 @@ import train.data.store.shards as shards_module
 from ldm.errors import RunError, UserError
 from train.data.batches.buckets import measure
 from train.data.batches.cache import LatentCache, TextCache, stored_place
-from train.data.batches.dataset import CachedDataset, LatentNoise, Noising, PictureDataset, PosteriorNoise, loader
+from train.data.batches.cached import CachedDataset
+from train.data.batches.draws import LatentNoise, Noising, PosteriorNoise
+from train.data.batches.loading import loader
+from train.data.batches.pictures import PictureDataset
+from train.data.batches.records import Record
 from train.data.batches.unreadable import Damage
 from train.data.images.crop import Framing
 from train.data.images.decode import load_picture, to_tensor
@@ -121,12 +126,24 @@ def shown(source, index) -> torch.Tensor:
 
 def same(a, b) -> bool:
     """Bit for bit."""
+    a, b = flat(a), flat(b)
     return a.keys() == b.keys() and all(
         torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
     )  # fmt: skip
 
 
+def flat(batch) -> dict:
+    """A batch's fields by name, those of the records in it too."""
+    if isinstance(batch, dict):
+        return batch
+    found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {k: v for k, v in found.items() if not isinstance(v, Record)} | {
+        f"{name}.{k}": v for name, part in found.items() if isinstance(part, Record) for k, v in flat(part).items()
+    }
+
+
 def joined(parts):
+    parts = [{k: v for k, v in flat(part).items() if v is not None} for part in parts]
     return {
         k: torch.cat([p[k] for p in parts]) if torch.is_tensor(parts[0][k]) else [x for p in parts for x in p[k]]
         for k in parts[0]
@@ -182,21 +199,21 @@ def test_a_picture_batch_is_what_its_parts_say(tmp_path):
     draws = LatentNoise(Noising(dropout=0.5), 2, 4)
     dataset, at = PictureDataset(source, CHANCE, 5, draws=draws), np.arange(100, 140)
     batch = dataset.__getitems__(at.tolist())
-    np.testing.assert_array_equal(batch["index"], index_at(at, 30, 5))
-    np.testing.assert_array_equal(batch["posterior_noise"], normal(5, Purpose.POSTERIOR, at, LATENT))
-    np.testing.assert_array_equal(batch["noise"], normal(5, Purpose.NOISE, at, LATENT))
-    np.testing.assert_array_equal(batch["dropped"], uniform(5, Purpose.DROPOUT, at) < 0.5)
+    np.testing.assert_array_equal(batch.index, index_at(at, 30, 5))
+    np.testing.assert_array_equal(batch.drawn.posterior_noise, normal(5, Purpose.POSTERIOR, at, LATENT))
+    np.testing.assert_array_equal(batch.drawn.noise, normal(5, Purpose.NOISE, at, LATENT))
+    np.testing.assert_array_equal(batch.drawn.dropped, uniform(5, Purpose.DROPOUT, at) < 0.5)
     flips = uniform(5, Purpose.FLIP, at) < 0.5
     assert 5 < flips.sum() < 35
-    for k, index in enumerate(batch["index"].tolist()):
-        assert batch["caption"][k] in source[index].captions
+    for k, index in enumerate(batch.index.tolist()):
+        assert batch.captions[k] in source[index].captions
         whole = np.asarray(load_picture(source.read(index)))
         windows = [whole[top : top + SIDE] for top in range(len(whole) - SIDE + 1)]
         windows = [to_tensor(Image.fromarray(w), SIDE, flip=bool(flips[k])) for w in windows]
-        assert any(torch.equal(batch["pixels"][k], w) for w in windows)
+        assert any(torch.equal(batch.pixels[k], w) for w in windows)
     plain = PictureDataset(source, PLAIN, 5, shuffle=False).__getitems__(range(30))
-    assert plain["index"].tolist() == list(range(30))
-    assert torch.equal(plain["pixels"][7], shown(source, 7))
+    assert plain.index.tolist() == list(range(30))
+    assert torch.equal(plain.pixels[7], shown(source, 7))
 
 
 def test_each_caption_has_its_share(tmp_path):
@@ -204,7 +221,7 @@ def test_each_caption_has_its_share(tmp_path):
     dataset = PictureDataset(source, PLAIN, 2)
     batch = dataset.__getitems__(range(1800))
     for index in range(3):
-        chosen = [c for c, i in zip(batch["caption"], batch["index"].tolist(), strict=True) if i == index]
+        chosen = [c for c, i in zip(batch.captions, batch.index.tolist(), strict=True) if i == index]
         counts = np.array([chosen.count(c) for c in source[index].captions])
         assert counts.sum() == 600
         assert np.abs(counts - 600 / (index + 1)).max() < 4.5 * np.sqrt(600 / 4)
@@ -214,39 +231,38 @@ def test_a_cached_batch_is_what_the_encoders_gave(tmp_path):
     source, at = source_of(tmp_path), np.arange(64)
     batch = cached(tmp_path, source, dropout=0.3).__getitems__(at)
     index = index_at(at, 30, 5)
-    np.testing.assert_array_equal(batch["index"], index)
+    np.testing.assert_array_equal(batch.index, index)
     mean, std = Encoder()(torch.stack([shown(source, i) for i in index]))
-    torch.testing.assert_close(batch["mean"], mean, rtol=0, atol=0)
-    torch.testing.assert_close(batch["std"], std, rtol=0, atol=0)
-    np.testing.assert_array_equal(batch["noise"], normal(5, Purpose.NOISE, at, LATENT))
-    np.testing.assert_array_equal(batch["posterior_noise"], normal(5, Purpose.POSTERIOR, at, LATENT))
-    np.testing.assert_array_equal(batch["timestep"], uniform(5, Purpose.TIMESTEP, at).astype(np.float32))
+    torch.testing.assert_close(batch.mean, mean, rtol=0, atol=0)
+    torch.testing.assert_close(batch.std, std, rtol=0, atol=0)
+    np.testing.assert_array_equal(batch.drawn.noise, normal(5, Purpose.NOISE, at, LATENT))
+    np.testing.assert_array_equal(batch.drawn.posterior_noise, normal(5, Purpose.POSTERIOR, at, LATENT))
+    np.testing.assert_array_equal(batch.drawn.timestep, uniform(5, Purpose.TIMESTEP, at).astype(np.float32))
     u, dropped = uniform(5, Purpose.CAPTION, at), uniform(5, Purpose.DROPOUT, at) < 0.3
     captions = [source[i].captions for i in index]
     chosen = ["" if d else c[int(x * len(c))] for c, x, d in zip(captions, u, dropped, strict=True)]
-    assert torch.equal(batch["condition"], TextEncoder()(chosen))
-    assert {k: v.dtype for k, v in batch.items() if k not in ("position", "index")} == dict.fromkeys(
-        ("mean", "std", "condition", "timestep", "noise", "posterior_noise"), torch.float32
-    )
+    assert torch.equal(batch.condition, TextEncoder()(chosen))
+    found = {k: v.dtype for k, v in flat(batch).items() if torch.is_tensor(v)}
+    assert [k for k, dtype in found.items() if dtype != torch.float32] == ["position", "index", "drawn.dropped"]
 
 
 def test_the_null_condition_has_its_share_and_is_exact(tmp_path):
     source, n = source_of(tmp_path), 4000
     null = TextEncoder()([""])[0]
     for dropout in (0.0, 0.1, 0.5):
-        condition = cached(tmp_path, source, dropout=dropout).__getitems__(range(n))["condition"]
+        condition = cached(tmp_path, source, dropout=dropout).__getitems__(range(n)).condition
         count = int((condition == null).flatten(1).all(1).sum())
         assert abs(count - n * dropout) <= 4 * np.sqrt(n * dropout * (1 - dropout))
     undropped = cached(tmp_path, source).__getitems__(range(50))
-    assert undropped["condition"].shape == (50, *TEXT)
+    assert undropped.condition.shape == (50, *TEXT)
 
 
 def test_timesteps_are_below_one_in_float32(tmp_path, monkeypatch):
     dataset = cached(tmp_path, source_of(tmp_path))
     monkeypatch.setattr(
-        "train.data.batches.dataset.uniform", lambda seed, purpose, at: np.full(len(at), np.nextafter(1, 0))
+        "train.data.batches.draws.uniform", lambda seed, purpose, at: np.full(len(at), np.nextafter(1, 0))
     )
-    timestep = dataset.__getitems__([0])["timestep"]
+    timestep = dataset.__getitems__([0]).drawn.timestep
     assert timestep.dtype == torch.float32
     assert timestep.item() < 1
 
@@ -257,9 +273,9 @@ def test_mirrored_latents_are_those_of_mirrored_pictures(tmp_path):
     dataset = CachedDataset(latents, text_of(tmp_path, source, TextEncoder()), 5)
     at = np.arange(200)
     batch, flips = dataset.__getitems__(at), uniform(5, Purpose.FLIP, at) < 0.5
-    pictures = [shown(source, i) for i in batch["index"].tolist()]
+    pictures = [shown(source, i) for i in batch.index.tolist()]
     pictures = [x.flip(2) if f else x for x, f in zip(pictures, flips, strict=True)]
-    torch.testing.assert_close(batch["mean"], Encoder()(torch.stack(pictures))[0], rtol=0, atol=0)
+    torch.testing.assert_close(batch.mean, Encoder()(torch.stack(pictures))[0], rtol=0, atol=0)
 
 
 def test_a_batch_size_that_does_not_divide_is_refused_at_once(tmp_path):
@@ -294,7 +310,7 @@ def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
     said: list[str] = []
     for dataset in both_kinds(tmp_path, bad):
         at = np.arange(300)
-        found, wanted = dataset.__getitems__(at)["index"].numpy(), index_at(at, 30, 5)
+        found, wanted = dataset.__getitems__(at).index.numpy(), index_at(at, 30, 5)
         assert not np.isin(found, bad).any()
         assert (found == wanted)[~np.isin(wanted, bad)].all()
         for p in at[np.isin(wanted, bad)].tolist():
@@ -305,7 +321,7 @@ def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
     for workers in (0, 2):
         damage = Damage(report, most=0.2, say=said.append)
         for parts in loader(pictures, start_step=0, steps=15, batch_size=8, workers=workers, damage=damage):
-            assert "damaged" not in parts[0]
+            assert len(parts) == 1
         tried = sum(int(i) in bad for i in index_at(np.arange(120), 30, 5))
         assert tried <= damage.bad <= 2 * tried
         assert damage.seen == 120 + damage.bad
@@ -689,10 +705,10 @@ def test_windows_of_a_picture_are_kept_and_chosen_from(tmp_path):
     batch = dataset.__getitems__(at)
     crops, flips = (uniform(5, Purpose.CROP, at) * 3).astype(int), uniform(5, Purpose.FLIP, at) < 0.5
     expected = []
-    for index, crop, flip in zip(batch["index"].tolist(), crops, flips, strict=True):
+    for index, crop, flip in zip(batch.index.tolist(), crops, flips, strict=True):
         image, place = load_picture(source.read(index)), stored_place(source[index].name, int(crop))
         expected.append(to_tensor(image, SIDE, crop="random", place=place, flip=bool(flip)))
-    assert torch.equal(batch["mean"], Encoder()(torch.stack(expected))[0])
+    assert torch.equal(batch.mean, Encoder()(torch.stack(expected))[0])
     assert len({stored_place(f"{k}.png", c) for k in range(10) for c in range(3)}) == 30
 
 

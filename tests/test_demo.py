@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train.data.batches.dataset import PictureDataset
+from train.data.batches.pictures import PictureDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.evaluation.autoencoder import reconstruction_quality
@@ -50,10 +50,10 @@ def test_pictures_are_led_back_to_their_noise(demo: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(demo / "runs/demo/model")
     held_out = open_source(demo / "data/shapes", "test")
     batch = PictureDataset(held_out, Framing(resolution=32), 0, shuffle=False).__getitems__(range(32))
-    z = pipe.autoencoder.encode(batch["pixels"]).mean
-    noise = pipe.invert(z, batch["caption"], num_inference_steps=50)
+    z = pipe.autoencoder.encode(batch.pixels).mean
+    noise = pipe.invert(z, batch.captions, num_inference_steps=50)
     back = pipe(
-        batch["caption"], latents=noise, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
+        batch.captions, latents=noise, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
     ).images  # fmt: skip
     psnr, _ = reconstruction_quality(pipe.autoencoder.decode(back), pipe.autoencoder.decode(z))
     assert psnr > 30

@@ -19,7 +19,9 @@ from test_odd_pictures import write_odd_pictures
 
 from ldm.errors import UserError
 from train.config.data import DataConfig
-from train.data.batches.dataset import LatentNoise, Noising, PictureDataset, loader
+from train.data.batches.draws import LatentNoise, Noising
+from train.data.batches.loading import loader
+from train.data.batches.pictures import PictureDataset
 from train.data.batches.unreadable import Damage
 from train.data.images.crop import Framing
 from train.engine.open_data import Inputs, open_inputs
@@ -210,7 +212,7 @@ def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
             dataset = PictureDataset(source, Framing(resolution=16), 0)
             steps = -(-len(source) // 8)
             for (batch,) in loader(dataset, start_step=0, steps=steps, batch_size=8, damage=damage):
-                seen |= {source[k].name for k in batch["index"].tolist()}
+                seen |= {source[k].name for k in batch.index.tolist()}
     listed = [json.loads(line)["file"] for line in report.read_text().splitlines()]
     assert len(set(listed)) == len(listed)
     assert good | odd <= seen

@@ -30,11 +30,15 @@ from ldm.networks.unet import widen
 from ldm.pipeline import LatentDiffusionPipeline
 from train.config.data import DataConfig
 from train.config.ldm import DiffusionConfig, UnetConfig
-from train.data.batches.cache import LatentCache, Originals, TextCache
-from train.data.batches.dataset import PLAIN, CachedDataset, LatentNoise, PictureDataset, loader
+from train.data.batches.cache import LatentCache, TextCache
+from train.data.batches.cached import CachedDataset, Originals
+from train.data.batches.draws import PLAIN, LatentNoise
+from train.data.batches.loading import loader
+from train.data.batches.pictures import PictureDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import Source, open_source
-from train.engine.stage import Batch, Hooks
+from train.engine.stage import Hooks
+from train.stages.ldm_step import Completion, DiffusionBatch
 
 
 @pytest.fixture(scope="module")
@@ -113,27 +117,31 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_masked_picture_is_the_one_its_latent_was_made_of(
-    begun: Path, wide: Path, tmp_path: Path, way: str
+    begun: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    seen: list[Batch] = []
+    seen: list[tuple[Autoencoder, Any, DiffusionBatch]] = []
+    complete = Completion.__call__
 
-    class Spy(Hooks):
-        def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
-            seen.extend(parts)
-            return parts
+    def spy(self: Completion, part: Any) -> DiffusionBatch:
+        batch = complete(self, part)
+        seen.append((self.autoencoder, part, batch))
+        return batch
+
+    monkeypatch.setattr(Completion, "__call__", spy)
 
     config = inpaint_config(wide, tmp_path / "run", begun, steps=2, validate_every=2, batch_size=8, **WAYS[way])
-    train.stages.ldm.train(config, Spy())
-    autoencoder = Autoencoder.load(config.vae or config.init)
-    assert len(seen) == 2
-    for batch in seen:
-        mean, std = autoencoder.encode(batch["pixels"])
-        torch.testing.assert_close(batch["mean"], mean, atol=1e-5, rtol=0)
-        mask, context = batch["mask"], batch["context"]
+    train.stages.ldm.train(config)
+    assert len(seen) > 2
+    for autoencoder, part, batch in seen:
+        mean, std = autoencoder.encode(part.pixels)
+        torch.testing.assert_close(batch.x0, mean + std * part.drawn.posterior_noise, atol=1e-5, rtol=0)
+        assert part.drawn.masks is not None
+        assert batch.context is not None
+        mask, context = part.drawn.masks.mask, batch.context
         torch.testing.assert_close(context[:, :1], on_latents(mask, autoencoder.factor))
-        elsewhere = torch.where(mask > 0, torch.rand_like(batch["pixels"]), batch["pixels"])
+        elsewhere = torch.where(mask > 0, torch.rand_like(part.pixels), part.pixels)
         mean, std = autoencoder.encode(without(elsewhere, mask))
-        torch.testing.assert_close(context[:, 1:], mean + std * batch["masked_noise"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(context[:, 1:], mean + std * part.drawn.masks.noise, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("way", ["cached", "kept crops", "as they come"])
@@ -167,11 +175,14 @@ def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Pat
             )
         ]
         for part in parts:
-            for k, position in enumerate(part["position"].tolist()):
-                (at,) = (whole["position"] == position).nonzero()
-                for name in ("mask", "masked_noise", "pixels"):
-                    assert torch.equal(part[name][k], whole[name][at[0]]), name
-        assert sorted(p for part in parts for p in part["position"].tolist()) == whole["position"].tolist()
+            for k, position in enumerate(part.position.tolist()):
+                (at,) = (whole.position == position).nonzero()
+                for a, b in (
+                    (part.pixels, whole.pixels), (part.drawn.masks.mask, whole.drawn.masks.mask),
+                    (part.drawn.masks.noise, whole.drawn.masks.noise),
+                ):  # fmt: skip
+                    assert torch.equal(a[k], b[at[0]])
+        assert sorted(p for part in parts for p in part.position.tolist()) == whole.position.tolist()
 
 
 def cached_pictures(source: Source, framing: Framing, folder: Path) -> CachedDataset:
@@ -192,16 +203,16 @@ def test_a_picture_that_goes_while_it_is_trained_on_has_a_substitute(wide: Path,
     source = open_source(data, "train")
     dataset = cached_pictures(source, Framing(resolution=32), tmp_path / "cache")
     before = dataset.__getitems__(range(8))
-    gone = int(before["index"][3])
+    gone = int(before.index[3])
     (data / source[gone].name).write_bytes(b"no picture any more")
     after = dataset.__getitems__(range(8))
-    assert [name for name, _ in after["damaged"]] == [source[gone].name]
-    assert gone not in after["index"]
-    torch.testing.assert_close(after["mean"], F.avg_pool2d(after["pixels"], 2))
+    assert [name for name, _ in after.damaged] == [source[gone].name]
+    assert gone not in after.index
+    torch.testing.assert_close(after.mean, F.avg_pool2d(after.pixels, 2))
     for k in range(8):
-        if int(before["index"][k]) != gone:
-            assert torch.equal(before["pixels"][k], after["pixels"][k])
-    assert "damaged" not in dataset.__getitems__(range(8))  # once told
+        if int(before.index[k]) != gone:
+            assert torch.equal(before.pixels[k], after.pixels[k])
+    assert not dataset.__getitems__(range(8)).damaged  # once told
 
 
 def test_it_begins_as_the_model_that_is_given(shapes: Path, begun: Path, tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from autoencoder.discriminator import PatchDiscriminator, discriminator_loss, frozen, generator_loss, r1_penalty
 from autoencoder.equivariance import Transform, draw
-from autoencoder.losses import LARGEST_WEIGHT, adaptive_weight, kl_loss, known, likelihood_loss, reconstruction_loss
+from autoencoder.losses import (
+    LARGEST_WEIGHT,
+    adaptive_weight,
+    kl_loss,
+    known,
+    likelihood_loss,
+    reconstruction_loss,
+    underflow_scale,
+)
 from autoencoder.perceptual import ClipPerceptual, Lpips
 from ldm.errors import UserError
 
@@ -75,13 +83,43 @@ def test_a_known_gradient_is_autograds() -> None:
         return ((x - target) ** 4).mean()
 
     (expected,) = torch.autograd.grad(loss(made * 2), made)
-    for scale in (1.0, 65536.0):
-        doubled = made * 2
-        ahead = known(loss, doubled, scale)
-        value = ahead.attach(doubled)
-        (gradient,) = torch.autograd.grad(value, made)
-        torch.testing.assert_close(gradient, expected)
-        torch.testing.assert_close(value.detach(), loss(doubled).detach())
+    doubled = made * 2
+    value = known(loss, doubled).attach(doubled)
+    (gradient,) = torch.autograd.grad(value, made)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(value.detach(), loss(doubled).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scale_against_underflow_changes_no_digit(dtype: torch.dtype) -> None:
+    conv, made, target = nn.Conv2d(3, 8, 3), noise(3, 3, 10, 10).requires_grad_(), noise(3, 3, 10, 10, seed=1)
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return (conv(x) - conv(target)).float().square().mean()
+
+    (plain,) = torch.autograd.grad(loss(made), made)
+    assert torch.equal(known(loss, made).gradient, plain)
+
+
+def test_small_gradients_survive_fp16() -> None:
+    """A gradient far below fp16's least number, of each element and of a weight over all of them."""
+    made, conv = noise(16, 3, 128, 128), nn.Conv2d(3, 3, 1)
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return 1e-2 * conv(x).float().mean()
+
+    (exact,) = torch.autograd.grad(1e-2 * conv(leaf := made.clone().requires_grad_()).mean(), leaf)
+    assert exact.abs().max() < 2**-25  # half of fp16's least number: rounded to 0
+    torch.testing.assert_close(known(loss, made).gradient, exact, rtol=0.02, atol=0)
+    with torch.autocast("cpu", torch.float16):
+        half = conv(made)
+    scale = underflow_scale(made)
+    error = torch.full(made.shape, 1 / made.numel())  # all of one sign, so that a weight's gradient is their sum
+    (ours,) = torch.autograd.grad(half.float(), conv.weight, error * scale)
+    (theirs,) = torch.autograd.grad(conv(made), conv.weight, error)
+    torch.testing.assert_close(ours / scale, theirs, rtol=0.02, atol=1e-4)
 
 
 # -- perceptual -----------------------------------------------------------------------------------------------
@@ -141,9 +179,9 @@ def test_perceptual_gradients_are_finite_in_half_precision(judge: str, dtype: to
     perceptual, x = request.getfixturevalue(judge), pictures()
     grey = torch.zeros_like(x)  # where LPIPS has features that are zero altogether
     for made in (x + 0.1 * noise(*x.shape), grey):
-        exact, scale = known(lambda y: perceptual(y, x), made), 1024.0 if dtype == torch.float16 else 1.0
+        exact = known(lambda y: perceptual(y, x), made)
         with torch.autocast("cpu", dtype):
-            half = known(lambda y: perceptual(y, x), made, scale)
+            half = known(lambda y: perceptual(y, x), made)
         assert torch.isfinite(half.gradient).all()
         assert F.cosine_similarity(half.gradient.flatten(), exact.gradient.flatten(), dim=0) > 0.9
         assert float(half.gradient.norm() / exact.gradient.norm()) == pytest.approx(1, abs=0.1)

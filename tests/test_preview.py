@@ -16,7 +16,7 @@ import train.stages.vae
 from autoencoder.model import Autoencoder, Posterior, build_autoencoder
 from autoencoder.preview import Colours, fit_colours
 from ldm.errors import RunError, UserError
-from train.data.batches.dataset import PictureDataset
+from train.data.batches.pictures import PictureDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 
@@ -158,7 +158,7 @@ def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):
     plain = PictureDataset(open_source(shapes, "train"), Framing(resolution=32), 0, shuffle=False)
     for run in ("whole", "decoder"):
         autoencoder = Autoencoder.load(tmp_path / run / "model")
-        again = fit_colours(autoencoder, [plain.__getitems__(range(64))["pixels"]])
+        again = fit_colours(autoencoder, [plain.__getitems__(range(64)).pixels])
         for a, b in zip(autoencoder.colours, again, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 

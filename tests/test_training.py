@@ -221,7 +221,10 @@ class Poison(Hooks):
     def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
         if not self.bad(step):
             return parts
-        return [{k: v * torch.nan if k in ("noise", "pixels") else v for k, v in part.items()} for part in parts]
+        return [
+            replace(p, **{name: getattr(p, name) * torch.nan for name in ("noise", "pixels") if hasattr(p, name)})
+            for p in parts
+        ]
 
 
 @pytest.mark.parametrize("optimizer", [COMMON["optimizer"], MUON], ids=lambda o: o.kind)
@@ -335,7 +338,8 @@ def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_pat
 def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
     """The final model/ is folded over the training set; what it was folded from stays unfolded in the checkpoint."""
     from autoencoder.model import Autoencoder
-    from train.data.batches.dataset import PictureDataset, PosteriorNoise
+    from train.data.batches.draws import PosteriorNoise
+    from train.data.batches.pictures import PictureDataset
     from train.data.images.crop import Framing
 
     pictures = PictureDataset(
@@ -343,7 +347,7 @@ def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
     )
     batch = pictures.__getitems__(range(64))
     codec = Autoencoder.load(parts / "vae/model")
-    z = codec.encode(batch["pixels"]).sample(batch["posterior_noise"])
+    z = codec.encode(batch.pixels).sample(batch.drawn)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=0.05, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
     raw = load_file(parts / "vae/checkpoints/step-00000008/state.safetensors")

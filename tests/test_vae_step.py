@@ -1,10 +1,11 @@
-"""Stage 1's step: the loss is the sum of its terms, each player moves itself alone, and no split of a batch changes it."""
+"""Stage 1's step: the loss is the sum of its terms, each network moves itself alone, and no split of a batch changes it."""
 
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from autoencoder.model import Autoencoder, build_autoencoder
 from ldm.errors import UserError
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, AutoencoderConfig, EquivarianceConfig, PerceptualConfig, VaeConfig
-from train.stages.vae_step import Judge, Reconstruct
+from train.stages.vae_step import Discriminate, Reconstruct, VaeBatch
 
 ADAPTIVE = AdversarialConfig(kind="hinge", start=0, channels=8, layers=2)
 
@@ -41,11 +42,11 @@ def small_vae() -> AutoencoderKL:
     return vae
 
 
-def batch(n: int = 4) -> dict[str, Any]:
+def batch(n: int = 4) -> VaeBatch:
     g = torch.Generator().manual_seed(0)
     coarse = torch.rand(n, 3, 4, 4, generator=g) * 2 - 1
     pixels = nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
-    return {"pixels": pixels, "posterior_noise": torch.randn(n, 4, 16, 16, generator=g)}
+    return VaeBatch(pixels, torch.randn(n, 4, 16, 16, generator=g), adversarial=True)
 
 
 class Contrast(nn.Module):
@@ -71,88 +72,87 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("learn_logvar", [False, True])
 def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, transform: Transform | None) -> None:
     """Against plain autograd through everything at once: gradients worked out ahead change nothing."""
-    vae, critic, b = small_vae(), PatchDiscriminator(8, 2, spectral=True), batch()
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=True), batch()
     config = VaeConfig(
         reconstruction="l2", kl_weight=1e-3, learn_logvar=learn_logvar, perceptual=PerceptualConfig(weight=0.7),
         adversarial=AdversarialConfig(kind="non_saturating", weight=0.3, adaptive=adaptive),
     )  # fmt: skip
-    player = Reconstruct(vae, config, Contrast(), critic)
-    b |= {"adversarial": True, "transform": transform}
+    step = Reconstruct(vae, config, Contrast(), discriminator)
+    b = replace(b, transform=transform)
     s = torch.tensor(-2.0)
-    if player.logvar is not None:
-        player.logvar.data.fill_(s)
-    out = player(b)
+    if step.logvar is not None:
+        step.logvar.data.fill_(s)
+    out = step(b)
     out.loss.backward()
-    ours = gradient(player)
-    player.zero_grad()
-    q = vae.encode(b["pixels"]).latent_dist
-    z, wanted = q.mean + q.std * b["posterior_noise"], b["pixels"]
+    ours = gradient(step)
+    step.zero_grad()
+    q = vae.encode(b.pixels).latent_dist
+    z, target = q.mean + q.std * b.posterior_noise, b.pixels
     if transform is not None:
-        z, wanted = transform(z), transform(wanted, 2)
+        z, target = transform(z), transform(target, 2)
     made = vae.decode(z).sample
-    likeness = (made - wanted).square().mean() + 0.7 * Contrast()(made, wanted)
-    if player.logvar is not None:
-        likeness = likeness / player.logvar.exp() + player.logvar
-    game = generator_loss("non_saturating", critic(made))
+    compared = (made - target).square().mean() + 0.7 * Contrast()(made, target)
+    if step.logvar is not None:
+        compared = compared / step.logvar.exp() + step.logvar
+    generator = generator_loss("non_saturating", discriminator(made))
     weight = torch.tensor(0.3)
     if adaptive:
         last = vae.decoder.conv_out.weight
-        norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (likeness, game)]
+        norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (compared, generator)]
         weight = 0.3 * norms[0] / norms[1]
-    loss = likeness + 1e-3 * kl_loss(q.mean, q.logvar, 3072) + weight.detach() * game
+    loss = compared + 1e-3 * kl_loss(q.mean, q.logvar, 3072) + weight.detach() * generator
     loss.backward()
     torch.testing.assert_close(out.loss, loss)
-    assert distance(ours, gradient(player)) < 1e-5
+    assert distance(ours, gradient(step)) < 1e-5
     assert float(out.metrics["adversarial_weight"]) == pytest.approx(float(weight), rel=1e-4)
 
 
 def test_the_weights_of_rombach_et_al_carry_over() -> None:
     """Their loss (sums over a picture) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
-    vae, critic, b = small_vae(), PatchDiscriminator(8, 2), batch()
-    player = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), critic)
-    player(b | {"adversarial": True}).loss.backward()
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), batch()
+    step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), discriminator)
+    step(b).loss.backward()
     ours = gradient(vae)
     vae.zero_grad()
-    q = vae.encode(b["pixels"]).latent_dist
-    made = vae.decode(q.mean + q.std * b["posterior_noise"]).sample
+    q = vae.encode(b.pixels).latent_dist
+    made = vae.decode(q.mean + q.std * b.posterior_noise).sample
     n = len(made)
-    nll = ((made - b["pixels"]).abs() + Contrast()(made, b["pixels"])).sum() / n
+    nll = ((made - b.pixels).abs() + Contrast()(made, b.pixels)).sum() / n
     kl = 0.5 * (q.mean**2 + q.var - 1 - q.logvar).sum() / n
-    game, last = -critic(made).mean(), vae.decoder.conv_out.weight
-    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, game)]
-    (nll + 1e-6 * kl + 0.5 * (norms[0] / norms[1]).detach() * game).backward()
+    generator, last = -discriminator(made).mean(), vae.decoder.conv_out.weight
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, generator)]
+    (nll + 1e-6 * kl + 0.5 * (norms[0] / norms[1]).detach() * generator).backward()
     assert distance(ours * 3 * 32 * 32, gradient(vae)) < 1e-4
 
 
 @pytest.mark.parametrize("r1", [0.0, 1.0])
 @pytest.mark.parametrize("spectral", [False, True])
-def test_each_player_trains_itself_alone(spectral: bool, r1: float) -> None:
-    vae, critic, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), batch()
+def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), batch()
     settings = AdversarialConfig(kind="hinge", spectral_norm=spectral, r1=r1)
-    player = Reconstruct(vae, VaeConfig(adversarial=settings), None, critic)
-    b["adversarial"] = True
-    state = {k: v.clone() for k, v in critic.state_dict().items()}
-    out = player(b)
+    step = Reconstruct(vae, VaeConfig(adversarial=settings), None, discriminator)
+    state = {k: v.clone() for k, v in discriminator.state_dict().items()}
+    out = step(b)
     out.loss.backward()
     assert gradient(vae).norm() > 0
-    assert all(p.grad is None for p in critic.parameters())
-    assert all(torch.equal(v, state[k]) for k, v in critic.state_dict().items())
+    assert all(p.grad is None for p in discriminator.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in discriminator.state_dict().items())
     vae.zero_grad()
     state = {k: v.clone() for k, v in vae.state_dict().items()}
-    Judge(critic, settings)(out.batch).loss.backward()
-    assert gradient(critic).norm() > 0
+    Discriminate(discriminator, settings)(out.batch).loss.backward()
+    assert gradient(discriminator).norm() > 0
     assert all(p.grad is None for p in vae.parameters())
     assert all(torch.equal(v, state[k]) for k, v in vae.state_dict().items())
 
 
-def test_the_discriminator_sees_the_pictures_that_were_wanted() -> None:
-    vae, critic, b = small_vae(), PatchDiscriminator(8, 2), batch()
-    player = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE), None, critic)
+def test_the_discriminator_sees_the_target_pictures() -> None:
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), batch()
+    step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE), None, discriminator)
     t = Transform(8, 8, 3)
-    carry = player(b | {"transform": t}).batch
-    torch.testing.assert_close(carry["wanted"], t(b["pixels"], 2))
-    assert carry["made"].shape == carry["wanted"].shape
-    assert not carry["made"].requires_grad
+    given = step(replace(b, transform=t)).batch
+    torch.testing.assert_close(given.real, t(b.pixels, 2))
+    assert given.fake.shape == given.real.shape
+    assert not given.fake.requires_grad
 
 
 # -- splits of a batch ----------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def test_accumulation_changes_nothing(shapes: Path, tmp_path: Path) -> None:
     assert max(distances(tmp_path / "a", tmp_path / "b", 5).values()) < 1e-5
 
 
-def test_two_processes_play_as_one(shapes: Path, tmp_path: Path) -> None:
-    """2 Gloo processes with 4 pictures each, and 1 with 8: five steps of both players lead to the same weights."""
+def test_two_processes_train_as_one(shapes: Path, tmp_path: Path) -> None:
+    """2 Gloo processes with 4 pictures each, and 1 with 8: five steps of both networks lead to the same weights."""
     script = tmp_path / "worker.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -235,10 +235,10 @@ def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path) -> None:
 
 def test_trying_a_step_first_leaves_no_trace(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate before a run goes through every phase; the run is the same with another one."""
-    game = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
-    train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | game))
+    adversarial = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
+    train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | adversarial))
     monkeypatch.setattr(train.engine.loop, "estimate", lambda *_: None)
-    train.stages.vae.train(config(shapes, tmp_path / "b", **EVERYTHING | game))
+    train.stages.vae.train(config(shapes, tmp_path / "b", **EVERYTHING | adversarial))
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
 
 
@@ -308,7 +308,7 @@ def test_training_the_decoder_alone_leaves_the_latents_as_they_are(shapes: Path,
     )
     before, after = Autoencoder.load(trained), Autoencoder.load(tmp_path / "run/model")
     assert after.scale == 0.5
-    x = batch()["pixels"]
+    x = batch().pixels
     assert torch.equal(before.encode(x).mean, after.encode(x).mean)
     assert torch.equal(before.encode(x).std, after.encode(x).std)
     z = before.encode(x).mean

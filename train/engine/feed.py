@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from train.config.run import RunConfig
-from train.data.batches.dataset import Batch, StreamDataset, loader
+from train.data.batches.loading import Batch, loader
+from train.data.batches.pictures import StreamDataset
 from train.data.batches.unreadable import Damage
 from train.data.store.prefetch import Batched
 
@@ -20,7 +21,7 @@ class Feed:
     accelerator: Accelerator
 
     def batches(
-        self, dataset: Batched[Batch] | StreamDataset, start: int, damage: Damage | None = None
+        self, dataset: Batched[Batch] | StreamDataset[Any], start: int, damage: Damage | None = None
     ) -> Iterator[list[Batch]]:
         """This process's parts of each step's batch from step `start` on."""
         config, accelerator = self.config, self.accelerator
@@ -30,9 +31,4 @@ class Feed:
             workers=config.workers, pin_memory=accelerator.device.type == "cuda", damage=damage,
         )  # fmt: skip
         for parts in read:
-            yield [self.on_device(part) for part in parts]
-
-    def on_device(self, batch: Batch) -> Batch:
-        """A batch with its tensors on this process's device."""
-        device = self.accelerator.device
-        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            yield [part.to(accelerator.device) for part in parts]

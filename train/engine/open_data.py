@@ -8,7 +8,9 @@ from typing import Any
 from ldm.errors import UserError
 from train.config.data import DataConfig, SourceConfig
 from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure
-from train.data.batches.dataset import Draws, PictureDataset, StreamDataset
+from train.data.batches.draws import Draws
+from train.data.batches.pictures import PictureDataset, StreamDataset
+from train.data.batches.records import Drawn
 from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
 from train.engine.run import Run
@@ -48,8 +50,8 @@ class Inputs:
         return replace(self, source=large_enough(self.source, run), held_out=large_enough(self.held_out, run))
 
     def pictures(
-        self, config: DataConfig, seed: int, draws: Draws | None = None, buckets: Buckets | None = None
-    ) -> PictureDataset | StreamDataset:
+        self, config: DataConfig, seed: int, draws: Draws[Drawn] | None = None, buckets: Buckets | None = None
+    ) -> PictureDataset[Drawn] | StreamDataset[Drawn]:
         """What is trained on."""
         if self.stream is None:
             return PictureDataset(self.source, config.framing(), seed, buckets=buckets, draws=draws)

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from train.engine.ema import Ema
 
-Batch = dict[str, Any]
+Batch = Any
+"""A record of a stage's own (train/data/batches/records.py)."""
 
 
 class StepOutput(NamedTuple):

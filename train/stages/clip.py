@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from conditioning.token_tasks import TokenTasks
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config.clip import ClipConfig
-from train.data.batches.dataset import PictureDataset
+from train.data.batches.pictures import PictureDataset
+from train.data.batches.records import PictureBatch, Record
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -21,7 +23,7 @@ from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import build_optimizer
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
-from train.engine.stage import Batch, Hooks, Phase, StepOutput
+from train.engine.stage import Hooks, Phase, StepOutput
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
 from train.stages.cards import about_clip
@@ -30,15 +32,27 @@ _READ = 1_000_000  # pictures whose captions the tokenizer is learned from, spre
 _VALIDATION = 1000  # held-out pictures among which the right caption is to be found
 
 
+@dataclass(frozen=True, eq=False)
+class ClipBatch(Record):
+    """Pictures and their captions as ids."""
+
+    pixels: Tensor
+    """(b, 3, h, w) in [−1, 1]."""
+    input_ids: Tensor
+    """(b, n)."""
+    caption_ids: Tensor
+    """(b,), equal for equal captions."""
+
+
 class Pair(nn.Module):
-    """The CLIP's turn: pictures and their captions against each other."""
+    """The CLIP's step: pictures and their captions against each other."""
 
     def __init__(self, contrastive: Contrastive) -> None:
         super().__init__()
         self.contrastive = contrastive
 
-    def forward(self, batch: Batch) -> StepOutput:
-        loss, metrics = self.contrastive(**batch)
+    def forward(self, batch: ClipBatch) -> StepOutput:
+        loss, metrics = self.contrastive(batch.pixels, batch.input_ids, batch.caption_ids)
         return StepOutput(loss, metrics, batch)
 
 
@@ -66,36 +80,32 @@ class ClipStage:
             inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
         )
 
-    def with_tokens(self, batch: Batch) -> Batch:
-        """A batch with its captions as ids: `input_ids` (b, n), and `caption_ids` (b,), equal for equal captions."""
-        device, captions = self.run.accelerator.device, batch["caption"]
+    def with_tokens(self, part: PictureBatch) -> ClipBatch:
+        """The pictures on the device, with their captions as ids."""
         with self.cut.told():
-            ids = tokenize(self.tokenizer, captions)
-        return {
-            "pixels": batch["pixels"].to(device),
-            "input_ids": ids.to(device),
-            "caption_ids": torch.tensor([_id(c) for c in captions], device=device),
-        }
+            ids = tokenize(self.tokenizer, part.captions)
+        return ClipBatch(part.pixels, ids, torch.tensor([_id(c) for c in part.captions])).to(
+            self.run.accelerator.device
+        )
 
-    def batches(self, start: int) -> Iterator[list[Batch]]:
-        for parts in self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out)):
-            yield [self.with_tokens(part) for part in parts]
+    def batches(self, start: int) -> Iterator[list[PictureBatch]]:
+        return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
 
-    def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
-        return parts
+    def prepare(self, step: int, parts: list[PictureBatch]) -> list[ClipBatch]:
+        return [self.with_tokens(part) for part in parts]
 
     def finish(self, step: int) -> None:
         pass
 
     @torch.no_grad()
-    def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[Batch]]:
+    def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[PictureBatch]]:
         """Picture features, caption features, caption ids of held-out examples, and their batches."""
         towers, b = Contrastive(self.ema.module), self.config.batch_size
         raw = [self.held_out.__getitems__(list(range(k, min(k + b, count)))) for k in range(0, count, b)]
         batches = [self.with_tokens(batch) for batch in raw]
-        image = torch.cat([towers.image_features(batch["pixels"]) for batch in batches])
-        text = torch.cat([towers.text_features(batch["input_ids"]) for batch in batches])
-        return image, text, torch.cat([batch["caption_ids"] for batch in batches]), raw
+        image = torch.cat([towers.image_features(batch.pixels) for batch in batches])
+        text = torch.cat([towers.text_features(batch.input_ids) for batch in batches])
+        return image, text, torch.cat([batch.caption_ids for batch in batches]), raw
 
     def validate(self, step: int) -> dict[str, float]:
         count = min(len(self.held_out.source), _VALIDATION)
@@ -109,8 +119,8 @@ class ClipStage:
         count = min(len(self.held_out.source), _VALIDATION)
         image, text, _, raw = self.held_out_features(count)
         nearest = (nn.functional.normalize(image[:16], dim=-1) @ nn.functional.normalize(text, dim=-1).T).argmax(1)
-        captions = [c for batch in raw for c in batch["caption"]]
-        pictures = to_uint8(torch.cat([batch["pixels"] for batch in raw])[:16])
+        captions = [c for batch in raw for c in batch.captions]
+        pictures = to_uint8(torch.cat([batch.pixels for batch in raw])[:16])
         sheet(in_rows(list(pictures), 4), [captions[k] for k in nearest.tolist()]).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -10,30 +9,23 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoder.model import Autoencoder
 from conditioning.clip import ClipTextEncoder
-from ldm.denoiser import beside
-from ldm.editing import inpainting_context, without
+from ldm.editing import without
 from ldm.errors import UserError
 from ldm.formats.hub import find_pipeline
 from ldm.networks.attention import require_attention, use_attention
-from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.timesteps import Importance, uniform
+from ldm.timesteps import uniform
 from train.config.ldm import LdmConfig
 from train.data.batches.buckets import Buckets
-from train.data.batches.cache import LatentCache, Originals, TextCache
-from train.data.batches.dataset import (
-    PLAIN,
-    CachedDataset,
-    LatentNoise,
-    Noising,
-    PictureDataset,
-    StreamDataset,
-    masking,
-)
+from train.data.batches.cache import LatentCache, TextCache
+from train.data.batches.cached import CachedDataset, Originals
+from train.data.batches.draws import PLAIN, LatentNoise, Noising, masking
+from train.data.batches.pictures import PictureDataset, StreamDataset
+from train.data.batches.records import CachedBatch, DrawnNoise, PictureBatch
 from train.data.sources.splits import Source
 from train.data.store.shards import Stored
 from train.engine.device import open_accelerator
@@ -43,35 +35,17 @@ from train.engine.open_data import Inputs, build_buckets, open_inputs
 from train.engine.optim import DTYPES, autocast, build_optimizer
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
-from train.engine.stage import Batch, Hooks, Phase, StepOutput
+from train.engine.stage import Hooks, Phase
 from train.evaluation.diffusion import paint
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
 from train.stages.cards import about_ldm
 from train.stages.ldm_init import first_unet, tell_changes
+from train.stages.ldm_step import Completion, Denoising, DiffusionBatch, DiffusionLoss
+from train.stages.terms import Term
 
 _SHEET = 16  # pictures of a sample sheet
-
-
-class DiffusionLoss(nn.Module):
-    """The UNet's turn: a latent sampled from its posterior, noised, and the weighted error of the prediction."""
-
-    def __init__(self, unet: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.unet, self.objective = unet, objective
-        # As a module of this one, its state goes into checkpoints.
-        self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
-
-    def network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
-        return self.unet(x, index, condition, return_dict=False)[0]
-
-    def forward(self, batch: Batch) -> StepOutput:
-        x0 = batch["mean"] + batch["std"] * batch["posterior_noise"]  # (b, c, h, w)
-        network = beside(self.network, batch["context"]) if "context" in batch else self.network
-        losses = self.objective(network, x0, batch["timestep"], batch["noise"], batch["condition"])
-        if self.importance is not None:
-            self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
-        return StepOutput(losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}, batch)
+Pictures = CachedDataset | PictureDataset[DrawnNoise]
 
 
 class LdmStage:
@@ -79,13 +53,14 @@ class LdmStage:
 
     def __init__(
         self, run: Run, config: LdmConfig, unet: UNet2DConditionModel, autoencoder: Autoencoder,
-        text_encoder: ClipTextEncoder, inputs: Inputs, training: CachedDataset | PictureDataset | StreamDataset,
-        held_out: CachedDataset | PictureDataset,
+        text_encoder: ClipTextEncoder, inputs: Inputs, training: Pictures | StreamDataset[DrawnNoise],
+        held_out: Pictures, terms: Sequence[Term[Denoising]] = (),
     ) -> None:  # fmt: skip
         self.run, self.config, self.inputs = run, config, inputs
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.training, self.held_out = training, held_out
-        self.cut = CutCaptions(run.say, "--text-chunks")
+        cut = CutCaptions(run.say, "--text-chunks")
+        self.complete = Completion(autoencoder, text_encoder, cut, config.precision)
         unet.to(run.accelerator.device)
         backend = use_attention(unet, config.attention, DTYPES[config.precision])
         if config.attention == "auto":
@@ -93,40 +68,19 @@ class LdmStage:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         objective = config.diffusion.build_objective()
-        loss = DiffusionLoss(unet, objective).to(run.accelerator.device)
+        loss = DiffusionLoss(unet, objective, terms).to(run.accelerator.device)
         self.importance = loss.importance
-        self.phases = [Phase("unet", loss, build_optimizer(unet, config.optimizer), config.optimizer.lr)]
+        self.phases = [Phase("unet", loss, build_optimizer(loss, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(unet, config.ema_decay)
         self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
 
-    def batches(self, start: int) -> Iterator[list[Batch]]:
+    def batches(self, start: int) -> Iterator[list[PictureBatch[DrawnNoise] | CachedBatch]]:
         read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
         return self.run.feed.batches(
             self.training, start, self.run.damage.of(self.inputs.source.left_out) if read else None
         )
 
-    @torch.no_grad()
-    def complete(self, batch: Batch) -> Batch:
-        """A batch with what the cache doesn't have, from the networks themselves: of pictures and captions, and under masks."""
-        batch = dict(batch)
-        if "mean" not in batch:
-            captions = ["" if gone else c for c, gone in zip(batch["caption"], batch["dropped"].tolist(), strict=True)]
-            batch["mean"], batch["std"] = self._posterior(batch["pixels"])
-            with self.cut.told():
-                batch["condition"] = self.text_encoder.encode(captions).float()
-        if "mask" in batch:
-            mean, std = self._posterior(without(batch["pixels"], batch["mask"]))
-            batch["context"] = inpainting_context(batch["mask"], mean + std * batch["masked_noise"])
-        return batch
-
-    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As elsewhere, the autoencoder's arithmetic is fp32 or bf16, never fp16."""
-        bf16 = self.config.precision == "bf16"
-        with autocast(self.run.accelerator.device, "bf16") if bf16 else nullcontext():
-            mean, std = self.autoencoder.encode(pixels)
-        return mean.float(), std.float()
-
-    def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
+    def prepare(self, step: int, parts: list[PictureBatch[DrawnNoise] | CachedBatch]) -> list[DiffusionBatch]:
         if self.importance is not None:
             self.importance.forget()
         return [self.complete(part) for part in parts]
@@ -144,8 +98,8 @@ class LdmStage:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, count, b):
             places = list(range(first, min(first + b, count)))
-            batch = self.complete(self.run.feed.on_device(self.held_out.__getitems__(places)))
-            batch["timestep"] = (torch.tensor(places, device=device) + 0.5) / count
+            batch = self.complete(self.held_out.__getitems__(places).to(device))
+            batch = replace(batch, timestep=(torch.tensor(places, device=device) + 0.5) / count)
             with autocast(device, self.config.precision):
                 out = self.averaged(batch)
             total += len(places) * torch.stack([out.loss, out.metrics["error"]]).double()
@@ -180,13 +134,13 @@ class LdmStage:
             range(len(rows))
         )
         made = self.pipeline()(
-            batch["caption"], image=batch["pixels"] / 2 + 0.5, mask_image=batch["mask"],
+            batch.captions, image=batch.pixels / 2 + 0.5, mask_image=batch.drawn.mask,
             num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale, output_type="pt",
             generator=[torch.Generator().manual_seed(config.seed + k) for k in range(len(rows))],
         ).images  # fmt: skip
         assert isinstance(made, Tensor)
-        pairs = torch.stack([without(batch["pixels"], batch["mask"]), made.cpu() * 2 - 1], 1).flatten(0, 1)
-        captions = [text for caption in batch["caption"] for text in ("", caption)]
+        pairs = torch.stack([without(batch.pixels, batch.drawn.mask), made.cpu() * 2 - 1], 1).flatten(0, 1)
+        captions = [text for caption in batch.captions for text in ("", caption)]
         return sheet(in_rows(list(to_uint8(pairs)), 8), captions)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
@@ -195,8 +149,8 @@ class LdmStage:
         return {}
 
 
-def train(config: LdmConfig, hooks: Hooks | None = None) -> None:
-    """Train stage 2 into `config.out`, or continue what stands there."""
+def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[Denoising]] = ()) -> None:
+    """Train stage 2 into `config.out`, or continue what stands there. terms: added to the loss."""
     init = find_pipeline(config.init) if config.init else None
     where: dict[str, str | Path] = {n: getattr(config, n) or init or "" for n in ("vae", "text_encoder")}
     for name, given in where.items():
@@ -239,8 +193,8 @@ def train(config: LdmConfig, hooks: Hooks | None = None) -> None:
             dropout=config.caption_dropout, strata=config.batch_size if config.diffusion.stratified else 1,
             offset=config.diffusion.offset_noise,
         )  # fmt: skip
-        training: CachedDataset | PictureDataset | StreamDataset
-        held_out: CachedDataset | PictureDataset
+        training: Pictures | StreamDataset[DrawnNoise]
+        held_out: Pictures
         if config.cache == "off":
             c, f, masks = autoencoder.latent_channels, autoencoder.factor, config.task == "inpaint"
             training = inputs.pictures(config.input, config.seed, LatentNoise(noising, c, f, masks), buckets)
@@ -250,7 +204,7 @@ def train(config: LdmConfig, hooks: Hooks | None = None) -> None:
         else:
             training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
             held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
-        stage = LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out)
+        stage = LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out, terms)
         fit(run, stage, publisher(run, inputs, about_ldm(config, unet, inputs)), hooks)
 
 

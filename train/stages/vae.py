@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
@@ -26,7 +27,9 @@ from autoencoder.perceptual import ClipPerceptual, Lpips
 from autoencoder.preview import fit_colours
 from ldm.errors import UserError
 from train.config.vae import AutoencoderConfig, PerceptualConfig, VaeConfig
-from train.data.batches.dataset import PictureDataset, PosteriorNoise
+from train.data.batches.draws import PosteriorNoise
+from train.data.batches.pictures import PictureDataset
+from train.data.batches.records import PictureBatch
 from train.data.order.rng import Purpose, uniforms
 from train.data.store.prefetch import read_ahead
 from train.engine.device import open_accelerator
@@ -36,12 +39,13 @@ from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import autocast, build_optimizer
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
-from train.engine.stage import Batch, Hooks, Phase
+from train.engine.stage import Hooks, Phase
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet
 from train.stages.cards import about_vae
-from train.stages.vae_step import Judge, Reconstruct
+from train.stages.terms import Term
+from train.stages.vae_step import Discriminate, Reconstruct, Reconstruction, VaeBatch
 
 _REFRESH = 2048  # pictures, at most, that normalise the model/ of an unfinished run
 _COLOURS = 512  # that previews' colours are fitted to, which are few numbers: with 2,048 they are the same
@@ -53,8 +57,9 @@ class VaeStage:
     """What the loop asks of stage 1."""
 
     def __init__(
-        self, run: Run, config: VaeConfig, vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs
-    ) -> None:
+        self, run: Run, config: VaeConfig, vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs,
+        terms: Sequence[Term[Reconstruction]] = (),
+    ) -> None:  # fmt: skip
         self.run, self.config, self.inputs = run, config, inputs
         device, resolution = run.accelerator.device, config.input.resolution
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -76,23 +81,24 @@ class VaeStage:
             vae.enable_gradient_checkpointing()
         vae.to(device)
         self.perceptual = None if perceptual is None else perceptual.to(device)
-        game = config.adversarial
-        self.critic = critic = build_critic(config, resolution, self.factor)
-        if critic is not None:
-            critic.to(device)
-            if game.start >= config.steps:
-                run.say(f"the discriminator would begin at step {game.start}, after the last of {config.steps}")
+        adversarial = config.adversarial
+        self.discriminator = discriminator = build_discriminator(config, resolution, self.factor)
+        if discriminator is not None:
+            discriminator.to(device)
+            if adversarial.start >= config.steps:
+                run.say(f"the discriminator would begin at step {adversarial.start}, after the last of {config.steps}")
         self.features = load_features(config.validation_features).to(device) if config.validation_features else None
         if self.features is not None and min(len(inputs.held_out), config.validation_examples) < 2:
             raise UserError("validation_features: a Fréchet distance needs at least 2 held-out pictures")
-        self.reconstruct = Reconstruct(vae, config, self.perceptual, critic, self._mean)
+        self.reconstruct = Reconstruct(vae, config, self.perceptual, discriminator, self._mean, terms).to(device)
         self.phases = [
             Phase("vae", self.reconstruct, build_optimizer(self.reconstruct, config.optimizer), config.optimizer.lr)
         ]
-        if critic is not None:
-            optimizer = build_optimizer(critic, config.optimizer, lr=game.lr)
+        if discriminator is not None:
+            module = Discriminate(discriminator, adversarial)
+            optimizer = build_optimizer(module, config.optimizer, lr=adversarial.lr)
             self.phases.append(
-                Phase("discriminator", Judge(critic, game), optimizer, game.lr, game.start, "discriminator_")
+                Phase("discriminator", module, optimizer, adversarial.lr, adversarial.start, "discriminator_")
             )
         self.ema = Ema(vae, config.ema_decay)
         self.latent_channels: int = vae.config.latent_channels
@@ -110,47 +116,47 @@ class VaeStage:
     def _sum(self, x: Tensor) -> Tensor:
         return self.run.accelerator.reduce(x, "sum")
 
-    def batches(self, start: int) -> Iterator[list[Batch]]:
+    def batches(self, start: int) -> Iterator[list[PictureBatch[Tensor]]]:
         return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
 
     def adversarial_at(self, step: int) -> bool:
         """Whether the discriminator takes part yet."""
-        return self.critic is not None and step >= self.config.adversarial.start
+        return self.discriminator is not None and step >= self.config.adversarial.start
 
-    def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
+    def prepare(self, step: int, parts: list[PictureBatch[Tensor]]) -> list[VaeBatch]:
         c, vae = self.config, self.reconstruct.vae
         u = uniforms(c.seed, Purpose.TRANSFORM, [step], 4)[0]
         share, smallest = c.equivariance.share, c.equivariance.smallest
-        drawn: Batch = {
-            "transform": draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None,
-            "adversarial": self.adversarial_at(step),
-        }
-        parts = [part | drawn for part in parts]
-        if drawn["adversarial"] and c.adversarial.adaptive and len(parts) > 1:
-            # The weight is the whole batch's, so all of it is gone through before the first part's turn.
+        transform = draw((u[1], u[2], u[3]), self.latent_side, smallest) if u[0] < share else None
+        adversarial = self.adversarial_at(step)
+        batches = [VaeBatch(part.pixels, part.drawn, transform, adversarial) for part in parts]
+        if adversarial and c.adversarial.adaptive and len(parts) > 1:
+            # The weight is the whole batch's, so all of it is gone through before the first part's loss.
             with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
-                weight = self.reconstruct.balance(map(self.reconstruct.terms, parts))
-            parts = [part | {"adversarial_weight": weight} for part in parts]
-        return parts
+                weight = self.reconstruct.balance(map(self.reconstruct.picture_losses, batches))
+            batches = [replace(batch, adversarial_weight=weight) for batch in batches]
+        return batches
 
     def finish(self, step: int) -> None:
-        if self.critic is not None and self.adversarial_at(step) and self.config.adversarial.spectral_norm:
-            self.critic.refresh()
+        if self.discriminator is not None and self.adversarial_at(step) and self.config.adversarial.spectral_norm:
+            self.discriminator.refresh()
 
-    def _shares(self, pictures: PictureDataset, places: range) -> Iterator[Batch]:
+    def _shares(self, pictures: PictureDataset[Tensor], places: range) -> Iterator[PictureBatch[Tensor]]:
         """This process's batches of the pictures at these places, in order."""
         accelerator = self.run.accelerator
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
         firsts = range(accelerator.process_index * b, len(places), accelerator.num_processes * b)
         parts = [places[first : first + b] for first in firsts]
-        return map(self.run.feed.on_device, read_ahead(pictures, parts, self.config.workers))
+        return (batch.to(accelerator.device) for batch in read_ahead(pictures, parts, self.config.workers))
 
-    def _normalised(self, pictures: PictureDataset, places: range) -> tuple[AutoencoderKL, LatentStatistics | None]:
+    def _normalised(
+        self, pictures: PictureDataset[Tensor], places: range
+    ) -> tuple[AutoencoderKL, LatentStatistics | None]:
         """The averaged weights, their latents normalised over these pictures, unless the encoder is somebody else's."""
         vae = copy.deepcopy(self.ema.module)
         if self.config.decoder_only:
             return vae, None
-        batches = ((part["pixels"], part["posterior_noise"]) for part in self._shares(pictures, places))
+        batches = ((part.pixels, part.drawn) for part in self._shares(pictures, places))
         sums = measure(vae, batches, channels=self.latent_channels)
         statistics = latent_statistics(self._sum(sums).cpu())
         fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
@@ -160,7 +166,7 @@ class VaeStage:
         count = min(len(self.held_out.source), self.config.validation_examples)
         vae, _ = self._normalised(self.held_out, range(count))
         figures = measure_reconstruction(
-            Autoencoder(vae), ((p["pixels"], p["posterior_noise"]) for p in self._shares(self.held_out, range(count))),
+            Autoencoder(vae), ((p.pixels, p.drawn) for p in self._shares(self.held_out, range(count))),
             perceptual=self.perceptual, features=self.features, levels=_NOISE, reduce=self._sum,
         )  # fmt: skip
         self.run.say(
@@ -170,14 +176,14 @@ class VaeStage:
 
     def sheet(self, path: Path) -> None:
         pictures = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))
-        reconstruction_sheet(Autoencoder(self.ema.module), pictures["pixels"]).save(path)
+        reconstruction_sheet(Autoencoder(self.ema.module), pictures.pixels).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         """The averaged weights, their latents normalised over the training set (a part of it until the end), and their colours."""
         count = len(self.plain.source)
         vae, statistics = self._normalised(self.plain, range(count) if final else _spread(count, _REFRESH))
         autoencoder = Autoencoder(vae)
-        pictures = (part["pixels"] for part in self._shares(self.plain, _spread(count, _COLOURS)))
+        pictures = (part.pixels for part in self._shares(self.plain, _spread(count, _COLOURS)))
         autoencoder.colours = fit_colours(autoencoder, pictures, reduce=self._sum)
         if self.run.main:
             autoencoder.save(folder)
@@ -217,20 +223,20 @@ def first_autoencoder(config: VaeConfig) -> AutoencoderKL:
     return vae
 
 
-def build_critic(config: VaeConfig, resolution: int, factor: int) -> PatchDiscriminator | None:
+def build_discriminator(config: VaeConfig, resolution: int, factor: int) -> PatchDiscriminator | None:
     """The discriminator. Raises UserError where it is too deep for the smallest pictures it will be shown."""
-    game = config.adversarial
-    if game.kind == "none":
+    adversarial = config.adversarial
+    if adversarial.kind == "none":
         return None
-    critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm)
+    discriminator = PatchDiscriminator(adversarial.channels, adversarial.layers, spectral=adversarial.spectral_norm)
     smallest = config.equivariance.smallest if config.equivariance.share else 1.0
     side = factor * draw((0, 0, 0), resolution // factor, smallest).height
-    if side < critic.smallest:
+    if side < discriminator.smallest:
         raise UserError(
-            f"adversarial.layers {game.layers} needs pictures of {critic.smallest} pixels a side, not {side}: "
+            f"adversarial.layers {adversarial.layers} needs pictures of {discriminator.smallest} pixels a side, not {side}: "
             "take fewer layers, or a larger resolution or equivariance.smallest"
         )
-    return critic
+    return discriminator
 
 
 def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
@@ -248,8 +254,8 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
             assert_never(config.kind)
 
 
-def train(config: VaeConfig, hooks: Hooks | None = None) -> None:
-    """Train stage 1 into `config.out`, or continue what stands there."""
+def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Reconstruction]] = ()) -> None:
+    """Train stage 1 into `config.out`, or continue what stands there. terms: added to the loss."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input, captioned=False)
     vae, perceptual = first_autoencoder(config), build_perceptual(config.perceptual)
@@ -260,5 +266,5 @@ def train(config: VaeConfig, hooks: Hooks | None = None) -> None:
     }
     with open_run(config, accelerator, made_from) as run:
         inputs = inputs.prepared(run)
-        stage = VaeStage(run, config, vae, perceptual, inputs)
+        stage = VaeStage(run, config, vae, perceptual, inputs, terms)
         fit(run, stage, publisher(run, inputs, about_vae(config, vae)), hooks)

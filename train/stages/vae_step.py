@@ -1,8 +1,8 @@
-"""Stage 1's two players: the autoencoder that makes pictures, and the discriminator that tells them from real ones."""
+"""Stage 1's two networks in a step: the autoencoder that makes pictures, and the discriminator that judges them."""
 
-import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -10,81 +10,124 @@ from torch import Tensor, nn
 
 from autoencoder.discriminator import PatchDiscriminator, discriminator_loss, frozen, generator_loss, r1_penalty
 from autoencoder.equivariance import Transform
-from autoencoder.losses import Known, adaptive_weight, kl_loss, known, likelihood_loss, reconstruction_loss
+from autoencoder.losses import (
+    Known,
+    adaptive_weight,
+    kl_loss,
+    known,
+    likelihood_loss,
+    reconstruction_loss,
+    underflow_scale,
+)
 from train.config.vae import AdversarialConfig, VaeConfig
-from train.engine.stage import Batch, StepOutput
+from train.data.batches.records import Record
+from train.engine.stage import StepOutput
+from train.stages.terms import Term, Terms
 
 
-class Terms(NamedTuple):
-    """What a part of a batch's loss is made of, before the adversarial loss has its weight."""
+@dataclass(frozen=True, eq=False)
+class VaeBatch(Record):
+    """Pictures, and how the step treats them."""
 
+    pixels: Tensor
+    """(b, 3, H, W) in [−1, 1]."""
+    posterior_noise: Tensor
+    """(b, c, h, w)."""
+    transform: Transform | None = None
+    """Applied to the latents before they are decoded."""
+    adversarial: bool = False
+    """Whether the adversarial loss is part of the step."""
+    adversarial_weight: Tensor | None = None
+    """Weight of the adversarial loss where it is known already; else it is worked out from this batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class DiscriminatorBatch(Record):
+    """Pictures to be told apart, (b, 3, H, W) each."""
+
+    real: Tensor
+    fake: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What the autoencoder made of a batch, in the graph: what the terms of stage 1's loss look at."""
+
+    pixels: Tensor
+    """(b, 3, H, W)."""
+    mean: Tensor
+    """Of the latents' posterior, (b, c, h, w)."""
+    logvar: Tensor
+    """(b, c, h, w)."""
+    latents: Tensor
+    """A sample of the posterior, before any transform, (b, c, h, w)."""
     made: Tensor
-    """Pictures (b, 3, H, W), in the graph."""
-    scale: float
-    """A power of two by which gradients of means over them are of ordinary size, so that half precision holds them."""
-    wanted: Tensor
-    """What they should be: the pictures, transformed where the latents were."""
-    likeness: Known
+    """Pictures decoded from the latents, (b, 3, H, W)."""
+    target: Tensor
+    """What `made` should be: the pictures, transformed where the latents were."""
+    features: dict[str, Any]
+    """Outputs of the autoencoder's submodules, by name."""
+
+
+class PictureLosses(NamedTuple):
+    """A reconstruction with its losses of pictures, whose gradients are known ahead of the backward pass."""
+
+    reconstruction: Reconstruction
+    distance: Known
     """Reconstruction error and perceptual distance."""
     adversarial: Known | None
-    kl: Tensor
     metrics: dict[str, Tensor]
 
 
 class Reconstruct(nn.Module):
-    """The autoencoder's turn: pictures through a posterior sample and back, and every term of the loss.
+    """The autoencoder's part: pictures through a posterior sample and back, and every term of the loss.
 
-    The discriminator and the perceptual network stand beside it, not in it: their weights aren't its to train. mean: of
-    a tensor over all processes. A batch says what is drawn for its step: the `transform` of the latents before they are
-    decoded, whether the loss is `adversarial` yet, and its `adversarial_weight` where that is known already.
+    The discriminator and the perceptual network aren't submodules: their weights aren't trained here. mean: of a tensor
+    over all processes. terms: added to the loss after the KL divergence.
     """
 
     def __init__(
-        self,
-        vae: AutoencoderKL,
-        config: VaeConfig,
-        perceptual: nn.Module | None,
-        critic: PatchDiscriminator | None,
-        mean: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> None:
+        self, vae: AutoencoderKL, config: VaeConfig, perceptual: nn.Module | None,
+        discriminator: PatchDiscriminator | None, mean: Callable[[Tensor], Tensor] = lambda x: x,
+        terms: Sequence[Term[Reconstruction]] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.vae, self.config, self.mean = vae, config, mean
         self.logvar = nn.Parameter(torch.zeros((), device=vae.device)) if config.learn_logvar else None
-        self._beside = {"perceptual": perceptual, "critic": critic}
+        self.distances = Terms(_distances(config, perceptual))
+        self.terms = Terms([*_latent_terms(config), *terms])
+        self._beside = {"discriminator": discriminator}
 
-    def terms(self, batch: Batch) -> Terms:
-        c, pixels = self.config, batch["pixels"]
-        q = self.vae.encode(pixels).latent_dist
-        z, wanted = q.mean + q.std * batch["posterior_noise"], pixels  # (b, c, h, w), (b, 3, H, W)
-        transform: Transform | None = batch.get("transform")
-        if transform is not None:
-            factor = pixels.shape[-1] // z.shape[-1]
-            z, wanted = transform(z), transform(pixels, factor)
-        made = self.vae.decode(z).sample.float()
-        scale = 2.0 ** math.ceil(math.log2(made.numel()))
-        kl = kl_loss(q.mean, q.logvar, pixels[0].numel())
-        metrics = {"kl": kl.detach()}
-        perceptual, critic = self._beside["perceptual"], self._beside["critic"]
+    def reconstruct(self, batch: VaeBatch) -> Reconstruction:
+        pixels, transform = batch.pixels, batch.transform
+        with self.terms.captured(self.vae) as features:
+            q = self.vae.encode(pixels).latent_dist
+            z = q.mean + q.std * batch.posterior_noise  # (b, c, h, w)
+            if transform is None:
+                decoded, target = z, pixels
+            else:
+                decoded, target = transform(z), transform(pixels, pixels.shape[-1] // z.shape[-1])
+            made = self.vae.decode(decoded).sample.float()
+        return Reconstruction(pixels, q.mean, q.logvar, z, made, target, features)
 
-        def likeness(made: Tensor) -> Tensor:
-            total = reconstruction_loss(c.reconstruction, made, wanted)
-            metrics["reconstruction"] = total.detach()
-            if perceptual is not None:
-                distance = perceptual(made, wanted)
-                metrics["perceptual"] = distance.detach()
-                total = total + c.perceptual.weight * distance
-            return total
+    def picture_losses(self, batch: VaeBatch) -> PictureLosses:
+        kind, metrics = self.config.adversarial.kind, {}
+        seen, discriminator = self.reconstruct(batch), self._beside["discriminator"]
 
-        alike, adversarial = known(likeness, made, scale), None
-        if batch.get("adversarial") and critic is not None and c.adversarial.kind != "none":
-            game = c.adversarial.kind
-            with frozen(critic):
-                adversarial = known(lambda made: generator_loss(game, critic(made)), made, scale)
+        def distance(made: Tensor) -> Tensor:
+            loss, found = self.distances(torch.zeros((), device=made.device), replace(seen, made=made))
+            metrics.update(found)
+            return loss
+
+        distance_known, adversarial = known(distance, seen.made), None
+        if batch.adversarial and discriminator is not None and kind != "none":
+            with frozen(discriminator):
+                adversarial = known(lambda made: generator_loss(kind, discriminator(made)), seen.made)
             metrics["adversarial"] = adversarial.value
-        return Terms(made, scale, wanted, alike, adversarial, kl, metrics)
+        return PictureLosses(seen, distance_known, adversarial, metrics)
 
-    def balance(self, parts: Iterable[Terms]) -> Tensor:
-        """The adversarial loss's weight: constant, or adaptive by the gradients of all parts and processes together.
+    def balance(self, parts: Iterable[PictureLosses]) -> Tensor:
+        """Return the adversarial loss's weight: constant, or adaptive by the gradients of all parts and processes together.
 
         Of each part, the gradient at the last layer alone has to be there.
         """
@@ -92,48 +135,65 @@ class Reconstruct(nn.Module):
         if not adversarial.adaptive:
             return torch.full((), adversarial.weight, device=self.vae.device)
         last = self.vae.decoder.conv_out.weight
-        pulls = []
+        gradients = []
         for part in parts:
             assert part.adversarial is not None
-            for gradient in (part.likeness.gradient, part.adversarial.gradient):
-                (pull,) = torch.autograd.grad(part.made, last, gradient * part.scale, retain_graph=True)
-                pulls.append(pull.float() / part.scale)
-            del part  # a generator makes the next one only now that this one's graph is gone
-        likeness, game = self.mean(torch.stack([sum(pulls[0::2]), sum(pulls[1::2])]))
+            made = part.reconstruction.made
+            scale = underflow_scale(made)
+            for loss in (part.distance, part.adversarial):
+                (gradient,) = torch.autograd.grad(made, last, loss.gradient * scale, retain_graph=True)
+                gradients.append(gradient.float() / scale)
+            del part, made  # a generator makes the next one only now that this one's graph is gone
+        distance, generator = self.mean(torch.stack([sum(gradients[0::2]), sum(gradients[1::2])]))
         if self.logvar is not None:
-            likeness = likeness * torch.exp(-self.logvar.detach())
-        return adversarial.weight * adaptive_weight(likeness, game)
+            distance = distance * torch.exp(-self.logvar.detach())
+        return adversarial.weight * adaptive_weight(distance, generator)
 
-    def forward(self, batch: Batch) -> StepOutput:
-        terms = self.terms(batch)
-        loss = terms.likeness.attach(terms.made)
+    def forward(self, batch: VaeBatch) -> StepOutput:
+        losses = self.picture_losses(batch)
+        seen, metrics = losses.reconstruction, losses.metrics
+        loss = losses.distance.attach(seen.made)
         if self.logvar is not None:
             loss = likelihood_loss(loss, self.logvar)
-            terms.metrics["logvar"] = self.logvar.detach()
-        loss = loss + self.config.kl_weight * terms.kl
-        if terms.adversarial is not None:
-            weight = batch.get("adversarial_weight")
-            weight = self.balance([terms]) if weight is None else weight
-            loss = loss + weight * terms.adversarial.attach(terms.made)
-            terms.metrics["adversarial_weight"] = weight
-        return StepOutput(loss, terms.metrics, batch | {"made": terms.made.detach(), "wanted": terms.wanted})
+            metrics["logvar"] = self.logvar.detach()
+        loss, found = self.terms(loss, seen)
+        if losses.adversarial is not None:
+            weight = self.balance([losses]) if batch.adversarial_weight is None else batch.adversarial_weight
+            loss = loss + weight * losses.adversarial.attach(seen.made)
+            metrics["adversarial_weight"] = weight
+        return StepOutput(loss, metrics | found, DiscriminatorBatch(seen.target, seen.made.detach()))
 
 
-class Judge(nn.Module):
-    """The discriminator's turn, on the pictures that the autoencoder has just made."""
+def _distances(config: VaeConfig, perceptual: nn.Module | None) -> list[Term[Reconstruction]]:
+    """The terms that compare pictures, whose gradient the adaptive weight sets against the discriminator's."""
+    kind = config.reconstruction
+    terms = [
+        Term[Reconstruction]("reconstruction", 1.0, lambda seen: reconstruction_loss(kind, seen.made, seen.target))
+    ]
+    if perceptual is not None:
+        terms.append(Term("perceptual", config.perceptual.weight, lambda seen: perceptual(seen.made, seen.target)))
+    return terms
 
-    def __init__(self, critic: PatchDiscriminator, config: AdversarialConfig) -> None:
+
+def _latent_terms(config: VaeConfig) -> list[Term[Reconstruction]]:
+    """The terms of latents."""
+    return [Term("kl", config.kl_weight, lambda seen: kl_loss(seen.mean, seen.logvar, seen.pixels[0].numel()))]
+
+
+class Discriminate(nn.Module):
+    """The discriminator's part, on the pictures that the autoencoder has just made."""
+
+    def __init__(self, discriminator: PatchDiscriminator, config: AdversarialConfig) -> None:
         super().__init__()
-        self.critic, self.config = critic, config
+        self.critic, self.config = discriminator, config  # `critic` is the name in checkpoints
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def forward(self, batch: DiscriminatorBatch) -> StepOutput:
         assert self.config.kind != "none"
-        pictures = torch.cat([batch["wanted"].float(), batch["made"]])
-        real, fake = self.critic(pictures).float().chunk(2)
+        real, fake = self.critic(torch.cat([batch.real.float(), batch.fake])).float().chunk(2)
         loss = discriminator_loss(self.config.kind, real, fake)
         metrics = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
         if self.config.r1:
-            metrics["r1"] = r1_penalty(self.critic, batch["wanted"])
+            metrics["r1"] = r1_penalty(self.critic, batch.real)
             loss = loss + self.config.r1 * metrics["r1"]
             metrics["r1"] = metrics["r1"].detach()
         return StepOutput(loss, metrics, batch)

@@ -9,7 +9,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -118,35 +118,6 @@ class LatentCache:
         if processes.rank != 0:
             note(len(source) - len(listed), listed)
         return cls(shards, crops, framing.flip, damaged, buckets)
-
-
-class GonePicture(Exception):
-    """Could be read when its latent was made, and can't any more."""
-
-    def __init__(self, index: int, name: str, reason: str) -> None:
-        self.index, self.name, self.reason = index, name, reason
-
-
-@dataclass(frozen=True)
-class Originals:
-    """The pictures that the latents of a cache were made of, decoded once more."""
-
-    source: Source
-    framing: Framing
-    buckets: Buckets | None = None
-
-    def gather(self, indices: NDArray[np.int64], crop: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
-        """(b, 3, h, w) in [−1, 1], in the windows that `LatentCache.gather` gives. GonePicture where one has gone since."""
-        size = self.buckets.size(int(indices[0])) if self.buckets else self.framing.square
-        pixels = []
-        for index, window, flip in zip(indices.tolist(), crop.tolist(), mirrored.tolist(), strict=True):
-            name = self.source[index].name
-            try:
-                image = self.framing.load(self.source.read(index), name)
-            except DamagedPicture as error:
-                raise GonePicture(index, name, error.reason) from None
-            pixels.append(self.framing.cut(image, size, stored_place(name, window), flip))
-        return torch.stack(pixels)
 
 
 class TextCache:

@@ -1,0 +1,78 @@
+"""Batches as records: they move whole, and arrive from workers and streams as they were made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from train.data.batches.records import CachedBatch, DrawnMasks, DrawnNoise, PictureBatch, Record
+from train.data.store.prefetch import read_ahead
+
+
+def noise(masks: DrawnMasks | None = None) -> DrawnNoise:
+    return DrawnNoise(torch.rand(2), torch.rand(2, 4, 3, 3), torch.rand(2, 4, 3, 3), torch.tensor([True, False]), masks)
+
+
+def pictures() -> PictureBatch[DrawnNoise]:
+    masks = DrawnMasks(torch.ones(2, 1, 6, 6), torch.rand(2, 4, 3, 3))
+    return PictureBatch(
+        position=torch.arange(2), index=torch.arange(2), pixels=torch.rand(2, 3, 6, 6), captions=["a", "b"],
+        drawn=noise(masks), damaged=[("x.png", "torn")],
+    )  # fmt: skip
+
+
+def tensors(record: Record) -> list[Tensor]:
+    parts = [getattr(record, field.name) for field in fields(record)]  # type: ignore[arg-type]
+    nested = [t for part in parts if isinstance(part, Record) for t in tensors(part)]
+    return [part for part in parts if isinstance(part, Tensor)] + nested
+
+
+def test_all_tensors_of_a_record_move_and_nothing_else_changes() -> None:
+    batch = pictures()
+    moved = batch.to(torch.device("meta"))
+    assert len(tensors(moved)) == 9
+    assert all(t.device.type == "meta" for t in tensors(moved))
+    assert all(t.device.type == "cpu" for t in tensors(batch))
+    assert moved.captions == batch.captions
+    assert moved.damaged == batch.damaged
+    cached = CachedBatch(
+        position=torch.arange(2), index=torch.arange(2), mean=torch.rand(2), std=torch.rand(2), condition=torch.rand(2),
+        drawn=noise(),
+    ).to(torch.device("meta"))  # fmt: skip
+    assert cached.pixels is None
+    assert cached.drawn.masks is None
+
+
+def test_torch_pins_every_tensor_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    batch = pictures()
+    assert isinstance(pin_memory(batch), PictureBatch)
+    assert {id(t) for t in pinned} == {id(t) for t in tensors(batch)}
+
+
+@dataclass
+class One:
+    """A data set of one batch."""
+
+    batch: PictureBatch[DrawnNoise]
+
+    def __getitems__(self, at: Sequence[int], /) -> PictureBatch[DrawnNoise]:
+        return self.batch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_arrives_from_a_worker_as_it_was(workers: int) -> None:
+    batch = pictures()
+    (found,) = read_ahead(One(batch), [[0, 1]], workers, pin_memory=torch.cuda.is_available())
+    assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(batch), strict=True))
+    assert (found.captions, found.damaged) == (batch.captions, batch.damaged)
+    assert not torch.cuda.is_available() or all(t.is_pinned() for t in tensors(found))

@@ -1,0 +1,53 @@
+"""The batches of training in order: this process's parts of each step, read ahead, damage counted."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from train.data.batches.pictures import StreamDataset
+from train.data.batches.records import Examples
+from train.data.batches.unreadable import Damage
+from train.data.order.permutation import positions
+from train.data.store.prefetch import Batched, read_ahead
+
+Batch = TypeVar("Batch", bound=Examples)
+
+
+def loader(
+    dataset: Batched[Batch] | StreamDataset[Any],
+    *,
+    start_step: int,
+    steps: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulation: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+    damage: Damage | None = None,
+) -> Iterator[list[Batch]]:
+    """This rank's `accumulation` parts of the batch of each step start_step … steps − 1, read ahead by workers.
+
+    The batches are the same for any number of workers. Raises UserError when the batch size doesn't divide.
+    """
+    positions(0, batch_size, rank, world, accumulation)  # refuse now, not in a worker
+    plan = (
+        p.tolist() for step in range(start_step, steps) for p in positions(step, batch_size, rank, world, accumulation)
+    )
+    batches: Iterator[Any]
+    if isinstance(dataset, StreamDataset):
+        batches = dataset.read(plan, workers, ahead=2 * accumulation)
+    else:
+        batches = read_ahead(dataset, plan, workers, ahead=2 * accumulation, pin_memory=pin_memory)
+    return _steps(batches, accumulation, damage)
+
+
+def _steps(batches: Iterator[Batch], accumulation: int, damage: Damage | None) -> Iterator[list[Batch]]:
+    parts = []
+    for batch in batches:
+        if damage is not None:
+            damage.list(batch.left_out)
+            damage.note(len(batch.position), batch.damaged)
+        parts.append(batch)
+        if len(parts) == accumulation:
+            yield parts
+            parts = []

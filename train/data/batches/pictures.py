@@ -1,0 +1,154 @@
+"""Batches of pictures and captions as pure functions of (seed, positions).
+
+A data set answers `__getitems__(positions)` with a whole batch, which is what torch's DataLoader asks of its workers. A
+position leads to an example (train/data/order/permutation.py) and to every random number that goes with it
+(train/data/order/rng.py), so the number of workers, processes and restarts makes no difference.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm.errors import RunError
+from train.data.batches.buckets import Buckets
+from train.data.batches.draws import Draws
+from train.data.batches.records import Drawn, PictureBatch
+from train.data.images.crop import Framing, Size
+from train.data.images.decode import DamagedPicture
+from train.data.order.permutation import InOrder, Order, Shuffled
+from train.data.order.rng import Positions, Purpose, uniform, uniforms
+from train.data.sources.splits import Source
+from train.data.sources.streams import Example, Stream
+
+ATTEMPTS = 1000  # substitutes tried for one position before giving up
+
+
+class PictureDataset(Generic[Drawn]):
+    """Pictures and captions by position.
+
+    Pictures are squares or, with buckets, their rectangles. shuffle False: position p is example p mod n,
+    for measuring. Raises RunError when no readable picture is found.
+    """
+
+    def __init__(
+        self, source: Source, framing: Framing, seed: int, *, buckets: Buckets | None = None, shuffle: bool = True,
+        draws: Draws[Drawn] | None = None,
+    ) -> None:  # fmt: skip
+        self.source, self.buckets = source, buckets
+        self.framer = _Framer(framing, seed, draws)
+        self.order: Order = buckets or (Shuffled if shuffle else InOrder)(len(source), seed)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, where: Positions, /) -> PictureBatch[Drawn]:
+        at = np.asarray(where, np.int64)
+        indices = self.order.at(at)
+        size = self.buckets.size(int(indices[0])) if self.buckets else self.framer.framing.square
+        candidates = [self._candidates(int(p), int(k)) for p, k in zip(at, indices, strict=True)]
+        return self.framer.batch(at, candidates, size, self.source.place)
+
+    def _candidates(self, position: int, index: int) -> Iterator["_Candidate"]:
+        """The example of a position, then its substitutes."""
+        for attempt in range(1, ATTEMPTS + 2):
+            row = self.source[index]
+            yield _Candidate(index, row.name, row.captions, partial(self.source.read, index))
+            index = self.order.substitute(position, attempt)
+
+
+class StreamDataset(Generic[Drawn]):
+    """As PictureDataset, of a stream: from any position on, but forwards only. An example's index is its position.
+
+    Every process reads the whole stream and decodes its own share of it, in threads.
+    """
+
+    def __init__(self, stream: Stream, framing: Framing, seed: int, *, draws: Draws[Drawn] | None = None) -> None:
+        self.stream, self.seed, self.told = stream, seed, 0
+        self.framer = _Framer(framing, seed, draws)
+
+    def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[PictureBatch[Drawn]]:
+        """A batch for each part, whose positions follow one another, as do the parts."""
+        examples: Iterator[tuple[Example, ...]] | None = None
+        begin, pending = 0, deque[Future[PictureBatch[Drawn]]]()
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for part in parts:
+                if examples is None:
+                    examples, begin = self.stream.examples(self.seed, part[0]), part[0]
+                mine = list(itertools.islice(examples, part[0] - begin, part[-1] + 1 - begin))
+                begin = part[-1] + 1
+                pending.append(pool.submit(self._batch, part, mine))
+                if len(pending) > ahead * workers:
+                    yield self._told(pending.popleft().result())
+            while pending:
+                yield self._told(pending.popleft().result())
+
+    def _told(self, batch: PictureBatch[Drawn]) -> PictureBatch[Drawn]:
+        """With what the stream has left out since the last one."""
+        found, before = self.stream.left_out, self.told
+        self.told = len(found)
+        return replace(batch, left_out=found[before:])
+
+    def _batch(self, part: Sequence[int], examples: Sequence[tuple[Example, ...]]) -> PictureBatch[Drawn]:
+        candidates = [self._candidates(*each) for each in zip(part, examples, strict=True)]
+        return self.framer.batch(np.asarray(part, np.int64), candidates, self.framer.framing.square, self.stream.place)
+
+    def _candidates(self, position: int, examples: tuple[Example, ...]) -> Iterator["_Candidate"]:
+        """The example of a position, then those that may stand in."""
+        for example in examples:
+            yield _Candidate(position, example.name, example.captions, partial(bytes, example.picture))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An example that is to be decoded."""
+
+    index: int
+    name: str
+    captions: tuple[str, ...]
+    read: Callable[[], bytes]
+
+
+class _Framer:
+    """Makes a batch of the first of each position's candidates that can be decoded."""
+
+    def __init__(self, framing: Framing, seed: int, draws: Draws[Any] | None) -> None:
+        self.framing, self.seed, self.draws = framing, seed, draws
+
+    def batch(
+        self, at: NDArray[np.int64], each: Sequence[Iterator[_Candidate]], size: Size, place: str
+    ) -> PictureBatch[Any]:
+        framing, seed = self.framing, self.seed
+        places = uniforms(seed, Purpose.CROP, at, 2) if framing.crop == "random" else np.full((len(at), 2), 0.5)
+        flips = uniform(seed, Purpose.FLIP, at) < 0.5 if framing.flip else np.zeros(len(at), bool)
+        pixels: list[Tensor] = []
+        chosen: list[_Candidate] = []
+        damaged: list[tuple[str, str]] = []
+        for k, candidates in enumerate(each):
+            for candidate in candidates:
+                try:
+                    image = framing.load(candidate.read(), candidate.name)
+                    break
+                except DamagedPicture as error:
+                    damaged.append((candidate.name, error.reason))
+            else:
+                raise RunError(f"found no readable picture in {place}, e.g. {': '.join(damaged[-1])}")
+            pixels.append(framing.cut(image, size, places[k], bool(flips[k])))
+            chosen.append(candidate)
+        which = (uniform(seed, Purpose.CAPTION, at) * [len(c.captions) for c in chosen]).astype(np.int64)
+        return PictureBatch(
+            position=torch.from_numpy(at),
+            index=torch.tensor([c.index for c in chosen]),
+            pixels=torch.stack(pixels),
+            captions=[c.captions[k] for c, k in zip(chosen, which, strict=True)],
+            drawn=self.draws(seed, at, size) if self.draws else None,
+            damaged=damaged,
+        )

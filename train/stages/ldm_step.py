@@ -1,0 +1,107 @@
+"""Stage 2's step: what frozen networks make of a batch, and the loss of the network that is trained on it."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.model import Autoencoder
+from conditioning.clip import ClipTextEncoder
+from ldm.denoiser import beside
+from ldm.editing import inpainting_context, without
+from ldm.objective import Objective, Prediction
+from ldm.timesteps import Importance
+from train.config.run import Precision
+from train.data.batches.records import CachedBatch, DrawnNoise, PictureBatch, Record
+from train.engine.optim import autocast
+from train.engine.stage import StepOutput
+from train.stages.caption_warnings import CutCaptions
+from train.stages.terms import Term, Terms
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionBatch(Record):
+    """What the objective needs, complete."""
+
+    x0: Tensor
+    """Latents, (b, c, h, w)."""
+    timestep: Tensor
+    """(b,), uniform in [0, 1)."""
+    noise: Tensor
+    """(b, c, h, w)."""
+    condition: Tensor
+    """(b, L, d)."""
+    context: Tensor | None = None
+    """Mask and latents of what it leaves, for a network that inpaints, (b, 1 + c, h, w)."""
+
+
+class Completion:
+    """Completes batches with what the frozen networks make of pictures, captions and masked pictures."""
+
+    def __init__(
+        self, autoencoder: Autoencoder, text_encoder: ClipTextEncoder, cut: CutCaptions, precision: Precision
+    ) -> None:
+        self.autoencoder, self.text_encoder, self.cut, self.precision = autoencoder, text_encoder, cut, precision
+
+    @torch.no_grad()
+    def __call__(self, part: PictureBatch[DrawnNoise] | CachedBatch) -> DiffusionBatch:
+        drawn, context = part.drawn, None
+        if isinstance(part, CachedBatch):
+            mean, std, condition = part.mean, part.std, part.condition
+        else:
+            mean, std = self._posterior(part.pixels)
+            dropped = drawn.dropped.tolist()
+            captions = ["" if gone else c for c, gone in zip(part.captions, dropped, strict=True)]
+            with self.cut.told():
+                condition = self.text_encoder.encode(captions).float()
+        if drawn.masks is not None:
+            assert part.pixels is not None
+            mask = drawn.masks.mask
+            masked_mean, masked_std = self._posterior(without(part.pixels, mask))
+            context = inpainting_context(mask, masked_mean + masked_std * drawn.masks.noise)
+        return DiffusionBatch(mean + std * drawn.posterior_noise, drawn.timestep, drawn.noise, condition, context)
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (b, c, h, w) each. As elsewhere, the autoencoder computes in fp32 or bf16, never fp16."""
+        with autocast(self.autoencoder.vae.device, "bf16") if self.precision == "bf16" else nullcontext():
+            mean, std = self.autoencoder.encode(pixels)
+        return mean.float(), std.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Denoising:
+    """What the terms of stage 2's loss look at."""
+
+    batch: DiffusionBatch
+    index: Tensor
+    """Noise levels, (b,) int64."""
+    prediction: Prediction
+    """The network's output, and x0 as it follows from it."""
+    features: dict[str, Any]
+    """Outputs of the network's submodules, by name."""
+
+
+class DiffusionLoss(nn.Module):
+    """The network and the objective: the weighted error of its prediction on noised latents, and further terms."""
+
+    def __init__(self, unet: nn.Module, objective: Objective, terms: Sequence[Term[Denoising]] = ()) -> None:
+        super().__init__()
+        self.unet, self.objective, self.terms = unet, objective, Terms(terms)
+        # As a module of this one, its state goes into checkpoints.
+        self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
+
+    def network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        return self.unet(x, index, condition, return_dict=False)[0]
+
+    def forward(self, batch: DiffusionBatch) -> StepOutput:
+        network = self.network if batch.context is None else beside(self.network, batch.context)
+        with self.terms.captured(self.unet) as features:
+            losses = self.objective(network, batch.x0, batch.timestep, batch.noise, batch.condition)
+        if self.importance is not None:
+            self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
+        seen = Denoising(batch, losses.index, losses.prediction, features)
+        loss, metrics = self.terms(losses.weighted.mean(), seen)
+        return StepOutput(loss, {"error": losses.unweighted.detach().mean(), **metrics}, batch)
