@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from autoencoder.preview import Colours
 from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
+from ldm.formats.hub import is_hub_id, load_network
 
-_WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a file, or of several
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
 _FIRST_LOGVAR = -6.0  # of the posterior before training: a deviation of 0.05
 _DEAD = 0.05  # a channel whose mean moves less than this share of its deviation tells the decoder nothing
@@ -108,15 +108,9 @@ class Autoencoder:
             if not (folder / "config.json").is_file():
                 raise UserError(f"{str(where)!r} holds no autoencoder: looked for config.json there and in vae/")
             where = folder
-        elif str(where).count("/") != 1 or str(where).startswith((".", "/")):
+        elif not is_hub_id(str(where)):
             raise UserError(f"no autoencoder at {str(where)!r}: give a stage 1 run's model/ folder, or a hub id")
-        try:
-            vae = AutoencoderKL.from_pretrained(str(where), use_safetensors=True, low_cpu_mem_usage=False)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            said = str(error)
-            if isinstance(where, Path) and not [*where.glob(f"{_WEIGHTS}.safetensors"), *where.glob(f"{_WEIGHTS}-*")]:
-                said = "it has no diffusion_pytorch_model.safetensors; pickles and variants (fp16) aren't read"
-            raise UserError(f"can't load an autoencoder from {str(where)!r}: {said}") from None
+        vae: AutoencoderKL = load_network(AutoencoderKL, where, f"an autoencoder from {str(where)!r}")
         if vae.config.get("shift_factor") or vae.config.get("latents_mean"):
             raise UserError(
                 f"the autoencoder at {str(where)!r} shifts its latents, which Stable Diffusion pipelines ignore: "

@@ -16,7 +16,7 @@ from transformers import CLIPVisionModel
 from transformers.utils import cached_file
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
 
 Backbone = Literal["vgg", "alex"]
 _TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # activations compared, by their place in torchvision's
@@ -51,7 +51,7 @@ class Lpips(nn.Module):
             network.features.load_state_dict(layers, assign=True)
         except Exception as error:  # whatever is in a file that isn't these weights
             what = f"weights {weights!r}" if weights else "downloading its weights"
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error, 200)
             if isinstance(error, UnpicklingError):  # whose own words advise to run whatever the file says
                 reason = "it holds something else than tensors"
             raise UserError(f"the {backbone} of LPIPS: {what} failed: {reason}") from None
@@ -97,23 +97,18 @@ class ClipPerceptual(nn.Module):
     to the tower's side; (made, pixels) → a scalar. Raises UserError when the folder or hub id holds no such tower.
     """
 
+    tower: CLIPVisionModel
     mean: Tensor
     std: Tensor
 
     def __init__(self, where: str) -> None:
         super().__init__()
         try:
-            loaded: Any = CLIPVisionModel.from_pretrained(
-                where, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-            )
+            self.tower, missing = load_tower(CLIPVisionModel, where)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"perceptual.model {where!r} is no CLIP with an image tower: {error}") from None
-        tower, found = loaded
-        if found["missing_keys"]:
-            raise UserError(
-                f"perceptual.model {where!r} lacks an image tower's weights, e.g. {min(found['missing_keys'])}"
-            )
-        self.tower: CLIPVisionModel = tower
+            raise UserError(f"perceptual.model {where!r} is no CLIP with an image tower: {one_line(error)}") from None
+        if missing:
+            raise UserError(f"perceptual.model {where!r} lacks an image tower's weights, e.g. {min(missing)}")
         processing = preprocessing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(processing["image_std"]).view(3, 1, 1))
@@ -139,6 +134,12 @@ def _unit(x: Tensor, dim: int) -> Tensor:
     """x / √(‖x‖² + 1e-8) in float32: with the small number under the root, zero features have a gradient."""
     x = x.float()
     return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + 1e-8)
+
+
+def load_tower(kind: Any, where: str) -> tuple[Any, set[str]]:
+    """A model of transformers' class `kind`, float32, from a folder or hub id, and the names of weights that its files lack."""
+    model, info = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    return model, set(info["missing_keys"])
 
 
 def preprocessing(where: str, mean: list[float], std: list[float]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoencoder.tiling import pad_to_multiple
-from ldm.errors import RunError, UserError
+from ldm.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
     from autoencoder.model import Autoencoder
@@ -50,7 +50,7 @@ class Colours(NamedTuple):
             numbers = json.loads(path.read_text(encoding="utf-8"))
             colours = cls(*(torch.tensor(numbers[name], dtype=torch.float32) for name in cls._fields))
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = one_line(f"{type(error).__name__}: {error}", 200)
             raise UserError(f"{str(path)!r} can't be read ({said}): delete it, previews alone need it") from None
         shapes = [tuple(value.shape) for value in colours]
         if shapes != [(3, channels, 3, 3), (3,)] or not all(value.isfinite().all() for value in colours):

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from conditioning.openclip import PREFIX, load_openclip
 from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
+from ldm.formats.clip_layout import empty_text_model, tower_of
+from ldm.formats.hub import fetch, is_hub_id
 
 # The text tower's weights wherever they are stored: a CLIPModel, a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
@@ -136,7 +137,7 @@ class ClipTextEncoder(nn.Module):
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         except Exception as error:  # a broken file makes the libraries raise almost anything
-            raise UserError(f"{name} can't be read as a CLIP text encoder: {_line(error)}") from error
+            raise UserError(f"{name} can't be read as a CLIP text encoder: {one_line(error, 300)}") from error
         return encoder.to(dtype).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
@@ -194,7 +195,7 @@ def _find(source: str) -> tuple[Path, Path]:
 
 def _leave_out(model: CLIPTextModel, skip: int) -> None:
     """The model without its last `skip` layers."""
-    encoder = getattr(model, "text_model", model).encoder
+    encoder = tower_of(model).encoder
     count = len(encoder.layers)
     if not 0 <= skip < count:
         raise UserError(f"clip skip {skip}: 0 to {count - 1} are accepted for a text encoder of {count} layers")
@@ -214,14 +215,7 @@ def _read_tower(folder: Path) -> CLIPTextModel:
     quantisations that a folder may name. Here a folder is weights and numbers.
     """
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config: Any
-    match stored.get("model_type"):
-        case "clip":
-            config = CLIPConfig.from_dict(stored).text_config
-        case "clip_text_model":
-            config = CLIPTextConfig.from_dict(stored)
-        case other:
-            raise UserError(f'model_type {other!r} in config.json: "clip" and "clip_text_model" are accepted')
+    model = empty_text_model(stored)  # no memory and no random numbers before the shapes are known to agree
     whole = folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
@@ -232,24 +226,13 @@ def _read_tower(folder: Path) -> CLIPTextModel:
             for key in list(tensors.keys()):
                 if (name := _TOWER.fullmatch(key)) and not key.endswith("position_ids"):
                     weights[name[1]] = tensors.get_tensor(key)
-    with torch.device("meta"):  # no memory and no random numbers before the shapes are known to agree
-        model = CLIPTextModel(config)
-    tower = getattr(model, "text_model", model)  # older transformers have a module in between
-    tower.load_state_dict(weights, strict=True, assign=True)
-    tower.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+    tower_of(model).load_state_dict(weights, strict=True, assign=True)
     return model
 
 
 def _download(name: str) -> Path:
     """The text encoder and tokenizer of a hub repository; nothing else is fetched, so no pickles either."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name) or os.path.isdir(os.path.dirname(name)):
+    if not is_hub_id(name):
         raise UserError(f"{name} is neither a folder nor the id (owner/name) of a hub repository")
     wanted = [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _WANTED]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the hub's client and its transport have many errors and no common one
-        raise UserError(f"{name} is no folder, and the hub gave no such repository: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return fetch(name, wanted)

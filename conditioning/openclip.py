@@ -11,26 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from conditioning.tokenizer import LARGEST, clip_tokenizer
 from ldm.errors import UserError
+from ldm.formats.clip_layout import openclip_names, tower_of
+from ldm.formats.hub import fetch
 
 PREFIX = "openclip:"
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of open_clip's own folders
 _HUB = "hf-hub:"
 _DEFAULTS = {"context_length": 77, "vocab_size": LARGEST, "width": 512, "heads": 8, "layers": 12}
 _TOWER = re.compile(r"(?:module\.)?(?:text\.)?((?:token_embedding|positional_embedding|transformer|ln_final)\b.*)")
-_NAMES = {  # of a layer: ours ← theirs
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
 
 
 def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -49,7 +43,7 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
         raise UserError("open_clip isn't installed: pip install -e '.[openclip]'") from error
     place = name.removeprefix(PREFIX).removeprefix("local-dir:")
     if place.startswith(_HUB):
-        return _read_folder(Path(snapshot_download(place.removeprefix(_HUB), allow_patterns=[_CONFIG, _WEIGHTS])))
+        return _read_folder(fetch(place.removeprefix(_HUB), [_CONFIG, _WEIGHTS]))
     if (Path(place) / _CONFIG).is_file():
         return _read_folder(Path(place))
     architecture, _, weights = place.partition("/")
@@ -109,25 +103,14 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextM
     theirs = {match[1]: weight for name, weight in state.items() if (match := _TOWER.fullmatch(name))}
     converted = CLIPTextModel(text_config(config))
     weights: dict[str, Tensor] = {}
-
-    def take(name: str) -> Tensor:
+    for name, ours in openclip_names(converted.config.num_hidden_layers).items():
         if name not in theirs:
             raise UserError(f"the weight {name} of an OpenCLIP text tower is missing")
-        return theirs.pop(name).detach().float().clone()
-
-    weights["embeddings.token_embedding.weight"] = take("token_embedding.weight")
-    weights["embeddings.position_embedding.weight"] = take("positional_embedding")
-    for kind in ("weight", "bias"):
-        weights[f"final_layer_norm.{kind}"] = take(f"ln_final.{kind}")
-        for k in range(converted.config.num_hidden_layers):
-            layer, block = f"encoder.layers.{k}.", f"transformer.resblocks.{k}."
-            parts = take(f"{block}attn.in_proj_{kind}").chunk(3)
-            weights |= {f"{layer}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
-            weights |= {f"{layer}{ours}.{kind}": take(f"{block}{name}.{kind}") for ours, name in _NAMES.items()}
+        parts = theirs.pop(name).detach().float().clone().chunk(len(ours))
+        weights |= zip(ours, parts, strict=True)
     if theirs:
         raise UserError(f"its text tower isn't CLIP's: {next(iter(theirs))} has no counterpart")
-    tower = getattr(converted, "text_model", converted)  # older transformers have a module in between
-    tower.load_state_dict(weights, strict=True)
+    tower_of(converted).load_state_dict(weights, strict=True)
     return converted
 
 

@@ -502,7 +502,7 @@ def test_a_hub_id_loads_from_the_hub_s_cache(encoder, tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("conditioning.clip.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr("ldm.formats.hub.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
     assert ClipTextEncoder.load("someone/model").digest == encoder.digest
     with pytest.raises(UserError, match="someone/else"):
         ClipTextEncoder.load("someone/else")

@@ -108,7 +108,7 @@ def test_every_way_to_name_it_gives_the_same(small, tmp_path: Path, monkeypatch)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("conditioning.openclip.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr("ldm.formats.hub.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
     assert ClipTextEncoder.load("openclip:hf-hub:someone/model").digest == digest
     # A text tower that is a module of its own, from training under DistributedDataParallel.
     text = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
@@ -254,7 +254,7 @@ def test_a_folder_that_does_not_fit_is_refused(small, tmp_path: Path) -> None:
         ("openclip:coca_ViT-B-32/laion2b_s13b_b90k", "embed_cls"),
         ("openclip:ViT-B-16-SigLIP2/webli", "hf_tokenizer_name"),
         ("openclip:ViT-H-14-worldwide/x", "worldwide"),
-        ("openclip:hf-hub:not a name", "can't be read"),
+        ("openclip:hf-hub:not a name", "hub gave no such repository"),
     ],
 )
 def test_what_cannot_be_had_is_named(name: str, word: str) -> None:

@@ -1,17 +1,56 @@
-"""Pipelines by name: a folder, or a repository of the hub."""
+"""Models by name: a folder, or a repository of the hub."""
 
+import os.path
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
 
+_NETWORK = "diffusion_pytorch_model"  # diffusers' name of a file of weights, or of several
 _WANTED = [
     "model_index.json", "*/*config.json", "tokenizer/*.json", "tokenizer/*.txt", "vae/preview.json",
-    *(f"{part}/diffusion_pytorch_model{kind}" for part in ("unet", "vae") for kind in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")),
+    *(f"{part}/{_NETWORK}{kind}" for part in ("unet", "vae") for kind in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")),
     *(f"text_encoder/model{kind}" for kind in (".safetensors", "-*-of-*.safetensors")),
 ]  # fmt: skip
+
+
+def is_hub_id(place: str) -> bool:
+    """Whether a place that isn't there may be the hub's owner/name: it isn't where a folder `owner` lies here."""
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None
+        and not os.path.exists(place)
+        and not os.path.isdir(os.path.dirname(place))
+    )
+
+
+def fetch(name: str, wanted: Sequence[str]) -> Path:
+    """The folder of a repository, with the files that match. Raises UserError where the hub gives none."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*wanted]))
+    except Exception as error:  # the hub's client and its transport have many errors and no common one
+        said = one_line(error, 300)
+        raise UserError(f"{name!r} is no folder, and the hub gave no such repository: {said}") from error
+
+
+def load_network(kind: Any, place: str | Path, what: str) -> Any:
+    """A network of diffusers' class `kind`, from a folder or a hub id, on the CPU; safetensors alone are read.
+
+    Raises UserError where it can't be read. what: the network in that message, e.g. "the UNet of 'runs/ldm/model'".
+    """
+    try:
+        return kind.from_pretrained(str(place), use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        said = one_line(error)
+        if os.path.isdir(place) and not [
+            *Path(place).glob(f"{_NETWORK}.safetensors"),
+            *Path(place).glob(f"{_NETWORK}-*"),
+        ]:
+            said = f"it has no {_NETWORK}.safetensors; pickles and variants (fp16) aren't read"
+        raise UserError(f"can't load {what}: {said}") from None
 
 
 def find_pipeline(where: str | Path) -> Path:
@@ -21,15 +60,11 @@ def find_pipeline(where: str | Path) -> Path:
     """
     folder = Path(where)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or folder.exists() or folder.parent.is_dir():
+        if not is_hub_id(str(where)):
             raise UserError(
                 f"no pipeline at {str(where)!r}: give a folder such as runs/ldm/model, or a hub id owner/name"
             )
-        try:
-            folder = Path(snapshot_download(str(where), allow_patterns=_WANTED))
-        except Exception as error:  # the hub's client and its transport have many errors and no common one
-            said = " ".join(str(error).split())[:300]
-            raise UserError(f"{str(where)!r} is no folder, and the hub gave no such repository: {said}") from None
+        folder = fetch(str(where), _WANTED)
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise UserError(f"{str(where)!r} is no pipeline folder: it lacks {', '.join(f'{m}/' for m in missing)}")

@@ -23,9 +23,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
-from ldm.errors import RunError, UserError
+from ldm.errors import RunError, UserError, one_line
+from ldm.formats.clip_layout import empty_text_model, openclip_names, tower_of
 from ldm.formats.scheduler_config import Process
 from ldm.schedule import BetaSchedule
 
@@ -42,10 +43,6 @@ _RESNET = {
 _VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _POINTWISE = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")  # a 1×1 convolution there, a matrix here
-_OPENCLIP_LAYER = {
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}  # fmt: skip
 _HARMLESS = re.compile(
     r"model_ema\..+|betas|\w*alphas_cumprod(_prev)?|posterior_\w+|logvar|lvlb_weights|v_pred|ztsnr"
     r"|first_stage_model\.loss\..+|cond_stage_model\..*\b(position_ids|logit_scale|text_projection|attn_mask)"
@@ -301,29 +298,15 @@ def _empty(folder: Path) -> Parts:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read("unet"))
             vae = AutoencoderKL.from_config(read("vae"))
-            text_encoder = CLIPTextModel(_text_config(read("text_encoder")))
+        text_encoder = empty_text_model(read("text_encoder"))
         process = Process.from_diffusers(read("scheduler", "scheduler_config.json"))
     except UserError:
         raise
     except Exception as error:  # a broken file makes the libraries raise almost anything
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"{str(folder)!r} isn't the folder of a configuration: {said}") from None
-    tower = _tower(text_encoder)
-    tower.embeddings.position_ids = torch.arange(text_encoder.config.max_position_embeddings)[None]
+        raise UserError(f"{str(folder)!r} isn't the folder of a configuration: {one_line(error, 300)}") from None
     for module in (unet, vae, text_encoder):
         module.eval().requires_grad_(False)
     return Parts(unet, vae, text_encoder, process)
-
-
-def _text_config(stored: dict[str, Any]) -> CLIPTextConfig:
-    match stored.get("model_type"):
-        case "clip":
-            config: Any = CLIPConfig.from_dict(stored).text_config
-            return config
-        case "clip_text_model":
-            return CLIPTextConfig.from_dict(stored)
-        case other:
-            raise UserError(f'text_encoder model_type {other!r}: "clip" and "clip_text_model" are accepted')
 
 
 # -- the tables -----------------------------------------------------------------------------------------------------
@@ -331,10 +314,13 @@ def _text_config(stored: dict[str, Any]) -> CLIPTextConfig:
 
 def _layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[str, tuple[str, ...]]]]:
     """Each network with its table: original name → names of the weights which, one below the other, make it."""
-    tower = _tower(parts.text_encoder)
+    tower = tower_of(parts.text_encoder)
     yield parts.unet, _named(parts.unet, _unet_names(parts.unet), _UNET, "unet")
     yield parts.vae, _named(parts.vae, _vae_names(parts.vae), _VAE, "vae")
-    yield tower, _openclip_layout(tower) if openclip else {_CLIP + key: (key,) for key in tower.state_dict()}
+    if openclip:
+        yield tower, {_OPENCLIP + name: ours for name, ours in openclip_names(len(tower.encoder.layers)).items()}
+    else:
+        yield tower, {_CLIP + key: (key,) for key in tower.state_dict()}
 
 
 def _named(module: nn.Module, names: Mapping[str, str], prefix: str, network: str) -> dict[str, tuple[str, ...]]:
@@ -407,20 +393,6 @@ def _vae_names(vae: AutoencoderKL) -> dict[str, str]:
     return names
 
 
-def _openclip_layout(tower: Any) -> dict[str, tuple[str, ...]]:
-    layout: dict[str, tuple[str, ...]] = {
-        "positional_embedding": ("embeddings.position_embedding.weight",),
-        "token_embedding.weight": ("embeddings.token_embedding.weight",),
-    }
-    for kind in ("weight", "bias"):
-        layout[f"ln_final.{kind}"] = (f"final_layer_norm.{kind}",)
-        for k in range(len(tower.encoder.layers)):
-            layer, block = f"encoder.layers.{k}.", f"transformer.resblocks.{k}."
-            layout[f"{block}attn.in_proj_{kind}"] = tuple(f"{layer}self_attn.{x}_proj.{kind}" for x in "qkv")
-            layout |= {f"{block}{b}.{kind}": (f"{layer}{a}.{kind}",) for a, b in _OPENCLIP_LAYER.items()}
-    return {_OPENCLIP + name: ours for name, ours in layout.items()}
-
-
 def _check_built_in(network: str, config: Mapping[str, Any]) -> None:
     for name, value in _BUILT_IN[network].items():
         if config.get(name, value) != value:
@@ -433,7 +405,3 @@ def _is_openclip(text_encoder: CLIPTextModel) -> bool:
     """Which of the two layouts a tower is written in: OpenAI's CLIPs have another activation than OpenCLIP's."""
     config = text_encoder.config
     return config.hidden_act != "quick_gelu" and config.num_hidden_layers < _OPENCLIP_LAYERS
-
-
-def _tower(text_encoder: CLIPTextModel) -> Any:
-    return getattr(text_encoder, "text_model", text_encoder)  # older transformers have a module in between

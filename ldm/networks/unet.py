@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ldm.errors import UserError
+from ldm.formats.hub import load_network
 from ldm.networks.attention import use_attention
 
 
@@ -72,16 +73,9 @@ def build_unet(
 
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
     """Of a pipeline's folder, on the CPU. Raises UserError where it can't be read."""
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            str(Path(folder) / "unet"), use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        said = str(error)
-        place, name = Path(folder) / "unet", "diffusion_pytorch_model"
-        if not [*place.glob(f"{name}.safetensors"), *place.glob(f"{name}-*")]:
-            said = "it has no diffusion_pytorch_model.safetensors; pickles and variants (fp16) aren't read"
-        raise UserError(f"can't load the UNet of {str(folder)!r}: {said}") from None
+    unet: UNet2DConditionModel = load_network(
+        UNet2DConditionModel, Path(folder) / "unet", f"the UNet of {str(folder)!r}"
+    )
     use_attention(unet)
     return unet
 

@@ -6,7 +6,6 @@ Distances in different features don't compare, nor do those over different numbe
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, PreTrainedConfig
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from autoencoder.perceptual import preprocessing
-from ldm.errors import UserError
+from autoencoder.perceptual import load_tower, preprocessing
+from ldm.errors import UserError, one_line
+from ldm.formats.hub import is_hub_id
 
 ALIASES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
 ACCEPTED = "'inception', 'inception:WEIGHTS.pth', 'dinov2', 'clip', or a folder or hub id of a CLIP or a DINOv2"
@@ -68,7 +68,7 @@ class InceptionFeatures(Features):
             raise UserError(f"features 'inception': {path!r} holds something else than tensors") from None
         except (OSError, RuntimeError, EOFError, TypeError) as error:
             source = "its download" if weights is None else repr(weights)
-            raise UserError(f"features 'inception' can't be loaded from {source}: {error}") from None
+            raise UserError(f"features 'inception' can't be loaded from {source}: {one_line(error)}") from None
         self.network = network
         self.eval().requires_grad_(False)
 
@@ -108,20 +108,20 @@ def load_features(name: str) -> Features:
     if name == "inception" or name.startswith("inception:"):
         return InceptionFeatures(name.partition(":")[2] or None)
     where = ALIASES.get(name, name)
-    if not Path(where).is_dir() and (where.count("/") != 1 or where.startswith((".", "/"))):
+    if not (name in ALIASES or Path(where).is_dir() or is_hub_id(where)):
         raise UserError(f"no features {name!r}: accepted are {ACCEPTED}")
     try:
         return _load_tower(name, where)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"can't load features {name!r}: {error}; accepted are {ACCEPTED}") from None
+        raise UserError(f"can't load features {name!r}: {one_line(error)}; accepted are {ACCEPTED}") from None
 
 
 def _load_tower(name: str, where: str) -> TowerFeatures:
     match PreTrainedConfig.get_config_dict(where)[0].get("model_type"):
         case "clip" | "clip_vision_model":
-            tower, missing = _load(CLIPVisionModelWithProjection, where)
+            tower, missing = load_tower(CLIPVisionModelWithProjection, where)
             config = tower.config
             output, dim, side = "image_embeds", config.projection_dim, config.image_size
             processing = preprocessing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -129,7 +129,7 @@ def _load_tower(name: str, where: str) -> TowerFeatures:
                 tower, output, dim = tower.vision_model, "pooler_output", config.hidden_size
                 missing.remove(_PROJECTION)
         case "dinov2":
-            tower, missing = _load(Dinov2Model, where)
+            tower, missing = load_tower(Dinov2Model, where)
             output, dim = "pooler_output", tower.config.hidden_size
             processing = preprocessing(where, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
             # Its positions stretch to any side: the published models were trained at 518, and are used at 224.
@@ -144,9 +144,3 @@ def _load_tower(name: str, where: str) -> TowerFeatures:
     if missing:
         raise UserError(f"features {name!r} lack weights ({len(missing)}), among them {min(missing)}")
     return TowerFeatures(name, tower, output, dim, side, processing)
-
-
-def _load(kind: Any, where: str) -> tuple[Any, set[str]]:
-    """The model, and the names of the weights that its files lack."""
-    model, info = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-    return model, set(info["missing_keys"])

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
+from ldm.errors import one_line
 from ldm.formats.images import MAX_PIXELS, sideways, to_rgb
 
 Crop = Literal["center", "random"]
@@ -120,4 +121,4 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Imag
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DamagedPicture(name, " ".join(message.split())[:200]) from error
+        raise DamagedPicture(name, one_line(message, 200)) from error

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
 from train.data.images.decode import DamagedPicture
 from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row
 
@@ -91,7 +91,7 @@ class Table(Catalogue):
             try:
                 self.dataset.data.table[column].validate(full=True)
             except pa.ArrowInvalid as error:
-                raise UserError(f"{self.place}: column {column!r} is damaged: {line(error)}") from None
+                raise UserError(f"{self.place}: column {column!r} is damaged: {one_line(error, 300)}") from None
 
     def _sizes(self) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
         """Bytes of each picture of the table, −1 for those to be left out; and these, with the reason."""
@@ -223,8 +223,3 @@ def _safe_path(path: str | None) -> str:
     if path[0] in "/\\" or path[1:2] == ":":  # on POSIX or on Windows
         return parts[-1]
     return "/".join(part for part in path.split("/") if part not in ("", "."))
-
-
-def line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]

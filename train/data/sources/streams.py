@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.errors import RunError, UserError
+from ldm.errors import RunError, UserError, one_line
 from train.data.order.permutation import permute
 from train.data.order.rng import Purpose, generator
 from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, lowest
@@ -218,7 +218,7 @@ class _Reader:
         try:
             data: bytes = self.file.read(count)
         except Exception as error:  # each protocol has its own
-            raise RunError(f"{self.url} broke off after {self.got:,} bytes: {_say(error)}") from error
+            raise RunError(f"{self.url} broke off after {self.got:,} bytes: {one_line(error, 300)}") from error
         self.got += len(data)
         if not data and self.length is not None and self.got < self.length:
             raise RunError(f"{self.url} broke off after {self.got:,} of {self.length:,} bytes")
@@ -240,9 +240,9 @@ def _opened(url: str) -> Iterator[Any]:
 
             file, length = fsspec.open(url, "rb").open(), None
     except (ImportError, ValueError) as error:
-        raise UserError(f"{url} can't be opened: {_say(error)}") from None
+        raise UserError(f"{url} can't be opened: {one_line(error, 300)}") from None
     except Exception as error:
-        raise RunError(f"{url} can't be opened: {_say(error)}") from error
+        raise RunError(f"{url} can't be opened: {one_line(error, 300)}") from error
     with contextlib.closing(file):
         yield _Reader(url, file, length)
 
@@ -270,10 +270,6 @@ def _running(url: str) -> Iterator[Any]:
         last = said.read()[-300:].decode(errors="replace").strip().splitlines()[-1:]
     if status:
         raise RunError(f"{url} ended with status {status}: {''.join(last) or 'it said nothing'}")
-
-
-def _say(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _is_pipe(data: str) -> bool:

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import RunError, UserError
-from train.data.sources.arrow import Table, choose_columns, line
+from ldm.errors import RunError, UserError, one_line
+from train.data.sources.arrow import Table, choose_columns
 from train.data.sources.catalogue import Columns, Splits
 
 _HUB_ID = re.compile(
@@ -152,7 +152,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} can't be read: {line(error)}") from None
+        raise UserError(f"{file} can't be read: {one_line(error, 300)}") from None
     return found if isinstance(found, dict) else {}
 
 
@@ -206,7 +206,7 @@ def _reading(what: str, long: bool = False) -> Iterator[None]:
         if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
             cache = datasets.config.HF_DATASETS_CACHE
             raise RunError(f"no space is left in {cache} for {what}: make some, or set HF_DATASETS_CACHE") from error
-        raise UserError(f"{what} can't be read: {line(error.__cause__ or error)}") from error
+        raise UserError(f"{what} can't be read: {one_line(error.__cause__ or error, 300)}") from error
     finally:
         for log, verbosity in zip(loggers, verbosities, strict=True):
             log.set_verbosity(verbosity)

@@ -1,0 +1,53 @@
+"""CLIP's text tower in files: what its config.json describes, and OpenCLIP's names (Cherti et al. 2023) for its weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
+
+from ldm.errors import UserError
+
+_OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def tower_of(model: CLIPTextModel) -> Any:
+    """The module that has the weights. In older transformers it lies in the model, else it is the model."""
+    return getattr(model, "text_model", model)
+
+
+def empty_text_model(stored: Mapping[str, Any]) -> CLIPTextModel:
+    """The text tower that a CLIP's config.json describes, without memory for weights. Raises UserError for other models."""
+    config: Any
+    match stored.get("model_type"):
+        case "clip":
+            config = CLIPConfig.from_dict(dict(stored)).text_config
+        case "clip_text_model":
+            config = CLIPTextConfig.from_dict(dict(stored))
+        case other:
+            raise UserError(f'text encoder of model_type {other!r}: "clip" and "clip_text_model" are accepted')
+    with torch.device("meta"):
+        model = CLIPTextModel(config)
+    tower_of(model).embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+    return model
+
+
+def openclip_names(layers: int) -> dict[str, tuple[str, ...]]:
+    """OpenCLIP's name of each weight → the weights of `tower_of` that lie in it, one below the other."""
+    names: dict[str, tuple[str, ...]] = {
+        "positional_embedding": ("embeddings.position_embedding.weight",),
+        "token_embedding.weight": ("embeddings.token_embedding.weight",),
+    }
+    for kind in ("weight", "bias"):
+        names[f"ln_final.{kind}"] = (f"final_layer_norm.{kind}",)
+        for k in range(layers):
+            layer, block = f"encoder.layers.{k}.", f"transformer.resblocks.{k}."
+            names[f"{block}attn.in_proj_{kind}"] = tuple(f"{layer}self_attn.{x}_proj.{kind}" for x in "qkv")
+            names |= {f"{block}{b}.{kind}": (f"{layer}{a}.{kind}",) for a, b in _OPENCLIP_LAYER.items()}
+    return names
