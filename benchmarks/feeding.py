@@ -57,7 +57,7 @@ def run(config: LdmConfig) -> tuple[float, float, float]:
     """Seconds to the first step, pictures a second, and the share of waiting."""
     first = FirstStep()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train.stages.ldm.train(config, first)
+        train.stages.ldm.train(config, hooks=first)
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     counted = [line for line in lines if "images_per_second" in line and line["step"] > 20]
     return first.seconds, *(

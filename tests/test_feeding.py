@@ -82,7 +82,7 @@ def test_each_way_is_continued_exactly(varied: Path, parts: Path, tmp_path: Path
     train.stages.ldm.train(config("whole", accumulation=2))
     for at in (3, 5):
         with pytest.raises(KeyboardInterrupt):
-            train.stages.ldm.train(config(f"cut-{at}", accumulation=2, workers=2), Crash(at))
+            train.stages.ldm.train(config(f"cut-{at}", accumulation=2, workers=2), hooks=Crash(at))
         train.stages.ldm.train(config(f"cut-{at}", accumulation=2))
         assert final_state(tmp_path / f"cut-{at}", 6) == final_state(tmp_path / "whole", 6), at
     listed = [json.loads(line)["file"] for line in (tmp_path / "whole/damaged.jsonl").read_text().splitlines()]
@@ -156,10 +156,10 @@ def test_a_text_encoder_of_either_kind_trains_and_stock_diffusers_paints_the_sam
 def test_a_stream_trains_every_stage_and_is_continued_exactly(stream: str, parts: Path, tmp_path: Path) -> None:
     given: Any = stream
     stages = {
-        "clip": lambda out, hooks=None, **c: train.stages.clip.train(clip_config(given, out, **c), hooks),
-        "vae": lambda out, hooks=None, **c: train.stages.vae.train(vae_config(given, out, **c), hooks),
+        "clip": lambda out, hooks=None, **c: train.stages.clip.train(clip_config(given, out, **c), hooks=hooks),
+        "vae": lambda out, hooks=None, **c: train.stages.vae.train(vae_config(given, out, **c), hooks=hooks),
         "ldm": lambda out, hooks=None, **c: train.stages.ldm.train(
-            ldm_config(given, out, parts, **{"cache": "off", **c}), hooks
+            ldm_config(given, out, parts, **{"cache": "off", **c}), hooks=hooks
         ),
     }
     for name, start in stages.items():

@@ -147,7 +147,7 @@ def test_the_masked_picture_is_the_one_its_latent_was_made_of(
 @pytest.mark.parametrize("way", ["cached", "kept crops", "as they come"])
 def test_a_run_is_continued_exactly(shapes: Path, begun: Path, tmp_path: Path, way: str) -> None:
     def start(name: str, hooks: Hooks | None = None, **change: Any) -> None:
-        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change), hooks)
+        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change), hooks=hooks)
 
     start("whole", workers=2)
     with pytest.raises(KeyboardInterrupt):

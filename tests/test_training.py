@@ -86,13 +86,17 @@ def start(request: pytest.FixtureRequest, shapes: Path) -> Start:
     """Starts a stage: start(out, hooks, **changed settings)."""
     match request.param:
         case "clip":
-            return lambda out, hooks=None, **change: train.stages.clip.train(clip_config(shapes, out, **change), hooks)
+            return lambda out, hooks=None, **change: train.stages.clip.train(
+                clip_config(shapes, out, **change), hooks=hooks
+            )
         case "vae":
-            return lambda out, hooks=None, **change: train.stages.vae.train(vae_config(shapes, out, **change), hooks)
+            return lambda out, hooks=None, **change: train.stages.vae.train(
+                vae_config(shapes, out, **change), hooks=hooks
+            )
         case _:
             parts = request.getfixturevalue("parts")
             return lambda out, hooks=None, **change: train.stages.ldm.train(
-                ldm_config(shapes, out, parts, **change), hooks
+                ldm_config(shapes, out, parts, **change), hooks=hooks
             )
 
 
@@ -246,10 +250,10 @@ def test_too_many_in_a_row_go_back_and_then_give_up(
     poison = Poison(lambda step: step >= 4)
     config = clip_config(shapes, tmp_path / "run", steps=40, roll_back_after=3, log_every=1, checkpoint_every=4)
     with pytest.raises(RunError, match="finite"):
-        train.stages.clip.train(replace(config, checkpoint_every=100), poison)  # no checkpoint to go back to
+        train.stages.clip.train(replace(config, checkpoint_every=100), hooks=poison)  # no checkpoint to go back to
     config = replace(config, out=str(tmp_path / "second"))
     with pytest.raises(RunError, match="not helped"):
-        train.stages.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2), poison)
+        train.stages.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2), hooks=poison)
     assert "back to the weights of step 4" in capsys.readouterr().out
 
 
@@ -323,7 +327,7 @@ def test_importance_of_timesteps_is_continued_exactly(shapes: Path, parts: Path,
     assert seen.sum() == 64
     for at in (4, 7):
         with pytest.raises(KeyboardInterrupt):
-            train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings), Crash(at))
+            train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings), hooks=Crash(at))
         train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
 

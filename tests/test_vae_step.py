@@ -228,7 +228,7 @@ def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path) -> None:
     assert state["state/phases/vae/module/logvar"] != 0
     for at in (2, 5):
         with pytest.raises(KeyboardInterrupt):
-            train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING), Crash(at))
+            train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING), hooks=Crash(at))
         train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING))
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
 

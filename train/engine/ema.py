@@ -11,21 +11,25 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from train.engine.subset import Subset, frozen_names
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class Ema(Generic[Module]):
     """Keeps `module`, a copy of a module with the average of its parameters and its present buffers, all fp32.
 
-    The copy is in eval mode and takes no gradient. Make it once the module is on its device.
+    The copy is in eval mode and takes no gradient; parameters that are frozen are shared with it. Make it once the module is
+    on its device, and frozen what is to stay so.
     """
 
     def __init__(self, module: Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: it must be at least 0 and less than 1")
         self.decay = decay
-        self.module: Module = copy.deepcopy(module).float().eval().requires_grad_(False)
-        self._source = module
+        shared = {id(p): p for p in module.parameters() if not p.requires_grad and p.dtype == torch.float32}
+        self.module: Module = copy.deepcopy(module, shared).float().eval().requires_grad_(False)
+        self._source, self._subset = module, Subset(self.module, frozen_names(module))
 
     def decay_at(self, step: int) -> float:
         """The decay of update `step` = 0, 1, …"""
@@ -34,17 +38,18 @@ class Ema(Generic[Module]):
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the module's present weights into the average. A function of `step` and the weights alone."""
-        averages: list[Tensor] = list(self.module.parameters())
-        weights = [w.to(a) for a, w in zip(averages, self._source.parameters(), strict=True)]
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1 - self.decay_at(step))
+        pairs = zip(self.module.parameters(), self._source.parameters(), strict=True)
+        learned = [(average, weight) for average, weight in pairs if average is not weight]
+        if learned:
+            averages: list[Tensor] = [average for average, _ in learned]
+            torch._foreach_lerp_(averages, [w.to(a) for a, w in learned], 1 - self.decay_at(step))
         for mine, buffer in zip(self.module.buffers(), self._source.buffers(), strict=True):
             mine.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights and the buffers, by their names in the module."""
-        return self.module.state_dict()
+        """The averages of trainable parameters and the buffers, by their names in the module."""
+        return self._subset.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave. Raises RuntimeError, as modules do, if names or shapes differ."""
-        self.module.load_state_dict(state)
+        """Restore what `state_dict` gave. Raises as `Subset.load_state_dict` does."""
+        self._subset.load_state_dict(state)

@@ -56,10 +56,6 @@ class RunFolder:
     def sheet(self, step: int) -> Path:
         return self.samples / f"step-{step:08d}.png"
 
-    def cache(self, given: str) -> Path:
-        """The folder for what is computed once of the data: the one that the configuration gives, else one beside the run's."""
-        return Path(given) if given not in ("", "off") else self.path.parent / "cache"
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and keep other processes out. Bad input inside leaves nothing of a folder made for it.

@@ -33,6 +33,12 @@ class Run:
     processes: Processes
 
     @property
+    def cache(self) -> Path:
+        """The folder for what is computed once of the data: the one that the configuration gives, else one beside the run's."""
+        given = self.config.cache
+        return Path(given) if given not in ("", "off") else self.folder.path.parent / "cache"
+
+    @property
     def main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.accelerator.is_main_process

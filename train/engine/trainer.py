@@ -18,6 +18,7 @@ from train.engine.checkpoint import Checkpoints
 from train.engine.optim import autocast, learning_rate
 from train.engine.run import Run
 from train.engine.stage import Batch, Hooks, Phase, Stage, StepOutput
+from train.engine.subset import Subset, frozen_names
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.config.precision == "fp16")
         self.health = Health(torch.zeros((), device=device), torch.zeros((), device=device))
         self.wrapped = [run.accelerator.prepare_model(p.module) for p in stage.phases]
+        self.subsets = {p.name: Subset(p.module, frozen_names(p.module)) for p in stage.phases}
         self.checkpoints = Checkpoints(run.folder.checkpoints, keep=run.config.keep_checkpoints)
         self.generation = 0  # checkpoints written, to tell a second roll-back without progress
 
@@ -124,11 +126,15 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
+        """The tensors that training changes, and all else that the next step depends on."""
+        phases: dict[str, dict[str, Any]] = {}
+        for p in self.stage.phases:
+            subset = self.subsets[p.name]
+            phases[p.name] = {"module": subset.state_dict(), "optimizer": p.optimizer.state_dict()}
+            if subset.frozen:
+                phases[p.name]["frozen"] = subset.digest
         return {
-            "phases": {
-                p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()}
-                for p in self.stage.phases
-            },
+            "phases": phases,
             "ema": self.stage.ema.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": int(self.health.skipped),
@@ -137,8 +143,10 @@ class Trainer:
 
     def restore(self, state: Mapping[str, Any], *, weights_only: bool = False) -> None:
         for p in self.stage.phases:
-            p.module.load_state_dict(state["phases"][p.name]["module"])
-            p.optimizer.load_state_dict(state["phases"][p.name]["optimizer"])
+            saved, subset = state["phases"][p.name], self.subsets[p.name]
+            subset.require(saved.get("frozen", ""))
+            subset.load_state_dict(saved["module"])
+            p.optimizer.load_state_dict(saved["optimizer"])
         self.stage.ema.load_state_dict(state["ema"])
         if not weights_only:
             self.scaler.load_state_dict(state["scaler"])

@@ -217,14 +217,14 @@ def cached(
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
     framing = config.input.framing() if training else config.input.plain(config.input.resolution)
     latents = LatentCache.open(
-        run.folder.cache(config.cache), source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
+        run.cache, source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
         channels=autoencoder.latent_channels, factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
         workers=config.workers, processes=run.processes, note=partial(run.damage.of(source.left_out).note, whole=True),
     )  # fmt: skip
     cut = CutCaptions(run.say, "--text-chunks")
     with cut.told():
         text = TextCache.open(
-            run.folder.cache(config.cache), source, text_encoder.encode, digest=text_encoder.digest,
+            run.cache, source, text_encoder.encode, digest=text_encoder.digest,
             shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
         )  # fmt: skip
     if cut.count > 1:

@@ -1,0 +1,54 @@
+"""The trainable subset of a network: what training changes of it, which alone is averaged and kept in checkpoints."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+def frozen_names(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters that take no gradient."""
+    return frozenset(n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad)
+
+
+class Subset:
+    """The state of a module without its frozen parameters, of which a digest stands for all."""
+
+    def __init__(self, module: nn.Module, frozen: frozenset[str]) -> None:
+        self.module, self.frozen = module, frozen
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trainable parameters and the buffers, by their names in the module."""
+        return {name: value for name, value in self.module.state_dict().items() if name not in self.frozen}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave. Frozen parameters may be there too, if they are those of the module.
+
+        Raises RuntimeError, as modules do, if names or shapes differ, and UserError if frozen parameters do.
+        """
+        kept = {name: value for name, value in self.module.state_dict().items() if name in self.frozen}
+        for name in kept.keys() & state.keys():
+            if not torch.equal(kept[name].cpu(), state[name].cpu()):
+                raise UserError(f"the frozen weight {name} isn't the one that this run was trained with: give the same")
+        self.module.load_state_dict(kept | dict(state))
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the frozen parameters, "" where there are none. They stay as they are: it is worked out once."""
+        total, state = hashlib.sha256(), self.module.state_dict()
+        for name in sorted(self.frozen):
+            total.update(f"{name}{state[name].dtype}{tuple(state[name].shape)}".encode())
+            total.update(state[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return total.hexdigest() if self.frozen else ""
+
+    def require(self, digest: str) -> None:
+        """Raise UserError if the frozen parameters aren't those of which a checkpoint has the digest."""
+        if digest and digest != self.digest:
+            raise UserError(
+                f"the {len(self.frozen)} frozen weights aren't those that this run was trained with "
+                f"({digest[:12]}…, now {self.digest[:12] or 'none'}…): give the same, or another --out"
+            )
