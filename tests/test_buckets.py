@@ -11,11 +11,12 @@ from test_cache import flat, joined, same
 
 from ldm.errors import RunError, UserError
 from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure
-from train.data.batches.cache import LatentCache, TextCache
 from train.data.batches.cached import CachedDataset
 from train.data.batches.draws import LatentNoise, Noising
+from train.data.batches.latent_cache import LatentCache
 from train.data.batches.loading import loader
 from train.data.batches.pictures import PictureDataset
+from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.sources.catalogue import Catalogue, Row
 from train.data.sources.splits import Source

@@ -24,12 +24,13 @@ import train.data.store.row_index as row_index
 import train.data.store.shards as shards_module
 from ldm.errors import RunError, UserError
 from train.data.batches.buckets import measure
-from train.data.batches.cache import LatentCache, TextCache, stored_place
 from train.data.batches.cached import CachedDataset
 from train.data.batches.draws import LatentNoise, Noising, PosteriorNoise
+from train.data.batches.latent_cache import LatentCache, stored_place
 from train.data.batches.loading import loader
 from train.data.batches.pictures import PictureDataset
 from train.data.batches.records import Record
+from train.data.batches.text_cache import TextCache
 from train.data.batches.unreadable import Damage
 from train.data.images.crop import Framing
 from train.data.images.decode import load_picture, to_tensor

@@ -854,7 +854,7 @@ def test_of_captions_that_are_cut_the_first_is_quoted_and_all_are_counted():
     cut = CutCaptions(said.append, "--more")
 
     def read():
-        with cut.told():
+        with cut.counted():
             tokenize(tokenizer, ["a", "a red star on a blue ground", "a red star and more"])
             warnings.warn("something else", stacklevel=1)
 

@@ -19,7 +19,8 @@ import train.stages.vae
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from train.config.data import DataConfig
-from train.data.batches.cache import LatentCache, TextCache
+from train.data.batches.latent_cache import LatentCache
+from train.data.batches.text_cache import TextCache
 
 
 @pytest.fixture(scope="session")

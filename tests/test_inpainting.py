@@ -30,11 +30,12 @@ from ldm.networks.unet import widen
 from ldm.pipeline import LatentDiffusionPipeline
 from train.config.data import DataConfig
 from train.config.ldm import DiffusionConfig, UnetConfig
-from train.data.batches.cache import LatentCache, TextCache
 from train.data.batches.cached import CachedDataset, Originals
 from train.data.batches.draws import PLAIN, LatentNoise
+from train.data.batches.latent_cache import LatentCache
 from train.data.batches.loading import loader
 from train.data.batches.pictures import PictureDataset
+from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.sources.splits import Source, open_source
 from train.engine.stage import Hooks

@@ -8,15 +8,15 @@ from conditioning.tokenizer import PromptCut
 
 
 class CutCaptions:
-    """Of thousands of captions that are cut, tells the first."""
+    """Counts the captions that are cut, which may be thousands, and says the first."""
 
     def __init__(self, say: Callable[[str], object], more: str) -> None:
         """more: the option that makes room for longer ones."""
         self.say, self.more, self.count = say, more, 0
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """While captions are read inside."""
+    def counted(self) -> Iterator[None]:
+        """Count the captions that are cut inside."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptCut)
             yield

@@ -82,7 +82,7 @@ class ClipStage:
 
     def with_tokens(self, part: PictureBatch) -> ClipBatch:
         """The pictures on the device, with their captions as ids."""
-        with self.cut.told():
+        with self.cut.counted():
             ids = tokenize(self.tokenizer, part.captions)
         return ClipBatch(part.pixels, ids, torch.tensor([_id(c) for c in part.captions])).to(
             self.run.accelerator.device

@@ -21,11 +21,12 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import uniform
 from train.config.ldm import LdmConfig
 from train.data.batches.buckets import Buckets
-from train.data.batches.cache import LatentCache, TextCache
 from train.data.batches.cached import CachedDataset, Originals
 from train.data.batches.draws import PLAIN, LatentNoise, Noising, masking
+from train.data.batches.latent_cache import LatentCache
 from train.data.batches.pictures import PictureDataset, StreamDataset
 from train.data.batches.records import CachedBatch, DrawnNoise, PictureBatch
+from train.data.batches.text_cache import TextCache
 from train.data.sources.splits import Source
 from train.data.store.shards import Stored
 from train.engine.device import open_accelerator
@@ -222,7 +223,7 @@ def cached(
         workers=config.workers, processes=run.processes, note=partial(run.damage.of(source.left_out).note, whole=True),
     )  # fmt: skip
     cut = CutCaptions(run.say, "--text-chunks")
-    with cut.told():
+    with cut.counted():
         text = TextCache.open(
             run.cache, source, text_encoder.encode, digest=text_encoder.digest,
             shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,

@@ -55,7 +55,7 @@ class Completion:
             mean, std = self._posterior(part.pixels)
             dropped = drawn.dropped.tolist()
             captions = ["" if gone else c for c, gone in zip(part.captions, dropped, strict=True)]
-            with self.cut.told():
+            with self.cut.counted():
                 condition = self.text_encoder.encode(captions).float()
         if drawn.masks is not None:
             assert part.pixels is not None

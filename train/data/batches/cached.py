@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ldm.errors import RunError
 from train.data.batches.buckets import Buckets
-from train.data.batches.cache import LatentCache, TextCache, stored_place
 from train.data.batches.draws import PLAIN, Noising, masking
+from train.data.batches.latent_cache import LatentCache, stored_place
 from train.data.batches.pictures import ATTEMPTS
 from train.data.batches.records import CachedBatch
+from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.images.decode import DamagedPicture
 from train.data.order.permutation import InOrder, Order, Shuffled

@@ -66,17 +66,17 @@ class PictureDataset(Generic[Drawn]):
 
 
 class StreamDataset(Generic[Drawn]):
-    """As PictureDataset, of a stream: from any position on, but forwards only. An example's index is its position.
+    """Pictures and captions of a stream, from any position on, but forwards only. An example's index is its position.
 
     Every process reads the whole stream and decodes its own share of it, in threads.
     """
 
     def __init__(self, stream: Stream, framing: Framing, seed: int, *, draws: Draws[Drawn] | None = None) -> None:
-        self.stream, self.seed, self.told = stream, seed, 0
+        self.stream, self.seed, self.passed_on = stream, seed, 0
         self.framer = _Framer(framing, seed, draws)
 
     def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[PictureBatch[Drawn]]:
-        """A batch for each part, whose positions follow one another, as do the parts."""
+        """Give a batch for each part. The positions of a part follow one another, as do the parts."""
         examples: Iterator[tuple[Example, ...]] | None = None
         begin, pending = 0, deque[Future[PictureBatch[Drawn]]]()
         with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -87,14 +87,14 @@ class StreamDataset(Generic[Drawn]):
                 begin = part[-1] + 1
                 pending.append(pool.submit(self._batch, part, mine))
                 if len(pending) > ahead * workers:
-                    yield self._told(pending.popleft().result())
+                    yield self._with_left_out(pending.popleft().result())
             while pending:
-                yield self._told(pending.popleft().result())
+                yield self._with_left_out(pending.popleft().result())
 
-    def _told(self, batch: PictureBatch[Drawn]) -> PictureBatch[Drawn]:
-        """With what the stream has left out since the last one."""
-        found, before = self.stream.left_out, self.told
-        self.told = len(found)
+    def _with_left_out(self, batch: PictureBatch[Drawn]) -> PictureBatch[Drawn]:
+        """The batch with what the stream has left out since the last one."""
+        found, before = self.stream.left_out, self.passed_on
+        self.passed_on = len(found)
         return replace(batch, left_out=found[before:])
 
     def _batch(self, part: Sequence[int], examples: Sequence[tuple[Example, ...]]) -> PictureBatch[Drawn]:

@@ -43,7 +43,7 @@ class Damage:
             )
 
     def list(self, found: Iterable[tuple[str, str]], what: str = "left out", then: str = "") -> None:
-        """Add (name, reason) to the report, those that aren't there yet; the first is told."""
+        """Add (name, reason) to the report, those that aren't there yet, and say the first."""
         found = list(found)
         if all(name in self.listed for name, _ in found):
             return

@@ -1,12 +1,11 @@
-"""What frozen networks make of a source, computed once: posteriors of pictures, features of captions.
+"""What a frozen autoencoder makes of a source's pictures, computed once: the posteriors of their latents.
 
-Stage 2 then reads both from disk (train/data/store/shards.py) and runs neither the autoencoder nor the text encoder.
-Other weights, another transform or another kind of number have other folders; a changed picture or caption is made anew.
+Stage 2 then reads them from disk (train/data/store/shards.py) and doesn't run the autoencoder. Other weights, another
+transform or another kind of number have other folders; the latent of a changed picture is made anew.
 """
 
 import hashlib
 import json
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -32,15 +31,9 @@ _PIXELS = 2**22  # encoded at once, at most: 16 pictures of 512², as an autoenc
 
 
 class PictureEncoder(Protocol):
-    """Pictures (b, 3, H, W) in [−1, 1] → mean and standard deviation of their latents, (b, c, h, w) each, scaled."""
+    """A frozen encoder: pictures (b, 3, H, W) in [−1, 1] → mean and standard deviation of latents, (b, c, h, w) each, scaled."""
 
     def __call__(self, pixels: Tensor, /) -> tuple[Tensor, Tensor]: ...
-
-
-class CaptionEncoder(Protocol):
-    """Captions → (b, L, d)."""
-
-    def __call__(self, captions: Sequence[str], /) -> Tensor: ...
 
 
 class LatentCache:
@@ -62,7 +55,7 @@ class LatentCache:
         return len(self.damaged)
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """(c, h, w) of a picture's latent."""
+        """Return (c, h, w) of a picture's latent."""
         return self._of(index).shape[1:]
 
     def _of(self, index: int) -> Shards:
@@ -71,7 +64,7 @@ class LatentCache:
     def gather(
         self, indices: NDArray[np.int64], crop: NDArray[np.int64] | int = 0, mirrored: NDArray[np.bool_] | bool = False
     ) -> Tensor:
-        """(b, 2, c, h, w) float32: mean and deviation of these pictures, all of one shape, in these windows."""
+        """Return mean and deviation of these pictures, all of one shape, in these windows: (b, 2, c, h, w) float32."""
         rows = (self._place[indices] * self.crops + crop) * (1 + self.flip) + mirrored
         return self._of(int(indices[0])).gather(rows)
 
@@ -82,14 +75,14 @@ class LatentCache:
         batch_size: int | None = None, workers: int = 0, processes: Processes | None = None,
         note: Callable[[int, list[tuple[str, str]]], object] = lambda readable, damaged: None,
     ) -> Self:  # fmt: skip
-        """The cache of a source under `folder`, completed where it isn't; `encode` isn't called if nothing is missing.
+        """Open the cache of a source under `folder`, and complete it where it isn't; if it is, `encode` isn't called.
 
-        digest: of the encoder's weights and whatever else its output depends on. channels, factor: a latent has so many
-        channels, and sides so many times smaller than the picture's. crops: random windows kept of each picture, the
-        same for as long as its name is. With framing.flip the mirrored pictures' latents are kept too. batch_size: of what
-        is encoded at once; as a GPU's memory allows unless given. note: told how many pictures can be read, and the
-        (name, reason) of each that can't. Raises RunError when none can, when the
-        encoder gives another shape or numbers that aren't finite, and when the disk has no room.
+        digest: of the encoder's weights and whatever else its output depends on. channels: of a latent. factor: sides of a
+        picture over sides of its latent. crops: random windows kept of each picture, the same for as long as its name is.
+        With framing.flip the mirrored pictures' latents are kept too. batch_size: pictures encoded at once, by default as
+        a GPU's memory allows. note: called with the number of pictures that can be read, and the (name, reason) of each
+        that can't. Raises RunError when none can, when the encoder gives another shape or numbers that aren't finite, and
+        when the disk has no room.
         """
         processes = processes or Processes()
         sizes = buckets.sizes if buckets else [framing.square]
@@ -118,43 +111,6 @@ class LatentCache:
         if processes.rank != 0:
             note(len(source) - len(listed), listed)
         return cls(shards, crops, framing.flip, damaged, buckets)
-
-
-class TextCache:
-    """The features (L, d) of each caption there is, once; row 0 is the null condition, the encoding of ""."""
-
-    def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """captions: the row of each; first: (n + 1,) where each picture's begin."""
-        self.shards, self.captions, self.first = shards, captions, first
-
-    def __len__(self) -> int:
-        return len(self.first) - 1
-
-    def rows(self, indices: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
-        """The row of one caption of each of these pictures, chosen by u in [0, 1)."""
-        first, end = self.first[indices], self.first[indices + 1]
-        return self.captions[first + (u * (end - first)).astype(np.int64)]
-
-    def gather(self, rows: NDArray[np.int64]) -> Tensor:
-        """(b, L, d) float32."""
-        return self.shards.gather(rows)
-
-    @classmethod
-    def open(
-        cls, folder: Path, source: Source, encode: CaptionEncoder, *, digest: str, shape: tuple[int, ...],
-        dtype: Stored = "float32", batch_size: int = 256, processes: Processes | None = None,
-    ) -> Self:  # fmt: skip
-        """As LatentCache.open. shape: (L, d)."""
-        captions = sorted({"", *source.captions()})  # "" sorts first
-        row = {caption: k for k, caption in enumerate(captions)}
-        rows = _Texts(captions, encode, shape, dtype)
-        how = {"encoder": digest}
-        shards, _ = open_shards(folder, "text", how, rows, shape, dtype, processes or Processes(), batch_size)
-        each, first = array("q"), array("q", [0])
-        for picture in source:
-            each.extend(row[text] for text in picture.captions)
-            first.append(len(each))
-        return cls(shards, np.array(each), np.array(first))
 
 
 class _Window(NamedTuple):
@@ -239,7 +195,7 @@ class _Latents:
             both = self._encoded(torch.stack([w.pixels for w in windows]))
             both[[k for k, w in enumerate(windows) if w.bad]] = 0
             first = self.windows.source[int(self.windows.members[rows[0] // self.windows.views])].name
-            values = _stored(both, self.shape, self.dtype, first)
+            values = storable(both, self.shape, self.dtype, first)
             yield Made(values, np.stack([w.content for w in windows]), [w.bad for w in windows])
 
     @torch.no_grad()
@@ -253,27 +209,6 @@ class _Latents:
                 self._at_once = min(self._at_once, len(pixels)) // 2
                 if not self._at_once:
                     raise
-
-
-class _Texts:
-    """`Rows` of captions' features."""
-
-    def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
-        self.captions, self.encode, self.shape, self.dtype = captions, encode, shape, dtype
-        self.keys, self.doubtful = digests(captions), np.zeros(len(captions), bool)
-
-    def likes(self, rows: NDArray[np.int64]) -> Digests:
-        return self.keys[rows]
-
-    def contents(self, rows: NDArray[np.int64]) -> Digests:
-        return np.zeros((len(rows), 2), np.uint64)  # the key is all there is
-
-    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
-        for rows in batches:
-            texts = [self.captions[k] for k in rows]
-            with torch.no_grad():
-                values = _stored(self.encode(texts), self.shape, self.dtype, repr(texts[0][:80]))
-            yield Made(values, self.contents(rows), [""] * len(rows))
 
 
 def stored_place(name: str, crop: int) -> tuple[float, float]:
@@ -294,7 +229,11 @@ def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
         yield own[0] // views, own
 
 
-def _stored(values: Tensor, shape: tuple[int, ...], dtype: Stored, first: str) -> NDArray[Any]:
+def storable(values: Tensor, shape: tuple[int, ...], dtype: Stored, first: str) -> NDArray[Any]:
+    """Return what an encoder gave in the type that is stored. first: what the batch begins with, for a message.
+
+    Raises RunError where it has another shape, or numbers that aren't finite in this type.
+    """
     if tuple(values.shape[1:]) != shape:
         raise RunError(f"the encoder gave {tuple(values.shape[1:])} where {shape} was expected")
     kept = values.cpu().to(getattr(torch, dtype))

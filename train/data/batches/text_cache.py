@@ -1,0 +1,86 @@
+"""What a frozen text encoder makes of a source's captions, computed once: their features.
+
+Stage 2 then reads them from disk (train/data/store/shards.py) and doesn't run the text encoder.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train.data.batches.latent_cache import storable
+from train.data.sources.splits import Source
+from train.data.store.row_index import Digests, digests
+from train.data.store.shards import Made, Processes, Shards, Stored, open_shards
+
+
+class CaptionEncoder(Protocol):
+    """A frozen text encoder: captions → features (b, L, d)."""
+
+    def __call__(self, captions: Sequence[str], /) -> Tensor: ...
+
+
+class TextCache:
+    """The features (L, d) of each caption there is, once; row 0 is the null condition, the encoding of ""."""
+
+    def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
+        """captions: row of each caption. first: (n + 1,), the place in `captions` where those of each picture begin."""
+        self.shards, self.captions, self.first = shards, captions, first
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def rows(self, indices: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the row of one caption of each of these pictures, chosen by u in [0, 1)."""
+        first, end = self.first[indices], self.first[indices + 1]
+        return self.captions[first + (u * (end - first)).astype(np.int64)]
+
+    def gather(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return the features of these rows, (b, L, d) float32."""
+        return self.shards.gather(rows)
+
+    @classmethod
+    def open(
+        cls, folder: Path, source: Source, encode: CaptionEncoder, *, digest: str, shape: tuple[int, ...],
+        dtype: Stored = "float32", batch_size: int = 256, processes: Processes | None = None,
+    ) -> Self:  # fmt: skip
+        """Open the cache of a source's captions under `folder`, and complete it where it isn't; see LatentCache.open.
+
+        shape: (L, d) of a caption's features.
+        """
+        captions = sorted({"", *source.captions()})  # "" sorts first
+        row = {caption: k for k, caption in enumerate(captions)}
+        rows = _Texts(captions, encode, shape, dtype)
+        how = {"encoder": digest}
+        shards, _ = open_shards(folder, "text", how, rows, shape, dtype, processes or Processes(), batch_size)
+        each, first = array("q"), array("q", [0])
+        for picture in source:
+            each.extend(row[text] for text in picture.captions)
+            first.append(len(each))
+        return cls(shards, np.array(each), np.array(first))
+
+
+class _Texts:
+    """`Rows` of captions' features."""
+
+    def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
+        self.captions, self.encode, self.shape, self.dtype = captions, encode, shape, dtype
+        self.keys, self.doubtful = digests(captions), np.zeros(len(captions), bool)
+
+    def likes(self, rows: NDArray[np.int64]) -> Digests:
+        return self.keys[rows]
+
+    def contents(self, rows: NDArray[np.int64]) -> Digests:
+        return np.zeros((len(rows), 2), np.uint64)  # the key is all there is
+
+    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
+        for rows in batches:
+            texts = [self.captions[k] for k in rows]
+            with torch.no_grad():
+                values = storable(self.encode(texts), self.shape, self.dtype, repr(texts[0][:80]))
+            yield Made(values, self.contents(rows), [""] * len(rows))
