@@ -14,6 +14,7 @@ from ldm.bound import variances
 from ldm.denoiser import Denoised
 from ldm.objective import edm, level_weight, min_snr, p2
 from ldm.parameterization import error_ratio
+from ldm.process import probability_flow, transition
 from ldm.schedule import Level, Schedule
 from ldm.spacing import Leg
 from ldm.steps import Heun, Multistep, Step, UniPC, sample
@@ -78,6 +79,30 @@ def weightings() -> None:
     save(figure, "weightings")
 
 
+def two_points(x_t: Tensor, level: Level) -> Denoised:
+    """E[x0 | x_t] for data that are -1 or 1, equally often."""
+    return Denoised(torch.tanh(level.alpha / level.sigma**2 * x_t))
+
+
+def both_ways() -> None:
+    """Walks of the Markov chain from two points to noise, and trajectories of the probability flow from noise to them."""
+    schedule, generator = SCHEDULES["scaled linear"], torch.Generator().manual_seed(0)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    walks = [torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(6)]
+    for s, t in pairwise(schedule.level(i) for i in range(-1, schedule.T)):
+        mean, variance = transition(walks[-1], s, t)
+        walks.append(mean + variance**0.5 * torch.randn(mean.shape, generator=generator, dtype=mean.dtype))
+    left.plot(torch.arange(schedule.T + 1) / schedule.T, torch.stack(walks), linewidth=0.6)
+    velocity, times = probability_flow(two_points, schedule), torch.linspace(0.999, 0.001, 500).tolist()
+    flow = [torch.linspace(-2.2, 2.2, 12, dtype=torch.float64)]
+    for t, s in pairwise(times):
+        flow.append(flow[-1] + (s - t) * velocity(flow[-1], t))
+    right.plot(times, torch.stack(flow), linewidth=0.9)
+    left.set(xlabel="t", ylabel="x_t", title="q(x_t | x_s), from data to noise")
+    right.set(xlabel="t", title="The probability flow, from noise to data", xlim=(1.05, -0.05))
+    save(figure, "both_ways")
+
+
 MEAN, STD = 0.7, 0.4
 
 
@@ -133,4 +158,5 @@ if __name__ == "__main__":
     schedules()
     posterior_variances()
     weightings()
+    both_ways()
     convergence()

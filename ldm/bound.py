@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.denoiser import Denoised
 from ldm.process import Gaussian, Point, VarianceKind, marginal, posterior, reverse_variance, step_variance
 from ldm.schedule import Schedule
 
@@ -19,40 +20,40 @@ _BIT = math.log(2)
 
 
 def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
-    """KL(q || p) in bits per dimension, (b,)."""
+    """Return KL(q || p) in bits per dimension, (b,)."""
     q_variance, p_variance = (torch.as_tensor(g.variance, dtype=g.mean.dtype) for g in (q, p))
     kl = ((p_variance / q_variance).log() + (q_variance + (q.mean - p.mean) ** 2) / p_variance - 1) / 2
     return kl.flatten(1).mean(1) / _BIT
 
 
 def negative_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
-    """-log p(x) in bits per dimension, (b,)."""
+    """Return -log p(x) in bits per dimension, (b,)."""
     variance = torch.as_tensor(p.variance, dtype=x.dtype)
     nll = ((x - p.mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
     return nll.flatten(1).mean(1) / _BIT
 
 
 def prior_term(x0: Tensor, last: Point) -> Tensor:
-    """KL(q(x_{T-1} | x0) || N(0, I)), (b,): what is left of the data at the last level."""
+    """Return KL(q(x_{T-1} | x0) || N(0, I)), (b,): what is left of the data at the last level."""
     return gaussian_kl(marginal(x0, last), Gaussian(torch.zeros_like(x0), 1.0))
 
 
 class Levels(NamedTuple):
-    """alpha and sigma: tables by index (T,), or of each example's index (b, 1, 1, 1)."""
+    """alpha and sigma, as tables by index (T,) or for each example (b, 1, 1, 1)."""
 
     alpha: Tensor
     sigma: Tensor
 
 
 def levels(schedule: Schedule) -> tuple[Levels, Levels]:
-    """The levels by index, and those one below them, where index 0 has the clean data."""
+    """Return the levels by index, and the levels one below them; below index 0 are the clean data."""
     t = Levels(schedule.alpha, schedule.sigma)
     clean = t.alpha.new_ones(1)
     return t, Levels(torch.cat([clean, t.alpha[:-1]]), torch.cat([0 * clean, t.sigma[:-1]]))
 
 
 def variances(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Smallest and largest variance of p(x_{i-1} | x_i) by index, each (T,).
+    """Return the smallest and the largest variance of p(x_{i-1} | x_i) by index, each (T,).
 
     The smallest at index 0, below which nothing is left to know, is index 1's (Nichol & Dhariwal 2021, their code).
     """
@@ -63,13 +64,14 @@ def variances(schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 def bound_term(
-    x0: Tensor, x_t: Tensor, x0_hat: Tensor, index: Tensor, t: Point, s: Point, small: Tensor, large: Tensor,
-    kind: VarianceKind, fraction: Tensor | None = None,
+    x0: Tensor, x_t: Tensor, denoised: Denoised, index: Tensor, t: Point, s: Point, small: Tensor, large: Tensor,
+    kind: VarianceKind,
 ) -> Tensor:  # fmt: skip
-    """The bound's term at each example's index, (b,): of pictures (b, c, h, w) and what was made of x_t.
+    """Return the bound's term at each example's index, (b,), for data x0 (b, c, h, w) and what a denoiser says of x_t.
 
     t and s hold the levels at the index and below it, small and large its variances, all (b, 1, 1, 1); index (b,).
     """
     q = Gaussian(posterior(x_t, x0, t, s).mean, small)
-    p = Gaussian(posterior(x_t, x0_hat, t, s).mean, reverse_variance(kind, small, large, fraction))
+    variance = reverse_variance(kind, small, large, denoised.variance_fraction)
+    p = Gaussian(posterior(x_t, denoised.x0, t, s).mean, variance)
     return torch.where(index > 0, gaussian_kl(q, p), negative_log_likelihood(x0, p))

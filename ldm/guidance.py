@@ -19,7 +19,7 @@ from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.schedule import Level
 
 LogProbability = Callable[[Tensor, Level], Tensor]
-"""(x_t (b, c, h, w), level) → log p(y | x_t) of each picture, (b,), differentiable."""
+"""A classifier of noisy pictures, differentiable: (x_t (b, c, h, w), level) → log p(y | x_t) of each, (b,)."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Conditioned:
 
 
 class ClassifierFree:
-    """Away from `negative` (the null condition, or a negative prompt's), towards each prompt by its scale.
+    """Classifier-free guidance: away from `negative` (the null condition, or a negative prompt's), towards each prompt.
 
     x̂ = x̂_neg + sum_k s_k (x̂_k - x̂_neg). With one prompt: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, with s = 1 + w for
     that paper's w, so that scale 1 is the conditional prediction. With several, their conjunction: Liu et al. 2022 (arXiv
     2206.01714), eq. 11. `rescale` (phi, 0 to 1) brings the standard deviation of the network's prediction back to that of the
     conditional one: Lin et al. 2024 (arXiv 2305.08891), eq. 14 to 16 (of several, the mean by their scales above 0).
 
-    Conditions are (b, …). One evaluation, in diffusers' order [negative, prompts]; what has no weight is left out.
+    Conditions are (b, …), evaluated at once in diffusers' order [negative, prompts]; those without weight are left out.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ def _weighted(weights: Sequence[float], made: Tensor) -> Tensor:
 class Interval:
     """Guidance on an interval of noise levels sigma / alpha alone: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 
-    low < level <= high is `inside`'s, any other `outside`'s, the cheaper prediction without guidance.
+    Levels with low < level <= high are `inside`'s, others `outside`'s, the cheaper prediction without guidance.
     """
 
     inside: Denoise
@@ -108,7 +108,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Autoguided:
-    """Away from a weaker model of the same condition: Karras et al. 2024 (arXiv 2406.02507), eq. 3; scale 1 is none."""
+    """Autoguidance, away from a weaker model: Karras et al. 2024 (arXiv 2406.02507), eq. 3; scale 1 is no guidance."""
 
     main: Denoise
     weak: Denoise
@@ -123,7 +123,7 @@ class Autoguided:
 
 @dataclass(frozen=True)
 class ClassifierGuided:
-    """Towards what a classifier of noisy pictures says: Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2.
+    """Classifier guidance, for a classifier of noisy pictures: Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2.
 
     Their eps - sigma s grad log p(y | x_t) is x̂0 + s (sigma^2 / alpha) grad log p(y | x_t). With weight 1 and an exact
     classifier the score is that of p(x_t | y).
@@ -135,7 +135,7 @@ class ClassifierGuided:
 
     def __call__(self, x_t: Tensor, level: Level) -> Denoised:
         made = self.denoise(x_t, level)
-        if self.weight == 0 or level.alpha == 0:  # pure noise says nothing of a class
+        if self.weight == 0 or level.alpha == 0:  # pure noise says nothing of the class
             return made
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()

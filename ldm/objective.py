@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.bound import Levels, bound_term, levels, variances
-from ldm.denoiser import Network, split
+from ldm.denoiser import Denoised, Network, split
 from ldm.errors import UserError
 from ldm.parameterization import Target, check_target, error_ratio, target_of, to_x0
 from ldm.process import VarianceKind
@@ -24,33 +24,33 @@ from ldm.timesteps import Timesteps, uniform
 
 ObjectiveKind = Literal["simple", "vlb", "hybrid"]
 LossKind = Literal["l2", "l1", "huber"]
-_HYBRID = 1e-3  # of the bound beside the simple loss, by which it isn't to be noticed
+_HYBRID = 1e-3  # weight of the bound beside the simple loss, so small that it teaches the variance alone
 Weighting = Callable[[Tensor], Tensor]
 """SNR → weight of the squared error of x0, of the same shape."""
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
-    """min(SNR, gamma): Hang et al. 2023 (arXiv 2303.09556); on eps it is min(1, gamma / SNR)."""
+    """Weigh by min(SNR, gamma): Hang et al. 2023 (arXiv 2303.09556); on eps it is min(1, gamma / SNR)."""
     return lambda snr: snr.clamp(max=gamma)
 
 
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
-    """SNR / (k + SNR)^gamma: Choi et al. 2022 (arXiv 2204.00227), eq. 8; on eps it is 1 / (k + SNR)^gamma."""
+    """Weigh by SNR / (k + SNR)^gamma: Choi et al. 2022 (arXiv 2204.00227), eq. 8; on eps it is 1 / (k + SNR)^gamma."""
     return lambda snr: snr / (k + snr) ** gamma
 
 
 def edm(sigma_data: float = 1.0) -> Weighting:
-    """SNR + 1 / sigma_data^2: Karras et al. 2022 (arXiv 2206.00364), table 1.
+    """Weigh by SNR + 1 / sigma_data^2: Karras et al. 2022 (arXiv 2206.00364), table 1.
 
-    With sigma_data 1 it is 1 on v, where variance is preserved.
+    With sigma_data 1 the weights are 1 on v, on a variance-preserving path.
     """
     return lambda snr: snr + sigma_data**-2
 
 
 def level_weight(weighting: Weighting | None, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The weight of the target's own squared error at each level; None: 1. Finite where no signal is left.
+    """Return the weight of the target's own squared error at each level: 1 without a weighting, finite without signal.
 
-    Weights are derived for squared errors; other losses of the target are weighed alike.
+    Weights are derived for squared errors; other losses of the target are given the same.
     """
     if weighting is None:
         return torch.ones_like(alpha)
@@ -60,7 +60,7 @@ def level_weight(weighting: Weighting | None, target: Target, alpha: Tensor, sig
 
 
 def pointwise(kind: LossKind, output: Tensor, target: Tensor) -> Tensor:
-    """The loss of each element; huber is l2 where the error is below 1 and linear beyond."""
+    """Return the loss of each element; huber is l2 where the error is below 1, and linear beyond."""
     match kind:
         case "l2":
             return F.mse_loss(output, target, reduction="none")
@@ -73,22 +73,8 @@ def pointwise(kind: LossKind, output: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
-    """One number per example, each (b,); `weighted.mean()` is the loss to descend."""
-
-    weighted: Tensor
-    unweighted: Tensor
-    """The loss of the target, or the bound's term (kind vlb)."""
-    index: Tensor
-    uncorrected: Tensor
-    """`weighted`, as if timesteps had been drawn alike: what importance sampling goes by."""
-    prediction: "Prediction"
-    """What further losses may look at."""
-
-
-@dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the network made of a batch, with the coefficients of its levels."""
+    """The network's output for a batch, with the coefficients of the batch's levels."""
 
     target: Target
     t: Levels
@@ -102,18 +88,31 @@ class Prediction:
     fraction: Tensor | None
 
     @property
-    def x0_hat(self) -> Tensor:
-        """The x0 that follows from the output, (b, c, h, w)."""
-        return to_x0(self.target, self.output, self.x_t, *self.t)
+    def denoised(self) -> Denoised:
+        """What the output says of x0 and of a learned variance."""
+        return Denoised(to_x0(self.target, self.output, self.x_t, *self.t), self.fraction)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The losses of a batch, one number per example, (b,); `weighted.mean()` is what training minimises."""
+
+    weighted: Tensor
+    unweighted: Tensor
+    """The loss of the target, or the bound's term (kind vlb)."""
+    index: Tensor
+    uncorrected: Tensor
+    """`weighted` without the correction for how timesteps were drawn: what importance sampling learns from."""
+    prediction: Prediction
+    """What further losses may look at."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A callable over a network and a batch; all its randomness is in the batch.
+    """The loss, a function of a network and a batch; all its randomness is in the batch.
 
-    With a learned variance the network gives twice the channels, the latter half the variance's place in [-1, 1].
-    Computed in float32 (float64 for float64 data), whatever the network's dtype. Waits for no device. Raises UserError
-    where its parts don't go together.
+    It is computed in float32 (float64 for float64 data), whatever the network's dtype, and never waits for a device.
+    Raises UserError where its parts don't go together.
     """
 
     schedule: Schedule
@@ -139,7 +138,7 @@ class Objective:
             raise UserError("objective vlb with a weighting or another loss than l2: it has its own; leave them out")
 
     def __call__(self, network: Network, x0: Tensor, u: Tensor, noise: Tensor, condition: Tensor) -> Losses:
-        """Losses of a batch: x0 and noise (b, c, h, w), u (b,) in [0, 1), condition the network's."""
+        """Return the losses of a batch: x0 and noise (b, c, h, w), u (b,) in [0, 1), and the network's condition."""
         T = self.schedule.T
         drawn = self.timesteps(u.to(x0.device), T)
         index, correction = drawn.index, drawn.weight
@@ -156,16 +155,16 @@ class Objective:
         return Losses(correction * loss, error, index, loss, made)
 
     def bound(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
-        """The variational bound's terms at given indices (b,), in bits per dimension, (b,)."""
+        """Return the variational bound's terms at given indices (b,), in bits per dimension, (b,)."""
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         return self._term(self._predict(network, x0, index, noise, condition), x0, index)
 
     def _predict(self, network: Network, x0: Tensor, index: Tensor, noise: Tensor, condition: Tensor) -> Prediction:
-        table, given = self._on(x0.device, x0.dtype)
+        table, times = self._on(x0.device, x0.dtype)
         rows = (row.view(-1, *[1] * (x0.ndim - 1)) for row in table[:, index])  # (b, 1, 1, 1) each
         alpha, sigma, s_alpha, s_sigma, small, large, weight = rows
         x_t = alpha * x0 + sigma * noise.to(x0.dtype)
-        output = network(x_t, given[index], condition).to(x0.dtype)
+        output = network(x_t, times[index], condition).to(x0.dtype)
         expected = x0.shape[1] * (2 if self.variance == "learned" else 1)
         if output.shape[1] != expected:
             raise UserError(
@@ -177,19 +176,17 @@ class Objective:
         return Prediction(self.target, t, s, small, large, weight, x_t, output, fraction)
 
     def _term(self, made: Prediction, x0: Tensor, index: Tensor) -> Tensor:
-        return bound_term(
-            x0, made.x_t, made.x0_hat, index, made.t, made.s, made.small, made.large, self.variance, made.fraction
-        )  # fmt: skip
+        return bound_term(x0, made.x_t, made.denoised, index, made.t, made.s, made.small, made.large, self.variance)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Coefficients by index (7, T), and what the network is given (T,), copied to a device once."""
+        """Return coefficients by index (7, T) and the network's times (T,), copied to a device once."""
         if (device, dtype) not in self._tables:
             t, s = levels(self.schedule)
             weight = level_weight(self.weighting, self.target, *t)
             rows = torch.stack([*t, *s, *variances(self.schedule), weight])
-            given = self.schedule.given
+            times = self.schedule.model_times
             self._tables[device, dtype] = (
                 rows.to(device, dtype),
-                given.to(device, given.dtype if not given.is_floating_point() else torch.float32),
+                times.to(device, torch.float32 if times.is_floating_point() else times.dtype),
             )
         return self._tables[device, dtype]

@@ -22,7 +22,7 @@ LEAST_VARIANCE = 1e-20  # so that the logarithm exists where s is clean
 
 
 class Point(Protocol):
-    """alpha and sigma of a level: a `Level`, or tables gathered for a batch."""
+    """A level's alpha and sigma: a `Level`, or numbers gathered for a batch."""
 
     @property
     def alpha(self) -> Number: ...
@@ -38,29 +38,29 @@ class Gaussian(NamedTuple):
 
 
 def marginal(x0: Tensor, t: Point) -> Gaussian:
-    """q(x_t | x0), Ho et al. 2020, eq. 4."""
+    """Return q(x_t | x0), Ho et al. 2020, eq. 4."""
     return Gaussian(t.alpha * x0, t.sigma**2)
 
 
 def transition(x_s: Tensor, s: Point, t: Point) -> Gaussian:
-    """q(x_t | x_s), the Markov step: Ho et al. 2020, eq. 2, where t is s and one beta more."""
+    """Return q(x_t | x_s), the Markov step: Ho et al. 2020, eq. 2, where t is s and one beta more."""
     return Gaussian(t.alpha / s.alpha * x_s, step_variance(s, t))
 
 
 def step_variance(s: Point, t: Point) -> Number:
-    """Variance of q(x_t | x_s): beta_t between neighbours."""
+    """Return the variance of q(x_t | x_s): beta_t between neighbours."""
     return t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
 
 
 def posterior(x_t: Tensor, x0: Tensor, t: Point, s: Point) -> Gaussian:
-    """q(x_s | x_t, x0), Ho et al. 2020, eq. 6 and 7."""
+    """Return q(x_s | x_t, x0), Ho et al. 2020, eq. 6 and 7."""
     shrink, added = (s.sigma / t.sigma) ** 2, step_variance(s, t)
     mean = (t.alpha / s.alpha * shrink) * x_t + (s.alpha * added / t.sigma**2) * x0
     return Gaussian(mean, shrink * added)
 
 
 def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction: Tensor | None = None) -> Number:
-    """Variance of the model's p(x_s | x_t), from the posterior's (`small`) to the forward step's (`large`).
+    """Return the variance of the model's p(x_s | x_t), from the posterior's (`small`) to the forward step's (`large`).
 
     On a variance-preserving path they are right for data that is one point, and for data that is N(0, 1) (Ho et al. 2020,
     section 3.2). A learned one lies between them in the logarithm by the network's `fraction`, 0 to 1 (Nichol & Dhariwal
@@ -81,12 +81,12 @@ def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction:
 
 
 def score(x_t: Tensor, x0: Tensor, t: Point) -> Tensor:
-    """The gradient of log p(x_t) by x_t that a denoiser's x0 means, -eps / sigma (Tweedie's formula)."""
+    """Return the gradient of log p(x_t) by x_t, -eps / sigma, that a denoiser's x0 means (Tweedie's formula)."""
     return (t.alpha * x0 - x_t) / t.sigma**2
 
 
 def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """f and g^2 of the SDE dx = f(t) x dt + g(t) dw whose marginals are the schedule's, each of t's shape.
+    """Return f and g^2 of the SDE dx = f(t) x dt + g(t) dw whose marginals are the schedule's, each of t's shape.
 
     f = d log alpha / dt and g^2 = d sigma^2 / dt - 2 f sigma^2, from the moments' equations. On a variance-preserving
     path f = -g^2 / 2, the VP-SDE of Song et al. 2021, eq. 11, with beta(t) = g^2.
@@ -100,7 +100,10 @@ def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probability_flow(denoise: Denoise, schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
-    """dx / dt of the ODE with the SDE's marginals, (x, t) → (b, c, h, w): Song et al. 2021, eq. 13; t in (0, 1)."""
+    """Return dx / dt of the ODE with the SDE's marginals, a function of x (b, c, h, w) and t in (0, 1).
+
+    Song et al. 2021, eq. 13.
+    """
 
     def velocity(x: Tensor, t: float) -> Tensor:
         level: Level = schedule.level(t * schedule.T - 1)

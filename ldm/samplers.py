@@ -1,4 +1,4 @@
-"""The samplers: one record each, in one place. A new one is a name here, an arm here, and a step where there is none that fits.
+"""The samplers, one record each. A new one is a name and an arm here, and a step if no other sampler's fits.
 
 A command line lists the names without waiting for torch, which only `make_sampler` imports.
 """

@@ -28,7 +28,7 @@ _UNKNOWN_TO_US = (
     "use_flow_sigmas", "use_dynamic_shifting", "use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas",
     "thresholding", "timestep_type", "shift_terminal", "invert_sigmas", "final_sigmas_type", "interpolation_type",
 )  # fmt: skip
-"""Keys of diffusers' that change the process or the levels, where they are set."""
+"""Keys of diffusers' schedulers that change the process or the levels where they are set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Level:
 
     @property
     def noise(self) -> float:
-        """sigma / alpha, the noise level of Karras et al. 2022; infinite where nothing is left of the signal."""
+        """sigma / alpha, the noise level of Karras et al. 2022; infinite where no signal is left."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
     @property
@@ -57,23 +57,23 @@ class Level:
 
 
 class Schedule(ABC):
-    """alpha_t and sigma_t in float64: `schedule(t)`, `schedule.level(index)`, or as tables by index.
+    """A path of alpha_t and sigma_t in float64: `schedule(t)`, `schedule.level(index)`, or tables by index.
 
-    Attributes: `T`; `alpha`, `sigma` and `given` (what the network is told of its level), each (T,).
+    Attributes: `T`; `alpha`, `sigma` and `model_times` (the times that the network is given), each (T,).
     """
 
     T: int
     alpha: Tensor
     sigma: Tensor
-    given: Tensor
+    model_times: Tensor
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, of the shape of t (float64, in [0, 1]); differentiable between the T points."""
+        """Return alpha_t and sigma_t at times t (float64, in [0, 1]), in t's shape; differentiable between the T points."""
 
     @abstractmethod
     def level(self, index: int | float) -> Level:
-        """The level at an index of the grid or between two of them; -1 is the clean end, t = 0."""
+        """Return the level at an index, which may lie between two of the grid; -1 is the clean end, t = 0."""
 
     @property
     def snr(self) -> Tensor:
@@ -97,8 +97,9 @@ class Schedule(ABC):
         kind: ScheduleKind, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
         zero_terminal_snr: bool = False, shift: float = 1.0,
     ) -> "Schedule":  # fmt: skip
-        """The schedule of that kind. `cosine` and `flow` have no use for the betas' ends (Stable Diffusion's by
-        default), only `flow` has one for the shift.
+        """Build the schedule of that kind.
+
+        beta_start and beta_end (Stable Diffusion's by default) aren't used by `cosine` and `flow`; the shift is `flow`'s.
         """
         if kind == "flow":
             if zero_terminal_snr:
@@ -111,7 +112,7 @@ class Schedule(ABC):
 
     @staticmethod
     def from_diffusers(config: Mapping[str, Any]) -> "Schedule":
-        """The schedule of a scheduler_config.json, whatever scheduler's; UserError for what isn't known."""
+        """Read the schedule from any scheduler's scheduler_config.json. Raises UserError for keys that aren't supported."""
         for key in _UNKNOWN_TO_US:
             if config.get(key) not in (None, False, "discrete", "zero", "linear"):
                 raise UserError(f"scheduler config: {key} {config[key]!r} is not supported; give a config without it")
@@ -137,12 +138,12 @@ class Schedule(ABC):
             if kind != "squaredcos_cap_v2" and not all(isinstance(end, int | float) for end in (start, end)):
                 raise UserError(f"scheduler config: beta_start {start!r}, beta_end {end!r}: give two numbers")
             betas = make_betas(names[kind], T, start or 0.5, end or 0.5)
-        rescale = config.get("rescale_betas_zero_snr") and betas[-1] < 1  # trained_betas may be rescaled already
+        rescale = config.get("rescale_betas_zero_snr") and betas[-1] < 1  # trained_betas may have been rescaled before
         return BetaSchedule(rescale_to_zero_terminal_snr(betas) if rescale else betas)
 
 
 class BetaSchedule(Schedule):
-    """The variance-preserving path of T betas (T,); also `alpha_bar`, (T,).
+    """The variance-preserving path of T betas (T,). It has a further table, `alpha_bar`, (T,).
 
     Raises UserError where a beta is not strictly between 0 and 1 (the last may be 1: zero terminal SNR).
     """
@@ -153,14 +154,14 @@ class BetaSchedule(Schedule):
         log_alpha_bar = torch.log1p(-self.betas).cumsum(0)
         self.alpha_bar = log_alpha_bar.exp()
         self.alpha, self.sigma = self.alpha_bar.sqrt(), (-torch.expm1(log_alpha_bar)).sqrt()
-        self.given = torch.arange(self.T)
+        self.model_times = torch.arange(self.T)
         self._noise = torch.cat([self.sigma.new_zeros(1), self.sigma / self.alpha])  # (T + 1,) by t T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table, place = self._noise.to(t.device), t * self.T
         below = place.long().clamp(0, self.T - 1)
         low, high, share = table[below], table[below + 1], place - below
-        # Towards pure noise, whose level is infinite, it is alpha / sigma that is linear.
+        # Towards pure noise, whose level is infinite, alpha / sigma is linear instead.
         endless = torch.isinf(high)
         noise = torch.where(endless, low / (1 - share), torch.lerp(low, torch.where(endless, low, high), share))
         return (1 + noise**2).rsqrt(), (1 + noise**-2).rsqrt()
@@ -189,7 +190,7 @@ class RectifiedFlow(Schedule):
             raise UserError(f"shift {shift!r}: give a positive number, 1 for none")
         self.T, self.shift = T, shift
         self.alpha, self.sigma = self(torch.arange(1, T + 1, dtype=torch.float64) / T)
-        self.given = self.sigma * T
+        self.model_times = self.sigma * T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         stretch = 1 + (self.shift - 1) * t
@@ -201,7 +202,7 @@ class RectifiedFlow(Schedule):
 
 
 def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:
-    """T betas from `start` to `end`, (T,) float64; `cosine` has no use for the ends."""
+    """Return T betas from `start` to `end`, (T,) float64; `cosine` doesn't use the ends."""
     if kind != "cosine" and not 0 < start <= end < 1:
         raise UserError(f"betas from {start} to {end}: both must lie strictly between 0 and 1, the greater at the end")
     match kind:
@@ -220,8 +221,9 @@ def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:
 
 
 def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas whose sqrt(alpha_bar) is shifted and scaled so that the last is 0 and the first stays (Lin et al. 2024,
-    arXiv 2305.08891, algorithm 1).
+    """Shift and scale sqrt(alpha_bar) so that its last value is 0 and its first stays; return the betas of that.
+
+    Lin et al. 2024, arXiv 2305.08891, algorithm 1.
     """
     alpha = torch.log1p(-betas).cumsum(0).div(2).exp()
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))

@@ -60,7 +60,7 @@ class Grid:
 def plan(
     schedule: Schedule, grid: Grid, n: int, spacing: Spacing, steps_offset: int = 1, set_alpha_to_one: bool = False
 ) -> Plan:
-    """Return the n legs of a sampler with that grid, as diffusers' scheduler, made `from_config` of a DDIMScheduler, has them.
+    """Return a sampler's n legs, those of its scheduler in diffusers made `from_config` of a DDIMScheduler.
 
     All end at t = 0, except that a grid of betas with strides ends at index 0 unless `set_alpha_to_one`. On a flow, times
     aren't rounded, and the start has the standard deviation of x_t for data of variance 1. Raises UserError where n steps

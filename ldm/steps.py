@@ -29,7 +29,7 @@ from ldm.schedule import Level, Schedule
 from ldm.spacing import Grid, Leg
 
 Noise = Callable[[], Tensor]
-"""A source of noise: each call gives a fresh standard normal tensor of the state's shape. Steps call it where diffusers draws."""
+"""A source of noise, a fresh standard normal tensor of the state's shape at each call. Steps call it where diffusers draws."""
 
 
 class Step(Protocol):
@@ -104,7 +104,7 @@ def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 
 
 @dataclass(frozen=True)
 class DDPM:
-    """A draw from p(x_s | x_t), Ho et al. 2020, eq. 7 with x̂0, for any two levels.
+    """Ancestral sampling: a draw from p(x_s | x_t), Ho et al. 2020, eq. 7 with x̂0, for any two levels.
 
     Into t = 0, where the posterior knows x0, the mean is taken.
     """
@@ -151,7 +151,7 @@ class Multistep:
 
 @dataclass
 class UniPC:
-    """DPM++ 2M's prediction, and its correction once the network has been asked where it led; one evaluation a leg."""
+    """DPM++ 2M's step, corrected once the network has been evaluated at its end; one evaluation a leg."""
 
     begun: tuple[Tensor, Tensor, Level] | None = None
     """State, x̂0 and level at the start of the last leg."""
@@ -169,7 +169,7 @@ class UniPC:
         return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
 
     def _correct(self, x: Tensor, x0: Tensor, then: Level, x0_now: Tensor, now: Level) -> Tensor:
-        """The last leg again, with x̂0 at its end known: Zhao et al. 2023, algorithm 1."""
+        """Walk the last leg again, now that x̂0 at its end is known: Zhao et al. 2023, algorithm 1."""
         h = then.half_log_snr - now.half_log_snr  # their -h, as x̂0 is what is integrated
         phi = math.expm1(h)
         first = (phi / h - 1) / phi
@@ -213,10 +213,10 @@ class Heun:
 
 @dataclass(frozen=True)
 class PredictorCorrector:
-    """DDPM's step, then a step of Langevin dynamics at the level it led to: two evaluations a leg.
+    """DDPM's step, then a step of Langevin dynamics at the level that it reached: two evaluations a leg.
 
-    The step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4, with the ratio of the norms of noise and score, which
-    they measure, at its expectation sigma. Their algorithm 5's has another factor, which depends on the path's scale.
+    The step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4, where the ratio of the norms of noise and score, which
+    they measure, is its expectation, sigma. Their algorithm 5 has another factor, which depends on the path's scale.
     """
 
     predictor: Step = DDPM()
@@ -231,13 +231,13 @@ class PredictorCorrector:
 
 
 def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor:
-    """alpha_next x0 + sigma eps, for the eps that x and x0 imply at `now`."""
+    """Return alpha_next x0 + sigma eps, for the eps that x and x0 imply at `now`."""
     kept = sigma / now.sigma
     return kept * x + (next.alpha - kept * now.alpha) * x0
 
 
 def _half_slope(x0: Tensor, previous: tuple[Tensor, Level] | None, now: Level, next: Level) -> Tensor | float:
-    """What x̂0 changes over half the leg, by its slope in lambda since the last one; 0 where there is none."""
+    """Return the change of x̂0 over half the leg, by its slope in lambda since the last leg; 0 after none."""
     if previous is None or next.is_last:
         return 0.0
     last_x0, last = previous
