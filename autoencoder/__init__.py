@@ -1,1 +1,8 @@
 """Stage 1's network and losses: pictures to latents of mean 0 and variance 1, and back."""
+
+from typing import Literal
+
+ReconstructionKind = Literal["l1", "l2", "huber"]
+"""autoencoder/losses.py"""
+AdversarialKind = Literal["hinge", "non_saturating", "saturating"]
+"""autoencoder/discriminator.py"""

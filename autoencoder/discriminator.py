@@ -7,14 +7,14 @@ batch, nor on how many processes the batch is spread over.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-Game = Literal["hinge", "non_saturating", "saturating"]
+from autoencoder import AdversarialKind
 
 
 class PatchDiscriminator(nn.Module):
@@ -71,7 +71,7 @@ def frozen(module: nn.Module, but: nn.Parameter | None = None) -> Iterator[None]
             p.requires_grad_(True)
 
 
-def discriminator_loss(game: Game, real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_loss(game: AdversarialKind, real: Tensor, fake: Tensor) -> Tensor:
     """Of logits of pictures and of reconstructions, (b, 1, h, w) each: a mean over patches.
 
     hinge: Lim & Ye 2017 (arXiv 1705.02894); the others: Goodfellow et al. 2014 (arXiv 1406.2661), half their cross-entropies.
@@ -86,7 +86,7 @@ def discriminator_loss(game: Game, real: Tensor, fake: Tensor) -> Tensor:
             assert_never(game)
 
 
-def generator_loss(game: Game, fake: Tensor) -> Tensor:
+def generator_loss(game: AdversarialKind, fake: Tensor) -> Tensor:
     """The generator's half: −E[D] (hinge), −E[log p(real)] (non_saturating), E[log p(fake)] (saturating)."""
     fake = fake.float()
     match game:

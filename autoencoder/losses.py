@@ -13,13 +13,14 @@ over, KL 1e-6 and adversarial 0.5. (Their bound on the adaptive weight, 1e4, is 
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ReconstructionKind = Literal["l1", "l2", "huber"]
+from autoencoder import ReconstructionKind
+
 _HUBER = 0.1  # where huber turns from squared to absolute: 13 of 255 grey levels
 LARGEST_WEIGHT = 1e4  # of the adversarial loss: where it has nearly no gradient, it isn't magnified without end
 

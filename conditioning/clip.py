@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from conditioning import MOST_CHUNKS
 from conditioning.openclip import PREFIX, load_openclip
 from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize
 from ldm.errors import UserError, one_line
@@ -32,7 +33,6 @@ from ldm.formats.hub import fetch, is_hub_id
 # The text tower's weights wherever they are stored: a CLIPModel, a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
 _PREFIX = "text_model."
-MOST_CHUNKS = 32
 _CHUNKS = "prompt_chunks"  # in the text encoder's config.json, where transformers ignores it
 _WANTED = (  # of a hub repository
     *("config.json", "model.safetensors", "model-*-of-*.safetensors"),

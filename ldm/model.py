@@ -27,8 +27,8 @@ from conditioning.tokenizer import load_tokenizer
 from ldm.denoiser import Network, beside
 from ldm.editing import inpainting_context, without
 from ldm.errors import RunError, UserError
+from ldm.formats import MAX_PIXELS
 from ldm.formats.hub import find_pipeline
-from ldm.formats.images import MAX_PIXELS
 from ldm.formats.scheduler_config import Process
 from ldm.formats.single_file import Parts, load_single_file, save_single_file
 from ldm.networks.attention import AttentionBackend, use_attention

@@ -8,7 +8,7 @@ bound teaches only the variance: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -17,13 +17,11 @@ from torch.nn import functional as F
 from ldm.bound import Levels, bound_term, levels, variances
 from ldm.denoiser import Denoised, Network, split
 from ldm.errors import UserError
-from ldm.parameterization import Target, check_target, error_ratio, target_of, to_x0
-from ldm.process import VarianceKind
+from ldm.kinds import LossKind, ObjectiveKind, Target, VarianceKind
+from ldm.parameterization import check_target, error_ratio, target_of, to_x0
 from ldm.schedule import Schedule
 from ldm.timesteps import Timesteps, uniform
 
-ObjectiveKind = Literal["simple", "vlb", "hybrid"]
-LossKind = Literal["l2", "l1", "huber"]
 _HYBRID = 1e-3  # weight of the bound beside the simple loss, so small that it teaches the variance alone
 Weighting = Callable[[Tensor], Tensor]
 """SNR → weight of the squared error of x0, of the same shape."""

@@ -10,15 +10,15 @@ Given x_t and its level, each is an affine function of any other, on any path (l
 alpha and sigma are floats, or tensors that broadcast against the pictures: (b, 1, 1, 1) for (b, c, h, w).
 """
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.kinds import Target
 from ldm.schedule import Schedule
 
-Target = Literal["eps", "x0", "v", "flow"]
 Number = float | Tensor
 
 PREDICTION_TYPE: dict[Target, str] = {

@@ -8,16 +8,16 @@ alpha and sigma of a point are floats of the host, or tensors that broadcast aga
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, assert_never
+from typing import NamedTuple, Protocol, assert_never
 
 import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoise
+from ldm.kinds import VarianceKind
 from ldm.parameterization import Number
 from ldm.schedule import Level, Schedule
 
-VarianceKind = Literal["fixed_small", "fixed_large", "learned"]
 LEAST_VARIANCE = 1e-20  # so that the logarithm exists where s is clean
 
 

@@ -15,15 +15,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.kinds import BetaKind, ScheduleKind
 
-BetaKind = Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"]
-ScheduleKind = Literal[BetaKind, "flow"]
 _UNKNOWN_TO_US = (
     "use_flow_sigmas", "use_dynamic_shifting", "use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas",
     "thresholding", "timestep_type", "shift_terminal", "invert_sigmas", "final_sigmas_type", "interpolation_type",

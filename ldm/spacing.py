@@ -7,15 +7,15 @@ eq. 5 with rho 7, from the schedule's greatest noise level to its least.
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, NamedTuple, assert_never
+from typing import NamedTuple, assert_never
 
 import numpy as np
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.kinds import Spacing
 from ldm.schedule import BetaSchedule, Level, Schedule
 
-Spacing = Literal["leading", "trailing", "linspace", "karras"]
 _RHO = 7
 
 

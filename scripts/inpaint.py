@@ -9,11 +9,11 @@ import tyro
 from PIL import Image, ImageChops, ImageFilter
 
 from ldm.errors import UserError
+from ldm.formats import MAX_PIXELS
 from ldm.formats.png import slug
 from ldm.samplers import SamplerKind
 from train.commands.generate import Painter, PaintOptions, open_picture, options
 from train.commands.main import command
-from train.data.images.decode import MAX_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True)

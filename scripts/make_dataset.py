@@ -4,11 +4,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
 
-import tyro
-from tyro.extras import subcommand_type_from_defaults
-
+from ldm.errors import UserError
 from train.commands.main import command
 from train.config.load import overlay
 from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_annotations, write_emoji
@@ -73,15 +70,17 @@ def make_emoji(o: Emoji) -> None:
 
 
 def main() -> None:
-    kinds = subcommand_type_from_defaults({"shapes": Shapes(), "emoji": Emoji()})
-    o: Shapes | Emoji = overlay(kinds, tyro.MISSING)
-    match o:
-        case Shapes():
-            make_shapes(o)
-        case Emoji():
-            make_emoji(o)
+    kind, *arguments = sys.argv[1:] or [""]
+    match kind:
+        case "shapes":
+            make_shapes(overlay(Shapes, Shapes(), arguments))
+        case "emoji":
+            make_emoji(overlay(Emoji, Emoji(), arguments))
+        case "--help" | "-h":
+            print(f"usage: {sys.argv[0]} [-h] {{shapes,emoji}} [OPTIONS]\n\n{__doc__}")
+            print(f"  shapes  {Shapes.__doc__}\n  emoji   {Emoji.__doc__}")
         case _:
-            assert_never(o)
+            raise UserError(f"say first which data set to make: shapes or emoji, not {kind!r}")
 
 
 if __name__ == "__main__":

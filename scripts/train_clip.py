@@ -3,7 +3,14 @@
 from train.commands.main import command
 from train.config.clip import ClipConfig
 from train.config.load import parse
-from train.stages.clip import train
+
+
+def main() -> None:
+    config = parse(ClipConfig)
+    from train.stages.clip import train  # which takes seconds
+
+    train(config)
+
 
 if __name__ == "__main__":
-    command(lambda: train(parse(ClipConfig)))
+    command(main)

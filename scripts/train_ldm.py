@@ -3,7 +3,14 @@
 from train.commands.main import command
 from train.config.ldm import LdmConfig
 from train.config.load import parse
-from train.stages.ldm import train
+
+
+def main() -> None:
+    config = parse(LdmConfig)
+    from train.stages.ldm import train  # which takes seconds
+
+    train(config)
+
 
 if __name__ == "__main__":
-    command(lambda: train(parse(LdmConfig)))
+    command(main)

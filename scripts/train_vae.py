@@ -3,7 +3,14 @@
 from train.commands.main import command
 from train.config.load import parse
 from train.config.vae import VaeConfig
-from train.stages.vae import train
+
+
+def main() -> None:
+    config = parse(VaeConfig)
+    from train.stages.vae import train  # which takes seconds
+
+    train(config)
+
 
 if __name__ == "__main__":
-    command(lambda: train(parse(VaeConfig)))
+    command(main)

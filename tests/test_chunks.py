@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextModel
 
-from conditioning import ClipTextEncoder, tokenize
+from conditioning.clip import ClipTextEncoder
+from conditioning.tokenizer import tokenize
 from ldm.errors import UserError
 from ldm.model import _warn_once
 from ldm.pipeline import LatentDiffusionPipeline

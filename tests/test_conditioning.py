@@ -21,19 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from conditioning import (
-    ClipTextEncoder,
-    Contrastive,
-    build_clip,
-    contrastive_loss,
-    load_tokenizer,
-    retrieval_accuracy,
-    save_clip,
-    save_tokenizer,
-    tokenize,
-    train_tokenizer,
-)
+from conditioning.clip import ClipTextEncoder
+from conditioning.contrastive import Contrastive, build_clip, contrastive_loss, retrieval_accuracy, save_clip
 from conditioning.token_tasks import Echo, Sketch, TokenTasks
+from conditioning.tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.stages.caption_warnings import CutCaptions
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,12 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, words: list[
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--stepz", "3"], ["--stepz"]),
+        (["--stepz", "3"], ["--stepz", "did you mean --steps?"]),
+        (["--lr", "1e-3"], ["--lr", "did you mean --optimizer.lr?"]),
+        (["--steps", "3", "4"], ["'4'", "no option"]),
+        (["--unet.channels", "64", "x"], ["--unet.channels 64 x", "integer"]),
+        (["--input.background", "0", "0"], ["--input.background", "3 values", "0 0"]),
+        (["--steps"], ["--steps takes 1 value, not none"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--steps", "0"], ["steps", "greater than 0"]),
         (["--precision", "fp8"], ["fp8", "bf16"]),
@@ -219,6 +225,61 @@ def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: li
     for word in words:
         assert word in str(caught.value)
     assert "─" not in str(caught.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painting:
+    loop: bool = True
+    tile: int | None = 3
+    span: tuple[float, float] | None = None
+    compose: tuple[tuple[str, float], ...] = ()
+    corner: tuple[int, int] = (0, 0)
+    name: str = "x"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--no-loop --tile None", {"loop": False, "tile": None}),
+        ("--no-loop --loop --tile=5", {"tile": 5}),
+        ("--span 0.5 4 --corner -1 2", {"span": (0.5, 4.0), "corner": (-1, 2)}),
+        ("--compose a 2 b 0.5 --name=a=b", {"compose": (("a", 2.0), ("b", 0.5)), "name": "a=b"}),
+        ("--compose --name -x", {"name": "-x"}),
+        ("--loop True", "'True' belongs to no option"),
+        ("--compose a", "--compose a: "),
+        ("--tile --loop", "--tile takes 1 value, not none"),
+        ("--span 1", "--span takes 2 values, not 1"),
+        ("--no-tile", "unknown option --no-tile"),
+    ],
+)
+def test_the_forms_of_options(line: str, expected: dict | str) -> None:
+    if isinstance(expected, dict):
+        assert overlay(Painting, Painting(), line.split()) == Painting(**expected)
+    else:
+        with pytest.raises(UserError) as caught:
+            overlay(Painting, Painting(), line.split())
+        assert str(caught.value).startswith(expected)
+
+
+LIGHT = """
+import sys
+sys.argv = sys.argv[1:]
+import runpy
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("heavy:", *{"torch", "diffusers", "transformers", "accelerate", "datasets"} & sys.modules.keys())
+"""
+
+
+@pytest.mark.parametrize("script", ["train_clip.py", "train_vae.py", "train_ldm.py", "make_dataset.py"])
+@pytest.mark.parametrize("argument", ["--help", "--nope"])
+def test_help_and_wrong_options_wait_for_no_library(script: str, argument: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, f"scripts/{script}", argument], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == (0 if argument == "--help" else 2), done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "heavy:"
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -242,6 +303,21 @@ def test_help_lists_every_field_with_its_meaning() -> None:
     for option in ("--optimizer.lr", "--unet.channels", "--diffusion.target", "--precision", "--input.caption-column"):
         assert option in said
     assert "Peak learning rate" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--diffusion.target eps --diffusion.zero-terminal-snr True", "take v, x0 or flow"),
+        ("--diffusion.objective vlb --diffusion.offset-noise 0.1", "offset_noise 0.1 with objective vlb"),
+        ("--sample-steps 1001", "1001 sampling steps"),
+        ("--unet.channels 64", "unet: channels (64,)"),
+        ("--diffusion.shift 2", "shift 2.0 with schedule scaled_linear"),
+    ],
+)
+def test_parts_that_do_not_agree_are_refused(line: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse(LdmConfig, line.split())
 
 
 def test_a_missing_file_is_one_line() -> None:

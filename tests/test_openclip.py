@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from conditioning import ClipTextEncoder
+from conditioning.clip import ClipTextEncoder
 from conditioning.openclip import convert, tokenizer_of
 from conditioning.tokenizer import tokenize
 from ldm.errors import UserError

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageCms
 
 Colour = tuple[int, int, int]
-MAX_PIXELS = 89_478_485  # Pillow's own figure: a quarter of a GiB of RGB
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {

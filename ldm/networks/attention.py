@@ -12,8 +12,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.kinds import AttentionBackend
 
-AttentionBackend = Literal["sdpa", "xformers", "auto"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""
 _XFORMERS_DEVICE = "cuda"  # the only one with kernels

@@ -6,15 +6,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import diffusers
-import torch
-import transformers
 from pydantic import ValidationError
 
 from ldm.errors import RunError, UserError
 from train.config.load import first_error, one_line
+
+if TYPE_CHECKING:
+    import torch
 
 _LESS = "lower --batch-size; in training --accumulation splits it, in painting --tile and a smaller picture help"
 _EXPECTED = (
@@ -34,9 +34,7 @@ def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
-    diffusers.logging.set_verbosity(logging.CRITICAL)  # what it tells of a failure, our error tells
-    transformers.logging.set_verbosity_error()  # it lists what a part of a model leaves unread; what lacks is our error
-    transformers.logging.disable_progress_bar()
+    _quieten()
     try:
         main()
     except UserError as error:
@@ -45,11 +43,11 @@ def command(main: Callable[[], None]) -> NoReturn:
         _leave(2, first_error(error))
     except RunError as error:
         _leave(1, error)
-    except torch.OutOfMemoryError:
-        _leave(1, f"out of memory on the device: {_LESS}")
     except MemoryError:
         _leave(1, f"out of memory: {_LESS}")
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported for its name alone
+            _leave(1, f"out of memory on the device: {_LESS}")
         if "can't allocate memory" not in str(error):
             raise
         _leave(1, f"out of memory: {_LESS}")
@@ -62,16 +60,33 @@ def command(main: Callable[[], None]) -> NoReturn:
     raise SystemExit(0)
 
 
+def _quieten() -> None:
+    """Turn off what libraries tell: of a failure, our error tells; transformers lists what a part of a model leaves unread.
+
+    The environment is read by those that aren't imported yet, as a command imports them when it has read its options.
+    """
+    os.environ |= {
+        "DIFFUSERS_VERBOSITY": "critical", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"
+    }  # fmt: skip
+    if diffusers := sys.modules.get("diffusers"):
+        diffusers.logging.set_verbosity(logging.CRITICAL)
+    if transformers := sys.modules.get("transformers"):
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+
 def _leave(status: int, what: object) -> NoReturn:
     if os.environ.get("RANK", "0") == "0" or status == 1:
         print(f"error: {one_line(str(what))}", file=sys.stderr)
     raise SystemExit(status)
 
 
-def use_device(name: str) -> torch.device:
-    """A device that is there. Raises UserError otherwise."""
+def use_device(name: str) -> "torch.device":
+    """A device that is there; of no name, the GPU if there is one. Raises UserError otherwise."""
+    import torch
+
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name!r} can't be used: {one_line(str(error))[:200]}") from None

@@ -1,15 +1,18 @@
 """The configuration of the pictures and captions."""
 
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from ldm.formats import MAX_PIXELS
 from train.config.optimizer import strict
-from train.data.images.crop import Framing
-from train.data.images.decode import MAX_PIXELS, Crop
+from train.data.images import Crop
 from train.data.sources.catalogue import Columns
+
+if TYPE_CHECKING:
+    from train.data.images.crop import Framing
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -49,8 +52,10 @@ class SourceConfig:
             image=self.image_column, caption=self.caption_column, template=self.caption_template, captioned=captioned
         )
 
-    def plain(self, resolution: int) -> Framing:
+    def plain(self, resolution: int) -> "Framing":
         """How a file becomes a square picture, nothing left to chance."""
+        from train.data.images.crop import Framing
+
         return Framing(resolution=resolution, background=self.background, max_pixels=self.max_pixels)
 
 
@@ -82,6 +87,6 @@ class DataConfig(SourceConfig):
             raise ValueError(f"crops {self.crops} with crop {self.crop}: only random crops differ from one another")
         return self
 
-    def framing(self) -> Framing:
+    def framing(self) -> "Framing":
         """How a file becomes a training picture."""
         return replace(self.plain(self.resolution), crop=self.crop, flip=self.flip)

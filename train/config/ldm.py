@@ -1,23 +1,21 @@
 """The configuration of stage 2, the latent diffusion model."""
 
-from typing import Annotated, Literal, Self, assert_never
+from typing import TYPE_CHECKING, Annotated, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from conditioning.clip import MOST_CHUNKS
-from ldm.formats.scheduler_config import Process
-from ldm.networks.attention import AttentionBackend
-from ldm.objective import LossKind, Objective, ObjectiveKind, Weighting, edm, min_snr, p2
-from ldm.parameterization import Target
-from ldm.process import VarianceKind
-from ldm.samplers import make_sampler
-from ldm.schedule import Schedule, ScheduleKind
-from ldm.spacing import Spacing, plan
-from ldm.timesteps import Importance, LogitNormal, Timesteps, uniform
+from conditioning import MOST_CHUNKS
+from ldm.kinds import AttentionBackend, LossKind, ObjectiveKind, ScheduleKind, Spacing, Target, VarianceKind
 from train.config.optimizer import strict
 from train.config.resumable import Place, Resumable
 from train.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from ldm.formats.scheduler_config import Process
+    from ldm.objective import Objective, Weighting
+    from ldm.schedule import Schedule
+    from ldm.timesteps import Timesteps
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -93,20 +91,27 @@ class DiffusionConfig:
     spacing: Spacing = "trailing"
     """How samplers space their steps over the timesteps; saved with the model."""
 
-    def build_schedule(self) -> Schedule:
-        """Raises UserError where the schedule's numbers don't go together."""
+    def build_schedule(self) -> "Schedule":
+        """The noise schedule. Raises UserError where its numbers don't go together."""
+        from ldm.schedule import Schedule
+
         return Schedule.build(
             self.schedule, self.timesteps, self.beta_start, self.beta_end, self.zero_terminal_snr, self.shift
         )  # fmt: skip
 
-    def build_process(self) -> Process:
+    def build_process(self) -> "Process":
         """What is saved with the model. Raises UserError as above."""
+        from ldm.formats.scheduler_config import Process
+
         return Process(
             schedule=self.build_schedule(), target=self.target, spacing=self.spacing, variance=self.variance
         )  # fmt: skip
 
-    def build_objective(self) -> Objective:
-        """Raises UserError where its parts don't go together."""
+    def build_objective(self) -> "Objective":
+        """The loss. Raises UserError where its parts don't go together."""
+        from ldm.objective import Objective, edm, min_snr, p2
+        from ldm.timesteps import Importance, LogitNormal, uniform
+
         weighting: Weighting | None
         match self.weighting:
             case "uniform":
@@ -134,8 +139,7 @@ class DiffusionConfig:
         )  # fmt: skip
 
     @model_validator(mode="after")
-    def _parts_agree(self) -> Self:
-        self.build_objective()
+    def _bound_is_plain(self) -> Self:
         if self.objective != "simple" and self.offset_noise:
             raise ValueError(
                 f"offset_noise {self.offset_noise} with objective {self.objective}: the bound is one of plain noise"
@@ -199,8 +203,14 @@ class LdmConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
-    def _sheets_fit(self) -> Self:
+    def _sheets_have_prompts(self) -> Self:
         if self.task == "inpaint" and self.prompts:
             raise ValueError("prompts with task inpaint: its sheets are of held-out pictures, by their captions")
-        plan(self.diffusion.build_schedule(), make_sampler("dpmpp_2m").grid, self.sample_steps, self.diffusion.spacing)
         return self
+
+    def check(self) -> None:
+        from ldm.samplers import make_sampler
+        from ldm.spacing import plan
+
+        schedule = self.diffusion.build_objective().schedule
+        plan(schedule, make_sampler("dpmpp_2m").grid, self.sample_steps, self.diffusion.spacing)

@@ -1,22 +1,27 @@
 """From a file and a command line to a typed configuration, and back to YAML."""
 
-import contextlib
-import io
-import re
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ldm.errors import UserError
+from train.config.options import Option, read_options
+
+if TYPE_CHECKING:
+    from train.config.run import RunConfig
 
 Config = TypeVar("Config")
+Stage = TypeVar("Stage", bound="RunConfig")
 
 
-def parse(kind: type[Config], arguments: list[str] | None = None) -> Config:
+def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
     """Read a configuration: its defaults, over them a YAML file, over that the command line.
 
     The first argument may be the YAML file; all others are `--dotted.name value`. `--print-config` prints the
@@ -29,6 +34,7 @@ def parse(kind: type[Config], arguments: list[str] | None = None) -> Config:
     if str(given.get("data", "")).startswith("pipe:"):
         raise UserError(f"data: {given['data']!r} is a command, which no file may give: write it as --data")
     config = overlay(kind, validate(kind, given), arguments, flags=False)
+    config.check()
     if show:
         print(dump(config), end="")
         raise SystemExit(0)
@@ -71,20 +77,22 @@ def validate(kind: type[Config], given: dict[str, Any]) -> Config:
 
 
 def overlay(kind: type[Config], default: Config, arguments: list[str] | None = None, *, flags: bool = True) -> Config:
-    """The configuration with `--dotted.name value` arguments (else the process's own) laid over it.
+    """The configuration with `--dotted.name value` arguments (else the process's own) laid over it; `--help` lists them all.
 
     flags: what is on or off is given as --name or --no-name; else as --name True or False, like all that a file may hold.
     """
-    said = io.StringIO()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        tyro.cli(kind, default=default, args=["--help"], config=() if flags else (tyro.conf.FlagConversionOff,))
+    given = read_options(kind, arguments, flags=flags)
+    tree = asdict(default)  # type: ignore[call-overload]
+    for name, option in given.items():
+        *records, last = name.split(".")
+        reduce(dict.__getitem__, records, tree)[last] = option.value
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                kind, default=default, args=arguments, config=() if flags else (tyro.conf.FlagConversionOff,)
-            )
-    except SystemExit as exit:
-        if exit.code in (0, None):
-            raise
-        raise UserError(_first_sentence(said.getvalue())) from None
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(first_error(error, given)) from None
 
 
 def plain(config: object) -> dict[str, Any]:
@@ -97,26 +105,19 @@ def dump(config: object) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
-def first_error(error: ValidationError) -> str:
-    """The first wrong key, its value and what fits."""
+def first_error(error: ValidationError, given: Mapping[str, Option] | None = None) -> str:
+    """The first wrong setting, as it was given on the command line or in a file, and what fits."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
     if first["type"] == "unexpected_keyword_argument":
         return f"unknown key {name!r} in the configuration: --help lists those there are"
-    what = f"{name} = {first['input']!r}: " if name else ""
-    return f"{what}{first['msg'].removeprefix('Value error, ')}"
+    if option := next((o for n, o in (given or {}).items() if f"{name}.".startswith(f"{n}.")), None):
+        return f"{option.text}: {said}"
+    if not name or first["type"] == "value_error":  # of a record, whose parts don't agree
+        return f"{name}: {said}".removeprefix(": ")
+    return f"{name} = {first['input']!r}: {said}"
 
 
 def one_line(text: str) -> str:
     """The text with every run of white space a single space."""
     return " ".join(text.split())
-
-
-def _first_sentence(box: str) -> str:
-    """What a boxed message of tyro's says, without its frame, its help and pydantic's postscripts."""
-    lines = [line.strip(" │╭╰╮╯").strip() for line in box.splitlines()[1:]]
-    text = one_line(" ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), None)]))
-    text = re.sub(r"\[type=.*?input_value=(.*?), *input_type=[^\]]*\]", r"(given: \1)", text)
-    text = re.sub(r"For further information visit \S+|Error parsing \w+: \d+ validation errors? for \w+", "", text)
-    text = re.sub(r"\(given: ArgsKwargs.*", "", text)  # of a whole record, which says nothing more
-    return one_line(text.replace("Value error, ", "")) or "the command line can't be read; see --help"

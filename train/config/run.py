@@ -65,6 +65,9 @@ class RunConfig:
     input: DataConfig = Field(default_factory=DataConfig)
     """The pictures."""
 
+    def check(self) -> None:
+        """Raise UserError where settings don't agree in what only the objects built of them know."""
+
     @model_validator(mode="after")
     def _license_is_a_name(self) -> Self:
         if not re.fullmatch(r"[A-Za-z0-9.+-]*", self.license):

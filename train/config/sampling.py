@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from ldm.kinds import Spacing
 from ldm.samplers import SamplerKind
-from ldm.spacing import Spacing
 
 
 @dataclass(frozen=True, kw_only=True)

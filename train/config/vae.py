@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from autoencoder.losses import ReconstructionKind
+from autoencoder import AdversarialKind, ReconstructionKind
 from train.config.optimizer import strict
 from train.config.resumable import Place, Resumable
 from train.config.run import RunConfig, on_squares
@@ -51,7 +51,7 @@ class PerceptualConfig:
 class AdversarialConfig:
     """A patch discriminator (Isola et al. 2017) trained beside the autoencoder."""
 
-    kind: Literal["none", "hinge", "non_saturating", "saturating"] = "none"
+    kind: Literal["none", AdversarialKind] = "none"
     """The game's loss: `hinge` (Lim & Ye 2017), or the cross-entropy of Goodfellow et al. 2014 with either generator."""
     weight: float = Field(default=0.5, gt=0)
     """Weight of the autoencoder's adversarial loss."""

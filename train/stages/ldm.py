@@ -152,6 +152,7 @@ class LdmStage:
 
 def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[Denoising]] = ()) -> None:
     """Train stage 2 into `config.out`, or continue what stands there. terms: added to the loss."""
+    config.check()
     init = find_pipeline(config.init) if config.init else None
     where: dict[str, str | Path] = {n: getattr(config, n) or init or "" for n in ("vae", "text_encoder")}
     for name, given in where.items():

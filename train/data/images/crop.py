@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from train.data.images.decode import MAX_PIXELS, Crop, load_picture, to_tensor
+from ldm.formats import MAX_PIXELS
+from train.data.images import Crop
+from train.data.images.decode import load_picture, to_tensor
 
 Size = tuple[int, int]
 """Width and height, in pixels."""

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from ldm.errors import one_line
-from ldm.formats.images import MAX_PIXELS, sideways, to_rgb
-
-Crop = Literal["center", "random"]
+from ldm.formats import MAX_PIXELS
+from ldm.formats.images import sideways, to_rgb
+from train.data.images import Crop
 
 # JPEG's reader also takes MPO, several JPEGs in a file, as some cameras write them
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []))

@@ -1,0 +1,87 @@
+"""A command line's `--dotted.name value …` taken apart by the fields of a record. What the words mean is pydantic's to read."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from ldm.errors import UserError
+
+
+class Option(NamedTuple):
+    """An option as it was given."""
+
+    value: Any
+    """Its words, nested as its type is; or whether it is on."""
+    text: str
+    """The option and its words."""
+
+
+def read_options(kind: type, arguments: Sequence[str], *, flags: bool) -> dict[str, Option]:
+    """The options among the arguments by the dotted names of the fields; the last one of a name counts.
+
+    flags: what is on or off is given as --name or --no-name. Raises UserError for what is no option, or has too few values.
+    """
+    types, given, left = dict(_fields(kind)), {}, list(arguments)
+    switches = {name for name, hint in types.items() if flags and hint is bool}
+    while left:
+        word, equals, rest = left.pop(0).partition("=")
+        name = word.removeprefix("--").replace("-", "_")
+        if name.removeprefix("no_") in switches and not equals:
+            given[name.removeprefix("no_")] = Option(name in switches, word)
+            continue
+        if not _begins(word) or name not in types or name in switches:
+            raise UserError(_unknown(word + equals + rest, types))
+        words, most = [rest] if equals else [], _width(types[name])
+        while left and not _begins(left[0]) and len(words) < (most or len(arguments)):
+            words.append(left.pop(0))
+        if most and len(words) != most and words != ["None"]:
+            raise UserError(f"{word} takes {most} value{'s' * (most > 1)}, not {' '.join(words) or 'none'}")
+        given[name] = Option(_nested(types[name], words), " ".join([word, *words]))
+    return given
+
+
+def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of each field, records within records taken apart."""
+    types = get_type_hints(kind)
+    for name in (field.name for field in fields(kind)):
+        if is_dataclass(hint := types[name]):
+            yield from _fields(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name, hint
+
+
+def _begins(word: str) -> bool:
+    """Whether an option begins here: what has one dash or none is a value, e.g. a number below 0."""
+    return re.match(r"--[A-Za-z]", word) is not None
+
+
+def _unknown(word: str, names: Collection[str]) -> str:
+    known = [f"--{name.replace('_', '-')}" for name in names]
+    name = word.partition("=")[0]
+    near = [o for o in known if o.endswith(f".{name.removeprefix('--')}")] or get_close_matches(name, known, 1)
+    what = f"unknown option {word}" if _begins(word) else f"{word!r} belongs to no option"
+    return f"{what}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists those there are")
+
+
+def _width(hint: Any) -> int | None:
+    """How many words a type takes; None: any number."""
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    if get_origin(hint) is tuple:
+        return None if parts[-1] is ... else len(parts)
+    return _width(parts[0]) if NoneType in get_args(hint) else 1
+
+
+def _nested(hint: Any, words: Sequence[str]) -> Any:
+    """The words as tuples within tuples, as None, or the one word."""
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    if NoneType in get_args(hint):
+        return None if words == ["None"] else _nested(parts[0], words)
+    if get_origin(hint) is not tuple:
+        return words[0]
+    if parts[-1] is not ...:
+        return words
+    step = _width(parts[0]) or 1
+    return [_nested(parts[0], words[k : k + step]) for k in range(0, len(words), step)]
