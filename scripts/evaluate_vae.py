@@ -1,132 +1,16 @@
 """Measure an autoencoder on pictures: how well it reconstructs them, and whether its latents suit a diffusion."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
-import torch
-import tyro
-from torch import Tensor
-
-from autoencoder.model import Autoencoder
-from autoencoder.tiling import Tiles
-from ldm.errors import UserError
-from train.commands.main import command, use_device
-from train.config.data import SourceConfig
+from train.commands.main import command
 from train.config.load import overlay
-from train.config.vae import PerceptualConfig
-from train.data.batches.draws import PosteriorNoise
-from train.data.batches.pictures import PictureDataset
-from train.engine.open_data import open_inputs
-from train.engine.provenance import versions
-from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
-from train.evaluation.features import load_features
-from train.evaluation.sheets import reconstruction_sheet
-from train.stages.vae import build_perceptual
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Measure an autoencoder: reconstructions of pictures, and the health of its latents."""
-
-    vae: str = ""
-    """Folder (or hub id) of an AutoencoderKL, or of a pipeline, e.g. runs/vae/model."""
-    data: str = ""
-    """Pictures, as for training, with captions or without."""
-    split: Literal["test", "train"] = "test"
-    """Which part of them; without a split of its own, the held-out share is the test part."""
-    resolution: int = 256
-    """Side of the square pictures, a multiple of the autoencoder's factor."""
-    pictures: int = 1000
-    """Pictures measured, at most."""
-    perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
-    """Perceptual distance to measure."""
-    perceptual_model: str = ""
-    """Its weights, as `perceptual.model` of stage 1."""
-    tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
-    """Encode and decode in overlapping tiles of this side, for large pictures in little memory; whole unless given."""
-    features: str = ""
-    """Of the Fréchet distance: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
-    out: str = "report-vae"
-    """Folder for report.json and reconstructions.png."""
-    seed: int = 0
-    """Of the noise."""
-    batch_size: int = 16
-    """Pictures at once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device."""
-    input: SourceConfig = field(default_factory=SourceConfig)
-    """How the pictures are found."""
-
-
-def evaluate(o: Options) -> dict[str, Any]:
-    """The report, also written to `o.out` with a sheet."""
-    for name in ("vae", "data"):
-        if not getattr(o, name):
-            raise UserError(f"--{name} is missing")
-    if o.seed < 0:
-        raise UserError(f"--seed {o.seed}: at least 0")
-    for name in ("pictures", "batch_size"):
-        if getattr(o, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
-    device = use_device(o.device)
-    autoencoder = Autoencoder.load(o.vae)
-    autoencoder.vae.to(device)
-    autoencoder.tiles = None if o.tile is None else Tiles(o.tile, o.tile // 4)
-    if o.resolution < 8 or o.resolution % autoencoder.factor:
-        raise UserError(
-            f"--resolution {o.resolution}: at least 8, and a multiple of {autoencoder.factor} as latents are"
-        )
-    if (o.perceptual == "clip" and not o.perceptual_model) or (o.perceptual == "none" and o.perceptual_model):
-        raise UserError("--perceptual clip needs --perceptual-model, and none has no use for one")
-    perceptual = build_perceptual(PerceptualConfig(kind=o.perceptual, model=o.perceptual_model))
-    features = load_features(o.features).to(device) if o.features else None
-    inputs = open_inputs(o.data, o.input, captioned=False)
-    folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
-    source = inputs.held_out if o.split == "test" else inputs.source
-    draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
-    pictures = PictureDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
-    count = min(o.pictures, len(source))
-
-    damaged: set[tuple[str, str]] = set()
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, count, o.batch_size):
-            batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
-            damaged.update(batch.damaged)
-            yield batch.pixels, batch.drawn
-
-    latents = LatentSums(autoencoder.latent_channels, device)
-    scores = measure_reconstruction(
-        autoencoder, batches(), perceptual=None if perceptual is None else perceptual.to(device), features=features,
-        latents=latents,
-    )  # fmt: skip
-    report: dict[str, Any] = {
-        "vae": scores, "channels": _channels(latents.health()), "settings": asdict(o) | {"pictures": count},
-        "damaged": [list(pair) for pair in sorted(damaged)], "versions": versions(),
-    }  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    few = pictures.__getitems__(range(min(8, count, o.batch_size))).pixels
-    reconstruction_sheet(autoencoder, few).save(folder / "reconstructions.png")
-    return report
-
-
-def _channels(health: LatentHealth) -> list[dict[str, float]]:
-    """Of each latent channel."""
-    names = ("mean", "std", "signal", "noise", "kl", "skewness", "kurtosis", "w1")
-    rows = zip(*(getattr(health, name).tolist() for name in names), strict=True)
-    return [
-        dict(zip(names, row, strict=True))
-        | {f"autocorrelation_{lag}": value for lag, value in zip(LAGS, auto, strict=True)}
-        for row, auto in zip(rows, health.autocorrelation.T.tolist(), strict=True)
-    ]
+from train.config.reports import EvaluateVaeOptions
 
 
 def main() -> None:
-    o = overlay(Options, Options())
+    o = overlay(EvaluateVaeOptions, EvaluateVaeOptions())
+    from train.commands.evaluate_vae import evaluate  # which takes seconds
+
     report = evaluate(o)
     print(json.dumps({k: report[k] for k in ("vae", "channels")}, indent=2))
     if damaged := report["damaged"]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.formats.png import slug
-from train.commands.generate import Painter, PaintOptions, open_picture, options
 from train.commands.main import command
+from train.config.load import overlay
+from train.config.painting import PaintOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,10 @@ class Options(PaintOptions):
 
 
 def main() -> None:
-    o = options(Options)
+    o = overlay(Options, Options())
+    from train.commands.generate import Painter, like, open_picture  # which takes seconds
+
+    o = like(o)
     if not o.image:
         raise UserError("--image is missing: pictures to begin with")
     stems = [slug(Path(path).stem) for path in o.image]

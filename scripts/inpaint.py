@@ -12,8 +12,9 @@ from ldm.errors import UserError
 from ldm.formats import MAX_PIXELS
 from ldm.formats.png import slug
 from ldm.samplers import SamplerKind
-from train.commands.generate import Painter, PaintOptions, open_picture, options
 from train.commands.main import command
+from train.config.load import overlay
+from train.config.painting import PaintOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,10 @@ def framed(image: Image.Image, mask: Image.Image, o: Options) -> tuple[Image.Ima
 
 
 def main() -> None:
-    o = options(Options)
+    o = overlay(Options, Options())
+    from train.commands.generate import Painter, like, open_picture  # which takes seconds
+
+    o = like(o)
     image = open_picture(o.image, "--image")
     if not o.mask and not any(o.extend):
         raise UserError("--mask is missing: a picture that is white where to paint; or give --extend")

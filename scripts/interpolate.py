@@ -1,137 +1,16 @@
-"""Paint the way from one prompt to another, or from one seed to another: frames, and an animation of them.
+"""Paint the way from one prompt to another, or from one seed to another: frames, and an animation of them."""
 
-Noise is interpolated along an arc, since only there it keeps the length that noise of unit variance has. Text features are
-interpolated along the straight line: the UNet reads them through linear maps (keys and values of its cross-attention), so
-half way it is given the mean of what the two prompts say, and where prompts agree, as in the token that begins them all,
-nothing changes.
-"""
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
-
-import torch
-import tyro
-from PIL import Image
-from torch import Tensor
-
-from ldm.editing import slerp
-from ldm.errors import UserError
-from ldm.formats.png import save_png, slug
-from ldm.samplers import make_sampler
-from train.commands.generate import ModelOptions, check_seed, load, read_prompts, settings
 from train.commands.main import command
 from train.config.load import overlay
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    """Paint the way from one prompt to another, or from one seed to another: frames, and an animation of them."""
-
-    to: tuple[str, ...] = ()
-    """Prompts to go to, one after the other."""
-    to_seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Seed to go to, over all the frames; the first frame has --seed."""
-    frames: int = 25
-    """Pictures from a prompt to the next, both ends included."""
-    fps: float = 12.5
-    """Frames a second, 1 to 50; the animation takes the nearest that its format has, a whole number of 1/100 s a frame."""
-    loop: bool = True
-    """Let the animation begin again at its end."""
-    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Width; the model's own unless given."""
-    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Height; the model's own unless given."""
-
-
-class Way:
-    """From the first prompt and seed to the last."""
-
-    def __init__(self, o: Options) -> None:
-        """Raises UserError for options that don't fit."""
-        if o.to and o.prompts:
-            raise UserError("--to and --prompts: give one of them")
-        self.prompts = [*read_prompts(o), *o.to]
-        self.seeds = (o.seed, o.seed if o.to_seed is None else o.to_seed)
-        if len(self.prompts) == 1:
-            if o.to_seed is None:
-                raise UserError("nowhere to go: give --to PROMPT, --prompts FILE with several, or --to-seed SEED")
-            self.prompts *= 2
-        if o.frames < 2 or o.batch_size < 1:
-            raise UserError(f"--frames {o.frames} --batch-size {o.batch_size}: at least 2 and 1 are accepted")
-        if not 1 <= o.fps <= 50:
-            raise UserError(f"--fps {o.fps}: 1 to 50 are accepted")
-        for option, seed in zip(("--seed", "--to-seed"), self.seeds, strict=True):
-            check_seed(option, seed)
-        if make_sampler(o.sampler, o.eta).draws_noise and self.seeds[0] != self.seeds[1]:
-            raise UserError(f"--sampler {o.sampler} draws noise on the way, which has no half way: take dpmpp_2m, say")
-        self.o, self.pipe = o, load(o, o.model)
-        of_the_way = ("to", "to_seed", "frames", "fps", "loop")
-        self.told = {name: value for name, value in settings(o).items() if name not in of_the_way}
-        self.features = [self.pipe.encode([prompt]) for prompt in self.prompts]  # each alone, as txt2img.py does it
-        size = self.pipe.latent_size(o.height, o.width)
-        self.shape = (1, self.pipe.autoencoder.latent_channels, *size)
-        self.last = (len(self.prompts) - 1) * (o.frames - 1)
-
-    def start(self, seed: int) -> tuple[Tensor, torch.Generator]:
-        """A seed's noise (1, c, h, w), and the generator that goes on from there."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.shape, generator=generator), generator
-
-    def latents(self, k: int) -> Tensor:
-        """Noise (1, c, h, w) of frame k."""
-        first, second = (self.start(seed)[0] for seed in self.seeds)
-        return first if self.seeds[0] == self.seeds[1] else slerp(first, second, k / self.last)
-
-    def condition(self, k: int) -> Tensor:
-        """Text features (1, tokens, width) of frame k."""
-        place = k / (self.o.frames - 1)  # among the prompts
-        first = min(int(place), len(self.prompts) - 2)
-        return torch.lerp(self.features[first], self.features[first + 1], place - first)
-
-    def story(self, k: int) -> dict[str, Any]:
-        """Of frame k: the settings that the nearer end has, and the way."""
-        near = {"prompt": self.prompts[round(k / (self.o.frames - 1))], "seed": self.seeds[round(k / self.last)]}
-        way = {"prompts": self.prompts, "seeds": self.seeds, "frames": self.o.frames, "frame": k}
-        return self.told | near | {"way": way}
-
-    def paint(self) -> Iterator[Image.Image]:
-        """The frames in order. Both ends are painted alone, so that they are exactly what txt2img.py paints of them."""
-        o = self.o
-        between = range(1, self.last)
-        batches = [between[i : i + o.batch_size] for i in range(0, len(between), o.batch_size)]
-        for batch in ([0], *batches, [self.last]):
-            yield from self.pipe(
-                negative_prompt=o.negative_prompt, prompt_embeds=torch.cat([self.condition(k) for k in batch]),
-                latents=torch.cat([self.latents(k) for k in batch]), generator=[self.start(o.seed)[1] for _ in batch],
-                width=o.width, height=o.height, progress=True, **o.sampling(),
-            ).images  # fmt: skip
-
-
-def animate(frames: list[Image.Image], path: Path, fps: float, loop: bool) -> None:
-    """Write a GIF. Each frame has a palette of its own, and none is dithered.
-
-    One palette for all is 6 to 10 dB worse, and dithering it worse again: both flicker.
-    """
-    again = {"loop": 0} if loop else {}
-    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, **again)
+from train.config.painting import InterpolateOptions
 
 
 def main() -> None:
-    o = overlay(Options, Options())
-    way = Way(o)
-    folder, frames = Path(o.out), []
-    seeds = "-".join(map(str, dict.fromkeys(way.seeds)))
-    name = f"{slug(' to '.join(way.prompts))}-{seeds}"
-    for k, image in enumerate(way.paint()):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}-{k:04}.png"
-        save_png(image, path, way.story(k))
+    o = overlay(InterpolateOptions, InterpolateOptions())
+    from train.commands.interpolate import interpolate  # which takes seconds
+
+    for path in interpolate(o):
         print(path)
-        frames.append(image)
-    animate(frames, folder / f"{name}.gif", o.fps, o.loop)
-    print(folder / f"{name}.gif")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from train.commands.generate import Painter, PaintOptions, options
 from train.commands.main import command
+from train.config.load import overlay
+from train.config.painting import PaintOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,10 @@ class Options(PaintOptions):
 
 
 def main() -> None:
-    o = options(Options)
+    o = overlay(Options, Options())
+    from train.commands.generate import Painter, like  # which takes seconds
+
+    o = like(o)
     painter = Painter(o)
     wanted = [picture for prompt in painter.prompts for picture in painter.wanted(prompt)]
     for path in painter.paint(wanted, width=o.width, height=o.height):

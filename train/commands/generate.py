@@ -1,4 +1,4 @@
-"""What the scripts that paint share: options, the pipeline made of them, and pictures written with their story."""
+"""What the scripts that paint share: the pipeline as the options want it, and pictures written with their story."""
 
 import hashlib
 import math
@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -18,11 +17,10 @@ from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from ldm.formats.hub import find_pipeline
 from ldm.formats.png import file_name, read_png, save_png
-from ldm.networks.attention import AttentionBackend
 from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import use_device
 from train.config.load import overlay, validate
-from train.config.sampling import SamplingOptions
+from train.config.painting import ModelOptions, PaintOptions
 from train.data.images.decode import DamagedPicture, load_picture
 from train.engine.optim import DTYPES
 
@@ -35,60 +33,6 @@ _INPUTS = ("image", "mask")
 _LONGEST = 4_000_000  # characters of a prompt: Pillow reads 64 MB of a PNG's text, and JSON makes six bytes of some
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions(SamplingOptions):
-    """Of a command that runs a model."""
-
-    model: str = ""
-    """The model: a stage 2 run's model/, or a Stable-Diffusion-shaped diffusers folder or hub id."""
-    prompt: str = ""
-    """What to paint."""
-    prompts: str = ""
-    """A file (UTF-8) with a prompt a line, instead."""
-    negative_prompt: str = ""
-    """What to stay away from."""
-    out: str = "out"
-    """Folder the pictures go to."""
-    seed: int = 0
-    """Of the first picture's noise."""
-    batch_size: int = 8
-    """Pictures painted at once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device."""
-    tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
-    """Decode in overlapping tiles of this side, e.g. 64, for large pictures in little memory; whole unless given."""
-    slice: bool = False
-    """Decode pictures one by one, for large batches in little memory."""
-    offload: bool = False
-    """Keep each network in main memory while another runs, for a small GPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network's weights and arithmetic."""
-    attention: AttentionBackend = "sdpa"
-    """What computes the UNet's attention: torch itself (sdpa), xformers, or auto: xformers where it works, else sdpa."""
-    chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Read prompts in N parts, each as long as the text encoder takes; the model's own number unless given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaintOptions(ModelOptions):
-    """Of a command that paints pictures."""
-
-    num_images: int = 1
-    """How many of each prompt; picture k has seed + k."""
-    compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
-    """Further prompts that the picture follows too, each with its own guidance scale."""
-    weak_model: str = ""
-    """Folder of a weaker model, e.g. an earlier one, to be guided away from; with --guidance-scale 1, as they multiply."""
-    weak_scale: float = 2.0
-    """How far away from the weaker model; 1 is without."""
-    like: str = ""
-    """A picture painted by this command, to be painted again; options given beside it are taken in place of its own."""
-    grid: bool = False
-    """Write one PNG more, with all the pictures in rows and the settings of the first."""
-    preview: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """Every so many steps, show in OUT/preview.png what is under way, in cheap colours; removed at the end. 0: never."""
-
-
 @dataclass(frozen=True)
 class _Files:
     """That a picture was made of."""
@@ -97,20 +41,21 @@ class _Files:
     """By option."""
 
 
-Options = TypeVar("Options", bound=ModelOptions)
+Options = TypeVar("Options", bound=PaintOptions)
 
 
-def options(kind: type[Options]) -> Options:
+def like(given: Options) -> Options:
     """The command line's options, laid over those of the picture that --like names.
 
     Raises UserError for what doesn't fit, and where files that the picture was made of are gone or others by now. Of a
     model that is another a line tells.
     """
-    given, plain = overlay(kind, kind()), kind()
     if given.prompt and given.prompts:
         raise UserError("--prompt and --prompts: give one of them")
-    if not isinstance(given, PaintOptions) or not given.like:
+    if not given.like:
         return given
+    kind = type(given)
+    plain = kind()
     try:
         story, sha256 = _story(kind, given.like)
     except OSError as error:

@@ -1,0 +1,42 @@
+"""Between a diffusers folder and one safetensors file with the original key names."""
+
+from pathlib import Path
+
+from ldm.errors import UserError
+from ldm.formats.single_file import PICKLED, from_original, read_pickled
+from ldm.pipeline import LatentDiffusionPipeline
+from train.data.store.atomic import atomic_folder
+
+
+def convert(model: str, config: str, out: str) -> None:
+    """Write a model to `out`: to a .safetensors file, else to a folder. config: the folder that says a file's shape."""
+    if not model or not out:
+        raise UserError(
+            "--model and --out are needed: the model to convert, and the .safetensors file or folder to make"
+        )
+    target = Path(out)
+    if target.exists():
+        raise UserError(f"--out {out!r} is there already: give another name")
+    if target.suffix in PICKLED:
+        raise UserError(f"--out {out!r}: nothing is pickled; give a .safetensors file, or a folder")
+    pipe = load(Path(model), config)
+    if target.suffix == ".safetensors":
+        pipe.save_single_file(target)
+    else:
+        with atomic_folder(target) as folder:
+            pipe.save_pretrained(folder)
+
+
+def load(model: Path, config: str) -> LatentDiffusionPipeline:
+    """The pipeline of a folder, or of a file and its configuration."""
+    if model.is_dir():
+        if config:
+            raise UserError(f"--config {config!r}: a folder brings its own; it is for single files")
+        return LatentDiffusionPipeline.from_pretrained(model)
+    if not model.is_file():
+        raise UserError(f"--model {str(model)!r}: there is no such file or folder")
+    if not config or not Path(config, "tokenizer").is_dir():
+        raise UserError(f"--config {config!r}: give a diffusers folder of the model's shape, with its tokenizer/")
+    if model.suffix in PICKLED:
+        return LatentDiffusionPipeline.from_parts(from_original(read_pickled(model), config), config)
+    return LatentDiffusionPipeline.from_single_file(model, config=config)

@@ -1,0 +1,88 @@
+"""Measure an autoencoder on pictures: how well it reconstructs them, and whether its latents suit a diffusion."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from autoencoder.model import Autoencoder
+from autoencoder.tiling import Tiles
+from ldm.errors import UserError
+from train.commands.main import use_device
+from train.config.reports import EvaluateVaeOptions
+from train.config.vae import PerceptualConfig
+from train.data.batches.draws import PosteriorNoise
+from train.data.batches.pictures import PictureDataset
+from train.engine.open_data import open_inputs
+from train.engine.provenance import versions
+from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
+from train.evaluation.features import load_features
+from train.evaluation.sheets import reconstruction_sheet
+from train.stages.vae import build_perceptual
+
+
+def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
+    """The report, also written to `o.out` with a sheet."""
+    for name in ("vae", "data"):
+        if not getattr(o, name):
+            raise UserError(f"--{name} is missing")
+    if o.seed < 0:
+        raise UserError(f"--seed {o.seed}: at least 0")
+    for name in ("pictures", "batch_size"):
+        if getattr(o, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
+    device = use_device(o.device)
+    autoencoder = Autoencoder.load(o.vae)
+    autoencoder.vae.to(device)
+    autoencoder.tiles = None if o.tile is None else Tiles(o.tile, o.tile // 4)
+    if o.resolution < 8 or o.resolution % autoencoder.factor:
+        raise UserError(
+            f"--resolution {o.resolution}: at least 8, and a multiple of {autoencoder.factor} as latents are"
+        )
+    if (o.perceptual == "clip" and not o.perceptual_model) or (o.perceptual == "none" and o.perceptual_model):
+        raise UserError("--perceptual clip needs --perceptual-model, and none has no use for one")
+    perceptual = build_perceptual(PerceptualConfig(kind=o.perceptual, model=o.perceptual_model))
+    features = load_features(o.features).to(device) if o.features else None
+    inputs = open_inputs(o.data, o.input, captioned=False)
+    folder = Path(o.out)
+    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
+    source = inputs.held_out if o.split == "test" else inputs.source
+    draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
+    pictures = PictureDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
+    count = min(o.pictures, len(source))
+
+    damaged: set[tuple[str, str]] = set()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, count, o.batch_size):
+            batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
+            damaged.update(batch.damaged)
+            yield batch.pixels, batch.drawn
+
+    latents = LatentSums(autoencoder.latent_channels, device)
+    scores = measure_reconstruction(
+        autoencoder, batches(), perceptual=None if perceptual is None else perceptual.to(device), features=features,
+        latents=latents,
+    )  # fmt: skip
+    report: dict[str, Any] = {
+        "vae": scores, "channels": _channels(latents.health()), "settings": asdict(o) | {"pictures": count, "device": str(device)},
+        "damaged": [list(pair) for pair in sorted(damaged)], "versions": versions(),
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    few = pictures.__getitems__(range(min(8, count, o.batch_size))).pixels
+    reconstruction_sheet(autoencoder, few).save(folder / "reconstructions.png")
+    return report
+
+
+def _channels(health: LatentHealth) -> list[dict[str, float]]:
+    """Of each latent channel."""
+    names = ("mean", "std", "signal", "noise", "kl", "skewness", "kurtosis", "w1")
+    rows = zip(*(getattr(health, name).tolist() for name in names), strict=True)
+    return [
+        dict(zip(names, row, strict=True))
+        | {f"autocorrelation_{lag}": value for lag, value in zip(LAGS, auto, strict=True)}
+        for row, auto in zip(rows, health.autocorrelation.T.tolist(), strict=True)
+    ]

@@ -1,0 +1,85 @@
+"""Look at pictures and captions before training: what there is, what is wrong with it, and a sheet to see it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from conditioning.clip import ClipTextEncoder
+from conditioning.tokenizer import train_tokenizer
+from ldm.errors import UserError
+from train.commands.inspect_data import (
+    Chosen,
+    Pictures,
+    Report,
+    caption_report,
+    data_report,
+    duplicate_report,
+    list_report,
+    names_left_out,
+)
+from train.commands.inspect_report import advice
+from train.config.clip import TextTowerConfig
+from train.config.reports import InspectOptions
+from train.engine.open_data import open_inputs
+from train.engine.provenance import versions
+from train.evaluation.sheets import in_rows, sheet, to_uint8
+
+_SHOWN, _COLUMNS, _SIDE = 48, 8, 128
+
+
+def inspect(o: InspectOptions) -> Report:
+    """The report, also written to `o.out` with a sheet."""
+    if not o.data:
+        raise UserError("--data is missing")
+    for name, least in (("resolution", 8), ("limit", 0), ("workers", 0)):
+        if getattr(o, name) < least:
+            raise UserError(f"--{name} {getattr(o, name)}: at least {least}")
+    encoder = ClipTextEncoder.load(o.text_encoder) if o.text_encoder else None
+    inputs = open_inputs(o.data, o.input, captioned=False)
+    folder = Path(o.out)
+    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
+    chosen = Chosen([s for s in (inputs.source, inputs.held_out) if o.split in ("all", s.split)], o.limit)
+    if encoder is None:
+        tower, texts = TextTowerConfig(), Chosen([inputs.source], o.limit).texts()
+        tokenizer, chunks = train_tokenizer(texts, tower.vocab_size, tower.max_length), 1
+    else:
+        tokenizer, chunks = encoder.tokenizer, encoder.chunks
+    pictures = Pictures(chosen, o.input.plain(_SIDE), o.workers)
+    same, left_out = pictures.duplicates(), names_left_out(inputs)
+    counted_by = o.text_encoder or "the tokenizer that stage 0 would learn, with its default --text.max-length"
+    report: Report = {
+        "data": {"place": o.data, **data_report(inputs), "split": o.split, "looked_at": len(chosen)},
+        "captions": caption_report(chosen, tokenizer, chunks) | {"tokenizer": counted_by},
+        "pictures": pictures.report(o.resolution),
+        "left_out": list_report(left_out),
+        "damaged": list_report(pictures.damaged),
+        "duplicates": {what: duplicate_report(groups) for what, groups in same.items()},
+    }
+    report |= {"advice": advice(report), "settings": asdict(o), "versions": versions()}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_lines(folder / "damaged.jsonl", [{"file": f, "reason": why} for f, why in (*left_out, *pictures.damaged)])
+    write_lines(folder / "duplicates.jsonl", [{"same": what} | group for what in same for group in same[what]])
+    contact_sheet(pictures).save(folder / "contact_sheet.png")
+    return report
+
+
+def contact_sheet(pictures: Pictures) -> Image.Image:
+    """Pictures spread evenly over those that can be read, each over its first caption."""
+    chosen, framing = pictures.chosen, pictures.framing
+    count = min(_SHOWN, len(pictures.readable))
+    shown = [int(pictures.readable[k * len(pictures.readable) // count]) for k in range(count)]
+    images = (framing.load(chosen.read(k), chosen.name(k)) for k in shown)
+    pixels = torch.stack([framing.cut(image, framing.square, (0.5, 0.5), False) for image in images])
+    return sheet(in_rows(list(to_uint8(pixels)), _COLUMNS), [chosen.row(k).captions[0] for k in shown])
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """JSON, a line each; nothing to list leaves no file, not even an earlier one."""
+    path.unlink(missing_ok=True)
+    if lines:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
