@@ -15,20 +15,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoencoder.discriminator import PatchDiscriminator
-from autoencoder.model import build_autoencoder
-from conditioning.contrastive import build_clip
 from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
-from ldm.networks.unet import build_unet, widen
-from ldm.objective import Objective
-from ldm.schedule import Schedule
+from ldm.networks.unet import widen
 from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.load import dump, overlay, parse, plain, read_yaml, validate
 from train.config.resumable import differences, published
 from train.config.run import RunConfig
-from train.config.vae import VaeConfig
+from train.config.vae import AutoencoderConfig, VaeConfig
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"clip": ClipConfig, "vae": VaeConfig, "ldm": LdmConfig}
@@ -45,40 +40,27 @@ def test_every_config_builds_its_networks(path: Path) -> None:
     with torch.device("meta"):
         match config:
             case VaeConfig():
-                m = config.model
-                build_autoencoder(
-                    channels=m.channels, layers=m.layers, latent_channels=m.latent_channels, groups=m.groups,
-                    attention=m.attention, resolution=config.input.resolution,
-                )  # fmt: skip
-                assert config.input.resolution % 2 ** (len(m.channels) - 1) == 0
-                game = config.adversarial
-                critic = PatchDiscriminator(game.channels, game.layers, spectral=game.spectral_norm)
-                side = config.input.resolution
-                assert critic(torch.empty(1, 3, side, side)).shape[:2] == (1, 1)
+                side, factor = config.input.resolution, 2 ** (len(config.model.channels) - 1)
+                network = config.model.build(side) if config.init else config.build()  # nothing is downloaded
+                assert AutoencoderConfig.of(network) == config.model
+                assert side % factor == 0
+                if (discriminator := config.build_discriminator(factor)) is not None:
+                    assert discriminator(torch.empty(1, 3, side, side)).shape[:2] == (1, 1)
             case LdmConfig():
                 vae = load(path.with_name("vae.yaml"))
                 unet(config, vae, 768)
-                d = config.diffusion
                 with torch.device("cpu"):
-                    Objective(Schedule.build(d.schedule, d.timesteps, d.beta_start, d.beta_end), d.target, d.weighting)
+                    assert config.diffusion.timesteps == config.diffusion.build_objective().schedule.T
+                    assert config.diffusion.build_process().target == config.diffusion.target
             case ClipConfig():
                 with torch.device("cpu"):
                     tokenizer = train_tokenizer(["a red star"], config.text.vocab_size, config.text.max_length)
-                build_clip(
-                    tokenizer, text_width=config.text.width, text_layers=config.text.layers,
-                    text_heads=config.text.heads, vision_width=config.image.width, vision_layers=config.image.layers,
-                    vision_heads=config.image.heads, patch_size=config.image.patch_size,
-                    image_size=config.input.resolution, projection_dim=config.projection,
-                )  # fmt: skip
+                assert config.build(tokenizer).clip.text_model.config.hidden_size == config.text.width
 
 
 def unet(config: LdmConfig, vae: VaeConfig, text_width: int) -> torch.nn.Module:
-    u = config.unet
-    return build_unet(
-        channels=u.channels, layers=u.layers, attention=u.attention, heads=u.heads, depth=u.depth, modulation=u.modulation, groups=u.groups,
-        latent_channels=vae.model.latent_channels, text_width=text_width,
-        latent_size=config.input.resolution // 2 ** (len(vae.model.channels) - 1),
-    )  # fmt: skip
+    side = config.input.resolution // 2 ** (len(vae.model.channels) - 1)
+    return config.unet.build(latent_channels=vae.model.latent_channels, latent_size=side, text_width=text_width)
 
 
 def test_stable_diffusion_shapes() -> None:
@@ -86,8 +68,7 @@ def test_stable_diffusion_shapes() -> None:
     vae, ldm = load(ROOT / "configs/sd15/vae.yaml"), load(ROOT / "configs/sd15/ldm.yaml")
     with torch.device("meta"):
         network = unet(ldm, vae, 768)
-        m = vae.model
-        codec = build_autoencoder(channels=m.channels, layers=m.layers, latent_channels=m.latent_channels)
+        codec = vae.build()
     assert sum(p.numel() for p in network.parameters()) == 859_520_964
     assert sum(p.numel() for p in codec.parameters()) == 83_653_863
     heads = [b.attentions[0].transformer_blocks[0].attn1.heads for b in network.down_blocks if hasattr(b, "attentions")]

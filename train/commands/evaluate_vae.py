@@ -21,7 +21,6 @@ from train.engine.provenance import versions
 from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
 from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet
-from train.stages.vae import build_perceptual
 
 
 def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
         )
     if (o.perceptual == "clip" and not o.perceptual_model) or (o.perceptual == "none" and o.perceptual_model):
         raise UserError("--perceptual clip needs --perceptual-model, and none has no use for one")
-    perceptual = build_perceptual(PerceptualConfig(kind=o.perceptual, model=o.perceptual_model))
+    perceptual = PerceptualConfig(kind=o.perceptual, model=o.perceptual_model).build()
     features = load_features(o.features).to(device) if o.features else None
     inputs = open_inputs(o.data, o.input, captioned=False)
     folder = Path(o.out)

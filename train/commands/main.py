@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
 
-from ldm.errors import RunError, UserError
-from train.config.load import first_error, one_line
+from ldm.errors import RunError, UserError, one_line
+from train.config.load import first_error
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ _EXPECTED = (
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()
     try:
         main()
@@ -77,7 +77,7 @@ def _quieten() -> None:
 
 def _leave(status: int, what: object) -> NoReturn:
     if os.environ.get("RANK", "0") == "0" or status == 1:
-        print(f"error: {one_line(str(what))}", file=sys.stderr)
+        print(f"error: {one_line(what)}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -89,5 +89,5 @@ def use_device(name: str) -> "torch.device":
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name!r} can't be used: {one_line(str(error))[:200]}") from None
+        raise UserError(f"--device {name!r} can't be used: {one_line(error, 200)}") from None
     return device

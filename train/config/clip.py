@@ -1,12 +1,17 @@
 """The configuration of stage 0, a small CLIP."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from train.config.optimizer import strict
 from train.config.run import RunConfig, on_squares
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from conditioning.contrastive import Contrastive
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -65,3 +70,23 @@ class ClipConfig(RunConfig):
     @model_validator(mode="after")
     def _sees_squares(self) -> Self:
         return on_squares(self)
+
+    def build(self, tokenizer: "CLIPTokenizer") -> "Contrastive":
+        """The towers and what else the text tower learns, from random weights."""
+        import torch
+
+        from conditioning.contrastive import Contrastive, build_clip
+        from conditioning.token_tasks import TokenTasks
+
+        torch.manual_seed(self.seed)  # the only use of torch's global generator: initial weights
+        text, image, side = self.text, self.image, self.input.resolution
+        clip = build_clip(
+            tokenizer, text_width=text.width, text_layers=text.layers, text_heads=text.heads, vision_width=image.width,
+            vision_layers=image.layers, vision_heads=image.heads, patch_size=image.patch_size, image_size=side,
+            projection_dim=self.projection,
+        )  # fmt: skip
+        tasks = TokenTasks(
+            sketch_weight=self.tokens.sketch, echo_weight=self.tokens.echo, width=text.width, vocab_size=len(tokenizer),
+            patch_size=image.patch_size, image_size=side,
+        )  # fmt: skip
+        return Contrastive(clip, tasks)

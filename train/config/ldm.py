@@ -12,6 +12,8 @@ from train.config.resumable import Place, Resumable
 from train.config.run import RunConfig
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
     from ldm.formats.scheduler_config import Process
     from ldm.objective import Objective, Weighting
     from ldm.schedule import Schedule
@@ -44,6 +46,18 @@ class UnetConfig:
                 f"channels {self.channels}, attention {self.attention} and heads {self.heads} need one entry a level"
             )
         return self
+
+    def build(
+        self, *, latent_channels: int, latent_size: int, text_width: int, learned_variance: bool = False
+    ) -> "UNet2DConditionModel":
+        """The network from random weights, for latents of this side and text features of this width."""
+        from ldm.networks.unet import build_unet
+
+        return build_unet(
+            channels=self.channels, layers=self.layers, attention=self.attention, heads=self.heads, depth=self.depth,
+            modulation=self.modulation, groups=self.groups, latent_channels=latent_channels, latent_size=latent_size,
+            learned_variance=learned_variance, text_width=text_width,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)

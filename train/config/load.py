@@ -11,7 +11,7 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
 from train.config.options import Option, read_options
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read the configuration {str(path)!r}: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not plain YAML: {one_line(str(error))}") from None
+        raise UserError(f"{path} is not plain YAML: {one_line(error)}") from None
     if given is None:
         return {}
     if not isinstance(given, dict):
@@ -116,8 +116,3 @@ def first_error(error: ValidationError, given: Mapping[str, Option] | None = Non
     if not name or first["type"] == "value_error":  # of a record, whose parts don't agree
         return f"{name}: {said}".removeprefix(": ")
     return f"{name} = {first['input']!r}: {said}"
-
-
-def one_line(text: str) -> str:
-    """The text with every run of white space a single space."""
-    return " ".join(text.split())

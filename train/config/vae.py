@@ -1,14 +1,21 @@
 """The configuration of stage 1, the autoencoder."""
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from autoencoder import AdversarialKind, ReconstructionKind
+from ldm.errors import UserError
 from train.config.optimizer import strict
 from train.config.resumable import Place, Resumable
 from train.config.run import RunConfig, on_squares
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import nn
+
+    from autoencoder.discriminator import PatchDiscriminator
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -25,6 +32,24 @@ class AutoencoderConfig:
     """Groups of the group normalisation; divides every level's channels."""
     attention: bool = True
     """Self-attention in the middle block."""
+
+    def build(self, resolution: int) -> "AutoencoderKL":
+        """The network from random weights, for pictures of this side."""
+        from autoencoder.model import build_autoencoder
+
+        return build_autoencoder(
+            channels=self.channels, layers=self.layers, latent_channels=self.latent_channels, groups=self.groups,
+            attention=self.attention, resolution=resolution,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, vae: "AutoencoderKL") -> Self:
+        """The shape of a network."""
+        c = vae.config
+        return cls(
+            channels=tuple(c.block_out_channels), layers=c.layers_per_block, latent_channels=c.latent_channels,
+            groups=c.norm_num_groups, attention=c.mid_block_add_attention,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -45,6 +70,22 @@ class PerceptualConfig:
         if self.kind == "none" and self.model:
             raise ValueError(f"perceptual.model {self.model!r} without perceptual.kind: lpips_vgg, lpips_alex or clip")
         return self
+
+    def build(self) -> "nn.Module | None":
+        """The frozen network that measures the distance."""
+        from autoencoder.perceptual import ClipPerceptual, Lpips
+
+        match self.kind:
+            case "none":
+                return None
+            case "lpips_vgg":
+                return Lpips("vgg", self.model)
+            case "lpips_alex":
+                return Lpips("alex", self.model)
+            case "clip":
+                return ClipPerceptual(self.model)
+            case _:
+                assert_never(self.kind)
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -121,3 +162,37 @@ class VaeConfig(RunConfig):
         if self.decoder_only and self.equivariance.share:
             raise ValueError("decoder_only with equivariance.share: the latents, which it is about, aren't trained")
         return self
+
+    def build(self) -> "AutoencoderKL":
+        """The autoencoder to begin with. Its latents are normalised by this run, unless the decoder alone is trained."""
+        import torch
+
+        from autoencoder.model import SCALING_FACTOR, Autoencoder
+
+        torch.manual_seed(self.seed)  # the only use of torch's global generator: initial weights
+        if not self.init:
+            return self.model.build(self.input.resolution)
+        vae = Autoencoder.load(self.init).vae.float().train().requires_grad_(True)
+        if self.model not in (given := AutoencoderConfig.of(vae), AutoencoderConfig()):
+            raise UserError(f"init {self.init!r} has another shape, {given}: leave `model` out of the configuration")
+        if not self.decoder_only:
+            vae.register_to_config(scaling_factor=SCALING_FACTOR)
+        return vae
+
+    def build_discriminator(self, factor: int) -> "PatchDiscriminator | None":
+        """The discriminator, if any. Raises UserError where it is too deep for the smallest pictures it will be shown."""
+        from autoencoder.discriminator import PatchDiscriminator
+        from autoencoder.equivariance import draw
+
+        shape = self.adversarial
+        if shape.kind == "none":
+            return None
+        discriminator = PatchDiscriminator(shape.channels, shape.layers, spectral=shape.spectral_norm)
+        smallest = self.equivariance.smallest if self.equivariance.share else 1.0
+        side = factor * draw((0, 0, 0), self.input.resolution // factor, smallest).height
+        if side < discriminator.smallest:
+            raise UserError(
+                f"adversarial.layers {shape.layers} needs pictures of {discriminator.smallest} pixels a side, not {side}: "
+                "take fewer layers, or a larger resolution or equivariance.smallest"
+            )
+        return discriminator

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from conditioning.contrastive import Contrastive, build_clip, retrieval_accuracy, save_clip
-from conditioning.token_tasks import TokenTasks
+from conditioning.contrastive import Contrastive, retrieval_accuracy, save_clip
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config.clip import ClipConfig
@@ -61,19 +60,9 @@ class ClipStage:
 
     def __init__(self, run: Run, config: ClipConfig, inputs: Inputs, tokenizer: CLIPTokenizer) -> None:
         self.run, self.config, self.tokenizer, self.inputs = run, config, tokenizer, inputs
-        torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
-        clip = build_clip(
-            tokenizer, text_width=config.text.width, text_layers=config.text.layers, text_heads=config.text.heads,
-            vision_width=config.image.width, vision_layers=config.image.layers, vision_heads=config.image.heads,
-            patch_size=config.image.patch_size, image_size=config.input.resolution, projection_dim=config.projection,
-        ).to(run.accelerator.device)  # fmt: skip
-        tasks = TokenTasks(
-            sketch_weight=config.tokens.sketch, echo_weight=config.tokens.echo, width=config.text.width,
-            vocab_size=len(tokenizer), patch_size=config.image.patch_size, image_size=config.input.resolution,
-        ).to(run.accelerator.device)  # fmt: skip
-        pair = Pair(Contrastive(clip, tasks))
+        pair = Pair(config.build(tokenizer).to(run.accelerator.device))
         self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
-        self.ema = Ema(clip, config.ema_decay)
+        self.ema = Ema(pair.contrastive.clip, config.ema_decay)
         self.cut = CutCaptions(run.say, "--text.max-length")
         self.training = inputs.pictures(config.input, config.seed)
         self.held_out = PictureDataset(

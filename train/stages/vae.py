@@ -5,28 +5,23 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import assert_never
 
-import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from autoencoder.discriminator import PatchDiscriminator, frozen
+from autoencoder.discriminator import frozen
 from autoencoder.equivariance import draw
 from autoencoder.model import (
-    SCALING_FACTOR,
     Autoencoder,
     LatentStatistics,
-    build_autoencoder,
     digest,
     fold,
     latent_statistics,
     measure,
 )
-from autoencoder.perceptual import ClipPerceptual, Lpips
 from autoencoder.preview import fit_colours
 from ldm.errors import UserError
-from train.config.vae import AutoencoderConfig, PerceptualConfig, VaeConfig
+from train.config.vae import VaeConfig
 from train.data.batches.draws import PosteriorNoise
 from train.data.batches.pictures import PictureDataset
 from train.data.batches.records import PictureBatch
@@ -82,7 +77,7 @@ class VaeStage:
         vae.to(device)
         self.perceptual = None if perceptual is None else perceptual.to(device)
         adversarial = config.adversarial
-        self.discriminator = discriminator = build_discriminator(config, resolution, self.factor)
+        self.discriminator = discriminator = config.build_discriminator(self.factor)
         if discriminator is not None:
             discriminator.to(device)
             if adversarial.start >= config.steps:
@@ -201,64 +196,11 @@ def _spread(count: int, most: int) -> range:
     return range(0, count, math.ceil(count / most))
 
 
-def first_autoencoder(config: VaeConfig) -> AutoencoderKL:
-    """From random weights, or the given one; its latents are our own to normalise unless the decoder alone is trained."""
-    torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
-    if not config.init:
-        shape = config.model
-        return build_autoencoder(
-            channels=shape.channels, layers=shape.layers, latent_channels=shape.latent_channels, groups=shape.groups,
-            attention=shape.attention, resolution=config.input.resolution,
-        )  # fmt: skip
-    vae = Autoencoder.load(config.init).vae.float().train().requires_grad_(True)
-    given = AutoencoderConfig(
-        channels=tuple(vae.config.block_out_channels), layers=vae.config.layers_per_block,
-        latent_channels=vae.config.latent_channels, groups=vae.config.norm_num_groups,
-        attention=vae.config.mid_block_add_attention,
-    )  # fmt: skip
-    if config.model not in (given, AutoencoderConfig()):
-        raise UserError(f"init {config.init!r} has another shape, {given}: leave `model` out of the configuration")
-    if not config.decoder_only:
-        vae.register_to_config(scaling_factor=SCALING_FACTOR)
-    return vae
-
-
-def build_discriminator(config: VaeConfig, resolution: int, factor: int) -> PatchDiscriminator | None:
-    """The discriminator. Raises UserError where it is too deep for the smallest pictures it will be shown."""
-    adversarial = config.adversarial
-    if adversarial.kind == "none":
-        return None
-    discriminator = PatchDiscriminator(adversarial.channels, adversarial.layers, spectral=adversarial.spectral_norm)
-    smallest = config.equivariance.smallest if config.equivariance.share else 1.0
-    side = factor * draw((0, 0, 0), resolution // factor, smallest).height
-    if side < discriminator.smallest:
-        raise UserError(
-            f"adversarial.layers {adversarial.layers} needs pictures of {discriminator.smallest} pixels a side, not {side}: "
-            "take fewer layers, or a larger resolution or equivariance.smallest"
-        )
-    return discriminator
-
-
-def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
-    """The frozen network of the perceptual distance."""
-    match config.kind:
-        case "none":
-            return None
-        case "lpips_vgg":
-            return Lpips("vgg", config.model)
-        case "lpips_alex":
-            return Lpips("alex", config.model)
-        case "clip":
-            return ClipPerceptual(config.model)
-        case _:
-            assert_never(config.kind)
-
-
 def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Reconstruction]] = ()) -> None:
     """Train stage 1 into `config.out`, or continue what stands there. terms: added to the loss."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input, captioned=False)
-    vae, perceptual = first_autoencoder(config), build_perceptual(config.perceptual)
+    vae, perceptual = config.build(), config.perceptual.build()
     made_from = {
         "data": inputs.fingerprint,
         "init": digest(vae, str(vae.config.scaling_factor)) if config.init else "",
