@@ -70,36 +70,19 @@ class ClipTextEncoder(nn.Module):
         """Of an encoding."""
         return self.chunks * self.max_length
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """(b, tokens, width). A prompt that is too long is cut, with a warning that quotes what was lost.
 
         Autocast is left outside: an encoding depends on the weights alone, so a stored one is as good.
         """
         ids = tokenize(self.tokenizer, prompts, self.chunks)
-        return self._hidden(ids.view(-1, self.max_length)).view(len(ids), self.tokens, self.width)
-
-    def encode_pooled(self, prompts: Sequence[str]) -> Tensor:
-        """(b, width): the features of a prompt's end token, before any projection; of the first chunk, where it has more.
-
-        Padding may be the end token too: the first one ends the prompt.
-        """
-        ids = tokenize(self.tokenizer, prompts, self.chunks)[:, : self.max_length]
-        end = (ids == self.tokenizer.eos_token_id).int().argmax(1)  # (b,)
-        hidden = self._hidden(ids)
-        return hidden[torch.arange(len(ids), device=hidden.device), end.to(hidden.device)]
-
-    def null(self) -> Tensor:
-        """The null condition, (1, tokens, width): the encoding of ""."""
-        return self.encode([""])
-
-    @torch.no_grad()
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """(b, max_length) → (b, max_length, width), the last layer's states after the final norm."""
         weight = next(self.model.parameters())
         if not len(ids):
-            return weight.new_empty(0, self.max_length, self.width)
+            return weight.new_empty(0, self.tokens, self.width)
         with torch.autocast(weight.device.type, enabled=False):
-            return self.model(input_ids=ids.to(weight.device)).last_hidden_state
+            hidden = self.model(input_ids=ids.view(-1, self.max_length).to(weight.device)).last_hidden_state
+        return hidden.view(len(ids), self.tokens, self.width)
 
     @property
     def digest(self) -> str:

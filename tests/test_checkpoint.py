@@ -29,7 +29,7 @@ from ldm.errors import RunError
 from train.data.store import atomic
 from train.data.store.atomic import atomic_file, atomic_folder, recover
 from train.engine import checkpoint
-from train.engine.checkpoint import Checkpoints, load_tree, save_tree
+from train.engine.checkpoint import Checkpoints, load_tree, pack_tree
 
 FILES = ["state.safetensors", "state.json", "manifest.json"]
 
@@ -56,7 +56,7 @@ def same(a, b):
 
 def there_and_back(tree, folder):
     folder.mkdir()
-    save_tree(folder, tree)
+    pack_tree(tree).write(folder)
     return load_tree(folder)
 
 
@@ -136,7 +136,7 @@ def test_a_tensor_that_is_shared_stays_shared_and_is_written_once(tmp_path):
 
 def test_other_tools_read_the_tensors_by_their_place(tmp_path):
     tree = small_tree(1)
-    save_tree(tmp_path, tree)
+    pack_tree(tree).write(tmp_path)
     read = load_file(tmp_path / "state.safetensors")
     assert same(read["state/module/weight"], tree["module"]["weight"])
     assert set(read) == {"state/module/weight", "state/module/bias", "state/optimizer/state/0/step"}
@@ -683,7 +683,7 @@ def test_pickles_are_never_run(two, tmp_path, slot, forged):
     ],
 )  # fmt: skip
 def test_a_forged_tree_is_refused(tmp_path, state):
-    save_tree(tmp_path, small_tree(1))
+    pack_tree(small_tree(1)).write(tmp_path)
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(RunError, match="does not hold a saved state"):
         load_tree(tmp_path)

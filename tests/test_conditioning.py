@@ -320,7 +320,7 @@ def test_encoding_is_the_last_hidden_state_without_a_mask(encoder, clip, tokeniz
     assert torch.equal(encoded, hidden)
     assert encoded.shape == (2, encoder.max_length, encoder.width) == (2, LENGTH, 32)
     assert not encoded.requires_grad
-    torch.testing.assert_close(encoder.null(), encoded[1:])
+    torch.testing.assert_close(encoder.encode([""]), encoded[1:])
     assert encoder.encode([]).shape == (0, LENGTH, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(encoder.encode(prompts), encoded)
@@ -375,7 +375,7 @@ def test_stock_pipeline_feeds_its_unet_the_same_numbers(encoder, tmp_path):
     with pytest.warns(UserWarning, match='lost: "> brûlée"$'):
         ours = encoder.encode(prompts)
     torch.testing.assert_close(positive, ours, rtol=0, atol=1e-6)
-    torch.testing.assert_close(negative, encoder.null().expand(2, -1, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(negative, encoder.encode([""]).expand(2, -1, -1), rtol=0, atol=1e-6)
     assert ClipTextEncoder.load(tmp_path).digest == encoder.digest
 
 
@@ -414,39 +414,6 @@ def test_a_skip_that_leaves_no_layer_is_refused(encoder, tmp_path, skip):
     ) as caught:
         ClipTextEncoder.load(tmp_path, skip=skip)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_pooled_is_the_end_token_s_state(encoder, clip, tokenizer):
-    """What CLIPTextModel pools, and the state at the place counted by hand; the projection makes it CLIP's embedding."""
-    prompts = ["", "a red star", "Crème \U0001f600 brûlée", "a small blue circle above a white square"]
-    ids = tokenize(tokenizer, prompts)
-    with torch.no_grad():
-        out = clip.text_model(input_ids=ids)
-    ends = torch.tensor([1 + len(plain_ids(tokenizer, p)) for p in prompts])
-    pooled = encoder.encode_pooled(prompts)
-    assert pooled.shape == (4, encoder.width)
-    assert not pooled.requires_grad
-    assert torch.equal(pooled, out.pooler_output)
-    assert torch.equal(pooled, out.last_hidden_state[torch.arange(4), ends])
-    assert encoder.encode_pooled([]).shape == (0, encoder.width)
-    with pytest.warns(UserWarning, match="part of it is lost"):
-        cut = encoder.encode_pooled(["x " * 40])
-    torch.testing.assert_close(cut, encoder.encode_pooled(["x " * (LENGTH - 2)]))
-
-
-@pytest.mark.parametrize("end", [2, 554])
-def test_pooled_is_right_whatever_the_configuration_calls_the_end(encoder, tokenizer, tmp_path, end):
-    """OpenAI's own configurations say 2, by which transformers takes the greatest id."""
-    encoder.save(tmp_path)
-    file = tmp_path / "text_encoder" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": end}))
-    prompts = ["", "a red star", "a small blue circle above a white square"]
-    loaded = ClipTextEncoder.load(tmp_path)
-    assert loaded.model.config.eos_token_id == end
-    assert torch.equal(loaded.encode_pooled(prompts), encoder.encode_pooled(prompts))
-    with torch.no_grad():
-        theirs = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(input_ids=tokenize(tokenizer, prompts))
-    assert torch.equal(theirs.pooler_output, encoder.encode_pooled(prompts))
 
 
 def move_tokenizer(folder: Path, target: Path) -> None:

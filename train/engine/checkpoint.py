@@ -46,19 +46,44 @@ _UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, Att
 # -- a tree in two files --
 
 
-def save_tree(folder: Path, tree: Any) -> Sums:
-    """Write a tree into an existing folder, without fsync. Returns the sums of what was meant to be written.
+@dataclass(frozen=True, slots=True)
+class PackedTree:
+    """A tree as its two files hold it."""
+
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def write(self, folder: Path) -> Sums:
+        """Write into an existing folder, without fsync. Returns the sums of what was meant to be written."""
+        text = json.dumps(self.state, allow_nan=False, separators=(",", ":")).encode()
+        return {
+            _TENSORS: write_new(folder / _TENSORS, _safetensors(self.tensors)),
+            _TREE: write_new(folder / _TREE, [text]),
+        }
+
+
+def pack_tree(tree: Any) -> PackedTree:
+    """A tree, ready to be written.
 
     A tree is None, a bool, int, float, str or strided tensor, or a list, tuple or dict (keys str or int) of trees.
-    It comes back bit for bit: types, dtypes, strides of dense tensors, NaN bits, and two tensors that are one. But
-    tensors come back on the CPU and without gradient, and subclasses of dict as dict.
+    `load_tree` gives it back bit for bit: types, dtypes, strides of dense tensors, NaN bits, and two tensors that are one.
+    But tensors come back on the CPU and without gradient, and subclasses of dict as dict.
     Raises TypeError naming the place of anything else.
     """
-    return _write_state(Path(folder), *_pack_tree(tree))
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(tree, "state", tensors, {})
+    # Fused optimizers walk memory in order, unchecked: moments must come back with the strides of their weights.
+    strides = {name: list(torch.empty_like(t, device="meta").stride()) for name, t in tensors.items()}
+    return PackedTree({"tree": packed, "strides": strides}, tensors)
 
 
 def load_tree(folder: Path) -> Any:
-    """What `save_tree` wrote. Raises RunError if the files are anything else; never runs code from them."""
+    """The tree that a `PackedTree` wrote. Raises RunError if the files are anything else; never runs code from them."""
     folder, tensors = Path(folder), {}
     try:
         state = json.loads((folder / _TREE).read_bytes())
@@ -69,14 +94,6 @@ def load_tree(folder: Path) -> Any:
         return _unpack(state["tree"], tensors)
     except _UNREADABLE as error:
         raise RunError(f"{folder} does not hold a saved state: {error}") from error
-
-
-def _pack_tree(tree: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors: dict[str, Tensor] = {}
-    packed = _pack(tree, "state", tensors, {})
-    # Fused optimizers walk memory in order, unchecked: moments must come back with the strides of their weights.
-    strides = {name: list(torch.empty_like(t, device="meta").stride()) for name, t in tensors.items()}
-    return {"tree": packed, "strides": strides}, tensors
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[Any, ...], str]) -> Any:
@@ -125,11 +142,6 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise ValueError(f"unknown entry {str(value)[:80]}")
 
 
-def _write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> Sums:
-    text = json.dumps(state, allow_nan=False, separators=(",", ":")).encode()
-    return {_TENSORS: write_new(folder / _TENSORS, _safetensors(tensors)), _TREE: write_new(folder / _TREE, [text])}
-
-
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
     """The safetensors format, one tensor at a time: no second copy of the whole is ever held."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: all aligned
@@ -166,21 +178,21 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
 
     def save(self, step: int, tree: Any) -> Path:
-        """Commit a tree (see `save_tree`) as the checkpoint of `step`, then prune. Returns its folder.
+        """Commit a tree (see `pack_tree`) as the checkpoint of `step`, then prune. Returns its folder.
 
         One of that step that exists is replaced. Raises RunError if it fails; all earlier ones are then intact.
         """
         if step < 0:
             raise ValueError(f"step is {step}: a step is 0 or more")
-        state, tensors = _pack_tree(tree)
+        packed = pack_tree(tree)
         final = self.folder / f"step-{step:08d}"
         with plain_errors(final):
             recover_all(self.folder, "step-*")
             sweep(self.folder, "step-*")
             if os.path.lexists(final) and (fault := _fault(step, final)):
                 _log.warning("%s is replaced: it was not valid (%s)", final, fault)
-            with atomic_folder(final, needed=sum(t.nbytes for t in tensors.values())) as folder:
-                manifest = {"step": step, "files": _write_state(folder, state, tensors)}
+            with atomic_folder(final, needed=packed.nbytes) as folder:
+                manifest = {"step": step, "files": packed.write(folder)}
                 write_new(folder / _MANIFEST, [json.dumps(manifest).encode()])
             if fault := _known_fault(step, final, _stamp(final)):
                 raise RunError(f"{final} could not be read back as it was written: {fault}")
