@@ -13,7 +13,7 @@ hub's data set calls them.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,8 @@ from train.data.sources.tars import find_tars
 
 Split = Literal["train", "validation", "test"]
 
+_FORMS: tuple[Callable[[str, Columns, Sequence[str]], Splits | None], ...] = (find_tars, find_tables)
+"""Tried in this order, None for what is of another form. A folder that none of them knows is one of pictures."""
 _NAMES = ("train", "validation", "valid", "val", "dev", "test")
 _HELD_OUT: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev", "test"),
@@ -113,14 +115,16 @@ def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Spl
     if not data:
         raise UserError("--data is missing: a folder of captioned pictures, parquet or tar files, or a hub id")
     wanted = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
+    is_folder = os.path.isdir(data)
     found: Splits | None = None
-    if not (os.path.isdir(data) and find_metadata(Path(data).resolve())):
-        found = find_tars(data, columns, wanted) or find_tables(data, columns, wanted)
-        if found and os.path.isdir(data) and has_pictures(Path(data)):
-            raise UserError(
-                f"{data} holds pictures, and tar or parquet files too: give one of them as --data, e.g. '{data}/*.tar'"
-            )
-    if found is None and not os.path.isdir(data):
+    if not (is_folder and find_metadata(Path(data).resolve())):
+        tried = (find(data, columns, wanted) for find in _FORMS)
+        found = next((splits for splits in tried if splits is not None), None)
+    if found and is_folder and has_pictures(Path(data)):
+        raise UserError(
+            f"{data} holds pictures, and tar or parquet files too: give one of them as --data, e.g. '{data}/*.tar'"
+        )
+    if found is None and not is_folder:
         raise UserError(
             f"--data {data!r} is no folder, no .parquet or .tar file (nor a pattern of such) and no hub id (owner/name)"
         )
