@@ -1,7 +1,7 @@
-"""PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2) and the game: it judges overlapping patches.
+"""PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2) and the adversarial losses.
 
-Group normalisation stands in place of batch normalisation: a picture's verdict doesn't depend on its neighbours in the
-batch, nor on how many processes the batch is spread over.
+The discriminator judges overlapping patches. Group normalisation stands in place of batch normalisation, so that a picture's
+logits depend neither on its neighbours in the batch nor on how many processes the batch is spread over.
 """
 
 import math
@@ -71,25 +71,25 @@ def frozen(module: nn.Module, but: nn.Parameter | None = None) -> Iterator[None]
             p.requires_grad_(True)
 
 
-def discriminator_loss(game: AdversarialKind, real: Tensor, fake: Tensor) -> Tensor:
-    """Of logits of pictures and of reconstructions, (b, 1, h, w) each: a mean over patches.
+def discriminator_loss(kind: AdversarialKind, real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss for logits of pictures and of reconstructions, (b, 1, h, w) each: a mean over patches.
 
     hinge: Lim & Ye 2017 (arXiv 1705.02894); the others: Goodfellow et al. 2014 (arXiv 1406.2661), half their cross-entropies.
     """
     real, fake = real.float(), fake.float()
-    match game:
+    match kind:
         case "hinge":
             return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         case "non_saturating" | "saturating":
             return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
         case _:
-            assert_never(game)
+            assert_never(kind)
 
 
-def generator_loss(game: AdversarialKind, fake: Tensor) -> Tensor:
+def generator_loss(kind: AdversarialKind, fake: Tensor) -> Tensor:
     """The generator's half: −E[D] (hinge), −E[log p(real)] (non_saturating), E[log p(fake)] (saturating)."""
     fake = fake.float()
-    match game:
+    match kind:
         case "hinge":
             return -fake.mean()
         case "non_saturating":
@@ -97,16 +97,16 @@ def generator_loss(game: AdversarialKind, fake: Tensor) -> Tensor:
         case "saturating":
             return -F.softplus(fake).mean()
         case _:
-            assert_never(game)
+            assert_never(kind)
 
 
-def r1_penalty(critic: nn.Module, real: Tensor) -> Tensor:
+def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
     """½ E ‖∇ D(x)‖² at real pictures (b, 3, H, W), D being the mean over patches: Mescheder et al. 2018 (arXiv 1801.04406), eq. 9.
 
     In float32, whatever the autocast: a squared gradient of half precision is mostly zeros.
     """
     with torch.autocast(real.device.type, enabled=False):
         pixels = real.detach().float().requires_grad_()
-        verdict = critic(pixels).mean(dim=(1, 2, 3)).sum()
-        (gradient,) = torch.autograd.grad(verdict, pixels, create_graph=True)
+        logits = discriminator(pixels).mean(dim=(1, 2, 3)).sum()
+        (gradient,) = torch.autograd.grad(logits, pixels, create_graph=True)
     return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()

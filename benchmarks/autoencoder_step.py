@@ -70,14 +70,14 @@ def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, 
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
-    vae, critic = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
+    vae, discriminator = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
     lpips = _LPIPS(net="vgg", pnet_rand=True)
     weights = load_file(vgg)
     for name, value in lpips.net.state_dict().items():
         value.copy_(weights[f"features.{name.split('.', 1)[1]}"])
     lpips.to(device)
     fused = True if sharing else None
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, weight_decay=0.01, fused=fused) for m in (vae, critic)]
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, weight_decay=0.01, fused=fused) for m in (vae, discriminator)]
 
     def reconstruct(batch: VaeBatch) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(batch.pixels).latent_dist
@@ -86,7 +86,7 @@ def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, 
 
     def update(k: int, loss: Tensor) -> None:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([vae, critic][k].parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([vae, discriminator][k].parameters(), 1.0)
         optimizers[k].step()
         optimizers[k].zero_grad(set_to_none=True)
 
@@ -96,17 +96,17 @@ def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, 
             made, kl = reconstruct(batch)
             n = len(pixels)
             nll = (F.l1_loss(made.float(), pixels, reduction="none") + lpips(made.float(), pixels)).sum() / n
-            game, last = -critic(made).mean(), vae.decoder.conv_out.weight
+            generator, last = -discriminator(made).mean(), vae.decoder.conv_out.weight
             one = torch.autograd.grad(nll, last, retain_graph=True)[0]
-            two = torch.autograd.grad(game, last, retain_graph=True)[0]
+            two = torch.autograd.grad(generator, last, retain_graph=True)[0]
             weight = 0.5 * (one.norm() / (two.norm() + 1e-4)).clamp(0, 1e4).detach()
-            loss = nll + 1e-6 * kl.sum() / n + weight * game
+            loss = nll + 1e-6 * kl.sum() / n + weight * generator
         update(0, loss)
-        critic.zero_grad(set_to_none=True)
-        logged += 0.0 if sharing else sum(x.item() for x in (loss, nll, kl.mean(), weight, game))
+        discriminator.zero_grad(set_to_none=True)
+        logged += 0.0 if sharing else sum(x.item() for x in (loss, nll, kl.mean(), weight, generator))
         with autocast(device, precision):
             made = made if sharing else reconstruct(batch)[0]
-            real, fake = critic(pixels), critic(made.detach())
+            real, fake = discriminator(pixels), discriminator(made.detach())
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         update(1, loss)
         return logged + (0.0 if sharing else sum(x.item() for x in (loss, real.mean(), fake.mean())))

@@ -225,13 +225,13 @@ def test_perceptual_networks_that_cannot_be_had(tmp_path) -> None:
 # -- adversarial ----------------------------------------------------------------------------------------------
 
 
-def test_games_against_their_definitions() -> None:
+def test_adversarial_losses_against_their_definitions() -> None:
     real, fake = noise(4, 1, 3, 3), noise(4, 1, 3, 3, seed=1)
     one, zero = torch.ones_like(real), torch.zeros_like(real)
     entropy = F.binary_cross_entropy_with_logits
     both = 0.5 * (entropy(real, one) + entropy(fake, zero))
-    for game in ("non_saturating", "saturating"):
-        torch.testing.assert_close(discriminator_loss(game, real, fake), both)
+    for kind in ("non_saturating", "saturating"):
+        torch.testing.assert_close(discriminator_loss(kind, real, fake), both)
     torch.testing.assert_close(generator_loss("non_saturating", fake), entropy(fake, one))
     torch.testing.assert_close(generator_loss("saturating", fake), -entropy(fake, zero))
     torch.testing.assert_close(generator_loss("hinge", fake), -fake.mean())
@@ -240,10 +240,10 @@ def test_games_against_their_definitions() -> None:
     assert discriminator_loss("hinge", -sure, sure) == 3
 
 
-@pytest.mark.parametrize("game", ["hinge", "non_saturating", "saturating"])
-def test_the_generator_is_rewarded_for_fooling(game: str) -> None:
+@pytest.mark.parametrize("kind", ["hinge", "non_saturating", "saturating"])
+def test_the_generator_is_rewarded_for_fooling(kind: str) -> None:
     fake = noise(4, 1, 3, 3).requires_grad_()
-    generator_loss(game, fake).backward()
+    generator_loss(kind, fake).backward()
     assert (fake.grad < 0).all()
 
 
@@ -313,9 +313,9 @@ def test_spectral_norm_follows_the_weights_when_refreshed_and_only_then() -> Non
 
 
 def test_the_adaptive_weight_makes_both_pull_alike() -> None:
-    likeness, game = noise(3, 16, 3, 3), 40 * noise(3, 16, 3, 3, seed=1)
-    weight = adaptive_weight(likeness, game)
-    assert float((weight * game).norm()) == pytest.approx(float(likeness.norm()), rel=1e-6)
+    distance, generator = noise(3, 16, 3, 3), 40 * noise(3, 16, 3, 3, seed=1)
+    weight = adaptive_weight(distance, generator)
+    assert float((weight * generator).norm()) == pytest.approx(float(distance.norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -268,7 +268,7 @@ def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
     factor: float, precision: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The generator's loss times a factor: vanishing, ordinary, exploding, infinite."""
-    monkeypatch.setattr(train.stages.vae_step, "generator_loss", lambda game, fake: factor * generator_loss(game, fake))
+    monkeypatch.setattr(train.stages.vae_step, "generator_loss", lambda kind, fake: factor * generator_loss(kind, fake))
     train.stages.vae.train(config(shapes, tmp_path / "run", precision=precision, steps=4, log_every=1))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     weights = [line["adversarial_weight"] for line in lines if "adversarial_weight" in line]

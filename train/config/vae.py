@@ -93,7 +93,7 @@ class AdversarialConfig:
     """A patch discriminator (Isola et al. 2017) trained beside the autoencoder."""
 
     kind: Literal["none", AdversarialKind] = "none"
-    """The game's loss: `hinge` (Lim & Ye 2017), or the cross-entropy of Goodfellow et al. 2014 with either generator."""
+    """The losses: `hinge` (Lim & Ye 2017), or the cross-entropy of Goodfellow et al. 2014 with either generator."""
     weight: float = Field(default=0.5, gt=0)
     """Weight of the autoencoder's adversarial loss."""
     adaptive: bool = True
@@ -109,7 +109,7 @@ class AdversarialConfig:
     spectral_norm: bool = False
     """Hold its layers' largest singular values at 1 (Miyato et al. 2018)."""
     r1: float = Field(default=0.0, ge=0)
-    """Weight of half the squared gradient of its verdict on pictures (Mescheder et al. 2018); 0 leaves it out."""
+    """Weight of half the squared gradient of its mean logit at pictures (Mescheder et al. 2018); 0 leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)

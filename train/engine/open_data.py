@@ -74,9 +74,7 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
 def large_enough(source: Source, run: Run) -> Source:
     """The pictures of a source that input.min_size lets in."""
     config = run.config.input
-    shapes, unreadable = measure(
-        source, run.cache, config.max_pixels, run.config.workers, run.processes
-    )
+    shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
     run.damage.of(source.left_out).note(len(source) - len(unreadable), unreadable, whole=True)
     stays = shapes.min(1) >= config.min_size
     if not stays.any():
@@ -96,9 +94,7 @@ def build_buckets(source: Source, run: Run, multiple: int) -> tuple[Source, Buck
     if config.buckets % multiple:
         raise UserError(f"input.buckets {config.buckets} isn't a multiple of {multiple}, which these networks need")
     sizes = bucket_sizes(config.resolution, config.buckets, config.bucket_ratio)
-    shapes, unreadable = measure(
-        source, run.cache, config.max_pixels, run.config.workers, run.processes
-    )
+    shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
     run.damage.of(source.left_out).note(len(source) - len(unreadable), unreadable, whole=True)
     readable = shapes.min(1) > 0
     if not readable.any():
