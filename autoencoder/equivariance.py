@@ -17,7 +17,7 @@ class Transform(NamedTuple):
     """τ, for a batch."""
 
     height: int
-    """Of the latent, before it is turned."""
+    """Size of the latent before it is turned."""
     width: int
     turns: int
     """Quarter turns, counter-clockwise."""
@@ -31,6 +31,6 @@ class Transform(NamedTuple):
 
 
 def draw(uniforms: tuple[float, float, float], side: int, smallest: float) -> Transform:
-    """From three numbers in [0, 1): sides between `smallest` and 1 of a latent's, and 0 to 3 quarter turns."""
+    """Map three numbers in [0, 1) to a transform: sides of `smallest` to 1 times the latent's, and 0 to 3 quarter turns."""
     height, width = (max(1, round(side * (smallest + (1 - smallest) * u))) for u in uniforms[:2])
     return Transform(height, width, int(4 * uniforms[2]))

@@ -101,7 +101,7 @@ class Autoencoder:
 
     @classmethod
     def load(cls, where: str | Path) -> Self:
-        """From a folder (an AutoencoderKL, or a pipeline with `vae/` in it) or a hub id; safetensors only."""
+        """Read a folder (an AutoencoderKL, or a pipeline with `vae/` in it) or a hub id; safetensors only."""
         folder = Path(where)
         if folder.is_dir():
             folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
@@ -161,7 +161,7 @@ class Autoencoder:
 
 
 class LatentStatistics(NamedTuple):
-    """Of posterior samples before folding, a channel each, float64."""
+    """Statistics of posterior samples before folding, a channel each, float64."""
 
     mean: Tensor  # (c,)
     std: Tensor  # (c,), floored
@@ -170,7 +170,7 @@ class LatentStatistics(NamedTuple):
 
 
 def latent_statistics(sums: Tensor) -> LatentStatistics:
-    """From `latent_sums` added up over a data set (and over processes)."""
+    """Return the statistics of `latent_sums` added up over a data set (and over processes)."""
     n, sample, square, mean, mean_square = sums.double().unbind(1)
     std = (square / n - (sample / n) ** 2).clamp_min(0).sqrt()
     signal = (mean_square / n - (mean / n) ** 2).clamp_min(0).sqrt()

@@ -42,7 +42,7 @@ class Colours(NamedTuple):
 
     @classmethod
     def load(cls, folder: str | Path, channels: int) -> "Colours | None":
-        """Of an autoencoder's folder; None where it has none. Raises UserError for anything but those of so many channels."""
+        """Read an autoencoder's folder; None where it has no colours. Raises UserError for those of other latents."""
         path = Path(folder) / _FILE
         if not path.is_file():
             return None
@@ -92,5 +92,5 @@ def fit_colours(
 
 
 def _padded(x: Tensor) -> Tensor:
-    """With a border in which the last row and column are repeated."""
+    """Add a border in which the last row and column are repeated."""
     return F.pad(x, (1, 1, 1, 1), mode="replicate")

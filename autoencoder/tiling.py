@@ -32,9 +32,9 @@ class Tiles:
     """How a picture is cut; lengths are in latents, for encoding as for decoding."""
 
     side: int = 64
-    """Of a tile; smaller pictures stay whole."""
+    """Side of a tile; smaller pictures stay whole."""
     overlap: int = 16
-    """Of neighbours: a quarter at either end is thrown away, the half between blends."""
+    """Overlap of neighbours: a quarter at either end is thrown away, the half between blends."""
 
     def __post_init__(self) -> None:
         if self.side < 1:
@@ -162,7 +162,7 @@ def pad_to_multiple(pixels: Tensor, factor: int) -> Tensor:
 
 
 class _Moments(NamedTuple):
-    """Of a group norm's input, a picture and group each."""
+    """Moments of a group norm's input, for each picture and group."""
 
     size: int  # elements
     mean: Tensor  # (b, groups), float64
@@ -170,7 +170,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(x: Tensor, groups: int) -> _Moments:
-    """Of activations (b, c, ...)."""
+    """Return the moments of activations (b, c, ...)."""
     x = _wide(x).reshape(len(x), groups, -1)
     var, mean = torch.var_mean(x, -1, correction=0)
     return _Moments(x.shape[-1], mean.cpu().double(), var.cpu().double())
@@ -198,7 +198,7 @@ class _GroupNorms:
         self.measured: dict[nn.Module, list[_Moments]] = {}
 
     def fix(self) -> None:
-        """From here on, the norms measured so far use what was measured."""
+        """Let the norms measured so far use what was measured."""
         self.fixed |= {norm: _pooled(parts) for norm, parts in self.measured.items()}
         self.measured = {}
 

@@ -67,7 +67,7 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Of an encoding."""
+        """Tokens of an encoding: those of all its chunks."""
         return self.chunks * self.max_length
 
     @torch.no_grad()

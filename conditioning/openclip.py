@@ -74,7 +74,7 @@ def _read_folder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
-    """Of an open_clip configuration (open_clip.get_model_config); UserError where the text tower isn't CLIP's."""
+    """Translate an open_clip configuration (open_clip.get_model_config); UserError where the text tower isn't CLIP's."""
     # Whatever else stands there (another tokenizer, no causal mask, a class token) CLIPTextModel hasn't got.
     if foreign := sorted(set(config["text_cfg"]) - set(_DEFAULTS)):
         raise UserError(f"its text tower isn't CLIP's ({', '.join(foreign)})")

@@ -44,7 +44,7 @@ class Sketch(nn.Module):
 
 
 class Echo(nn.Module):
-    """From the features of a token, linearly, fixed random codes of it and of the `words` − 1 tokens before it."""
+    """Predict linearly, from the features of a token, fixed random codes of it and of the `words` − 1 tokens before it."""
 
     codes: Tensor
 

@@ -86,6 +86,6 @@ def slug(text: str) -> str:
 
 
 def _quoted(value: object) -> str:
-    """As the web UI writes a value that holds what divides values."""
+    """Return a value as the web UI writes one that holds a comma, a colon or a line break."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\x00-\x1f]", text) else text

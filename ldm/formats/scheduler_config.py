@@ -34,7 +34,7 @@ class Process:
     target: Target
     spacing: Spacing = "trailing"
     variance: VarianceKind = "fixed_small"
-    """Of the ddpm sampler."""
+    """Variance of the ddpm sampler's steps."""
     steps_offset: int = 1
     """Added to leading timesteps."""
     set_alpha_to_one: bool = False
@@ -49,7 +49,7 @@ class Process:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Process":
-        """Of a pipeline's folder. Raises UserError where it can't be read."""
+        """Read the process of a pipeline's folder. Raises UserError where it can't be read."""
         try:
             text = (Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
             return cls.from_diffusers(json.loads(text))
@@ -60,7 +60,7 @@ class Process:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
-        """Of a scheduler_config.json, whatever scheduler's, with that scheduler's defaults; UserError for what isn't known."""
+        """Read a scheduler_config.json of any scheduler, with that scheduler's defaults; UserError for what isn't known."""
         name = str(config.get("_class_name", "DDIMScheduler"))
         flow = name.startswith("FlowMatch")
         variance = config.get("variance_type") or "fixed_small"

@@ -67,7 +67,7 @@ _OWN_SHAPE: dict[str, dict[str, Any]] = {
         "mid_block_add_attention": True,
     },
 }  # fmt: skip
-"""Of Stable Diffusion 1 and 2, which tools know that aren't given a configuration."""
+"""Shapes of Stable Diffusion 1 and 2, which tools assume that aren't given a configuration."""
 _BLOCKS = {
     *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
     *("DownEncoderBlock2D", "UpDecoderBlock2D"),
@@ -166,7 +166,7 @@ def _limits(pipe: Pipeline) -> list[str]:
 
 
 def _metadata(pipe: Pipeline, title: str) -> dict[str, str]:
-    """As Stability's model specification 1.0 names it."""
+    """Return the metadata, in the names of Stability's model specification 1.0."""
     vae, size = pipe.autoencoder.vae, pipe.unet.config.sample_size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = (size, size) if isinstance(size, int) else size

@@ -83,7 +83,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 class LatentHealth(NamedTuple):
-    """Of a data set's latents, a channel each, float64 on the CPU; distances from normal are of posterior samples."""
+    """Statistics of a data set's latents, a channel each, float64 on the CPU; distances from normal are of posterior samples."""
 
     mean: Tensor
     """(c,)"""

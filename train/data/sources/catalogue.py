@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """A picture as listed."""
 
     name: str
-    """As the data set has it, with "/" between: what reports show, and what decides on which side of a split it is."""
+    """Name in the data set, with "/" between: what reports show, and what decides on which side of a split it is."""
     size: int
     """Bytes of its file."""
     mtime_ns: int

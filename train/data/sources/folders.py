@@ -71,7 +71,7 @@ class Folder(Catalogue):
             raise DamagedPicture(self.names[k], str(error.strerror)) from None
 
     def part(self, inside: str) -> "Folder":
-        """Of one folder in it; names stay as they are."""
+        """Return the pictures of one folder in it; names stay as they are."""
         begins = f"{inside}/"
         rows = (row for row in self if row.name.startswith(begins))
         return Folder(self.folder, rows, [lost for lost in self.left_out if lost[0].startswith(begins)])

@@ -78,7 +78,7 @@ class Source:
         return self.catalogue.read(self._row(index))
 
     def captions(self, most: int | None = None) -> Iterator[str]:
-        """Of all the pictures, one after the other, or of so many that are spread evenly."""
+        """Yield the captions of all the pictures, one after the other, or of `most` that are spread evenly."""
         n = len(self)
         count = n if most is None else min(most, n)
         return (text for k in range(count) for text in self[k * n // count].captions)

@@ -115,11 +115,11 @@ class Stream:
 
     @property
     def left_out(self) -> tuple[tuple[str, str], ...]:
-        """Of what has been read so far: (name, reason), at most 10,000."""
+        """(name, reason) of what was left out so far, at most 10,000."""
         return tuple(self._left_out.items())
 
     def examples(self, seed: int, start: int = 0) -> Generator[tuple[Example, ...], None, None]:
-        """Of position `start` and those after it, without end: the example, then 8 others to try where it is damaged.
+        """Yield, from position `start` on and without end, an example and 8 others to try where it is damaged.
 
         (Of a stream with a single example for training the first comes alone.) To reach `start`, everything before it
         is read once more: an epoch's length isn't known otherwise.

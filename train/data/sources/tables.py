@@ -187,7 +187,7 @@ def _open_hub(builder: Any, split: str, columns: Columns, name: str) -> Table:
 
 @contextmanager
 def _reading(what: str, long: bool = False) -> Iterator[None]:
-    """With `datasets` quiet, and what goes wrong told in a line. long: leaves its progress bars on."""
+    """Keep `datasets` quiet, and turn what goes wrong into an error of one line. long: leaves its progress bars on."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 

@@ -238,7 +238,7 @@ class Writer:
 
 
 def checksum(line_at: int, picture: int, line: bytes | memoryview) -> int:
-    """Of a row's record and line."""
+    """Return the CRC-32 of a row's record and line."""
     return zlib.crc32(line, zlib.crc32(struct.pack("<QQ", line_at, picture)))
 
 

@@ -17,7 +17,7 @@ Digests = NDArray[np.uint64]
 
 
 def digests(texts: Iterable[str]) -> Digests:
-    """Of each text."""
+    """Return the digest of each text."""
     out = bytearray()
     for text in texts:
         out += hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
@@ -25,12 +25,12 @@ def digests(texts: Iterable[str]) -> Digests:
 
 
 def digest(content: bytes) -> Digests:
-    """Of one content, (2,)."""
+    """Return the digest of one content, (2,)."""
     return _from_bytes(hashlib.sha256(content).digest()[:16])[0]
 
 
 def picture_keys(source: Source) -> Digests:
-    """Of each picture: where it is, its name, size and time. On either side of a split others may have these too."""
+    """Return the digest of each picture's place, name, size and time. On either side of a split others may have these too."""
     place = f"{os.path.abspath(source.place)}\0{source.split}"
     return digests(f"{place}\0{row.size}\0{row.mtime_ns}\0{row.name}" for row in source)
 
@@ -84,14 +84,14 @@ class Index:
             self.key, self.id = np.concatenate([self.key, records[there, 0]]), np.concatenate([self.id, ids[there]])
 
     def find(self, keys: Digests) -> NDArray[np.int64]:
-        """Of each key the row, or -1."""
+        """Return the row of each key, or -1."""
         known = locate(self.key, keys)
         aliased = np.flatnonzero(known >= len(self.file))
         known[aliased] = self.find_content(self.id[known[aliased]])
         return known
 
     def find_content(self, ids: Digests) -> NDArray[np.int64]:
-        """As find, by likeness ^ content."""
+        """Return the row of each likeness ^ content, or -1."""
         return locate(self.id[: len(self.file)], ids)
 
     def ambiguous(self, keys: Digests) -> NDArray[np.bool_]:
@@ -109,7 +109,7 @@ def equal(keys: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def locate(table: Digests, wanted: Digests) -> NDArray[np.int64]:
-    """Of each of the wanted its place in the table, or -1."""
+    """Return the place in the table of each that is wanted, or -1."""
     found = np.full(len(wanted), -1)
     order = np.argsort(table[:, 0])
     halves = table[order, 0]

@@ -49,9 +49,9 @@ class Made(NamedTuple):
 
     values: NDArray[Any]  # (b, *shape)
     contents: Digests
-    """Of each: of all it was made from, besides what all rows depend on; 0 where that is its key."""
+    """Digest of all that each was made from, besides what all rows depend on; 0 where that is its key."""
     bad: list[str]
-    """Of each, why it couldn't be made, or ""."""
+    """Why each couldn't be made, or ""."""
 
 
 class Rows(Protocol):
@@ -59,7 +59,7 @@ class Rows(Protocol):
 
     @property
     def keys(self) -> Digests:
-        """Of each row: changes when the row may have changed."""
+        """Digest of each row that changes when the row may have changed."""
         ...
 
     @property
@@ -72,7 +72,7 @@ class Rows(Protocol):
         ...
 
     def contents(self, rows: NDArray[np.int64], /) -> Digests:
-        """As in Made, without making them."""
+        """Return `Made.contents` of these rows, without making them."""
         ...
 
     def make(self, batches: Sequence[NDArray[np.int64]], /) -> Iterator[Made]:
@@ -195,7 +195,7 @@ def _look(folder: Path, keys: Digests, index: Index, found: NDArray[np.int64]) -
 def _recognise(
     folder: Path, rows: Rows, keys: Digests, unknown: NDArray[np.int64], index: Index, processes: Processes
 ) -> None:
-    """Of the rows that aren't known by key, write down which are known by content."""
+    """Write down which of the rows that aren't known by key are known by content."""
     if not len(index.like):
         return  # as in a first build
     perhaps = unknown[np.isin(rows.likes(unknown)[:, 0], index.like)]
