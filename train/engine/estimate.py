@@ -7,11 +7,11 @@ import torch
 
 from train.data.store.shards import duration
 from train.engine.optim import autocast
-from train.engine.run import Run
+from train.engine.run import AnyRun
 from train.engine.stage import Batch, Stage
 
 
-def estimate(run: Run, stage: Stage, parts: list[Batch], steps: int) -> None:
+def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
     """Say what a step of these parts costs, and `steps` of them. The first try warms up; no weight changes."""
     config, device = run.config, run.accelerator.device
     phases = [p for p in stage.phases if p.start < config.steps]

@@ -14,7 +14,7 @@ from train.data.store.atomic import atomic_folder
 from train.engine.estimate import estimate
 from train.engine.optim import learning_rate
 from train.engine.provenance import is_result
-from train.engine.run import Run
+from train.engine.run import AnyRun
 from train.engine.stage import Batch, Hooks, Publish, Stage
 from train.engine.stop import Stop
 from train.engine.trainer import Trainer
@@ -71,7 +71,7 @@ class Watch:
         self.begun += time.perf_counter() - begun
 
 
-def fit(run: Run, stage: Stage, publish: Publish, hooks: Hooks | None = None) -> None:
+def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None) -> None:
     """Train the stage to the configured step, from wherever the run's folder stands."""
     trainer, config = Trainer(run, stage, hooks), run.config
     start = trainer.resume()
@@ -121,7 +121,7 @@ def fit(run: Run, stage: Stage, publish: Publish, hooks: Hooks | None = None) ->
                 raise SystemExit(128 + stopped)
 
 
-def conclude(run: Run, stage: Stage, publish: Publish, step: int) -> None:
+def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:
     """Hand over the result of a run whose last step is done, unless that has been done too."""
     if not is_result(run.folder.model, step):
         export(run, stage, publish, step, final=True)
@@ -131,7 +131,7 @@ def conclude(run: Run, stage: Stage, publish: Publish, step: int) -> None:
     run.say(f"{run.folder} is finished ({step} steps); give more --steps to go on, or another --out")
 
 
-def validate(run: Run, stage: Stage, step: int) -> None:
+def validate(run: AnyRun, stage: Stage, step: int) -> None:
     """Held-out measures and a sheet, with the averaged weights."""
     run.metrics.log(step, stage.validate(step))
     if run.main:
@@ -141,7 +141,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def export(run: Run, stage: Stage, publish: Publish, step: int, *, final: bool) -> None:
+def export(run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: bool) -> None:
     """Refresh model/ with the averaged weights."""
     if run.main:
         with atomic_folder(run.folder.model) as folder:

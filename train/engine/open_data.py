@@ -13,7 +13,7 @@ from train.data.batches.pictures import PictureDataset, StreamDataset
 from train.data.batches.records import Drawn
 from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
-from train.engine.run import Run
+from train.engine.run import AnyRun
 
 SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _READ = 10_000  # pictures whose captions are looked through for words
@@ -32,7 +32,7 @@ class Inputs:
         parts = (self.source.fingerprint if self.stream is None else self.stream.fingerprint, self.held_out.fingerprint)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def prepared(self, run: Run) -> "Inputs":
+    def prepared(self, run: AnyRun) -> "Inputs":
         """Told to the person who watches, and without the pictures that are too small."""
         config = run.config.input
         if config.flip and (found := next(filter(SIDES.search, self.source.captions(_READ)), None)):
@@ -71,7 +71,7 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     return Inputs(take(splits, "train", **how), take(splits, "test", **how))
 
 
-def large_enough(source: Source, run: Run) -> Source:
+def large_enough(source: Source, run: AnyRun) -> Source:
     """The pictures of a source that input.min_size lets in."""
     config = run.config.input
     shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
@@ -88,7 +88,7 @@ def large_enough(source: Source, run: Run) -> Source:
     return source.only_where(stays, unreadable)
 
 
-def build_buckets(source: Source, run: Run, multiple: int) -> tuple[Source, Buckets]:
+def build_buckets(source: Source, run: AnyRun, multiple: int) -> tuple[Source, Buckets]:
     """The buckets of a source's readable pictures. multiple: what the networks need the sides to be a multiple of."""
     config = run.config.input
     if config.buckets % multiple:

@@ -1,15 +1,24 @@
 """What goes with the weights of every stage when others are to use them: training.json, the card and the licence."""
 
 from pathlib import Path
+from typing import Protocol
 
 from train.engine.model_card import About, state_license, write_card
 from train.engine.open_data import Inputs
 from train.engine.provenance import is_result, write_provenance
-from train.engine.run import Run
+from train.engine.run import AnyRun
 from train.engine.stage import Publish
 
 
-def publisher(run: Run, inputs: Inputs, about: About) -> Publish:
+class Published(Protocol):
+    """What a stage says of its model."""
+
+    inputs: Inputs
+
+    def about(self) -> About: ...
+
+
+def publisher(run: AnyRun, stage: Published) -> Publish:
     """What writes all of it into the folder of a stage's weights; in one that is published, the licence alone."""
     license = run.config.license
 
@@ -21,8 +30,8 @@ def publisher(run: Run, inputs: Inputs, about: About) -> Publish:
         write_provenance(folder, run.config, step=step, final=final)
         measured, figures = run.metrics.validated(step)
         write_card(
-            folder, about, run.config, inputs, name=run.folder.name, fingerprint=run.inputs["data"], samples=run.folder.samples,
-            step=step, final=final, measured=measured, figures=figures,
+            folder, stage.about(), run.config, stage.inputs, name=run.folder.name, fingerprint=run.inputs["data"],
+            samples=run.folder.samples, step=step, final=final, measured=measured, figures=figures,
         )  # fmt: skip
         if final and not license:
             run.say(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator
 
@@ -16,12 +17,14 @@ from train.engine.folder import RunFolder
 from train.engine.metrics import Metrics
 from train.engine.settings import settle
 
+Config = TypeVar("Config", bound=RunConfig)
+
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[Config]):
     """A stage's run."""
 
-    config: RunConfig
+    config: Config
     inputs: Mapping[str, str]
     """Content of what it is made from, by name."""
     accelerator: Accelerator
@@ -44,28 +47,28 @@ class Run:
         return self.accelerator.is_main_process
 
 
+AnyRun = Run[Any]
+
+
 @contextmanager
-def open_run(config: RunConfig, accelerator: Accelerator, inputs: Mapping[str, str]) -> Iterator[Run]:
+def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> Iterator[Run[Config]]:
     """Begin or continue the run in `config.out`, which no other process may train in meanwhile.
 
     Raises UserError where the folder was made with other settings or inputs.
     """
     main, folder = accelerator.is_main_process, RunFolder(Path(config.out))
+    say, metrics = Console(main), Metrics(folder.metrics, accelerator)
+    processes = Processes(
+        rank=accelerator.process_index, world=accelerator.num_processes, barrier=accelerator.wait_for_everyone, say=say
+    )
     with folder.locked() if main else nullcontext():
         if main:
             config = settle(folder.settings, config, inputs)
             # A tracker that fails (a missing package) would fail the run at its first log: fail at the start instead.
             accelerator.init_trackers(folder.name)
         accelerator.wait_for_everyone()
-        say = Console(main)
+        damage = DamageReport(folder.damaged, config.input.max_damaged, say, main)
         try:
-            yield Run(
-                config, inputs, accelerator, folder, say, Metrics(folder.metrics, accelerator),
-                Feed(config, accelerator), DamageReport(folder.damaged, config.input.max_damaged, say, main),
-                Processes(
-                    rank=accelerator.process_index, world=accelerator.num_processes,
-                    barrier=accelerator.wait_for_everyone, say=say,
-                ),
-            )  # fmt: skip
+            yield Run(config, inputs, accelerator, folder, say, metrics, Feed(config, accelerator), damage, processes)
         finally:
             accelerator.end_training()

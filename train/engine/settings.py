@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 
@@ -23,18 +23,26 @@ def settle(path: Path, config: Config, inputs: Mapping[str, str]) -> Config:
     inputs: content of what the run is made from, by name, e.g. {"data": fingerprint}. Raises UserError where the run was
     made with others, or with other settings than may differ.
     """
+    settled, out = config, str(path.parent)
     if path.is_file():
         before = read_yaml(path)
         about = before.pop("about", {})
-        out = str(path.parent)
         _refuse_other_inputs(out, about.get("inputs", {}), inputs)
-        _refuse_other_settings(out, before, config)
-        config = replace(config, license=config.license or before.get("license", ""))
+        try:
+            was = validate(type(config), before)  # what it didn't know of has its default
+        except UserError as error:
+            raise UserError(f"{out!r} holds a run of another stage or version ({error}): take another --out") from None
+        settled = replace(config, license=config.license or was.license)
+        for name, old, new in differences(was, config):
+            raise UserError(
+                f"{out!r} was made with --{name.replace('_', '-')} {_shown(old)}, not {_shown(new)}: "
+                "give the same to continue it, or another --out"
+            )
     about = {"inputs": dict(inputs), "versions": versions(), "commit": commit()}
-    text = yaml.safe_dump(plain(config) | {"about": about}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain(settled) | {"about": about}, sort_keys=False, allow_unicode=True)
     with atomic_file(path) as file:
         file.write(text.encode())
-    return config
+    return settled
 
 
 def _refuse_other_inputs(out: str, before: Mapping[str, str], inputs: Mapping[str, str]) -> None:
@@ -44,18 +52,6 @@ def _refuse_other_inputs(out: str, before: Mapping[str, str], inputs: Mapping[st
                 f"--{name.replace('_', '-')} holds something else than what {out!r} was trained on "
                 f"({was[:12] or 'nothing'}…, now {value[:12] or 'nothing'}…): use the same, or another --out"
             )
-
-
-def _refuse_other_settings(out: str, before: dict[str, Any], config: RunConfig) -> None:
-    try:
-        was = validate(type(config), before)  # what it didn't know of has its default
-    except UserError as error:
-        raise UserError(f"{out!r} holds a run of another stage or version ({error}): take another --out") from None
-    for name, old, new in differences(was, config):
-        raise UserError(
-            f"{out!r} was made with --{name.replace('_', '-')} {_shown(old)}, not {_shown(new)}: "
-            "give the same to continue it, or another --out"
-        )
 
 
 def _shown(value: object) -> str:

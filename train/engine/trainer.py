@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.errors import RunError
 from train.engine.checkpoint import Checkpoints
 from train.engine.optim import autocast, learning_rate
-from train.engine.run import Run
+from train.engine.run import AnyRun
 from train.engine.stage import Batch, Hooks, Phase, Stage, StepOutput
 from train.engine.subset import Subset, frozen_names
 
@@ -37,7 +37,7 @@ class Health:
 class Trainer:
     """A stage with the state of its training."""
 
-    def __init__(self, run: Run, stage: Stage, hooks: Hooks | None = None) -> None:
+    def __init__(self, run: AnyRun, stage: Stage, hooks: Hooks | None = None) -> None:
         self.run, self.stage, self.hooks = run, stage, hooks or Hooks()
         device = run.accelerator.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.config.precision == "fp16")

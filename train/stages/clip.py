@@ -18,6 +18,7 @@ from train.data.batches.records import PictureBatch, Record
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
+from train.engine.model_card import About
 from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import build_optimizer
 from train.engine.publish import publisher
@@ -58,8 +59,9 @@ class Pair(nn.Module):
 class ClipStage:
     """What the loop asks of stage 0."""
 
-    def __init__(self, run: Run, config: ClipConfig, inputs: Inputs, tokenizer: CLIPTokenizer) -> None:
-        self.run, self.config, self.tokenizer, self.inputs = run, config, tokenizer, inputs
+    def __init__(self, run: Run[ClipConfig], inputs: Inputs, tokenizer: CLIPTokenizer) -> None:
+        self.run, self.config, self.inputs, self.tokenizer = run, run.config, inputs, tokenizer
+        config = run.config
         pair = Pair(config.build(tokenizer).to(run.accelerator.device))
         self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
         self.ema = Ema(pair.contrastive.clip, config.ema_decay)
@@ -119,6 +121,9 @@ class ClipStage:
             save_clip(clip, self.tokenizer, folder)
         return {}
 
+    def about(self) -> About:
+        return about_clip(self.config, self.ema.module, self.inputs)
+
 
 def _id(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=7).digest())
@@ -135,5 +140,5 @@ def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
     with open_run(config, accelerator, {"data": inputs.fingerprint}) as run:
         inputs = inputs.prepared(run)
         tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
-        stage = ClipStage(run, config, inputs, tokenizer)
-        fit(run, stage, publisher(run, inputs, about_clip(config, stage.ema.module, inputs)), hooks)
+        stage = ClipStage(run, inputs, tokenizer)
+        fit(run, stage, publisher(run, stage), hooks)

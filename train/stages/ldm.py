@@ -32,6 +32,7 @@ from train.data.store.shards import Stored
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
+from train.engine.model_card import About
 from train.engine.open_data import Inputs, build_buckets, open_inputs
 from train.engine.optim import DTYPES, autocast, build_optimizer
 from train.engine.publish import publisher
@@ -149,6 +150,9 @@ class LdmStage:
             self.pipeline().save_pretrained(folder)
         return {}
 
+    def about(self) -> About:
+        return about_ldm(self.config, self.ema.module, self.inputs)
+
 
 def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[Denoising]] = ()) -> None:
     """Train stage 2 into `config.out`, or continue what stands there. terms: added to the loss."""
@@ -207,7 +211,7 @@ def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[De
             training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
             held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
         stage = LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out, terms)
-        fit(run, stage, publisher(run, inputs, about_ldm(config, unet, inputs)), hooks)
+        fit(run, stage, publisher(run, stage), hooks)
 
 
 def cached(

@@ -30,6 +30,7 @@ from train.data.store.prefetch import read_ahead
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
+from train.engine.model_card import About
 from train.engine.open_data import Inputs, open_inputs
 from train.engine.optim import autocast, build_optimizer
 from train.engine.publish import publisher
@@ -52,10 +53,11 @@ class VaeStage:
     """What the loop asks of stage 1."""
 
     def __init__(
-        self, run: Run, config: VaeConfig, vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs,
+        self, run: Run[VaeConfig], vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs,
         terms: Sequence[Term[Reconstruction]] = (),
     ) -> None:  # fmt: skip
-        self.run, self.config, self.inputs = run, config, inputs
+        self.run, self.config, self.inputs = run, run.config, inputs
+        config = run.config
         device, resolution = run.accelerator.device, config.input.resolution
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_side = resolution // self.factor
@@ -190,6 +192,9 @@ class VaeStage:
             )
         return {"dead_channels": len(statistics.dead)}
 
+    def about(self) -> About:
+        return about_vae(self.config, self.ema.module)
+
 
 def _spread(count: int, most: int) -> range:
     """Up to so many of the places in a set, from all of it: a set may be sorted."""
@@ -208,5 +213,5 @@ def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Re
     }
     with open_run(config, accelerator, made_from) as run:
         inputs = inputs.prepared(run)
-        stage = VaeStage(run, config, vae, perceptual, inputs, terms)
-        fit(run, stage, publisher(run, inputs, about_vae(config, vae)), hooks)
+        stage = VaeStage(run, vae, perceptual, inputs, terms)
+        fit(run, stage, publisher(run, stage), hooks)
