@@ -50,7 +50,7 @@ class Options:
     per_class: int = 32
     """Pictures painted of each background at each weight."""
     seed: int = 0
-    """Of the weights, the training and the pictures."""
+    """Seed of the weights, of the training and of the pictures."""
 
 
 class Classifier(nn.Module):
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
 
 def train(z: Tensor, labels: Tensor, schedule: Schedule, o: Options) -> Classifier:
-    """On latents (n, c, h, w) noised to timesteps drawn alike."""
+    """Train on latents (n, c, h, w) noised to timesteps that are drawn uniformly."""
     generator = torch.Generator().manual_seed(o.seed)
     torch.manual_seed(o.seed)
     network = Classifier(z.shape[1], len(NAMES))

@@ -28,7 +28,7 @@ PREDICTION_TYPE: dict[Target, str] = {
 
 
 def target_from_diffusers(prediction_type: str) -> Target:
-    """The target of that `prediction_type` of a scheduler_config.json; UserError if there is none."""
+    """Return the target of a scheduler_config.json's `prediction_type`. Raises UserError for an unknown one."""
     for kind, name in PREDICTION_TYPE.items():
         if name == prediction_type:
             return kind
@@ -36,7 +36,7 @@ def target_from_diffusers(prediction_type: str) -> Target:
 
 
 def check_target(kind: Target, schedule: Schedule) -> None:
-    """Raises UserError for a target that says nothing of x0 at some level of the schedule."""
+    """Raise UserError for a target that says nothing of x0 at some level of the schedule."""
     if kind == "eps" and schedule.zero_terminal_snr:
         raise UserError(
             "target eps on a path that ends in pure noise (zero terminal SNR, or a flow): there the noise says nothing "
@@ -45,7 +45,7 @@ def check_target(kind: Target, schedule: Schedule) -> None:
 
 
 def target_of(kind: Target, x0: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """What the network should have said of x_t = alpha x0 + sigma eps."""
+    """Return what the network should predict from x_t = alpha x0 + sigma eps."""
     match kind:
         case "eps":
             return eps
@@ -60,7 +60,7 @@ def target_of(kind: Target, x0: Tensor, eps: Tensor, alpha: Number, sigma: Numbe
 
 
 def to_x0(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """The clean picture that an output means."""
+    """Return the clean picture that an output implies."""
     match kind:
         case "eps":
             return (x_t - sigma * output) / alpha
@@ -75,7 +75,7 @@ def to_x0(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Numbe
 
 
 def to_eps(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """The noise that an output means."""
+    """Return the noise that an output implies."""
     match kind:
         case "eps":
             return output
@@ -90,7 +90,7 @@ def to_eps(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Numb
 
 
 def error_ratio(kind: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """A prediction's squared error in this target over that in x0 (Salimans & Ho 2022, section 4)."""
+    """Return a prediction's squared error in this target, divided by that in x0 (Salimans & Ho 2022, section 4)."""
     match kind:
         case "eps":
             return (alpha / sigma) ** 2

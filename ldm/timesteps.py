@@ -1,7 +1,7 @@
 """Which timesteps are trained on: maps from the batch's uniform numbers to indices 0 … T-1.
 
-A map keeps what the numbers are, so stratified ones give stratified timesteps, and a batch means the same on any number
-of processes.
+A map is the inverse of a distribution function: stratified numbers give stratified timesteps, and a batch means the same on
+any number of processes.
 """
 
 import math
@@ -17,28 +17,28 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Timesteps of a batch: index (b,) int64; weight (b,) or 1, with which means are those of uniform timesteps."""
+    """Timesteps of a batch: index (b,) int64, and weights (b,) or 1 that give means the value under uniform timesteps."""
 
     index: Tensor
     weight: Tensor | float
 
 
 class Timesteps(Protocol):
-    """u (b,) in [0, 1) → Drawn, of a schedule with T timesteps."""
+    """A map from uniform numbers u (b,) in [0, 1) to timesteps of a schedule that has T of them."""
 
     def __call__(self, u: Tensor, T: int) -> Drawn: ...
 
 
 def uniform(u: Tensor, T: int) -> Drawn:
-    """All alike."""
+    """Draw every timestep equally often."""
     return Drawn((u * T).long().clamp(max=T - 1), 1.0)  # a cast may have rounded u to 1
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """t = sigmoid(mean + std z), z standard normal: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
+    """Timesteps t = sigmoid(mean + std z), z standard normal: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
 
-    There it stands for a weighting of the levels and isn't corrected for.
+    The paper uses them as a weighting of the levels, so no weight corrects for them.
     """
 
     mean: float = 0.0
@@ -56,17 +56,17 @@ class LogitNormal:
 
 
 class Importance(nn.Module):
-    """p(i) in proportion to the root of the mean squared loss there: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 18.
+    """Importance sampling, p(i) ∝ sqrt(E[loss(i)^2]): Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 18.
 
-    Levels are taken in bins, whose mean squares are running averages over the examples seen, so that a bin changes by
-    1 - (1 - rate)^n after n of them; `floor` of the probability stays uniform. Uniform until every bin was seen. The state
-    is the buffers, the same on every process once `fold` has run.
+    Levels are divided into bins. A bin's mean square is a running average over its examples, which changes by
+    1 - (1 - rate)^n after n of them; `floor` of the probability stays uniform. All is uniform until every bin has had an
+    example. The state is the buffers, which are the same on every process once `fold` has run.
     """
 
     mean_square: Tensor
     seen: Tensor
     pending: Tensor
-    """Sums of squared losses and counts since the last fold, (2, bins): no buffer, which DDP would make rank 0's."""
+    """Sums of squared losses, and counts, since the last fold, (2, bins); not a buffer, as DDP would copy rank 0's to all."""
 
     def __init__(self, bins: int = 100, rate: float = 0.02, floor: float = 0.05) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Importance(nn.Module):
         self.forget()
 
     def probability(self) -> Tensor:
-        """Of each bin, (bins,)."""
+        """Return the probability of each bin, (bins,)."""
         bins = len(self.seen)
         known = (self.seen > 0).all() & (self.mean_square > 0).any()
         root = torch.where(known, self.mean_square.sqrt(), 1.0)
@@ -92,7 +92,7 @@ class Importance(nn.Module):
         return Drawn(index, 1 / (len(p) * p[at]))
 
     def note(self, index: Tensor, loss: Tensor, T: int) -> None:
-        """Losses (b,) of a part of a batch; non-finite ones are left out."""
+        """Add the losses (b,) of a part of a batch; non-finite ones are left out."""
         at, square = self._bin(index, T), loss.detach().double() ** 2
         self.pending = self.pending.to(square.device)
         finite = torch.isfinite(square).double()
@@ -100,11 +100,11 @@ class Importance(nn.Module):
         self.pending[1].index_add_(0, at, finite)
 
     def forget(self) -> None:
-        """Leave out what was noted since the last `fold`."""
+        """Discard the losses noted since the last `fold`."""
         self.pending = torch.zeros(2, *self.seen.shape, dtype=torch.float64, device=self.seen.device)
 
     def fold(self) -> None:
-        """Take what all processes noted into the averages."""
+        """Update the averages with the losses noted on all processes."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.pending)
         total, count = self.pending

@@ -53,7 +53,7 @@ def best(schedule, target, fraction=None):
 
     def network(x_t, given, condition):
         t = given.double() / schedule.T if isinstance(schedule, RectifiedFlow) else (given + 1).double() / schedule.T
-        # A flow is told sigma T, which its unshifted twin turns into alpha and sigma.
+        # A flow is given sigma T, which its unshifted twin turns into alpha and sigma.
         path = RectifiedFlow(schedule.T) if isinstance(schedule, RectifiedFlow) else schedule
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t))
         gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)

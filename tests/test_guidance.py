@@ -235,8 +235,8 @@ def gaussian(x_t, level, mean, std):
     return mean + gain * (x_t - level.alpha * mean)
 
 
-def told(level):
-    """A denoiser that is exact for the Gaussian it is told of, condition (b, 2, …) = mean and std."""
+def informed(level):
+    """A denoiser that is exact for the Gaussian that its condition names, condition (b, 2, …) = mean and std."""
     return Denoiser(lambda x_t, index, condition: gaussian(x_t, level, *condition.unbind(1)), "x0")
 
 
@@ -254,7 +254,7 @@ def test_composed_prompts_that_tilt_a_gaussian(level, scales):
     # p(x | c_k) ∝ p(x) exp(tilt_k x) is p, moved by variance × tilt_k; tilts add up in the product, at any noise level.
     tilts, x_t = [draw(3, 2, 2, seed=k) for k in (3, 4)], draw(4, 3, 2, 2)
     prompts = [(as_condition(MEAN + STD**2 * tilt, STD), s) for tilt, s in zip(tilts, scales, strict=True)]
-    composed = ClassifierFree(told(level), as_condition(MEAN, STD), prompts)
+    composed = ClassifierFree(informed(level), as_condition(MEAN, STD), prompts)
     moved = MEAN + STD**2 * sum(s * tilt for s, tilt in zip(scales, tilts, strict=True))
     torch.testing.assert_close(composed(x_t, level).x0, gaussian(x_t, level, moved, STD), rtol=0, atol=1e-12)
 
@@ -272,7 +272,7 @@ def test_composed_prompts_have_the_score_of_the_product(level, scales):
     )
     product = base + sum(s * (log - base) for s, log in zip(scales, logs, strict=True))
     (expected,) = torch.autograd.grad(product.sum(), x_t)
-    x0 = ClassifierFree(told(level), negative, list(zip(conditions, scales, strict=True)))(x_t.detach(), level).x0
+    x0 = ClassifierFree(informed(level), negative, list(zip(conditions, scales, strict=True)))(x_t.detach(), level).x0
     made = score(x_t.detach(), x0, level)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
 
@@ -369,14 +369,14 @@ def test_an_exact_classifier_gives_the_exact_conditional_denoiser(label):
 @torch.no_grad()
 def test_a_classifiers_weight_is_the_scale_of_classifier_free_guidance():
     # With exact models, grad log p(y | x_t) is the difference of the two scores (Ho & Salimans 2022, section 3.2).
-    def told_weights(x_t, index, condition):
+    def informed_by_weights(x_t, index, condition):
         return mixture(x_t, VP.level(int(index[0])), condition).x0
 
     for label, weight, i in [(0, 0.5, 999), (1, 3.0, 600), (2, -1.0, 300), (1, 0.0, 100)]:
         level = VP.level(i)
         x_t = noisy(level)
         everything, some = (w.expand(len(x_t), 4) for w in (WEIGHTS, WEIGHTS * LABELS[label]))
-        free = ClassifierFree(Denoiser(told_weights, "x0"), everything, [(some, weight)])
+        free = ClassifierFree(Denoiser(informed_by_weights, "x0"), everything, [(some, weight)])
         guided = ClassifierGuided(mixture, partial(log_probability, label), weight)
         torch.testing.assert_close(guided(x_t, level).x0, free(x_t, level).x0, rtol=0, atol=1e-9)
 
