@@ -32,7 +32,7 @@ from autoencoder.perceptual import Lpips
 from train.config.optimizer import OptimizerConfig
 from train.config.run import Precision
 from train.config.vae import AdversarialConfig, VaeConfig
-from train.engine.optim import autocast, build_optimizer
+from train.engine.optim import autocast
 from train.engine.provenance import versions
 from train.stages.vae_step import Discriminate, Reconstruct, VaeBatch
 
@@ -48,7 +48,7 @@ def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) 
         Reconstruct(vae, config, Lpips("vgg", vgg).to(device), discriminator),
         Discriminate(discriminator, config.adversarial),
     )
-    phases = [(m, build_optimizer(m, OptimizerConfig())) for m in modules]
+    phases = [(m, OptimizerConfig().build(m)) for m in modules]
 
     def step(batch: VaeBatch) -> float:
         part: Any = batch

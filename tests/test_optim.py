@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from train.config.optimizer import OptimizerConfig
-from train.engine.optim import Muon, build_optimizer, orthogonal
+from train.engine.optim import Muon, orthogonal
 
 CONFIG = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.1, momentum=0.9)
 
@@ -23,7 +23,7 @@ def gradients(net: nn.Module, seed: int) -> None:
 def test_matrices_step_as_with_torchs_muon(shape: tuple[int, int]) -> None:
     ours = nn.ModuleList(nn.Linear(*shape, bias=False) for _ in range(3))
     theirs = copy.deepcopy(ours)
-    optimizer = build_optimizer(ours, replace(CONFIG, weight_decay=5.0))
+    optimizer = replace(CONFIG, weight_decay=5.0).build(ours)
     reference = torch.optim.Muon(
         theirs.parameters(), lr=1e-2, weight_decay=5.0, momentum=0.9, adjust_lr_fn="match_rms_adamw"
     )
@@ -50,7 +50,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values(shape: tupl
 def test_a_zero_gradient_moves_nothing() -> None:
     net = nn.Linear(8, 8)
     before = copy.deepcopy(net)
-    optimizer = build_optimizer(net, OptimizerConfig(kind="muon", weight_decay=0))
+    optimizer = OptimizerConfig(kind="muon", weight_decay=0).build(net)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -59,7 +59,7 @@ def test_a_zero_gradient_moves_nothing() -> None:
 
 def test_a_step_that_is_not_finite_leaves_weights_and_momenta() -> None:
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8))
-    optimizer = build_optimizer(net, CONFIG)
+    optimizer = CONFIG.build(net)
     gradients(net, 0)
     optimizer.step()
     weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
@@ -76,7 +76,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_momenta() -> None:
 
 def test_embeddings_biases_and_norms_are_adamws() -> None:
     net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Unflatten(0, (1, -1)))
-    optimizer = build_optimizer(net, CONFIG)
+    optimizer = CONFIG.build(net)
     assert isinstance(optimizer, Muon)
     gradients(net, 0)
     optimizer.step()

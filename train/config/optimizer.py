@@ -1,9 +1,13 @@
 """The optimizer's configuration; and of every one, that unknown keys and non-finite numbers are refused."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, assert_never
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from torch.optim import AdamW
 
 strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -33,3 +37,19 @@ class OptimizerConfig:
     """Decoupled decay, on matrices and convolution kernels only (not on biases and normalisation weights)."""
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient over all parameters; 0 leaves it as it is."""
+
+    def build(self, module: "Module", *, lr: float | None = None) -> "AdamW":
+        """The optimizer of a module's trainable weights, at peak rate `lr`, else this configuration's."""
+        from torch.optim import AdamW
+
+        from train.engine.optim import Muon, decayed
+
+        groups = decayed(module, self.weight_decay, orthogonal=self.kind == "muon")
+        rate = self.lr if lr is None else lr
+        match self.kind:
+            case "adamw":
+                return AdamW(groups, rate, self.betas, self.eps, fused=True)
+            case "muon":
+                return Muon(groups, rate, self.betas, self.eps, momentum=self.momentum)
+            case _:
+                assert_never(self.kind)

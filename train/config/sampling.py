@@ -1,12 +1,24 @@
 """How pictures are sampled, as a command line says it."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, TypedDict
 
 import tyro
 
 from ldm.kinds import Spacing
 from ldm.samplers import SamplerKind
+
+
+class Sampling(TypedDict):
+    """The arguments of the pipeline that say how pictures are sampled."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_interval: tuple[float, float] | None
+    sampler: SamplerKind
+    spacing: Spacing | None
+    eta: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +41,9 @@ class SamplingOptions:
     eta: float = 0.0
     """ddim's share of noise, 0 to 1."""
 
-    def sampling(self) -> dict[str, Any]:
-        """As the pipeline's arguments."""
-        named = {f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
-        return {"num_inference_steps": named.pop("steps"), **named}
+    def sampling(self) -> Sampling:
+        """The options as the pipeline's arguments."""
+        return Sampling(
+            num_inference_steps=self.steps, guidance_scale=self.guidance_scale, guidance_rescale=self.guidance_rescale,
+            guidance_interval=self.guidance_interval, sampler=self.sampler, spacing=self.spacing, eta=self.eta,
+        )  # fmt: skip

@@ -12,29 +12,23 @@ from train.config.optimizer import OptimizerConfig
 from train.config.run import Precision
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, *, lr: float | None = None) -> torch.optim.AdamW:
-    """The optimizer of a module's trainable weights, at peak rate `lr`, else the configuration's.
+def decayed(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
+    """A module's trainable weights in an optimizer's groups: decay is on weights of two and more dimensions only.
 
-    Weight decay is on weights of two and more dimensions only. Muon takes the matrices and kernels; embedding modules,
-    biases and normalisation weights are AdamW's.
+    orthogonal: mark the matrices and kernels for Muon; embedding modules, biases and normalisation weights stay AdamW's.
     """
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in weights if p.ndim > 1 and id(p) not in tables]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "orthogonal": config.kind == "muon"},
-        {"params": [p for p in weights if p.ndim > 1 and id(p) in tables], "weight_decay": config.weight_decay},
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p in weights if p.ndim > 1 and id(p) not in tables],
+            "weight_decay": decay,
+            "orthogonal": orthogonal,
+        },
+        {"params": [p for p in weights if p.ndim > 1 and id(p) in tables], "weight_decay": decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
-    rate = config.lr if lr is None else lr
-    match config.kind:
-        case "adamw":
-            return torch.optim.AdamW(groups, rate, config.betas, config.eps, fused=True)
-        case "muon":
-            return Muon(groups, rate, config.betas, config.eps, momentum=config.momentum)
-        case _:
-            assert_never(config.kind)
+    return [group for group in groups if group["params"]]
 
 
 class Muon(torch.optim.AdamW):

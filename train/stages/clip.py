@@ -20,7 +20,6 @@ from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
 from train.engine.open_data import Inputs, open_inputs
-from train.engine.optim import build_optimizer
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase, StepOutput
@@ -63,7 +62,7 @@ class ClipStage:
         self.run, self.config, self.inputs, self.tokenizer = run, run.config, inputs, tokenizer
         config = run.config
         pair = Pair(config.build(tokenizer).to(run.accelerator.device))
-        self.phases = [Phase("clip", pair, build_optimizer(pair, config.optimizer), config.optimizer.lr)]
+        self.phases = [Phase("clip", pair, config.optimizer.build(pair), config.optimizer.lr)]
         self.ema = Ema(pair.contrastive.clip, config.ema_decay)
         self.cut = CutCaptions(run.say, "--text.max-length")
         self.training = inputs.pictures(config.input, config.seed)

@@ -34,7 +34,7 @@ from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
 from train.engine.open_data import Inputs, build_buckets, open_inputs
-from train.engine.optim import DTYPES, autocast, build_optimizer
+from train.engine.optim import DTYPES, autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase
@@ -72,7 +72,7 @@ class LdmStage:
         objective = config.diffusion.build_objective()
         loss = DiffusionLoss(unet, objective, terms).to(run.accelerator.device)
         self.importance = loss.importance
-        self.phases = [Phase("unet", loss, build_optimizer(loss, config.optimizer), config.optimizer.lr)]
+        self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
         self.ema = Ema(unet, config.ema_decay)
         self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
 

@@ -32,7 +32,7 @@ from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
 from train.engine.open_data import Inputs, open_inputs
-from train.engine.optim import autocast, build_optimizer
+from train.engine.optim import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase
@@ -88,12 +88,10 @@ class VaeStage:
         if self.features is not None and min(len(inputs.held_out), config.validation_examples) < 2:
             raise UserError("validation_features: a Fréchet distance needs at least 2 held-out pictures")
         self.reconstruct = Reconstruct(vae, config, self.perceptual, discriminator, self._mean, terms).to(device)
-        self.phases = [
-            Phase("vae", self.reconstruct, build_optimizer(self.reconstruct, config.optimizer), config.optimizer.lr)
-        ]
+        self.phases = [Phase("vae", self.reconstruct, config.optimizer.build(self.reconstruct), config.optimizer.lr)]
         if discriminator is not None:
             module = Discriminate(discriminator, adversarial)
-            optimizer = build_optimizer(module, config.optimizer, lr=adversarial.lr)
+            optimizer = config.optimizer.build(module, lr=adversarial.lr)
             self.phases.append(
                 Phase("discriminator", module, optimizer, adversarial.lr, adversarial.start, "discriminator_")
             )
