@@ -248,7 +248,7 @@ def main() -> None:
     models = {"blending": o.model} | ({"trained to inpaint": o.inpaint_model} if o.inpaint_model else {})
     pipes = {name: LatentDiffusionPipeline.from_pretrained(folder) for name, folder in models.items()}
     pipe, out = pipes["blending"], Path(o.out)
-    given = given_pictures(o.data, pipe.unet.config.sample_size * pipe.autoencoder.factor)
+    given = given_pictures(o.data, pipe.backbone.sample_size[0] * pipe.autoencoder.factor)
     out.mkdir(parents=True, exist_ok=True)
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     small = [Object(shape, colour, "small") for colour, shape in pairs]

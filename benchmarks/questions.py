@@ -119,7 +119,7 @@ def main() -> None:
     print(
         "Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out pictures: PSNR against decode(encode(x))"
     )
-    side = pipe.unet.config.sample_size * pipe.autoencoder.factor
+    side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     batch = PictureDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(
         range(64)
     )
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def _latent(pipe: LatentDiffusionPipeline) -> tuple[int, int, int]:
-    return pipe.autoencoder.latent_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
+    return (pipe.autoencoder.latent_channels, *pipe.backbone.sample_size)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ that are all right is within 2 percentage points of DDIM's at 200; prints a tabl
 import json
 import time
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,7 @@ import torch
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.samplers import SamplerKind
+from train.commands.generate import model_sha256
 from train.commands.main import command
 from train.config.load import overlay
 from train.data.synthetic.shapes import Scene, prompts
@@ -59,9 +59,8 @@ def main() -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(dtype=dtype)
     scenes = [*prompts("seen", o.prompts // 2, 1), *prompts("unseen", o.prompts // 2, 1)]
     out = Path(o.out)
-    weights = (Path(o.model) / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     of = {
-        "unet": sha256(weights).hexdigest()[:16],
+        "unet": model_sha256(Path(o.model))[:16],
         "prompts": o.prompts,
         "guidance_scale": o.guidance_scale,
         "precision": o.precision,

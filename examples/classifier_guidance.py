@@ -103,7 +103,7 @@ def log_probability(network: Classifier, label: int) -> LogProbability:
 def main() -> None:
     o = overlay(Options, Options())
     pipe = LatentDiffusionPipeline.from_pretrained(o.model)
-    side = pipe.unet.config.sample_size * pipe.autoencoder.factor
+    side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     dataset = PictureDataset(open_source(o.data, "train"), Framing(resolution=side), o.seed)
     latents, labels = [], []
     for first in range(0, o.pictures, 64):

@@ -6,17 +6,21 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder.model import Posterior
-from ldm.denoiser import Denoise, Denoised, Denoiser, beside
+from autoencoder.model import Autoencoder, Posterior
+from autoencoder.tiling import Tiles
+from conditioning.clip import ClipTextEncoder
+from ldm.denoiser import Denoise, Denoised, Denoiser, Network, beside
 from ldm.editing import (
     Blended,
     Painted,
@@ -32,12 +36,18 @@ from ldm.editing import (
     without,
 )
 from ldm.errors import UserError
+from ldm.formats.images import MAX_PIXELS
+from ldm.formats.scheduler_config import Process
+from ldm.formats.single_file import Parts, load_single_file, save_single_file
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
-from ldm.model import Networks, to_pil
+from ldm.model import PICTURES_AT_ONCE, Model, from_parts, load
+from ldm.networks.attention import AttentionBackend
+from ldm.networks.backbone import Backbone
 from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import Level
 from ldm.spacing import Grid, Leg, Plan, Spacing, plan
 from ldm.steps import Step, invert, sample
+from ldm.task import Task
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["LatentDiffusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -51,8 +61,53 @@ class Pictures:
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class LatentDiffusionPipeline(Networks):
+class LatentDiffusionPipeline:
     """A trained model, ready to paint. Argument names are those of diffusers' pipelines."""
+
+    def __init__(
+        self,
+        backbone: Backbone | UNet2DConditionModel,
+        autoencoder: Autoencoder,
+        text_encoder: ClipTextEncoder,
+        process: Process,
+        task: Task | None = None,
+    ) -> None:
+        """task: by the backbone's channels unless given. Raises UserError where the parts don't belong together."""
+        self.model = Model(backbone, autoencoder, text_encoder, process, task)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, chunks: int | None = None, backbone: Backbone | None = None
+    ) -> Self:
+        """Load the folder that stage 2 writes, or any Stable-Diffusion-1.x/2.x-shaped diffusers folder or hub id.
+
+        chunks: of max_length tokens in which prompts are read; the model's own unless given.
+        backbone: the network, in place of the folder's UNet.
+        Raises UserError when parts are missing or not understood.
+        """
+        return cls(*load(folder, chunks, backbone))
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, *, config: str | Path, chunks: int | None = None) -> Self:
+        """Load one safetensors file with the original key names, e.g. of Stable Diffusion 1.5.
+
+        config: a local diffusers folder of the same shape, of which JSON and tokenizer are read. Nothing is downloaded.
+        chunks: as in `from_pretrained`. Raises UserError where file and configuration can't be read or don't fit.
+        """
+        return cls.from_parts(load_single_file(path, config), config, chunks=chunks)
+
+    @classmethod
+    def from_parts(cls, parts: Parts, folder: str | Path, *, chunks: int | None = None) -> Self:
+        """Take networks at hand and the tokenizer of a pipeline's folder. Raises UserError where it can't be read."""
+        return cls(*from_parts(parts, folder, chunks))
+
+    def save_single_file(self, path: str | Path) -> None:
+        """Write one new safetensors file with the original key names; see `save_single_file`."""
+        save_single_file(self.model, path)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole folder, safetensors and JSON only, every key of the scheduler spelled out."""
+        self.model.save(Path(folder))
 
     @torch.no_grad()
     def __call__(
@@ -142,7 +197,7 @@ class LatentDiffusionPipeline(Networks):
             """(1 or n, …) → (count, …)."""
             return x.expand(n, *x.shape[1:]).repeat_interleave(num_images_per_prompt, 0)
 
-        multiple = self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple = self.autoencoder.factor * self.backbone.size_multiple
         if given is not None:  # odd sizes are painted a little larger, and cut back
             height, width = (side + -side % multiple for side in given.shape[2:])
         shape = (count, self.autoencoder.latent_channels, *self.latent_size(height, width))
@@ -178,35 +233,35 @@ class LatentDiffusionPipeline(Networks):
         context: Tensor | None = None
         if pixels is not None and (strength < 1 or places is not None or (mask is not None and not self.inpaints)):
             if strength < 1 or inside is None or not self.inpaints:
-                x0 = Posterior(*map(spread, self._posterior(pixels))).sample(noise())
+                x0 = Posterior(*map(spread, self.model.posterior(pixels))).sample(noise())
             else:  # only an edge is held to it, of which nothing under the mask may be known
-                x0 = spread(self._posterior(filled(pixels, inside)).mean)
+                x0 = spread(self.model.posterior(filled(pixels, inside)).mean)
         start = noise() if latents is None else latents.to(self.device, torch.float32)
         if pixels is not None and inside is not None and self.inpaints:
-            around = Posterior(*map(spread, self._posterior(without(pixels, inside)))).sample(noise())
+            around = Posterior(*map(spread, self.model.posterior(without(pixels, inside)))).sample(noise())
             context = inpainting_context(spread(inside).to(self.device), around)
         if places is not None and x0 is not None:
             places = Painted(*(spread(place).to(self.device) for place in places))
             step = Blended(step, x0, None if fresh else start, places, route.legs[-1].next)
         if mask is None and self.inpaints:
-            context = self.white_context(*shape[2:])
-        network = self.network if context is None else beside(self.network, context)
+            context = self.model.white_context(*shape[2:])
+        network: Network = self.backbone if context is None else beside(self.backbone, context)
 
-        denoiser = Denoiser(network, process.target, self.unet.dtype)
+        denoiser = Denoiser(network, process.target, self.backbone.dtype)
         also = [(self.encode([text]), scale) for text, scale in compose]
         conditions = [(spread(found), scale) for found, scale in ((condition, guidance_scale), *also)]
         denoise: Denoise = ClassifierFree(denoiser, spread(negative), conditions, guidance_rescale)
         if guidance_interval is not None:
             denoise = Interval(denoise, Conditioned(denoiser, spread(condition)), *guidance_interval)
         if weak is not None:
-            if not (weak.unet.config.in_channels == self.unet.config.in_channels
+            if not (weak.backbone.in_channels == self.backbone.in_channels
                     and torch.equal(weak.process.schedule.alpha, process.schedule.alpha)):  # fmt: skip
                 raise UserError(
                     "the weaker model has other latents or another noise schedule, or only one of the two was trained to "
                     "inpaint: give one of the same kind"
                 )
-            weaker = weak.network if context is None else beside(weak.network, context)
-            guide = Denoiser(weaker, weak.process.target, weak.unet.dtype)
+            weaker: Network = weak.backbone if context is None else beside(weak.backbone, context)
+            guide = Denoiser(weaker, weak.process.target, weak.backbone.dtype)
             denoise = Autoguided(denoise, Conditioned(guide, spread(weak.encode(prompts))), weak_scale)
         if classifier is not None:
             denoise = ClassifierGuided(denoise, classifier, classifier_scale)
@@ -231,7 +286,7 @@ class LatentDiffusionPipeline(Networks):
                     )
                 return found.to(x)
 
-            with self._running(self.unet), weak._running(weak.unet) if weak else nullcontext():
+            with self.model.running(self.unet), weak.model.running(weak.unet) if weak else nullcontext():
                 z = sample(watched, z, legs, step, noise, after)
         if output_type == "latent":
             return Pictures(z)
@@ -262,10 +317,133 @@ class LatentDiffusionPipeline(Networks):
         if len(prompts) != len(latents):
             raise UserError(f"{len(prompts)} prompts for {len(latents)} latents: give one for all, or each")
         network = self.text_network(*latents.shape[2:])
-        denoise = Conditioned(Denoiser(network, self.process.target, self.unet.dtype), self.encode(prompts))
+        denoise = Conditioned(Denoiser(network, self.process.target, self.backbone.dtype), self.encode(prompts))
         route = self._plan(make_sampler("ddim").grid, num_inference_steps, spacing)
-        with self._running(self.unet):
+        with self.model.running(self.unet):
             return invert(denoise, latents.to(self.device, torch.float32), route.legs, refinements) / route.start_std
+
+    # -- the model, and how it runs --------------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> Backbone:
+        """What predicts."""
+        return self.model.backbone
+
+    @property
+    def unet(self) -> Any:
+        """The backbone's own module, e.g. diffusers' UNet2DConditionModel."""
+        return self.model.backbone.module
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Pictures to latents and back."""
+        return self.model.autoencoder
+
+    @property
+    def text_encoder(self) -> ClipTextEncoder:
+        """Prompts to the backbone's condition."""
+        return self.model.text_encoder
+
+    @property
+    def process(self) -> Process:
+        """The noise that the backbone was trained on, and what it predicts."""
+        return self.model.process
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the backbone was trained to inpaint: it sees the mask, and what that leaves of the picture."""
+        return self.model.task == "inpaint"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks run."""
+        return self.model.device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move, and choose the arithmetic. The autoencoder stays fp32 under fp16, in which its activations overflow."""
+        self.model.to(device, dtype)
+        return self
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep the networks in main memory, and each on the device only while it runs: the largest has to fit, not all.
+
+        Raises UserError where there is no such device.
+        """
+        try:
+            offload = torch.device(device)
+            torch.empty(1, device=offload)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"device {str(device)!r} can't be used: {str(error).strip().splitlines()[0]}") from None
+        self.to("cpu")
+        self.model.offload = offload
+
+    def set_attention(self, backend: AttentionBackend) -> Literal["sdpa", "xformers"]:
+        """Choose what computes the backbone's attention, tried on its present device and dtype; returns what `auto` came to.
+
+        Raises UserError where xformers is asked for and doesn't work.
+        """
+        return self.backbone.set_attention(backend, device=self.device)
+
+    def enable_vae_tiling(self, tiles: Tiles | None = None) -> None:
+        """Decode and encode large pictures tile by tile, for small memory."""
+        self.autoencoder.tiles = tiles or Tiles()
+
+    def disable_vae_tiling(self) -> None:
+        """Whole pictures again."""
+        self.autoencoder.tiles = None
+
+    def enable_vae_slicing(self) -> None:
+        """Decode and encode a batch's pictures one by one, for small memory."""
+        self.model.pictures_at_once = 1
+
+    def disable_vae_slicing(self) -> None:
+        """Several at once again."""
+        self.model.pictures_at_once = PICTURES_AT_ONCE
+
+    # -- its networks, one by one --------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Return text features of prompts, (b, tokens, width); each distinct one is worked out once."""
+        return self.model.encode(prompts)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pictures (b, 3, H, W) in [0, 1] of normalised latents (b, c, h, w), worked out in portions."""
+        return self.model.decode(latents)
+
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """What latents (b, c, h, w) look like, by a linear map to colour: at once, a pixel a latent.
+
+        Raises UserError for an autoencoder without that map.
+        """
+        if self.autoencoder.colours is None:
+            raise UserError(
+                "this model's autoencoder has no colours for previews: stage 1 fits them, and so does "
+                "autoencoder.preview.fit_colours for another's"
+            )
+        colours = self.autoencoder.colours(latents) / 2 + 0.5
+        return to_pil(colours.clamp(0, 1))
+
+    def text_network(self, h: int, w: int) -> Network:
+        """The network of states (b, c, h, w) as for text-to-image: one that inpaints sees a mask that is white all over."""
+        if not self.inpaints:
+            return self.backbone
+        return beside(self.backbone, self.model.white_context(h, w))
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the latents of pictures of so many pixels; None: the model's own. Else UserError."""
+        factor = self.autoencoder.factor
+        (natural_h, natural_w), multiple = self.backbone.sample_size, factor * self.backbone.size_multiple
+        h = natural_h * factor if height is None else height
+        w = natural_w * factor if width is None else width
+        if h <= 0 or w <= 0 or h % multiple or w % multiple:
+            raise UserError(
+                f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
+            )
+        if h * w > MAX_PIXELS:
+            raise UserError(f"a picture of {w}×{h} pixels: up to {MAX_PIXELS:,} in all are accepted")
+        return h // factor, w // factor
+
+    # -- a call's parts -------------------------------------------------------------------------------------------------
 
     def _plan(self, grid: Grid, steps: int, spacing: Spacing | None) -> Plan:
         p = self.process
@@ -288,7 +466,7 @@ class LatentDiffusionPipeline(Networks):
         shape = (self.text_encoder.tokens, self.text_encoder.width)
         if embeds.ndim != 3 or not len(embeds) or embeds.shape[1:] != shape:
             raise UserError(f"{what}_embeds of shape {tuple(embeds.shape)}: (b, {shape[0]}, {shape[1]}) is accepted")
-        return [], embeds.to(self.device, self.unet.dtype)
+        return [], embeds.to(self.device, self.backbone.dtype)
 
 
 class _Watched:
@@ -306,3 +484,9 @@ def _finish(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.n
     if output_type == "pt":
         return pixels
     return to_pil(pixels) if output_type == "pil" else pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(b, 3, h, w) in [0, 1]."""
+    array = (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture) for picture in array]

@@ -505,14 +505,14 @@ def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPa
         return to(module, "cpu")
 
     pipe.enable_model_cpu_offload("cpu")
-    pipe._offload = torch.device("cpu", 0)  # by its name told from where the networks stay
+    pipe.model.offload = torch.device("cpu", 0)  # by its name told from where the networks stay
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     np.testing.assert_array_equal(pipe(PROMPTS, generator=seeds(), **how).images, whole)
     networks = ["CLIPTextModel", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
     assert moved == [(name, device) for name in networks for device in ("cpu:0", "cpu")]
 
     weak = LatentDiffusionPipeline.from_pretrained(folder)
-    weak._offload, moved[:] = pipe._offload, []
+    weak.model.offload, moved[:] = pipe.model.offload, []
     pipe(PROMPTS, generator=seeds(), weak=weak, **how)
     assert moved.count(("UNet2DConditionModel", "cpu:0")) == 2
     first = moved.index(("UNet2DConditionModel", "cpu:0"))

@@ -371,12 +371,12 @@ def test_half_precision_is_widened_and_leans_on_no_file(made: Any, tmp_path: Pat
 
 def test_what_the_original_has_no_counterpart_of_is_named() -> None:
     pipe = tiny_pipeline()
-    pipe.unet = build_unet(
+    unet = build_unet(
         channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4,
         latent_size=16, text_width=32, modulation=True,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"unet\.modulation .* has no counterpart"):
-        to_original(pipe)
+        to_original(LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process))
 
 
 @pytest.mark.parametrize(

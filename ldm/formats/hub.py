@@ -16,6 +16,7 @@ _WANTED = [
     *(f"{part}/{_NETWORK}{kind}" for part in ("unet", "vae") for kind in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")),
     *(f"text_encoder/model{kind}" for kind in (".safetensors", "-*-of-*.safetensors")),
 ]  # fmt: skip
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def is_hub_id(place: str) -> bool:
@@ -53,7 +54,7 @@ def load_network(kind: Any, place: str | Path, what: str) -> Any:
         raise UserError(f"can't load {what}: {said}") from None
 
 
-def find_pipeline(where: str | Path) -> Path:
+def find_pipeline(where: str | Path, parts: Sequence[str] = PARTS) -> Path:
     """The folder of a pipeline, which a hub id (owner/name) is first copied to: safetensors, JSON and text, no pickles.
 
     Raises UserError where there is neither, or parts are missing.
@@ -65,7 +66,6 @@ def find_pipeline(where: str | Path) -> Path:
                 f"no pipeline at {str(where)!r}: give a folder such as runs/ldm/model, or a hub id owner/name"
             )
         folder = fetch(str(where), _WANTED)
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise UserError(f"{str(where)!r} is no pipeline folder: it lacks {', '.join(f'{m}/' for m in missing)}")
     return folder

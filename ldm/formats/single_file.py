@@ -28,6 +28,8 @@ from transformers import CLIPTextModel
 from ldm.errors import RunError, UserError, one_line
 from ldm.formats.clip_layout import empty_text_model, openclip_names, tower_of
 from ldm.formats.scheduler_config import Process
+from ldm.networks.backbone import Backbone
+from ldm.networks.unet import UNet
 from ldm.schedule import BetaSchedule
 
 SCALING_FACTOR = 0.18215  # what other tools take for every file of this kind
@@ -93,11 +95,14 @@ class _TextEncoder(Protocol):
     def stock_limits(self) -> str | None: ...
 
 
-class Pipeline(Protocol):
-    """What is written: a LatentDiffusionPipeline."""
+class Model(Protocol):
+    """What is written: an `ldm.model.Model`."""
 
-    unet: UNet2DConditionModel
-    process: Process
+    @property
+    def backbone(self) -> Backbone: ...
+
+    @property
+    def process(self) -> Process: ...
 
     @property
     def autoencoder(self) -> _Codec: ...
@@ -106,16 +111,24 @@ class Pipeline(Protocol):
     def text_encoder(self) -> _TextEncoder: ...
 
 
+def _unet(model: Model) -> UNet2DConditionModel:
+    if isinstance(model.backbone, UNet):
+        return model.backbone.module
+    raise UserError(
+        f"{model.backbone.describe()} has no counterpart in the original layout: keep this model as a folder"
+    )
+
+
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
-def to_original(pipe: Pipeline) -> dict[str, Tensor]:
+def to_original(model: Model) -> dict[str, Tensor]:
     """All weights by their original names, on the CPU, in the dtype they have; and the tables of a schedule of betas.
 
     Raises UserError, naming it, for what the original layout has no counterpart of.
     """
-    parts = Parts(pipe.unet, pipe.autoencoder.vae, pipe.text_encoder.model, pipe.process)
-    schedule = pipe.process.schedule
+    parts = Parts(_unet(model), model.autoencoder.vae, model.text_encoder.model, model.process)
+    schedule = model.process.schedule
     weights = _tables(schedule) if isinstance(schedule, BetaSchedule) else {}
     for module, layout in _layouts(parts, openclip=_is_openclip(parts.text_encoder)):
         state = module.state_dict()
@@ -125,7 +138,7 @@ def to_original(pipe: Pipeline) -> dict[str, Tensor]:
     return weights
 
 
-def save_single_file(pipe: Pipeline, path: str | Path) -> None:
+def save_single_file(model: Model, path: str | Path) -> None:
     """Write a new .safetensors file; what other tools can't know from the weights is in its metadata, and warned of.
 
     Raises UserError where the path is taken or is no .safetensors, or the model doesn't fit the layout; RunError when
@@ -136,13 +149,13 @@ def save_single_file(pipe: Pipeline, path: str | Path) -> None:
         raise UserError(f"{str(path)!r}: a single file ends in .safetensors")
     if path.exists():
         raise UserError(f"{str(path)!r} is there already: give another name")
-    weights = to_original(pipe)
-    for line in _limits(pipe):
+    weights = to_original(model)
+    for line in _limits(model):
         logging.getLogger(__name__).warning(line)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".tmp-{path.name}")
     try:
-        save_file(weights, part, metadata=_metadata(pipe, path.stem))
+        save_file(weights, part, metadata=_metadata(model, path.stem))
         part.rename(path)
     except SafetensorError as error:
         raise RunError(f"can't write {str(path)!r}: {error}") from None
@@ -150,12 +163,12 @@ def save_single_file(pipe: Pipeline, path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _limits(pipe: Pipeline) -> list[str]:
+def _limits(model: Model) -> list[str]:
     """What other tools can't do with the file, a line each."""
-    lines = [line for part in (pipe.process, pipe.text_encoder) if (line := part.stock_limits())]
-    if (scale := pipe.autoencoder.vae.config.scaling_factor) != SCALING_FACTOR:
+    lines = [line for part in (model.process, model.text_encoder) if (line := part.stock_limits())]
+    if (scale := model.autoencoder.vae.config.scaling_factor) != SCALING_FACTOR:
         lines.append(f"scaling factor {scale}: tools that take {SCALING_FACTOR} for granted paint other pictures")
-    for name, config in (("unet", pipe.unet.config), ("vae", pipe.autoencoder.vae.config)):
+    for name, config in (("unet", _unet(model).config), ("vae", model.autoencoder.vae.config)):
         for key, value in _OWN_SHAPE[name].items():
             if (found := list(config[key]) if isinstance(value, list) else config[key]) != value:
                 return [
@@ -165,17 +178,17 @@ def _limits(pipe: Pipeline) -> list[str]:
     return lines
 
 
-def _metadata(pipe: Pipeline, title: str) -> dict[str, str]:
+def _metadata(model: Model, title: str) -> dict[str, str]:
     """Return the metadata, in the names of Stability's model specification 1.0."""
-    vae, size = pipe.autoencoder.vae, pipe.unet.config.sample_size
+    vae, size = model.autoencoder.vae, _unet(model).config.sample_size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = (size, size) if isinstance(size, int) else size
-    kind = _prediction(pipe.process)
+    kind = _prediction(model.process)
     second = "stable-diffusion-v2-768-v" if kind == "v" else "stable-diffusion-v2-512"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": second if _is_openclip(pipe.text_encoder.model) else "stable-diffusion-v1",
+        "modelspec.architecture": second if _is_openclip(model.text_encoder.model) else "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": title,
         "modelspec.resolution": f"{width * factor}x{height * factor}",

@@ -1,15 +1,80 @@
-"""Builds the cross-attention UNet (Rombach et al. 2022, sec. 3.3) from diffusers' blocks."""
+"""The cross-attention UNet (Rombach et al. 2022, sec. 3.3) from diffusers' blocks: built, loaded, and as a backbone.
+
+Nothing else reads the fields of diffusers' UNet2DConditionModel, but for the single file's format, which is one of UNets.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.formats.hub import load_network
-from ldm.networks.attention import use_attention
+from ldm.networks.attention import AttentionBackend, use_attention
+from ldm.networks.backbone import Backbone
+
+_WEIGHTS = "diffusion_pytorch_model"  # the file's name
+_STOCK_INPAINTS = 9  # input channels
+
+
+@dataclass(frozen=True)
+class UNet(Backbone):
+    """diffusers' UNet2DConditionModel as a backbone."""
+
+    module: UNet2DConditionModel
+    part: ClassVar[str] = "unet"
+
+    @classmethod
+    def of(cls, module: UNet2DConditionModel, latent_channels: int) -> Self:
+        """Read the facts from the configuration. What isn't latent among the input channels is context."""
+        config = module.config
+        size = config.sample_size
+        return cls(
+            module,
+            latent_channels=latent_channels,
+            out_channels=config.out_channels,
+            condition_width=config.cross_attention_dim,
+            sample_size=(size, size) if isinstance(size, int) else tuple(size),
+            context_channels=config.in_channels - latent_channels,
+            size_multiple=2 ** (len(config.block_out_channels) - 1),
+        )
+
+    def adapted(self, context: int, side: int) -> Self:
+        """Have a network without a context take one of so many channels, and be made for square latents of a side, in place."""
+        if context and not self.context_channels:
+            widen(self.module, self.latent_channels + context)
+        if self.sample_size != (side, side):
+            self.module.register_to_config(sample_size=side)
+        return self.of(self.module, self.latent_channels)
+
+    def __call__(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.module(x.to(self.dtype), time, condition, return_dict=False)[0]
+
+    def save(self, folder: Path) -> None:
+        self.module.save_pretrained(str(folder), safe_serialization=True)
+
+    def stock_limits(self) -> str | None:
+        if not self.context_channels or self.in_channels == _STOCK_INPAINTS:
+            return None
+        return (
+            f"a UNet of {self.in_channels} channels to inpaint with: stock diffusers' StableDiffusionInpaintPipeline takes "
+            f"{_STOCK_INPAINTS}; inpaint.py and our pipeline take any"
+        )
+
+    def describe(self) -> str:
+        return f"channels {', '.join(map(str, self.module.config.block_out_channels))}"
+
+    def set_attention(
+        self, backend: AttentionBackend, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Literal["sdpa", "xformers"]:
+        return use_attention(self.module, backend, dtype, device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.module.enable_gradient_checkpointing()
 
 
 def build_unet(
@@ -72,17 +137,22 @@ def build_unet(
 
 
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
-    """Of a pipeline's folder, on the CPU. Raises UserError where it can't be read."""
+    """Load the UNet of a pipeline's folder, on the CPU. Raises UserError where it can't be read."""
     unet: UNet2DConditionModel = load_network(
-        UNet2DConditionModel, Path(folder) / "unet", f"the UNet of {str(folder)!r}"
+        UNet2DConditionModel, Path(folder) / UNet.part, f"the UNet of {str(folder)!r}"
     )
     use_attention(unet)
     return unet
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """Return the files of the UNet's weights in a pipeline's folder, in the order of their names."""
+    return sorted((Path(folder) / UNet.part).glob(f"{_WEIGHTS}*.safetensors"))
+
+
 @torch.no_grad()
 def widen(unet: UNet2DConditionModel, channels: int) -> None:
-    """Have it take so many channels, in place. The weights of the further ones are zero: it begins as what it was."""
+    """Have a UNet take so many channels, in place. The new weights are zero: it begins as what it was."""
     old = unet.conv_in
     new = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)
     nn.init.zeros_(new.weight)
@@ -93,11 +163,11 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
     unet.register_to_config(in_channels=channels)
 
 
-def stock_limits(unet: UNet2DConditionModel, inpaints: bool) -> str | None:
-    """What stock diffusers can't do with this UNet, in one line; None: nothing."""
-    if not inpaints or unet.config.in_channels == 9:
-        return None
-    return (
-        f"a UNet of {unet.config.in_channels} channels to inpaint with: stock diffusers' StableDiffusionInpaintPipeline takes "
-        "9; inpaint.py and our pipeline take any"
-    )
+def require_same_shape(unet: nn.Module, configured: nn.Module, what: str) -> None:
+    """Raises UserError where two UNets differ in more than the first layer's width."""
+    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (configured, unet))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name) and name != "conv_in.weight":
+            raise UserError(
+                f"{what}: {name} {theirs.get(name, 'absent')}, not {ours.get(name, 'absent')}; leave it out"
+            )

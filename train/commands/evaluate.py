@@ -34,7 +34,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
         if getattr(o, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
-    side = pipe.unet.config.sample_size * pipe.autoencoder.factor
+    side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     inputs = open_inputs(o.data, o.input)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work

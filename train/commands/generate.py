@@ -17,6 +17,7 @@ from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from ldm.formats.hub import find_pipeline
 from ldm.formats.png import file_name, read_png, save_png
+from ldm.networks.unet import weight_files
 from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import use_device
 from train.config.load import overlay, validate
@@ -106,7 +107,7 @@ def _still(name: str, path: str, sha256: str | None, like: str) -> None:
 def model_sha256(folder: Path) -> str:
     """SHA-256 of the UNet's weights: of its file, or of several one after the other."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("unet/diffusion_pytorch_model*.safetensors")):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: total)
     return total.hexdigest()

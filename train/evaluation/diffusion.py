@@ -33,7 +33,7 @@ def bits_per_dimension(
     """
     schedule = pipe.process.schedule
     objective = Objective(schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
-    T, device = schedule.T, pipe.unet.device
+    T, device = schedule.T, pipe.device
     bits: list[float] = []
     network: Network | None = None
     for pixels, captions in batches:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPModel
 
-from ldm.networks.unet import stock_limits
+from ldm.networks.backbone import Backbone
 from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.vae import VaeConfig
@@ -113,9 +113,9 @@ def about_vae(config: VaeConfig, vae: AutoencoderKL) -> About:
     )
 
 
-def about_ldm(config: LdmConfig, unet: UNet2DConditionModel, inputs: Inputs) -> About:
+def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
     d, inpaints = config.diffusion, config.task == "inpaint"
-    limits = d.build_process().stock_limits() or stock_limits(unet, inpaints)
+    limits = d.build_process().stock_limits() or backbone.stock_limits()
     example = {
         "prompt": repr(config.prompts[0][:_LONGEST]) if config.prompts else _prompt(inputs),
         "steps": config.sample_steps, "guidance": config.guidance_scale,
@@ -136,7 +136,7 @@ def about_ldm(config: LdmConfig, unet: UNet2DConditionModel, inputs: Inputs) -> 
         f"{config.guidance_scale:g}.",
         settings=_begun(config.init)
         | {
-            "network": f"{_size(unet)}; channels {_list(unet.config.block_out_channels)}",
+            "network": f"{_size(backbone.module)}; {backbone.describe()}",
             "autoencoder": place(config.vae or config.init),
             "text encoder": place(config.text_encoder or config.init),
             "noise": f"{d.schedule}, {d.timesteps} timesteps ({d.timestep_sampling}); predicts {d.target}",

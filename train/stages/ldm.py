@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +15,8 @@ from conditioning.clip import ClipTextEncoder
 from ldm.editing import without
 from ldm.errors import UserError
 from ldm.formats.hub import find_pipeline
-from ldm.networks.attention import require_attention, use_attention
+from ldm.networks.attention import require_attention
+from ldm.networks.backbone import Backbone
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import uniform
 from train.config.ldm import LdmConfig
@@ -42,7 +42,7 @@ from train.evaluation.diffusion import paint
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
 from train.stages.cards import about_ldm
-from train.stages.ldm_init import first_unet, tell_changes
+from train.stages.ldm_init import first_backbone, require_fit, tell_changes
 from train.stages.ldm_step import Completion, Denoising, DiffusionBatch, DiffusionLoss
 from train.stages.terms import Term
 
@@ -54,7 +54,7 @@ class LdmStage:
     """What the loop asks of stage 2."""
 
     def __init__(
-        self, run: Run, config: LdmConfig, unet: UNet2DConditionModel, autoencoder: Autoencoder,
+        self, run: Run, config: LdmConfig, backbone: Backbone, autoencoder: Autoencoder,
         text_encoder: ClipTextEncoder, inputs: Inputs, training: Pictures | StreamDataset[DrawnNoise],
         held_out: Pictures, terms: Sequence[Term[Denoising]] = (),
     ) -> None:  # fmt: skip
@@ -63,18 +63,19 @@ class LdmStage:
         self.training, self.held_out = training, held_out
         cut = CutCaptions(run.say, "--text-chunks")
         self.complete = Completion(autoencoder, text_encoder, cut, config.precision)
-        unet.to(run.accelerator.device)
-        backend = use_attention(unet, config.attention, DTYPES[config.precision])
+        backbone.module.to(run.accelerator.device)
+        backend = backbone.set_attention(config.attention, DTYPES[config.precision])
         if config.attention == "auto":
             run.say(f"attention: {backend}")
         if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            backbone.enable_gradient_checkpointing()
         objective = config.diffusion.build_objective()
-        loss = DiffusionLoss(unet, objective, terms).to(run.accelerator.device)
+        loss = DiffusionLoss(backbone, objective, terms).to(run.accelerator.device)
         self.importance = loss.importance
         self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
-        self.ema = Ema(unet, config.ema_decay)
-        self.averaged = DiffusionLoss(self.ema.module, replace(objective, timesteps=uniform))
+        self.ema = Ema(backbone.module, config.ema_decay)
+        self.network = replace(backbone, module=self.ema.module)
+        self.averaged = DiffusionLoss(self.network, replace(objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[PictureBatch[DrawnNoise] | CachedBatch]]:
         read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
@@ -112,7 +113,7 @@ class LdmStage:
     def pipeline(self) -> LatentDiffusionPipeline:
         """The averaged network with everything else it needs."""
         return LatentDiffusionPipeline(
-            self.ema.module, self.autoencoder, self.text_encoder, self.config.diffusion.build_process()
+            self.network, self.autoencoder, self.text_encoder, self.config.diffusion.build_process(), self.config.task
         )
 
     def sheet(self, path: Path) -> None:
@@ -151,12 +152,20 @@ class LdmStage:
         return {}
 
     def about(self) -> About:
-        return about_ldm(self.config, self.ema.module, self.inputs)
+        return about_ldm(self.config, self.network, self.inputs)
 
 
-def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[Denoising]] = ()) -> None:
-    """Train stage 2 into `config.out`, or continue what stands there. terms: added to the loss."""
+def train(
+    config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[Denoising]] = (), *,
+    backbone: Backbone | None = None,
+) -> None:  # fmt: skip
+    """Train stage 2 into `config.out`, or continue what stands there.
+
+    terms: added to the loss. backbone: the network to train, in place of the configuration's `unet` and `init`.
+    """
     config.check()
+    if backbone is not None and config.init:
+        raise UserError(f"init {config.init!r} with a backbone given: one of them is what to begin with")
     init = find_pipeline(config.init) if config.init else None
     where: dict[str, str | Path] = {n: getattr(config, n) or init or "" for n in ("vae", "text_encoder")}
     for name, given in where.items():
@@ -179,7 +188,11 @@ def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[De
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
         )
-    unet, given = first_unet(config, init, autoencoder, text_encoder)
+    given = ""
+    if backbone is None:
+        backbone, given = first_backbone(config, init, autoencoder, text_encoder)
+    else:
+        require_fit(backbone, "the backbone given", config, autoencoder, text_encoder)
     made_from = {
         "data": inputs.fingerprint, "vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": given
     }  # fmt: skip
@@ -190,9 +203,7 @@ def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[De
         text_encoder.to(accelerator.device)
         inputs, buckets = inputs.prepared(run), None
         if config.input.buckets:
-            source, buckets = build_buckets(
-                inputs.source, run, autoencoder.factor * 2 ** (len(unet.config.block_out_channels) - 1)
-            )
+            source, buckets = build_buckets(inputs.source, run, autoencoder.factor * backbone.size_multiple)
             inputs = replace(inputs, source=source)
         # Held-out pictures are squares whatever the training ones are, so that measures can be compared.
         noising = Noising(
@@ -210,7 +221,7 @@ def train(config: LdmConfig, hooks: Hooks | None = None, terms: Sequence[Term[De
         else:
             training = cached(run, config, inputs.source, autoencoder, text_encoder, noising, buckets)
             held_out = cached(run, config, inputs.held_out, autoencoder, text_encoder)
-        stage = LdmStage(run, config, unet, autoencoder, text_encoder, inputs, training, held_out, terms)
+        stage = LdmStage(run, config, backbone, autoencoder, text_encoder, inputs, training, held_out, terms)
         fit(run, stage, publisher(run, stage), hooks)
 
 

@@ -1,64 +1,72 @@
-"""What stage 2 begins with: a UNet from random weights, or another pipeline's, widened for its task."""
+"""What stage 2 begins with: a network from random weights, or another pipeline's, widened for its task."""
 
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import assert_never
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import nn
 
 from autoencoder.model import Autoencoder, digest
 from conditioning.clip import ClipTextEncoder
 from ldm.errors import UserError
 from ldm.formats.scheduler_config import Process
-from ldm.networks.unet import build_unet, load_unet, widen
+from ldm.networks.backbone import Backbone
+from ldm.networks.unet import UNet, build_unet, load_unet, require_same_shape
+from ldm.task import context_channels
 from train.config.ldm import LdmConfig, UnetConfig
 from train.engine.run import Run
 
 
-def first_unet(
+def first_backbone(
     config: LdmConfig, init: Path | None, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
-) -> tuple[UNet2DConditionModel, str]:
-    """From random weights or the pipeline at `init`, and widened for its task; and the digest of what was given.
+) -> tuple[Backbone, str]:
+    """Return the network to begin with, from random weights or the pipeline at `init`; and the digest of what was given.
 
-    Raises UserError where it doesn't fit.
+    Raises UserError where the pipeline's doesn't fit.
     """
-    shape, c, side = config.unet, autoencoder.latent_channels, config.input.resolution // autoencoder.factor
-    build = partial(
-        build_unet, channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
-        depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=c, latent_size=side,
-        learned_variance=config.diffusion.variance == "learned", text_width=text_encoder.width,
-    )  # fmt: skip
+    c, side = autoencoder.latent_channels, config.input.resolution // autoencoder.factor
+    context = context_channels(config.task, c)
+    learned = config.diffusion.variance == "learned"
     torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
-    given = ""
+    match config.unet:
+        case UnetConfig() as shape:
+            build = partial(
+                build_unet, channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
+                depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=c,
+                latent_size=side, learned_variance=learned, text_width=text_encoder.width,
+            )  # fmt: skip
+        case _:
+            assert_never(config.unet)
     if init is None:
-        unet = build()
-    else:
-        unet = load_unet(init).float().train().requires_grad_(True)
-        given = digest(unet)
-        wanted: dict[str, int] = {"cross_attention_dim": text_encoder.width}
-        wanted["out_channels"] = c * (1 + (config.diffusion.variance == "learned"))
-        if config.task == "txt2img" or unet.config.in_channels != 2 * c + 1:
-            wanted["in_channels"] = c
-        for name, value in wanted.items():
-            if unet.config[name] != value:
-                raise UserError(
-                    f"the UNet of init {config.init!r} has {name} {unet.config[name]}, this run needs {value}"
-                )
-        multiple = autoencoder.factor * 2 ** (len(unet.config.block_out_channels) - 1)
-        if config.input.resolution % multiple:
-            raise UserError(
-                f"input.resolution {config.input.resolution} isn't a multiple of {multiple}, which the UNet of init "
-                f"{config.init!r} needs"
-            )
-        if shape != UnetConfig():
-            with torch.device("meta"):
-                _same_shape(unet, build(), f"init {config.init!r} has another shape than the configuration's unet")
-        unet.register_to_config(sample_size=side)
-    if config.task == "inpaint" and unet.config.in_channels == c:
-        widen(unet, 2 * c + 1)
-    return unet, given
+        return UNet.of(build(), c).adapted(context, side), ""
+    unet = load_unet(init).float().train().requires_grad_(True)
+    given, backbone = digest(unet), UNet.of(unet, c).adapted(context, side)
+    require_fit(backbone, f"the UNet of init {config.init!r}", config, autoencoder, text_encoder)
+    if shape != UnetConfig():
+        with torch.device("meta"):
+            require_same_shape(unet, build(), f"init {config.init!r} has another shape than the configuration's unet")
+    return backbone, given
+
+
+def require_fit(
+    backbone: Backbone, what: str, config: LdmConfig, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
+) -> None:
+    """Raises UserError where a network doesn't fit the run."""
+    c = autoencoder.latent_channels
+    wanted = {
+        "condition_width": text_encoder.width,
+        "latent_channels": c,
+        "out_channels": c * (1 + (config.diffusion.variance == "learned")),
+        "in_channels": c + context_channels(config.task, c),
+    }
+    for name, value in wanted.items():
+        if (found := getattr(backbone, name)) != value:
+            raise UserError(f"{what} has {name} {found}, this run needs {value}")
+    if config.input.resolution % (multiple := autoencoder.factor * backbone.size_multiple):
+        raise UserError(
+            f"input.resolution {config.input.resolution} isn't a multiple of {multiple}, which {what} needs"
+        )
 
 
 def tell_changes(run: Run, config: LdmConfig, init: Path, made_from: Mapping[str, str]) -> None:
@@ -73,13 +81,3 @@ def tell_changes(run: Run, config: LdmConfig, init: Path, made_from: Mapping[str
     a, b = was.schedule.alpha, now.schedule.alpha
     if a.shape != b.shape or not torch.allclose(a, b, atol=1e-6):
         run.say(f"init {config.init!r} has another noise schedule than this run (--diffusion.schedule, beta_start, …)")
-
-
-def _same_shape(unet: nn.Module, configured: nn.Module, what: str) -> None:
-    """Raises UserError where the networks differ, but in the first layer's width."""
-    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (configured, unet))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name) and name != "conv_in.weight":
-            raise UserError(
-                f"{what}: {name} {theirs.get(name, 'absent')}, not {ours.get(name, 'absent')}; leave it out"
-            )

@@ -12,6 +12,7 @@ from autoencoder.model import Autoencoder
 from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import beside
 from ldm.editing import inpainting_context, without
+from ldm.networks.backbone import Backbone
 from ldm.objective import Objective, Prediction
 from ldm.timesteps import Importance
 from train.config.run import Precision
@@ -87,17 +88,15 @@ class Denoising:
 class DiffusionLoss(nn.Module):
     """The network and the objective: the weighted error of its prediction on noised latents, and further terms."""
 
-    def __init__(self, unet: nn.Module, objective: Objective, terms: Sequence[Term[Denoising]] = ()) -> None:
+    def __init__(self, backbone: Backbone, objective: Objective, terms: Sequence[Term[Denoising]] = ()) -> None:
         super().__init__()
-        self.unet, self.objective, self.terms = unet, objective, Terms(terms)
+        self.unet = backbone.module  # whatever it is: checkpoints know its weights by this name
+        self.backbone, self.objective, self.terms = backbone, objective, Terms(terms)
         # As a module of this one, its state goes into checkpoints.
         self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
 
-    def network(self, x: Tensor, index: Tensor, condition: Tensor) -> Tensor:
-        return self.unet(x, index, condition, return_dict=False)[0]
-
     def forward(self, batch: DiffusionBatch) -> StepOutput:
-        network = self.network if batch.context is None else beside(self.network, batch.context)
+        network = self.backbone if batch.context is None else beside(self.backbone, batch.context)
         with self.terms.captured(self.unet) as features:
             losses = self.objective(network, batch.x0, batch.timestep, batch.noise, batch.condition)
         if self.importance is not None:

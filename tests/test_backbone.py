@@ -1,0 +1,204 @@
+"""The contract of what predicts, kept by a second network, a transformer that only this file knows; and a task that is said."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from safetensors.torch import load_file, save_file
+from test_editing import PROMPTS, box, pictures, seeds
+from test_training import final_state, ldm_config
+from test_training import parts as parts
+from torch import Tensor, nn
+
+import train.stages.ldm
+from ldm.errors import UserError
+from ldm.networks.backbone import Backbone
+from ldm.networks.unet import UNet
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.samplers import SamplerKind
+from train.config.ldm import DiffusionConfig, LdmConfig
+from train.config.optimizer import OptimizerConfig
+
+# -- a second network, all of it --------------------------------------------------------------------------------------
+
+
+class Transformer(nn.Module):
+    """Patches of 2 × 2 latents that attend over one another and over the condition's tokens."""
+
+    def __init__(self, channels: int, out: int, condition: int, width: int = 32) -> None:
+        super().__init__()
+        self.settings = {"channels": channels, "out": out, "condition": condition, "width": width}
+        self.patches, self.place = nn.Conv2d(channels, width, 2, 2), nn.Linear(2, width)
+        self.time, self.text = nn.Linear(width, width), nn.Linear(condition, width)
+        layer = nn.TransformerDecoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks, self.out = nn.TransformerDecoder(layer, 2), nn.ConvTranspose2d(width, out, 2, 2)
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        patches = self.patches(x)  # (b, width, h, w)
+        h, w = patches.shape[2:]
+        grid = torch.cartesian_prod(*(torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (h, w)))
+        frequencies = 1000 ** -torch.linspace(0, 1, self.time.in_features // 2, device=x.device)
+        angles = time[:, None] * frequencies
+        embedded = self.time(torch.cat([angles.sin(), angles.cos()], 1).to(x.dtype))
+        tokens = patches.flatten(2).mT + self.place(grid) + embedded[:, None]  # (b, h w, width)
+        return self.out(self.blocks(tokens, self.text(condition)).mT.unflatten(2, (h, w)))
+
+
+@dataclass(frozen=True)
+class TransformerBackbone(Backbone):
+    module: Transformer
+    part: ClassVar[str] = "transformer"
+
+    @classmethod
+    def of(cls, module: Transformer, c: int = 4, side: int = 16) -> Self:
+        s = module.settings
+        return cls(
+            module, c, s["out"], s["condition"], (side, side), context_channels=s["channels"] - c, size_multiple=2
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        module = Transformer(**json.loads((folder / "shape.json").read_text()))
+        module.load_state_dict(load_file(folder / "weights.safetensors"))
+        return cls.of(module.eval().requires_grad_(False))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "shape.json").write_text(json.dumps(self.module.settings))
+        save_file(self.module.state_dict(), folder / "weights.safetensors")
+
+
+# -- what it does through the contract ------------------------------------------------------------------------------------
+
+
+CONSTANT = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
+
+
+def transformer(channels: int = 4, out: int = 4, condition: int = 32, seed: int = 0) -> TransformerBackbone:
+    torch.manual_seed(seed)
+    return TransformerBackbone.of(Transformer(channels, out, condition))
+
+
+def config(shapes: Path, out: Path, parts: Path, **change: Any) -> LdmConfig:
+    return ldm_config(shapes, out, parts, **{"steps": 4, "checkpoint_every": 2, "optimizer": CONSTANT} | change)
+
+
+@pytest.mark.parametrize(
+    ("task", "channels", "out"), [("txt2img", 4, 4), ("txt2img", 4, 8), ("inpaint", 9, 4)], ids=str
+)
+def test_a_transformer_trains_and_paints(
+    shapes: Path, parts: Path, tmp_path: Path, task: str, channels: int, out: int
+) -> None:
+    """It is trained, saved by its own code, loaded, and samples; cut and continued, it is the same run."""
+    settings: dict[str, Any] = {"task": task}
+    if out == 8:
+        settings["diffusion"] = DiffusionConfig(variance="learned", objective="hybrid")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    train.stages.ldm.train(config(shapes, once, parts, **settings), backbone=transformer(channels, out))
+    for steps, seed in ((2, 0), (4, 1)):  # another beginning doesn't matter to one that goes on
+        train.stages.ldm.train(
+            config(shapes, twice, parts, **settings, steps=steps), backbone=transformer(channels, out, seed=seed)
+        )
+    assert (once / "model/transformer/weights.safetensors").is_file()
+    assert not (once / "model/unet").exists()
+    limits = "a learned variance" if out == 8 else "a Transformer: stock diffusers can't load it"
+    assert f"It has {limits}" in (once / "model/README.md").read_text()
+    assert final_state(once, 4) == final_state(twice, 4)
+
+    backbone = TransformerBackbone.load(once / "model/transformer")
+    pipe = LatentDiffusionPipeline.from_pretrained(once / "model", backbone=backbone)
+    assert (pipe.model.task, pipe.inpaints) == (task, task == "inpaint")
+    samplers: tuple[SamplerKind, ...] = ("ddpm", "ddim", "dpmpp_2m", "unipc")
+    made = {}
+    for sampler in samplers:
+        how: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 4, "output_type": "np"}
+        if task == "inpaint":
+            how |= {"image": pictures(2), "mask_image": box()}
+        made[sampler] = pipe(PROMPTS, generator=seeds(2), **how).images
+        assert np.isfinite(made[sampler]).all()
+        assert not np.array_equal(made[sampler], pipe(PROMPTS, generator=seeds(2), guidance_scale=1.0, **how).images)
+    assert not np.array_equal(made["ddim"], made["ddpm"])
+
+
+def test_a_weaker_transformer_guides_and_the_way_back_is_found() -> None:
+    tiny = tiny_pipeline()
+    pipe, weak = (
+        LatentDiffusionPipeline(transformer(seed=k), tiny.autoencoder, tiny.text_encoder, tiny.process) for k in (0, 1)
+    )
+    how: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 1.0, "output_type": "latent", "sampler": "ddim"}
+    plain, away = (pipe(PROMPTS, generator=seeds(2), **how, **more).images for more in ({}, {"weak": weak}))
+    assert isinstance(plain, Tensor) and isinstance(away, Tensor)  # noqa: PT018
+    assert not torch.equal(plain, away)
+    back = pipe.invert(plain, PROMPTS, num_inference_steps=10, refinements=5)
+    again = pipe(PROMPTS, latents=back, **how).images
+    torch.testing.assert_close(again, plain, atol=1e-2, rtol=0)
+    with pytest.raises(UserError, match="multiples of 4"):
+        pipe(PROMPTS, height=34)
+    assert pipe.set_attention("auto") == "sdpa"
+    with pytest.raises(UserError, match="Transformer"):
+        pipe.set_attention("xformers")
+    with pytest.raises(UserError, match="Transformer has no counterpart in the original layout"):
+        pipe.save_single_file("never.safetensors")
+
+
+def test_a_network_that_does_not_fit_is_refused(shapes: Path, parts: Path, tmp_path: Path) -> None:
+    for backbone, change, says in (
+        (transformer(condition=16), {}, "has condition_width 16, this run needs 32"),
+        (transformer(out=8), {}, "has out_channels 8, this run needs 4"),
+        (transformer(channels=9), {}, "has in_channels 9, this run needs 4"),
+        (transformer(), {"task": "inpaint"}, "has in_channels 4, this run needs 9"),
+        (transformer(), {"init": "anything"}, "init 'anything' with a backbone given"),
+        (transformer(), {"gradient_checkpointing": True}, "has no gradient checkpointing"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train.stages.ldm.train(config(shapes, tmp_path / "run", parts, **change), backbone=backbone)
+        assert not (tmp_path / "run").exists()
+
+
+# -- the task -------------------------------------------------------------------------------------------------------------
+
+
+def said(folder: Path, name: str | None) -> LatentDiffusionPipeline:
+    """A model whose model_index.json says another class, or is gone."""
+    index = folder / "model_index.json"
+    if name is None:
+        index.unlink()
+    else:
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": name}))
+    return LatentDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("inpaints", [False, True])
+def test_a_folder_says_its_task(tmp_path: Path, inpaints: bool) -> None:
+    task = "inpaint" if inpaints else "txt2img"
+    folder = tmp_path / "model"
+    tiny_pipeline(inpaints=inpaints).save_pretrained(folder)
+    assert LatentDiffusionPipeline.from_pretrained(folder).model.task == task
+    if inpaints:
+        with pytest.raises(
+            UserError, match="said to be for txt2img, whose network has 5 context channels: 0 are needed"
+        ):
+            said(folder, "StableDiffusionPipeline")
+    else:  # diffusers' inpaints by blending with such a network, as any of ours does
+        assert said(folder, "StableDiffusionInpaintPipeline").model.task == "txt2img"
+    for name in ("SomebodysPipeline", None):
+        assert said(folder, name).model.task == task
+
+
+def test_the_unet_states_its_facts() -> None:
+    pipe = tiny_pipeline(variance="learned", inpaints=True)
+    unet = pipe.backbone
+    facts = unet.latent_channels, unet.context_channels, unet.out_channels, unet.condition_width, unet.sample_size
+    assert facts == (4, 5, 8, 32, (16, 16))
+    assert (unet.size_multiple, unet.describe(), unet.stock_limits()) == (2, "channels 32, 64", None)
+    assert UNet.of(tiny_pipeline().unet, 4).adapted(5, 8).sample_size == (8, 8)
+    assert pipe.unet is unet.module
+    other = tiny_pipeline()
+    other.autoencoder.latent_channels = 8
+    with pytest.raises(UserError, match="the network takes 4 channels, the autoencoder's latents have 8"):
+        LatentDiffusionPipeline(other.unet, other.autoencoder, other.text_encoder, other.process)
