@@ -22,6 +22,7 @@ from conditioning.clip import ClipTextEncoder
 from conditioning.tokenizer import load_tokenizer
 from ldm.editing import inpainting_context, without
 from ldm.errors import RunError, UserError
+from ldm.formats import MAX_PIXELS
 from ldm.formats.hub import PARTS, find_pipeline
 from ldm.formats.scheduler_config import Process
 from ldm.formats.single_file import Parts
@@ -127,6 +128,25 @@ class Model:
         white = torch.ones(1, 1, h * self.autoencoder.factor, w * self.autoencoder.factor)
         around = self.posterior(without(white.expand(-1, 3, -1, -1), white)).mean
         return inpainting_context(white.to(self.device), around)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which both sides of a picture must be multiples."""
+        return self.autoencoder.factor * self.backbone.size_multiple
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the latents of pictures of so many pixels; None: the model's own. Else UserError."""
+        factor, multiple = self.autoencoder.factor, self.size_multiple
+        natural_h, natural_w = self.backbone.sample_size
+        h = natural_h * factor if height is None else height
+        w = natural_w * factor if width is None else width
+        if h <= 0 or w <= 0 or h % multiple or w % multiple:
+            raise UserError(
+                f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
+            )
+        if h * w > MAX_PIXELS:
+            raise UserError(f"a picture of {w}×{h} pixels: up to {MAX_PIXELS:,} in all are accepted")
+        return h // factor, w // factor
 
     def _at_once(self, pixels: int) -> int:
         """Return how many pictures of so many pixels the autoencoder is given at once."""

@@ -2,7 +2,6 @@
 autoencoder. One loop, whose denoiser guidance wraps and whose step a mask wraps.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,41 +11,28 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder.model import Autoencoder, Posterior
+from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import Denoise, Denoised, Denoiser, Network, beside
-from ldm.editing import (
-    Blended,
-    Painted,
-    Pixels,
-    filled,
-    inpainting_context,
-    pad,
-    painted,
-    paste,
-    steps_of,
-    to_mask,
-    to_pixels,
-    without,
-)
+from ldm.editing import Pixels, paste
 from ldm.errors import UserError
-from ldm.formats.images import MAX_PIXELS
 from ldm.formats.scheduler_config import Process
 from ldm.formats.single_file import Parts, load_single_file, save_single_file
-from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
+from ldm.guidance import Conditioned, LogProbability
 from ldm.model import PICTURES_AT_ONCE, Model, from_parts, load
 from ldm.networks.attention import AttentionBackend
 from ldm.networks.backbone import Backbone
+from ldm.preparation import Draws, Guides, Prepared, guide, prepare
+from ldm.request import Given, Request, Texts
 from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import Level
 from ldm.spacing import Grid, Leg, Plan, Spacing, plan
-from ldm.steps import Step, invert, sample
+from ldm.steps import invert, sample
 from ldm.task import Task
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -165,120 +151,42 @@ class LatentDiffusionPipeline:
             step before the next, from what it has made itself).
         Raises UserError for arguments that don't fit, RunError when the picture comes out non-finite.
         """
-        scales = (guidance_scale, weak_scale, classifier_scale, *(scale for _, scale in compose))
-        if not all(map(math.isfinite, scales)):
-            raise UserError(f"guidance scales {', '.join(map(str, scales))}: give finite numbers")
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt {num_images_per_prompt}: at least 1")
         if output_type not in get_args(OutputType):
             raise UserError(f"output_type {output_type!r}: choose {', '.join(get_args(OutputType))}")
-        if image is None and (mask_image is not None or strength is not None):
-            raise UserError("mask_image and strength speak of a picture: give image too")
-        if image is not None and (height, width) != (None, None):
-            raise UserError(f"height {height} and width {width} with an image: its own size holds")
-        if weak is not None and prompt_embeds is not None:
-            raise UserError("the weaker model reads the prompt itself: give prompt, not prompt_embeds")
-
-        # What is given: each for all pictures, or one for each of n.
-        given = None if image is None else to_pixels(image)  # (n, 3, H, W)
-        mask = None if given is None or mask_image is None else to_mask(mask_image, (given.shape[2], given.shape[3]))
-        prompts, condition = self._conditions(prompt, prompt_embeds, "prompt")
-        _, negative = self._conditions(negative_prompt or "", negative_prompt_embeds, "negative_prompt")
-        lengths = {"prompts": len(condition), "negative prompts": len(negative)}
-        lengths |= {what: len(x) for what, x in (("pictures", given), ("masks", mask)) if x is not None}
-        n = max(lengths.values())
-        for what, length in lengths.items():
-            if length not in (1, n):
-                most = max(lengths, key=lambda name: lengths[name])
-                raise UserError(f"{n} {most} for {length} {what}: give one for all, or as many")
-        count = n * num_images_per_prompt
-
-        def spread(x: Tensor) -> Tensor:
-            """(1 or n, …) → (count, …)."""
-            return x.expand(n, *x.shape[1:]).repeat_interleave(num_images_per_prompt, 0)
-
-        multiple = self.autoencoder.factor * self.backbone.size_multiple
-        if given is not None:  # odd sizes are painted a little larger, and cut back
-            height, width = (side + -side % multiple for side in given.shape[2:])
-        shape = (count, self.autoencoder.latent_channels, *self.latent_size(height, width))
-        if isinstance(generator, list) and len(generator) != count:
-            raise UserError(f"{len(generator)} generators for {count} pictures: give one, or one for each picture")
-        if latents is not None and tuple(latents.shape) != shape:
-            raise UserError(f"latents of shape {tuple(latents.shape)}: these pictures need {shape}")
-
+        model = self.model
+        guides = Guides(
+            scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval, compose=compose,
+            weak=weak.model if weak else None, weak_scale=weak_scale,
+            classifier=classifier, classifier_scale=classifier_scale,
+        )  # fmt: skip
+        given = Given.read(image, mask_image, strength)
+        texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        request = Request(texts, given, num_images_per_prompt)
+        noise = Draws(request.shape(model, height, width), generator, self.device)
         how = make_sampler(sampler, eta)
-        route = self._plan(how.grid, num_inference_steps, spacing)
-        process = self.process
-        step: Step = how.step(process.schedule, process.variance)
-        learned = how.uses_learned_variance and process.variance == "learned"
-        if learned and (guidance_rescale or weak is not None or classifier is not None):
+        if how.uses_learned_variance and self.process.variance == "learned" and not guides.prompts_alone:
             raise UserError(
                 f"{sampler} with a learned variance knows the prompt's guidance only: leave out rescale, weak model and "
                 "classifier, or take another sampler"
             )
-        strength = (0.8 if mask is None else 1.0) if strength is None else strength
-        k = steps_of(strength, len(route.legs)) if given is not None else len(route.legs)
-        legs = route.legs[len(route.legs) - k :]
+        begun = prepare(model, request, how, self._plan(how.grid, num_inference_steps, spacing), noise, latents)
+        denoise = guide(model, request, guides, begun.context)
+        with model.running(self.unet), weak.model.running(weak.unet) if weak else nullcontext():
+            z = self._walk(denoise, begun, noise, callback_on_step_end, progress)
+        return Pictures(z if output_type == "latent" else _finish(self._painted(z, request), output_type))
 
-        # Noise is drawn in diffusers' order: of the picture's posterior, to begin with, and of what a mask leaves. But each
-        # picture has its own of all three, also where stock repeats one posterior's sample for several of one prompt.
-        noise = lambda: randn_tensor(shape, generator, self.device, torch.float32)  # noqa: E731
-        pixels = None if given is None else pad(given, multiple) * 2 - 1
-        inside = None if mask is None else pad(mask, multiple)
-        places = None if inside is None else painted(inside, self.autoencoder.factor, seen=self.inpaints)
-        fresh = how.draws_noise
-        if places is not None and all(place.all() for place in places) and not fresh:
-            places = None  # but where noise is drawn, as often for each mask, lest pictures depend on their batch
-        x0: Tensor | None = None
-        context: Tensor | None = None
-        if pixels is not None and (strength < 1 or places is not None or (mask is not None and not self.inpaints)):
-            if strength < 1 or inside is None or not self.inpaints:
-                x0 = Posterior(*map(spread, self.model.posterior(pixels))).sample(noise())
-            else:  # only an edge is held to it, of which nothing under the mask may be known
-                x0 = spread(self.model.posterior(filled(pixels, inside)).mean)
-        start = noise() if latents is None else latents.to(self.device, torch.float32)
-        if pixels is not None and inside is not None and self.inpaints:
-            around = Posterior(*map(spread, self.model.posterior(without(pixels, inside)))).sample(noise())
-            context = inpainting_context(spread(inside).to(self.device), around)
-        if places is not None and x0 is not None:
-            places = Painted(*(spread(place).to(self.device) for place in places))
-            step = Blended(step, x0, None if fresh else start, places, route.legs[-1].next)
-        if mask is None and self.inpaints:
-            context = self.model.white_context(*shape[2:])
-        network: Network = self.backbone if context is None else beside(self.backbone, context)
-
-        denoiser = Denoiser(network, process.target, self.backbone.dtype)
-        also = [(self.encode([text]), scale) for text, scale in compose]
-        conditions = [(spread(found), scale) for found, scale in ((condition, guidance_scale), *also)]
-        denoise: Denoise = ClassifierFree(denoiser, spread(negative), conditions, guidance_rescale)
-        if guidance_interval is not None:
-            denoise = Interval(denoise, Conditioned(denoiser, spread(condition)), *guidance_interval)
-        if weak is not None:
-            if not (weak.backbone.in_channels == self.backbone.in_channels
-                    and torch.equal(weak.process.schedule.alpha, process.schedule.alpha)):  # fmt: skip
-                raise UserError(
-                    "the weaker model has other latents or another noise schedule, or only one of the two was trained to "
-                    "inpaint: give one of the same kind"
-                )
-            weaker: Network = weak.backbone if context is None else beside(weak.backbone, context)
-            guide = Denoiser(weaker, weak.process.target, weak.backbone.dtype)
-            denoise = Autoguided(denoise, Conditioned(guide, spread(weak.encode(prompts))), weak_scale)
-        if classifier is not None:
-            denoise = ClassifierGuided(denoise, classifier, classifier_scale)
-
-        if x0 is None or strength == 1:
-            z = route.start(start)
-        else:
-            z = legs[0].now.alpha * x0 + legs[0].now.sigma * start if legs else x0
+    def _walk(
+        self, denoise: Denoise, begun: Prepared, noise: Draws, callback: StepCallback | None, progress: bool
+    ) -> Tensor:
+        """Sample, and tell what happens after each step."""
         watched = _Watched(denoise)
-        with tqdm(total=len(legs), disable=not progress, dynamic_ncols=True) as bar:
+        with tqdm(total=len(begun.legs), disable=not progress, dynamic_ncols=True) as bar:
 
             def after(k: int, leg: Leg, x: Tensor) -> Tensor:
                 bar.update()
-                if callback_on_step_end is None:
+                if callback is None:
                     return x
-                tensors = {"latents": x, "denoised": watched.last.x0}
-                changed = callback_on_step_end(self, k, leg.now.model_time, tensors)
+                changed = callback(self, k, leg.now.model_time, {"latents": x, "denoised": watched.last.x0})
                 found = (changed or {}).get("latents", x)
                 if found.shape != x.shape:
                     raise UserError(
@@ -286,16 +194,15 @@ class LatentDiffusionPipeline:
                     )
                 return found.to(x)
 
-            with self.model.running(self.unet), weak.model.running(weak.unet) if weak else nullcontext():
-                z = sample(watched, z, legs, step, noise, after)
-        if output_type == "latent":
-            return Pictures(z)
-        made = self.decode(z)
-        if given is not None:
-            made = made[..., : given.shape[2], : given.shape[3]]
-            if mask is not None:
-                made = paste(made.cpu(), spread(given), spread(mask))
-        return Pictures(_finish(made, output_type))
+            return sample(watched, begun.x, begun.legs, begun.step, noise, after)
+
+    def _painted(self, z: Tensor, request: Request) -> Tensor:
+        """Decode, cut back to the size of the picture that was given, and keep its pixels outside the mask."""
+        made, given, spread = self.decode(z), request.given, request.spread
+        if given is None:
+            return made
+        made = made[..., : given.pixels.shape[2], : given.pixels.shape[3]]
+        return made if given.mask is None else paste(made.cpu(), spread(given.pixels), spread(given.mask))
 
     @torch.no_grad()
     def invert(
@@ -321,6 +228,13 @@ class LatentDiffusionPipeline:
         route = self._plan(make_sampler("ddim").grid, num_inference_steps, spacing)
         with self.model.running(self.unet):
             return invert(denoise, latents.to(self.device, torch.float32), route.legs, refinements) / route.start_std
+
+    def _plan(self, grid: Grid, steps: int, spacing: Spacing | None) -> Plan:
+        p = self.process
+        spacing = spacing or p.spacing
+        if spacing not in get_args(Spacing):
+            raise UserError(f"spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
+        return plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one)
 
     # -- the model, and how it runs --------------------------------------------------------------------------------
 
@@ -431,42 +345,7 @@ class LatentDiffusionPipeline:
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the latents of pictures of so many pixels; None: the model's own. Else UserError."""
-        factor = self.autoencoder.factor
-        (natural_h, natural_w), multiple = self.backbone.sample_size, factor * self.backbone.size_multiple
-        h = natural_h * factor if height is None else height
-        w = natural_w * factor if width is None else width
-        if h <= 0 or w <= 0 or h % multiple or w % multiple:
-            raise UserError(
-                f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
-            )
-        if h * w > MAX_PIXELS:
-            raise UserError(f"a picture of {w}×{h} pixels: up to {MAX_PIXELS:,} in all are accepted")
-        return h // factor, w // factor
-
-    # -- a call's parts -------------------------------------------------------------------------------------------------
-
-    def _plan(self, grid: Grid, steps: int, spacing: Spacing | None) -> Plan:
-        p = self.process
-        spacing = spacing or p.spacing
-        if spacing not in get_args(Spacing):
-            raise UserError(f"spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
-        return plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one)
-
-    def _conditions(
-        self, given: str | Sequence[str] | None, embeds: Tensor | None, what: str
-    ) -> tuple[list[str], Tensor]:
-        """Prompts, none where their features are given, and features (b, tokens, width)."""
-        if embeds is None:
-            prompts = [given] if isinstance(given, str) else list(given or ())
-            if not prompts:
-                raise UserError(f"{what} {given!r}: give at least one, or {what}_embeds")
-            return prompts, self.encode(prompts)
-        if given:
-            raise UserError(f"{what} and {what}_embeds are both given: give one of them")
-        shape = (self.text_encoder.tokens, self.text_encoder.width)
-        if embeds.ndim != 3 or not len(embeds) or embeds.shape[1:] != shape:
-            raise UserError(f"{what}_embeds of shape {tuple(embeds.shape)}: (b, {shape[0]}, {shape[1]}) is accepted")
-        return [], embeds.to(self.device, self.backbone.dtype)
+        return self.model.latent_size(height, width)
 
 
 class _Watched:

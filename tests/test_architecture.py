@@ -30,7 +30,8 @@ def layer(module: str) -> str:
     """The layer of a module of ours: its package, but for the pipeline and the leaves. `module` may be a name in one."""
     if any(f"{module}.".startswith(f"{leaf}.") for leaf in LEAVES):
         return "leaf"
-    if module.startswith(("ldm.pipeline", "ldm.model")) or module == "ldm.LatentDiffusionPipeline":
+    pipeline = ("ldm.pipeline", "ldm.model", "ldm.request", "ldm.preparation")
+    if module.startswith(pipeline) or module == "ldm.LatentDiffusionPipeline":
         return "pipeline"
     return module.split(".")[0]
 

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from conditioning import MOST_CHUNKS
 from ldm.kinds import AttentionBackend, LossKind, ObjectiveKind, ScheduleKind, Spacing, Target, VarianceKind
+from ldm.task import Task
 from train.config.optimizer import strict
 from train.config.resumable import Place, Resumable
 from train.config.run import RunConfig
@@ -169,7 +170,7 @@ class DiffusionConfig:
 class LdmConfig(RunConfig):
     """Stage 2: a cross-attention UNet over the latents, conditioned on the text encoder's tokens."""
 
-    task: Literal["txt2img", "inpaint"] = "txt2img"
+    task: Task = "txt2img"
     """`inpaint`: the UNet is also shown a mask and the picture without what is under it, 2 · latent channels + 1 in all, and
     learns to paint under masks of any kind. Best begun with a text-to-image model as `init`."""
     init: Place = ""

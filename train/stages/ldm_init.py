@@ -12,7 +12,7 @@ from conditioning.clip import ClipTextEncoder
 from ldm.errors import UserError
 from ldm.formats.scheduler_config import Process
 from ldm.networks.backbone import Backbone
-from ldm.networks.unet import UNet, build_unet, load_unet, require_same_shape
+from ldm.networks.unet import UNet, load_unet, require_same_shape
 from ldm.task import context_channels
 from train.config.ldm import LdmConfig, UnetConfig
 from train.engine.run import Run
@@ -27,14 +27,12 @@ def first_backbone(
     """
     c, side = autoencoder.latent_channels, config.input.resolution // autoencoder.factor
     context = context_channels(config.task, c)
-    learned = config.diffusion.variance == "learned"
     torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
     match config.unet:
         case UnetConfig() as shape:
             build = partial(
-                build_unet, channels=shape.channels, layers=shape.layers, attention=shape.attention, heads=shape.heads,
-                depth=shape.depth, modulation=shape.modulation, groups=shape.groups, latent_channels=c,
-                latent_size=side, learned_variance=learned, text_width=text_encoder.width,
+                shape.build, latent_channels=c, latent_size=side, text_width=text_encoder.width,
+                learned_variance=config.diffusion.variance == "learned",
             )  # fmt: skip
         case _:
             assert_never(config.unet)
