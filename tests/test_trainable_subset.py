@@ -1,12 +1,99 @@
 """A network of which a part is trained: small checkpoints that continue exactly, and a whole result."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from test_training import Crash, final_state, ldm_config
+from test_training import parts as parts
 from torch import nn
 
+import train.stages.ldm
 from ldm.errors import UserError
+from ldm.networks.unet import UNet, build_unet
+from ldm.pipeline import LatentDiffusionPipeline
+from train.engine.checkpoint import Checkpoints
 from train.engine.ema import Ema
 from train.engine.subset import Subset, frozen_names
+
+
+def partly_frozen() -> UNet:
+    """A UNet of which 1 % is trained: what the attention in its middle asks, and how it answers."""
+    torch.manual_seed(0)
+    unet = build_unet(
+        channels=(16, 32), layers=1, attention=(True, True), heads=(2, 2), groups=8, latent_channels=4, latent_size=16,
+        text_width=32,
+    )  # fmt: skip
+    for weight in unet.parameters():
+        if not weight.any():  # layers of zeros would keep those before them from learning
+            torch.nn.init.normal_(weight, std=0.05)
+    unet.requires_grad_(False)
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attention.to_q.requires_grad_(True)
+    attention.to_out.requires_grad_(True)
+    return UNet.of(unet, 4)
+
+
+def start(shapes: Path, parts: Path, out: Path, backbone: UNet | None = None, hooks: Any = None, **change: Any) -> None:
+    train.stages.ldm.train(ldm_config(shapes, out, parts, **change), hooks, backbone=backbone or partly_frozen())
+
+
+def size(out: Path) -> int:
+    return sum(file.stat().st_size for file in (out / "checkpoints/step-00000008").iterdir())
+
+
+def test_checkpoints_are_as_small_as_what_is_trained_and_the_model_is_whole(
+    shapes: Path, parts: Path, tmp_path: Path
+) -> None:
+    given = partly_frozen().module
+    start(shapes, parts, tmp_path / "part")
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "all", parts))
+    trained, total = (sum(p.numel() for p in given.parameters() if p.requires_grad or every) for every in (False, True))
+    assert 0.005 < trained / total < 0.015
+    assert size(tmp_path / "part") < 0.02 * size(tmp_path / "all")
+    made = UNet2DConditionModel.from_pretrained(tmp_path / "part/model/unet").state_dict()
+    for name, weight in given.named_parameters():
+        assert torch.equal(made[name], weight) != weight.requires_grad, name
+    painted = LatentDiffusionPipeline.from_pretrained(tmp_path / "part/model")(
+        "a red star", num_inference_steps=1, output_type="np"
+    ).images
+    assert painted.shape == (1, 32, 32, 3)
+
+
+def test_a_part_is_continued_exactly_where_the_rest_is_as_it_was(shapes: Path, parts: Path, tmp_path: Path) -> None:
+    start(shapes, parts, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        start(shapes, parts, tmp_path / "cut", hooks=Crash(5))
+    changed = partly_frozen()
+    with torch.no_grad():
+        changed.module.conv_in.bias[0] += 1e-3
+    with pytest.raises(UserError, match=r"^the \d+ frozen weights aren't those that this run was trained with"):
+        start(shapes, parts, tmp_path / "cut", changed)
+    start(shapes, parts, tmp_path / "cut")
+    assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
+
+
+def test_checkpoints_that_hold_frozen_weights_too_are_read(shapes: Path, parts: Path, tmp_path: Path) -> None:
+    start(shapes, parts, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        start(shapes, parts, tmp_path / "old", hooks=Crash(5))
+    checkpoints, weights = Checkpoints(tmp_path / "old/checkpoints"), partly_frozen().module.state_dict()
+    found = checkpoints.latest()
+    assert found is not None
+    state = checkpoints.load(found)
+    phase = state["phases"]["unet"]
+    del phase["frozen"]
+    phase["module"] = {f"unet.{name}": weight for name, weight in weights.items()} | phase["module"]
+    state["ema"] = weights | state["ema"]
+    checkpoints.save(found.step, state)
+    start(shapes, parts, tmp_path / "old")
+    assert final_state(tmp_path / "old") == final_state(tmp_path / "whole")
+    phase["module"]["unet.conv_in.bias"] = phase["module"]["unet.conv_in.bias"] + 1
+    checkpoints.save(9, state)
+    with pytest.raises(UserError, match=r"the frozen weight unet\.conv_in\.bias isn't the one"):
+        start(shapes, parts, tmp_path / "old", steps=10)
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -26,14 +26,19 @@ class Inputs:
     source: Source
     held_out: Source
     stream: Stream | None = None
+    buckets: Buckets | None = None
+    """Of the training pictures, where they aren't squares."""
 
     @property
     def fingerprint(self) -> str:
         parts = (self.source.fingerprint if self.stream is None else self.stream.fingerprint, self.held_out.fingerprint)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def prepared(self, run: AnyRun) -> "Inputs":
-        """Told to the person who watches, and without the pictures that are too small."""
+    def prepared(self, run: AnyRun, multiple: int = 1) -> "Inputs":
+        """What is used of it, told to the person who watches: pictures that are large enough, in buckets where these are wanted.
+
+        multiple: what the networks need the sides of pictures to be a multiple of.
+        """
         config = run.config.input
         if config.flip and (found := next(filter(SIDES.search, self.source.captions(_READ)), None)):
             run.say(
@@ -41,20 +46,24 @@ class Inputs:
             )
         if without := self.source.catalogue.uncaptioned:
             run.say(f"{without:,} of {len(self.source.catalogue):,} pictures have no caption")
-        if not config.min_size:
-            return self
-        if self.stream is not None:
-            raise UserError(
-                f"input.min_size {config.min_size}: the sizes of a stream's pictures aren't known; leave it out"
-            )
-        return replace(self, source=large_enough(self.source, run), held_out=large_enough(self.held_out, run))
+        used = self
+        if config.min_size:
+            if self.stream is not None:
+                raise UserError(
+                    f"input.min_size {config.min_size}: the sizes of a stream's pictures aren't known; leave it out"
+                )
+            used = replace(self, source=large_enough(self.source, run), held_out=large_enough(self.held_out, run))
+        if not config.buckets:
+            return used
+        source, buckets = build_buckets(used.source, run, multiple)
+        return replace(used, source=source, buckets=buckets)
 
     def pictures(
-        self, config: DataConfig, seed: int, draws: Draws[Drawn] | None = None, buckets: Buckets | None = None
+        self, config: DataConfig, seed: int, draws: Draws[Drawn] | None = None
     ) -> PictureDataset[Drawn] | StreamDataset[Drawn]:
         """What is trained on."""
         if self.stream is None:
-            return PictureDataset(self.source, config.framing(), seed, buckets=buckets, draws=draws)
+            return PictureDataset(self.source, config.framing(), seed, buckets=self.buckets, draws=draws)
         return StreamDataset(self.stream, config.framing(), seed, draws=draws)
 
 

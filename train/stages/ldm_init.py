@@ -1,63 +1,104 @@
 """What stage 2 begins with: a network from random weights, or another pipeline's, widened for its task."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import assert_never
+from typing import NoReturn, assert_never
 
 import torch
 
 from autoencoder.model import Autoencoder, digest
 from conditioning.clip import ClipTextEncoder
 from ldm.errors import UserError
+from ldm.formats.hub import find_pipeline
 from ldm.formats.scheduler_config import Process
+from ldm.networks.attention import require_attention
 from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet, require_same_shape
 from ldm.task import context_channels
 from train.config.ldm import LdmConfig, UnetConfig
-from train.engine.run import Run
+from train.engine.optim import DTYPES
 
 
-def first_backbone(
-    config: LdmConfig, init: Path | None, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
+@dataclass(frozen=True)
+class Parts:
+    """The networks of stage 2: the one that is trained, and the frozen ones on either side of it."""
+
+    backbone: Backbone
+    autoencoder: Autoencoder
+    text_encoder: ClipTextEncoder
+    made_from: Mapping[str, str]
+    """Digests of what was given, by the names of the options."""
+    attention: str
+    """What computes the attention."""
+    changes: tuple[str, ...]
+    """Where this run isn't what the pipeline begun with has learned: it may be meant, and then has to be learned."""
+
+
+def load_parts(config: LdmConfig, device: torch.device, backbone: Backbone | None = None) -> Parts:
+    """Load what the configuration names onto a device: the backbone from random weights or of `init`, unless it is given.
+
+    Raises UserError where something is missing or doesn't fit.
+    """
+    require_attention(config.attention)
+    if backbone is not None and config.init:
+        raise UserError(f"init {config.init!r} with a backbone given: one of them is what to begin with")
+    init = find_pipeline(config.init) if config.init else None
+    autoencoder = Autoencoder.load(config.vae or init or _missing("vae"))
+    text_encoder = ClipTextEncoder.load(
+        config.text_encoder or init or _missing("text_encoder"),
+        skip=config.clip_skip,
+        chunks=config.text_chunks or None,
+    )
+    if config.input.resolution % autoencoder.factor:
+        raise UserError(
+            f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
+        )
+    backbone, given = choose_backbone(config, init, backbone, autoencoder, text_encoder.width)
+    backbone.module.to(device)
+    attention = backbone.set_attention(config.attention, DTYPES[config.precision])
+    made_from = {"vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": given}
+    changes = () if init is None else tuple(changes_since(config, init, made_from))
+    autoencoder.vae.to(device)
+    text_encoder.to(device)
+    return Parts(backbone, autoencoder, text_encoder, made_from, attention, changes)
+
+
+def _missing(name: str) -> NoReturn:
+    raise UserError(
+        f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model or a hub id, or "
+        "--init with a pipeline, which has one"
+    )
+
+
+def choose_backbone(
+    config: LdmConfig, init: Path | None, backbone: Backbone | None, autoencoder: Autoencoder, width: int
 ) -> tuple[Backbone, str]:
-    """Return the network to begin with, from random weights or the pipeline at `init`; and the digest of what was given.
+    """Return the network to begin with, and the digest of the pipeline's at `init`. width: of the condition.
 
-    Raises UserError where the pipeline's doesn't fit.
+    Raises UserError where one that is given doesn't fit.
     """
     c, side = autoencoder.latent_channels, config.input.resolution // autoencoder.factor
-    context = context_channels(config.task, c)
+    context, learned = context_channels(config.task, c), config.diffusion.variance == "learned"
+    given, what = "", "the backbone given"
     torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
     match config.unet:
         case UnetConfig() as shape:
             build = partial(
-                shape.build, latent_channels=c, latent_size=side, text_width=text_encoder.width,
-                learned_variance=config.diffusion.variance == "learned",
-            )  # fmt: skip
+                shape.build, latent_channels=c, latent_size=side, text_width=width, learned_variance=learned
+            )
         case _:
             assert_never(config.unet)
-    if init is None:
-        return UNet.of(build(), c).adapted(context, side), ""
-    unet = load_unet(init).float().train().requires_grad_(True)
-    given, backbone = digest(unet), UNet.of(unet, c).adapted(context, side)
-    require_fit(backbone, f"the UNet of init {config.init!r}", config, autoencoder, text_encoder)
-    if shape != UnetConfig():
-        with torch.device("meta"):
-            require_same_shape(unet, build(), f"init {config.init!r} has another shape than the configuration's unet")
-    return backbone, given
-
-
-def require_fit(
-    backbone: Backbone, what: str, config: LdmConfig, autoencoder: Autoencoder, text_encoder: ClipTextEncoder
-) -> None:
-    """Raises UserError where a network doesn't fit the run."""
-    c = autoencoder.latent_channels
+    if backbone is None:
+        if init is None:
+            return UNet.of(build(), c).adapted(context, side), given
+        unet = load_unet(init).float().train().requires_grad_(True)
+        given, what = digest(unet), f"the UNet of init {config.init!r}"
+        backbone = UNet.of(unet, c).adapted(context, side)
     wanted = {
-        "condition_width": text_encoder.width,
-        "latent_channels": c,
-        "out_channels": c * (1 + (config.diffusion.variance == "learned")),
-        "in_channels": c + context_channels(config.task, c),
-    }
+        "condition_width": width, "latent_channels": c, "out_channels": c * (1 + learned), "in_channels": c + context
+    }  # fmt: skip
     for name, value in wanted.items():
         if (found := getattr(backbone, name)) != value:
             raise UserError(f"{what} has {name} {found}, this run needs {value}")
@@ -65,17 +106,24 @@ def require_fit(
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of {multiple}, which {what} needs"
         )
+    if given and shape != UnetConfig():
+        with torch.device("meta"):
+            require_same_shape(
+                backbone.module, build(), f"init {config.init!r} has another shape than the configuration's unet"
+            )
+    return backbone, given
 
 
-def tell_changes(run: Run, config: LdmConfig, init: Path, made_from: Mapping[str, str]) -> None:
-    """Say where this run isn't what the given UNet has learned: it may be meant, and then has to be learned."""
+def changes_since(config: LdmConfig, init: Path, made_from: Mapping[str, str]) -> Iterator[str]:
+    """What a run changes of what the pipeline at `init` has learned, a sentence each."""
+    what = f"init {config.init!r}"
     if config.vae and Autoencoder.load(init).digest != made_from["vae"]:
-        run.say(f"init {config.init!r} has learned another autoencoder's latents than those of --vae {config.vae!r}")
+        yield f"{what} has learned another autoencoder's latents than those of --vae {config.vae!r}"
     if config.text_encoder and ClipTextEncoder.load(init).digest != made_from["text_encoder"]:
-        run.say(f"init {config.init!r} has learned to read another text encoder than {config.text_encoder!r}")
+        yield f"{what} has learned to read another text encoder than {config.text_encoder!r}"
     was, now = Process.load(init), config.diffusion.build_process()
     if was.target != now.target:
-        run.say(f"init {config.init!r} predicts {was.target}, this run {now.target} (--diffusion.target)")
+        yield f"{what} predicts {was.target}, this run {now.target} (--diffusion.target)"
     a, b = was.schedule.alpha, now.schedule.alpha
     if a.shape != b.shape or not torch.allclose(a, b, atol=1e-6):
-        run.say(f"init {config.init!r} has another noise schedule than this run (--diffusion.schedule, beta_start, …)")
+        yield f"{what} has another noise schedule than this run (--diffusion.schedule, beta_start, …)"

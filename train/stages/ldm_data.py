@@ -1,0 +1,72 @@
+"""What stage 2 is trained and measured on: latents and text features from the caches, or pictures that are encoded anew."""
+
+from functools import partial
+
+from train.config.ldm import LdmConfig
+from train.data.batches.buckets import Buckets
+from train.data.batches.cached import CachedDataset, Originals
+from train.data.batches.draws import PLAIN, LatentNoise, Noising
+from train.data.batches.latent_cache import LatentCache
+from train.data.batches.pictures import PictureDataset, StreamDataset
+from train.data.batches.records import DrawnNoise
+from train.data.batches.text_cache import TextCache
+from train.data.sources.splits import Source
+from train.data.store.shards import Stored
+from train.engine.open_data import Inputs
+from train.engine.run import Run
+from train.stages.caption_warnings import CutCaptions
+from train.stages.ldm_init import Parts
+
+Examples = CachedDataset | PictureDataset[DrawnNoise]
+
+
+def open_examples(
+    run: Run[LdmConfig], parts: Parts, inputs: Inputs
+) -> tuple[Examples | StreamDataset[DrawnNoise], Examples]:
+    """What is trained on, and the held-out examples: squares whatever the others are, so that measures can be compared."""
+    config = run.config
+    noising = Noising(
+        dropout=config.caption_dropout, strata=config.batch_size if config.diffusion.stratified else 1,
+        offset=config.diffusion.offset_noise,
+    )  # fmt: skip
+    if config.cache != "off":
+        training, held_out = (
+            cached(run, parts, source, noising, inputs.buckets) for source in (inputs.source, inputs.held_out)
+        )
+        return training, held_out
+    draws = partial(
+        LatentNoise, channels=parts.autoencoder.latent_channels, factor=parts.autoencoder.factor,
+        masks=config.task == "inpaint",
+    )  # fmt: skip
+    plain = config.input.plain(config.input.resolution)
+    return (
+        inputs.pictures(config.input, config.seed, draws(noising)),
+        PictureDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(PLAIN)),
+    )
+
+
+def cached(
+    run: Run[LdmConfig], parts: Parts, source: Source, noising: Noising, buckets: Buckets | None
+) -> CachedDataset:  # fmt: skip
+    """Latents and text features of a source, from the cache or computed into it now. noising, buckets: for training."""
+    config, autoencoder, text_encoder = run.config, parts.autoencoder, parts.text_encoder
+    training = source.split == "train"
+    if not training:
+        noising, buckets = PLAIN, None
+    dtype: Stored = "float32" if config.precision == "fp32" else "float16"
+    framing = config.input.framing() if training else config.input.plain(config.input.resolution)
+    latents = LatentCache.open(
+        run.cache, source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
+        channels=autoencoder.latent_channels, factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
+        workers=config.workers, processes=run.processes, note=partial(run.damage.of(source.left_out).note, whole=True),
+    )  # fmt: skip
+    cut = CutCaptions(run.say, "--text-chunks")
+    with cut.counted():
+        text = TextCache.open(
+            run.cache, source, text_encoder.encode, digest=text_encoder.digest,
+            shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
+        )  # fmt: skip
+    if cut.count > 1:
+        run.say(f"{cut.count:,} captions were cut")
+    originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
+    return CachedDataset(latents, text, config.seed, noising, shuffle=training, originals=originals)
