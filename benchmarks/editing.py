@@ -159,7 +159,8 @@ def paint(pipe: LatentDiffusionPipeline, edits: Sequence[Edit], o: Options, **ho
                 how["mask_image"] = np.stack([edit.mask for edit in part])
         generators = [torch.Generator().manual_seed(o.seed + first + k) for k in range(len(part))]
         prompts = [edit.after.caption for edit in part]
-        made = pipe(prompts, generator=generators, output_type="np", **(o.sampling() | how)).images
+        arguments: dict[str, Any] = {**o.sampling(), **how}
+        made = pipe(prompts, generator=generators, output_type="np", **arguments).images
         painted.append(np.asarray(made))
     return np.concatenate(painted)
 

@@ -25,11 +25,13 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train import clip, ldm, vae
-from train.cli import parse
-from train.config import ClipConfig, LdmConfig, VaeConfig
-from train.data.shapes import write_shapes
-from train.run import versions
+from train.config.clip import ClipConfig
+from train.config.ldm import LdmConfig
+from train.config.load import parse
+from train.config.vae import VaeConfig
+from train.data.synthetic.shapes import write_shapes
+from train.engine.provenance import versions
+from train.stages import clip, ldm, vae
 
 STEPS = 12
 _FEW = ["--steps", str(STEPS), "--log-every", "1", "--validate-every", "1000", "--checkpoint-every", "1000",

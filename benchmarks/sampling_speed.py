@@ -25,10 +25,10 @@ from autoencoder.model import Autoencoder, build_autoencoder
 from conditioning.clip import ClipTextEncoder
 from conditioning.contrastive import build_clip
 from conditioning.tokenizer import train_tokenizer
-from ldm.interchange import Process
+from ldm.formats.scheduler_config import Process
 from ldm.pipeline import LatentDiffusionPipeline, OutputType
 from ldm.schedule import Schedule
-from train.run import versions
+from train.engine.provenance import versions
 
 PROMPT = "a large red circle on a white background"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,6 +13,7 @@ process (CPU) or of the device. Results go to --out as they come, as JSON.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -33,12 +34,18 @@ from autoencoder.model import Autoencoder, build_autoencoder
 from conditioning.clip import ClipTextEncoder
 from conditioning.contrastive import build_clip
 from conditioning.tokenizer import train_tokenizer
-from ldm.unet import build_unet
-from train.config import LdmConfig, OptimizerConfig, Precision, UnetConfig
-from train.ldm import LdmStage
-from train.loop import Trainer
-from train.optim import autocast
-from train.run import Run, open_accelerator, versions
+from ldm.networks.unet import UNet
+from train.config.ldm import LdmConfig, UnetConfig
+from train.config.optimizer import OptimizerConfig
+from train.config.run import Precision
+from train.data.batches.records import CachedBatch, DrawnNoise
+from train.engine.device import open_accelerator
+from train.engine.optim import autocast
+from train.engine.provenance import versions
+from train.engine.run import open_run
+from train.engine.trainer import Trainer
+from train.stages.ldm import LdmStage
+from train.stages.ldm_init import Parts
 
 SHAPES = {  # UNet, side of the latents, tokens, width of the text features
     "demo": (UnetConfig(channels=(64, 128), attention=(False, True), heads=(4, 4)), 8, 16, 96),
@@ -54,20 +61,19 @@ def network(shape: str, device: torch.device) -> UNet2DConditionModel:
     unet, side, _, width = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(device):
-        return build_unet(
-            channels=unet.channels, layers=unet.layers, attention=unet.attention, heads=unet.heads, latent_channels=4,
-            latent_size=side, text_width=width,
-        ).train()  # fmt: skip
+        return unet.build(latent_channels=4, latent_size=side, text_width=width).train()
 
 
-def batch_of(shape: str, b: int, device: torch.device) -> dict[str, Tensor]:
+def batch_of(shape: str, b: int, device: torch.device) -> CachedBatch:
     _, side, tokens, width = SHAPES[shape]
     g = torch.Generator().manual_seed(0)
-    latent = (b, 4, side, side)
-    drawn = {name: torch.randn(latent, generator=g) for name in ("mean", "posterior_noise", "noise")}
-    drawn |= {"std": torch.full(latent, 0.1), "condition": torch.randn(b, tokens, width, generator=g)}
-    drawn |= {"timestep": torch.rand(b, generator=g), "position": torch.arange(b)}
-    return {name: value.to(device) for name, value in drawn.items()}
+    mean, posterior_noise, noise = (torch.randn(b, 4, side, side, generator=g) for _ in range(3))
+    drawn = DrawnNoise(torch.rand(b, generator=g), noise, posterior_noise, torch.zeros(b, dtype=torch.bool))
+    condition, place = torch.randn(b, tokens, width, generator=g), torch.arange(b)
+    batch = CachedBatch(
+        position=place, index=place, mean=mean, std=torch.full_like(mean, 0.1), condition=condition, drawn=drawn
+    )
+    return batch.to(device)
 
 
 def ours(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
@@ -82,15 +88,17 @@ def ours(shape: str, b: int, precision: Precision, device: torch.device, how: se
     unet = network(shape, device)
     if "cl" in how:
         unet.to(memory_format=torch.channels_last)
-    run = Run(config, open_accelerator(config), {})
-    stage = LdmStage(run, config, unet, autoencoder, ClipTextEncoder(clip.text_model, tokenizer), None, None, None)  # type: ignore[arg-type]
+    text_encoder = ClipTextEncoder(clip.text_model, tokenizer)
+    parts = Parts(UNet.of(unet, 4), autoencoder, text_encoder.to(device), {}, "sdpa", ())
+    run = contextlib.ExitStack().enter_context(open_run(config, open_accelerator(config), {}))
+    stage = LdmStage(run, parts, None, None, None)  # type: ignore[arg-type]  # its batches are made here
     if "compile" in how:
         unet.compile()
     trainer, batch, count = Trainer(run, stage), batch_of(shape, b, device), 0
 
     def step() -> None:
         nonlocal count
-        trainer.step(count, [dict(batch)])
+        trainer.step(count, [batch])
         count += 1
 
     return step
@@ -114,12 +122,12 @@ def peer(shape: str, b: int, precision: Precision, device: torch.device, how: se
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def step() -> None:
-        x0 = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"])
+        x0 = batch.mean + batch.std * torch.randn_like(batch.mean)
         noise = torch.randn_like(x0)
         timesteps = torch.randint(0, 1000, (b,), device=device)
         noisy = scheduler.add_noise(x0, noise, timesteps)
         with autocast(device, precision):
-            output = unet(noisy, timesteps, batch["condition"], return_dict=False)[0]
+            output = unet(noisy, timesteps, batch.condition, return_dict=False)[0]
             loss = F.mse_loss(output.float(), noise)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
