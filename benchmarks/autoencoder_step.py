@@ -32,7 +32,7 @@ from autoencoder.perceptual import Lpips
 from train.config.optimizer import OptimizerConfig
 from train.config.run import Precision
 from train.config.vae import AdversarialConfig, VaeConfig
-from train.engine.optim import autocast
+from train.engine.precision import autocast
 from train.engine.provenance import versions
 from train.stages.vae_step import Discriminate, Reconstruct, VaeBatch
 

@@ -41,7 +41,7 @@ from train.data.synthetic.shapes import (
     parse_caption,
 )
 from train.data.synthetic.shapes_checker import ATTRIBUTES, Found, read_scene
-from train.engine.optim import DTYPES
+from train.engine.precision import DTYPES
 from train.engine.provenance import versions
 from train.evaluation.sheets import sheet, to_uint8
 

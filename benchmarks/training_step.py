@@ -40,7 +40,7 @@ from train.config.optimizer import OptimizerConfig
 from train.config.run import Precision
 from train.data.batches.records import CachedBatch, DrawnNoise
 from train.engine.device import open_accelerator
-from train.engine.optim import autocast
+from train.engine.precision import autocast
 from train.engine.provenance import versions
 from train.engine.run import open_run
 from train.engine.trainer import Trainer

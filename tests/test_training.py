@@ -26,7 +26,6 @@ from train.config.ldm import DiffusionConfig, LdmConfig, UnetConfig
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, AutoencoderConfig, VaeConfig
 from train.data.sources.splits import open_source
-from train.engine.optim import learning_rate
 from train.engine.stage import Batch, Hooks
 
 ROOT = Path(__file__).parent.parent
@@ -389,11 +388,11 @@ train.stages.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimiz
 
 def test_learning_rates() -> None:
     config = OptimizerConfig(schedule="cosine", warmup=10, final=0.1)
-    assert [learning_rate(config, s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert learning_rate(config, 60, 110) == pytest.approx(0.1 + 0.9 / 2)
-    assert learning_rate(config, 110, 110) == pytest.approx(0.1)
-    assert learning_rate(replace(config, schedule="linear"), 60, 110) == pytest.approx(0.55)
-    assert learning_rate(replace(config, schedule="constant"), 60, 110) == 1
+    assert [config.share(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert config.share(60, 110) == pytest.approx(0.1 + 0.9 / 2)
+    assert config.share(110, 110) == pytest.approx(0.1)
+    assert replace(config, schedule="linear").share(60, 110) == pytest.approx(0.55)
+    assert replace(config, schedule="constant").share(60, 110) == 1
 
 
 def test_the_run_describes_itself(parts: Path) -> None:

@@ -43,7 +43,9 @@ def load_network(kind: Any, place: str | Path, what: str) -> Any:
     Raises UserError where it can't be read. what: the network in that message, e.g. "the UNet of 'runs/ldm/model'".
     """
     try:
-        return kind.from_pretrained(str(place), use_safetensors=True, low_cpu_mem_usage=False)
+        network = kind.from_pretrained(str(place), use_safetensors=True, low_cpu_mem_usage=False)
+        network.register_to_config(_name_or_path="")  # else what is saved would tell this machine's paths
+        return network
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = one_line(error)
         if os.path.isdir(place) and not [

@@ -23,7 +23,7 @@ from train.commands.main import use_device
 from train.config.load import overlay, validate
 from train.config.painting import ModelOptions, PaintOptions
 from train.data.images.decode import DamagedPicture, load_picture
-from train.engine.optim import DTYPES
+from train.engine.precision import DTYPES
 
 _OF_A_CALL = {  # and no part of a picture's story
     *("out", "prompts", "num_images", "batch_size", "device", "offload", "slice", "grid", "preview", "like"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import tyro
 import yaml
@@ -14,11 +14,15 @@ from pydantic import TypeAdapter, ValidationError
 from ldm.errors import UserError, one_line
 from train.config.options import Option, read_options
 
-if TYPE_CHECKING:
-    from train.config.run import RunConfig
+
+class Checked(Protocol):
+    """A configuration whose settings can be held against one another once all of them are read."""
+
+    def check(self) -> None: ...
+
 
 Config = TypeVar("Config")
-Stage = TypeVar("Stage", bound="RunConfig")
+Stage = TypeVar("Stage", bound=Checked)
 
 
 def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:

@@ -1,5 +1,6 @@
 """The optimizer's configuration; and of every one, that unknown keys and non-finite numbers are refused."""
 
+import math
 from typing import TYPE_CHECKING, Literal, assert_never
 
 from pydantic import ConfigDict, Field
@@ -37,6 +38,21 @@ class OptimizerConfig:
     """Decoupled decay, on matrices and convolution kernels only (not on biases and normalisation weights)."""
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient over all parameters; 0 leaves it as it is."""
+
+    def share(self, step: int, steps: int) -> float:
+        """Return the share of the peak rate at `step` of `steps`: a linear rise, then the chosen fall."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        match self.schedule:
+            case "constant":
+                return 1.0
+            case "linear":
+                return 1 - (1 - self.final) * done
+            case "cosine":
+                return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+            case _:
+                assert_never(self.schedule)
 
     def build(self, module: "Module", *, lr: float | None = None) -> "AdamW":
         """The optimizer of a module's trainable weights, at peak rate `lr`, else this configuration's."""

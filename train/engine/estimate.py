@@ -6,7 +6,7 @@ import time
 import torch
 
 from train.data.store.shards import duration
-from train.engine.optim import autocast
+from train.engine.precision import autocast
 from train.engine.run import AnyRun
 from train.engine.stage import Batch, Stage
 

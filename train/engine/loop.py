@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from train.data.store.atomic import atomic_folder
 from train.engine.estimate import estimate
-from train.engine.optim import learning_rate
 from train.engine.provenance import is_result
 from train.engine.run import AnyRun
 from train.engine.stage import Batch, Hooks, Publish, Stage
@@ -96,7 +95,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
                 logged = means.read()
                 seconds = watch.seconds
                 figures = {
-                    "lr": config.optimizer.lr * learning_rate(config.optimizer, done - 1, config.steps),
+                    "lr": config.optimizer.lr * config.optimizer.share(done - 1, config.steps),
                     "images_per_second": means.steps * config.batch_size / seconds,
                     "loading": watch.waited / seconds,
                     "skipped": int(trainer.health.skipped),

@@ -1,15 +1,10 @@
-"""The optimizer, its learning rate over time, and the arithmetic of the networks."""
+"""Muon, and the groups of weights that an optimizer treats alike."""
 
-import math
 from collections import defaultdict
-from contextlib import nullcontext
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from train.config.optimizer import OptimizerConfig
-from train.config.run import Precision
 
 
 def decayed(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
@@ -93,27 +88,3 @@ def orthogonal(matrices: Tensor) -> Tensor:
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Share of the peak rate at `step` of `steps`: a linear rise, then the chosen fall. A function of nothing else."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, steps - config.warmup)
-    match config.schedule:
-        case "constant":
-            return 1.0
-        case "linear":
-            return 1 - (1 - config.final) * done
-        case "cosine":
-            return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done))
-        case _:
-            assert_never(config.schedule)
-
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast | nullcontext[None]:
-    """The arithmetic of the networks; weights stay fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.errors import RunError
 from train.engine.checkpoint import Checkpoints
-from train.engine.optim import autocast, learning_rate
+from train.engine.precision import autocast
 from train.engine.run import AnyRun
 from train.engine.stage import Batch, Hooks, Phase, Stage, StepOutput
 from train.engine.subset import Subset, frozen_names
@@ -52,7 +52,7 @@ class Trainer:
     def step(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
         """Every phase once. Returns its metrics as tensors on the device."""
         parts = self.hooks.begin_step(step, self.stage.prepare(step, parts))
-        share = learning_rate(self.run.config.optimizer, step, self.run.config.steps)
+        share = self.run.config.optimizer.share(step, self.run.config.steps)
         metrics: dict[str, Tensor] = {}
         bad = torch.zeros((), device=self.run.accelerator.device)
         for phase, module in zip(self.stage.phases, self.wrapped, strict=True):

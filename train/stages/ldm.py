@@ -24,7 +24,7 @@ from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
 from train.engine.open_data import Inputs, open_inputs
-from train.engine.optim import autocast
+from train.engine.precision import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase

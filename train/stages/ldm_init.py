@@ -18,7 +18,7 @@ from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet, require_same_shape
 from ldm.task import context_channels
 from train.config.ldm import LdmConfig, UnetConfig
-from train.engine.optim import DTYPES
+from train.engine.precision import DTYPES
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ldm.objective import Objective, Prediction
 from ldm.timesteps import Importance
 from train.config.run import Precision
 from train.data.batches.records import CachedBatch, DrawnNoise, PictureBatch, Record
-from train.engine.optim import autocast
+from train.engine.precision import autocast
 from train.engine.stage import StepOutput
 from train.stages.caption_warnings import CutCaptions
 from train.stages.terms import Term, Terms
