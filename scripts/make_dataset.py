@@ -9,7 +9,6 @@ from ldm.errors import UserError
 from train.commands.main import command
 from train.config.load import overlay
 from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_annotations, write_emoji
-from train.data.synthetic.shapes import write_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,8 @@ class Emoji:
 
 
 def make_shapes(o: Shapes) -> None:
+    from train.data.synthetic.shapes import write_shapes
+
     written = write_shapes(Path(o.out), o.size, o.train, o.test, o.seed)
     state = "written" if written else "already there, left as it is"
     print(f"{o.out}: {o.train} training and {o.test} test pictures of {o.size} × {o.size}, seed {o.seed}: {state}")

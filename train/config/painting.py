@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from ldm.kinds import AttentionBackend
+from ldm.samplers import SamplerKind
 from train.config.run import Precision
 from train.config.sampling import SamplingOptions
 
@@ -82,3 +83,21 @@ class InterpolateOptions(ModelOptions):
     """Width; the model's own unless given."""
     height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
     """Height; the model's own unless given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintOptions(PaintOptions):
+    """Paint inside a mask, or beyond a picture's borders; the rest stays as it is, bit by bit."""
+
+    sampler: SamplerKind = "dpmpp_2m_sde"
+    """How a step is taken; those that draw noise on the way fit what they paint to its surroundings better."""
+    image: str = ""
+    """The picture, of any size."""
+    mask: str = ""
+    """White is painted, black and transparent stay, grey is mixed; of any size. May be left out with --extend."""
+    strength: float = 1.0
+    """How much of what is inside the mask is given up: 0 nothing, 1 all."""
+    feather: float = 0.0
+    """Soften the mask's edge over about so many pixels, on both its sides."""
+    extend: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (0, 0, 0, 0)
+    """Pixels to paint beyond the borders (outpainting)."""
