@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from ldm.errors import RunError, UserError
 from ldm.formats.png import file_name, read_png, save_png
@@ -531,3 +532,13 @@ def test_large_pictures_are_decoded_in_tiles() -> None:
     assert 10 * math.log10(1 / float((tiled - whole).square().mean())) > 50
     pipe.disable_vae_tiling()
     assert torch.equal(pipe.decode(latents), whole)
+
+
+def test_what_is_saved_again_tells_no_path_of_where_it_was_loaded_from(tmp_path: Path) -> None:
+    """diffusers keeps that path in the networks' configurations, which are published with the weights."""
+    tiny_pipeline().save_pretrained(tmp_path / "first")
+    loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    Autoencoder.load(tmp_path / "first").save(tmp_path / "autoencoder")
+    told = [path for path in tmp_path.rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
+    assert told == []
