@@ -1,10 +1,11 @@
-"""Checkpoints: folders that are either whole or not there, in formats that cannot carry code.
+"""Checkpoints: folders that are either complete or absent, in formats that can't carry code.
 
     checkpoints/step-00001000/state.safetensors   the tensors, named by their place in the tree
-                              state.json          the tree: all the rest, and which tensor stands where
-                              manifest.json       the step; SHA-256 and size of the two
+                              state.json          the tree: everything else, and where each tensor belongs
+                              manifest.json       the step; SHA-256 and size of the two other files
 
-One is committed as an atomic folder (train/data/store/atomic.py) and read back; only then are old ones pruned. Killed anywhere in between, a process leaves the old state or the new one.
+A checkpoint is committed as an atomic folder (train/data/store/atomic.py) and read back; only then are old ones pruned.
+A process that is killed at any moment leaves either the old state or the new one.
 """
 
 import functools
@@ -39,7 +40,7 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
 }  # fmt: skip
-# What reading a foreign or damaged file can raise.
+# Errors that reading a foreign or damaged file can raise.
 _UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, struct.error)
 
 
@@ -48,18 +49,18 @@ _UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, Att
 
 @dataclass(frozen=True, slots=True)
 class PackedTree:
-    """A tree as its two files hold it."""
+    """A tree in the form in which its two files hold it."""
 
     state: dict[str, Any]
     tensors: dict[str, Tensor]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
 
     def write(self, folder: Path) -> Sums:
-        """Write into an existing folder, without fsync. Returns the sums of what was meant to be written."""
+        """Write the tree into an existing folder, without fsync. Returns the checksums of the intended content."""
         text = json.dumps(self.state, allow_nan=False, separators=(",", ":")).encode()
         return {
             _TENSORS: write_new(folder / _TENSORS, _safetensors(self.tensors)),
@@ -68,28 +69,28 @@ class PackedTree:
 
 
 def pack_tree(tree: Any) -> PackedTree:
-    """A tree, ready to be written.
+    """Prepare a tree for writing.
 
     A tree is None, a bool, int, float, str or strided tensor, or a list, tuple or dict (keys str or int) of trees.
-    `load_tree` gives it back bit for bit: types, dtypes, strides of dense tensors, NaN bits, and two tensors that are one.
-    But tensors come back on the CPU and without gradient, and subclasses of dict as dict.
-    Raises TypeError naming the place of anything else.
+    `load_tree` restores it bit for bit: types, dtypes, strides of dense tensors, NaN bits, and shared tensors. But
+    tensors come back on the CPU and without gradient, and subclasses of dict as dict. Raises TypeError with the place
+    of any other value.
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(tree, "state", tensors, {})
-    # Fused optimizers walk memory in order, unchecked: moments must come back with the strides of their weights.
+    # Fused optimizers walk memory in order, unchecked: moments need the same strides as their weights.
     strides = {name: list(torch.empty_like(t, device="meta").stride()) for name, t in tensors.items()}
     return PackedTree({"tree": packed, "strides": strides}, tensors)
 
 
 def load_tree(folder: Path) -> Any:
-    """The tree that a `PackedTree` wrote. Raises RunError if the files are anything else; never runs code from them."""
+    """Load the tree that a `PackedTree` wrote, without running code from it. Raises RunError for any other content."""
     folder, tensors = Path(folder), {}
     try:
         state = json.loads((folder / _TREE).read_bytes())
         with safe_open(folder / _TENSORS, framework="pt") as file:
             for name, stride in state["strides"].items():
-                read = file.get_tensor(name)  # a view of the file: copied, so that pruning can free the disk
+                read = file.get_tensor(name)  # a view of the file: copied, so that pruning can free the disk space
                 tensors[name] = torch.empty_strided(read.shape, stride, dtype=read.dtype).copy_(read)
         return _unpack(state["tree"], tensors)
     except _UNREADABLE as error:
@@ -97,7 +98,7 @@ def load_tree(folder: Path) -> Any:
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[Any, ...], str]) -> Any:
-    """JSON for a value, in which an object has one key, its type. `names` finds a tensor that was met before."""
+    """Convert a value to JSON, where an object has one key, its type. `names` finds tensors that were seen before."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -122,7 +123,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[A
 
 def _unused(path: str, tensors: dict[str, Tensor]) -> str:
     name = path.encode("utf-8", "backslashreplace").decode()
-    return _unused(name + "'", tensors) if name in tensors else name  # the keys 1 and "1"
+    return _unused(name + "'", tensors) if name in tensors else name  # happens for the keys 1 and "1"
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -143,8 +144,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """The safetensors format, one tensor at a time: no second copy of the whole is ever held."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: all aligned
+    """Yield the content of a safetensors file, one tensor at a time: a second copy of all would cost memory."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: aligned
     header, end = {}, 0
     for name, t in tensors.items():
         begin, end = end, end + t.nbytes
@@ -166,11 +167,11 @@ class Found:
     step: int
     folder: Path
     invalid: tuple[str, ...] = ()
-    """Newer ones that were passed over, each with the reason."""
+    """Newer checkpoints that were skipped as invalid, each with the reason."""
 
 
 class Checkpoints:
-    """A run's checkpoints, of which the newest `keep` (2 or more) valid ones stay. One process at a time may save."""
+    """Checkpoints of a run. The newest `keep` (2 or more) valid ones are kept. Only one process at a time may save."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 2:
@@ -180,7 +181,8 @@ class Checkpoints:
     def save(self, step: int, tree: Any) -> Path:
         """Commit a tree (see `pack_tree`) as the checkpoint of `step`, then prune. Returns its folder.
 
-        One of that step that exists is replaced. Raises RunError if it fails; all earlier ones are then intact.
+        Replaces an existing checkpoint of that step. Raises RunError on failure; all earlier checkpoints are then
+        intact.
         """
         if step < 0:
             raise ValueError(f"step is {step}: a step is 0 or more")
@@ -200,9 +202,9 @@ class Checkpoints:
         return final
 
     def latest(self) -> Found | None:
-        """The newest valid checkpoint, verified from its files; None if none was ever committed.
+        """Return the newest valid checkpoint, verified from its files; None if none was ever committed.
 
-        Raises RunError, naming each with its fault, if there are some and none is valid.
+        Raises RunError, which lists each checkpoint and its fault, if there are some and none is valid.
         """
         recover_all(self.folder, "step-*")
         invalid: list[str] = []
@@ -219,16 +221,16 @@ class Checkpoints:
         return None
 
     def load(self, found: Found) -> Any:
-        """The tree that was saved, tensors on the CPU. Raises RunError if the files do not hold one."""
+        """Return the saved tree, with tensors on the CPU. Raises RunError if the files don't hold one."""
         return load_tree(found.folder)
 
     def _committed(self) -> list[tuple[int, Path]]:
-        """Step and folder of each, newest first."""
+        """Return step and folder of each checkpoint, newest first."""
         folders = {p.name: p for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", p.name)}
         return sorted(((int(name[5:]), folder) for name, folder in folders.items()), reverse=True)
 
     def _prune(self, new: Path) -> None:
-        """Remove valid ones beyond the newest `keep`. Invalid ones neither count nor go."""
+        """Remove valid checkpoints beyond the newest `keep`. Invalid ones aren't counted and aren't removed."""
         valid = [f for step, f in self._committed() if _known_fault(step, f, _stamp(f)) is None]
         for folder in valid[self.keep :]:
             if folder != new:
@@ -236,7 +238,7 @@ class Checkpoints:
 
 
 def _fault(step: int, folder: Path) -> str | None:
-    """Why a folder is not a valid checkpoint of `step`; None if it is. No other file than the three is touched."""
+    """Return why a folder isn't a valid checkpoint of `step`, or None if it is. Reads only a checkpoint's files."""
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return "not a plain folder"
@@ -258,7 +260,7 @@ def _fault(step: int, folder: Path) -> str | None:
 
 @functools.lru_cache
 def _known_fault(step: int, folder: Path, stamp: object) -> str | None:
-    """`_fault`, read once for each state of the files: pruning need not read gigabytes again."""
+    """Return `_fault`, cached for each state of the files, so that pruning needn't read gigabytes again."""
     return _fault(step, folder)
 
 
@@ -270,7 +272,7 @@ def _stamp(folder: Path) -> object:
 
 
 def _sum(path: Path, limit: float = math.inf) -> dict[str, str | int]:
-    """SHA-256 and size of a plain file, read from the disk, not from memory, where the system allows."""
+    """Return SHA-256 and size of a plain file, read from the disk, not the page cache, if the system allows."""
     about = path.lstat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > limit:
         raise ValueError(f"{path.name} is not a plain file of the size expected")

@@ -1,4 +1,4 @@
-"""Lines for the person who watches a run."""
+"""Console output for the person who watches a run."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Writes lines, above a progress bar where there is one; the main process alone does."""
+    """Writer of lines, above the progress bar if there is one. Only the main process writes."""
 
     def __init__(self, main: bool = True) -> None:
         self.main = main

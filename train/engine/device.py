@@ -10,7 +10,7 @@ from train.config.run import RunConfig
 
 
 def open_accelerator(config: RunConfig) -> Accelerator:
-    """Device and distribution; precision and accumulation are the trainer's own."""
+    """Set up the device and the process group. The trainer handles precision and gradient accumulation itself."""
     if not config.out:
         raise UserError("--out is missing: the folder for the run, e.g. --out runs/mine")
     if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
@@ -19,7 +19,7 @@ def open_accelerator(config: RunConfig) -> Accelerator:
         if find_spec(name) is None:
             raise UserError(f"--trackers {name} isn't installed: pip install {name.replace('_', '-')}")
     try:
-        # no: its own autocast would wrap the forward of a process group alone
+        # "no": accelerate's own autocast would wrap only the forward of a distributed module
         return Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=config.out)
     except (ImportError, ValueError) as error:
         raise UserError(f"--trackers {' '.join(config.trackers)}: {error}") from None

@@ -1,7 +1,7 @@
-"""A running average of the weights: a_{t+1} = d_t a_t + (1 − d_t) w_{t+1}.
+"""Exponential moving average of the weights: a_{t+1} = d_t a_t + (1 − d_t) w_{t+1}.
 
-d_t = min(decay, (1 + t) / (10 + t)): the warm-up of TensorFlow's ExponentialMovingAverage. While it lasts, the share
-of the first, random weights falls as 1 / C(n + 9, 9) after n updates, rather than as decay^n.
+d_t = min(decay, (1 + t) / (10 + t)): the warm-up of TensorFlow's ExponentialMovingAverage. During the warm-up, the
+share of the first, random weights falls as 1 / C(n + 9, 9) after n updates, rather than as decay^n.
 """
 
 import copy
@@ -17,10 +17,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Ema(Generic[Module]):
-    """Keeps `module`, a copy of a module with the average of its parameters and its present buffers, all fp32.
+    """Moving average of a module: `module` is a copy with averaged parameters and the current buffers, all fp32.
 
-    The copy is in eval mode and takes no gradient; parameters that are frozen are shared with it. Make it once the module is
-    on its device, and frozen what is to stay so.
+    The copy is in eval mode and takes no gradient; it shares the parameters that are frozen. Create it after the module
+    has been moved to its device and its fixed parameters have been frozen.
     """
 
     def __init__(self, module: Module, decay: float) -> None:
@@ -32,12 +32,12 @@ class Ema(Generic[Module]):
         self._source, self._subset = module, Subset(self.module, frozen_names(module))
 
     def decay_at(self, step: int) -> float:
-        """The decay of update `step` = 0, 1, …"""
+        """Return the decay of update `step` = 0, 1, …"""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the module's present weights into the average. A function of `step` and the weights alone."""
+        """Add the module's current weights to the average. The result depends on `step` and the weights alone."""
         pairs = zip(self.module.parameters(), self._source.parameters(), strict=True)
         learned = [(average, weight) for average, weight in pairs if average is not weight]
         if learned:
@@ -47,9 +47,9 @@ class Ema(Generic[Module]):
             mine.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages of trainable parameters and the buffers, by their names in the module."""
+        """Return the averages of the trainable parameters, and the buffers, by their names in the module."""
         return self._subset.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave. Raises as `Subset.load_state_dict` does."""
+        """Restore the result of `state_dict`. Raises the same errors as `Subset.load_state_dict`."""
         self._subset.load_state_dict(state)

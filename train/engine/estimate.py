@@ -1,4 +1,4 @@
-"""What a run will take in time and memory, from one part of a batch tried twice before training starts."""
+"""Estimate of a run's time and memory: one part of a batch is tried twice before training starts."""
 
 import resource
 import time
@@ -12,7 +12,7 @@ from train.engine.stage import Batch, Stage
 
 
 def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
-    """Say what a step of these parts costs, and `steps` of them. The first try warms up; no weight changes."""
+    """Print the cost of one step on these parts, and of `steps` steps. The first try warms up; no weight changes."""
     config, device = run.config, run.accelerator.device
     phases = [p for p in stage.phases if p.start < config.steps]
     for _ in range(2):
@@ -28,7 +28,7 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
         preparing, seconds = (len(parts) * (then - begun) for then in (prepared, _clock(device)))
     weights = sum(p.numel() for q in stage.phases for p in q.module.parameters())
     trained = sum(p.numel() for q in stage.phases for p in q.module.parameters() if p.requires_grad)
-    held = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, running average
+    held = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, moving average
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _resident_mib()
     run.say(
         f"{trained / 1e6:.2f} M parameters train; weights, gradient, optimizer and average take {held:,.0f} MiB, "
@@ -41,7 +41,7 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, when the device has done what it was asked."""
+    """Return the time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -15,7 +15,7 @@ from train.data.store.prefetch import Batched
 
 @dataclass(frozen=True)
 class Feed:
-    """What one process is fed with."""
+    """Source of one process's batches."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -23,7 +23,7 @@ class Feed:
     def batches(
         self, dataset: Batched[Batch] | StreamDataset[Any], start: int, damage: Damage | None = None
     ) -> Iterator[list[Batch]]:
-        """This process's parts of each step's batch from step `start` on."""
+        """Yield this process's parts of each step's batch, from step `start` on."""
         config, accelerator = self.config, self.accelerator
         read = loader(
             dataset, start_step=start, steps=config.steps, batch_size=config.batch_size,

@@ -1,4 +1,4 @@
-"""The folder of a run: where things lie in it, and the lock that keeps a second process out."""
+"""The folder of a run: the paths in it, and the lock that keeps a second process out."""
 
 import fcntl
 import shutil
@@ -12,10 +12,10 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What lies where.
+    """Paths in the folder of a run.
 
-    out/config.yaml      the resolved configuration, with versions, commit and the content of its inputs
-    out/metrics.jsonl    a line per log
+    out/config.yaml      the resolved configuration, with versions, commit and the fingerprints of its inputs
+    out/metrics.jsonl    one line per log
     out/damaged.jsonl    pictures that can't be read
     out/samples/  out/checkpoints/  out/model/
     """
@@ -58,9 +58,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and keep other processes out. Bad input inside leaves nothing of a folder made for it.
+        """Create the folder and lock it against other processes. Removes a folder that it created if the input is bad.
 
-        Raises UserError where the folder holds something else than a run, and where another process has it.
+        Raises UserError if the folder holds something other than a run, or if another process has locked it.
         """
         new = not self.settings.is_file()
         if new and self.path.is_dir() and any(self.path.iterdir()):
@@ -80,5 +80,5 @@ class RunFolder:
                 yield
             except UserError:
                 if new and not self.checkpoints.exists():
-                    shutil.rmtree(self.path, ignore_errors=True)  # nothing that the next try would trip on
+                    shutil.rmtree(self.path, ignore_errors=True)  # leave nothing that would stop the next try
                 raise

@@ -1,4 +1,4 @@
-"""The one training loop: logging, validation, checkpoints, and a clean stop, around the steps of any stage."""
+"""The training loop of every stage: logging, validation, checkpoints, and a clean stop, around the stage's steps."""
 
 import itertools
 import math
@@ -34,13 +34,13 @@ class Means:
             self.sums[name] = self.sums[name] + entry if name in self.sums else entry
 
     def read(self) -> dict[str, float]:
-        """Name → mean; a metric that was never finite is left out."""
+        """Return the mean of each metric by name. A metric that was never finite is left out."""
         read = {name: entry.tolist() for name, entry in self.sums.items()}
         return {name: total / count for name, (total, count) in read.items() if count}
 
 
 class Watch:
-    """Seconds of training since the last look, and those of them that were spent waiting for batches."""
+    """Timer: seconds of training since the last reading, and how many of them were spent waiting for batches."""
 
     def __init__(self) -> None:
         self.restart()
@@ -53,7 +53,7 @@ class Watch:
         return time.perf_counter() - self.begun
 
     def waiting(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """The batches; the time that each takes to come is counted."""
+        """Yield the batches, and count the time spent waiting for each."""
         while True:
             begun = time.perf_counter()
             parts = next(batches, None)
@@ -64,14 +64,14 @@ class Watch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is done inside: the speed is that of training alone."""
+        """Exclude the time spent inside, so that the speed is that of training alone."""
         begun = time.perf_counter()
         yield
         self.begun += time.perf_counter() - begun
 
 
 def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None) -> None:
-    """Train the stage to the configured step, from wherever the run's folder stands."""
+    """Train the stage to the configured step, starting from the state of the run's folder."""
     trainer, config = Trainer(run, stage, hooks), run.config
     start = trainer.resume()
     if start >= config.steps:
@@ -121,7 +121,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
 
 
 def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:
-    """Hand over the result of a run whose last step is done, unless that has been done too."""
+    """Export the final result of a run whose last step is done, unless it has been exported already."""
     if not is_result(run.folder.model, step):
         export(run, stage, publish, step, final=True)
         return
@@ -131,7 +131,7 @@ def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:
 
 
 def validate(run: AnyRun, stage: Stage, step: int) -> None:
-    """Held-out measures and a sheet, with the averaged weights."""
+    """Measure the averaged weights on held-out data, and write a sheet of samples."""
     run.metrics.log(step, stage.validate(step))
     if run.main:
         sheet = run.folder.sheet(step)
@@ -141,7 +141,7 @@ def validate(run: AnyRun, stage: Stage, step: int) -> None:
 
 
 def export(run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: bool) -> None:
-    """Refresh model/ with the averaged weights."""
+    """Update model/ with the averaged weights."""
     if run.main:
         with atomic_folder(run.folder.model) as folder:
             figures = stage.export(folder, final=final)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the figures of a run, a line per log."""
+"""metrics.jsonl: the metrics of a run, one line per log."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from train.data.store.atomic import atomic_file
 
 
 class Metrics:
-    """Writes figures into a run's metrics.jsonl and to its trackers; the main process alone does."""
+    """Writer of metrics to a run's metrics.jsonl and to its trackers. Only the main process writes."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
@@ -24,14 +24,14 @@ class Metrics:
             self.accelerator.log(dict(figures), step=step)
 
     def forget_after(self, step: int) -> None:
-        """Drop lines of steps that will be done again."""
+        """Remove the lines of steps that will be repeated."""
         kept = self._until(step)
         if self.accelerator.is_main_process and kept != self._lines():
             with atomic_file(self.path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
 
     def validated(self, step: int) -> tuple[int, dict[str, float]]:
-        """The last validation up to this step: its step, and its figures by name; none where there was none."""
+        """Return the step and the metrics of the last validation up to this step, or (0, {}) if there was none."""
         for line in reversed(self._until(step)):
             logged = json.loads(line)
             if figures := {k.removeprefix("val_"): v for k, v in logged.items() if k.startswith("val_")}:

@@ -1,7 +1,7 @@
-"""The page that goes with a model: README.md in model/, with the newest sheet beside it, as hubs and editors show it.
+"""The model card: README.md in model/, with the newest sheet beside it, as hubs and editors show it.
 
-It says what was given, counted and measured, and nothing else. What comes from a user stands in code spans and Python
-literals of one line, where no markup, line break or row of dashes means anything.
+The card states only what was given, counted or measured. Text from users stands in code spans and in Python literals of
+one line, where markup, line breaks and rows of dashes have no effect.
 """
 
 import json
@@ -22,20 +22,20 @@ _LICENCE = "## Licence\n\n"  # the last section
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a stage says of its model."""
+    """A stage's description of its model."""
 
     name: str
     what: str
-    """A sentence."""
+    """One sentence that describes the model."""
     library: str
-    """Library whose models have this format."""
+    """Library that can load this format."""
     task: str | None = None
-    """The hub's name for what the model does."""
+    """The hub's name for the model's task."""
     tags: tuple[str, ...]
     use: str
-    """Code that works in the model's folder."""
+    """Example code that works in the model's folder."""
     sheet: str
-    """What the validation sheet shows."""
+    """Description of the validation sheet."""
     settings: dict[str, str]
 
 
@@ -43,10 +43,10 @@ def write_card(
     folder: Path, about: About, config: RunConfig, inputs: Inputs, *, name: str, fingerprint: str, samples: Path,
     step: int, final: bool, measured: int, figures: dict[str, float],
 ) -> None:  # fmt: skip
-    """Write README.md, and the run's newest sheet as sample.png, into a model's folder.
+    """Write README.md into a model's folder, and the run's newest sheet as sample.png.
 
-    name: the run's. fingerprint: the data's. samples: the folder of sheets. figures: the last validation's, at step
-    `measured`.
+    name: the run's. fingerprint: the data's. samples: the folder of sheets. figures: metrics of the last validation, at
+    step `measured`.
     """
     progress = "the run is finished." if final else "the run is **not finished**, and this not its result yet."
     blocks = [
@@ -85,7 +85,7 @@ def write_card(
 
 
 def state_license(folder: Path, license: str) -> None:
-    """Write a licence into the card and the training.json of a finished model, and leave all else as it is."""
+    """Write a licence into the card and the training.json of a finished model, and change nothing else."""
     page, about = folder / "README.md", folder / "training.json"
     if not page.is_file():
         return
@@ -100,7 +100,7 @@ def state_license(folder: Path, license: str) -> None:
 
 
 def _settings(config: RunConfig) -> dict[str, str]:
-    """Settings that every stage has."""
+    """Return the settings that every stage has."""
     optimizer, side = config.optimizer, config.input.resolution
     return {
         "pictures": f"{'about ' * bool(config.input.buckets)}{side} × {side} pixels, {config.batch_size} a step",
@@ -111,13 +111,13 @@ def _settings(config: RunConfig) -> dict[str, str]:
 
 
 def place(given: str) -> str:
-    """Where something came from, as a code span, without what is private (see `told`)."""
+    """Return a path or address as a code span, without private parts (see `told`)."""
     return "the output of a command" if given.startswith("pipe:") else code_span(told(given))
 
 
 def code_span(text: str) -> str:
-    """A code span of one line."""
+    """Return text as a code span of one line."""
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    pad = " " * (len(fence) > 1)  # keeps the line's own backticks from joining the fence
+    pad = " " * (len(fence) > 1)  # separates the line's own backticks from the fence
     return f"{fence}{pad}{line}{pad}{fence}"

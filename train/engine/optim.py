@@ -1,4 +1,4 @@
-"""Muon, and the groups of weights that an optimizer treats alike."""
+"""Muon, and parameter groups with and without weight decay."""
 
 from collections import defaultdict
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 def decayed(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
-    """A module's trainable weights in an optimizer's groups: decay is on weights of two and more dimensions only.
+    """Return a module's trainable weights as parameter groups, with weight decay for two or more dimensions only.
 
-    orthogonal: mark the matrices and kernels for Muon; embedding modules, biases and normalisation weights stay AdamW's.
+    orthogonal: mark matrices and kernels for Muon; embedding modules, biases and normalisation weights stay with AdamW.
     """
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in module.parameters() if p.requires_grad]
@@ -27,12 +27,12 @@ def decayed(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[s
 
 
 class Muon(torch.optim.AdamW):
-    """Momentum whose matrices are orthogonalised before each step (Jordan et al. 2024), and AdamW for the rest.
+    """Optimizer: momentum with orthogonalised matrices (Jordan et al. 2024), and AdamW for all other weights.
 
-    Groups marked `orthogonal` hold weights of two and more dimensions, a kernel (out, in, h, w) being the matrix
-    (out, in·h·w). Their step is 0.2 √max(rows, columns) · UVᵀ of the Nesterov momentum USVᵀ, whose elements are then as
-    large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, sec. 2.2). Like the fused
-    AdamW it leaves weights and momenta alone when `found_inf` is 1, without waiting for the device.
+    Groups marked `orthogonal` hold weights of two or more dimensions; a kernel (out, in, h, w) is treated as the matrix
+    (out, in·h·w). Their step is 0.2 √max(rows, columns) · UVᵀ of the Nesterov momentum USVᵀ. Its elements are then as
+    large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, sec. 2.2). Like the
+    fused AdamW, it leaves weights and momenta unchanged when `found_inf` is 1, without waiting for the device.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
                 for weights in same.values():
                     self._orthogonal_step(weights, group["lr"], group["weight_decay"])
                     for p in weights:
-                        p.grad = None  # AdamW passes by
+                        p.grad = None  # AdamW skips weights without a gradient
         super().step()
 
     def _orthogonal_step(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -61,9 +61,9 @@ class Muon(torch.optim.AdamW):
         mixed = []
         for p in weights:
             assert p.grad is not None
-            gradient = p.grad.nan_to_num_(0, 0, 0)  # finite in a good step; in a bad one its share is 0
+            gradient = p.grad.nan_to_num_(0, 0, 0)  # no effect in a finite step; a skipped step multiplies it by 0
             state = self.state[p]
-            if not state:  # AdamW asks every state for its step when it is loaded
+            if not state:  # AdamW needs a step in every state when it is loaded
                 state |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
             momentum = state["momentum"]
             momentum.lerp_(gradient, (1 - self.momentum) * good)
@@ -77,9 +77,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(k, rows, columns) of any scale, USVᵀ each → nearly UVᵀ, with singular values between about 0.7 and 1.2.
+    """Orthogonalise matrices (k, rows, columns) of any scale: each USVᵀ becomes nearly UVᵀ.
 
-    Five Newton-Schulz steps in bf16 with the quintic of Jordan et al. 2024, which grows small singular values fastest.
+    The singular values end between about 0.7 and 1.2. Uses five Newton-Schulz steps in bf16 with the quintic of Jordan
+    et al. 2024, which grows small singular values fastest.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).bfloat16()

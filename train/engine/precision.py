@@ -1,4 +1,4 @@
-"""The arithmetic of the networks."""
+"""Numeric precision of the networks."""
 
 from contextlib import nullcontext
 

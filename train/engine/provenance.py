@@ -1,4 +1,4 @@
-"""training.json: what weights were trained with, beside them; and how far it may be published."""
+"""training.json: what the weights beside it were trained with, in a form that may be published."""
 
 import json
 import platform
@@ -23,7 +23,7 @@ def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool)
 
 
 def is_result(folder: Path, step: int) -> bool:
-    """Whether a folder's weights are the result of this step, written at the end of a run."""
+    """Return whether a folder's weights are the final result of a run that ended at this step."""
     try:
         about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -32,11 +32,11 @@ def is_result(folder: Path, step: int) -> bool:
 
 
 def told(place: str) -> str:
-    """Where something came from, as it was typed; but nothing more of this machine, and nothing that opens another."""
+    """Return a path or address fit for publication: without parent folders of an absolute path, or credentials."""
     if place.startswith("pipe:"):
         return "pipe:"
     if "://" in place and not place.startswith("file:"):
-        return re.sub(r"(?<=://)[^/]*@|[?#].*", "", place)  # without password, and tokens of the query
+        return re.sub(r"(?<=://)[^/]*@|[?#].*", "", place)  # without password, and without tokens in the query
     scheme, path = re.fullmatch(
         r"((?:file:(?://)?|openclip:|inception:|dinov2:|clip:)?)(.*)", place, re.DOTALL
     ).groups()  # type: ignore[union-attr]
@@ -44,12 +44,12 @@ def told(place: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that results depend on."""
+    """Return the versions of Python and of the libraries that results depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
 def commit() -> str:
-    """The commit of the checkout that this code is in, or nothing."""
+    """Return the commit of the checkout that this code is in, or nothing."""
     try:
         asked = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True,

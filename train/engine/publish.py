@@ -1,4 +1,4 @@
-"""What goes with the weights of every stage when others are to use them: training.json, the card and the licence."""
+"""The files that accompany every stage's exported weights: training.json, the model card and the licence."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ from train.engine.stage import Publish
 
 
 class Published(Protocol):
-    """What a stage says of its model."""
+    """A stage that can describe its model."""
 
     inputs: Inputs
 
@@ -19,7 +19,7 @@ class Published(Protocol):
 
 
 def publisher(run: AnyRun, stage: Published) -> Publish:
-    """What writes all of it into the folder of a stage's weights; in one that is published, the licence alone."""
+    """Return the function that writes these files beside a stage's weights; for a finished result, only the licence."""
     license = run.config.license
 
     def publish(folder: Path, step: int, *, final: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the training of a stage stands on, opened together: small objects, of which each function is given what it needs."""
+"""The run of a stage: its configuration, folder, device and logs, opened together as small objects."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,11 +22,11 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class Run(Generic[Config]):
-    """A stage's run."""
+    """Run of a stage."""
 
     config: Config
     inputs: Mapping[str, str]
-    """Content of what it is made from, by name."""
+    """Fingerprint of each input, by name."""
     accelerator: Accelerator
     folder: RunFolder
     say: Console
@@ -37,13 +37,13 @@ class Run(Generic[Config]):
 
     @property
     def cache(self) -> Path:
-        """The folder for what is computed once of the data: the one that the configuration gives, else one beside the run's."""
+        """Folder for what is computed once from the data: the configured one, or else one beside the run's folder."""
         given = self.config.cache
         return Path(given) if given not in ("", "off") else self.folder.path.parent / "cache"
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.accelerator.is_main_process
 
 
@@ -52,9 +52,9 @@ AnyRun = Run[Any]
 
 @contextmanager
 def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> Iterator[Run[Config]]:
-    """Begin or continue the run in `config.out`, which no other process may train in meanwhile.
+    """Begin or continue the run in `config.out`, and keep other processes from training in it.
 
-    Raises UserError where the folder was made with other settings or inputs.
+    Raises UserError if the folder was made with other settings or inputs.
     """
     main, folder = accelerator.is_main_process, RunFolder(Path(config.out))
     say, metrics = Console(main), Metrics(folder.metrics, accelerator)
@@ -64,7 +64,7 @@ def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]
     with folder.locked() if main else nullcontext():
         if main:
             config = settle(folder.settings, config, inputs)
-            # A tracker that fails (a missing package) would fail the run at its first log: fail at the start instead.
+            # A tracker with a missing package would fail at the first log: fail at the start instead.
             accelerator.init_trackers(folder.name)
         accelerator.wait_for_everyone()
         damage = DamageReport(folder.damaged, config.input.max_damaged, say, main)

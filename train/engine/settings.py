@@ -1,4 +1,4 @@
-"""config.yaml: the settings and inputs that a run is made with, and whether a command continues it."""
+"""config.yaml: the settings and inputs of a run, and whether a command may continue it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +18,10 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def settle(path: Path, config: Config, inputs: Mapping[str, str]) -> Config:
-    """Write the settings of a run that begins or goes on; returns them with what stands once it was stated, the licence.
+    """Write the settings of a new or continued run. Returns them, with the licence that was stated earlier, if any.
 
-    inputs: content of what the run is made from, by name, e.g. {"data": fingerprint}. Raises UserError where the run was
-    made with others, or with other settings than may differ.
+    inputs: fingerprint of each input of the run, by name, e.g. {"data": fingerprint}. Raises UserError if the run was
+    made with other inputs, or with other settings than those that may differ.
     """
     settled, out = config, str(path.parent)
     if path.is_file():
@@ -29,7 +29,7 @@ def settle(path: Path, config: Config, inputs: Mapping[str, str]) -> Config:
         about = before.pop("about", {})
         _refuse_other_inputs(out, about.get("inputs", {}), inputs)
         try:
-            was = validate(type(config), before)  # what it didn't know of has its default
+            was = validate(type(config), before)  # settings that the old file lacks get their defaults
         except UserError as error:
             raise UserError(f"{out!r} holds a run of another stage or version ({error}): take another --out") from None
         settled = replace(config, license=config.license or was.license)

@@ -1,4 +1,4 @@
-"""What the loop asks of a stage, what a phase of its step gives, and what may be hooked in around each step."""
+"""Interfaces between the training loop and a stage: the stage, the phases of its step, and hooks around each step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,81 +11,81 @@ from torch.optim import Optimizer
 from train.engine.ema import Ema
 
 Batch = Any
-"""A record of a stage's own (train/data/batches/records.py)."""
+"""A record type that the stage defines (train/data/batches/records.py)."""
 
 
 class StepOutput(NamedTuple):
-    """What a phase's module gives for one part of a batch."""
+    """Result of a phase's module for one part of a batch."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    """Logged beside the loss; detached scalars."""
+    """Detached scalars, logged beside the loss."""
     batch: Batch
-    """What the later phases are given in place of the part; detached."""
+    """Input of the later phases in place of the part; detached."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A network's turn in a step: its module's `forward(part)` gives a StepOutput, its optimizer follows."""
+    """One network's update in a step: its module's `forward(part)` gives a StepOutput, then its optimizer steps."""
 
     name: str
-    """Its name in checkpoints."""
+    """Name in checkpoints."""
     module: nn.Module
     optimizer: Optimizer
     lr: float
     """Peak learning rate."""
     start: int = 0
-    """First step in which it takes its turn."""
+    """First step in which the phase runs."""
     prefix: str = ""
-    """What `loss` and `grad_norm` are preceded by in the metrics."""
+    """Prefix of `loss` and `grad_norm` in the metrics."""
 
 
 class Stage(Protocol):
-    """What differs between the stages."""
+    """Interface of a training stage."""
 
     phases: list[Phase]
     ema: Ema[Any]
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        """For each step from `start` on, the parts of this process's share of its batch."""
+        """Yield, for each step from `start` on, the parts of this process's share of the batch."""
         ...
 
     def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
-        """The parts with all that the phases need: what frozen networks add, and what is drawn for the whole step."""
+        """Return the parts with all that the phases need: outputs of frozen networks, and draws for the whole step."""
         ...
 
     def finish(self, step: int) -> None:
-        """Do what follows the last phase of a step; every process calls it."""
+        """Finish a step after its last phase; every process calls it."""
         ...
 
     def validate(self, step: int) -> dict[str, float]:
-        """Held-out measures with the averaged weights; every process calls it."""
+        """Return held-out metrics of the averaged weights; every process calls it."""
         ...
 
     def sheet(self, path: Path) -> None:
-        """Write a picture to look at; the main process calls it."""
+        """Write a sheet of samples; the main process calls it."""
         ...
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
-        """Write the result into an empty folder (main process only; the others take part with `folder` to ignore).
+        """Write the result into an empty folder. Only the main process writes; the others take part, ignoring `folder`.
 
-        Returns figures worth logging.
+        Returns metrics to log.
         """
         ...
 
 
 class Publish(Protocol):
-    """Writes what goes with the weights that a stage has exported, when others are to use them; the main process calls it."""
+    """Writer of the files that accompany exported weights for publication; the main process calls it."""
 
     def __call__(self, folder: Path, step: int, *, final: bool) -> None: ...
 
 
 class Hooks:
-    """Calls around each step, for tests and benchmarks. These do nothing: override what is needed."""
+    """Calls around each step, for tests and benchmarks. They do nothing by default: override the ones you need."""
 
     def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
-        """The prepared parts that the phases are given in place of `parts`."""
+        """Return the prepared parts that the phases receive in place of `parts`."""
         return parts
 
     def end_step(self, step: int, metrics: dict[str, Tensor]) -> None:
-        """See the metrics of a step, as tensors on the device, once its weights and averages are updated."""
+        """Receive a step's metrics, as tensors on the device, after its weights and averages are updated."""

@@ -1,4 +1,4 @@
-"""A clean stop on SIGTERM and SIGINT, on which all processes agree."""
+"""Clean stop on SIGTERM and SIGINT, agreed between all processes."""
 
 import signal
 from typing import Self
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT, so that the loop can end between two steps. A second one acts as it always does."""
+    """Handler that records SIGTERM or SIGINT, so that the loop can end after a step. A second one acts as usual."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.signal = accelerator, 0
@@ -30,7 +30,7 @@ class Stop:
         self._restore()
 
     def agreed(self, step: int) -> int:
-        """The largest signal number that any process has received, or 0. Several processes ask each other every 10 steps."""
+        """Return the largest signal number received by any process, or 0. Processes exchange it every 10 steps."""
         if self.accelerator.num_processes == 1:
             return self.signal
         if step % 10:

@@ -1,4 +1,4 @@
-"""The trainable subset of a network: what training changes of it, which alone is averaged and kept in checkpoints."""
+"""The trainable subset of a network: the part that training changes. Only this part is averaged and checkpointed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ from ldm.errors import UserError
 
 
 def frozen_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters that take no gradient."""
+    """Return the names of the parameters that take no gradient."""
     return frozenset(n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad)
 
 
 class Subset:
-    """The state of a module without its frozen parameters, of which a digest stands for all."""
+    """State of a module without its frozen parameters, which are identified by one digest."""
 
     def __init__(self, module: nn.Module, frozen: frozenset[str]) -> None:
         self.module, self.frozen = module, frozen
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trainable parameters and the buffers, by their names in the module."""
+        """Return the trainable parameters and the buffers, by their names in the module."""
         return {name: value for name, value in self.module.state_dict().items() if name not in self.frozen}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave. Frozen parameters may be there too, if they are those of the module.
+        """Restore the result of `state_dict`. It may also contain frozen parameters if they equal the module's.
 
-        Raises RuntimeError, as modules do, if names or shapes differ, and UserError if frozen parameters do.
+        Raises RuntimeError, as modules do, if names or shapes differ, and UserError if frozen parameters differ.
         """
         kept = {name: value for name, value in self.module.state_dict().items() if name in self.frozen}
         for name in kept.keys() & state.keys():
@@ -38,7 +38,7 @@ class Subset:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the frozen parameters, "" where there are none. They stay as they are: it is worked out once."""
+        """Hash of the frozen parameters, "" if there are none. Computed once, as they don't change."""
         total, state = hashlib.sha256(), self.module.state_dict()
         for name in sorted(self.frozen):
             total.update(f"{name}{state[name].dtype}{tuple(state[name].shape)}".encode())
@@ -46,7 +46,7 @@ class Subset:
         return total.hexdigest() if self.frozen else ""
 
     def require(self, digest: str) -> None:
-        """Raise UserError if the frozen parameters aren't those of which a checkpoint has the digest."""
+        """Raise UserError if the digest of the frozen parameters differs from that in a checkpoint."""
         if digest and digest != self.digest:
             raise UserError(
                 f"the {len(self.frozen)} frozen weights aren't those that this run was trained with "

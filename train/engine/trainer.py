@@ -1,7 +1,7 @@
-"""A stage under way: one step, its state, and how both are saved, restored and kept healthy.
+"""The trainer of a stage: one step, and the state that is saved, restored and checked for non-finite values.
 
 A step is a pure function of its batch and the weights: accumulation, mixed precision with fp32 weights, distribution,
-clipping, skipping of non-finite steps without waiting for the device, and the running average.
+clipping, skipping of non-finite steps without waiting for the device, and the moving average.
 """
 
 import math
@@ -35,7 +35,7 @@ class Health:
 
 
 class Trainer:
-    """A stage with the state of its training."""
+    """A stage and the state of its training."""
 
     def __init__(self, run: AnyRun, stage: Stage, hooks: Hooks | None = None) -> None:
         self.run, self.stage, self.hooks = run, stage, hooks or Hooks()
@@ -45,12 +45,12 @@ class Trainer:
         self.wrapped = [run.accelerator.prepare_model(p.module) for p in stage.phases]
         self.subsets = {p.name: Subset(p.module, frozen_names(p.module)) for p in stage.phases}
         self.checkpoints = Checkpoints(run.folder.checkpoints, keep=run.config.keep_checkpoints)
-        self.generation = 0  # checkpoints written, to tell a second roll-back without progress
+        self.generation = 0  # checkpoints written, to detect a second roll-back without progress
 
     # -- one step ---------------------------------------------------------------------------------------------
 
     def step(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
-        """Every phase once. Returns its metrics as tensors on the device."""
+        """Run every phase once. Returns the metrics as tensors on the device."""
         parts = self.hooks.begin_step(step, self.stage.prepare(step, parts))
         share = self.run.config.optimizer.share(step, self.run.config.steps)
         metrics: dict[str, Tensor] = {}
@@ -71,7 +71,7 @@ class Trainer:
         return metrics
 
     def _backward(self, module: nn.Module, parts: list[Batch]) -> list[StepOutput]:
-        """Add up the gradient of the parts, which processes exchange once, with the last one."""
+        """Accumulate the gradients of the parts. Processes exchange gradients once, with the last part."""
         accelerator, outputs = self.run.accelerator, []
         for k, part in enumerate(parts, 1):
             with nullcontext() if k == len(parts) else accelerator.no_sync(module):
@@ -82,19 +82,20 @@ class Trainer:
         return outputs
 
     def _means(self, outputs: list[StepOutput]) -> dict[str, Tensor]:
-        """The loss and the metrics of all parts and processes."""
+        """Return the mean loss and metrics over all parts and processes."""
         each = [{"loss": o.loss} | o.metrics for o in outputs]
         means = torch.stack([torch.stack([one[name] for one in each]).detach().float().mean() for name in each[0]])
         return dict(zip(each[0], self.run.accelerator.reduce(means, "mean"), strict=True))
 
     def _update(self, phase: Phase, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip and step; the gradient's norm, and 1 where the step was skipped, else 0.
+        """Clip the gradient and step. Returns the gradient's norm, and 1 if the step was skipped, else 0.
 
-        It is where the loss or the gradient of any process is not finite, and nothing waits for the device to know it.
+        A step is skipped if the loss or the gradient of any process isn't finite; nothing waits for the device to know
+        it.
 
-        The optimizer itself leaves weights and moments as they are when its `found_inf` is 1. That is ours, not the
-        scaler's, which knows of gradients alone. Gradients are averages over all processes by now, so one process's NaN
-        is everybody's, and all skip together.
+        The optimizer leaves weights and moments unchanged when its `found_inf` is 1. We set `found_inf` rather than
+        leave it to the scaler, which sees only gradients. Gradients are already averages over all processes here, so a
+        NaN in one process reaches all of them, and all skip together.
         """
         optimizer = phase.optimizer
         for group in optimizer.param_groups:
@@ -109,7 +110,7 @@ class Trainer:
         return norm, bad
 
     def check_health(self, step: int) -> None:
-        """After too many skipped steps in a row, return to the last checkpoint's weights; the data goes on."""
+        """Return to the last checkpoint's weights after too many skipped steps in a row; the data continues."""
         if int(self.health.in_a_row) < self.run.config.roll_back_after:
             return
         found = self.checkpoints.latest()
@@ -126,7 +127,7 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """The tensors that training changes, and all else that the next step depends on."""
+        """Return the tensors that training changes, and everything else that the next step depends on."""
         phases: dict[str, dict[str, Any]] = {}
         for p in self.stage.phases:
             subset = self.subsets[p.name]
@@ -154,7 +155,7 @@ class Trainer:
             self.health.in_a_row.fill_(state["in_a_row"])
 
     def resume(self) -> int:
-        """The step to begin with: 0, or where the newest valid checkpoint ends."""
+        """Restore the newest valid checkpoint. Returns the step to begin with, 0 if there is no checkpoint."""
         found = self.checkpoints.latest()
         if found is None:
             return 0
