@@ -1,4 +1,4 @@
-"""Captions that are too long for the text encoder: quoted once a run, then counted."""
+"""Warnings about captions that are too long for the text encoder: the first is quoted, the rest are counted."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,15 +8,15 @@ from conditioning.tokenizer import PromptCut
 
 
 class CutCaptions:
-    """Counts the captions that are cut, which may be thousands, and says the first."""
+    """Counter of truncated captions, which may be thousands; only the first is printed."""
 
     def __init__(self, say: Callable[[str], object], more: str) -> None:
-        """more: the option that makes room for longer ones."""
+        """more: the option that allows longer captions."""
         self.say, self.more, self.count = say, more, 0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the captions that are cut inside."""
+        """Count the captions that are truncated inside."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptCut)
             yield

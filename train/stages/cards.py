@@ -1,4 +1,4 @@
-"""What the model card of each stage says of its model, by its configuration and its network."""
+"""Content of each stage's model card, from its configuration and its network."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -151,7 +151,7 @@ def _size(network: nn.Module) -> str:
 
 
 def _prompt(inputs: Inputs) -> str:
-    """A caption of held-out pictures, as a Python literal."""
+    """Return a caption of held-out pictures, as a Python literal."""
     return repr(next(filter(None, inputs.held_out.captions(100)), "a caption")[:_LONGEST])
 
 

@@ -1,4 +1,4 @@
-"""Stage 0: train a small CLIP, and the tokenizer it reads with, on the captions and pictures themselves."""
+"""Stage 0: train a small CLIP and its tokenizer on the captions and pictures of the dataset."""
 
 import hashlib
 from collections.abc import Iterator
@@ -27,24 +27,24 @@ from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
 from train.stages.cards import about_clip
 
-_READ = 1_000_000  # pictures whose captions the tokenizer is learned from, spread evenly
-_VALIDATION = 1000  # held-out pictures among which the right caption is to be found
+_READ = 1_000_000  # pictures whose captions train the tokenizer, spread evenly
+_VALIDATION = 1000  # held-out pictures among which the matching caption is searched
 
 
 @dataclass(frozen=True, eq=False)
 class ClipBatch(Record):
-    """Pictures and their captions as ids."""
+    """Pictures and their tokenised captions."""
 
     pixels: Tensor
-    """(b, 3, h, w) in [−1, 1]."""
+    """Pixels, (b, 3, h, w) in [−1, 1]."""
     input_ids: Tensor
-    """(b, n)."""
+    """Token ids of the captions, (b, n)."""
     caption_ids: Tensor
-    """(b,), equal for equal captions."""
+    """Ids of the captions, (b,), equal for equal captions."""
 
 
 class Pair(nn.Module):
-    """The CLIP's step: pictures and their captions against each other."""
+    """Contrastive step of CLIP: pictures against captions."""
 
     def __init__(self, contrastive: Contrastive) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Pair(nn.Module):
 
 
 class ClipStage:
-    """What the loop asks of stage 0."""
+    """Stage 0 as the training loop sees it."""
 
     def __init__(self, run: Run[ClipConfig], inputs: Inputs, tokenizer: CLIPTokenizer) -> None:
         self.run, self.config, self.inputs, self.tokenizer = run, run.config, inputs, tokenizer
@@ -71,7 +71,7 @@ class ClipStage:
         )
 
     def with_tokens(self, part: PictureBatch) -> ClipBatch:
-        """The pictures on the device, with their captions as ids."""
+        """Return the pictures on the device, with their captions as ids."""
         with self.cut.counted():
             ids = tokenize(self.tokenizer, part.captions)
         return ClipBatch(part.pixels, ids, torch.tensor([_id(c) for c in part.captions])).to(
@@ -89,7 +89,7 @@ class ClipStage:
 
     @torch.no_grad()
     def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[PictureBatch]]:
-        """Picture features, caption features, caption ids of held-out examples, and their batches."""
+        """Return picture features, caption features and caption ids of held-out examples, and their batches."""
         towers, b = Contrastive(self.ema.module), self.config.batch_size
         raw = [self.held_out.__getitems__(list(range(k, min(k + b, count)))) for k in range(0, count, b)]
         batches = [self.with_tokens(batch) for batch in raw]
@@ -105,7 +105,7 @@ class ClipStage:
         return {f"val_{name}": share for name, share in found.items()}
 
     def sheet(self, path: Path) -> None:
-        """Held-out pictures, each over the caption found nearest to it."""
+        """Write held-out pictures, each above the caption with the nearest features."""
         count = min(len(self.held_out.source), _VALIDATION)
         image, text, _, raw = self.held_out_features(count)
         nearest = (nn.functional.normalize(image[:16], dim=-1) @ nn.functional.normalize(text, dim=-1).T).argmax(1)
@@ -129,7 +129,7 @@ def _id(caption: str) -> int:
 
 
 def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
-    """Train stage 0 into `config.out`, or continue what stands there."""
+    """Train stage 0 into `config.out`, or continue the run in it."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input)
     if config.input.resolution % config.image.patch_size:

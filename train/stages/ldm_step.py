@@ -1,4 +1,4 @@
-"""Stage 2's step: what frozen networks make of a batch, and the loss of the network that is trained on it."""
+"""Stage 2's step: the outputs of frozen networks for a batch, and the loss of the trained network."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,22 +25,22 @@ from train.stages.terms import Term, Terms
 
 @dataclass(frozen=True, eq=False)
 class DiffusionBatch(Record):
-    """What the objective needs, complete."""
+    """Complete input of the objective."""
 
     x0: Tensor
     """Latents, (b, c, h, w)."""
     timestep: Tensor
-    """(b,), uniform in [0, 1)."""
+    """Random numbers from which the timesteps follow, (b,), uniform in [0, 1)."""
     noise: Tensor
-    """(b, c, h, w)."""
+    """Noise added to the latents, (b, c, h, w)."""
     condition: Tensor
-    """(b, L, d)."""
+    """Text features, (b, L, d)."""
     context: Tensor | None = None
-    """Mask and latents of what it leaves, for a network that inpaints, (b, 1 + c, h, w)."""
+    """Mask and latents of the unmasked part, for a network that inpaints, (b, 1 + c, h, w)."""
 
 
 class Completion:
-    """Completes batches with what the frozen networks make of pictures, captions and masked pictures."""
+    """Completion of batches with the outputs of the frozen networks for pictures, captions and masked pictures."""
 
     def __init__(
         self, autoencoder: Autoencoder, text_encoder: ClipTextEncoder, cut: CutCaptions, precision: Precision
@@ -66,7 +66,7 @@ class Completion:
         return DiffusionBatch(mean + std * drawn.posterior_noise, drawn.timestep, drawn.noise, condition, context)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, (b, c, h, w) each. As elsewhere, the autoencoder computes in fp32 or bf16, never fp16."""
+        """Return mean and deviation, (b, c, h, w) each. The autoencoder computes in fp32 or bf16, never fp16."""
         with autocast(self.autoencoder.vae.device, "bf16") if self.precision == "bf16" else nullcontext():
             mean, std = self.autoencoder.encode(pixels)
         return mean.float(), std.float()
@@ -74,25 +74,25 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class Denoising:
-    """What the terms of stage 2's loss look at."""
+    """Input of the terms of stage 2's loss."""
 
     batch: DiffusionBatch
     index: Tensor
     """Noise levels, (b,) int64."""
     prediction: Prediction
-    """The network's output, and x0 as it follows from it."""
+    """The network's output, and the x0 that follows from it."""
     features: dict[str, Any]
     """Outputs of the network's submodules, by name."""
 
 
 class DiffusionLoss(nn.Module):
-    """The network and the objective: the weighted error of its prediction on noised latents, and further terms."""
+    """The network and the objective: weighted error of the prediction on noised latents, plus further terms."""
 
     def __init__(self, backbone: Backbone, objective: Objective, terms: Sequence[Term[Denoising]] = ()) -> None:
         super().__init__()
-        self.unet = backbone.module  # whatever it is: checkpoints know its weights by this name
+        self.unet = backbone.module  # a fixed name, as checkpoints store the weights under it
         self.backbone, self.objective, self.terms = backbone, objective, Terms(terms)
-        # As a module of this one, its state goes into checkpoints.
+        # A submodule, so that its state goes into checkpoints.
         self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
 
     def forward(self, batch: DiffusionBatch) -> StepOutput:

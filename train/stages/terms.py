@@ -1,4 +1,4 @@
-"""A stage's loss as a list of weighted terms, and the features of the network that they look at."""
+"""A stage's loss as a list of weighted terms, and the network features that the terms read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +13,16 @@ Seen = TypeVar("Seen")
 
 @dataclass(frozen=True)
 class Term(Generic[Seen]):
-    """One term of a stage's loss, a function of what the stage's network made of a batch."""
+    """One term of a stage's loss, a function of the network's outputs for a batch."""
 
     name: str
-    """Name of its value in metrics.jsonl, where it stands without its weight."""
+    """Name in metrics.jsonl, where the value is logged without its weight."""
     weight: float
     """Weight in the stage's loss."""
     loss: Callable[[Seen], Tensor]
-    """Gives a scalar. If it is a module, its parameters are trained and saved with the network's."""
+    """Function that returns a scalar. If it is a module, its parameters are trained and saved with the network's."""
     features: tuple[str, ...] = ()
-    """Dotted names of the network's submodules whose outputs it looks at."""
+    """Dotted names of the network's submodules whose outputs the term reads."""
 
 
 class Terms(nn.Module, Generic[Seen]):
@@ -44,9 +44,9 @@ class Terms(nn.Module, Generic[Seen]):
 
     @contextmanager
     def captured(self, network: nn.Module) -> Iterator[dict[str, Any]]:
-        """Outputs of the submodules that the terms look at, by name, in the graph, of a call of the network inside.
+        """Capture the outputs of the submodules that the terms read, by name and in the graph, during a network call.
 
-        What gradient checkpointing computes once more in the backward pass isn't captured again.
+        Outputs that gradient checkpointing recomputes in the backward pass aren't captured again.
         """
         features: dict[str, Any] = {}
         names = {name for term in self.terms for name in term.features}

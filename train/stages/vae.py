@@ -1,4 +1,4 @@
-"""Stage 1: train the autoencoder, measure its latents, and fold their normalisation into the weights it hands over."""
+"""Stage 1: train the autoencoder, measure its latents, and fold their normalisation into the exported weights."""
 
 import copy
 import math
@@ -44,13 +44,13 @@ from train.stages.terms import Term
 from train.stages.vae_step import Discriminate, Reconstruct, Reconstruction, VaeBatch
 
 _REFRESH = 2048  # pictures, at most, that normalise the model/ of an unfinished run
-_COLOURS = 512  # that previews' colours are fitted to, which are few numbers: with 2,048 they are the same
-_SHEET = 8  # pictures of a sheet
-_NOISE = (0.2,)  # added to latents in validation; scripts/evaluate_vae.py has more
+_COLOURS = 512  # pictures, at most, to fit the few numbers of the preview colours: 2,048 give the same
+_SHEET = 8  # pictures in a sheet
+_NOISE = (0.2,)  # noise levels added to latents in validation; scripts/evaluate_vae.py has more
 
 
 class VaeStage:
-    """What the loop asks of stage 1."""
+    """Stage 1 as the training loop sees it."""
 
     def __init__(
         self, run: Run[VaeConfig], vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs,
@@ -99,7 +99,7 @@ class VaeStage:
         self.latent_channels: int = vae.config.latent_channels
         draws = PosteriorNoise(self.latent_channels, self.factor)
         self.training = inputs.pictures(config.input, config.seed, draws)
-        # In order, each picture once, nothing left to chance: for the statistics and for validation.
+        # In order, each picture once, without random crops: for the statistics and for validation.
         self.plain, self.held_out = (
             PictureDataset(source, config.input.plain(config.input.resolution), config.seed, draws=draws, shuffle=False)
             for source in (inputs.source, inputs.held_out)
@@ -115,7 +115,7 @@ class VaeStage:
         return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
 
     def adversarial_at(self, step: int) -> bool:
-        """Whether the discriminator takes part yet."""
+        """Return whether the discriminator takes part in this step."""
         return self.discriminator is not None and step >= self.config.adversarial.start
 
     def prepare(self, step: int, parts: list[PictureBatch[Tensor]]) -> list[VaeBatch]:
@@ -126,7 +126,7 @@ class VaeStage:
         adversarial = self.adversarial_at(step)
         batches = [VaeBatch(part.pixels, part.drawn, transform, adversarial) for part in parts]
         if adversarial and c.adversarial.adaptive and len(parts) > 1:
-            # The weight is the whole batch's, so all of it is gone through before the first part's loss.
+            # The weight depends on the whole batch, so all parts are processed before the first part's loss.
             with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
                 weight = self.reconstruct.balance(map(self.reconstruct.picture_losses, batches))
             batches = [replace(batch, adversarial_weight=weight) for batch in batches]
@@ -137,7 +137,7 @@ class VaeStage:
             self.discriminator.refresh()
 
     def _shares(self, pictures: PictureDataset[Tensor], places: range) -> Iterator[PictureBatch[Tensor]]:
-        """This process's batches of the pictures at these places, in order."""
+        """Yield this process's batches of the pictures at these places, in order."""
         accelerator = self.run.accelerator
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
         firsts = range(accelerator.process_index * b, len(places), accelerator.num_processes * b)
@@ -147,7 +147,7 @@ class VaeStage:
     def _normalised(
         self, pictures: PictureDataset[Tensor], places: range
     ) -> tuple[AutoencoderKL, LatentStatistics | None]:
-        """The averaged weights, their latents normalised over these pictures, unless the encoder is somebody else's."""
+        """Return the averaged weights; latents are normalised over these pictures unless only the decoder trains."""
         vae = copy.deepcopy(self.ema.module)
         if self.config.decoder_only:
             return vae, None
@@ -174,7 +174,10 @@ class VaeStage:
         reconstruction_sheet(Autoencoder(self.ema.module), pictures.pixels).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
-        """The averaged weights, their latents normalised over the training set (a part of it until the end), and their colours."""
+        """Export the averaged weights and preview colours.
+
+        Latents are normalised over the training set; before the end of the run, over a part of it.
+        """
         count = len(self.plain.source)
         vae, statistics = self._normalised(self.plain, range(count) if final else _spread(count, _REFRESH))
         autoencoder = Autoencoder(vae)
@@ -195,12 +198,12 @@ class VaeStage:
 
 
 def _spread(count: int, most: int) -> range:
-    """Up to so many of the places in a set, from all of it: a set may be sorted."""
+    """Return up to `most` places, spread evenly over the dataset, as it may be sorted."""
     return range(0, count, math.ceil(count / most))
 
 
 def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Reconstruction]] = ()) -> None:
-    """Train stage 1 into `config.out`, or continue what stands there. terms: added to the loss."""
+    """Train stage 1 into `config.out`, or continue the run in it. terms: added to the loss."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input, captioned=False)
     vae, perceptual = config.build(), config.perceptual.build()

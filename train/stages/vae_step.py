@@ -1,4 +1,4 @@
-"""Stage 1's two networks in a step: the autoencoder that makes pictures, and the discriminator that judges them."""
+"""Stage 1's two networks in a step: the autoencoder, and the discriminator that judges its reconstructions."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,23 +27,23 @@ from train.stages.terms import Term, Terms
 
 @dataclass(frozen=True, eq=False)
 class VaeBatch(Record):
-    """Pictures, and how the step treats them."""
+    """Pictures, and options of the step."""
 
     pixels: Tensor
-    """(b, 3, H, W) in [−1, 1]."""
+    """Pixels, (b, 3, H, W) in [−1, 1]."""
     posterior_noise: Tensor
-    """(b, c, h, w)."""
+    """Noise with which the posterior is sampled, (b, c, h, w)."""
     transform: Transform | None = None
-    """Applied to the latents before they are decoded."""
+    """Transform of the latents before they are decoded."""
     adversarial: bool = False
     """Whether the adversarial loss is part of the step."""
     adversarial_weight: Tensor | None = None
-    """Weight of the adversarial loss where it is known already; else it is worked out from this batch."""
+    """Weight of the adversarial loss if it is known already; else it is computed from this batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class DiscriminatorBatch(Record):
-    """Pictures to be told apart, (b, 3, H, W) each."""
+    """Original and reconstructed pictures for the discriminator, (b, 3, H, W) each."""
 
     real: Tensor
     fake: Tensor
@@ -51,26 +51,26 @@ class DiscriminatorBatch(Record):
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """What the autoencoder made of a batch, in the graph: what the terms of stage 1's loss look at."""
+    """The autoencoder's outputs for a batch, in the graph: the input of the terms of stage 1's loss."""
 
     pixels: Tensor
-    """(b, 3, H, W)."""
+    """Original pictures, (b, 3, H, W)."""
     mean: Tensor
-    """Of the latents' posterior, (b, c, h, w)."""
+    """Mean of the latents' posterior, (b, c, h, w)."""
     logvar: Tensor
-    """(b, c, h, w)."""
+    """Log variance of the posterior, (b, c, h, w)."""
     latents: Tensor
     """A sample of the posterior, before any transform, (b, c, h, w)."""
     made: Tensor
     """Pictures decoded from the latents, (b, 3, H, W)."""
     target: Tensor
-    """What `made` should be: the pictures, transformed where the latents were."""
+    """Target of `made`: the pictures, transformed if the latents were."""
     features: dict[str, Any]
     """Outputs of the autoencoder's submodules, by name."""
 
 
 class PictureLosses(NamedTuple):
-    """A reconstruction with its losses of pictures, whose gradients are known ahead of the backward pass."""
+    """A reconstruction with its picture losses, whose gradients are computed before the backward pass."""
 
     reconstruction: Reconstruction
     distance: Known
@@ -80,10 +80,10 @@ class PictureLosses(NamedTuple):
 
 
 class Reconstruct(nn.Module):
-    """The autoencoder's part: pictures through a posterior sample and back, and every term of the loss.
+    """The autoencoder's phase: pictures through a posterior sample and back, and every term of the loss.
 
-    The discriminator and the perceptual network aren't submodules: their weights aren't trained here. mean: of a tensor
-    over all processes. terms: added to the loss after the KL divergence.
+    The discriminator and the perceptual network aren't submodules: their weights aren't trained here. mean: averages a
+    tensor over all processes. terms: added to the loss after the KL divergence.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class Reconstruct(nn.Module):
         return PictureLosses(seen, distance_known, adversarial, metrics)
 
     def balance(self, parts: Iterable[PictureLosses]) -> Tensor:
-        """Return the adversarial loss's weight: constant, or adaptive by the gradients of all parts and processes together.
+        """Return the weight of the adversarial loss: constant, or adapted to the gradients of all parts and processes.
 
-        Of each part, the gradient at the last layer alone has to be there.
+        Only each part's gradient at the last layer is needed.
         """
         adversarial = self.config.adversarial
         if not adversarial.adaptive:
@@ -143,7 +143,7 @@ class Reconstruct(nn.Module):
             for loss in (part.distance, part.adversarial):
                 (gradient,) = torch.autograd.grad(made, last, loss.gradient * scale, retain_graph=True)
                 gradients.append(gradient.float() / scale)
-            del part, made  # a generator makes the next one only now that this one's graph is gone
+            del part, made  # frees this part's graph before the generator makes the next
         distance, generator = self.mean(torch.stack([sum(gradients[0::2]), sum(gradients[1::2])]))
         if self.logvar is not None:
             distance = distance * torch.exp(-self.logvar.detach())
@@ -165,7 +165,7 @@ class Reconstruct(nn.Module):
 
 
 def _distances(config: VaeConfig, perceptual: nn.Module | None) -> list[Term[Reconstruction]]:
-    """The terms that compare pictures, whose gradient the adaptive weight sets against the discriminator's."""
+    """Return the terms that compare pictures; the adaptive weight balances their gradient with the discriminator's."""
     kind = config.reconstruction
     terms = [
         Term[Reconstruction]("reconstruction", 1.0, lambda seen: reconstruction_loss(kind, seen.made, seen.target))
@@ -176,12 +176,12 @@ def _distances(config: VaeConfig, perceptual: nn.Module | None) -> list[Term[Rec
 
 
 def _latent_terms(config: VaeConfig) -> list[Term[Reconstruction]]:
-    """The terms of latents."""
+    """Return the terms that depend on the latents."""
     return [Term("kl", config.kl_weight, lambda seen: kl_loss(seen.mean, seen.logvar, seen.pixels[0].numel()))]
 
 
 class Discriminate(nn.Module):
-    """The discriminator's part, on the pictures that the autoencoder has just made."""
+    """The discriminator's phase, on the pictures that the autoencoder has just reconstructed."""
 
     def __init__(self, discriminator: PatchDiscriminator, config: AdversarialConfig) -> None:
         super().__init__()
