@@ -1,7 +1,7 @@
-"""What is measured of an autoencoder on held-out pictures: its reconstructions, and the latents it leaves to diffusion.
+"""Metrics of an autoencoder on held-out pictures: its reconstructions, and the latents that diffusion will model.
 
-Everything is a sum over pictures, in float64, so it adds up over batches and over processes; a process without pictures
-has zeros. `reduce` gives the sum of a tensor over all processes.
+Every metric is a sum over pictures, in float64, so it adds up over batches and processes; a process without pictures
+has zeros. `reduce` returns the sum of a tensor over all processes.
 """
 
 import math
@@ -18,21 +18,21 @@ from ldm.errors import UserError
 from train.evaluation.features import Features, eight_bits
 
 Reduce = Callable[[Tensor], Tensor]
-NOISE_LEVELS = (0.1, 0.2, 0.5)  # in deviations of a normalised latent
+NOISE_LEVELS = (0.1, 0.2, 0.5)  # in standard deviations of a normalised latent
 LAGS = (1, 2)
-_BINS, _REACH = 4096, 8.0  # of the histogram of latents, over [−reach, reach]
+_BINS, _REACH = 4096, 8.0  # number of bins, and reach: the histogram of latents covers [−reach, reach]
 
 
 def psnr(made: Tensor, pixels: Tensor) -> Tensor:
-    """PSNR (dB) of each 8-bit picture (b,): both (b, 3, h, w) in [−1, 1]."""
+    """Return the PSNR (dB) of each 8-bit picture, (b,). Both inputs: (b, 3, h, w) in [−1, 1]."""
     a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
     each = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
-    # A perfect reconstruction has infinite PSNR, which no mean survives: it counts as half a grey level off everywhere.
+    # A perfect reconstruction's infinite PSNR would dominate the mean: it counts as half a grey level off everywhere.
     return each.clamp(max=20 * math.log10(2 * 255))
 
 
 def reconstruction_quality(made: Tensor, pixels: Tensor) -> tuple[float, float]:
-    """PSNR (dB) and SSIM, each a mean over pictures, of 8-bit pictures: both (b, 3, h, w) in [−1, 1]."""
+    """Return PSNR (dB) and SSIM, each a mean over 8-bit pictures. Both inputs: (b, 3, h, w) in [−1, 1]."""
     a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
     ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     return float(psnr(made, pixels).mean()), float(torch.as_tensor(ssim).mean())
@@ -45,7 +45,7 @@ class FrechetSums:
         self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor) -> None:
-        """Features (n, d)."""
+        """Add features (n, d)."""
         rows = F.pad(features.to(self.sums), (1, 0), value=1.0)
         self.sums += rows.T @ rows
 
@@ -53,9 +53,9 @@ class FrechetSums:
         self.sums = reduce(self.sums)
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Mean (d,) and unbiased covariance (d, d). Raises UserError below two features.
+        """Return the mean (d,) and the unbiased covariance (d, d). Raises UserError below two features.
 
-        Σ f fᵀ − n μ μᵀ cancels, but float64 has digits to spare while the mean is below some 10⁵ deviations.
+        Σ f fᵀ − n μ μᵀ cancels, but float64 has enough digits while the mean is below about 10⁵ standard deviations.
         """
         n = self.sums[0, 0]
         if n < 2:
@@ -65,10 +65,10 @@ class FrechetSums:
 
 
 def frechet(a: FrechetSums, b: FrechetSums) -> float:
-    """‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½), the squared Fréchet distance of two Gaussians (arXiv 1706.08500).
+    """Return the squared Fréchet distance of two Gaussians (arXiv 1706.08500): ‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½).
 
-    tr (S₁ S₂)^½ is the sum of the singular values of S₁^½ S₂^½. That takes no root of a product's rounding error, so
-    covariances without full rank (fewer pictures than features) cost no digits. nan if a feature isn't finite.
+    tr (S₁ S₂)^½ is the sum of the singular values of S₁^½ S₂^½. This avoids the root of a product's rounding error, so
+    covariances without full rank (fewer pictures than features) lose no digits. Returns nan if a feature isn't finite.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a.gaussian(), b.gaussian()
     if not (cov_a + cov_b).isfinite().all():
@@ -83,51 +83,52 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 class LatentHealth(NamedTuple):
-    """Statistics of a data set's latents, a channel each, float64 on the CPU; distances from normal are of posterior samples."""
+    """Statistics of latents per channel, float64 on the CPU. Distances from normal use posterior samples."""
 
     mean: Tensor
-    """(c,)"""
+    """Mean, (c,)."""
     std: Tensor
-    """(c,), floored as in `latent_statistics`; the numbers below are in units of it."""
+    """Standard deviation, (c,), floored as in `latent_statistics`; the unit of the numbers below."""
     signal: Tensor
-    """(c,) Deviation of the posterior's mean."""
+    """Standard deviation of the posterior's mean, (c,)."""
     noise: Tensor
-    """(c,) The posterior's deviation, on average."""
+    """Average standard deviation of the posterior, (c,)."""
     dead: list[int]
     """Channels whose posterior mean hardly depends on the picture."""
     kl: Tensor
-    """(c,) KL(q(z | x) ‖ N(0, 1)) in nats an element of the latent."""
+    """KL(q(z | x) ‖ N(0, 1)) in nats per element of the latent, (c,)."""
     skewness: Tensor
-    """(c,) 0 if normal."""
+    """Skewness, (c,): 0 if normal."""
     kurtosis: Tensor
-    """(c,) The excess: 0 if normal."""
+    """Excess kurtosis, (c,): 0 if normal."""
     w1: Tensor
-    """(c,) Wasserstein-1 distance of the standardised channel to N(0, 1)."""
+    """Wasserstein-1 distance of the standardised channel to N(0, 1), (c,)."""
     correlation: Tensor
-    """(c, c) Between channels, at the same place."""
+    """Correlation between channels at the same place, (c, c)."""
     autocorrelation: Tensor
-    """(lags, c) With the neighbours at 1 and 2 places, horizontally and vertically; nan where none is that far."""
+    """Correlation with the neighbours at 1 and 2 places, horizontally and vertically, (lags, c); nan if there are none.
+    """
 
 
 class LatentSums:
-    """What `LatentHealth` needs, added up.
+    """Sums from which `LatentHealth` is computed.
 
-    Latents should be normalised, at least roughly: the histogram counts those beyond ±8 as ±8, in steps of 1/256.
+    Latents should be roughly normalised: the histogram counts those beyond ±8 as ±8, in steps of 1/256.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.channels = channels
         shapes = {
-            "statistics": (channels, 5),  # of `latent_sums`
+            "statistics": (channels, 5),  # from `latent_sums`
             "more": (channels, 4),  # Σ sample³, Σ sample⁴, Σ posterior deviation, Σ KL
-            "products": (channels, channels),  # of samples at the same place
+            "products": (channels, channels),  # products of samples at the same place
             "pairs": (len(LAGS), channels, 3),  # neighbours: count, Σ product, Σ of both
             "histogram": (channels, _BINS),
         }
         self.sums = {k: torch.zeros(s, dtype=torch.float64, device=device) for k, s in shapes.items()}
 
     def add(self, posterior: Posterior, noise: Tensor) -> None:
-        """Posterior over normalised latents, and the noise (b, c, h, w) of the sample."""
+        """Add a posterior over normalised latents, sampled with the noise (b, c, h, w)."""
         mean, std = posterior.mean.double(), posterior.std.double()
         z = Posterior(mean, std).sample(noise.double())  # (b, c, h, w)
         kl = 0.5 * (mean**2 + std**2 - 1) - std.log()
@@ -146,7 +147,7 @@ class LatentSums:
         self.sums = {name: reduce(sums) for name, sums in self.sums.items()}
 
     def health(self) -> LatentHealth:
-        """The record; nan throughout where nothing was added."""
+        """Return the statistics; nan throughout if nothing was added."""
         sums = {name: value.cpu() for name, value in self.sums.items()}
         mean, std, dead = latent_statistics(sums["statistics"])
         n = sums["statistics"][:, :1]  # (c, 1)
@@ -178,9 +179,10 @@ def noise_robustness(
     noise: Tensor,
     levels: Sequence[float] = NOISE_LEVELS,
 ) -> list[float]:
-    """PSNR (dB) of decode(posterior mean + level × noise) against the pictures, a level each.
+    """Return the PSNR (dB) of decode(posterior mean + level × noise) against the pictures, for each level.
 
-    A sampler never hits a latent exactly. A decoder that reconstructs well and falls here turns such misses into noise.
+    A sampler's latents are never exact. A decoder that reconstructs well but scores low here turns such errors into
+    noise.
     """
     return [float(psnr(autoencoder.decode(posterior.mean + s * noise), pixels).mean()) for s in levels]
 
@@ -196,17 +198,18 @@ def measure_reconstruction(
     levels: Sequence[float] = NOISE_LEVELS,
     latents: LatentSums | None = None,
 ) -> dict[str, float]:
-    """All of the above over batches of pictures (b, 3, h, w) in [−1, 1] and noise of their latents' shape.
+    """Measure reconstructions and latents over batches of (pictures, noise).
 
-    Reconstructions are of the posterior mean. `perceptual` gives a batch's mean distance of (made, pictures);
-    `features` those of the Fréchet distance; both on the autoencoder's device. Every process must call this, with or
-    without pictures. Who wants the latents channel by channel passes empty `latents` and asks them for their `health`
-    afterwards. Raises UserError where no process has a picture.
+    Pictures are (b, 3, h, w) in [−1, 1]; the noise has their latents' shape.
+    Reconstructions use the posterior mean. `perceptual` returns a batch's mean distance of (made, pictures); `features`
+    returns features for the Fréchet distance; both are on the autoencoder's device. Every process must call this, with
+    or without pictures. For statistics per channel, pass empty `latents` and call their `health` afterwards. Raises
+    UserError if no process has a picture.
     """
     device = autoencoder.vae.device
     names = ["psnr", "ssim", *(f"noise_psnr_{level:g}" for level in levels)]
     names += ["perceptual"] if perceptual is not None else []
-    quality = torch.zeros(1 + len(names), dtype=torch.float64, device=device)  # count, Σ of each
+    quality = torch.zeros(1 + len(names), dtype=torch.float64, device=device)  # count, and Σ of each metric
     latents = LatentSums(autoencoder.latent_channels, device) if latents is None else latents
     dim = features.dim if features is not None else 0
     real, made_up = FrechetSums(dim, device), FrechetSums(dim, device)
@@ -233,7 +236,7 @@ def measure_reconstruction(
 
 
 def _latent_scores(health: LatentHealth) -> dict[str, float]:
-    """The worst channel's, but for means of KL and autocorrelation (lag 1)."""
+    """Return the worst channel's statistics, but means for KL and autocorrelation (lag 1)."""
     scores = {
         "kl": health.kl.mean(),
         "latent_mean_max": health.mean.abs().max(),

@@ -1,7 +1,6 @@
-"""What a finished model is worth: the bound on its latents' likelihood, and on Shapes whether it paints what was asked.
+"""Evaluation of a finished model: the bound on its latents' likelihood, and how well its pictures match Shapes prompts.
 
-Shapes alignment is exact: a checker without any learning reads each picture back
-(train/data/synthetic/shapes_checker.py).
+The match is exact: a checker without any learning reads each picture back (train/data/synthetic/shapes_checker.py).
 """
 
 import math
@@ -25,11 +24,12 @@ from train.data.synthetic.shapes_checker import score_pictures
 def bits_per_dimension(
     pipe: LatentDiffusionPipeline, batches: Iterable[tuple[Tensor, Sequence[str]]], seed: int = 0, strata: int = 32
 ) -> tuple[float, float | None]:
-    """The variational bound on -log2 p(latent | caption), a dimension of the latent; and its standard error over pictures.
+    """Return the variational bound on -log2 p(latent | caption) per latent dimension, and its standard error.
 
-    Batches are pictures (b, 3, h, w) in [−1, 1] with their captions; picture k's noise is that of seed + k. The sum over the
-    timesteps above index 0 is estimated from one in each of so many parts, equal in the logarithm: the terms are largest
-    next to the data. That is strata + 1 evaluations of the network a picture.
+    Batches are pictures (b, 3, h, w) in [−1, 1] with their captions; seed + k seeds picture k's noise. The standard
+    error is over pictures. The sum over the timesteps above index 0 is estimated from `strata` timesteps, one in each
+    of equal parts of the logarithm, because the terms are largest near the data. This takes strata + 1 network
+    evaluations per picture.
     """
     schedule = pipe.process.schedule
     objective = Objective(schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
@@ -60,7 +60,7 @@ def bits_per_dimension(
 def paint(
     pipe: LatentDiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64, **sampling: Any
 ) -> np.ndarray:
-    """One picture a prompt, (n, h, w, 3) uint8; picture k's noise is that of seed + k, whatever the batch size.
+    """Paint one picture per prompt, (n, h, w, 3) uint8. seed + k seeds picture k's noise, whatever the batch size.
 
     `sampling` are arguments of the pipeline: num_inference_steps, guidance_scale, sampler, …
     """
@@ -76,6 +76,6 @@ def paint(
 def alignment(
     pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **how: Any
 ) -> tuple[dict[str, float | None], np.ndarray]:
-    """Shares of background, colour, shape, size, relation and all of it that came out as asked; and the pictures."""
+    """Return the shares of correct backgrounds, colours, shapes, sizes, relations and scenes, and the pictures."""
     pictures = paint(pipe, [scene.caption for scene in scenes], **how)
     return score_pictures(pictures, scenes), pictures

@@ -1,7 +1,7 @@
-"""Networks whose features a Fréchet distance compares: Inception (Heusel et al. 2017, arXiv 1706.08500), CLIP, DINOv2.
+"""Feature networks of Fréchet distances: Inception (Heusel et al. 2017, arXiv 1706.08500), CLIP and DINOv2.
 
-Inception's distance is the one papers report; DINOv2's agrees best with people (Stein et al. 2023, arXiv 2306.04675).
-Distances in different features don't compare, nor do those over different numbers of pictures.
+Papers report Inception's distance; DINOv2's agrees best with people (Stein et al. 2023, arXiv 2306.04675). Distances in
+different features aren't comparable, nor are distances over different numbers of pictures.
 """
 
 import pickle
@@ -24,14 +24,14 @@ _PROJECTION = "visual_projection.weight"
 
 
 def eight_bits(pixels: Tensor) -> Tensor:
-    """Pictures in [−1, 1] to whole numbers in [0, 255], as a file keeps them; float32, clipped."""
+    """Convert pictures in [−1, 1] to whole numbers in [0, 255], as in a file; float32, clipped."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
 
 
 class Features(nn.Module):
-    """Pictures (b, 3, H, W) in [−1, 1] to features (b, dim), float32, without gradient.
+    """Network from pictures (b, 3, H, W) in [−1, 1] to features (b, dim), float32, without gradient.
 
-    Pictures are rounded to 8 bits first: features of decoded pictures are those of the saved ones.
+    Pictures are rounded to 8 bits first, so that decoded pictures have the same features as saved ones.
     """
 
     def __init__(self, name: str, dim: int) -> None:
@@ -40,14 +40,14 @@ class Features(nn.Module):
 
 
 class InceptionFeatures(Features):
-    """The 2048 features of the original Inception of FID, through torch-fidelity.
+    """The 2048 features of FID's original Inception, through torch-fidelity.
 
-    Pictures are resized as TensorFlow 1 did, without antialiasing: that is the distance of the literature. Raises
-    UserError without torch-fidelity, or when the weights can't be had (it downloads them unless given a file).
+    Pictures are resized as in TensorFlow 1, without antialiasing, to give the distance of the literature. Raises
+    UserError without torch-fidelity, or if the weights can't be loaded (it downloads them unless given a file).
     """
 
     def __init__(self, weights: str | None = None) -> None:
-        from torchmetrics.image.fid import NoTrainInceptionV3  # brings torch-fidelity, which is optional
+        from torchmetrics.image.fid import NoTrainInceptionV3  # needs torch-fidelity, which is optional
 
         super().__init__("inception", 2048)
         try:
@@ -57,14 +57,14 @@ class InceptionFeatures(Features):
 
                 torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
                 path = str(Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name)
-            # torch-fidelity loads it as a pickle that may run anything: only plain weights get that far.
+            # torch-fidelity loads it as a pickle, which can run any code: only plain weights may reach it.
             torch.load(path, map_location="cpu", weights_only=True)
             network = NoTrainInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=path, antialias=False
             )
         except ModuleNotFoundError:
             raise UserError("features 'inception' need torch-fidelity: pip install -e '.[inception]'") from None
-        except pickle.UnpicklingError:  # whose own words advise to run whatever the file says
+        except pickle.UnpicklingError:  # whose own message advises to trust the file
             raise UserError(f"features 'inception': {path!r} holds something else than tensors") from None
         except (OSError, RuntimeError, EOFError, TypeError) as error:
             source = "its download" if weights is None else repr(weights)
@@ -78,13 +78,13 @@ class InceptionFeatures(Features):
 
 
 class TowerFeatures(Features):
-    """What a CLIP image tower or a DINOv2 says of a whole picture, resized to its side (bicubic, antialiased)."""
+    """Features of a whole picture from a CLIP image tower or a DINOv2, resized to its side (bicubic, antialiased)."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, name: str, tower: nn.Module, output: str, dim: int, side: int, processing: dict) -> None:
-        """`output` names the field of the tower's answer; `processing` has image_mean and image_std, 3 numbers each."""
+        """`output` names the field of the tower's output; `processing` has image_mean and image_std, 3 numbers each."""
         super().__init__(name, dim)
         self.tower, self.output, self.side = tower, output, side
         self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))
@@ -100,10 +100,11 @@ class TowerFeatures(Features):
 
 
 def load_features(name: str) -> Features:
-    """A frozen network by name: inception, inception:WEIGHTS.pth, dinov2, clip, or a folder or hub id of one.
+    """Load a frozen network: inception, inception:WEIGHTS.pth, dinov2, clip, or a folder or hub id of a CLIP or DINOv2.
 
-    A transformers model must be of model_type clip, clip_vision_model (its image embedding, or the pooled output where
-    the weights have no projection) or dinov2 (the CLS token), its weights safetensors. Raises UserError otherwise.
+    A transformers model must have safetensors weights and one of the model_types clip, clip_vision_model (its image
+    embedding, or the pooled output if the weights have no projection) or dinov2 (the CLS token). Raises UserError
+    otherwise.
     """
     if name == "inception" or name.startswith("inception:"):
         return InceptionFeatures(name.partition(":")[2] or None)
@@ -132,7 +133,7 @@ def _load_tower(name: str, where: str) -> TowerFeatures:
             tower, missing = load_tower(Dinov2Model, where)
             output, dim = "pooler_output", tower.config.hidden_size
             processing = preprocessing(where, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-            # Its positions stretch to any side: the published models were trained at 518, and are used at 224.
+            # Its positions adapt to any side: the published models were trained at 518, and are used at 224.
             crop = processing.get("crop_size", tower.config.image_size)
             side = crop["height"] if isinstance(crop, dict) else crop
         case None:

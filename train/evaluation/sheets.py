@@ -1,4 +1,4 @@
-"""Sheets of pictures to look at."""
+"""Sheets of pictures for visual inspection."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from torch import Tensor
 from autoencoder.model import Autoencoder
 from train.evaluation.features import eight_bits
 
-_TILE = 128  # a small picture is enlarged to about this side, pixel by pixel
+_TILE = 128  # small pictures are enlarged to about this side, without interpolation
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Pictures (b, 3, h, w) in [−1, 1] to (b, h, w, 3) uint8, clipped and rounded."""
+    """Convert pictures (b, 3, h, w) in [−1, 1] to (b, h, w, 3) uint8, clipped and rounded."""
     return eight_bits(pixels).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) -> Image.Image:
-    """Rows of equally large uint8 pictures (h, w, 3); a caption, if given, under each picture of the flattened rows."""
+    """Draw rows of equally large uint8 pictures (h, w, 3), with an optional caption under each picture in row order."""
     h, w = rows[0][0].shape[:2]
     scale = max(1, _TILE // max(h, w))
     font = ImageFont.load_default(11)
@@ -42,7 +42,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) ->
 
 
 def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Image:
-    """Pictures (b, 3, h, w), their reconstructions, four times the difference, and each channel of the latents in grey."""
+    """Draw pictures (b, 3, h, w), reconstructions, four times the difference, and each latent channel in grey."""
     z = autoencoder.encode(pixels).mean  # (b, c, h / f, w / f)
     made = autoencoder.decode(z).to(pixels.device)
     std, mean = torch.std_mean(z.to(pixels), dim=(0, 2, 3), correction=0, keepdim=True)
@@ -53,5 +53,5 @@ def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Imag
 
 
 def in_rows(pictures: Sequence[np.ndarray], columns: int) -> list[list[np.ndarray]]:
-    """Pictures in rows of `columns`."""
+    """Arrange pictures in rows of `columns`."""
     return [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
