@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: rectangles of equal area for pictures of like shape, so that little of any is cut off.
+"""Aspect-ratio buckets: rectangles of equal area for pictures of similar shape, so that crops lose little.
 
 A picture goes to the rectangle nearest in aspect ratio, and a batch holds one bucket's pictures (NovelAI 2022,
-"Improvements on Stable Diffusion"). For that every picture's size must be known, which is read once and kept.
+"Improvements on Stable Diffusion"). This requires every picture's size, which is read once and cached.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,14 @@ from train.data.store.prefetch import read_ahead
 from train.data.store.row_index import Digests, digests, doubled, picture_keys
 from train.data.store.shards import Made, Processes, open_shards
 
-_AT_ONCE = 256  # pictures whose sizes are read in one go
+_AT_ONCE = 256  # pictures whose sizes are read in one batch
 
 
 def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
-    """Rectangles whose sides are multiples of `step`, each as large as resolution² allows, no longer than `ratio` × wide.
+    """Return rectangles with sides that are multiples of `step`, each as large as resolution² allows.
 
-    The square is one of them. Raises UserError where it can't be.
+    The longer side is at most `ratio` × the shorter one. The square is included. Raises UserError if that is
+    impossible.
     """
     if resolution % step:
         raise UserError(
@@ -42,24 +43,24 @@ def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
 
 
 class Buckets:
-    """Each picture's rectangle, and an `Order` in which each batch has pictures of one.
+    """Each picture's rectangle, and an `Order` whose batches each hold pictures of one rectangle.
 
-    An epoch holds every picture at least once. A bucket's last batch is filled by beginning with the bucket again, so
-    that some of its pictures come twice. One with less than a batch would come as often as that takes, so give it to a
+    An epoch holds every picture at least once. A bucket's last batch is filled by starting the bucket again, so some of
+    its pictures appear twice. The pictures of a bucket smaller than a batch would repeat many times: move them to a
     neighbour first (`assign`).
     """
 
     def __init__(self, sizes: Sequence[Size], of: NDArray[np.int64], batch_size: int, seed: int) -> None:
-        """of: (n,) which of the sizes each picture has. batch_size: over all processes."""
+        """of: (n,) index into `sizes` for each picture. batch_size: over all processes."""
         self.sizes, self.of, self.batch_size, self.seed = list(sizes), of, batch_size, seed
         counts = np.bincount(of, minlength=len(sizes))
         self.members = np.split(np.argsort(of, kind="stable"), np.cumsum(counts)[:-1])
-        self.batches = -(-counts // batch_size)  # of each bucket, an epoch
+        self.batches = -(-counts // batch_size)  # of each bucket, per epoch
         self.repeats = int((self.batches * batch_size - counts).sum())
 
     @cached_property
     def _first(self) -> NDArray[np.int64]:
-        """The number of each bucket's first batch."""
+        """Number of each bucket's first batch."""
         return np.cumsum(self.batches) - self.batches
 
     def at(self, positions: Positions) -> NDArray[np.int64]:
@@ -93,9 +94,10 @@ class Buckets:
 
 
 def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> NDArray[np.int64]:
-    """Width and height of pictures, (n, 2) → the nearest of the sizes, which ascend in width / height, (n,).
+    """Return the nearest of the sizes, (n,), for each picture's width and height, (n, 2).
 
-    Sizes that would have fewer than `least` pictures are done without, the emptiest first.
+    The sizes must be in ascending order of width / height. Sizes with fewer than `least` pictures are dropped, the
+    emptiest first.
     """
     ratios = np.log([width / height for width, height in sizes])
     mine = np.log(shapes[:, 0] / shapes[:, 1])
@@ -112,9 +114,9 @@ def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> 
 def measure(
     source: Source, folder: Path, max_pixels: int, workers: int, processes: Processes
 ) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
-    """Width and height of each picture as seen upright, (n, 2), kept under `folder`; 0 for those that can't be read.
+    """Return each picture's upright width and height, (n, 2), and the (name, reason) of each that can't be read.
 
-    And the (name, reason) of each of these.
+    The sizes are cached under `folder`. A picture that can't be read has size 0.
     """
     rows = _Shapes(source, max_pixels, workers)
     how = {"max_pixels": max_pixels}
@@ -132,7 +134,7 @@ class _Shapes:
         self.doubtful = doubled(self.keys)
 
     def likes(self, rows: NDArray[np.int64]) -> Digests:
-        return self.keys[rows]  # reading a header is less work than to compare files
+        return self.keys[rows]  # reading a header is cheaper than comparing files
 
     def contents(self, rows: NDArray[np.int64]) -> Digests:
         return digests(map(str, self.headers.__getitems__(rows.tolist())))
@@ -145,7 +147,7 @@ class _Shapes:
 
 
 class _Headers:
-    """A picture's width and height, or why they can't be told."""
+    """Reader of each picture's width and height, or the reason why they can't be read."""
 
     def __init__(self, source: Source, max_pixels: int) -> None:
         self.source, self.max_pixels = source, max_pixels

@@ -1,4 +1,4 @@
-"""Batches from the caches: latents and text features by position, and the pictures they were made of for inpainting."""
+"""Batches from the caches: latents and text features by position, and the original pictures for inpainting."""
 
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ from train.data.sources.splits import Source
 
 
 class GonePicture(Exception):
-    """Could be read when its latent was made, and can't any more."""
+    """A picture that was readable when its latent was made, and no longer is."""
 
     def __init__(self, index: int, name: str, reason: str) -> None:
         self.index, self.name, self.reason = index, name, reason
@@ -30,14 +30,17 @@ class GonePicture(Exception):
 
 @dataclass(frozen=True)
 class Originals:
-    """The pictures that the latents of a cache were made of, decoded once more."""
+    """The pictures from which a cache's latents were made, decoded again."""
 
     source: Source
     framing: Framing
     buckets: Buckets | None = None
 
     def gather(self, indices: NDArray[np.int64], crop: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
-        """(b, 3, h, w) in [−1, 1], in the windows that `LatentCache.gather` gives. GonePicture where one has gone since."""
+        """Return pixels, (b, 3, h, w) in [−1, 1], of the windows that `LatentCache.gather` returns.
+
+        Raises GonePicture if a picture is no longer readable.
+        """
         size = self.buckets.size(int(indices[0])) if self.buckets else self.framing.square
         pixels = []
         for index, window, flip in zip(indices.tolist(), crop.tolist(), mirrored.tolist(), strict=True):
@@ -53,8 +56,8 @@ class Originals:
 class CachedDataset:
     """Latents and text features by position; no network runs.
 
-    Of the windows and mirrored pictures in the cache, one is taken. originals: given where pictures are to be inpainted;
-    they are then decoded, and masks drawn. A batch's `damaged` are pictures that have gone since.
+    One of the picture's cached windows, plain or mirrored, is drawn. originals: given for inpainting; they are then
+    decoded, and masks drawn. A batch's `damaged` lists pictures that are no longer readable.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The random numbers that go with pictures, as functions of seed and positions."""
+"""Random numbers that accompany pictures, as functions of seed and positions."""
 
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ Drawn_co = TypeVar("Drawn_co", covariant=True)
 
 
 class Draws(Protocol[Drawn_co]):
-    """Random numbers that go with pictures."""
+    """Source of random numbers that accompany pictures."""
 
     def __call__(self, seed: int, at: NDArray[np.int64], size: Size, /) -> Drawn_co:
         """Draw for positions (b,) and pictures of this size."""
@@ -24,11 +24,11 @@ class Draws(Protocol[Drawn_co]):
 
 
 class PosteriorNoise(NamedTuple):
-    """`Draws` of what a posterior is sampled with, (b, c, h, w)."""
+    """`Draws` of the noise with which a posterior is sampled, (b, c, h, w)."""
 
     channels: int
     factor: int
-    """Sides of pictures over sides of latents."""
+    """Side of a picture divided by the side of its latent."""
 
     def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> Tensor:
         shape = (self.channels, size[1] // self.factor, size[0] // self.factor)
@@ -36,20 +36,20 @@ class PosteriorNoise(NamedTuple):
 
 
 class Noising(NamedTuple):
-    """How the random numbers of diffusion's training are drawn, for pictures and for caches alike."""
+    """Settings for the random numbers of diffusion training, the same for pictures and caches."""
 
     dropout: float = 0.0
     """Share of examples whose condition is the null condition."""
     strata: int = 1
-    """Of so many positions in a row, each has its timestep in another of so many equal parts of [0, 1)."""
+    """Number of equal parts of [0, 1); that many consecutive positions draw their timesteps from different parts."""
     offset: float = 0.0
-    """Times a normal number that a whole channel shares, added to the noise: it teaches the network to move a picture's
-    mean (Guttenberg 2023, "Diffusion with offset noise")."""
+    """Scale of the offset noise: one normal number per channel, added to the channel's noise. It teaches the network to
+    shift a picture's mean (Guttenberg 2023, "Diffusion with offset noise")."""
 
     def draw(
         self, seed: int, at: NDArray[np.int64], shape: tuple[int, ...], masks: DrawnMasks | None = None
     ) -> DrawnNoise:
-        """Draw for latents of this shape, (c, h, w)."""
+        """Draw for latents of shape (c, h, w)."""
         noise = normal(seed, Purpose.NOISE, at, shape)
         if self.offset:
             noise += self.offset * normal(seed, Purpose.OFFSET, at, (shape[0], 1, 1))
@@ -66,7 +66,7 @@ PLAIN = Noising()
 
 
 class LatentNoise(NamedTuple):
-    """`Draws` of diffusion's training on pictures that are encoded as they are read."""
+    """`Draws` of diffusion training on pictures that are encoded during training."""
 
     noising: Noising
     channels: int
@@ -80,10 +80,10 @@ class LatentNoise(NamedTuple):
 
 
 def masking(seed: int, at: NDArray[np.int64], size: Size, shape: tuple[int, ...]) -> DrawnMasks:
-    """Draw masks of pictures of this size, whose latents have this shape, (c, h, w)."""
+    """Draw masks for pictures of this size, whose latents have shape (c, h, w)."""
     return DrawnMasks(draw_masks(seed, at, size), torch.from_numpy(normal(seed, Purpose.MASKED, at, shape)))
 
 
 def _below_one(u: NDArray[np.float64]) -> Tensor:
-    """float32, still in [0, 1): rounding must not reach 1."""
+    """Convert to float32 in [0, 1): rounding must not give 1."""
     return torch.from_numpy(np.minimum(u.astype(np.float32), np.float32(1 - 2**-24)))

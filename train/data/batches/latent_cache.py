@@ -1,7 +1,7 @@
-"""What a frozen autoencoder makes of a source's pictures, computed once: the posteriors of their latents.
+"""Latent cache: the posteriors that a frozen autoencoder computes for a source's pictures, computed once.
 
-Stage 2 then reads them from disk (train/data/store/shards.py) and doesn't run the autoencoder. Other weights, another
-transform or another kind of number have other folders; the latent of a changed picture is made anew.
+Stage 2 reads them from disk (train/data/store/shards.py) and doesn't run the autoencoder. Each combination of weights,
+transform and number type has its own folder; the latent of a changed picture is computed again.
 """
 
 import hashlib
@@ -27,27 +27,27 @@ from train.data.store.prefetch import read_ahead
 from train.data.store.row_index import Digests, digest, digests, doubled, picture_keys
 from train.data.store.shards import Made, Processes, Shards, Stored, open_shards
 
-_PIXELS = 2**22  # encoded at once, at most: 16 pictures of 512², as an autoencoder in fp32 takes about 1 GB for each
+_PIXELS = 2**22  # encoded at once, at most: 16 pictures of 512²; an autoencoder in fp32 takes about 1 GB for each
 
 
 class PictureEncoder(Protocol):
-    """A frozen encoder: pictures (b, 3, H, W) in [−1, 1] → mean and standard deviation of latents, (b, c, h, w) each, scaled."""
+    """Frozen encoder: pictures (b, 3, H, W) in [−1, 1] → mean and deviation of scaled latents, (b, c, h, w) each."""
 
     def __call__(self, pixels: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 class LatentCache:
-    """The posterior of each picture's latent: mean and deviation, as the encoder gave them.
+    """Posterior of each picture's latent: mean and standard deviation, as the encoder returned them.
 
-    damaged: (n,) bool, pictures that can't be read and have no latent. crops, flip: how many windows of each picture are
-    there, and whether each mirrored too. With buckets, pictures of one rectangle have latents of one shape.
+    damaged: (n,) bool, pictures that can't be read and have no latent. crops: number of windows per picture. flip:
+    whether each window is also mirrored. With buckets, pictures of one rectangle have latents of one shape.
     """
 
     def __init__(
         self, shards: Sequence[Shards], crops: int, flip: bool, damaged: NDArray[np.bool_], buckets: Buckets | None = None
     ) -> None:  # fmt: skip
         self.shards, self.crops, self.flip, self.damaged, self.buckets = list(shards), crops, flip, damaged, buckets
-        self._place = np.arange(len(damaged))  # of each picture among those of its rectangle
+        self._place = np.arange(len(damaged))  # index of each picture within its rectangle
         for members in buckets.members if buckets else ():
             self._place[members] = np.arange(len(members))
 
@@ -55,7 +55,7 @@ class LatentCache:
         return len(self.damaged)
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Return (c, h, w) of a picture's latent."""
+        """Return the shape (c, h, w) of a picture's latent."""
         return self._of(index).shape[1:]
 
     def _of(self, index: int) -> Shards:
@@ -64,7 +64,10 @@ class LatentCache:
     def gather(
         self, indices: NDArray[np.int64], crop: NDArray[np.int64] | int = 0, mirrored: NDArray[np.bool_] | bool = False
     ) -> Tensor:
-        """Return mean and deviation of these pictures, all of one shape, in these windows: (b, 2, c, h, w) float32."""
+        """Return mean and standard deviation of these pictures' windows, (b, 2, c, h, w) float32.
+
+        All pictures must have one shape.
+        """
         rows = (self._place[indices] * self.crops + crop) * (1 + self.flip) + mirrored
         return self._of(int(indices[0])).gather(rows)
 
@@ -75,14 +78,14 @@ class LatentCache:
         batch_size: int | None = None, workers: int = 0, processes: Processes | None = None,
         note: Callable[[int, list[tuple[str, str]]], object] = lambda readable, damaged: None,
     ) -> Self:  # fmt: skip
-        """Open the cache of a source under `folder`, and complete it where it isn't; if it is, `encode` isn't called.
+        """Open the cache of a source under `folder`, and complete it if needed; `encode` runs only for missing latents.
 
-        digest: of the encoder's weights and whatever else its output depends on. channels: of a latent. factor: sides of a
-        picture over sides of its latent. crops: random windows kept of each picture, the same for as long as its name is.
-        With framing.flip the mirrored pictures' latents are kept too. batch_size: pictures encoded at once, by default as
-        a GPU's memory allows. note: called with the number of pictures that can be read, and the (name, reason) of each
-        that can't. Raises RunError when none can, when the encoder gives another shape or numbers that aren't finite, and
-        when the disk has no room.
+        digest: hash of the encoder's weights and of everything else its output depends on. channels: of a latent.
+        factor: side of a picture divided by the side of its latent. crops: random windows per picture, fixed by the
+        picture's name. With framing.flip, latents of the mirrored pictures are cached too. batch_size: pictures encoded
+        at once, by default as a GPU's memory allows. note: called with the number of readable pictures, and the (name,
+        reason) of each that can't be read. Raises RunError if no picture can be read, if the encoder returns another
+        shape or non-finite numbers, or if the disk is full.
         """
         processes = processes or Processes()
         sizes = buckets.sizes if buckets else [framing.square]
@@ -107,14 +110,14 @@ class LatentCache:
         listed = [(source[k].name, reason) for k, reason in sorted(reasons.items())]
         if processes.rank == 0:
             note(len(source) - len(listed), listed)
-        processes.barrier()  # the others then see what is listed already
+        processes.barrier()  # so that the others see what is listed already
         if processes.rank != 0:
             note(len(source) - len(listed), listed)
         return cls(shards, crops, framing.flip, damaged, buckets)
 
 
 class _Window(NamedTuple):
-    """A picture as the encoder is given it."""
+    """A picture as input of the encoder."""
 
     pixels: Tensor  # (3, H, W); zeros if it can't be read
     content: Digests  # (2,)
@@ -122,7 +125,7 @@ class _Window(NamedTuple):
 
 
 class _Windows:
-    """Row → a window of a picture, by place among `members`, then crop, then plain or mirrored."""
+    """Windows of pictures by row. Rows are ordered by index among `members`, then crop, then plain or mirrored."""
 
     def __init__(self, source: Source, members: NDArray[np.int64], size: Size, framing: Framing, crops: int) -> None:
         self.source, self.members, self.size, self.framing, self.crops = source, members, size, framing, crops
@@ -132,7 +135,10 @@ class _Windows:
         return len(self.members) * self.views
 
     def content(self, picture: int) -> Digests:
-        """(2,) by place among the members: of its file, or of why there is none."""
+        """Return the digest, (2,), of the file of a picture, or of the reason why it can't be read.
+
+        picture: index among the members.
+        """
         try:
             return digest(self.source.read(int(self.members[picture])))
         except DamagedPicture as error:
@@ -164,7 +170,7 @@ class _Latents:
         self, windows: _Windows, keys: Digests, doubtful: NDArray[np.bool_], encode: PictureEncoder,
         shape: tuple[int, ...], dtype: Stored, workers: int,
     ) -> None:  # fmt: skip
-        """keys, doubtful: of the windows' pictures."""
+        """keys, doubtful: those of the windows' pictures."""
         self.windows, self.encode, self.shape, self.dtype, self.workers = windows, encode, shape, dtype, workers
         self.keys = np.repeat(keys, windows.views, 0)
         self.keys[:, 0] += np.tile(np.arange(windows.views, dtype=np.uint64), len(keys))
@@ -183,7 +189,7 @@ class _Latents:
         pictures, which = np.unique(rows // self.windows.views, return_inverse=True)
         contents = np.empty((len(pictures), 2), np.uint64)
         with ThreadPoolExecutor(8) as pool, tqdm(total=len(pictures), desc="comparing", leave=False, delay=2) as bar:
-            for k in range(0, len(pictures), 1024):  # reading and hashing let other threads run
+            for k in range(0, len(pictures), 1024):  # threads, as reading and hashing release the interpreter lock
                 part = pictures[k : k + 1024].tolist()
                 contents[k : k + 1024] = list(pool.map(self.windows.content, part))
                 bar.update(len(part))
@@ -200,7 +206,7 @@ class _Latents:
 
     @torch.no_grad()
     def _encoded(self, pixels: Tensor) -> Tensor:
-        """(b, 3, H, W) → (b, 2, c, h, w), in parts where memory is short."""
+        """Encode (b, 3, H, W) to (b, 2, c, h, w), in smaller parts if memory is short."""
         while True:
             try:
                 parts = pixels.split(self._at_once)
@@ -212,13 +218,13 @@ class _Latents:
 
 
 def stored_place(name: str, crop: int) -> tuple[float, float]:
-    """Where the crop-th stored window of a picture lies, in [0, 1) across and down: by its name alone."""
+    """Return the place of a picture's crop-th stored window, in [0, 1) across and down. Depends only on the name."""
     digest = hashlib.blake2b(f"{crop} {name}".encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 
 
 def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
-    """Rows of one picture together: a file is decoded once for all its views in a batch."""
+    """Group the rows of each picture, so that a file is decoded once for all its windows in a batch."""
     own: list[int] = []
     for row in rows:
         if own and row // views != own[0] // views:
@@ -230,9 +236,9 @@ def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
 
 
 def storable(values: Tensor, shape: tuple[int, ...], dtype: Stored, first: str) -> NDArray[Any]:
-    """Return what an encoder gave in the type that is stored. first: what the batch begins with, for a message.
+    """Return the encoder's output in the stored type. first: name of the batch's first picture, for messages.
 
-    Raises RunError where it has another shape, or numbers that aren't finite in this type.
+    Raises RunError if the output has another shape, or numbers that aren't finite in this type.
     """
     if tuple(values.shape[1:]) != shape:
         raise RunError(f"the encoder gave {tuple(values.shape[1:])} where {shape} was expected")

@@ -1,4 +1,4 @@
-"""The batches of training in order: this process's parts of each step, read ahead, damage counted."""
+"""Training batches in order: this process's parts of each step, prefetched, with damaged pictures counted."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -25,11 +25,11 @@ def loader(
     pin_memory: bool = False,
     damage: Damage | None = None,
 ) -> Iterator[list[Batch]]:
-    """This rank's `accumulation` parts of the batch of each step start_step … steps − 1, read ahead by workers.
+    """Prefetch this rank's `accumulation` parts of the batch of each step start_step … steps − 1, in workers.
 
-    The batches are the same for any number of workers. Raises UserError when the batch size doesn't divide.
+    The batches are the same for any number of workers. Raises UserError if the batch size isn't divisible.
     """
-    positions(0, batch_size, rank, world, accumulation)  # refuse now, not in a worker
+    positions(0, batch_size, rank, world, accumulation)  # raise here rather than in a worker
     plan = (
         p.tolist() for step in range(start_step, steps) for p in positions(step, batch_size, rank, world, accumulation)
     )

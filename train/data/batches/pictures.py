@@ -1,8 +1,8 @@
 """Batches of pictures and captions as pure functions of (seed, positions).
 
-A data set answers `__getitems__(positions)` with a whole batch, which is what torch's DataLoader asks of its workers. A
-position leads to an example (train/data/order/permutation.py) and to every random number that goes with it
-(train/data/order/rng.py), so the number of workers, processes and restarts makes no difference.
+A dataset answers `__getitems__(positions)` with a whole batch, as torch's DataLoader requests from its workers. A
+position determines an example (train/data/order/permutation.py) and all its random numbers (train/data/order/rng.py),
+so the number of workers, processes and restarts makes no difference.
 """
 
 import itertools
@@ -35,8 +35,8 @@ ATTEMPTS = 1000  # substitutes tried for one position before giving up
 class PictureDataset(Generic[Drawn]):
     """Pictures and captions by position.
 
-    Pictures are squares or, with buckets, their rectangles. shuffle False: position p is example p mod n,
-    for measuring. Raises RunError when no readable picture is found.
+    Pictures are squares or, with buckets, rectangles. With shuffle False, position p is example p mod n, for
+    evaluation. Raises RunError if no readable picture is found.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PictureDataset(Generic[Drawn]):
         return self.framer.batch(at, candidates, size, self.source.place)
 
     def _candidates(self, position: int, index: int) -> Iterator["_Candidate"]:
-        """The example of a position, then its substitutes."""
+        """Yield the example of a position, then its substitutes."""
         for attempt in range(1, ATTEMPTS + 2):
             row = self.source[index]
             yield _Candidate(index, row.name, row.captions, partial(self.source.read, index))
@@ -66,7 +66,7 @@ class PictureDataset(Generic[Drawn]):
 
 
 class StreamDataset(Generic[Drawn]):
-    """Pictures and captions of a stream, from any position on, but forwards only. An example's index is its position.
+    """Pictures and captions of a stream, from any position on, but only forwards. An example's index is its position.
 
     Every process reads the whole stream and decodes its own share of it, in threads.
     """
@@ -76,7 +76,7 @@ class StreamDataset(Generic[Drawn]):
         self.framer = _Framer(framing, seed, draws)
 
     def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[PictureBatch[Drawn]]:
-        """Give a batch for each part. The positions of a part follow one another, as do the parts."""
+        """Yield a batch for each part. Positions must be consecutive within a part and from one part to the next."""
         examples: Iterator[tuple[Example, ...]] | None = None
         begin, pending = 0, deque[Future[PictureBatch[Drawn]]]()
         with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -92,7 +92,7 @@ class StreamDataset(Generic[Drawn]):
                 yield self._with_left_out(pending.popleft().result())
 
     def _with_left_out(self, batch: PictureBatch[Drawn]) -> PictureBatch[Drawn]:
-        """The batch with what the stream has left out since the last one."""
+        """Add to a batch what the stream has left out since the last batch."""
         found, before = self.stream.left_out, self.passed_on
         self.passed_on = len(found)
         return replace(batch, left_out=found[before:])
@@ -102,14 +102,14 @@ class StreamDataset(Generic[Drawn]):
         return self.framer.batch(np.asarray(part, np.int64), candidates, self.framer.framing.square, self.stream.place)
 
     def _candidates(self, position: int, examples: tuple[Example, ...]) -> Iterator["_Candidate"]:
-        """The example of a position, then those that may stand in."""
+        """Yield the example of a position, then its possible substitutes."""
         for example in examples:
             yield _Candidate(position, example.name, example.captions, partial(bytes, example.picture))
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """An example that is to be decoded."""
+    """An example to decode."""
 
     index: int
     name: str
@@ -118,7 +118,7 @@ class _Candidate:
 
 
 class _Framer:
-    """Makes a batch of the first of each position's candidates that can be decoded."""
+    """Builder of batches: it takes each position's first candidate that can be decoded."""
 
     def __init__(self, framing: Framing, seed: int, draws: Draws[Any] | None) -> None:
         self.framing, self.seed, self.draws = framing, seed, draws

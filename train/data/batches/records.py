@@ -1,4 +1,4 @@
-"""Batches as records: what travels together through workers, pinned memory and stages has names and types."""
+"""Records of batches: named and typed fields that move together through workers, pinned memory and stages."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,13 +12,13 @@ Drawn = TypeVar("Drawn", default=None)
 
 
 class Record:
-    """Base of frozen dataclasses whose tensors, and records of tensors, move together."""
+    """Base class of frozen dataclasses whose tensors, and records of tensors, move together."""
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Self:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """Called by torch's DataLoader where batches are read for a GPU."""
+        """Copy the tensors to pinned memory; torch's DataLoader calls this when batches are read for a GPU."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
@@ -29,51 +29,51 @@ class Record:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Examples(Record):
-    """Base of what the data sets give."""
+    """Base class of the datasets' batches."""
 
     position: Tensor
     """Positions in training, (b,)."""
     index: Tensor
-    """Places of the pictures in their source, (b,)."""
+    """Indices of the pictures in their source, (b,)."""
     damaged: Sequence[tuple[str, str]] = ()
-    """Name and reason of every picture that another had to stand in for."""
+    """Name and reason of every unreadable picture that was replaced by another."""
     left_out: Sequence[tuple[str, str]] = ()
-    """Name and reason of what a stream has left out since the last batch."""
+    """Name and reason of everything that a stream has left out since the last batch."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PictureBatch(Examples, Generic[Drawn]):
-    """Decoded pictures, and one of each picture's captions."""
+    """Decoded pictures, and one caption for each."""
 
     pixels: Tensor
-    """(b, 3, h, w) in [−1, 1]."""
+    """Pixels, (b, 3, h, w) in [−1, 1]."""
     captions: list[str]
     drawn: Drawn
-    """Random numbers that go with them."""
+    """Random numbers that accompany the pictures."""
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnMasks(Record):
-    """Where pictures are to be inpainted."""
+    """Masks and noise for inpainting."""
 
     mask: Tensor
-    """(b, 1, H, W), 1 where to paint."""
+    """Masks, (b, 1, H, W), 1 where to paint."""
     noise: Tensor
-    """(b, c, h, w), with which the posterior of what the mask leaves of a picture is sampled."""
+    """Noise with which the posterior of a masked picture is sampled, (b, c, h, w)."""
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnNoise(Record):
-    """The random numbers of diffusion's training, float32."""
+    """Random numbers of diffusion training, float32."""
 
     timestep: Tensor
-    """(b,), uniform in [0, 1)."""
+    """Random numbers from which the timesteps follow, (b,), uniform in [0, 1)."""
     noise: Tensor
-    """(b, c, h, w)."""
+    """Noise added to the latents, (b, c, h, w)."""
     posterior_noise: Tensor
-    """(b, c, h, w), with which the latents' posterior is sampled."""
+    """Noise with which the latents' posterior is sampled, (b, c, h, w)."""
     dropped: Tensor
-    """(b,) bool, whether the condition is the null condition."""
+    """Whether the condition is replaced by the null condition, (b,) bool."""
     masks: DrawnMasks | None = None
 
 
@@ -82,11 +82,11 @@ class CachedBatch(Examples):
     """Latents and text features from the caches, float32."""
 
     mean: Tensor
-    """Of the latents' posterior, (b, c, h, w)."""
+    """Mean of the latents' posterior, (b, c, h, w)."""
     std: Tensor
-    """(b, c, h, w)."""
+    """Standard deviation of the posterior, (b, c, h, w)."""
     condition: Tensor
-    """(b, L, d); dropped captions have the null condition already."""
+    """Text features, (b, L, d); dropped captions are already replaced by the null condition."""
     drawn: DrawnNoise
     pixels: Tensor | None = None
     """Pictures to be inpainted, (b, 3, H, W) in [−1, 1]."""

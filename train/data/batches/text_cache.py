@@ -1,6 +1,6 @@
-"""What a frozen text encoder makes of a source's captions, computed once: their features.
+"""Text cache: the features that a frozen text encoder computes for a source's captions, computed once.
 
-Stage 2 then reads them from disk (train/data/store/shards.py) and doesn't run the text encoder.
+Stage 2 reads them from disk (train/data/store/shards.py) and doesn't run the text encoder.
 """
 
 from array import array
@@ -20,23 +20,23 @@ from train.data.store.shards import Made, Processes, Shards, Stored, open_shards
 
 
 class CaptionEncoder(Protocol):
-    """A frozen text encoder: captions → features (b, L, d)."""
+    """Frozen text encoder: captions → features (b, L, d)."""
 
     def __call__(self, captions: Sequence[str], /) -> Tensor: ...
 
 
 class TextCache:
-    """The features (L, d) of each caption there is, once; row 0 is the null condition, the encoding of ""."""
+    """Features (L, d) of each distinct caption; row 0 is the null condition, the encoding of "" (no text)."""
 
     def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """captions: row of each caption. first: (n + 1,), the place in `captions` where those of each picture begin."""
+        """captions: row of each caption. first: (n + 1,), index into `captions` at which each picture's begin."""
         self.shards, self.captions, self.first = shards, captions, first
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def rows(self, indices: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the row of one caption of each of these pictures, chosen by u in [0, 1)."""
+        """Return the row of one caption for each of these pictures, chosen by u in [0, 1)."""
         first, end = self.first[indices], self.first[indices + 1]
         return self.captions[first + (u * (end - first)).astype(np.int64)]
 
@@ -49,7 +49,7 @@ class TextCache:
         cls, folder: Path, source: Source, encode: CaptionEncoder, *, digest: str, shape: tuple[int, ...],
         dtype: Stored = "float32", batch_size: int = 256, processes: Processes | None = None,
     ) -> Self:  # fmt: skip
-        """Open the cache of a source's captions under `folder`, and complete it where it isn't; see LatentCache.open.
+        """Open the cache of a source's captions under `folder`, and complete it if needed; see LatentCache.open.
 
         shape: (L, d) of a caption's features.
         """
@@ -66,7 +66,7 @@ class TextCache:
 
 
 class _Texts:
-    """`Rows` of captions' features."""
+    """`Rows` of caption features."""
 
     def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
         self.captions, self.encode, self.shape, self.dtype = captions, encode, shape, dtype
@@ -76,7 +76,7 @@ class _Texts:
         return self.keys[rows]
 
     def contents(self, rows: NDArray[np.int64]) -> Digests:
-        return np.zeros((len(rows), 2), np.uint64)  # the key is all there is
+        return np.zeros((len(rows), 2), np.uint64)  # the key identifies the content completely
 
     def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
         for rows in batches:

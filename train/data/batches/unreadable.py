@@ -1,4 +1,4 @@
-"""What is done about pictures that can't be read: count, list, go on, or stop when they are too many."""
+"""Handling of pictures that can't be read: count them, list them, and stop if there are too many."""
 
 import contextlib
 import json
@@ -9,25 +9,26 @@ from pathlib import Path
 
 from ldm.errors import RunError
 
-_FEW = 100  # examples below which the share of damaged ones says nothing yet
+_FEW = 100  # below this number of examples, the share of damaged ones isn't meaningful
 
 
 class Damage:
-    """Counts pictures that can't be read, lists each once in a report, and stops when they are too many.
+    """Counter of pictures that can't be read. It lists each once in a report, and stops if there are too many.
 
-    A line of the report is {"file", "reason"}. One object a process; all may share the report.
+    A line of the report is {"file", "reason"}. Each process has its own counter; all may share the report.
     """
 
     def __init__(self, report: Path, most: float = 0.1, say: Callable[[str], None] = print) -> None:
-        """most: the share of pictures that may be damaged."""
+        """most: largest accepted share of damaged pictures."""
         self.report, self.most, self.say = report, most, say
         self.seen = self.bad = 0
         self.listed = _listed(report)
 
     def note(self, readable: int, damaged: Iterable[tuple[str, str]], *, whole: bool = False) -> None:
-        """So many pictures were read, and these (name, reason) weren't. whole: these are all the pictures there are.
+        """Count `readable` pictures that were read, and the (name, reason) of those that weren't.
 
-        Raises RunError when too many are damaged: of all more than their share, of some more than chance would explain.
+        whole: these are all the pictures of the dataset. Raises RunError if too many are damaged: if whole, more than
+        the accepted share; else, more than chance would explain.
         """
         damaged = list(damaged)
         self.seen += readable + len(damaged)
@@ -43,7 +44,7 @@ class Damage:
             )
 
     def list(self, found: Iterable[tuple[str, str]], what: str = "left out", then: str = "") -> None:
-        """Add (name, reason) to the report, those that aren't there yet, and say the first."""
+        """Add each (name, reason) that is new to the report, and print the first."""
         found = list(found)
         if all(name in self.listed for name, _ in found):
             return
@@ -55,24 +56,24 @@ class Damage:
         self.listed |= set(new)
         lines = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
         self.report.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.report.is_file() and self.report.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
-        with open(self.report, "ab") as file:  # appended at once: processes don't mix their lines
+        torn = self.report.is_file() and self.report.read_bytes()[-1:] not in (b"", b"\n")  # a crash cut the last line
+        with open(self.report, "ab") as file:  # appended at once, so that processes don't mix their lines
             file.write(("\n" * torn + lines).encode())
 
 
 @dataclass(frozen=True)
 class DamageReport:
-    """A report of pictures that can't be read, with a count for each source."""
+    """Report of pictures that can't be read, with a counter for each source."""
 
     path: Path
     most: float
-    """The share of a source's pictures that may be damaged."""
+    """Largest accepted share of a source's damaged pictures."""
     say: Callable[[str], None]
     main: bool = True
     """Whether this process lists what sources leave out."""
 
     def of(self, left_out: Iterable[tuple[str, str]]) -> Damage:
-        """A count for a source, which left out these (name, reason) itself."""
+        """Return a counter for a source, which itself left out these (name, reason)."""
         damage = Damage(self.path, self.most, self.say)
         if self.main:
             damage.list(left_out)
@@ -80,7 +81,7 @@ class DamageReport:
 
 
 def _listed(report: Path) -> set[str]:
-    """The files in a report, which may be missing, or cut short by a crash."""
+    """Return the files in a report, which may be missing or cut short by a crash."""
     names = set()
     for line in report.read_text(encoding="utf-8").splitlines() if report.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""From a file to the picture that training sees."""
+"""Conversion of a file to the picture used in training."""
 
 from typing import Literal
 
 Crop = Literal["center", "random"]
-"""train/data/images/decode.py"""
+"""Position of a crop in a picture; see `to_tensor` in train/data/images/decode.py."""

@@ -1,8 +1,8 @@
-"""From a file to an 8-bit RGB picture to a tensor, whatever kind of picture it is; or a reason why not.
+"""Decoding of any picture file to an 8-bit RGB picture and a tensor, or to a reason why that fails.
 
-Alpha is laid over a background, EXIF's rotation is applied, 16-bit grey is scaled to 8, colours are brought from the
-file's colour profile to sRGB, the first frame of an animation is taken. Only the formats in FORMATS are tried, and
-nothing is decoded before its size is known to be within the limit.
+Alpha is composed over a background, EXIF rotation is applied, 16-bit grey is scaled to 8 bits, colours are converted
+from the file's colour profile to sRGB, and the first frame of an animation is used. Only the formats in FORMATS are
+tried, and nothing is decoded before its size is known to be within the limit.
 """
 
 import errno
@@ -24,15 +24,15 @@ from ldm.formats import MAX_PIXELS
 from ldm.formats.images import sideways, to_rgb
 from train.data.images import Crop
 
-# JPEG's reader also takes MPO, several JPEGs in a file, as some cameras write them
+# JPEG's reader also reads MPO, several JPEGs in a file, as some cameras write them
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []))
 
-Image.MAX_IMAGE_PIXELS = None  # the limit here is max_pixels, asked for after the header
+Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces this limit; it is checked after the header
 _MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
 
 
 class DamagedPicture(Exception):
-    """A file that gives no picture, and why."""
+    """A file that can't be decoded, and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -49,9 +49,9 @@ def load_picture(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
-    """The picture in a file, mode RGB.
+    """Return the picture in a file, mode RGB.
 
-    name: for messages; empty: the path. Raises DamagedPicture; OSError where the machine failed, not the file.
+    name: for messages; empty: the path. Raises DamagedPicture, or OSError if the machine failed rather than the file.
     """
     with _open(file, name, max_pixels) as image:
         image.load()
@@ -59,7 +59,7 @@ def load_picture(
 
 
 def picture_size(file: bytes | Path, *, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of the picture that load_picture would give, from the file's header. Raises as it does."""
+    """Return width and height of load_picture's result, read from the file's header. Raises the same errors."""
     with _open(file, name, max_pixels) as image:
         width, height = image.size
         return (height, width) if sideways(image) else (width, height)
@@ -73,16 +73,16 @@ def to_tensor(
     place: Sequence[float] = (0.5, 0.5),
     flip: bool = False,
 ) -> Tensor:
-    """The largest window of an RGB picture that has the proportions of `size`, resized: (3, height, width) in [−1, 1].
+    """Crop an RGB picture to the proportions of `size` and resize it: (3, height, width) in [−1, 1].
 
-    size: width and height, or the side of a square. place: two numbers in [0, 1) that say where a "random" window
-    lies, across and down; a "center" one is centred within half a pixel. Resizing is Lanczos's, with the filter
-    widened when it shrinks (no aliasing); a picture of the right size is taken over bit for bit.
+    The crop is as large as possible. size: width and height, or the side of a square. place: two numbers in [0, 1) that
+    set the position of a "random" crop, across and down; a "center" crop is centred within half a pixel. Resizing is
+    Lanczos, with the filter widened when it shrinks (no aliasing); a picture of the right size is copied bit for bit.
     """
     target = (size, size) if isinstance(size, int) else size
     least = min(length * other for length, other in zip(image.size, reversed(target), strict=True))
-    window = [least / other for other in reversed(target)]  # of exactly these proportions: not always whole pixels
-    covered = [-(-least // other) for other in reversed(target)]  # the whole pixels that it needs
+    window = [least / other for other in reversed(target)]  # exact proportions: not always whole pixels
+    covered = [-(-least // other) for other in reversed(target)]  # the whole pixels that the crop needs
     match crop:
         case "center":
             left, top = ((length - n) // 2 for length, n in zip(image.size, covered, strict=True))
@@ -103,11 +103,11 @@ def to_tensor(
 
 @contextmanager
 def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """A picture within the limit, not decoded yet. What goes wrong inside becomes DamagedPicture."""
+    """Open a picture within the limit, without decoding it. Errors inside become DamagedPicture."""
     name = name or (str(file) if isinstance(file, Path) else "picture")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged file is told by the exception alone
+            warnings.simplefilter("ignore")  # for a damaged file, the exception is enough
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     reason = f"{image.width} × {image.height} pixels; up to {max_pixels:,} are accepted"
@@ -117,7 +117,7 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Imag
         raise
     except UnidentifiedImageError:
         raise DamagedPicture(name, f"not a picture of an accepted format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # Pillow's decoders raise nearly every kind there is
+    except Exception as error:  # Pillow's decoders raise nearly every kind of exception
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__

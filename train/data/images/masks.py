@@ -1,7 +1,7 @@
-"""Masks as data: where a training picture is to be painted, drawn like all other randomness from (seed, position).
+"""Masks for inpainting: the area to paint in a training picture, drawn as a function of (seed, position).
 
-Of the kinds that people make by hand: brush strokes, boxes, and the whole picture, which keeps a network that is trained
-to inpaint able to paint from text alone.
+Masks resemble those made by hand: brush strokes, boxes, and the whole picture. Masks of the whole picture keep an
+inpainting network able to paint from text alone.
 """
 
 import math
@@ -17,12 +17,12 @@ from train.data.images.crop import Size
 from train.data.order.rng import Positions, Purpose, generator
 
 WHOLE, BOXES = 0.15, 0.5
-"""Shares of the masks; the rest are brush strokes. Part of every run that inpaints: others would change one continued."""
-_STROKES, _JOINTS = 4, 8  # at most, of a brush mask and of a stroke
+"""Shares of whole masks and boxes; the rest are brush strokes. Changing them changes continued inpainting runs."""
+_STROKES, _JOINTS = 4, 8  # most strokes per brush mask, and most joints per stroke
 
 
 def draw_masks(seed: int, at: Positions, size: Size) -> Tensor:
-    """(b, 1, h, w) float32, 1 where to paint, else 0; none is empty. size: width and height in pixels."""
+    """Draw masks, (b, 1, h, w) float32, 1 where to paint, else 0; none is empty. size: width and height in pixels."""
     return torch.from_numpy(np.stack([_draw(generator(seed, Purpose.MASK, int(p)), size) for p in at])[:, None])
 
 
@@ -37,15 +37,15 @@ def _draw(random: Generator, size: Size) -> NDArray[np.float32]:
 
 
 def _box(draw: ImageDraw.ImageDraw, random: Generator, size: Size) -> None:
-    """Of any place and proportion, an eighth of a side to the whole of it."""
+    """Draw a box of any position and proportion, with sides from 1/8 of the picture's to all of it."""
     sides = [max(1, round(side * random.uniform(1 / 8, 1))) for side in size]
     first = [int(random.integers(0, whole - part + 1)) for whole, part in zip(size, sides, strict=True)]
-    last = [begin + part - 1 for begin, part in zip(first, sides, strict=True)]  # PIL's corners both belong to the box
+    last = [begin + part - 1 for begin, part in zip(first, sides, strict=True)]  # PIL includes both corners in the box
     draw.rectangle((*first, *last), 1)
 
 
 def _brush(draw: ImageDraw.ImageDraw, random: Generator, size: Size) -> None:
-    """Wandering lines with round ends, a 32nd to a quarter of the shorter side wide."""
+    """Draw wandering lines with round ends, 1/32 to 1/4 of the shorter side wide."""
     short = min(size)
     for _ in range(int(random.integers(1, _STROKES + 1))):
         width = max(1, round(short * math.exp(random.uniform(math.log(1 / 32), math.log(1 / 4)))))

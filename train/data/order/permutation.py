@@ -1,10 +1,10 @@
-"""Which example stands at a position of training: a permutation that is computed, not stored.
+"""Order of examples in training: a permutation that is computed, not stored.
 
 position = epoch · n + place, example = permutation(seed, epoch)[place]. The permutation is a Feistel network (Luby &
-Rackoff 1988) over the smallest power of four that holds n, its round function splitmix64 (Steele et al. 2014); a value
-that falls outside [0, n) is sent through again until it falls inside ("cycle walking", Black & Rogaway 2002), which
-keeps it a bijection. Memory is constant and any place is reached at once, so resuming needs one number. Over few
-examples a Feistel network of so few bits doesn't reach all orders alike, so there the order is simply drawn.
+Rackoff 1988) over the smallest power of four that holds n, with the round function splitmix64 (Steele et al. 2014). A
+value outside [0, n) passes through the network again until it is inside ("cycle walking", Black & Rogaway 2002), which
+keeps the map a bijection. Memory is constant and any place can be computed directly, so resuming needs one number. For
+few examples, such a small Feistel network doesn't reach all orders equally often, so the order is drawn directly.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ _FEW = 1024
 
 
 class Order(Protocol):
-    """Which example stands at a position of training, and which takes its place if it is damaged."""
+    """Order of examples: the example at each training position, and its substitutes if it is damaged."""
 
     def at(self, positions: Positions, /) -> NDArray[np.int64]:
-        """The examples at these positions, (b,)."""
+        """Return the examples at these positions, (b,)."""
         ...
 
     def substitute(self, position: int, attempt: int, /) -> int:
-        """The example tried in place of a damaged one, attempt = 1, 2, …"""
+        """Return the example to try in place of a damaged one, attempt = 1, 2, …"""
         ...
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Epoch after epoch of n examples, each in an order of its own."""
+    """Epochs of n examples, each in its own order."""
 
     n: int
     seed: int
@@ -48,7 +48,7 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class InOrder:
-    """Position p is example p mod n, for measuring."""
+    """Order for evaluation: position p is example p mod n."""
 
     n: int
     seed: int
@@ -61,14 +61,14 @@ class InOrder:
 
 
 def permute(places: ArrayLike, n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The examples at these places of an epoch: a bijection of 0 … n − 1, of the places' shape."""
+    """Return the examples at these places of an epoch: a bijection of 0 … n − 1, in the shape of `places`."""
     places = np.asarray(places, np.int64)
     if odd := places[(places < 0) | (places >= n)].tolist():
         raise ValueError(f"place {odd[0]} of {n} examples: accepted is 0 ≤ place < {n}")
     order = generator(seed, Purpose.ORDER, epoch)
     if n <= _FEW:
         return order.permutation(n)[places]
-    half = np.uint64(((n - 1).bit_length() + 1) // 2)  # bits of half a place
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)  # half the bits of a place
     keys = order.integers(2**64, size=_ROUNDS, dtype=np.uint64)
     x = _feistel(places.ravel().astype(np.uint64), half, keys)
     while (outside := x >= n).any():  # at most 3 in 4 each time, on average
@@ -77,7 +77,7 @@ def permute(places: ArrayLike, n: int, seed: int, epoch: int) -> NDArray[np.int6
 
 
 def index_at(positions: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
-    """The examples at these positions of training, over n examples."""
+    """Return the examples at these positions of training, over n examples."""
     epochs, places = np.divmod(np.asarray(positions, np.int64), n)
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -89,10 +89,10 @@ def index_at(positions: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
 def positions(
     step: int, batch_size: int, rank: int = 0, world: int = 1, accumulation: int = 1
 ) -> list[NDArray[np.int64]]:
-    """This rank's parts of the batch of a step, `accumulation` arrays of positions.
+    """Return this rank's parts of a step's batch: `accumulation` arrays of positions.
 
     The batch is positions [step · batch_size, (step + 1) · batch_size), cut into accumulation × world runs: part a of
-    rank r is run a · world + r. Raises UserError when the batch doesn't divide.
+    rank r is run a · world + r. Raises UserError if the batch isn't divisible.
     """
     parts = world * accumulation
     if batch_size % parts:
@@ -106,7 +106,7 @@ def positions(
 
 
 def substitute(position: int, attempt: int, n: int, seed: int) -> int:
-    """The example tried in place of a damaged one, attempt = 1, 2, …; drawn from all n."""
+    """Return the example to try in place of a damaged one, attempt = 1, 2, …; drawn from all n."""
     return int(generator(seed, Purpose.SUBSTITUTE, position).integers(n, size=attempt)[-1])
 
 
@@ -119,7 +119,7 @@ def _feistel(x: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64]) -
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's output function: every bit of the input moves every bit of the output."""
+    """Return splitmix64's output: every input bit affects every output bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,8 +1,8 @@
-"""Randomness as data: every random number of training is a pure function of (seed, purpose, position).
+"""Random numbers of training, each a pure function of (seed, purpose, position).
 
 Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a keyed bijection of a counter. The key is
-(seed, purpose). The position, which counts examples since the start of training, is the counter's third word, so each
-position has 2^128 blocks of its own, whatever the process, worker, batch or restart that asks.
+(seed, purpose). The position, which counts examples since the start of training, is the counter's third word. So each
+position has its own 2^128 blocks, independent of the process, worker, batch or restart.
 """
 
 import math
@@ -17,7 +17,7 @@ Positions = Sequence[int] | NDArray[np.int64]
 
 
 class Purpose(IntEnum):
-    """What a stream is for. The numbers are part of every run: add at the end, never change or reorder."""
+    """Purpose of a random stream. The numbers are part of every run: add at the end, never change or reorder."""
 
     ORDER = 1
     TIMESTEP = 2
@@ -30,25 +30,25 @@ class Purpose(IntEnum):
     VALIDATION = 9
     SUBSTITUTE = 10
     OFFSET = 11
-    TRANSFORM = 12  # a position of it counts steps
-    STREAM = 13  # counts draws from a stream's buffer
+    TRANSFORM = 12  # its position counts steps
+    STREAM = 13  # its position counts draws from a stream's buffer
     BUCKET = 14
     MASK = 15
-    MASKED = 16  # the posterior of what a mask leaves of a picture
+    MASKED = 16  # the posterior of a masked picture
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:
-    """A generator at the start of this position's stream. seed and position: 0 … 2^64 − 1."""
+    """Return a generator at the start of this position's stream. seed and position: 0 … 2^64 − 1."""
     return Generator(Philox(key=_words(seed, purpose), counter=_words(0, 0, position, 0)))
 
 
 def uniform(seed: int, purpose: Purpose, positions: Positions) -> NDArray[np.float64]:
-    """One number in [0, 1) a position, (b,): the first of `generator(seed, purpose, position).random()`."""
+    """Return one number in [0, 1) per position, (b,): the first of `generator(seed, purpose, position).random()`."""
     return np.array([stream.random() for stream in _streams(seed, purpose, positions)], np.float64)
 
 
 def uniforms(seed: int, purpose: Purpose, positions: Positions, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1) a position, (b, count)."""
+    """Return `count` numbers in [0, 1) per position, (b, count)."""
     out = np.empty((len(positions), count))
     for row, stream in zip(out, _streams(seed, purpose, positions), strict=True):
         stream.random(out=row)
@@ -56,7 +56,7 @@ def uniforms(seed: int, purpose: Purpose, positions: Positions, count: int) -> N
 
 
 def normal(seed: int, purpose: Purpose, positions: Positions, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal numbers, (b, *shape) float32; a position's are those of its own generator."""
+    """Return standard normal numbers, (b, *shape) float32, from each position's own generator."""
     out = np.empty((len(positions), math.prod(shape)), np.float32)
     for row, stream in zip(out, _streams(seed, purpose, positions), strict=True):
         stream.standard_normal(out=row, dtype=np.float32)
@@ -64,14 +64,14 @@ def normal(seed: int, purpose: Purpose, positions: Positions, shape: tuple[int, 
 
 
 def fork(seed: int, purpose: Purpose) -> int:
-    """Another seed that depends on this one, e.g. for validation, whose positions start at 0 too."""
+    """Return another seed that depends on this one, e.g. for validation, whose positions also start at 0."""
     return int(generator(seed, purpose, 0).integers(2**63))
 
 
 def _streams(seed: int, purpose: Purpose, positions: Positions) -> Iterator[Generator]:
-    """One generator, moved to the start of each position in turn: a quarter of the cost of a new one each."""
+    """Yield one generator, moved to the start of each position in turn: a quarter of the cost of a new one each."""
     bits = Philox(key=_words(seed, purpose))
-    stream, state = Generator(bits), bits.state  # a fresh state: nothing buffered
+    stream, state = Generator(bits), bits.state  # fresh state: nothing is buffered
     for position in positions:
         state["state"]["counter"][2] = position
         bits.state = state

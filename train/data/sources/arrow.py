@@ -1,4 +1,4 @@
-"""Columns of pictures and captions in a `datasets.Dataset`, which maps them into memory, as a catalogue."""
+"""Catalogue of pictures and captions in columns of a memory-mapped `datasets.Dataset`."""
 
 import os
 import re
@@ -17,18 +17,18 @@ from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row
 
 _IMAGES = ("image", "jpg", "png", "img", "picture")
 _CAPTIONS = ("text", "caption")
-_LABELS = ("label", *_CAPTIONS)  # where captions are made of labels
-_PER_NAME = 10  # rows that share a name: above, names tell nothing
+_LABELS = ("label", *_CAPTIONS)  # if captions are made from labels
+_PER_NAME = 10  # with more rows per name, row numbers are used instead
 
 
 class Table(Catalogue):
-    """Rows of a `datasets.Dataset` in its order, but for those without a picture.
+    """Rows of a `datasets.Dataset` in its order, without those that have no picture.
 
-    A row's name is the path that the table gives its picture, where all have one that is safe, else its number.
+    A row's name is its picture's path in the table if all rows have a safe one, else its number.
     """
 
     def __init__(self, dataset: Any, columns: Columns, place: str, mtime_ns: int, caches: Sequence[str] = ()) -> None:
-        """caches: folders whose files may stand in a picture's place."""
+        """caches: folders whose files may be used in place of a picture's bytes."""
         self.place, self.columns, self.mtime_ns, self.caches = place, columns, mtime_ns, caches
         self.image, self.caption = choose_columns(dataset.features, columns, place)
         self.labels: list[str] | None = getattr(_element(dataset.features.get(self.caption)), "names", None)
@@ -37,7 +37,7 @@ class Table(Catalogue):
         self._open()
         sizes, left_out = self._sizes()
         self.sizes, self.left_out = sizes[sizes >= 0], tuple(left_out)
-        self.numbers = np.flatnonzero(sizes >= 0) if left_out else None  # in the table, of the rows here
+        self.numbers = np.flatnonzero(sizes >= 0) if left_out else None  # table numbers of the kept rows
         if not len(self):
             why = f", e.g. {': '.join(left_out[0])}" if left_out else ""
             raise UserError(f"{place} has no pictures: none of its {len(sizes):,} rows has one{why}")
@@ -61,7 +61,7 @@ class Table(Catalogue):
         return file.read_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is mapped into memory: another process maps the files anew."""
+        """Return the state without memory maps: another process maps the files again."""
         return {key: value for key, value in vars(self).items() if key not in ("bytes", "paths", "texts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Table(Catalogue):
         self.texts = Cells(table[self.caption] if self.caption else nothing)
 
     def _check(self) -> None:
-        """Offsets that lead out of the file, and text that isn't UTF-8, are met here rather than in training."""
+        """Raise errors for offsets outside the file and for text that isn't UTF-8 here rather than during training."""
         import pyarrow as pa
 
         for column in filter(None, (self.image, self.caption)):
@@ -94,7 +94,7 @@ class Table(Catalogue):
                 raise UserError(f"{self.place}: column {column!r} is damaged: {one_line(error, 300)}") from None
 
     def _sizes(self) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
-        """Bytes of each picture of the table, −1 for those to be left out; and these, with the reason."""
+        """Return the bytes of each picture in the table, −1 for those to leave out, and the (name, reason) of these."""
         sizes, left_out = self.bytes.sizes(), []
         for number in np.flatnonzero(sizes < 0).tolist():
             if file := self._cached(self.paths[number]):
@@ -109,7 +109,7 @@ class Table(Catalogue):
         return sizes, left_out
 
     def _cached(self, path: str | None) -> Path | None:
-        """A file that the libraries have put into a cache of theirs, if that's where the path leads."""
+        """Return the file at a path if it lies in one of the libraries' caches, else None."""
         if not path or not self.caches or not os.path.isabs(path):
             return None
         real = Path(os.path.realpath(path))
@@ -129,7 +129,7 @@ class Table(Catalogue):
 
 
 class Cells:
-    """The values of a column, None where there is none."""
+    """Values of a column, None where there is none."""
 
     def __init__(self, column: Any) -> None:
         """column: pyarrow.ChunkedArray"""
@@ -138,13 +138,13 @@ class Cells:
 
     def __getitem__(self, row: int) -> Any:
         k = bisect_right(self.ends, row)
-        return self.chunks[k][row - self.ends[k]].as_py()  # counted from the chunk's end
+        return self.chunks[k][row - self.ends[k]].as_py()  # relative to the chunk's end
 
     def __iter__(self) -> Iterator[Any]:
         return (value for chunk in self.chunks for value in chunk.to_pylist())
 
     def sizes(self) -> NDArray[np.int64]:
-        """Bytes of each value, from their offsets alone; −1 where there is none."""
+        """Return the bytes of each value, from the offsets alone; −1 where there is none."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -154,9 +154,9 @@ class Cells:
 
 
 def choose_columns(features: Any, columns: Columns, place: str) -> tuple[str, str]:
-    """The columns of pictures and captions ("" where there are none and none are needed) among datasets.Features.
+    """Return the columns of pictures and captions among datasets.Features; "" for captions if absent and not needed.
 
-    Raises UserError where one is missing, or holds something else.
+    Raises UserError if a column is missing or has the wrong type.
     """
     types = {field.name: field.type for field in features.arrow_schema}
     pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
@@ -194,7 +194,7 @@ def _check_captions(kind: Any, element: Any, columns: Columns, where: str) -> No
 
 
 def _element(feature: Any) -> Any:
-    """What a list is a list of."""
+    """Return the type of a list's elements."""
     return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
 
 
@@ -214,7 +214,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _safe_path(path: str | None) -> str:
-    """A path inside some folder, written one way: of an absolute one, its last part. "" where there is none."""
+    """Return a normalised relative path, or the last part of an absolute path; "" if there is no safe one."""
     if not path or len(path) > 1000 or "\0" in path or "::" in path or "://" in path:
         return ""
     parts = re.split(r"[/\\]", path)

@@ -1,7 +1,7 @@
-"""What every form of a data set looks like to the rest: rows in a fixed order, each a picture's file and its captions.
+"""Common interface of all dataset formats: rows in a fixed order, each a picture's file and its captions.
 
-A form is read by one module (folders, tars, tables) and is a `Catalogue` afterwards; train/data/sources/splits.py takes
-splits out of it.
+Each format is read by one module (folders, tars, tables), which returns a `Catalogue`; train/data/sources/splits.py
+selects splits from it.
 """
 
 import codecs
@@ -16,71 +16,71 @@ from functools import cached_property
 from typing import NamedTuple
 
 MOST_HELD_OUT = 1000
-MAX_BYTES = 2**30  # of a picture's file
+MAX_BYTES = 2**30  # largest accepted file of a picture
 
 
 class Row(NamedTuple):
-    """A picture as listed."""
+    """A picture's entry in the catalogue."""
 
     name: str
-    """Name in the data set, with "/" between: what reports show, and what decides on which side of a split it is."""
+    """Name in the dataset, with "/" as separator. It appears in reports, and determines the row's split."""
     size: int
-    """Bytes of its file."""
+    """Size of the file in bytes."""
     mtime_ns: int
-    """When the file, or what holds it, was last changed."""
+    """Modification time of the file, or of the file that contains it."""
     captions: tuple[str, ...]
-    """At least one; "" is the null condition."""
+    """Captions, at least one; "" is the null condition."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Where a row's picture and captions are."""
+    """Location of a row's picture and captions."""
 
     image: str = ""
-    """Column that names or holds the picture (in tars: extension of the picture); empty: the form's usual ones."""
+    """Column that names or holds the picture (in tars: extension of the picture); empty: the format's usual ones."""
     caption: str = ""
     """Column of the caption (in tars: extension, or key in the sample's .json); empty: text, then caption."""
     template: str = ""
-    """A caption made of a class label, with {} for the label; empty: captions are texts, not labels."""
+    """Template of a caption from a class label, with {} for the label; empty: captions are texts, not labels."""
     captioned: bool = True
-    """False accepts pictures that have no captions."""
+    """Whether captions are required."""
 
     def of_label(self, label: str) -> str:
-        """The caption of a class label: "golden_retriever" is spoken "golden retriever"."""
+        """Return the caption of a class label; "golden_retriever" is written "golden retriever"."""
         label = label.encode(errors="replace").decode()
         return self.template.replace("{}", " ".join(label.replace("_", " ").split()))
 
 
 class Catalogue(ABC):
-    """Rows in the order in which the data set has them. Holds no open files, so that workers may share it."""
+    """Rows in the order of the dataset. A catalogue holds no open files, so workers may share it."""
 
     place: str
-    """Where it lies, for messages."""
+    """Location of the dataset, for messages."""
     left_out: tuple[tuple[str, str], ...] = ()
-    """What was named or found and is no row: (name, reason)."""
+    """Entries that aren't rows: (name, reason)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def row(self, k: int) -> Row:
-        """Row k, 0 ≤ k < len."""
+        """Return row k, 0 ≤ k < len."""
 
     @abstractmethod
     def read(self, k: int) -> bytes:
-        """The picture's file. Raises OSError, or DamagedPicture where there is none to read."""
+        """Return the content of the picture's file. Raises OSError, or DamagedPicture if there is nothing to read."""
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.row, range(len(self)))
 
     @cached_property
     def uncaptioned(self) -> int:
-        """Rows with no caption but ""."""
+        """Number of rows without any caption except "" (no text)."""
         return sum(not any(row.captions) for row in self)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes and captions: equal for copies of a set, wherever they lie."""
+        """SHA-256 over names, sizes and captions: equal for copies of a dataset at different locations."""
         return fingerprint(self)
 
     @cached_property
@@ -91,11 +91,11 @@ class Catalogue(ABC):
 
 Opener = Callable[[], Catalogue]
 Splits = Mapping[str, Opener]
-"""By the names of the splits that a data set has; "" for one that has none."""
+"""Openers by name of split; the name is "" for a dataset without splits."""
 
 
 def text_of(data: bytes) -> str:
-    """A text file's text: UTF-8, or UTF-16 if it begins with its mark; what is neither is read as Windows-1252."""
+    """Decode a text file: UTF-8, UTF-16 if it begins with its byte order mark, or else Windows-1252."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace")
     try:
@@ -116,5 +116,5 @@ def lowest(rows: Iterator[Row] | Catalogue) -> list[tuple[float, int]]:
 
 
 def place(name: str) -> float:
-    """A name's own place in [0, 1), the same in every data set."""
+    """Return a name's place in [0, 1), the same in every dataset."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") / 2.0**64

@@ -1,7 +1,7 @@
-"""Pictures in a folder, read with suspicion: with metadata.jsonl or metadata.csv, .txt files, or a folder a class.
+"""Pictures in an untrusted folder, with metadata.jsonl or metadata.csv, .txt files, or one folder per class.
 
-Nothing is opened but metadata.jsonl, metadata.csv and .txt files. What a row names must lie inside the folder, links
-followed; so must every link to a picture or a .txt.
+Only metadata.jsonl, metadata.csv and .txt files are opened. Paths in a row must lie inside the folder after links are
+followed; so must the target of every link to a picture or a .txt.
 """
 
 import csv
@@ -22,13 +22,13 @@ from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Opener, 
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _FILE_NAME = "file_name"
-_MOST_TEXT = 2**20  # bytes of captions beside a picture
+_MOST_TEXT = 2**20  # bytes of the caption file beside a picture
 _CAPTIONS = ("text", "caption")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 class Strings:
-    """A sequence of str in two arrays: small, and shared with forked workers without a copy."""
+    """Sequence of str in two arrays: small, and shared with forked workers without a copy."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         parts = [os.fsencode(s) for s in strings]
@@ -43,7 +43,7 @@ class Strings:
 
 
 class Folder(Catalogue):
-    """Pictures in the order of their names. A row's name is its path inside the folder."""
+    """Pictures ordered by name. A row's name is its path inside the folder."""
 
     def __init__(self, folder: Path, rows: Iterable[Row], left_out: Iterable[tuple[str, str]] = ()) -> None:
         rows = sorted(rows)
@@ -71,17 +71,17 @@ class Folder(Catalogue):
             raise DamagedPicture(self.names[k], str(error.strerror)) from None
 
     def part(self, inside: str) -> "Folder":
-        """Return the pictures of one folder in it; names stay as they are."""
+        """Return the pictures of one subfolder; their names don't change."""
         begins = f"{inside}/"
         rows = (row for row in self if row.name.startswith(begins))
         return Folder(self.folder, rows, [lost for lost in self.left_out if lost[0].startswith(begins)])
 
 
 def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
-    """The splits of a folder of pictures: those of `names` that it has as folders, or in the paths of its metadata.
+    """Return the splits of a folder of pictures: those of `names` that are subfolders, or are in its metadata's paths.
 
-    Raises UserError, at once or from what is returned, for a folder that holds nothing of the kind (saying what was
-    looked for), for metadata that can't be read, and for a row or a link that leads out of the folder.
+    Raises UserError, at once or from the returned openers, for a folder without pictures (with a list of what was
+    searched for), for unreadable metadata, and for a row or a link that leads out of the folder.
     """
     root = Path(data).resolve()
     present = [name for name in names if (root / name).is_dir()]
@@ -101,7 +101,7 @@ def _split_folder(root: Path, name: str, columns: Columns) -> Folder:
 
 
 def list_folder(folder: Path, columns: Columns) -> Folder:
-    """The pictures of a resolved folder. Several rows of one picture are its captions. Errors as above."""
+    """List the pictures of a resolved folder. Several rows of one picture are its captions. Errors as above."""
     metadata = find_metadata(folder)
     if metadata is None:
         return Folder(folder, *_list_texts(folder, columns))
@@ -127,7 +127,10 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
 
 
 def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Pictures with a .txt beside them or, where captions are made of labels, in a folder a class; what is left out."""
+    """List pictures with a .txt beside them or, if captions are made from labels, in one folder per class.
+
+    Returns what is left out too.
+    """
     if column := columns.image or (columns.caption if not columns.template else ""):
         raise UserError(f"{folder} has no {' or '.join(_METADATA)} in which there could be a column {column!r}")
     files = {name: found or _look(folder, name) for name, found in _scan(folder)}
@@ -155,7 +158,7 @@ def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[s
 
 
 def find_metadata(folder: Path) -> Path | None:
-    """The folder's metadata file, if it has one."""
+    """Return the folder's metadata file, or None."""
     for name in _METADATA:
         if (folder / name).is_file():
             if not (path := Path(os.path.realpath(folder / name))).is_relative_to(folder):
@@ -165,7 +168,7 @@ def find_metadata(folder: Path) -> Path | None:
 
 
 def _read_metadata(path: Path, columns: Columns) -> Iterator[tuple[str, list[str]]]:
-    """Each row's file name and captions."""
+    """Yield each row's file name and captions."""
     image, column = columns.image or _FILE_NAME, ""
     for number, row in enumerate(_rows(path), 1):
         where = f"{path}, row {number}"
@@ -192,7 +195,7 @@ def _captions(value: Any, where: str, columns: Columns) -> list[str]:
 
 
 def _safe_name(name: Any, where: str, column: str) -> str:
-    """A path inside the folder, written one way."""
+    """Return a normalised path inside the folder."""
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: {column} {str(name)[:80]!r} is not a file name")
     rooted = name[0] in "/\\" or name[1:2] == ":"  # on POSIX or on Windows
@@ -210,7 +213,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as lines:
             if path.suffix == ".csv":
-                for number, row in enumerate(csv.DictReader(lines), 1):  # noqa: B007  told below
+                for number, row in enumerate(csv.DictReader(lines), 1):  # noqa: B007  used below
                     yield row
                 return
             for number, line in enumerate(lines, 1):
@@ -226,12 +229,15 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def has_pictures(folder: Path) -> bool:
-    """Whether a picture's file lies anywhere in a folder."""
+    """Return whether a picture's file is anywhere in a folder."""
     return any(name.lower().endswith(_SUFFIXES) for name, _ in _scan(folder))
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Name inside the folder → (size, mtime_ns) of each file; None for links, which aren't followed. No hidden ones."""
+    """Return name → (size, mtime_ns) of each file inside the folder that isn't hidden, and name → None for links.
+
+    Links aren't followed.
+    """
     pending = [""]
     while pending:
         under = pending.pop()
@@ -249,7 +255,7 @@ def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
 
 
 def _look(folder: Path, name: str) -> tuple[int, int] | None:
-    """(size, mtime_ns) of a file that is a link or beyond one; None if there is no such file."""
+    """Return (size, mtime_ns) of a file that is a link or behind one; None if there is no such file."""
     real = Path(os.path.realpath(folder / name))
     if not real.is_relative_to(folder):
         raise UserError(f"{(folder / name)!s:.300} is a link that leads out of {folder}: copy the file into it")

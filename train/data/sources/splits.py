@@ -1,13 +1,13 @@
-"""What `--data` names: which form it has, which split of it is wanted, and which pictures are held out.
+"""Resolution of `--data`: the dataset's format, the wanted split of it, and the pictures that are held out.
 
-    data/metadata.jsonl (or .csv)      a row a picture: file_name, text; several rows of one picture are its captions
+    data/metadata.jsonl (or .csv)      one row per picture: file_name, text; further rows add captions to it
     data/cat.png, data/cat.txt         no metadata: each non-empty line of the .txt is a caption
-    data/cat/1.png, data/dog/1.png     with a template for captions: a folder a class
+    data/cat/1.png, data/dog/1.png     with a template for captions: one folder per class
     data/*.parquet, hub ids            a column of pictures, one of captions; also what datasets' save_to_disk writes
     data/{000..099}.tar                WebDataset: 0001.jpg, 0001.txt or 0001.json, …
 
-Splits are folders in it (train, validation or val, test), beginnings of file names (train-00000.parquet), or what the
-hub's data set calls them.
+Splits are subfolders (train, validation or val, test), beginnings of file names (train-00000.parquet), or the splits of
+a hub dataset.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from train.data.sources.tars import find_tars
 Split = Literal["train", "validation", "test"]
 
 _FORMS: tuple[Callable[[str, Columns, Sequence[str]], Splits | None], ...] = (find_tars, find_tables)
-"""Tried in this order, None for what is of another form. A folder that none of them knows is one of pictures."""
+"""Finders, tried in this order; each returns None for another format. If all do, a folder is one of pictures."""
 _NAMES = ("train", "validation", "valid", "val", "dev", "test")
 _HELD_OUT: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev", "test"),
@@ -41,16 +41,16 @@ _HELD_OUT: dict[str, tuple[str, ...]] = {
 class Source:
     """Pictures of one split, by index; the order is the catalogue's.
 
-    Which rows they are takes no memory, however many, unless they were chosen one by one.
+    The selection of rows takes no memory, unless they were chosen one by one.
     """
 
     def __init__(
         self, catalogue: Catalogue, split: Split = "train", *, without: NDArray[np.int64] | None = None,
         only: NDArray[np.int64] | None = None, left_out: Sequence[tuple[str, str]] | None = None,
     ) -> None:  # fmt: skip
-        """without: rows left out, ascending; or only: those that stay, in this order.
+        """without: rows left out, ascending. only: rows kept, in this order. At most one of the two is given.
 
-        left_out: (name, reason) of what is no row; the catalogue's unless given.
+        left_out: (name, reason) of entries that aren't rows; by default the catalogue's.
         """
         self.catalogue, self.split, self.only = catalogue, split, only
         self.left_out = tuple(catalogue.left_out if left_out is None else left_out)
@@ -74,28 +74,28 @@ class Source:
         return (self[k] for k in range(len(self)))
 
     def read(self, index: int) -> bytes:
-        """The file of a picture. Raises OSError, or DamagedPicture where there is none to read."""
+        """Return the content of a picture's file. Raises OSError, or DamagedPicture if there is nothing to read."""
         return self.catalogue.read(self._row(index))
 
     def captions(self, most: int | None = None) -> Iterator[str]:
-        """Yield the captions of all the pictures, one after the other, or of `most` that are spread evenly."""
+        """Yield the captions of all pictures in turn, or of `most` pictures that are spread evenly."""
         n = len(self)
         count = n if most is None else min(most, n)
         return (text for k in range(count) for text in self[k * n // count].captions)
 
     def only_where(self, stays: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
-        """Those of the pictures (n,) that stay; left_out: (name, reason) of those whose going is to be reported."""
+        """Return a source of the pictures where `stays` (n,) is true. left_out: (name, reason) of reported removals."""
         rows = np.array([self._row(int(k)) for k in np.flatnonzero(stays)], np.int64)
         return Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
 
     @property
     def place(self) -> str:
-        """Where it lies, for messages."""
+        """Location of the dataset, for messages."""
         return self.catalogue.place
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes and captions: equal for copies of a set, wherever they lie."""
+        """SHA-256 over names, sizes and captions: equal for copies of a dataset at different locations."""
         rows = self.without if self.only is None else self.only
         which = [self.only is None, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]
         return hashlib.sha256(json.dumps([self.catalogue.fingerprint, which]).encode()).hexdigest()
@@ -107,10 +107,10 @@ class Source:
 
 
 def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Splits:
-    """The splits of what `--data` names, each opened when it is called for, once; "" where it has none.
+    """Return openers for the splits of `--data`, by name; "" if it has no splits. A split is opened once, on demand.
 
-    names: of splits, besides the usual ones. Raises UserError where there is nothing of a known form (saying what was
-    looked for), for what can't be read, and for what leads out of the folder.
+    names: of splits, besides the usual ones. Raises UserError if there is no dataset of a known format (with a list of
+    what was searched for), for unreadable files, and for paths that lead out of the folder.
     """
     if not data:
         raise UserError("--data is missing: a folder of captioned pictures, parquet or tar files, or a hub id")
@@ -141,10 +141,11 @@ def _opened(opener: Opener, columns: Columns) -> Catalogue:
 
 
 def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", fraction: float = 0.05) -> Source:
-    """One split. Where there is none but for training, a share of that one is held out as validation and test.
+    """Return one split. If there is only one for training, a share of it is held out for validation and test.
 
-    Held out are those whose names hash lowest, 1 to 1000 of them, so that a picture keeps its side when others are
-    added (until there are 1000). name: of the split for validation and test, train: of that for training, in place of the usual ones.
+    The held-out pictures are those whose names have the lowest hashes, 1 to 1000 of them, so that a picture keeps its
+    side when others are added (until there are 1000). name: of the split for validation and test; train: of that for
+    training; both replace the usual names.
     """
     if "" in splits and len(splits) > 1:
         raise UserError(
@@ -179,7 +180,7 @@ def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", 
 
 
 def open_source(data: str | Path, split: Split, columns: Columns | None = None, *, fraction: float = 0.05) -> Source:
-    """One split of what `data` names. Errors as in `find_splits`."""
+    """Open one split of `data`. Errors as in `find_splits`."""
     return take(find_splits(str(data), columns or Columns()), split, fraction=fraction)
 
 

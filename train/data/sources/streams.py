@@ -1,16 +1,16 @@
-"""Tars that are read from the first byte to the last: remote ones by address, or what a command writes.
+"""Tars that are read sequentially: remote ones by address, or the output of a command.
 
     https://host/data/{000..099}.tar       http and https by Python's own client, others (s3://, gs://) by fsspec
-    pipe:zstd -dc /disk/{000..099}.tar.zst a command a shard, run by the shell; braces are expanded here first
+    pipe:zstd -dc /disk/{000..099}.tar.zst one command per shard, run by the shell; braces are expanded first
 
-gzip, bzip2 and xz are recognised. What is in a shard is a sample as in train/data/sources/webdataset.py. Nothing is known of
-a stream before it is read, so its fingerprint is that of its addresses, and what stands for it where rows must be known
-is its head: the first examples, of which some are held out.
+gzip, bzip2 and xz are recognised. Samples in a shard are those of train/data/sources/webdataset.py. The content of a
+stream isn't known before it is read, so its fingerprint is that of its addresses. Where rows must be known, the head is
+used: the first examples, some of which are held out.
 
-An epoch visits the shards in an order of its own and draws from a buffer, of what was read and not yet drawn, until it is
-empty: each example once. Which one is drawn is a function of (seed, position) and of the buffer, which is a function of
-the draws before: so the examples from any position on are always the same ones, and to reach it those before are read
-again.
+An epoch visits the shards in its own order and draws from a buffer of examples read and not yet drawn, until the buffer
+is empty: each example once. Each draw is a function of (seed, position) and of the buffer, which is a function of the
+draws before. So the examples from any position on are always the same, and to reach a position, those before it are
+read again.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ from train.data.sources.webdataset import DAMAGE, Header, samples
 
 _HEAD = 2048
 _STAND_INS = 8
-_RECENT = 64  # examples that may stand in besides the buffer's, when it runs low
-_LISTED = 10_000  # left out, by name
-_TIMEOUT = 60  # seconds without a byte
-_REST = 2**26  # bytes that a command may write after its tar's end
+_RECENT = 64  # examples that may be substitutes besides the buffer's, when it runs low
+_LISTED = 10_000  # examples left out, by name
+_TIMEOUT = 60  # seconds without data
+_REST = 2**26  # bytes that a command may write after the end of its tar
 
 
 class Example(NamedTuple):
@@ -58,7 +58,7 @@ Examples = Generator[Example, None, None]
 
 
 class Memory(Catalogue):
-    """Examples that are kept."""
+    """Examples kept in memory."""
 
     def __init__(self, place: str, examples: Sequence[Example]) -> None:
         self.place, self.examples = place, list(examples)
@@ -78,23 +78,23 @@ class _Head(NamedTuple):
     training: Memory
     held_out: Memory
     skipped: frozenset[tuple[int, str]]
-    """(shard, name) of what is held out."""
+    """(shard, name) of the held-out examples."""
 
 
 def is_stream(data: str) -> bool:
-    """Whether `--data` names something that can only be read in passing."""
+    """Return whether `--data` names something that can only be read sequentially."""
     return bool(REMOTE.match(data)) or data == "-" or _is_pipe(data)
 
 
 class Stream:
-    """The examples of a stream, shuffled, without end.
+    """Endless, shuffled examples of a stream.
 
-    Raises UserError for what can't be read more than once, for what is no tar, and, when the head is read, where that has
-    fewer than two pictures or, though `columns.captioned`, no caption. RunError for what fails while it is read.
+    Raises UserError for input that can't be read more than once or isn't a tar. Reading the head raises UserError if it
+    has fewer than two pictures, or no caption although `columns.captioned`. Raises RunError for failures while reading.
     """
 
     def __init__(self, data: str, columns: Columns, *, held_out: float, buffer: int = 1000) -> None:
-        """held_out: share of the head. buffer: examples in memory, of which one is drawn at a time."""
+        """held_out: share of the head. buffer: number of examples in memory from which the next one is drawn."""
         if not REMOTE.match(data):
             raise UserError(f"--data {data!r} can be read only once: write 'pipe:COMMAND', which is run every epoch")
         self.place, self.columns, self.share, self.buffer = data, columns, held_out, buffer
@@ -119,10 +119,10 @@ class Stream:
         return tuple(self._left_out.items())
 
     def examples(self, seed: int, start: int = 0) -> Generator[tuple[Example, ...], None, None]:
-        """Yield, from position `start` on and without end, an example and 8 others to try where it is damaged.
+        """Yield an example and 8 substitutes for it if it is damaged, from position `start` on and without end.
 
-        (Of a stream with a single example for training the first comes alone.) To reach `start`, everything before it
-        is read once more: an epoch's length isn't known otherwise.
+        (In a stream with a single training example, the first has no substitutes.) To reach `start`, everything before
+        it is read again, because an epoch's length isn't known otherwise.
         """
         position, recent = 0, deque[Example](maxlen=_RECENT)
         for epoch in itertools.count():
@@ -148,7 +148,7 @@ class Stream:
 
     @cached_property
     def head(self) -> _Head:
-        """The first 2,048 examples, shards in the order given."""
+        """First 2,048 examples, with shards in the order given."""
         with contextlib.closing(self._all(range(len(self.urls)))) as examples:
             numbered = list(itertools.islice(examples, _HEAD))
         shards, first = [shard for shard, _ in numbered], [example for _, example in numbered]
@@ -176,7 +176,7 @@ class Stream:
                 yield example
 
     def _all(self, shards: Sequence[int]) -> Generator[tuple[int, Example], None, None]:
-        """(shard, example) of these shards, one after the other."""
+        """Yield (shard, example) of these shards in turn."""
         for shard in shards:
             with contextlib.closing(self._read(self.urls[shard])) as examples:
                 yield from ((shard, example) for example in examples)
@@ -201,7 +201,7 @@ class Stream:
                     refused = str(error)
                 else:
                     leave_out("", f"damaged or cut short after {given:,} pictures: {error}")
-        if refused:  # told only now, as a command that failed tells more
+        if refused:  # raised only now, as a failed command gives a better message
             raise UserError(f"{url} gives no tar ({refused}): a .tar, .tar.gz, .tar.bz2 or .tar.xz is accepted")
 
     def _why(self) -> str:
@@ -209,7 +209,7 @@ class Stream:
 
 
 class _Reader:
-    """Reads a stream for tarfile, and says of what it was when that fails."""
+    """Reader of a stream for tarfile; its errors name the stream."""
 
     def __init__(self, url: str, file: Any, length: int | None = None) -> None:
         self.url, self.file, self.length, self.got = url, file, length, 0
@@ -217,7 +217,7 @@ class _Reader:
     def read(self, count: int) -> bytes:
         try:
             data: bytes = self.file.read(count)
-        except Exception as error:  # each protocol has its own
+        except Exception as error:  # each protocol has its own exceptions
             raise RunError(f"{self.url} broke off after {self.got:,} bytes: {one_line(error, 300)}") from error
         self.got += len(data)
         if not data and self.length is not None and self.got < self.length:
@@ -249,7 +249,7 @@ def _opened(url: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _running(url: str) -> Iterator[Any]:
-    """What the command writes. Raises RunError if it fails; one that isn't read to its end is stopped."""
+    """Yield the output of a command. Raises RunError if it fails; a command that isn't read to its end is stopped."""
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             url.removeprefix("pipe:"), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
@@ -262,7 +262,7 @@ def _running(url: str) -> Iterator[Any]:
             if any(not output.read(2**16) for _ in range(_REST // 2**16)):
                 status = process.wait()
         finally:
-            if process.poll() is None:  # with all that the shell has started
+            if process.poll() is None:  # including every process that the shell has started
                 os.killpg(process.pid, signal.SIGKILL)
             output.close()
             process.wait()

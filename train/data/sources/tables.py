@@ -1,9 +1,9 @@
-"""Pictures in tables: parquet files, folders that `datasets` has saved, and data sets on the Hugging Face hub.
+"""Pictures in tables: parquet files, folders saved by `datasets`, and datasets on the Hugging Face hub.
 
-The `datasets` library reads them into Arrow files that are mapped into memory. It is told which files to read (parquet,
-or what a saved folder lists, all inside the folder): nothing that a folder says of itself, in a README or a script, is
-followed. Nothing is decoded, and a picture is bytes in the table: paths and addresses in its place aren't opened, but
-for files that the libraries have themselves put into their caches.
+The `datasets` library reads them into memory-mapped Arrow files. It receives the list of files to read (parquet, or
+what a saved folder lists, all inside the folder): instructions in a folder's README or scripts are never followed.
+Nothing is decoded. Pictures must be bytes in the table: paths and addresses aren't opened, except for files that the
+libraries have put into their own caches.
 """
 
 import errno
@@ -32,15 +32,15 @@ _LONG = 2**29  # bytes above which the library's progress bars are shown
 
 
 def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | None:
-    """The splits of a data set that is parquet files, a folder saved by `datasets`, or on the hub; None for others.
+    """Return the splits of parquet files, of a folder saved by `datasets`, or of a hub dataset; None for anything else.
 
-    data: a .parquet file, a glob of such, a folder that has some (in it, in its data/, or in folders named after
+    data: a .parquet file, a glob of such files, a folder that has some (in it, in its data/, or in folders named after
     splits), a folder written by save_to_disk, or a name on the hub: owner/name, owner/name:config, owner/name@revision,
-    with hf://datasets/ before it where there is a folder `owner` here. names: those that splits have. A parquet file
-    belongs to the split whose folder it is in, or whose name its own begins with (train-00000-of-00002.parquet).
+    with hf://datasets/ before it if there is a local folder `owner`. names: of the possible splits. A parquet file
+    belongs to the split whose folder contains it, or whose name begins its own (train-00000-of-00002.parquet).
 
-    Raises UserError for what can't be read, lacks the columns, or leads out of its folder; RunError for a full disk.
-    So do the splits' openers.
+    Raises UserError for input that can't be read, lacks the columns, or leads out of its folder; RunError for a full
+    disk. So do the splits' openers.
     """
     path = Path(data)
     if path.is_dir():
@@ -55,7 +55,7 @@ def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | N
         root = Path(os.path.commonpath([str(f.parent) for f in files])) if files else Path()
         return _parquet_splits(root, files, columns, names)
     found = _HUB_ID.fullmatch(data)
-    if found and (found["hub"] or not os.path.isdir(found["id"].partition("/")[0])):  # else a path, misspelt
+    if found and (found["hub"] or not os.path.isdir(found["id"].partition("/")[0])):  # else a misspelt path
         return _hub_splits(found["id"], found["config"], found["revision"], columns)
     return None
 
@@ -100,7 +100,7 @@ def _open_parquet(files: Sequence[Path], columns: Columns, place: str) -> Table:
     exact = [glob.escape(os.path.abspath(file)) for file in filled]
     long = sum(file.stat().st_size for file in filled) > _LONG
     with _reading(place, long):
-        # as load_dataset("parquet") does, which tells the hub of it first
+        # load_dataset("parquet") does the same, but notifies the hub first
         dataset = datasets.Dataset.from_parquet(exact, columns=chosen, keep_in_memory=False)
     return Table(dataset, columns, place, max(file.stat().st_mtime_ns for file in files))
 
@@ -138,7 +138,7 @@ def _open_saved(root: Path, folder: Path, columns: Columns) -> Table:
 
 
 def _inside(root: Path, file: Path) -> Path:
-    """A file or folder of a given folder. ("::" makes `datasets` look elsewhere.)"""
+    """Return `file` if it lies inside `root`, else raise UserError. ("::" makes `datasets` look elsewhere.)"""
     if ".." in file.parts or "\0" in str(file) or "::" in str(file) or not file.is_relative_to(root):
         raise UserError(f"{str(file)[:300]!r} leads out of {root}; names inside it are accepted")
     if not Path(os.path.realpath(file)).is_relative_to(root):
@@ -181,13 +181,13 @@ def _open_hub(builder: Any, split: str, columns: Columns, name: str) -> Table:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=split, in_memory=False)
     caches = [os.path.realpath(cache) for cache in (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
-    revision = hashlib.sha256(dataset._fingerprint.encode()).digest()  # says which revision was read
+    revision = hashlib.sha256(dataset._fingerprint.encode()).digest()  # identifies the revision that was read
     return Table(dataset, columns, name, int.from_bytes(revision[:7], "little"), caches)
 
 
 @contextmanager
 def _reading(what: str, long: bool = False) -> Iterator[None]:
-    """Keep `datasets` quiet, and turn what goes wrong into an error of one line. long: leaves its progress bars on."""
+    """Silence `datasets`, and convert its errors into an error of one line. long: keeps its progress bars."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
@@ -199,7 +199,7 @@ def _reading(what: str, long: bool = False) -> Iterator[None]:
         datasets.disable_progress_bars()
     try:
         yield
-    except Exception as error:  # the library's readers raise nearly every kind there is
+    except Exception as error:  # the library's readers raise nearly every kind of exception
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
             causes.append(cause)

@@ -1,16 +1,16 @@
-"""An index of rows on disk: 100 million of them take no memory and are there at once.
+"""On-disk index of rows: 100 million of them take no memory and open at once.
 
-A folder holds, of one generation G or more:
+A folder holds one or more generations G of:
 
-    G.rows     a record a row: where its line begins among its part's, where its picture begins in the part, the length
-               of the line, and a CRC-32 over all of these and the line
-    G.lines    a line a row, JSON of [name, size, captions]: their SHA-256 is the catalogue's fingerprint
-    G.parts    a JSON line a part (a tar): its path, size and time, how much of the two files is its own, what it left out
-    about.json names the generation that is whole, with what is known of all its rows
+    G.rows     one record per row: offset of its line in its part's lines, offset of its picture in the part, length of
+               the line, and a CRC-32 over all of these and the line
+    G.lines    one line per row, JSON of [name, size, captions]: their SHA-256 is the catalogue's fingerprint
+    G.parts    one JSON line per part (a tar): its path, size and time, its share of the two files, what it left out
+    about.json names the complete generation, with the statistics of all its rows
 
-Written last and renamed into place, about.json makes an index be there whole or not at all. A part's rows and lines say
-nothing of other parts. So what an older generation has of parts that haven't changed, or what one has that was never
-finished, is taken over, row by row as the sums are right. Rows are read with pread, docs/adr/0005 says why.
+about.json is written last and renamed into place, so an index is either complete or absent. A part's rows and lines
+don't refer to other parts. So rows of unchanged parts are reused from an older or unfinished generation, if their
+checksums are right. Rows are read with pread; docs/adr/0005 says why.
 """
 
 import atexit
@@ -41,14 +41,14 @@ from train.data.store.atomic import atomic_file, sync
 _FORMAT = 1
 _RECORD = struct.Struct("<QQII")  # line, picture, length of the line, CRC-32
 RECORD = np.dtype([("line", "<u8"), ("picture", "<u8"), ("length", "<u4"), ("crc", "<u4")])
-"""The same for NumPy."""
+"""NumPy type of a record."""
 _KINDS = ("rows", "lines", "parts")
 
 Placed = tuple[int, Row]
-"""Where a row's picture begins in its part, and the row."""
+"""Offset of a row's picture in its part, and the row."""
 LeftOut = list[tuple[str, str]]
 Read = Callable[["Part", LeftOut], Iterator[Placed]]
-"""The rows of a part, in its order; adds (name, reason) of what it leaves out."""
+"""Reader of a part's rows, in its order; it adds (name, reason) of what it leaves out."""
 
 
 class Part(NamedTuple):
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What an index has of a part."""
+    """The entries of a part in an index."""
 
     part: Part
     rows: int
@@ -70,19 +70,19 @@ class Segment(NamedTuple):
 
 
 class Unfit(Exception):
-    """The folder has no whole index of these parts as they are."""
+    """Error: the folder has no complete index of these parts in their current state."""
 
 
 def look(paths: Iterable[str]) -> list[Part]:
-    """The parts as the file system has them now."""
+    """Return the parts with their current size and time."""
     return [Part(path, (about := os.stat(path)).st_size, about.st_mtime_ns) for path in paths]
 
 
 class Index:
-    """Rows of parts, in their order. The open files stay in this process; a copy elsewhere opens its own."""
+    """Rows of parts, in order. Open files stay in this process; a copy in another process opens its own."""
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        """Raises Unfit."""
+        """Raises Unfit if the folder has no complete index of these parts."""
         try:
             about = json.loads((folder / "about.json").read_bytes())
             if about.pop("sum") != _sum(about) or about["format"] != _FORMAT:
@@ -97,7 +97,7 @@ class Index:
             self.uncaptioned = sum(s.uncaptioned for s in self.segments)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise Unfit from None
-        self.rows = np.cumsum([0, *(s.rows for s in self.segments)], dtype=np.int64)  # before each part
+        self.rows = np.cumsum([0, *(s.rows for s in self.segments)], dtype=np.int64)  # number of rows before each part
         self.lines = np.cumsum([0, *(s.line_bytes for s in self.segments)], dtype=np.int64)
         self._files: tuple[int, ...] = ()
         try:
@@ -111,7 +111,7 @@ class Index:
         return int(self.rows[-1])
 
     def __getitem__(self, k: int) -> tuple[Part, int, Row]:
-        """The part of row k, where in it the picture begins, and the row. Raises RunError where the index is damaged."""
+        """Return row k with its part and its picture's offset there. Raises RunError if the index is damaged."""
         if not 0 <= k < len(self):
             raise IndexError(f"row {k} of {len(self)}")
         number = int(np.searchsorted(self.rows, k, side="right")) - 1
@@ -144,17 +144,17 @@ class Index:
 
 
 def open_index(folder: Path, paths: Sequence[str], read: Read) -> Index:
-    """The index of these parts, made or brought up to date if need be, by one process while others wait.
+    """Open the index of these parts; one process creates or updates it if needed, while others wait.
 
-    Where the folder can't be written to, it lies in a temporary one for this process, with a warning. Raises OSError for
-    parts that can't be read, RunError for a full disk, and what `read` does.
+    If the folder isn't writable, the index lies in a temporary one for this process, with a warning. Raises OSError for
+    parts that can't be read, RunError for a full disk, and the errors of `read`.
     """
     with contextlib.suppress(Unfit):
         return Index(folder, look(paths))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("ab")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given up when the file is closed, however the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, however the process ends
     except OSError as error:
         temporary = Path(tempfile.mkdtemp(prefix="ldm-index-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
@@ -178,7 +178,7 @@ def open_index(folder: Path, paths: Sequence[str], read: Read) -> Index:
 
 
 class Writer:
-    """A new generation, in a folder that no other process writes to."""
+    """Writer of a new generation, in a folder that no other process writes to."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.generation = folder, secrets.token_hex(8)
@@ -188,12 +188,12 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """What isn't committed stays, for the next one to take over."""
+        """Close the files. Uncommitted entries stay, and the next writer can reuse them."""
         for file in (self.rows, self.lines, self.parts):
             file.close()
 
     def add(self, part: Part, placed: Iterable[Placed], left_out: LeftOut) -> None:
-        """A part. When `placed` raises, it is as if it hadn't been tried."""
+        """Add a part. If `placed` raises, the files are restored to their state before the call."""
         begun = self.rows.tell(), self.lines.tell()
         rows = length = uncaptioned = 0
         try:
@@ -210,13 +210,13 @@ class Writer:
         self.seal(Segment(part, rows, length, uncaptioned, left_out))
 
     def seal(self, segment: Segment) -> None:
-        """After its records and lines were written."""
+        """Record a part after its records and lines were written."""
         self.parts.write(json.dumps(segment).encode() + b"\n")
         for file in (self.rows, self.lines, self.parts):
             file.flush()
 
     def commit(self, nearest: list[tuple[float, int]] | None = None) -> None:
-        """Make this the folder's index, and remove all others. nearest: Catalogue.lowest, if known."""
+        """Make this generation the folder's index, and remove all others. nearest: Catalogue.lowest, if known."""
         sums = []
         for file in (self.lines, self.parts):
             file.seek(0)
@@ -268,18 +268,18 @@ def _told(placed: Iterator[Placed], bar: Any) -> Iterator[Placed]:
 
 
 def _known(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
-    """What the folder's generations have: each part's generation, first row and first byte of lines there."""
+    """Return the parts in the folder's generations: each part's generation, first row and first byte of lines there."""
     known = {}
     whole = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         whole = json.loads((folder / "about.json").read_bytes())["generation"]
     unfinished = sorted(folder.glob("*.parts"), key=lambda p: (p.stem == whole, p.stat().st_size))
-    for path in unfinished[:-2]:  # by crash after crash
+    for path in unfinished[:-2]:  # left by repeated crashes
         for kind in _KINDS:
             path.with_suffix(f".{kind}").unlink(missing_ok=True)
     for path in unfinished[-2:]:
         rows = lines = 0
-        with contextlib.suppress(ValueError, TypeError):  # a last line that was cut short
+        with contextlib.suppress(ValueError, TypeError):  # the last line may be cut short
             for segment in map(_segment, path.read_bytes().splitlines()):
                 known[segment.part] = path.stem, rows, lines, segment
                 rows, lines = rows + segment.rows, lines + segment.line_bytes
@@ -300,7 +300,7 @@ def _copied(generation: Path, rows_at: int, lines_at: int, segment: Segment) -> 
 
 
 def _extent(record: bytes, segment: Segment) -> tuple[int, int]:
-    """Where a row's line begins among those of its part, and its length."""
+    """Return the offset of a row's line in the lines of its part, and its length."""
     if len(record) != _RECORD.size:
         raise ValueError("cut short")
     begin, _, length, _ = _RECORD.unpack(record)
@@ -310,7 +310,7 @@ def _extent(record: bytes, segment: Segment) -> tuple[int, int]:
 
 
 def _verified(record: bytes, line: bytes, begin: int, part: Part) -> Placed:
-    """Raises ValueError unless the sum is right, and the picture inside its part."""
+    """Return a picture's offset and its row. Raises ValueError for a wrong checksum or a picture outside its part."""
     if len(record) != _RECORD.size or line[-1:] != b"\n":
         raise ValueError("cut short")
     at, picture, length, crc = _RECORD.unpack(record)

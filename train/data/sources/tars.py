@@ -1,4 +1,4 @@
-"""WebDataset tars on local disks as a catalogue: which there are, and where in them each picture is."""
+"""Catalogue of WebDataset tars on local disks: the list of tars, and the place of each picture in them."""
 
 import glob
 import hashlib
@@ -17,9 +17,9 @@ from train.data.sources.tar_index import LeftOut, Part, Placed, open_index
 from train.data.sources.webdataset import DAMAGE, PICTURES, Header, samples
 
 REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
-"""How what is streamed begins; train/data/sources/streams.py."""
+"""Pattern of the beginning of a stream's address; see train/data/sources/streams.py."""
 
-_LISTED = 100  # left out of a tar, by name
+_LISTED = 100  # samples left out of a tar, by name
 _LOOKED_FOR = "a .txt, .json or .cls beside each picture"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -28,11 +28,11 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2
 class Tars(Catalogue):
     """Pictures in local tars, through an index in the user's cache (train/data/sources/tar_index.py).
 
-    A row's name is its picture's in the tar: the same as in a folder where the tars are unpacked.
+    A row's name is its picture's name in the tar: the same as in a folder into which the tars are unpacked.
     """
 
     def __init__(self, place: str, paths: Sequence[str], columns: Columns, split: str = "") -> None:
-        """Raises UserError for what is no tar, and where nothing has a picture or, if it should, a caption."""
+        """Raises UserError if a file isn't a tar, or if there is no picture or no required caption."""
         self.place = place
         try:
             self.index = open_index(index_folder(place, columns, split), paths, partial(_rows, columns))
@@ -59,7 +59,7 @@ class Tars(Catalogue):
             raise DamagedPicture(row.name, f"{row.size:,} bytes; up to {MAX_BYTES:,} are accepted")
         with open(
             part.path, "rb", buffering=0
-        ) as tar:  # opened anew: a set may have more tars than a process may files
+        ) as tar:  # opened for each read: a dataset may have more tars than a process may open
             about = os.fstat(tar.fileno())
             content = os.pread(tar.fileno(), row.size, offset)
         if (about.st_size, about.st_mtime_ns, len(content)) != (part.size, part.mtime_ns, row.size):
@@ -68,18 +68,18 @@ class Tars(Catalogue):
 
 
 def index_folder(place: str, columns: Columns, split: str = "") -> Path:
-    """Where the index of a split lies: named after what was asked for, so that tars may come and go."""
+    """Return the index folder of a split, named after the request, so that tars may be added or removed."""
     about = [os.path.abspath(place), split, columns.image, columns.caption, columns.template]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "ldm" / "index" / hashlib.sha256(os.fsencode(json.dumps(about))).hexdigest()[:32]
 
 
 def find_tars(data: str, columns: Columns, names: Sequence[str]) -> Splits | None:
-    """The splits of tars: a .tar, a glob, a pattern with braces, or a folder that has some; None for all else.
+    """Return the splits of tars: a .tar, a glob, a pattern with braces, or a folder with tars; None for anything else.
 
-    names: those that splits have. A tar belongs to the split whose folder it is in, or whose name its own begins with
-    ("train-0001.tar", not "training.tar"); others to "". Sorted by path. Raises UserError, at once for files that don't
-    exist or are compressed, from what is returned as `Tars` does.
+    names: of the possible splits. A tar belongs to the split whose folder contains it, or whose name begins its own
+    ("train-0001.tar", not "training.tar"); others to "". Sorted by path. Raises UserError for files that don't exist or
+    are compressed; the returned openers raise the same errors as `Tars`.
     """
     if REMOTE.match(data) or (paths := _paths(data, names)) is None:
         return None
@@ -95,7 +95,7 @@ def find_tars(data: str, columns: Columns, names: Sequence[str]) -> Splits | Non
 
 
 def _paths(data: str, names: Sequence[str]) -> list[str] | None:
-    """The tars' absolute paths, sorted; None if `data` doesn't speak of tars."""
+    """Return the tars' absolute paths, sorted; None if `data` doesn't name tars."""
     if os.path.isdir(data):
         folders = [data, *(os.path.join(data, name) for name in names)]
         found = [os.path.join(folder, f) for folder in folders if os.path.isdir(folder) for f in os.listdir(folder)]
@@ -118,7 +118,7 @@ def _paths(data: str, names: Sequence[str]) -> list[str] | None:
 
 
 def expand(pattern: str) -> list[str]:
-    """Braces, as a shell expands them: a{08..10}.tar is a08.tar, a09.tar and a10.tar; {a,b}.tar is a.tar and b.tar."""
+    """Expand braces like a shell: a{08..10}.tar is a08.tar, a09.tar and a10.tar; {a,b}.tar is a.tar and b.tar."""
     if not (found := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)):
         return [pattern]
     first, last, listed = found.groups()
@@ -135,7 +135,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[Placed]:
-    """What the index has of a tar. Raises UserError for a file that isn't one."""
+    """Yield a tar's rows for the index. Raises UserError for a file that isn't a tar."""
     shard, more, given = os.path.basename(part.path), 0, 0
 
     def leave_out(name: str, reason: str) -> None:

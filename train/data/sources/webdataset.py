@@ -1,15 +1,15 @@
-"""WebDataset's tars: which members of a tar make a sample.
+"""WebDataset tars: grouping of a tar's members into samples.
 
-Members that follow one another and share a key, their path up to the first dot of the file name, are a sample:
+A sample consists of consecutive members with the same key, which is their path up to the first dot of the file name:
 
     000123.jpg, 000123.txt             each non-empty line is a caption
     000123.jpg, 000123.json            text or caption: a string or a list of strings
     000123.jpg, 000123.cls             with a template for captions: a label
 
-The first .jpg, .png … is its picture. Hidden files are passed over, and of caption members the first kind above is used.
-A sample is left out, with the reason, if its picture or the caption in use is a link, a sparse or a special file, if its
-path leads out of the tar, or if its caption is too long or unreadable: a picture isn't trained on without its caption.
-Members are only ever read from the tar itself; nothing is unpacked.
+The first .jpg, .png … is its picture. Hidden files are skipped. Of several caption members, the first kind above is
+used. A sample is left out, with the reason, if its picture or the caption in use is a link, a sparse or a special file,
+if its path leads out of the tar, or if its caption is too long or unreadable: pictures aren't trained on without their
+captions. Members are read only from the tar itself; nothing is unpacked.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Self
 from train.data.sources.catalogue import MAX_BYTES, Columns, text_of
 
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, zlib.error, lzma.LZMAError)
-"""What tarfile raises for a tar that is cut short or damaged."""
+"""Exceptions that tarfile raises for a tar that is cut short or damaged."""
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 
 _KEYS = ("text", "caption")
@@ -33,24 +33,24 @@ _MOST_HEADER = 2**20  # bytes of a long name or of extended headers
 
 
 class Sample(NamedTuple):
-    """A picture with its captions, as a tar has it."""
+    """A picture with its captions, read from a tar."""
 
     name: str
     size: int
     offset: int
-    """Where in the tar the picture begins."""
+    """Offset of the picture in the tar."""
     captions: tuple[str, ...]
     picture: bytes
-    """b"" unless asked for."""
+    """Content of the picture's file; empty unless requested."""
 
 
 class Header(tarfile.TarInfo):
-    """Headers that can neither fill the memory nor lead backwards; a damaged one is an error, not the end."""
+    """Tar headers that can't exhaust the memory or lead backwards; a damaged one is an error, not the tar's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         if not buf or not any(buf):
-            return super().frombuf(buf, encoding, errors)  # the end
+            return super().frombuf(buf, encoding, errors)  # the end of the tar
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -68,16 +68,16 @@ class _Member(NamedTuple):
 
 
 class _Unusable(Exception):
-    """Why a sample is no row."""
+    """Error: the reason why a sample is left out."""
 
 
 def samples(
     tar: tarfile.TarFile, columns: Columns, leave_out: Callable[[str, str], object], *, pictures: bool = False
 ) -> Iterator[Sample]:
-    """The samples of an open tar, in its order; (name, reason) of those it can't use go to `leave_out`.
+    """Yield the samples of an open tar, in order; `leave_out` receives (name, reason) of those that can't be used.
 
-    pictures: with the bytes of each. Memory stays that of one sample. Raises one of DAMAGE where the tar is damaged; the
-    sample that is cut off there is not given.
+    pictures: whether to include each picture's bytes. Memory holds one sample at a time. Raises one of DAMAGE if the
+    tar is damaged; a sample that is cut off there isn't yielded.
     """
     for key, members in itertools.groupby(_members(tar), lambda member: member.key):
         try:
@@ -89,7 +89,7 @@ def samples(
 def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
     while (header := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
-        if header.size < 0:  # as extended headers may say: tarfile would go backwards, for ever
+        if header.size < 0:  # possible in extended headers: tarfile would go backwards for ever
             raise tarfile.ReadError(f"a member of {header.size} bytes")
         parts = [part for part in header.name.split("/") if part not in ("", ".")]
         if header.isdir() or not parts or any(p.startswith((".", "__MACOSX")) and p != ".." for p in parts):
@@ -144,7 +144,10 @@ def _text(tar: tarfile.TarFile, member: _Member) -> str | _Unusable:
 
 
 def _captions(texts: dict[str, str | _Unusable], columns: Columns) -> tuple[str, ...]:
-    """At least one. columns.caption is an extension or a key in the .json; with a template, what it holds is a label."""
+    """Return a sample's captions, at least one.
+
+    columns.caption is an extension or a key in the .json; with a template, its value is a label.
+    """
     wanted = _extension(columns.caption)
     labels = bool(columns.template and wanted)
     if wanted in texts and wanted != "json":
@@ -168,7 +171,7 @@ def _plain(text: str | _Unusable) -> str:
 
 
 def _fields(texts: dict[str, str | _Unusable], keys: Sequence[str], labels: bool) -> list[str]:
-    """The first of the keys that the .json has."""
+    """Return the texts under the first of the keys that the .json has."""
     if "json" not in texts:
         return []
     try:

@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or not there. Every fsync is here, and every rename but one (single files).
+"""Files and folders that are either complete or absent. All fsyncs are here, and all renames but one (single files).
 
-Content is written beside its place under a name that begins with a dot, synchronised, and renamed; then the folder
-around it is synchronised. A process that is killed anywhere in between leaves the old content or the new.
+Content is written beside its final place under a name that begins with a dot, synchronised, and renamed; then the
+parent folder is synchronised. A process that is killed at any moment leaves the old content or the new.
 """
 
 import ctypes
@@ -19,15 +19,15 @@ from ldm.errors import RunError, UserError
 
 
 def _do(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Every fsync and rename, and every write of `write_new`, goes through here: a test can end the process at each."""
+    """Call a function. All fsyncs, renames and writes of `write_new` go through here, so that tests can stop there."""
     return call(*arguments)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write into. On success it takes the place of `path`; on failure it goes.
+    """Open a new file for writing. On success it replaces `path`; on failure it is removed.
 
-    Raises RunError with a plain line for a full disk and for any other OSError; `path` is then as it was.
+    Raises RunError with one plain line for a full disk and for any other OSError; `path` is then unchanged.
     """
     temporary = _beside(path, "tmp")
     with plain_errors(path):
@@ -46,10 +46,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
-    """An empty folder beside `final` to write into. On success it takes the place of `final`; on failure it goes.
+    """Create an empty folder beside `final` for writing. On success it replaces `final`; on failure it is removed.
 
-    needed: bytes, for the message when the disk is full.
-    Raises RunError with a plain line for a full disk and for any other OSError; `final` is then as it was.
+    needed: bytes, for the message if the disk is full. Raises RunError with one plain line for a full disk and for any
+    other OSError; `final` is then unchanged.
     """
     final = Path(final)
     temporary, aside = _beside(final, "tmp"), _beside(final, "old")
@@ -69,16 +69,16 @@ def atomic_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
                 remove(temporary)
             raise
         sync(final.parent)
-        sync(final.parent.parent)  # which may not have known the parent
-        remove(temporary)  # now what was there before, under one name or the other
+        sync(final.parent.parent)  # the parent may be new in it
+        remove(temporary)  # the previous content, now under one of these two names
         remove(aside)
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `final`, which must be missing or empty, without fsync.
+    """Create a folder for writing that becomes `final`, which must be missing or empty. There is no fsync.
 
-    For what is made again easily and has many files. Raises UserError where no folder can be made.
+    Meant for content of many files that is easily made again. Raises UserError if the folder can't be created.
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def write_new(path: Path, parts: Iterable[Any]) -> dict[str, str | int]:
-    """Write bytes-like parts to a new file, without fsync. Returns the SHA-256 and the size of what was meant."""
+    """Write bytes-like parts to a new file, without fsync. Returns SHA-256 and size of the intended content."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb", buffering=0) as file:
         for part in parts:
@@ -106,9 +106,9 @@ def write_new(path: Path, parts: Iterable[Any]) -> dict[str, str | int]:
 
 
 def _replace_folder(new: Path, final: Path) -> None:
-    """Put the folder `new` in the place of `final`, without fsync. What was there is then at `new` or `.old-…`.
+    """Replace the folder `final` with `new`, without fsync. The previous content is then at `new` or `.old-…`.
 
-    One step where Linux can exchange two names. Elsewhere `final` is missing for a moment, which `recover` mends.
+    On Linux this is one step, an exchange of names. Elsewhere `final` is missing for a moment, which `recover` repairs.
     """
     if not os.path.lexists(final):
         _do(os.rename, new, final)
@@ -119,33 +119,33 @@ def _replace_folder(new: Path, final: Path) -> None:
 
 
 def recover(final: Path) -> None:
-    """Bring `final` back if a process ended in the moment of `_replace_folder` in which it is missing."""
+    """Restore `final` if a process ended during `_replace_folder` while it was missing."""
     if not os.path.lexists(final):
         with suppress(FileNotFoundError):
             _do(os.rename, _beside(final, "old"), final)
 
 
 def recover_all(folder: Path, pattern: str) -> None:
-    """`recover` for the names in a folder that match."""
+    """Call `recover` for all matching names in a folder."""
     for aside in folder.glob(f".old-{pattern}"):
         recover(folder / aside.name.removeprefix(".old-"))
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left of the names in a folder that match."""
+    """Remove the leftovers of killed processes for all matching names in a folder."""
     for leftover in (*folder.glob(f".tmp-{pattern}"), *folder.glob(f".old-{pattern}")):
         remove(leftover)
 
 
 def retire(folder: Path) -> None:
-    """Remove a folder: first its name, so that half of one is never found."""
+    """Remove a folder; rename it first, so that a half-removed one is never found."""
     temporary = _beside(folder, "tmp")
     _do(os.rename, folder, temporary)
     remove(temporary)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, a folder with all that is in it, or nothing."""
+    """Remove a file, a link or a folder with its content; do nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -153,7 +153,7 @@ def remove(path: Path) -> None:
 
 
 def sync(what: Path | int) -> None:
-    """fsync of a file or folder, by its path or by the descriptor of one that is open."""
+    """Call fsync on a file or folder, given by path or by open descriptor."""
     if isinstance(what, int):
         _do(os.fsync, what)
         return
@@ -166,10 +166,10 @@ def sync(what: Path | int) -> None:
 
 @contextmanager
 def plain_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn the system's errors while `path` is written into a RunError of one line. See `atomic_folder`."""
+    """Convert system errors while `path` is written into a RunError of one line. See `atomic_folder`."""
     try:
         yield
-    except Exception as error:  # libraries in Rust raise types of their own, with the system's words
+    except Exception as error:  # libraries in Rust raise their own types, with the system's message
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             need = "" if needed is None else f"{needed / 1e6:.1f} MB needed, "
             free = shutil.disk_usage(path.parent).free / 1e6
@@ -180,7 +180,7 @@ def plain_errors(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step: renameat2(2) with RENAME_EXCHANGE. False, and nothing done, where it cannot."""
+    """Swap two names in one step: renameat2(2) with RENAME_EXCHANGE. Returns False, without effect, if unsupported."""
     with suppress(OSError, AttributeError):
         return ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0  # AT_FDCWD is -100
     return False

@@ -1,4 +1,4 @@
-"""Reading ahead: batches by torch's DataLoader, in its worker processes or here."""
+"""Prefetching: batches from torch's DataLoader, in its worker processes or in this process."""
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ Batch = TypeVar("Batch")
 
 
 class Batched(Protocol[Batch_co]):
-    """Gives whole batches: what DataLoader asks of a data set, beside an order."""
+    """A dataset that returns whole batches, as DataLoader requires, without an order."""
 
     def __getitems__(self, at: Sequence[int], /) -> Batch_co: ...
 
@@ -27,9 +27,9 @@ def read_ahead(
     ahead: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """`dataset.__getitems__(part)` for each part in turn; `ahead` of them in work in each worker. 0 works here.
+    """Yield `dataset.__getitems__(part)` for each part; each worker prefetches `ahead` of them. 0 workers: no prefetch.
 
-    RunError and OSError come from a worker as they were raised there, without a traceback in their message.
+    RunError and OSError from a worker are raised unchanged, without a traceback in their message.
     """
     loader: Any = DataLoader(
         cast(Any, _Telling(dataset)),
@@ -38,7 +38,7 @@ def read_ahead(
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # torch's global one is left alone
+        generator=torch.Generator(),  # leaves torch's global generator unchanged
         worker_init_fn=_outlast_signals,
     )
     for batch in loader:
@@ -48,7 +48,7 @@ def read_ahead(
 
 
 class _Telling:
-    """A data set that returns the errors a user is to read."""
+    """A dataset that returns the errors meant for users instead of raising them."""
 
     def __init__(self, dataset: Batched[Any]) -> None:
         self.dataset = dataset
@@ -65,6 +65,6 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _outlast_signals(worker: int) -> None:
-    """Control-C and a scheduler's SIGTERM reach the workers too, but the process that trains needs its last batches."""
+    """Ignore Control-C and delay SIGTERM in a worker, as the process that trains needs its last batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

@@ -1,4 +1,4 @@
-"""Which rows a folder of shards holds, and where, by digests of what they are made from (see shards.py)."""
+"""Index of the rows in a folder of shards, by digests of the content they are made from (see shards.py)."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from train.data.sources.splits import Source
 
 Digests = NDArray[np.uint64]
-"""(n, 2): 16 bytes each."""
+"""Digests, (n, 2): 16 bytes each."""
 
 
 def digests(texts: Iterable[str]) -> Digests:
@@ -30,13 +30,13 @@ def digest(content: bytes) -> Digests:
 
 
 def picture_keys(source: Source) -> Digests:
-    """Return the digest of each picture's place, name, size and time. On either side of a split others may have these too."""
+    """Return the digest of each picture's place, split, name, size and time. Other splits may have equal names."""
     place = f"{os.path.abspath(source.place)}\0{source.split}"
     return digests(f"{place}\0{row.size}\0{row.mtime_ns}\0{row.name}" for row in source)
 
 
 def doubled(keys: Digests) -> NDArray[np.bool_]:
-    """Those that another is equal to."""
+    """Return which keys occur more than once, (n,)."""
     found = np.zeros(len(keys), bool)
     for each in equal(keys):
         found[each] = True
@@ -44,20 +44,20 @@ def doubled(keys: Digests) -> NDArray[np.bool_]:
 
 
 class Index:
-    """What is known in a folder: of each row its record, first of those that are there, then of aliases to such."""
+    """Index of a folder's shards: a record of each row, first the stored rows, then aliases of these."""
 
     def __init__(self, folder: Path) -> None:
         self.listing = listing(folder)
-        self.sums: dict[str, str] = {}  # of shards' rows
-        self.unsound: list[str] = []  # what has not the sum it should have
-        self.bad: dict[int, str] = {}  # why, by file << 32 | place
+        self.sums: dict[str, str] = {}  # by shard: checksum of its rows
+        self.unsound: list[str] = []  # shards with a wrong checksum
+        self.bad: dict[int, str] = {}  # reasons, by file << 32 | place
         key, id, like, counts, aliases = bytearray(), bytearray(), bytearray(), [0], []
         for name in self.listing:
             try:
                 about = json.loads((folder / f"{name}.json").read_bytes())
                 raw = (folder / f"{name}.idx").read_bytes()
                 right = about["sum"] == sum_of(about) and about["index"] == hashlib.sha256(raw).hexdigest()
-            except OSError:  # it may be another's that is just being removed
+            except OSError:  # another process may just be removing it
                 continue
             except (ValueError, TypeError, KeyError):
                 right = False
@@ -74,13 +74,13 @@ class Index:
             key += records[:, 0].tobytes()
             id += (records[:, 1] ^ records[:, 2]).tobytes()
             like += records[:, 1, 0].tobytes()
-        self.file = np.repeat(np.arange(-1, len(self.sums), dtype=np.int32), counts)  # (m,) of the rows
+        self.file = np.repeat(np.arange(-1, len(self.sums), dtype=np.int32), counts)  # (m,) shard of each row
         self.place = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
-        self.like = np.frombuffer(like, np.uint64)  # (m,) half of each
-        self.key, self.id = _from_bytes(key), _from_bytes(id)  # (m + aliases, 2); id: likeness ^ content
+        self.like = np.frombuffer(like, np.uint64)  # (m,) first half of each weak key
+        self.key, self.id = _from_bytes(key), _from_bytes(id)  # (m + aliases, 2); id: weak key ^ content
         for records in aliases:
             ids = records[:, 1] ^ records[:, 2]
-            there = self.find_content(ids) >= 0  # those of what is gone would hide what is made anew
+            there = self.find_content(ids) >= 0  # aliases of missing rows would hide the rows that replace them
             self.key, self.id = np.concatenate([self.key, records[there, 0]]), np.concatenate([self.id, ids[there]])
 
     def find(self, keys: Digests) -> NDArray[np.int64]:
@@ -91,29 +91,29 @@ class Index:
         return known
 
     def find_content(self, ids: Digests) -> NDArray[np.int64]:
-        """Return the row of each likeness ^ content, or -1."""
+        """Return the row of each id (weak key ^ content), or -1."""
         return locate(self.id[: len(self.file)], ids)
 
     def ambiguous(self, keys: Digests) -> NDArray[np.bool_]:
-        """Keys that stand for several contents."""
+        """Return which keys stand for several contents."""
         one, other = equal(self.key)
         several = (self.id[one] != self.id[other]).any(1)
         return np.isin(keys[:, 0], self.key[one[several], 0])
 
 
 def equal(keys: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of equal ones, in pairs. Half of a digest tells them apart; where it doesn't, it only seems that they are."""
+    """Return the places of equal keys, in pairs. Compares half of each digest: rarely, different keys seem equal."""
     order = np.argsort(keys[:, 0])
     same = np.flatnonzero(keys[order[1:], 0] == keys[order[:-1], 0])
     return order[same], order[same + 1]
 
 
 def locate(table: Digests, wanted: Digests) -> NDArray[np.int64]:
-    """Return the place in the table of each that is wanted, or -1."""
+    """Return the place in the table of each wanted digest, or -1."""
     found = np.full(len(wanted), -1)
     order = np.argsort(table[:, 0])
     halves = table[order, 0]
-    for k in range(0, len(wanted) if len(table) else 0, 2**16):  # so that little memory is needed besides
+    for k in range(0, len(wanted) if len(table) else 0, 2**16):  # in parts, to save memory
         part = wanted[k : k + 2**16]
         at = order[np.minimum(np.searchsorted(halves, part[:, 0]), len(table) - 1)]
         found[k : k + 2**16] = np.where((table[at] == part).all(1), at, -1)

@@ -1,16 +1,16 @@
-"""Rows of equal shape in files on disk, made once, verified at every start, read where they lie.
+"""Rows of equal shape in files on disk, computed once, verified at every start, and read on demand.
 
-A folder holds the rows that depend on the same things. Rows lie in shards of three files, which are never changed:
+A folder holds the rows that depend on the same settings. Rows lie in shards of three files, which never change:
 
     NAME.npy    the rows, in any order
-    NAME.idx    a record of each: digests of its key, its likeness and its content
-    NAME.json   the sums of both, and the rows that couldn't be made; written last
+    NAME.idx    a record per row: digests of its key, its weak key and its content
+    NAME.json   the checksums of both, and the rows that couldn't be made; written last
 
 The key (a picture's place, name, size and modification time; a caption) finds a row without reading what it is made
-from. As files are copied and touched, a row that isn't found by its key is looked for by its likeness (name and size)
-and the hash of its content. An alias, of an .idx and a .json alone, keeps what was found so. What isn't there at all is
-made and added. So an interrupted build keeps its finished shards, added pictures cost only themselves, nothing stale or
-damaged is read, and sources may share a folder. Any of it may be deleted at any time.
+from. As files are copied and touched, a row that isn't found by its key is searched by its weak key (name and size) and
+the hash of its content. The result is stored as an alias, which has only an .idx and a .json. Rows that aren't found
+are computed and added. So an interrupted build keeps its finished shards, added pictures need only their own rows,
+nothing stale or damaged is read, and sources may share a folder. All of it may be deleted at any time.
 """
 
 import contextlib
@@ -41,54 +41,57 @@ from train.data.store.row_index import Digests, Index, listing, locate, sum_of
 
 Stored = Literal["float32", "float16"]
 Bad = list[tuple[int, str]]
-"""Rows that couldn't be made, and why. They are zeros."""
+"""Rows that couldn't be made, with the reason. Their values are zeros."""
 
 
 class Made(NamedTuple):
-    """Some rows."""
+    """A batch of computed rows."""
 
     values: NDArray[Any]  # (b, *shape)
     contents: Digests
-    """Digest of all that each was made from, besides what all rows depend on; 0 where that is its key."""
+    """Digest of the content that each row was made from, besides what all rows depend on; 0 if that is its key."""
     bad: list[str]
-    """Why each couldn't be made, or ""."""
+    """Reason why each row couldn't be made, or an empty text."""
 
 
 class Rows(Protocol):
-    """What rows are made of, and how."""
+    """Computation of rows, and the keys that identify them."""
 
     @property
     def keys(self) -> Digests:
-        """Digest of each row that changes when the row may have changed."""
+        """Digest of each row, which changes if the row may have changed."""
         ...
 
     @property
     def doubtful(self) -> NDArray[np.bool_]:
-        """Rows whose key another has too, so that only their contents tell them apart."""
+        """Rows whose key isn't unique, so that only their contents distinguish them."""
         ...
 
     def likes(self, rows: NDArray[np.int64], /) -> Digests:
-        """The same while it may still be the same row, so that it pays to compare contents."""
+        """Return the weak key of these rows, which stays the same while a row may be the same.
+
+        Contents are compared only for rows with equal weak keys.
+        """
         ...
 
     def contents(self, rows: NDArray[np.int64], /) -> Digests:
-        """Return `Made.contents` of these rows, without making them."""
+        """Return the content digests of these rows (see `Made.contents`), without computing the rows."""
         ...
 
     def make(self, batches: Sequence[NDArray[np.int64]], /) -> Iterator[Made]:
-        """The rows of each batch in turn."""
+        """Yield the rows of each batch in turn."""
         ...
 
 
 _FORMAT = 3  # of the files; part of the folder's name
-_SHARD_BYTES, _SHARD_ROWS = 64 * 2**20, 4096  # of a shard, at most
-_TRIAL = 2.0  # seconds of work by which the whole is estimated
-_HEADER = 128  # bytes of NumPy's own before the rows
+_SHARD_BYTES, _SHARD_ROWS = 64 * 2**20, 4096  # largest size of a shard
+_TRIAL = 2.0  # seconds of work from which the total time is estimated
+_HEADER = 128  # bytes of NumPy's header before the rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Which process this is, how it waits for the others, and how it speaks. The default is one alone."""
+    """Rank of this process, and how it waits for the others and prints. The default is a single process."""
 
     rank: int = 0
     world: int = 1
@@ -98,20 +101,20 @@ class Processes:
 
 @dataclass(frozen=True)
 class Shards:
-    """Rows in files. Only where they lie is kept in memory, and no file open: the system's page cache does the rest.
+    """Rows in files. Memory holds only their positions, and no file stays open: the system's page cache does the rest.
 
-    Reading was chosen over memory maps for its steady cost (a map pays by the page, most of all in a virtual machine),
-    and because a file that was cut short gives an error instead of a crash.
+    Plain reads have a steadier cost than memory maps (which pay per page, most of all in a virtual machine), and a file
+    that was cut short gives an error instead of a crash.
     """
 
     paths: list[Path]
-    file: NDArray[np.int32]  # (n,) of each row: which of the paths
-    place: NDArray[np.int32]  # (n,) and where in it
+    file: NDArray[np.int32]  # (n,) index into `paths` of each row
+    place: NDArray[np.int32]  # (n,) place of each row in its file
     shape: tuple[int, ...]
     dtype: Stored
 
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
-        """These rows, (b, *shape) float32. Raises RunError when a file has changed its length under us."""
+        """Return these rows, (b, *shape) float32. Raises RunError if a file was cut short or removed while in use."""
         out = np.empty((len(rows), *self.shape), self.dtype)
         raw = out.reshape(len(rows), math.prod(self.shape)).view(np.uint8)  # (b, bytes)
         files, places = self.file[rows], self.place[rows]
@@ -133,10 +136,10 @@ def open_shards(
     folder: Path, kind: str, depends_on: dict[str, Any], rows: Rows, shape: tuple[int, ...], dtype: Stored,
     processes: Processes, batch_size: int,
 ) -> tuple[Shards, Bad]:  # fmt: skip
-    """The rows under `folder`, each of `shape`, and which of them are bad.
+    """Open the rows under `folder`, each of `shape`. Returns them, and which of them are bad.
 
-    The processes share the work of comparing, verifying and making, each part of which all have ended before the next
-    begins. Nothing is made if nothing is missing. Raises RunError when there is no room on the disk.
+    The processes share the work of comparing, verifying and computing, and wait for each other after each of the three.
+    Nothing is computed if nothing is missing. Raises RunError if there is no room on the disk.
     """
     depends_on = {"kind": kind, **depends_on, "shape": shape, "dtype": dtype, "format": _FORMAT}
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -145,7 +148,7 @@ def open_shards(
     keys = _own_keys(rows, index)
     found = index.find(keys)
 
-    processes.barrier()  # all have seen the same
+    processes.barrier()  # so that all processes see the same files
     _recognise(folder, rows, keys, np.flatnonzero(found < 0), index, processes)
     processes.barrier()
     index, found = _look(folder, keys, index, found)
@@ -176,7 +179,7 @@ def open_shards(
 
 
 def _own_keys(rows: Rows, index: Index) -> Digests:
-    """The keys of rows; where one doesn't tell which content is meant, with the content in it."""
+    """Return the keys of rows, combined with the content where a key alone is ambiguous."""
     keys, doubtful = rows.keys, np.flatnonzero(rows.doubtful | index.ambiguous(rows.keys))
     if len(doubtful):
         keys = keys.copy()
@@ -185,8 +188,8 @@ def _own_keys(rows: Rows, index: Index) -> Digests:
 
 
 def _look(folder: Path, keys: Digests, index: Index, found: NDArray[np.int64]) -> tuple[Index, NDArray[np.int64]]:
-    """The folder again, after others may have written."""
-    if listing(folder) == index.listing:  # names aren't used twice
+    """Read the folder again, after other processes may have written."""
+    if listing(folder) == index.listing:  # names are never reused
         return index, found
     index = Index(folder)
     return index, index.find(keys)
@@ -195,9 +198,9 @@ def _look(folder: Path, keys: Digests, index: Index, found: NDArray[np.int64]) -
 def _recognise(
     folder: Path, rows: Rows, keys: Digests, unknown: NDArray[np.int64], index: Index, processes: Processes
 ) -> None:
-    """Write down which of the rows that aren't known by key are known by content."""
+    """Write aliases for those unknown rows whose content is known."""
     if not len(index.like):
-        return  # as in a first build
+        return  # first build: nothing to compare
     perhaps = unknown[np.isin(rows.likes(unknown)[:, 0], index.like)]
     mine = np.array_split(perhaps, processes.world)[processes.rank]
     likes, contents = rows.likes(mine), rows.contents(mine)
@@ -207,8 +210,8 @@ def _recognise(
 
 
 def _verify(folder: Path, kind: str, index: Index, found: NDArray[np.int64], processes: Processes) -> None:
-    """Remove what is damaged of the shards that are used. Each is some process's, whatever else they see."""
-    held = locate(index.id[found[found >= 0]], index.id[: len(index.file)]) >= 0  # here or there: any may be read later
+    """Remove the damaged ones of the shards in use. Each shard belongs to one process, whatever the others see."""
+    held = locate(index.id[found[found >= 0]], index.id[: len(index.file)]) >= 0  # all copies: any may be read later
     used = set(np.unique(index.file[held]).tolist())
     own = {name for name in index.listing if zlib.crc32(name.encode()) % processes.world == processes.rank}
     mine = [name for k, name in enumerate(index.sums) if k in used and name in own]
@@ -219,7 +222,7 @@ def _verify(folder: Path, kind: str, index: Index, found: NDArray[np.int64], pro
         except FileNotFoundError:
             return False
 
-    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(4) as pool:  # threads, as hashing releases the interpreter lock
         bar = tqdm(
             pool.map(sound, mine), f"checking {kind}", len(mine), leave=False, delay=2, disable=processes.rank != 0
         )
@@ -263,10 +266,10 @@ def _make(
 
 
 def _tried(made: Iterator[Made], most: int, count: int) -> tuple[list[Made], float]:
-    """The first batches, and the seconds that the rest of so many rows will take; 0 where there is too little to tell."""
-    first = [next(made)]  # by which everything is warm
+    """Return the first batches, and the estimated seconds for the rest of `count` rows; 0 if there is no estimate."""
+    first = [next(made)]  # warm-up
     begun = time.perf_counter()
-    for batch in itertools.islice(made, most - 1):  # they fit into memory, as their shard will
+    for batch in itertools.islice(made, most - 1):  # these fit into memory, as their shard will
         first.append(batch)
         if time.perf_counter() - begun > _TRIAL:
             break
@@ -275,7 +278,7 @@ def _tried(made: Iterator[Made], most: int, count: int) -> tuple[list[Made], flo
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 4 s, 3 min 20 s, 2 h 5 min."""
+    """Format a time for people: 4 s, 3 min 20 s, 2 h 5 min."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"
@@ -285,7 +288,10 @@ def duration(seconds: float) -> str:
 def _write(
     folder: Path, records: Digests, values: NDArray[Any] | None = None, bad: Sequence[tuple[int, str]] = ()
 ) -> None:
-    """A shard, or without values an alias, whole or not at all. records: (n, 3, 2) key, likeness, content."""
+    """Write a shard or, without values, an alias, completely or not at all.
+
+    records: (n, 3, 2) key, weak key, content.
+    """
     name, raw = secrets.token_hex(8), records.astype("<u8").tobytes()
     try:
         about = {"rows": "", "index": hashlib.sha256(raw).hexdigest(), "bad": list(bad)}
@@ -307,7 +313,7 @@ def _write(
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left half written; not the last hour's, as another process may be writing."""
+    """Remove unfinished files of killed processes, but not the last hour's, as another process may be writing."""
     for left in folder.iterdir():
         whole = left.suffix == ".json" or left.with_suffix(".json").exists()
         with contextlib.suppress(FileNotFoundError):
@@ -316,7 +322,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _remove(folder: Path, name: str) -> None:
-    for suffix in ("json", "idx", "npy"):  # the .json, which vouches for the others, first
+    for suffix in ("json", "idx", "npy"):  # the .json first, as it vouches for the others
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 

@@ -1,11 +1,11 @@
 """The Emoji set: every emoji of an installed colour font on white, captioned by its names and keywords.
 
-The font is Noto Color Emoji (Debian's fonts-noto-color-emoji); names and keywords, and which sequences there are, come
-from Unicode's CLDR (Debian's unicode-cldr-core) where it is installed, else from Python's table of character names.
-An emoji counts if the font draws it as one glyph. Left out are swatches of skin and parts of hair, which are no emoji by
-themselves, and couples of two skin tones, which are many and nearly the same. Variants of one emoji (skin, hair, gender)
-and families that differ in a colour, a digit or a direction (hearts, clocks, keycaps) are all in train or all in test, so
-that a test picture is no recoloured training picture. Faces are still like faces and flags like flags.
+The font is Noto Color Emoji (Debian's fonts-noto-color-emoji). Names, keywords and the list of sequences come from
+Unicode's CLDR (Debian's unicode-cldr-core) if it is installed, else from Python's table of character names. An emoji
+counts if the font draws it as one glyph. Two kinds are left out: swatches of skin and parts of hair, which aren't emoji
+by themselves, and couples of two skin tones, which are many and nearly the same. Variants of one emoji (skin, hair,
+gender) and families that differ in a colour, a digit or a direction (hearts, clocks, keycaps) are all in train or all
+in test, so that no test picture is a recoloured training picture. Faces still resemble faces, and flags resemble flags.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")
 SMALLEST_SIDE, LARGEST_SIDE = 16, 128  # the font's pictures are 136 × 128
 
-Paint = Callable[[str], Image.Image | None]  # an emoji's square RGB picture on white; None if there is none
+Paint = Callable[[str], Image.Image | None]  # an emoji → its square RGB picture on white, or None if there is none
 
 # Names and captions
 
@@ -46,7 +46,7 @@ class Named(NamedTuple):
 
 
 def read_annotations(path: Path) -> list[Named]:
-    """What CLDR annotates: `path` is its folder `common`, or one file of annotations. Not all of it is emoji."""
+    """Read CLDR annotations: `path` is its folder `common`, or one file of annotations. Some entries aren't emoji."""
     files = [path / part / "en.xml" for part in ("annotations", "annotationsDerived")] if path.is_dir() else [path]
     names: dict[str, str] = {}
     keywords: dict[str, list[str]] = {}
@@ -72,18 +72,18 @@ def read_annotations(path: Path) -> list[Named]:
 
 
 def character_names() -> list[Named]:
-    """The numbers, signs and symbols of Python's Unicode table: names only, no sequences. Few of them are emoji."""
+    """Return the numbers, signs and symbols in Python's Unicode table: names only, no sequences; few are emoji."""
     signs = (c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] in "NPS")
     every = (Named(c, compose_captions(c, "", ())) for c in signs)
     return [named for named in every if named.captions]
 
 
 def compose_captions(text: str, name: str, keywords: Iterable[str]) -> tuple[str, ...]:
-    """The name, the same in spoken order, Unicode's own name, and the keywords in one line.
+    """Return captions: the name, its natural word order, Unicode's own name, and the keywords in one line.
 
-    A keyword alone is no caption, as hundreds of emoji share "face"; and five skin tones need no list each, as it repeats
-    that of the plain emoji. Black and white in Unicode's names mean filled and outlined ("heavy black heart" is red), so
-    such a name is left out unless the first one says so too.
+    A keyword alone isn't a caption, as hundreds of emoji share "face"; and five skin tones need no list each, as it
+    repeats that of the plain emoji. Black and white in Unicode's names mean filled and outlined ("heavy black heart" is
+    red), so such a name is left out unless the first name has the word too.
     """
     name = _clean(name)
     found = [name, _spoken(name)]
@@ -96,7 +96,7 @@ def compose_captions(text: str, name: str, keywords: Iterable[str]) -> tuple[str
 
 
 def _spoken(name: str) -> str:
-    """ "flag: France" as "flag of France", "woman: medium skin tone, red hair" with "with" and "and"."""
+    """Convert "flag: France" to "flag of France", "man: red hair" to "man with red hair", and join traits by "and"."""
     kind, colon, which = name.partition(": ")
     if kind in ("flag", "keycap") and colon:
         return f"flag of {which}" if kind == "flag" else f"keycap {which}"
@@ -108,13 +108,13 @@ def _spoken(name: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """One line of printable characters, with the apostrophe that people type."""
+    """Return one line of printable characters, with the typewriter apostrophe."""
     spaced = " ".join(text.split()).replace("’", "'")
     return "".join(c for c in spaced if c.isprintable())
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    """Those that say something, once each whatever their case."""
+    """Return the texts that aren't empty, each once regardless of case."""
     kept: dict[str, str] = {}
     for text in texts:
         if any(map(str.isalnum, text)):
@@ -141,20 +141,20 @@ _AS_ONE = {"🧑❤🧑": "💑", "🧑❤💋🧑": "💏", "🧑🤝🧑": "�
 
 
 def base(text: str) -> str:
-    """What is left of an emoji without its skin, hair and gender; the same for all variants and for its family."""
+    """Return an emoji without its skin, hair and gender; the result is the same for all its variants and its family."""
     plain = (_ASIDE.sub("", text) or text).translate(_ALIKE)
     return "👪" if re.fullmatch("🧑+🧒+", plain) else _AS_ONE.get(plain, plain)
 
 
 def wanted(text: str) -> bool:
-    """Whether it is more than a part, and of one skin tone at most."""
+    """Return whether an emoji is more than a part, and has one skin tone at most."""
     return not _PART.fullmatch(text) and len(set(_TONE.findall(text))) < 2
 
 
 def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
-    """The bases whose variants are for testing: at least one. The first by their hashes, so that the seed chooses.
+    """Return the bases whose variants are for testing, at least one. They are the first by seeded hashes.
 
-    It is the same share of those with one picture, with six, with 18 and so on, as one base can have a hundred.
+    The share is the same among bases with one picture, with six, with 18 and so on, as one base can have a hundred.
     """
     variants = Counter(map(base, texts))
     shuffled = sorted(variants, key=lambda b: hashlib.blake2b(f"{seed} {b}".encode()).digest())
@@ -183,7 +183,7 @@ class Font:
             raise UserError(f"can't use the font {path} ({error}): accepted is Noto Color Emoji") from None
         self.advance = self.font.getlength("😀")
         self.ascent, descent = self.font.getmetrics()
-        self.side = max(math.ceil(self.advance), self.ascent + descent)  # with a margin: no glyph is as wide as this
+        self.side = max(math.ceil(self.advance), self.ascent + descent)  # with a margin: all glyphs are narrower
         self.top = (self.side - self.ascent - descent) // 2
         self.unknown = {self._draw(text).tobytes() for text in ("\U0010fffd", "🇿🇿")}  # no character, and no country
         face = self("😀")
@@ -191,7 +191,7 @@ class Font:
             raise UserError(f"the font {path} has no 😀 in colour: accepted is Noto Color Emoji")
 
     def __call__(self, text: str) -> Image.Image | None:
-        """None unless the font has a glyph for the whole `text`, and one that shows more than its first character."""
+        """Draw `text`, or return None if it has no single glyph, or one that shows only its first character."""
         if "\n" in text or self.font.getlength(text) != self.advance:
             return None
         picture = self._draw(text)
@@ -202,14 +202,14 @@ class Font:
 
     def _draw(self, text: str) -> Image.Image:
         picture = Image.new("RGB", (self.side, self.side), "white")
-        at = (0, self.top + self.ascent)  # of the baseline's left end
+        at = (0, self.top + self.ascent)  # left end of the baseline
         ImageDraw.Draw(picture).text(at, text, font=self.font, anchor="ls", embedded_color=True)
         return picture
 
 
 @dataclass
 class Picture:
-    """A picture as its file will be, with the first emoji that looks so and the captions of all that do."""
+    """A picture as in its file, with the first emoji that looks so and the captions of all that do."""
 
     text: str
     png: bytes
@@ -221,7 +221,7 @@ class Picture:
 
 
 def paint_all(named: Iterable[Named], paint: Paint, side: int) -> list[Picture]:
-    """The wanted emoji that `paint` has, in their order, reduced to `side`; those that look the same are one picture."""
+    """Paint the wanted emoji that `paint` has, in order, reduced to `side`; equal-looking ones are one picture."""
     found: dict[bytes, Picture] = {}
     for text, captions in named:
         if not wanted(text) or (whole := paint(text)) is None:
@@ -239,7 +239,7 @@ def paint_all(named: Iterable[Named], paint: Paint, side: int) -> list[Picture]:
 
 
 class Written(NamedTuple):
-    """How many pictures and captions a set has."""
+    """Number of pictures and captions in a dataset."""
 
     train: int
     test: int
@@ -247,10 +247,10 @@ class Written(NamedTuple):
 
 
 def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fraction: float, seed: int) -> Written:
-    """Write the set as an imagefolder: out/{train,test}/metadata.jsonl (`text` is a list), with the pictures.
+    """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl (`text` is a list), with the pictures.
 
-    Raises UserError for a number out of range, for an `out` that is not empty, and where there is too little to paint.
-    The set appears whole or not at all; the same arguments write the same bytes.
+    Raises UserError for a number out of range, for an `out` that isn't empty, and if there is too little to paint. The
+    dataset appears completely or not at all; the same arguments write the same bytes.
     """
     for what, value, least, most in (
         ("size", side, SMALLEST_SIDE, LARGEST_SIDE),
@@ -259,7 +259,7 @@ def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fra
     ):
         if not least <= value <= most:
             raise UserError(f"{what} {value} is out of range: accepted is {least} to {most}")
-    out = Path(os.path.realpath(out))  # a link is followed, as a folder can't take its place
+    out = Path(os.path.realpath(out))  # a link is followed, because a folder can't replace it
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder: choose another --out, or remove it")
     pictures = paint_all(tqdm(named, unit=" names", disable=None), paint, side)

@@ -1,9 +1,9 @@
-"""The Shapes set: one or two plain objects on a plain background, each with an exact caption.
+"""The Shapes set: one or two plain objects on a plain background, each picture with an exact caption.
 
 A scene is words only; `render` adds the geometry (position and size jitter, in fractions of the side) from a generator,
-so the same scene and generator paint the same picture at every size. Every example is a pure function of
-(seed, split, index): NumPy's Philox keyed by (seed, purpose), with the index as its counter. Some (colour, shape)
-pairs, `HELD_OUT`, never occur in training, so prompts with them ask for composition rather than memory.
+so the same scene and generator give the same picture at every size. Every example is a pure function of (seed, split,
+index): NumPy's Philox keyed by (seed, purpose), with the index as its counter. Some (colour, shape) pairs, `HELD_OUT`,
+never occur in training, so prompts with them test composition rather than memory.
 """
 
 import itertools
@@ -63,7 +63,7 @@ HELD_OUT: frozenset[tuple[Colour, Shape]] = frozenset(
 
 SIZE_JITTER = 0.03  # a diameter varies by this much either way
 MARGIN, GAP = 1 / 32, 2 / 32  # between an object and the border, and between two objects
-SLANT = 0.5  # displacement across a relation's axis is at most this much of that along it
+SLANT = 0.5  # displacement across a relation's axis is at most this share of that along it
 SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
 FILES_PER_FOLDER = 1000
 _PURPOSES: dict[Split | Literal["prompts"], int] = {"train": 0x5AE0, "test": 0x5AE1, "prompts": 0x5AE2}
@@ -88,7 +88,7 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One object, or two of which the first stands in `relation` to the second, on a background."""
+    """One object on a background, or two, where the first stands in `relation` to the second."""
 
     objects: tuple[Object, ...]
     relation: Relation | None
@@ -112,7 +112,7 @@ class Scene:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Scene":
-        """The inverse of `to_dict`; ValueError names what is wrong with `fields`."""
+        """Return the scene of `to_dict`'s fields. Raises ValueError that names what is wrong with `fields`."""
         try:
             things = tuple(Object(**thing) for thing in fields["objects"])
             return cls(things, fields["relation"], fields["background"])
@@ -125,7 +125,7 @@ _CAPTION = re.compile(f"{_A_THING}(?: ({'|'.join(RELATIONS)}) {_A_THING})? on a 
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene whose caption is `text`; ValueError where there is none."""
+    """Return the scene whose caption is `text`. Raises ValueError if there is none."""
     match = _CAPTION.fullmatch(text)
     if match is None:
         raise ValueError(f"not a caption of the Shapes set: {text!r}; accepted is, say, "
@@ -137,13 +137,13 @@ def parse_caption(text: str) -> Scene:
 
 
 def is_unseen(scene: Scene) -> bool:
-    """Whether any of its (colour, shape) pairs is held out of training."""
+    """Return whether any of a scene's (colour, shape) pairs is held out of training."""
     return any((thing.colour, thing.shape) in HELD_OUT for thing in scene.objects)
 
 
 @cache
 def all_scenes(count: int, unseen: bool) -> tuple[Scene, ...]:
-    """Every scene of `count` (1 or 2) objects, no two alike, with a held-out pair or without."""
+    """Return every scene of `count` (1 or 2) objects, without repeats, with a held-out pair or without."""
     things = [Object(*words) for words in itertools.product(SHAPES, COLOURS, DIAMETERS)]
     relations = RELATIONS if count == 2 else (None,)
     parts = itertools.product(itertools.permutations(things, count), relations, BACKGROUNDS)
@@ -151,15 +151,16 @@ def all_scenes(count: int, unseen: bool) -> tuple[Scene, ...]:
 
 
 def random_scene(rng: Generator, *, unseen: bool) -> Scene:
-    """A scene of one object (a third of the time) or of two, uniform given their number."""
+    """Return a random scene of one object (a third of the time) or of two, uniform given their number."""
     pool = all_scenes(1 if rng.integers(3) == 0 else 2, unseen)
     return pool[rng.integers(len(pool))]
 
 
 def prompts(kind: Kind, count: int, seed: int) -> list[Scene]:
-    """`count` scenes to ask for: every third of one object, the others of two; none repeats before all are used.
+    """Return `count` scenes to ask for: every third of one object, the others of two. None repeats before all are used.
 
-    Both kinds have the same mix, so that their scores compare. There are 192 seen and 48 unseen scenes of one object.
+    Both kinds have the same mix, so that their scores are comparable. There are 192 seen and 48 unseen scenes of one
+    object.
     """
     rng = generator(seed, "prompts", 0)
     pools = [all_scenes(1, kind == "unseen"), all_scenes(2, kind == "unseen")]
@@ -168,18 +169,18 @@ def prompts(kind: Kind, count: int, seed: int) -> list[Scene]:
 
 
 def generator(seed: int, purpose: Split | Literal["prompts"], index: int) -> Generator:
-    """The generator of one example; `seed` is at least 0 and below 2^64."""
+    """Return the generator of one example; `seed` is at least 0 and below 2^64."""
     return Generator(Philox(key=[seed, _PURPOSES[purpose]], counter=[0, 0, index, 0]))
 
 
 def example(seed: int, split: Split, index: int) -> tuple[Scene, Generator]:
-    """Scene `index` of a split, and the generator with which `render` paints its picture. Odd test scenes are unseen."""
+    """Return scene `index` of a split, and the generator with which `render` paints it. Odd test scenes are unseen."""
     rng = generator(seed, split, index)
     return random_scene(rng, unseen=split == "test" and index % 2 == 1), rng
 
 
 class Placed(NamedTuple):
-    """Where an object is: centre and radius (half the diameter), in fractions of the side, y downwards."""
+    """Placement of an object: centre and radius (half the diameter), in fractions of the side, y downwards."""
 
     x: float
     y: float
@@ -187,7 +188,7 @@ class Placed(NamedTuple):
 
 
 def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
-    """Where the objects of a scene are: inside, apart, and in their relation."""
+    """Place the objects of a scene: inside the picture, apart, and in their relation."""
     radii = [DIAMETERS[thing.size] / 2 * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER) for thing in scene.objects]
     if scene.relation is None:
         room = MARGIN + radii[0]
@@ -195,7 +196,7 @@ def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
         return (Placed(centre[0], centre[1], radii[0]),)
     swapped = scene.relation in ("below", "right of")  # then the second object comes first along the axis
     first, second = radii[::-1] if swapped else radii
-    # Along the axis: border, first, gap, second, border; what is left over is split at random between the three spaces.
+    # Along the axis: border, first, gap, second, border; the remaining length is split randomly between the spaces.
     spaces = np.array([MARGIN, GAP, MARGIN])
     spaces += rng.dirichlet([1, 1, 1]) * (1 - 2 * (first + second) - spaces.sum())
     along = [spaces[0] + first, 1 - spaces[2] - second]
@@ -209,9 +210,9 @@ def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
 
 
 def outline(shape: Shape, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Signed distance to the outline of a shape of radius 1 round the origin (y downwards): negative inside.
+    """Return the signed distance to the outline of a shape of radius 1 round the origin (y downwards), negative inside.
 
-    Exact near straight edges, a lower bound near corners.
+    It is exact near straight edges, and a lower bound near corners.
     """
     match shape:
         case "circle":
@@ -246,7 +247,10 @@ class Box(NamedTuple):
 
 
 def coverage(shape: Shape, placed: Placed, box: Box, samples: int = 4) -> NDArray[np.floating]:
-    """How much of each pixel of `box` a shape covers, 0 to 1, by samples² points a pixel. Placed in pixels. (h, w)"""
+    """Return how much of each pixel of `box` a shape covers, (h, w), 0 to 1, by samples² points per pixel.
+
+    placed: in pixels.
+    """
     x = (np.arange((box.right - box.left) * samples) + 0.5) / samples + (box.left - placed.x)
     y = (np.arange((box.bottom - box.top) * samples) + 0.5) / samples + (box.top - placed.y)
     distance = outline(shape, x[None, :] / placed.radius, y[:, None] / placed.radius) * (placed.radius * samples)
@@ -255,7 +259,7 @@ def coverage(shape: Shape, placed: Placed, box: Box, samples: int = 4) -> NDArra
 
 
 def render(scene: Scene, side: int, rng: Generator) -> NDArray[np.uint8]:
-    """Paint a scene, its geometry drawn from `rng`. (side, side, 3)"""
+    """Paint a scene, (side, side, 3), with its geometry drawn from `rng`."""
     picture = np.empty((side, side, 3))
     picture[:] = BACKGROUNDS[scene.background]
     for thing, placed in zip(scene.objects, place(scene, rng), strict=True):
@@ -267,10 +271,10 @@ def render(scene: Scene, side: int, rng: Generator) -> NDArray[np.uint8]:
 
 
 def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool:
-    """Write the set as an imagefolder: out/{train,test}/metadata.jsonl with the pictures, and out/shapes.json.
+    """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl with the pictures, and out/shapes.json.
 
-    True if written, False if `out` already is this very set. Raises UserError for a number out of range, and where
-    `out` holds anything else. The set appears whole or not at all.
+    Returns True if written, False if `out` already is this exact dataset. Raises UserError for a number out of range,
+    and if `out` holds anything else. The dataset appears completely or not at all.
     """
     for name, value, least, most in (
         ("size", side, SMALLEST_SIDE, LARGEST_SIDE),
@@ -302,7 +306,7 @@ def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool
 
 
 def _holds(out: Path, about: Mapping[str, Any]) -> bool:
-    """Whether `out` is the set that `about` describes; False if there is nothing; UserError for anything else."""
+    """Return whether `out` is the described dataset; False if it is missing or empty. Raises UserError for others."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:

@@ -1,8 +1,8 @@
-"""Reads a picture of the Shapes set back into words, without any learning, and scores it against its prompt.
+"""Checker of the Shapes set: it reads a picture back into words without any learning, and scores it.
 
-The renderer is known, so a picture is read by undoing it: near the line from the background's colour to an object's
+The renderer is known, so reading a picture inverts it: near the line from the background's colour to an object's
 colour, a pixel's place along the line is how much of it the object covers. The covered area and its centroid give each
-shape its radius and centre in closed form, and the renderer's own mask that fits best names the shape.
+shape's radius and centre in closed form, and the best-fitting mask of the renderer gives the shape's name.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ from train.data.synthetic.shapes import (
 )
 
 LARGEST_READ = 64  # a larger picture is first averaged down to this side
-SMALLEST_AREA = 0.012  # of the picture; the smallest object covers 0.026
-LARGEST_MISFIT = 0.25  # beyond this share of its area, an object has no shape
-BLURS = (0, 0.5 / 32, 1 / 32)  # of the side: how soft a picture may be, as an autoencoder leaves it
-ODD_SIZE = 0.05  # a shape whose size is neither must fit better by this much
+SMALLEST_AREA = 0.012  # share of the picture; the smallest object covers 0.026
+LARGEST_MISFIT = 0.25  # an object with a misfit above this share of its area has no shape
+BLURS = (0, 0.5 / 32, 1 / 32)  # of the side: possible softness of a picture, as an autoencoder leaves it
+ODD_SIZE = 0.05  # a shape that has neither size must fit better by this much
 VISIBLE = 45  # a difference in colour, in levels: well above noise, well below the least in the palette (89)
 ATTRIBUTES = ("colour", "shape", "size")
 _SQUARE = np.ones((3, 3), dtype=bool)
@@ -45,7 +45,7 @@ _RGB = np.array(list(_PALETTE.values()), dtype=np.float32)  # (names, 3), object
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An object as read. A colour may be a background's; None is a shape or size that fits none.
+    """An object read from a picture. A colour may be a background's; None is a shape or size that fits none.
 
     x, y (centroid, y downwards) and diameter are in fractions of the side; misfit is the absolute difference to the
     shape's mask, as a share of its area.
@@ -62,14 +62,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a picture shows. The background may have an object's colour, which no prompt asks for."""
+    """Content of a picture. The background may have an object's colour, which no prompt asks for."""
 
     background: str
     objects: tuple[Found, ...]
 
 
 def read_scene(picture: NDArray[np.uint8]) -> Reading:
-    """Read a square picture, (side, side, 3) uint8 with side at least 32; ValueError for any other."""
+    """Read a square picture, (side, side, 3) uint8 with side at least 32. Raises ValueError for any other."""
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[0] != picture.shape[1] or picture.shape[2] != 3:
         raise ValueError(f"picture of {picture.dtype} {picture.shape}: accepted is uint8 (side, side, 3)")
     if len(picture) > LARGEST_READ:
@@ -86,23 +86,23 @@ def read_scene(picture: NDArray[np.uint8]) -> Reading:
 
 
 def _nearest(pixels: NDArray[np.floating]) -> NDArray[np.intp]:
-    """The place in the palette of each pixel's nearest colour. (..., 3) → (...)"""
+    """Return the place in the palette of each pixel's nearest colour. (..., 3) → (...)"""
     return np.square(pixels[..., None, :] - _RGB).sum(-1).argmin(-1)
 
 
 def _segment(offset: NDArray[np.floating], rays: NDArray[np.floating]) -> list[NDArray[np.bool_]]:
-    """A mask an object, from each pixel's difference to the background (h, w, 3) and each colour's (colours, 3)."""
+    """Return one mask per object, from differences to the background: pixels' (h, w, 3), colours' (colours, 3)."""
     along = np.clip(offset @ (rays / np.maximum(np.square(rays).sum(-1, keepdims=True), 1)).T, 0, 1)  # (h, w, colours)
     residual = np.square(offset[..., None, :] - along[..., None] * rays).sum(-1)
     residual[..., np.square(rays).sum(-1) < VISIBLE**2] = np.inf  # the background itself has this colour
     colour = residual.argmin(-1)
     solid = np.take_along_axis(along, colour[..., None], -1)[..., 0] >= 0.5
-    # What is no object's colour but not background either, away from the soft edges of objects.
+    # Pixels that have no object's colour but aren't background either, away from the soft edges of objects.
     solid |= (np.square(offset).sum(-1) > VISIBLE**2) & ~ndimage.binary_dilation(solid, _SQUARE, iterations=2)
     least = SMALLEST_AREA * solid.size
     masks = []
     for part in _parts(solid, least):
-        # Colours that are here in bulk; a mixed edge may resemble a third, but has no interior.
+        # Colours that fill an area here; a mixed edge may resemble a third colour, but has no interior.
         bulk = [k for k in np.unique(colour[part]) if _is_bulk(part & (colour == k), least)]
         if len(bulk) < 2:
             masks.append(part)
@@ -113,7 +113,7 @@ def _segment(offset: NDArray[np.floating], rays: NDArray[np.floating]) -> list[N
 
 
 def _parts(mask: NDArray[np.bool_], least: float) -> list[NDArray[np.bool_]]:
-    """The connected parts of at least so many pixels."""
+    """Return the connected parts of at least `least` pixels."""
     labels, _ = ndimage.label(mask, _SQUARE)
     areas = np.bincount(labels.ravel())
     return [labels == k for k in range(1, len(areas)) if areas[k] >= least]
@@ -126,7 +126,7 @@ def _is_bulk(mask: NDArray[np.bool_], least: float) -> bool:
 def _identify(
     offset: NDArray[np.floating], ground: NDArray[np.floating], mask: NDArray[np.bool_], others: NDArray[np.bool_]
 ) -> Found:
-    """Name the object of a mask. offset: (h, w, 3) difference to the background's colour; masks: (h, w)."""
+    """Identify the object of a mask. offset: (h, w, 3) difference to the background's colour; masks: (h, w)."""
     side = len(mask)
     interior = ndimage.binary_erosion(mask)
     ray = np.median(offset[interior if interior.sum() >= 4 else mask], axis=0)
@@ -157,20 +157,23 @@ def _identify(
 
 
 def _size(diameter: float) -> Size | None:
-    """The size of this diameter, as a share of the side: at most half the step between the sizes away, as a ratio."""
+    """Return the size nearest to a diameter (a share of the side), or None if both are too far.
+
+    A ratio of up to half a step between the sizes is accepted.
+    """
     half = (DIAMETERS["large"] / DIAMETERS["small"]) ** 0.5
     return next((name for name, middle in DIAMETERS.items() if middle / half <= diameter < middle * half), None)
 
 
 @cache
 def _moments(shape: Shape) -> tuple[float, float]:
-    """Area of the shape of radius 1, and how far below the origin its centroid is."""
+    """Return the area of the shape of radius 1, and the distance of its centroid below the origin."""
     mask = coverage(shape, Placed(150, 150, 128), Box(0, 0, 300, 300))
     return float(mask.sum() / 128**2), float((mask.sum(1) @ (np.arange(300) + 0.5 - 150)) / mask.sum() / 128)
 
 
 def _read_relation(first: Found, second: Found) -> Relation:
-    """In what relation the first stands to the second: the direction in which they lie farther apart."""
+    """Return the relation of the first object to the second, along the axis on which they are farther apart."""
     right, down = first.x - second.x, first.y - second.y
     if abs(right) > abs(down):
         return "right of" if right > 0 else "left of"
@@ -178,11 +181,11 @@ def _read_relation(first: Found, second: Found) -> Relation:
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, Any]:
-    """What of a scene a picture shows.
+    """Score a picture's content against a scene.
 
     background: bool; colour, shape, size: a bool for each object of the scene; relation: bool, or None for a scene of
-    one object; all: bool, asks all of that and no other object. Objects correspond so that the fewest attributes
-    differ and, where that leaves a choice, so that the relation holds. A missing object has nothing right.
+    one object; all: bool, true if all of these are right and there is no other object. Objects are matched so that the
+    fewest attributes differ and, among equal matches, so that the relation holds. A missing object has nothing right.
     """
     misses = np.array(
         [
@@ -192,7 +195,7 @@ def score(reading: Reading, scene: Scene) -> dict[str, Any]:
         dtype=float,
     ).reshape(len(scene.objects), len(reading.objects))
     if scene.relation is not None:
-        # Less than any attribute counts, and least where the first object lies farthest in its direction.
+        # Weighs less than any attribute; smallest if the first object lies farthest in its direction.
         right, down = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}[scene.relation]
         misses += [[side * 0.1 * (right * f.x + down * f.y) for f in reading.objects] for side in (-1, 1)]
     pairs = dict(zip(*linear_sum_assignment(misses), strict=True))
@@ -216,9 +219,11 @@ def score(reading: Reading, scene: Scene) -> dict[str, Any]:
 def score_pictures(
     pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], scenes: Sequence[Scene]
 ) -> dict[str, float | None]:
-    """Shares that are right, of pictures (n, side, side, 3) painted for scenes: {"background", "colour", "shape",
-    "size", "relation", "all"}; over pictures, but colour, shape and size over the scenes' objects, and relation over
-    the scenes of two objects. None where there is nothing to count. ValueError if the numbers differ.
+    """Return the shares that are right in pictures (n, side, side, 3) painted for scenes.
+
+    The keys are "background", "colour", "shape", "size", "relation" and "all". Shares are over pictures, but for
+    colour, shape and size over the scenes' objects, and for relation over the scenes of two objects. A share is None if
+    there is nothing to count. Raises ValueError if the numbers differ.
     """
     if len(pictures) != len(scenes):
         raise ValueError(f"{len(pictures)} pictures for {len(scenes)} scenes: accepted is one a scene")
