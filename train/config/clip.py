@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class TextTowerConfig:
-    """The text half of a small CLIP."""
+    """Text tower of a small CLIP."""
 
     vocab_size: int = Field(default=2000, ge=600)
-    """Tokens of the byte-pair encoding learned from the captions (at least the bytes and their word-end forms)."""
+    """Size of the byte-pair vocabulary learned from the captions; it must hold all bytes and their word-end forms."""
     max_length: int = Field(default=77, ge=4)
-    """Tokens a caption is padded or cut to, begin and end included."""
+    """Number of tokens to which a caption is padded or cut, including the begin and end tokens."""
     width: int = Field(default=256, gt=0)
-    """Features of a token: what the UNet's cross-attention sees."""
+    """Features per token, as read by the UNet's cross-attention."""
     layers: int = Field(default=4, gt=0)
     """Transformer layers."""
     heads: int = Field(default=4, gt=0)
@@ -32,12 +32,12 @@ class TextTowerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class ImageTowerConfig:
-    """The picture half of a small CLIP (a vision transformer)."""
+    """Image tower of a small CLIP (a vision transformer)."""
 
     patch_size: int = Field(default=8, gt=0)
-    """Side of a patch in pixels."""
+    """Side of a patch, in pixels."""
     width: int = Field(default=256, gt=0)
-    """Features of a patch."""
+    """Features per patch."""
     layers: int = Field(default=4, gt=0)
     """Transformer layers."""
     heads: int = Field(default=4, gt=0)
@@ -46,39 +46,39 @@ class ImageTowerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class TokenTasksConfig:
-    """What the text tower learns besides telling captions apart, for the diffusion that will read its tokens."""
+    """Additional training tasks of the text tower, which make its tokens more useful to the diffusion model."""
 
     sketch: float = Field(default=100.0, ge=0)
-    """Weight of sketching the picture from the tokens, so that they say what stands where; 0 leaves it out."""
+    """Weight of predicting the image from the tokens, so that they encode where objects are; 0 turns it off."""
     echo: float = Field(default=10.0, ge=0)
-    """Weight of repeating at each token the words just said, so that none is lost; 0 leaves it out."""
+    """Weight of predicting the most recent words at each token, so that no word is lost; 0 turns it off."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class ClipConfig(RunConfig):
-    """Stage 0: a small CLIP (Radford et al. 2021) by contrastive learning on the captioned pictures."""
+    """Stage 0: a small CLIP (Radford et al. 2021) by contrastive learning on captioned images."""
 
     text: TextTowerConfig = Field(default_factory=TextTowerConfig)
     """Text tower."""
     image: ImageTowerConfig = Field(default_factory=ImageTowerConfig)
     """Image tower."""
     projection: int = Field(default=256, gt=0)
-    """Dimensions of the space in which pictures and captions meet."""
+    """Dimensions of the joint embedding space of images and captions."""
     tokens: TokenTasksConfig = Field(default_factory=TokenTasksConfig)
-    """Further tasks of the text tower."""
+    """Additional training tasks of the text tower."""
 
     @model_validator(mode="after")
     def _sees_squares(self) -> Self:
         return on_squares(self)
 
     def build(self, tokenizer: "CLIPTokenizer") -> "Contrastive":
-        """The towers and what else the text tower learns, from random weights."""
+        """Return the two towers and the heads of the additional text tasks, with random weights."""
         import torch
 
         from conditioning.contrastive import Contrastive, build_clip
         from conditioning.token_tasks import TokenTasks
 
-        torch.manual_seed(self.seed)  # the only use of torch's global generator: initial weights
+        torch.manual_seed(self.seed)  # torch's global generator is used for the initial weights only
         text, image, side = self.text, self.image, self.input.resolution
         clip = build_clip(
             tokenizer, text_width=text.width, text_layers=text.layers, text_heads=text.heads, vision_width=image.width,

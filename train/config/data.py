@@ -1,4 +1,4 @@
-"""The configuration of the pictures and captions."""
+"""The configuration of the images and captions."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Self
@@ -19,26 +19,26 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class SourceConfig:
-    """Where the pictures and captions of `--data` are found, and what is read as a picture."""
+    """Settings that locate and decode the images and captions of `--data`."""
 
     image_column: str = ""
-    """Column of the picture (in tars: its extension); empty: file_name in metadata, the column of pictures in tables."""
+    """Column of the image (in tars: its extension); empty: file_name in metadata, the column of images in tables."""
     caption_column: str = ""
-    """Column of the caption (in tars: extension, or key of the .json); empty: `text`, else `caption`."""
+    """Column of the caption (in tars: its extension, or a key of the .json); empty: `text`, else `caption`."""
     caption_template: str = ""
-    """Makes captions of class labels, e.g. "a photo of a {}": of folders' names, or of the caption column."""
+    """Template of captions for class labels (folder names or the caption column), e.g. "a photo of a {}"."""
     train_split: str = "train"
-    """The split to train on."""
+    """Name of the training split."""
     validation_split: str = ""
-    """The split for validation; empty: validation, val, dev or test, else a share of the training pictures."""
+    """Name of the validation split; empty: validation, val, dev or test, else a share of the training images."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the pictures held out for validation where the source has no split of its own, 1000 at most."""
+    """Share of the images held out for validation if the dataset has no validation split; at most 1000 images."""
     stream_buffer: int = Field(default=1000, gt=0)
-    """Pictures of a stream that wait in memory, of which one is drawn at a time: more are shuffled better."""
+    """Size of a stream's shuffle buffer, in images; a larger buffer shuffles better and needs more memory."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0)
-    """Larger pictures count as damaged and aren't decoded."""
+    """Largest number of pixels that is decoded; larger images count as damaged."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Red, green and blue of what transparent pictures are laid on."""
+    """Background colour (red, green, blue) behind transparent images."""
 
     @model_validator(mode="after")
     def _has_room_for_a_label(self) -> Self:
@@ -47,13 +47,13 @@ class SourceConfig:
         return self
 
     def columns(self, captioned: bool) -> Columns:
-        """Where captions and pictures are."""
+        """Return the columns of the images and captions."""
         return Columns(
             image=self.image_column, caption=self.caption_column, template=self.caption_template, captioned=captioned
         )
 
     def plain(self, resolution: int) -> "Framing":
-        """How a file becomes a square picture, nothing left to chance."""
+        """Return the deterministic framing of a file: a square centre crop, without flips."""
         from train.data.images.crop import Framing
 
         return Framing(resolution=resolution, background=self.background, max_pixels=self.max_pixels)
@@ -61,25 +61,25 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class DataConfig(SourceConfig):
-    """How the pictures and captions of `--data` are read."""
+    """Settings that prepare the images and captions of `--data` for training."""
 
     resolution: int = Field(default=32, ge=8)
-    """Side of the square training pictures, in pixels: the shorter side is resized to it, then cropped."""
+    """Side of the square training images, in pixels: the shorter side is resized to it, then the image is cropped."""
     crop: Crop = "center"
-    """Which part of a picture that has another shape."""
+    """Part of an image that is kept if the image isn't square."""
     crops: int = Field(default=0, ge=0)
-    """Random crops of each picture that stage 2's cache keeps; with crop `random` and without --cache off, at least 1."""
+    """Random crops of each image kept in stage 2's cache; at least 1 for crop `random`, unless --cache is off."""
     flip: bool = False
-    """Mirror half of the pictures. Wrong for captions that speak of left and right, and for writing."""
+    """Mirror half of the images. Unsuitable if captions mention left and right, or if images contain text."""
     buckets: int = Field(default=0, ge=0)
-    """Train on rectangles of about resolution² pixels whose sides are multiples of this, e.g. 64, each batch of one shape;
-    0: squares. Stage 2 alone."""
+    """Train on rectangles of about resolution² pixels whose sides are multiples of this, e.g. 64; all images of a batch
+    have the same shape. 0: squares. Stage 2 only."""
     bucket_ratio: float = Field(default=2.0, ge=1)
-    """Longest rectangle, as its longer side over its shorter one."""
+    """Largest aspect ratio of a rectangle (longer side / shorter side)."""
     min_size: int = Field(default=0, ge=0)
-    """Leave out pictures whose shorter side has fewer pixels."""
+    """Smallest accepted shorter side, in pixels; smaller images are left out."""
     max_damaged: float = Field(default=0.1, ge=0, le=1)
-    """Stop when more than this share of the pictures can't be read."""
+    """Largest share of images that may be unreadable; training stops above it."""
 
     @model_validator(mode="after")
     def _crops_differ(self) -> Self:
@@ -88,5 +88,5 @@ class DataConfig(SourceConfig):
         return self
 
     def framing(self) -> "Framing":
-        """How a file becomes a training picture."""
+        """Return the framing that turns a file into a training image."""
         return replace(self.plain(self.resolution), crop=self.crop, flip=self.flip)

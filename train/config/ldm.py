@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class UnetConfig:
-    """UNet2DConditionModel's shape."""
+    """Shape of the UNet2DConditionModel."""
 
     channels: tuple[int, ...] = (128, 256)
     """Feature maps of each level, finest first."""
     layers: int = Field(default=1, gt=0)
-    """Residual blocks a level (the upward half has one more)."""
+    """Residual blocks per level (the upward half has one more)."""
     attention: tuple[bool, ...] = (True, True)
-    """Which levels have transformer blocks (self- and cross-attention)."""
+    """Presence of transformer blocks (self- and cross-attention) at each level."""
     heads: tuple[int, ...] = (4, 8)
-    """Attention heads of each level; a level's channels divided by them are a head's width."""
+    """Attention heads of each level; the width of a head is the level's channels / heads."""
     depth: int = Field(default=1, gt=0)
     """Transformer blocks after each residual block."""
     modulation: bool = False
-    """Pooled text features also scale and shift every residual block; Stable Diffusion's UNet has none of it."""
+    """Scale and shift every residual block by the pooled text features; Stable Diffusion's UNet doesn't do this."""
     groups: int = Field(default=32, gt=0)
-    """Groups of the group normalisation; divides every level's channels."""
+    """Groups of the group normalisation; the channels of every level must be divisible by it."""
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
@@ -51,7 +51,7 @@ class UnetConfig:
     def build(
         self, *, latent_channels: int, latent_size: int, text_width: int, learned_variance: bool = False
     ) -> "UNet2DConditionModel":
-        """The network from random weights, for latents of this side and text features of this width."""
+        """Return the network with random weights, for latents of this side and text features of this width."""
         from ldm.networks.unet import build_unet
 
         return build_unet(
@@ -63,51 +63,51 @@ class UnetConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class DiffusionConfig:
-    """The forward process, what the network predicts, and how its errors are weighed."""
+    """Settings of the forward process, the prediction target and the loss."""
 
     schedule: ScheduleKind = "scaled_linear"
-    """Noise over the timesteps; `flow` (with target flow, v or x0) is rectified flow, which stock pipelines can't sample."""
+    """Noise schedule. `flow` (with target flow, v or x0) is rectified flow, which stock pipelines can't sample."""
     timesteps: int = Field(default=1000, gt=1)
-    """T, the number of discrete timesteps."""
+    """Number of discrete timesteps, T."""
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
     """First beta of `linear`, `scaled_linear` (also called `quadratic`) and `sigmoid`."""
     beta_end: float = Field(default=0.012, gt=0, lt=1)
-    """Last beta of the same."""
+    """Last beta of the same schedules."""
     zero_terminal_snr: bool = False
     """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024); needs target v, x0 or flow."""
     shift: float = Field(default=1.0, gt=0)
-    """Resolution shift of `flow` towards noise: the root of how many times more elements a latent has (Esser et al. 2024)."""
+    """Shift of `flow` towards noise at higher resolution: √(ratio of latent sizes in elements) (Esser et al. 2024)."""
     target: Target = "eps"
-    """What the network predicts: the noise, the clean latent, the velocity of Salimans & Ho (2022), or the flow's."""
+    """Prediction target: the noise, the clean latent, the velocity of Salimans & Ho (2022), or the flow's velocity."""
     variance: VarianceKind = "fixed_small"
-    """Of the ddpm sampler's steps; `learned` (Nichol & Dhariwal 2021) doubles the network's output channels."""
+    """Variance of ddpm's sampling steps; `learned` (Nichol & Dhariwal 2021) doubles the network's output channels."""
     objective: ObjectiveKind = "simple"
-    """`simple`: the weighted error; `vlb`: the variational bound; `hybrid`: simple, with the bound for a learned variance."""
+    """`simple`: weighted error; `vlb`: variational bound; `hybrid`: simple, plus the bound for a learned variance."""
     weighting: Literal["uniform", "min_snr", "p2", "edm"] = "uniform"
     """Weights of the timesteps in the simple loss: Hang et al. 2023, Choi et al. 2022, Karras et al. 2022."""
     gamma: float = Field(default=5.0, gt=0)
-    """Where min_snr cuts the signal-to-noise ratio."""
+    """Signal-to-noise ratio at which min_snr clips."""
     p2_gamma: float = Field(default=1.0, ge=0)
-    """How strongly p2 turns from low noise; its k is 1."""
+    """Strength with which p2 reduces the weights at low noise; its k is 1."""
     sigma_data: float = Field(default=1.0, gt=0)
-    """The data's standard deviation in edm's weights; latents are normalised to 1."""
+    """Standard deviation of the data in edm's weights; latents are normalised to 1."""
     loss: LossKind = "l2"
-    """Of the prediction's error."""
+    """Error function of the prediction."""
     timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
-    """Which timesteps are trained on: all alike, mostly the middle (Esser et al. 2024), or by their loss (Nichol & Dhariwal 2021)."""
+    """Distribution of timesteps: uniform, logit-normal (Esser et al. 2024), or by loss (Nichol & Dhariwal 2021)."""
     logit_mean: float = 0.0
-    """Of logit_normal; above 0 leans to noise."""
+    """Mean of the logit-normal distribution of timesteps; values above 0 favour high noise."""
     logit_std: float = Field(default=1.0, gt=0)
-    """Of logit_normal."""
+    """Standard deviation of the logit-normal distribution of timesteps."""
     stratified: bool = False
-    """Spread each batch's timesteps evenly, one in each of batch_size equal parts."""
+    """Spread each batch's timesteps evenly: draw one from each of batch_size equal intervals."""
     offset_noise: float = Field(default=0.0, ge=0)
-    """Share of noise that a whole channel has in common; about 0.1 lets pictures be very dark or very bright."""
+    """Strength of the noise shared by a whole channel; about 0.1 makes very dark or very bright images possible."""
     spacing: Spacing = "trailing"
-    """How samplers space their steps over the timesteps; saved with the model."""
+    """Spacing of the samplers' steps over the timesteps; saved with the model."""
 
     def build_schedule(self) -> "Schedule":
-        """The noise schedule. Raises UserError where its numbers don't go together."""
+        """Return the noise schedule. Raises UserError if its values are incompatible."""
         from ldm.schedule import Schedule
 
         return Schedule.build(
@@ -115,7 +115,7 @@ class DiffusionConfig:
         )  # fmt: skip
 
     def build_process(self) -> "Process":
-        """What is saved with the model. Raises UserError as above."""
+        """Return the process that is saved with the model. Raises UserError if schedule values are incompatible."""
         from ldm.formats.scheduler_config import Process
 
         return Process(
@@ -123,7 +123,7 @@ class DiffusionConfig:
         )  # fmt: skip
 
     def build_objective(self) -> "Objective":
-        """The loss. Raises UserError where its parts don't go together."""
+        """Return the training objective. Raises UserError if its parts are incompatible."""
         from ldm.objective import Objective, edm, min_snr, p2
         from ldm.timesteps import Importance, LogitNormal, uniform
 
@@ -171,39 +171,39 @@ class LdmConfig(RunConfig):
     """Stage 2: a cross-attention UNet over the latents, conditioned on the text encoder's tokens."""
 
     task: Task = "txt2img"
-    """`inpaint`: the UNet is also shown a mask and the picture without what is under it, 2 · latent channels + 1 in all, and
-    learns to paint under masks of any kind. Best begun with a text-to-image model as `init`."""
+    """Task of the model. `inpaint`: the UNet also receives a mask and the masked image, 2 · latent channels + 1
+    channels in all, and learns to fill masks of any kind; best started from a text-to-image model as `init`."""
     init: Place = ""
-    """Folder (or hub id) of a pipeline whose UNet to begin with, instead of random weights; its shape then holds, not `unet`.
-    Where `vae` and `text_encoder` aren't given, they are the pipeline's too."""
+    """Folder (or hub id) of a pipeline whose UNet is the start, instead of random weights; its shape replaces `unet`.
+    Its autoencoder and text encoder are used too, unless `vae` and `text_encoder` are given."""
     vae: Place = ""
     """Folder (or hub id) of the autoencoder: a stage 1 run's model/, or a diffusers AutoencoderKL."""
     text_encoder: Place = ""
     """Folder (or hub id) of the text encoder: a stage 0 run's model/, a CLIP, or a pipeline's folder; or an OpenCLIP as
     openclip:ARCHITECTURE/TAG."""
     clip_skip: int = Field(default=0, ge=0)
-    """Last layers of the text encoder that are left out, e.g. 1 for the penultimate one's features."""
+    """Number of final text encoder layers to skip, e.g. 1 for the features of the penultimate layer."""
     text_chunks: int = Field(default=0, ge=0, le=MOST_CHUNKS)
-    """Windows of the text encoder's length that a caption is read in, what is longer is cut; stock pipelines read one.
-    0: as the text encoder was saved, else one."""
+    """Windows of the text encoder's length into which a caption is split; the rest is cut. Stock pipelines read one.
+    0: the number saved with the text encoder, else 1."""
     unet: UnetConfig = Field(default_factory=UnetConfig)
     """The network."""
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
-    """The process and the loss."""
+    """The diffusion process and the loss."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of examples trained with the empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
+    """Share of examples that get the empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
     attention: Annotated[AttentionBackend, Resumable()] = "sdpa"
-    """`sdpa`: torch's own; `xformers` on a GPU (pip install -e '.[xformers]'); `auto`: xformers where it works."""
+    """Attention: `sdpa` (torch), `xformers` on a GPU (pip install -e '.[xformers]') or `auto`: xformers if it works."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: about a third slower, far less memory."""
+    """Recompute activations in the backward pass: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
-    """Held-out examples of the validation loss, at most; their timesteps and noise are fixed."""
+    """Largest number of held-out examples in the validation loss; their timesteps and noise are fixed."""
     prompts: Annotated[tuple[str, ...], Resumable()] = ()
-    """Prompts of the sample sheets; empty: captions of held-out pictures."""
+    """Prompts of the sample sheets; empty: captions of held-out images."""
     sample_steps: Annotated[int, Resumable()] = Field(default=25, gt=0)
-    """Sampler steps of the sheets."""
+    """Sampler steps of the sample sheets."""
     guidance_scale: Annotated[float, Resumable()] = Field(default=3.0, ge=0)
-    """Guidance of the sheets; 1 is the conditional prediction alone."""
+    """Guidance scale of the sample sheets; 1 is the conditional prediction alone."""
 
     @model_validator(mode="after")
     def _crops_are_to_be_had(self) -> Self:

@@ -1,4 +1,4 @@
-"""From a file and a command line to a typed configuration, and back to YAML."""
+"""Read a typed configuration from a YAML file and the command line, and write it as YAML."""
 
 import sys
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from train.config.options import Option, read_options
 
 
 class Checked(Protocol):
-    """A configuration whose settings can be held against one another once all of them are read."""
+    """Configuration with a check of settings that depend on each other, run when all of them are read."""
 
     def check(self) -> None: ...
 
@@ -26,10 +26,10 @@ Stage = TypeVar("Stage", bound=Checked)
 
 
 def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
-    """Read a configuration: its defaults, over them a YAML file, over that the command line.
+    """Read a configuration: a YAML file overrides the defaults, and the command line overrides both.
 
     The first argument may be the YAML file; all others are `--dotted.name value`. `--print-config` prints the
-    result and exits. Raises UserError for a file, a key or a value that doesn't fit.
+    result and exits. Raises UserError for an invalid file, key or value.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show = "--print-config" in arguments
@@ -46,7 +46,7 @@ def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice."""
+    """YAML loader that rejects a mapping with a duplicate key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file, by the safe loader: a file can't name code."""
+    """Read a mapping from a YAML file with the safe loader, so that a file can't run code."""
     try:
         given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -73,7 +73,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validate(kind: type[Config], given: dict[str, Any]) -> Config:
-    """A configuration of this kind, or a UserError that names the first wrong key, its value and what fits."""
+    """Return a configuration of this kind. Raises UserError with the first wrong key, its value and what fits."""
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
@@ -81,9 +81,9 @@ def validate(kind: type[Config], given: dict[str, Any]) -> Config:
 
 
 def overlay(kind: type[Config], default: Config, arguments: list[str] | None = None, *, flags: bool = True) -> Config:
-    """The configuration with `--dotted.name value` arguments (else the process's own) laid over it; `--help` lists them all.
+    """Override a configuration with `--dotted.name value` arguments (default: the process's); `--help` lists them all.
 
-    flags: what is on or off is given as --name or --no-name; else as --name True or False, like all that a file may hold.
+    flags: a boolean is given as --name or --no-name; without flags, as --name True or False, as in a file.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
@@ -100,23 +100,23 @@ def overlay(kind: type[Config], default: Config, arguments: list[str] | None = N
 
 
 def plain(config: object) -> dict[str, Any]:
-    """The configuration as JSON and YAML hold it."""
+    """Convert a configuration to the plain values that JSON and YAML can hold."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def dump(config: object) -> str:
-    """The configuration as YAML that `parse` reads back."""
+    """Convert a configuration to YAML that `parse` can read."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
 def first_error(error: ValidationError, given: Mapping[str, Option] | None = None) -> str:
-    """The first wrong setting, as it was given on the command line or in a file, and what fits."""
+    """Describe the first wrong setting as it was given on the command line or in a file, and what is accepted."""
     first = error.errors()[0]
     name, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
     if first["type"] == "unexpected_keyword_argument":
         return f"unknown key {name!r} in the configuration: --help lists those there are"
     if option := next((o for n, o in (given or {}).items() if f"{name}.".startswith(f"{n}.")), None):
         return f"{option.text}: {said}"
-    if not name or first["type"] == "value_error":  # of a record, whose parts don't agree
+    if not name or first["type"] == "value_error":  # an error of a whole record: its fields contradict each other
         return f"{name}: {said}".removeprefix(": ")
     return f"{name} = {first['input']!r}: {said}"

@@ -1,4 +1,4 @@
-"""The optimizer's configuration; and of every one, that unknown keys and non-finite numbers are refused."""
+"""The configuration of the optimizer, and the rule that configurations reject unknown keys and non-finite numbers."""
 
 import math
 from typing import TYPE_CHECKING, Literal, assert_never
@@ -18,29 +18,29 @@ class OptimizerConfig:
     """The optimizer and its learning rate over time."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`adamw` (Loshchilov & Hutter 2019); `muon` (Jordan et al. 2024) for the matrices, AdamW for the rest: more progress
-    a step at the price of longer steps, which small networks repay well."""
+    """Optimizer: `adamw` (Loshchilov & Hutter 2019), or `muon` (Jordan et al. 2024) for matrices and AdamW for
+    the rest. Muon makes more progress per step, but its steps take longer; small networks gain most."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the rate falls from its peak to `final` of it over the steps after the warm-up."""
+    """Decay of the learning rate after the warm-up, from the peak to `final` times the peak."""
     final: float = Field(default=0.0, ge=0, le=1)
-    """Share of the peak rate that is left at the last step (cosine, linear)."""
+    """Share of the peak learning rate at the last step (cosine, linear)."""
     warmup: int = Field(default=500, ge=0)
-    """Steps over which the rate rises linearly from 0 to its peak."""
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square (AdamW)."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the running mean square."""
+    """Constant added to the root of the running mean square."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of Muon's running mean of the gradient."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled decay, on matrices and convolution kernels only (not on biases and normalisation weights)."""
+    """Decoupled weight decay of matrices and convolution kernels (not of biases and normalisation weights)."""
     clip: float = Field(default=1.0, ge=0)
-    """Largest norm of the gradient over all parameters; 0 leaves it as it is."""
+    """Largest norm of the gradient over all parameters; 0 turns clipping off."""
 
     def share(self, step: int, steps: int) -> float:
-        """Return the share of the peak rate at `step` of `steps`: a linear rise, then the chosen fall."""
+        """Return the learning rate at `step` of `steps` as a share of the peak: linear rise, then the chosen decay."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, steps - self.warmup)
@@ -55,7 +55,7 @@ class OptimizerConfig:
                 assert_never(self.schedule)
 
     def build(self, module: "Module", *, lr: float | None = None) -> "AdamW":
-        """The optimizer of a module's trainable weights, at peak rate `lr`, else this configuration's."""
+        """Return the optimizer of a module's trainable weights. lr: peak rate; default: this configuration's."""
         from torch.optim import AdamW
 
         from train.engine.optim import Muon, decayed

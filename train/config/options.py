@@ -1,4 +1,4 @@
-"""A command line's `--dotted.name value …` taken apart by the fields of a record. What the words mean is pydantic's to read."""
+"""Split a command line into `--dotted.name value …` options by the fields of a record; pydantic parses the values."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -11,18 +11,18 @@ from ldm.errors import UserError
 
 
 class Option(NamedTuple):
-    """An option as it was given."""
+    """Option as it was given on the command line."""
 
     value: Any
-    """Its words, nested as its type is; or whether it is on."""
+    """Words of the option, nested like its type; for a flag, True or False."""
     text: str
-    """The option and its words."""
+    """Text of the option: its name and words."""
 
 
 def read_options(kind: type, arguments: Sequence[str], *, flags: bool) -> dict[str, Option]:
-    """The options among the arguments by the dotted names of the fields; the last one of a name counts.
+    """Return the options among the arguments, keyed by dotted field name; a later option replaces an earlier one.
 
-    flags: what is on or off is given as --name or --no-name. Raises UserError for what is no option, or has too few values.
+    flags: a boolean is given as --name or --no-name. Raises UserError for unknown options and for too few values.
     """
     types, given, left = dict(_fields(kind)), {}, list(arguments)
     switches = {name for name, hint in types.items() if flags and hint is bool}
@@ -44,7 +44,7 @@ def read_options(kind: type, arguments: Sequence[str], *, flags: bool) -> dict[s
 
 
 def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and type of each field, records within records taken apart."""
+    """Yield the dotted name and type of each field, including the fields of nested records."""
     types = get_type_hints(kind)
     for name in (field.name for field in fields(kind)):
         if is_dataclass(hint := types[name]):
@@ -54,7 +54,7 @@ def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _begins(word: str) -> bool:
-    """Whether an option begins here: what has one dash or none is a value, e.g. a number below 0."""
+    """Return whether a word is an option name. A word with one dash or none is a value, e.g. a negative number."""
     return re.match(r"--[A-Za-z]", word) is not None
 
 
@@ -67,7 +67,7 @@ def _unknown(word: str, names: Collection[str]) -> str:
 
 
 def _width(hint: Any) -> int | None:
-    """How many words a type takes; None: any number."""
+    """Return the number of words that a type takes; None: any number."""
     parts = [part for part in get_args(hint) if part is not NoneType]
     if get_origin(hint) is tuple:
         return None if parts[-1] is ... else len(parts)
@@ -75,7 +75,7 @@ def _width(hint: Any) -> int | None:
 
 
 def _nested(hint: Any, words: Sequence[str]) -> Any:
-    """The words as tuples within tuples, as None, or the one word."""
+    """Return the words as nested lists, as None, or as a single word."""
     parts = [part for part in get_args(hint) if part is not NoneType]
     if NoneType in get_args(hint):
         return None if words == ["None"] else _nested(parts[0], words)

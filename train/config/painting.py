@@ -1,4 +1,4 @@
-"""How the painting scripts are told what to paint, and with what."""
+"""The options of the commands that generate images."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,91 +13,91 @@ from train.config.sampling import SamplingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(SamplingOptions):
-    """What all commands that run a model share."""
+    """Options of all commands that run a model."""
 
     model: str = ""
-    """The model: a stage 2 run's model/, or a Stable-Diffusion-shaped diffusers folder or hub id."""
+    """Model to run: a stage 2 run's model/, or a Stable-Diffusion-shaped diffusers folder or hub id."""
     prompt: str = ""
-    """What to paint."""
+    """Text that describes the image."""
     prompts: str = ""
-    """A file (UTF-8) with a prompt a line, instead."""
+    """Text file (UTF-8) with one prompt per line, instead of --prompt."""
     negative_prompt: str = ""
-    """What to stay away from."""
+    """Text that describes what the image should not show."""
     out: str = "out"
-    """Folder the pictures go to."""
+    """Output folder of the images."""
     seed: int = 0
-    """Of the first picture's noise."""
+    """Seed of the first image's noise."""
     batch_size: int = 8
-    """Pictures painted at once."""
+    """Images generated at once."""
     device: str = ""
     """Device, e.g. cpu or cuda:1; empty: the GPU if there is one."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
-    """Decode in overlapping tiles of this side, e.g. 64, for large pictures in little memory; whole unless given."""
+    """Side of overlapping tiles for decoding, e.g. 64; tiles save memory for large images. Default: no tiles."""
     slice: bool = False
-    """Decode pictures one by one, for large batches in little memory."""
+    """Decode images one by one: saves memory for large batches."""
     offload: bool = False
-    """Keep each network in main memory while another runs, for a small GPU."""
+    """Keep each network in main memory while another one runs, for a GPU with little memory."""
     precision: Precision = "fp32"
-    """Of the network's weights and arithmetic."""
+    """Precision of the network's weights and arithmetic."""
     attention: AttentionBackend = "sdpa"
-    """What computes the UNet's attention: torch itself (sdpa), xformers, or auto: xformers where it works, else sdpa."""
+    """Attention backend of the UNet: sdpa (torch), xformers, or auto: xformers if it works, else sdpa."""
     chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Read prompts in N parts, each as long as the text encoder takes; the model's own number unless given."""
+    """Windows of the text encoder's length into which a prompt is split. Default: the model's own number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaintOptions(ModelOptions):
-    """What all commands that paint pictures share."""
+    """Options of all commands that generate separate images."""
 
     num_images: int = 1
-    """How many of each prompt; picture k has seed + k."""
+    """Number of images per prompt; image k has seed + k."""
     compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
-    """Further prompts that the picture follows too, each with its own guidance scale."""
+    """Additional prompts for the same image, each with its own guidance scale."""
     weak_model: str = ""
-    """Folder of a weaker model, e.g. an earlier one, to be guided away from; with --guidance-scale 1, as they multiply."""
+    """Folder of a weaker model, e.g. an earlier one, to guide away from; use --guidance-scale 1, as scales multiply."""
     weak_scale: float = 2.0
-    """How far away from the weaker model; 1 is without."""
+    """Guidance scale away from the weaker model; 1 is no guidance."""
     like: str = ""
-    """A picture painted by this command, to be painted again; options given beside it are taken in place of its own."""
+    """Image made by this command, to make again with its settings; other options on the command line override them."""
     grid: bool = False
-    """Write one PNG more, with all the pictures in rows and the settings of the first."""
+    """Also write a PNG with all images in a grid and the settings of the first."""
     preview: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """Every so many steps, show in OUT/preview.png what is under way, in cheap colours; removed at the end. 0: never."""
+    """Steps between updates of OUT/preview.png, a rough preview that is removed at the end. 0: no preview."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateOptions(ModelOptions):
-    """Paint the way from one prompt to another, or from one seed to another: frames, and an animation of them."""
+    """Interpolate from one prompt to another, or from one seed to another: write the frames and an animation."""
 
     to: tuple[str, ...] = ()
-    """Prompts to go to, one after the other."""
+    """Prompts to interpolate to, in order."""
     to_seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Seed to go to, over all the frames; the first frame has --seed."""
+    """Seed to interpolate to, over all frames; the first frame has --seed."""
     frames: int = 25
-    """Pictures from a prompt to the next, both ends included."""
+    """Frames from one prompt to the next, including both ends."""
     fps: float = 12.5
-    """Frames a second, 1 to 50; the animation takes the nearest that its format has, a whole number of 1/100 s a frame."""
+    """Frames per second, 1 to 50; the duration of a frame is rounded to 1/100 s, as the GIF format requires."""
     loop: bool = True
-    """Let the animation begin again at its end."""
+    """Repeat the animation without end."""
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Width; the model's own unless given."""
+    """Image width. Default: the model's own."""
     height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Height; the model's own unless given."""
+    """Image height. Default: the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintOptions(PaintOptions):
-    """Paint inside a mask, or beyond a picture's borders; the rest stays as it is, bit by bit."""
+    """Inpaint the masked part of an image, or extend it beyond its borders; all other pixels stay exactly the same."""
 
     sampler: SamplerKind = "dpmpp_2m_sde"
-    """How a step is taken; those that draw noise on the way fit what they paint to its surroundings better."""
+    """Sampler; those that draw noise at each step match the new part to its surroundings better."""
     image: str = ""
-    """The picture, of any size."""
+    """Image to inpaint, of any size."""
     mask: str = ""
-    """White is painted, black and transparent stay, grey is mixed; of any size. May be left out with --extend."""
+    """Mask of any size: white is inpainted, black and transparent are kept, grey is mixed. Optional with --extend."""
     strength: float = 1.0
-    """How much of what is inside the mask is given up: 0 nothing, 1 all."""
+    """Amount of change inside the mask: 0 keeps the image, 1 replaces it completely."""
     feather: float = 0.0
-    """Soften the mask's edge over about so many pixels, on both its sides."""
+    """Width in pixels, approximately, over which the mask's edge is softened on both sides."""
     extend: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (0, 0, 0, 0)
-    """Pixels to paint beyond the borders (outpainting)."""
+    """Pixels to add beyond each border (outpainting)."""

@@ -1,4 +1,4 @@
-"""What the commands that measure and report are told."""
+"""The options of the commands that measure and write a report."""
 
 import os
 from dataclasses import dataclass, field
@@ -12,84 +12,84 @@ from train.config.sampling import SamplingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(SamplingOptions):
-    """Measure a model: reconstruction and likelihood of held-out pictures and, on a Shapes set, whether pictures fit their prompts."""
+    """Measure a model: reconstruction and likelihood of held-out images; on Shapes, also prompt accuracy."""
 
     model: str = ""
     """Folder of the model, e.g. runs/ldm/model."""
     data: str = ""
-    """Captioned pictures, as for training."""
+    """Captioned images, as for training."""
     split: Literal["test", "train"] = "test"
-    """Which part of them; without a split of its own, the held-out share is the test part."""
+    """Split to use; if the dataset has no validation split, `test` is the held-out share."""
     out: str = "report"
     """Folder for report.json and samples.png."""
     prompts: int = 256
-    """Shapes prompts of each kind, seen and unseen."""
+    """Number of Shapes prompts of each kind (seen and unseen)."""
     pictures: int = 1000
-    """Pictures that are reconstructed, at most."""
+    """Largest number of images to reconstruct."""
     likelihoods: int = 128
-    """Pictures whose latents the variational bound is worked out for, at most; 33 evaluations of the network each."""
+    """Largest number of images whose variational bound is computed; each takes 33 network evaluations."""
     seed: int = 0
-    """Of the prompts and of the noise."""
+    """Seed of the prompts and of the noise."""
     batch_size: int = 64
-    """Pictures painted at once."""
+    """Images processed at once."""
     device: str = ""
     """Device, e.g. cpu or cuda:1; empty: the GPU if there is one."""
     input: SourceConfig = field(default_factory=SourceConfig)
-    """How the pictures are found."""
+    """Settings that locate and decode the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateVaeOptions:
-    """Measure an autoencoder: reconstructions of pictures, and the health of its latents."""
+    """Measure an autoencoder: its reconstructions and the statistics of its latents."""
 
     vae: str = ""
     """Folder (or hub id) of an AutoencoderKL, or of a pipeline, e.g. runs/vae/model."""
     data: str = ""
-    """Pictures, as for training, with captions or without."""
+    """Images, as for training, with or without captions."""
     split: Literal["test", "train"] = "test"
-    """Which part of them; without a split of its own, the held-out share is the test part."""
+    """Split to use; if the dataset has no validation split, `test` is the held-out share."""
     resolution: int = 256
-    """Side of the square pictures, a multiple of the autoencoder's factor."""
+    """Side of the square images, a multiple of the autoencoder's factor."""
     pictures: int = 1000
-    """Pictures measured, at most."""
+    """Largest number of images to measure."""
     perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
     """Perceptual distance to measure."""
     perceptual_model: str = ""
-    """Its weights, as `perceptual.model` of stage 1."""
+    """Weights of the perceptual distance, as in `perceptual.model` of stage 1."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
-    """Encode and decode in overlapping tiles of this side, for large pictures in little memory; whole unless given."""
+    """Side of overlapping tiles for encoding and decoding; tiles save memory for large images. Default: no tiles."""
     features: str = ""
-    """Of the Fréchet distance: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
+    """Features of the Fréchet distance: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
     out: str = "report-vae"
     """Folder for report.json and reconstructions.png."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     batch_size: int = 16
-    """Pictures at once."""
+    """Images processed at once."""
     device: str = ""
     """Device, e.g. cpu or cuda:1; empty: the GPU if there is one."""
     input: SourceConfig = field(default_factory=SourceConfig)
-    """How the pictures are found."""
+    """Settings that locate and decode the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Look at pictures and captions before training on them."""
+    """Inspect images and captions before training on them."""
 
     data: str = ""
-    """Pictures, as for training, with captions or without."""
+    """Images, as for training, with or without captions."""
     split: Literal["all", "train", "test"] = "all"
-    """Which part of them; without a split of its own, the held-out share is the test part."""
+    """Split to use; if the dataset has no validation split, `test` is the held-out share."""
     resolution: int = 256
-    """Side of the pictures that are to be trained on; how many are smaller is told."""
+    """Side of the intended training images; the report counts the images that are smaller."""
     text_encoder: str = ""
-    """Whose tokenizer counts the captions' tokens: a folder, a hub id or openclip:…; empty: the one that stage 0 would learn
-    from these captions."""
+    """Text encoder whose tokenizer counts the captions' tokens: a folder, a hub id or openclip:…; empty: the one
+    that stage 0 would learn from these captions."""
     limit: int = 0
-    """Pictures looked at, at most, spread evenly; 0: all."""
+    """Largest number of images to inspect, spread evenly over the dataset; 0: all."""
     out: str = "report-data"
-    """Folder for report.json, contact_sheet.png and, where there is something to list, damaged.jsonl and duplicates.jsonl."""
+    """Folder for report.json, contact_sheet.png and, unless they would be empty, damaged.jsonl and duplicates.jsonl."""
     workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    """Processes that decode; 0 decodes in this one."""
+    """Number of decoding processes; 0 decodes in the main process."""
     input: SourceConfig = field(default_factory=SourceConfig)
-    """How the pictures are found."""
+    """Settings that locate and decode the images."""

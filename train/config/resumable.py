@@ -1,4 +1,4 @@
-"""What may differ when a run is continued, said at the field itself: `steps: Annotated[int, Resumable()] = 1000`."""
+"""Mark the settings that may change when a run is continued: `steps: Annotated[int, Resumable()] = 1000`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -9,28 +9,28 @@ from train.config.load import plain
 
 @dataclass(frozen=True)
 class Resumable:
-    """Mark of a field that may differ when a run is continued. All fields without it must stay as they were."""
+    """Mark of a field that may change when a run is continued. Fields without this mark must not change."""
 
     place: bool = False
-    """The field says where something lies: its content is compared instead, and only its last name is published."""
+    """Mark of a location: its content is compared, not its path, and only the last part of the path is published."""
     unless: str | None = None
-    """The one value that may not become another, nor another it."""
+    """Value that may not be changed to another value, nor another value to it."""
 
 
 Place = Annotated[str, Resumable(place=True)]
 
 
 class Difference(NamedTuple):
-    """A setting that must stay as it was and doesn't."""
+    """Setting that has changed although it must not."""
 
     name: str
-    """Dotted, as on the command line but with underscores."""
+    """Dotted name, as on the command line but with underscores."""
     before: Any
     now: Any
 
 
 def differences(before: object, now: object, prefix: str = "") -> Iterator[Difference]:
-    """What differs between two configurations of one class and may not, in the order of the fields."""
+    """Yield the forbidden differences between two configurations of one class, in the order of the fields."""
     for name, mark, was, value in _fields(before, now):
         if is_dataclass(value):
             yield from differences(was, value, f"{prefix}{name}.")
@@ -39,7 +39,7 @@ def differences(before: object, now: object, prefix: str = "") -> Iterator[Diffe
 
 
 def published(config: object, shorten: Callable[[str], str]) -> dict[str, Any]:
-    """The configuration as `plain`, each place shortened to what may be published of it."""
+    """Convert a configuration like `plain`, with each location shortened to the part that may be published."""
     known = plain(config)
     for name, mark, _, value in _fields(config, config):
         if is_dataclass(value):
@@ -50,7 +50,7 @@ def published(config: object, shorten: Callable[[str], str]) -> dict[str, Any]:
 
 
 def _fields(before: Any, now: Any) -> Iterator[tuple[str, Resumable | None, Any, Any]]:
-    """Name, mark and both values of each field."""
+    """Yield the name, mark and both values of each field."""
     for name, field in now.__pydantic_fields__.items():
         mark = next((m for m in field.metadata if isinstance(m, Resumable)), None)
         yield name, mark, getattr(before, name), getattr(now, name)

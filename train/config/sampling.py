@@ -1,4 +1,4 @@
-"""How pictures are sampled, as a command line says it."""
+"""The sampling options of the command line."""
 
 from dataclasses import dataclass
 from typing import Annotated, TypedDict
@@ -10,7 +10,7 @@ from ldm.samplers import SamplerKind
 
 
 class Sampling(TypedDict):
-    """The arguments of the pipeline that say how pictures are sampled."""
+    """Sampling arguments of the pipeline."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -23,26 +23,26 @@ class Sampling(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How pictures are sampled: the part of a command line that all painting scripts share."""
+    """Sampling options shared by all commands that generate images."""
 
     steps: int = 25
     """Sampler steps."""
     guidance_scale: float = 3.0
-    """1 is the conditional prediction alone; larger follows the prompt more closely."""
+    """Guidance scale: 1 is the conditional prediction alone; larger values follow the prompt more closely."""
     guidance_rescale: float = 0.0
-    """0 to 1: how much of the contrast that a large scale brings is taken back (Lin et al. 2024)."""
+    """Share, 0 to 1, of the excess contrast of a large guidance scale that is removed (Lin et al. 2024)."""
     guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
-    """Noise levels sigma / alpha between which to guide by prompts, e.g. 0.5 4; elsewhere half the work is saved."""
+    """Range of noise levels sigma / alpha with guidance, e.g. 0.5 4; outside it, half the work is saved."""
     sampler: SamplerKind = "dpmpp_2m"
-    """How a step is taken; docs/mathematics.md compares them by the steps they need."""
+    """Sampler; docs/mathematics.md compares the number of steps that each one needs."""
     spacing: Spacing | None = None
-    """Of the steps over the noise levels; the model's own unless given. On linspace ddim leaves noise in the picture; karras
-    isn't for ddim, ddpm, a flow or zero terminal SNR."""
+    """Spacing of the steps over the noise levels. Default: the model's own. With linspace, ddim leaves noise in the
+    image; karras can't be used with ddim, ddpm, a flow or zero terminal SNR."""
     eta: float = 0.0
-    """ddim's share of noise, 0 to 1."""
+    """Share of noise that ddim adds at each step, 0 to 1."""
 
     def sampling(self) -> Sampling:
-        """The options as the pipeline's arguments."""
+        """Return the options as arguments of the pipeline."""
         return Sampling(
             num_inference_steps=self.steps, guidance_scale=self.guidance_scale, guidance_rescale=self.guidance_rescale,
             guidance_interval=self.guidance_interval, sampler=self.sampler, spacing=self.spacing, eta=self.eta,

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class AutoencoderConfig:
-    """AutoencoderKL's shape. Its latents are 2^(levels - 1) times smaller than the picture a side."""
+    """Shape of the AutoencoderKL. Each side of a latent is 2^(levels - 1) times smaller than the image's."""
 
     channels: tuple[int, ...] = (64, 128, 128)
     """Feature maps of each level, finest first."""
     layers: int = Field(default=1, gt=0)
-    """Residual blocks a level (the decoder has one more)."""
+    """Residual blocks per level (the decoder has one more)."""
     latent_channels: int = Field(default=4, gt=0)
-    """Channels of a latent."""
+    """Channels of the latents."""
     groups: int = Field(default=32, gt=0)
-    """Groups of the group normalisation; divides every level's channels."""
+    """Groups of the group normalisation; the channels of every level must be divisible by it."""
     attention: bool = True
     """Self-attention in the middle block."""
 
     def build(self, resolution: int) -> "AutoencoderKL":
-        """The network from random weights, for pictures of this side."""
+        """Return the network with random weights, for images of this side."""
         from autoencoder.model import build_autoencoder
 
         return build_autoencoder(
@@ -44,7 +44,7 @@ class AutoencoderConfig:
 
     @classmethod
     def of(cls, vae: "AutoencoderKL") -> Self:
-        """The shape of a network."""
+        """Return the shape of a network."""
         c = vae.config
         return cls(
             channels=tuple(c.block_out_channels), layers=c.layers_per_block, latent_channels=c.latent_channels,
@@ -54,14 +54,14 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class PerceptualConfig:
-    """A distance in the features of a frozen network, added to the reconstruction error."""
+    """Distance in the features of a frozen network, added to the reconstruction error."""
 
     kind: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
-    """LPIPS (Zhang et al. 2018) over VGG16 or AlexNet; `clip`: the image tower of a CLIP, e.g. one that stage 0 trained."""
+    """Distance: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet; `clip`: the image tower of a CLIP, e.g. stage 0's."""
     model: Place = ""
-    """Folder (or hub id) of the CLIP; or file of torchvision's VGG16 or AlexNet, empty: downloaded."""
+    """Folder (or hub id) of the CLIP, or file of torchvision's VGG16 or AlexNet weights; empty: downloaded."""
     weight: float = Field(default=1.0, gt=0)
-    """Weight beside the reconstruction error."""
+    """Weight relative to the reconstruction error."""
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:
@@ -72,7 +72,7 @@ class PerceptualConfig:
         return self
 
     def build(self) -> "nn.Module | None":
-        """The frozen network that measures the distance."""
+        """Return the frozen network that measures the distance, or None."""
         from autoencoder.perceptual import ClipPerceptual, Lpips
 
         match self.kind:
@@ -90,54 +90,54 @@ class PerceptualConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class AdversarialConfig:
-    """A patch discriminator (Isola et al. 2017) trained beside the autoencoder."""
+    """Patch discriminator (Isola et al. 2017) that is trained together with the autoencoder."""
 
     kind: Literal["none", AdversarialKind] = "none"
-    """The losses: `hinge` (Lim & Ye 2017), or the cross-entropy of Goodfellow et al. 2014 with either generator."""
+    """Losses: `hinge` (Lim & Ye 2017), or cross-entropy with either generator loss of Goodfellow et al. 2014."""
     weight: float = Field(default=0.5, gt=0)
     """Weight of the autoencoder's adversarial loss."""
     adaptive: bool = True
-    """Times ‖∇ reconstruction‖ / ‖∇ adversarial‖ at the decoder's last layer (Esser et al. 2021)."""
+    """Multiply the weight by ‖∇ reconstruction‖ / ‖∇ adversarial‖ at the decoder's last layer (Esser et al. 2021)."""
     start: int = Field(default=1000, ge=0)
-    """Step at which the discriminator and the loss begin."""
+    """Step at which the discriminator and the adversarial loss start."""
     channels: int = Field(default=32, gt=0)
     """Feature maps of the discriminator's first layer."""
     layers: int = Field(default=2, gt=0)
-    """Its strided layers."""
+    """Strided layers of the discriminator."""
     lr: float = Field(default=1e-4, gt=0)
-    """Its learning rate, under the same schedule."""
+    """Peak learning rate of the discriminator, with the same schedule."""
     spectral_norm: bool = False
-    """Hold its layers' largest singular values at 1 (Miyato et al. 2018)."""
+    """Normalise the largest singular value of each discriminator layer to 1 (Miyato et al. 2018)."""
     r1: float = Field(default=0.0, ge=0)
-    """Weight of half the squared gradient of its mean logit at pictures (Mescheder et al. 2018); 0 leaves it out."""
+    """R1 penalty: weight of half the squared gradient of the mean logit at images (Mescheder et al. 2018); 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class EquivarianceConfig:
-    """Latents that turn and shrink with their pictures (EQ-VAE, Kouzelis et al. 2025): smoother, and easier to learn."""
+    """Equivariance of latents to rotation and scaling (EQ-VAE, Kouzelis et al. 2025): smoother and easier to learn."""
 
     share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps whose latents are transformed before they are decoded; 0 leaves it out, the paper has 0.5."""
+    """Share of the steps whose latents are transformed before decoding; 0 turns it off, the paper uses 0.5."""
     smallest: float = Field(default=0.25, gt=0, le=1)
-    """Each side is reduced to between this share and the whole of it."""
+    """Smallest scale factor; each side is scaled by a factor between this and 1."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class VaeConfig(RunConfig):
-    """Stage 1: an autoencoder from random weights or a given one; its latents come out with mean 0 and variance 1."""
+    """Stage 1: an autoencoder from random weights or a given one; its latents are normalised to mean 0, variance 1."""
 
     init: Place = ""
-    """Folder (or hub id) of an AutoencoderKL to begin with, instead of random weights; its shape then holds, not `model`."""
+    """Folder (or hub id) of an AutoencoderKL to start from, instead of random weights; its shape replaces `model`."""
     decoder_only: bool = False
-    """Train the decoder alone: the latents, and what a UNet has learned of them, stay as they are. Needs `init`."""
+    """Train only the decoder: the latents don't change, so a UNet trained on them still works. Needs `init`."""
     model: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
     """The network."""
     reconstruction: ReconstructionKind = "l1"
-    """Error of the picture elements: absolute, squared, or squared below and absolute above 0.1 (of a range of 2)."""
+    """Error of the pixel values: absolute, squared, or squared below and absolute above 0.1 (of a range of 2)."""
     kl_weight: float = Field(default=1e-6, ge=0)
-    """Weight of the KL divergence to N(0, 1), in nats a picture element (summed over a latent, divided by 3·h·w)."""
+    """Weight of the KL divergence to N(0, 1), in nats per pixel value (summed over a latent, divided by 3·h·w)."""
     learn_logvar: bool = False
-    """Learn the scale of the reconstruction error and perceptual distance: both over exp(s), plus s."""
+    """Learn the scale s of the reconstruction error and perceptual distance: divide both by exp(s), and add s."""
     perceptual: PerceptualConfig = Field(default_factory=PerceptualConfig)
     """Perceptual term."""
     adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
@@ -145,11 +145,12 @@ class VaeConfig(RunConfig):
     equivariance: EquivarianceConfig = Field(default_factory=EquivarianceConfig)
     """Equivariance term."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: about a third slower, far less memory."""
+    """Recompute activations in the backward pass: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
-    """Held-out pictures that a validation reconstructs, at most."""
+    """Largest number of held-out images reconstructed in a validation."""
     validation_features: Place = ""
-    """Of the Fréchet distance of reconstructions: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
+    """Features of the Fréchet distance of reconstructions: `inception`, `dinov2`, `clip`, or a folder or hub id; empty:
+    not measured."""
 
     @model_validator(mode="after")
     def _sees_squares(self) -> Self:
@@ -164,12 +165,12 @@ class VaeConfig(RunConfig):
         return self
 
     def build(self) -> "AutoencoderKL":
-        """The autoencoder to begin with. Its latents are normalised by this run, unless the decoder alone is trained."""
+        """Return the autoencoder to start from. This run normalises its latents, unless only the decoder is trained."""
         import torch
 
         from autoencoder.model import SCALING_FACTOR, Autoencoder
 
-        torch.manual_seed(self.seed)  # the only use of torch's global generator: initial weights
+        torch.manual_seed(self.seed)  # torch's global generator is used for the initial weights only
         if not self.init:
             return self.model.build(self.input.resolution)
         vae = Autoencoder.load(self.init).vae.float().train().requires_grad_(True)
@@ -180,7 +181,7 @@ class VaeConfig(RunConfig):
         return vae
 
     def build_discriminator(self, factor: int) -> "PatchDiscriminator | None":
-        """The discriminator, if any. Raises UserError where it is too deep for the smallest pictures it will be shown."""
+        """Return the discriminator, or None. Raises UserError if it is too deep for the smallest training images."""
         from autoencoder.discriminator import PatchDiscriminator
         from autoencoder.equivariance import draw
 
