@@ -1,4 +1,4 @@
-"""Between a diffusers folder and one safetensors file with the original key names."""
+"""Convert between a diffusers folder and a single safetensors file with the original key names."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from train.data.store.atomic import atomic_folder
 
 
 def convert(model: str, config: str, out: str) -> None:
-    """Write a model to `out`: to a .safetensors file, else to a folder. config: the folder that says a file's shape."""
+    """Write a model to `out`, a .safetensors file or a folder. config: folder that gives the shape of a single file."""
     if not model or not out:
         raise UserError(
             "--model and --out are needed: the model to convert, and the .safetensors file or folder to make"
@@ -28,7 +28,7 @@ def convert(model: str, config: str, out: str) -> None:
 
 
 def load(model: Path, config: str) -> LatentDiffusionPipeline:
-    """The pipeline of a folder, or of a file and its configuration."""
+    """Load a pipeline from a folder, or from a file and its configuration."""
     if model.is_dir():
         if config:
             raise UserError(f"--config {config!r}: a folder brings its own; it is for single files")

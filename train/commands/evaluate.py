@@ -1,4 +1,4 @@
-"""Measure a trained model on a data set, and write a report with a sheet of what it paints."""
+"""Measure a trained model on a dataset, and write a report and a sheet of sample images."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from train.evaluation.sheets import in_rows, sheet
 
 
 def evaluate(o: EvaluateOptions) -> dict[str, Any]:
-    """The report, also written to `o.out` with a sheet."""
+    """Measure a model and return the report, also written to `o.out` with a sheet."""
     for name in ("model", "data"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing")
@@ -37,7 +37,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     inputs = open_inputs(o.data, o.input)
     folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
+    folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(pipe.autoencoder.latent_channels, pipe.autoencoder.factor)
     dataset = PictureDataset(source, o.input.plain(side), o.seed, shuffle=False, draws=draws)

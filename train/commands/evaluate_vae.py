@@ -1,4 +1,4 @@
-"""Measure an autoencoder on pictures: how well it reconstructs them, and whether its latents suit a diffusion."""
+"""Measure an autoencoder on images: the quality of reconstructions, and whether its latents suit a diffusion model."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from train.evaluation.sheets import reconstruction_sheet
 
 
 def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
-    """The report, also written to `o.out` with a sheet."""
+    """Measure an autoencoder and return the report, also written to `o.out` with a sheet."""
     for name in ("vae", "data"):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing")
@@ -47,7 +47,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     features = load_features(o.features).to(device) if o.features else None
     inputs = open_inputs(o.data, o.input, captioned=False)
     folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
+    folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
     pictures = PictureDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
@@ -77,7 +77,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
 
 
 def _channels(health: LatentHealth) -> list[dict[str, float]]:
-    """Of each latent channel."""
+    """Return the statistics of each latent channel."""
     names = ("mean", "std", "signal", "noise", "kl", "skewness", "kurtosis", "w1")
     rows = zip(*(getattr(health, name).tolist() for name in names), strict=True)
     return [

@@ -1,4 +1,4 @@
-"""What the scripts that paint share: the pipeline as the options want it, and pictures written with their story."""
+"""The shared part of all commands that generate images: load the pipeline, generate, and save images with settings."""
 
 import hashlib
 import math
@@ -25,31 +25,31 @@ from train.config.painting import ModelOptions, PaintOptions
 from train.data.images.decode import DamagedPicture, load_picture
 from train.engine.precision import DTYPES
 
-_OF_A_CALL = {  # and no part of a picture's story
+_OF_A_CALL = {  # options that aren't saved with an image
     *("out", "prompts", "num_images", "batch_size", "device", "offload", "slice", "grid", "preview", "like"),
 }
 _PREVIEW = "preview.png"
 _MODELS = ("model", "weak_model")
 _INPUTS = ("image", "mask")
-_LONGEST = 4_000_000  # characters of a prompt: Pillow reads 64 MB of a PNG's text, and JSON makes six bytes of some
+_LONGEST = 4_000_000  # characters per prompt: Pillow reads 64 MB of PNG text, and JSON needs up to six bytes for one
 
 
 @dataclass(frozen=True)
 class _Files:
-    """That a picture was made of."""
+    """Files from which an image was made."""
 
     sha256: dict[str, str]
-    """By option."""
+    """SHA-256 of each file, by option."""
 
 
 Options = TypeVar("Options", bound=PaintOptions)
 
 
 def like(given: Options) -> Options:
-    """The command line's options, laid over those of the picture that --like names.
+    """Return the options of the --like image, overridden by those of the command line.
 
-    Raises UserError for what doesn't fit, and where files that the picture was made of are gone or others by now. Of a
-    model that is another a line tells.
+    Raises UserError for invalid options, and if an input file of the image is missing or has changed. Warns if the
+    model has changed.
     """
     if given.prompt and given.prompts:
         raise UserError("--prompt and --prompts: give one of them")
@@ -64,7 +64,7 @@ def like(given: Options) -> Options:
     except ValueError as error:
         raise UserError(f"--like {given.like!r}: {error!s:.300}") from None
     for name in (*_MODELS, *_INPUTS):
-        if getattr(given, name, None) == getattr(plain, name, None):  # else the command line names another
+        if getattr(given, name, None) == getattr(plain, name, None):  # not overridden on the command line
             where = getattr(story, name, ())
             for path in filter(None, [where] if isinstance(where, str) else where):
                 _still(name, path, sha256.get(name), given.like)
@@ -72,10 +72,10 @@ def like(given: Options) -> Options:
 
 
 def _story(kind: type[Options], path: str) -> tuple[Options, dict[str, str]]:
-    """What a picture tells of its options, and the SHA-256 of the files that it was made of, by option.
+    """Read the options saved in an image, and the SHA-256 of its input files, by option.
 
-    It is a stranger's: every key has to be an option of this command, with a value that fits, and none says where to
-    write, or what to run on. Raises ValueError.
+    The image is untrusted: each key must be an option of this command with a valid value, and none may set the output
+    folder or the device. Raises ValueError.
     """
     told = read_png(Path(path))
     sha256 = validate(_Files, {"sha256": told.pop("sha256", {})}).sha256
@@ -86,10 +86,10 @@ def _story(kind: type[Options], path: str) -> tuple[Options, dict[str, str]]:
 
 
 def _still(name: str, path: str, sha256: str | None, like: str) -> None:
-    """Raises UserError unless an input is what it was."""
+    """Check that an input still exists and is unchanged. Raises UserError, but only warns if a model has changed."""
     option = f"--{name.replace('_', '-')}"
     if name in _MODELS:
-        if not Path(path).is_dir():  # what looks like a hub id may be a folder that was: nothing is fetched on its word
+        if not Path(path).is_dir():  # it may look like a hub id, but nothing is downloaded because an image names it
             raise UserError(f"--like {like!r}: its model {path!r} is no folder here; give {option}")
         now = model_sha256(Path(path))
         if sha256 not in (None, now):
@@ -105,7 +105,7 @@ def _still(name: str, path: str, sha256: str | None, like: str) -> None:
 
 
 def model_sha256(folder: Path) -> str:
-    """SHA-256 of the UNet's weights: of its file, or of several one after the other."""
+    """Return the SHA-256 of the UNet's weights: of its file, or of its files in order."""
     total = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -114,13 +114,13 @@ def model_sha256(folder: Path) -> str:
 
 
 def file_sha256(path: str) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_prompts(o: ModelOptions) -> list[str]:
-    """The prompt, or those of the file, a line each; lines without any text are left out. Raises UserError."""
+    """Return the prompt, or the non-empty lines of the prompts file. Raises UserError."""
     prompts = [o.prompt]
     if o.prompts:
         try:
@@ -139,27 +139,27 @@ def read_prompts(o: ModelOptions) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A picture to paint."""
+    """Image to generate."""
 
     prompt: str
     seed: int
     image: Image.Image | None = None
-    """To begin with."""
+    """Image to start from."""
     name: str = ""
-    """Before the prompt in the file's name."""
+    """Prefix of the file's name, before the prompt."""
     story: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of its own."""
+    """Settings specific to this image."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """That it is made of, by option."""
+    """Input files, by option."""
 
     @property
     def file(self) -> str:
-        """The name of its own."""
+        """Name of the output file."""
         return self.name + file_name(self.prompt, self.seed)
 
 
 def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
-    """A model as the options want it. Raises UserError where it can't be had, or they don't fit."""
+    """Load a model with the given options. Raises UserError if it can't be loaded or the options are invalid."""
     if not model:
         raise UserError("--model is missing: the folder of a trained model, e.g. --model runs/ldm/model")
     device = use_device(o.device)
@@ -180,23 +180,23 @@ def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
 
 
 def settings(o: ModelOptions) -> dict[str, Any]:
-    """A picture's story, as far as the options tell it, and which weights the models have."""
+    """Return the options that are saved with an image, and the SHA-256 of the models' weights."""
     told = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in _OF_A_CALL}
     models = {name: told.get(name) for name in _MODELS}
     return told | {"sha256": {name: model_sha256(find_pipeline(path)) for name, path in models.items() if path}}
 
 
 def check_seed(option: str, seed: int, count: int = 1) -> None:
-    """Raises UserError for a seed that the generator doesn't take."""
+    """Check that the generator accepts a seed. Raises UserError."""
     if not 0 <= seed <= 2**63 - count:
         raise UserError(f"{option} {seed}: 0 to {2**63 - count} are accepted")
 
 
 class Painter:
-    """The models of a command."""
+    """Image generator of a command: its options, prompts and models."""
 
     def __init__(self, o: PaintOptions) -> None:
-        """Raises UserError for options that don't fit."""
+        """Load the models. Raises UserError for invalid options."""
         if o.num_images < 1 or o.batch_size < 1 or o.preview < 0:
             raise UserError(
                 f"--num-images {o.num_images} --batch-size {o.batch_size} --preview {o.preview}: the first two must be at "
@@ -207,16 +207,16 @@ class Painter:
         self.pipe = load(o, o.model)
         self.weak = load(o, o.weak_model) if o.weak_model else None
         if o.preview:
-            self.pipe.preview(torch.zeros(1, self.pipe.autoencoder.latent_channels, 1, 1))  # raises if there is none
+            self.pipe.preview(torch.zeros(1, self.pipe.autoencoder.latent_channels, 1, 1))  # raises without one
 
     def wanted(self, prompt: str, **how: Any) -> list[Wanted]:
-        """`num_images` pictures of a prompt. how: what else they are made of."""
+        """Return `num_images` images to generate for a prompt. how: further fields of Wanted."""
         return [Wanted(prompt=prompt, seed=self.o.seed + k, **how) for k in range(self.o.num_images)]
 
     def paint(self, wanted: Sequence[Wanted], **inputs: Any) -> Iterator[Path]:
-        """Write pictures, and give their paths as they are there. inputs: the pipeline's further arguments.
+        """Generate and write images, and yield the path of each one. inputs: further arguments of the pipeline.
 
-        Raises UserError where one would be written over a picture that it is made of, or like.
+        Raises UserError if an image would overwrite one of its inputs or the --like image.
         """
         o, folder, told = self.o, Path(self.o.out), settings(self.o)
         read = {Path(path).resolve() for w in wanted for path in (o.like, *w.files.values()) if path}
@@ -237,13 +237,13 @@ class Painter:
             for batch in self._batches(wanted):
                 given = [w.image for w in batch if w.image]
                 if all(image is given[0] for image in given):
-                    given = given[:1]  # one for all: it is encoded once
+                    given = given[:1]  # a single shared image is encoded once
                 images = self.pipe(
                     [w.prompt for w in batch], o.negative_prompt, image=given or None, **o.sampling(),
                     compose=o.compose, weak=self.weak, weak_scale=o.weak_scale, progress=True,
                     generator=[torch.Generator().manual_seed(w.seed) for w in batch], **inputs,
                 ).images  # fmt: skip
-                folder.mkdir(parents=True, exist_ok=True)  # now that all the settings have proved good
+                folder.mkdir(parents=True, exist_ok=True)  # not before all settings are known to be valid
                 for w, image in zip(batch, images, strict=True):
                     sha256 = {option: file_sha256(path) for option, path in w.files.items()}
                     story = told | {"prompt": w.prompt, "seed": w.seed, **w.story, "sha256": told["sha256"] | sha256}
@@ -260,7 +260,7 @@ class Painter:
             yield folder / grid
 
     def _batches(self, wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-        """Of pictures that begin with ones of the same size."""
+        """Yield batches of consecutive images whose start images have the same size."""
         for _, group in groupby(wanted, lambda w: w.image and w.image.size):
             alike = list(group)
             for k in range(0, len(alike), self.o.batch_size):
@@ -277,7 +277,7 @@ class Painter:
 
 
 def in_rows(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in rows, about as many as columns, in cells as large as the largest."""
+    """Return a grid of images, about square, with cells as large as the largest image."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
@@ -287,7 +287,7 @@ def in_rows(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def open_picture(path: str, option: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """A picture that an option names, upright, mode RGB, laid on a background. Raises UserError where it isn't one."""
+    """Load the image that an option names: upright, mode RGB, on a background. Raises UserError if it can't be read."""
     if not path:
         raise UserError(f"{option} is missing: a picture's file")
     try:

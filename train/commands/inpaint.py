@@ -1,4 +1,4 @@
-"""Paint inside a mask, or beyond a picture's borders; the rest stays as it is."""
+"""Inpaint the masked part of an image, or extend the image beyond its borders; the rest doesn't change."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from train.config.painting import InpaintOptions
 
 
 def inpaint(o: InpaintOptions) -> Iterator[Path]:
-    """Write the pictures, and give their paths as they are there."""
+    """Generate and write the images, and yield the path of each one."""
     o = like(o)
     image = open_picture(o.image, "--image")
     if not o.mask and not any(o.extend):
@@ -25,7 +25,7 @@ def inpaint(o: InpaintOptions) -> Iterator[Path]:
     if not 0 <= o.feather <= max(image.size):
         raise UserError(f"--feather {o.feather}: pixels, 0 to {max(image.size)} for this picture")
     if o.feather:
-        mask = ImageChops.lighter(mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), beyond)  # that is all new
+        mask = ImageChops.lighter(mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), beyond)  # extension: all white
     painter = Painter(o)
     files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
     name = f"{slug(Path(o.image).stem)}-"
@@ -34,7 +34,7 @@ def inpaint(o: InpaintOptions) -> Iterator[Path]:
 
 
 def framed(image: Image.Image, mask: Image.Image, o: InpaintOptions) -> tuple[Image.Image, Image.Image]:
-    """Picture and mask with what is to be painted beyond the borders, where the picture's edge is repeated."""
+    """Return the image and mask extended by --extend: the image's edge is repeated, and the new mask is white."""
     left, top, right, bottom = o.extend
     if min(o.extend) < 0:
         raise UserError(f"--extend {' '.join(map(str, o.extend))}: pixels to add, none below 0")

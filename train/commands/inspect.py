@@ -1,4 +1,4 @@
-"""Look at pictures and captions before training: what there is, what is wrong with it, and a sheet to see it."""
+"""Inspect images and captions before training: write statistics, problems and a contact sheet."""
 
 import json
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ _SHOWN, _COLUMNS, _SIDE = 48, 8, 128
 
 
 def inspect(o: InspectOptions) -> Report:
-    """The report, also written to `o.out` with a sheet."""
+    """Inspect a dataset and return the report, also written to `o.out` with a contact sheet."""
     if not o.data:
         raise UserError("--data is missing")
     for name, least in (("resolution", 8), ("limit", 0), ("workers", 0)):
@@ -42,7 +42,7 @@ def inspect(o: InspectOptions) -> Report:
     encoder = ClipTextEncoder.load(o.text_encoder) if o.text_encoder else None
     inputs = open_inputs(o.data, o.input, captioned=False)
     folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)  # or it is known now, not after the work
+    folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
     chosen = Chosen([s for s in (inputs.source, inputs.held_out) if o.split in ("all", s.split)], o.limit)
     if encoder is None:
         tower, texts = TextTowerConfig(), Chosen([inputs.source], o.limit).texts()
@@ -69,7 +69,7 @@ def inspect(o: InspectOptions) -> Report:
 
 
 def contact_sheet(pictures: Pictures) -> Image.Image:
-    """Pictures spread evenly over those that can be read, each over its first caption."""
+    """Return a sheet of images, spread evenly over the readable ones, each above its first caption."""
     chosen, framing = pictures.chosen, pictures.framing
     count = min(_SHOWN, len(pictures.readable))
     shown = [int(pictures.readable[k * len(pictures.readable) // count]) for k in range(count)]
@@ -79,7 +79,7 @@ def contact_sheet(pictures: Pictures) -> Image.Image:
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """JSON, a line each; nothing to list leaves no file, not even an earlier one."""
+    """Write one JSON object per line. If there are none, delete the file."""
     path.unlink(missing_ok=True)
     if lines:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""What there is to know of pictures and captions before anything is trained on them.
+"""Collect statistics of images and captions before training.
 
-Every picture is decoded once, by processes that read ahead; some 300 bytes of each stay in memory. Two look the same if
-their difference hashes are close (Krawetz 2013: in a 9 × 8 grey reduction, which of two neighbours is brighter) and so
-are their 8 × 8 reductions in colour: by the hash alone flat pictures are the same, and one shape in two colours.
+Each image is decoded once, by prefetching processes; about 300 bytes per image stay in memory. Two images look alike if
+their difference hashes are close (Krawetz 2013: which of two neighbours is brighter, in a 9 × 8 grey thumbnail) and
+their 8 × 8 colour thumbnails are close too: the hash alone can't distinguish flat images, or one shape in two colours.
 """
 
 import contextlib
@@ -38,18 +38,18 @@ Report = dict[str, Any]
 
 _SHAPES = ("3:1", "2:1", "3:2", "4:3", "1:1", "3:4", "2:3", "1:2", "1:3")  # width : height
 _BATCH = 64
-_READ = 1000  # captions at once
-_NOISE = 2  # of 255: smaller differences between neighbours come and go with compression
-_BITS = 4  # that may differ between the hashes of what looks the same
-_CLOSE = 8  # of 255: the largest difference between the reductions of what looks the same
-_NEIGHBOURS = 32  # in the order of hashes, that a picture is compared with
+_READ = 1000  # captions tokenized at once
+_NOISE = 2  # of 255: smaller differences between neighbours may be compression artefacts
+_BITS = 4  # largest number of different hash bits between images that look alike
+_CLOSE = 8  # of 255: the largest difference between the thumbnails of images that look alike
+_NEIGHBOURS = 32  # number of neighbours, in the order of hashes, with which an image is compared
 _ORIENTATION = 0x0112  # EXIF tag
 
 _LISTED = 5
 
 
 class Chosen:
-    """Pictures of sources, one source after the other; no more than `most`, spread evenly (0: all)."""
+    """Images of several sources in order, at most `most` of them, spread evenly (0: all)."""
 
     def __init__(self, sources: Sequence[Source], most: int = 0) -> None:
         self.sources = sources
@@ -61,7 +61,7 @@ class Chosen:
         return self.count
 
     def at(self, k: int) -> tuple[Source, int]:
-        """The source of the k-th picture, and its index there."""
+        """Return the source of the k-th image, and the image's index in it."""
         index = k * self.whole // self.count
         side = int(np.searchsorted(self.begins, index, side="right")) - 1
         return self.sources[side], index - int(self.begins[side])
@@ -78,33 +78,33 @@ class Chosen:
         return source.read(index)
 
     def captions(self) -> Iterator[tuple[str, ...]]:
-        """Of each picture; none where there is only ""."""
+        """Return the non-empty captions of each image."""
         return (tuple(filter(None, self.row(k).captions)) for k in range(len(self)))
 
     def texts(self) -> Iterator[str]:
-        """All captions."""
+        """Return all non-empty captions."""
         return itertools.chain.from_iterable(self.captions())
 
 
 class Seen(NamedTuple):
-    """What a picture's file tells."""
+    """Properties of an image file."""
 
     reason: str
-    """Why it gives no picture; of one that does, empty."""
+    """Reason why the file can't be decoded; empty if it can."""
     digest: bytes = b""
-    """SHA-256."""
+    """SHA-256 of the file."""
     size: Size = (0, 0)
-    """As it is seen upright."""
+    """Width and height of the upright image."""
     looks: int = 0
-    """Difference hash."""
+    """Difference hash of the image."""
     reduced: bytes = b""
-    """Of the 8 × 8 reduction."""
+    """Bytes of the 8 × 8 colour thumbnail."""
     format: str = ""
     traits: tuple[str, ...] = ()
 
 
 class Eye:
-    """Looks at pictures."""
+    """Reader of the properties of image files."""
 
     def __init__(self, chosen: Chosen, framing: Framing) -> None:
         self.chosen, self.framing = chosen, framing
@@ -127,7 +127,7 @@ class Eye:
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits, a row after the other."""
+    """Return the 64-bit difference hash of an image, row by row."""
     grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), np.int16)
     return int.from_bytes(np.packbits(grey[:, 1:] - grey[:, :-1] > _NOISE).tobytes(), "big")
 
@@ -139,16 +139,16 @@ def _traits(header: Image.Image) -> Iterator[str]:
         yield "CMYK"
     if header.mode in ("1", "L", "LA") or header.mode.startswith("I;16"):
         yield "greyscale"
-    with contextlib.suppress(Exception):  # behind the first frame anything may be broken
+    with contextlib.suppress(Exception):  # frames after the first may be broken
         if getattr(header, "is_animated", False):
             yield "animated"
     with contextlib.suppress(Exception):
-        if Image.Image.getexif(header).get(_ORIENTATION, 1) != 1:  # PNG's own method decodes
+        if Image.Image.getexif(header).get(_ORIENTATION, 1) != 1:  # the PNG class's own method would decode the image
             yield "turned by EXIF"
 
 
 class Pictures:
-    """What pictures' files tell. Raises UserError where not one can be read."""
+    """Properties of all chosen image files. Raises UserError if none can be read."""
 
     def __init__(self, chosen: Chosen, framing: Framing, workers: int) -> None:
         n = len(chosen)
@@ -157,7 +157,7 @@ class Pictures:
         self.looks, self.reduced = np.zeros(n, np.uint64), np.zeros((n, 8 * 8 * 3), np.uint8)
         self.formats, self.traits = Counter[str](), Counter[str]()
         self.damaged: list[tuple[str, str]] = []
-        """(name, reason)"""
+        """(name, reason) pairs."""
         parts = [range(k, min(k + _BATCH, n)) for k in range(0, n, _BATCH)]
         with tqdm(total=n, unit=" pictures", leave=False, disable=None) as bar:
             for part, batch in zip(parts, read_ahead(Eye(chosen, framing), parts, workers), strict=True):
@@ -178,7 +178,7 @@ class Pictures:
         self.traits.update(seen.traits)
 
     def report(self, resolution: int) -> Report:
-        """Of those that can be read. smaller: than this resolution, on the shorter side."""
+        """Return statistics of the readable images. smaller: images whose shorter side is below the resolution."""
         sizes = self.sizes[self.readable]
         sizes = sizes[np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")]
         sides, ratios = sizes.min(1), np.log(sizes[:, 0] / sizes[:, 1])
@@ -199,7 +199,7 @@ class Pictures:
         }
 
     def duplicates(self) -> dict[str, list[dict[str, list[str]]]]:
-        """Groups by what is the same: the files' bytes, or the looks of different files; the names by side of the split."""
+        """Return groups of equal files (bytes) and of different files that look alike (looks), as names by split."""
         copies = [self.readable[group] for group in equal(self.digests[self.readable])]
         others = np.setdiff1d(self.readable, [k for group in copies for k in group[1:]])
         alike = [others[group] for group in look_alikes(self.looks[others], self.reduced[others])]
@@ -215,17 +215,17 @@ class Pictures:
 
 
 def equal(keys: NDArray[Any]) -> list[NDArray[np.int64]]:
-    """The places of each key that occurs more than once."""
+    """Return the indices of each key that occurs more than once."""
     order = np.argsort(keys, kind="stable")
     changes = np.flatnonzero(keys[order][1:] != keys[order][:-1]) + 1
     return [group for group in np.split(order, changes) if len(group) > 1]
 
 
 def look_alikes(looks: NDArray[np.uint64], reduced: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
-    """The places of pictures that look the same, by their hashes (n,) and reductions (n, 192).
+    """Return the indices of images that look alike, by their hashes (n,) and thumbnails (n, 192).
 
-    Compared are those that are near in the order of the hashes, begun at every eighth bit: where few bits differ, some
-    orders have them together.
+    Images are compared if they are near in the order of the hashes, rotated by each multiple of eight bits: if few bits
+    differ, two images are near in at least some of these orders.
     """
     found = []
     for turn in range(0, 64, 8):
@@ -241,7 +241,7 @@ def look_alikes(looks: NDArray[np.uint64], reduced: NDArray[np.uint8]) -> list[N
 
 
 def data_report(inputs: Inputs) -> Report:
-    """What was found, and where."""
+    """Return the dataset's form and the sizes of its splits."""
     match inputs.source.catalogue:
         case Folder() as found:
             metadata = find_metadata(found.folder)
@@ -256,14 +256,14 @@ def data_report(inputs: Inputs) -> Report:
 
 
 def names_left_out(inputs: Inputs) -> list[tuple[str, str]]:
-    """(name, reason) of what was found and is no row."""
+    """Return (name, reason) for each file that was found but is not used."""
     if inputs.stream is not None:
         return list(inputs.stream.left_out)
     return list(dict.fromkeys((*inputs.source.left_out, *inputs.held_out.left_out)))
 
 
 def caption_report(chosen: Chosen, tokenizer: CLIPTokenizer, chunks: int = 1) -> Report:
-    """Of all captions. Tokens are counted with begin and end. chunks: in how many a caption is read."""
+    """Return statistics of all captions. Token counts include begin and end. chunks: windows per caption."""
     numbers = np.fromiter(map(len, chosen.captions()), np.int64, len(chosen))
     n, size = int(numbers.sum()), tokenizer.model_max_length - 2
     report: Report = {
@@ -275,7 +275,7 @@ def caption_report(chosen: Chosen, tokenizer: CLIPTokenizer, chunks: int = 1) ->
     texts = chosen.texts()
     for first in range(0, n, _READ):
         some = list(itertools.islice(texts, _READ))
-        whole = [text.encode(errors="replace").decode() for text in some]  # no half characters
+        whole = [text.encode(errors="replace").decode() for text in some]  # replaces lone surrogates
         ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         place = slice(first, first + len(some))
         hashes[place], tokens[place] = list(map(hash, some)), [len(row) + 2 for row in ids]
@@ -300,7 +300,7 @@ def caption_report(chosen: Chosen, tokenizer: CLIPTokenizer, chunks: int = 1) ->
 
 
 def duplicate_report(groups: Sequence[dict[str, list[str]]]) -> Report:
-    """Of groups that are named by side of the split."""
+    """Return statistics of groups of duplicates, given as names by split."""
     return {
         "groups": len(groups),
         "copies": sum(len(group["train"]) + len(group["test"]) - 1 for group in groups),
@@ -310,5 +310,5 @@ def duplicate_report(groups: Sequence[dict[str, list[str]]]) -> Report:
 
 
 def list_report(names: Sequence[tuple[str, str]]) -> Report:
-    """Of (name, reason) pairs."""
+    """Return the number of (name, reason) pairs, and the first of them."""
     return {"count": len(names), "first": [list(pair) for pair in names[:_LISTED]]}

@@ -1,4 +1,4 @@
-"""What was found in pictures and captions, in words, and what a person may want to decide about."""
+"""Describe the statistics of images and captions in words, and give advice."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from train.commands.inspect_data import Report
 from train.config.data import DataConfig
 
-_LITTLE = 0.8  # of the average picture, in its square crop
-_FEW = 1000  # pictures to train on
-_MANY = 0.01  # share of pictures that repeat others
-_OFTEN = 0.01  # share of the captions that are the same one
+_LITTLE = 0.8  # share of the average image inside its square crop
+_FEW = 1000  # training images
+_MANY = 0.01  # share of images that are copies of others
+_OFTEN = 0.01  # share of captions with the same text
 _QUOTED = 100  # characters
 _CAPTIONED = {"several for": "several", "none for": "without"}
 
 
 def advice(report: Report) -> list[str]:
-    """A line for all that asks for a decision."""
+    """Return one line for each finding that needs a decision."""
     data, captions, pictures = report["data"], report["captions"], report["pictures"]
     n, read, side = data["looked_at"], pictures["read"], pictures["resolution"]
     lines, stream = [], data["form"].startswith("a stream")
@@ -57,7 +57,7 @@ def advice(report: Report) -> list[str]:
 
 
 def describe(report: Report) -> str:
-    """The report for a person to read."""
+    """Return the report as readable text."""
     data, captions, pictures = report["data"], report["captions"], report["pictures"]
     n, read = data["looked_at"], pictures["read"]
     whole = n == data["train"] + data["test"]
@@ -127,7 +127,7 @@ def _block(label: str, lines: Sequence[str], more: bool = False) -> list[tuple[s
 
 
 def _of(count: int, total: int, what: str = "") -> str:
-    """How many (of what), and which share that is."""
+    """Format a count, its noun and its share of the total."""
     if count in (0, total):
         return f"{'all' if count else 'none of'} {_many(total, what)}"
     share = 100 * count / total

@@ -1,9 +1,8 @@
-"""Paint the way from one prompt to another, or from one seed to another: frames, and an animation of them.
+"""Interpolate from one prompt to another, or from one seed to another: write the frames and an animation.
 
-Noise is interpolated along an arc, since only there it keeps the length that noise of unit variance has. Text features are
-interpolated along the straight line: the UNet reads them through linear maps (keys and values of its cross-attention), so
-half way it is given the mean of what the two prompts say, and where prompts agree, as in the token that begins them all,
-nothing changes.
+Noise is interpolated along an arc, because a straight line would make it shorter than noise of unit variance. Text
+features are interpolated linearly: the UNet reads them through linear maps (keys and values of its cross-attention), so
+half way it receives the mean of both prompts. Tokens that both prompts share, such as the begin token, don't change.
 """
 
 from collections.abc import Iterator
@@ -23,10 +22,10 @@ from train.config.painting import InterpolateOptions
 
 
 class Way:
-    """From the first prompt and seed to the last."""
+    """Interpolation from the first prompt and seed to the last."""
 
     def __init__(self, o: InterpolateOptions) -> None:
-        """Raises UserError for options that don't fit."""
+        """Load the model and encode the prompts. Raises UserError for invalid options."""
         if o.to and o.prompts:
             raise UserError("--to and --prompts: give one of them")
         self.prompts = [*read_prompts(o), *o.to]
@@ -46,35 +45,35 @@ class Way:
         self.o, self.pipe = o, load(o, o.model)
         of_the_way = ("to", "to_seed", "frames", "fps", "loop")
         self.told = {name: value for name, value in settings(o).items() if name not in of_the_way}
-        self.features = [self.pipe.encode([prompt]) for prompt in self.prompts]  # each alone, as txt2img.py does it
+        self.features = [self.pipe.encode([prompt]) for prompt in self.prompts]  # encoded separately, as in txt2img.py
         size = self.pipe.latent_size(o.height, o.width)
         self.shape = (1, self.pipe.autoencoder.latent_channels, *size)
         self.last = (len(self.prompts) - 1) * (o.frames - 1)
 
     def start(self, seed: int) -> tuple[Tensor, torch.Generator]:
-        """A seed's noise (1, c, h, w), and the generator that goes on from there."""
+        """Return the initial noise of a seed (1, c, h, w), and the generator in its state after drawing it."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(self.shape, generator=generator), generator
 
     def latents(self, k: int) -> Tensor:
-        """Noise (1, c, h, w) of frame k."""
+        """Return the initial noise (1, c, h, w) of frame k."""
         first, second = (self.start(seed)[0] for seed in self.seeds)
         return first if self.seeds[0] == self.seeds[1] else slerp(first, second, k / self.last)
 
     def condition(self, k: int) -> Tensor:
-        """Text features (1, tokens, width) of frame k."""
-        place = k / (self.o.frames - 1)  # among the prompts
+        """Return the text features (1, tokens, width) of frame k."""
+        place = k / (self.o.frames - 1)  # position among the prompts
         first = min(int(place), len(self.prompts) - 2)
         return torch.lerp(self.features[first], self.features[first + 1], place - first)
 
     def story(self, k: int) -> dict[str, Any]:
-        """Of frame k: the settings that the nearer end has, and the way."""
+        """Return the settings saved with frame k: those of the nearer end, and the interpolation."""
         near = {"prompt": self.prompts[round(k / (self.o.frames - 1))], "seed": self.seeds[round(k / self.last)]}
         way = {"prompts": self.prompts, "seeds": self.seeds, "frames": self.o.frames, "frame": k}
         return self.told | near | {"way": way}
 
     def paint(self) -> Iterator[Image.Image]:
-        """The frames in order. Both ends are painted alone, so that they are exactly what txt2img.py paints of them."""
+        """Yield the frames in order. Both ends are generated separately, so they equal the images of txt2img.py."""
         o = self.o
         between = range(1, self.last)
         batches = [between[i : i + o.batch_size] for i in range(0, len(between), o.batch_size)]
@@ -87,16 +86,16 @@ class Way:
 
 
 def animate(frames: list[Image.Image], path: Path, fps: float, loop: bool) -> None:
-    """Write a GIF. Each frame has a palette of its own, and none is dithered.
+    """Write a GIF. Each frame has its own palette and is not dithered.
 
-    One palette for all is 6 to 10 dB worse, and dithering it worse again: both flicker.
+    A shared palette is 6 to 10 dB worse, and with dithering even worse; both flicker.
     """
     again = {"loop": 0} if loop else {}
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, **again)
 
 
 def interpolate(o: InterpolateOptions) -> Iterator[Path]:
-    """Write the frames and the animation, and give their paths as they are there."""
+    """Generate and write the frames and the animation, and yield the path of each file."""
     way = Way(o)
     folder, frames = Path(o.out), []
     seeds = "-".join(map(str, dict.fromkeys(way.seeds)))

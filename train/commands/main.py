@@ -1,4 +1,4 @@
-"""What every command does: from an exception to one plain line and an exit status, and a device that is there."""
+"""The shared part of all commands: turn exceptions into one line and an exit status, and select the device."""
 
 import errno
 import logging
@@ -32,7 +32,7 @@ _EXPECTED = (
 
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # of how other libraries call it
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # about calls from other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()
     try:
@@ -46,7 +46,7 @@ def command(main: Callable[[], None]) -> NoReturn:
     except MemoryError:
         _leave(1, f"out of memory: {_LESS}")
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported for its name alone
+        if type(error).__name__ == "OutOfMemoryError":  # torch's class; torch isn't imported just for its name
             _leave(1, f"out of memory on the device: {_LESS}")
         if "can't allocate memory" not in str(error):
             raise
@@ -61,9 +61,9 @@ def command(main: Callable[[], None]) -> NoReturn:
 
 
 def _quieten() -> None:
-    """Turn off what libraries tell: of a failure, our error tells; transformers lists what a part of a model leaves unread.
+    """Turn off the messages of libraries: failures are reported by our errors; transformers lists unused weights.
 
-    The environment is read by those that aren't imported yet, as a command imports them when it has read its options.
+    Environment variables apply to libraries that aren't imported yet: a command imports them after reading its options.
     """
     os.environ |= {
         "DIFFUSERS_VERBOSITY": "critical", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"
@@ -82,7 +82,7 @@ def _leave(status: int, what: object) -> NoReturn:
 
 
 def use_device(name: str) -> "torch.device":
-    """A device that is there; of no name, the GPU if there is one. Raises UserError otherwise."""
+    """Return the named device; without a name, the GPU if there is one. Raises UserError if it can't be used."""
     import torch
 
     try:
