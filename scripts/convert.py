@@ -1,4 +1,4 @@
-"""Between a diffusers folder and one safetensors file with the original key names."""
+"""Convert between a diffusers folder and a single safetensors file with the original key names."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,20 @@ from train.config.load import overlay
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Convert a model: folder to file, file to folder."""
+    """Convert a model from a folder to a file, or from a file to a folder."""
 
     model: str = ""
-    """A diffusers folder, a .safetensors file with the original key names, or a pickled .ckpt, of which plain weights
-    alone are loaded."""
+    """Diffusers folder, .safetensors file with the original key names, or pickled .ckpt file, from which only plain
+    weights are loaded."""
     config: str = ""
-    """With a file: a diffusers folder of the same shape, of which JSON and tokenizer are read."""
+    """Diffusers folder of the same shape as a single-file model; its JSON files and tokenizer are read."""
     out: str = ""
-    """What is made: a .safetensors file, or else a folder. Nothing is overwritten."""
+    """Output: a .safetensors file, or else a folder. Existing files are not overwritten."""
 
 
 def main() -> None:
     o = overlay(Options, Options())
-    from train.commands.convert import convert  # which takes seconds
+    from train.commands.convert import convert  # slow import
 
     convert(o.model, o.config, o.out)
     print(o.out)

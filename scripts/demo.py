@@ -1,6 +1,6 @@
-"""The whole road on a CPU, offline: Shapes data, stages 0, 1 and 2, then a report and a sheet of samples.
+"""Run the whole pipeline on a CPU, offline: the Shapes dataset, stages 0, 1 and 2, then a report and a sample sheet.
 
-Runs the commands that a user would type, and prints each. Interrupted, it continues where it stopped.
+It runs the commands that a user would type, and prints each. After an interruption it continues where it stopped.
 """
 
 import json
@@ -28,7 +28,7 @@ STAGES = {
 
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    clock = RUNS / "seconds.json"  # a stage that was interrupted adds up over the calls
+    clock = RUNS / "seconds.json"  # the time of an interrupted stage is summed over all calls
     seconds = json.loads(clock.read_text()) if clock.is_file() else {}
     for stage, line in STAGES.items():
         print(f"\n$ python {line}", flush=True)

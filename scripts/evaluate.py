@@ -1,4 +1,4 @@
-"""Measure a trained model on a data set, and write a report with a sheet of what it paints."""
+"""Measure a trained model on a dataset, and write a report and a sheet of sample images."""
 
 import json
 
@@ -9,7 +9,7 @@ from train.config.reports import EvaluateOptions
 
 def main() -> None:
     o = overlay(EvaluateOptions, EvaluateOptions())
-    from train.commands.evaluate import evaluate  # which takes seconds
+    from train.commands.evaluate import evaluate  # slow import
 
     report = evaluate(o)
     print(json.dumps({k: report[k] for k in ("task", "vae", "latents", "alignment") if k in report}, indent=2))

@@ -1,4 +1,4 @@
-"""Measure an autoencoder on pictures: how well it reconstructs them, and whether its latents suit a diffusion."""
+"""Measure an autoencoder on images: the quality of reconstructions, and whether its latents suit a diffusion model."""
 
 import json
 
@@ -9,7 +9,7 @@ from train.config.reports import EvaluateVaeOptions
 
 def main() -> None:
     o = overlay(EvaluateVaeOptions, EvaluateVaeOptions())
-    from train.commands.evaluate_vae import evaluate  # which takes seconds
+    from train.commands.evaluate_vae import evaluate  # slow import
 
     report = evaluate(o)
     print(json.dumps({k: report[k] for k in ("vae", "channels")}, indent=2))

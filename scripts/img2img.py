@@ -1,4 +1,4 @@
-"""Paint pictures that begin with given ones."""
+"""Generate images that start from given images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +12,24 @@ from train.config.painting import PaintOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PaintOptions):
-    """Paint pictures that begin with given ones: variations, or the same seen as the prompt says."""
+    """Generate images that start from given images: variations, or changes that follow a prompt."""
 
     image: tuple[str, ...] = ()
-    """Pictures to begin with, of any size; each is painted --num-images times. With --prompts: one for all, or as many."""
+    """Images to start from, of any size; each is used --num-images times. With --prompts: one, or one per prompt."""
     strength: float = 0.8
-    """How much of a picture is given up: 0 nothing, 1 all but its size. Of the steps the last strength · steps are walked."""
+    """Amount of change: 0 keeps the image, 1 keeps only its size. Only the last strength · steps steps are run."""
 
 
 def main() -> None:
     o = overlay(Options, Options())
-    from train.commands.generate import Painter, like, open_picture  # which takes seconds
+    from train.commands.generate import Painter, like, open_picture  # slow import
 
     o = like(o)
     if not o.image:
         raise UserError("--image is missing: pictures to begin with")
     stems = [slug(Path(path).stem) for path in o.image]
     names = [f"{stem}-" for stem in stems]
-    if len(set(stems)) < len(stems):  # pictures of several folders
+    if len(set(stems)) < len(stems):  # same name in several folders
         names = [f"{k}-{name}" for k, name in enumerate(names)]
     given = [
         {"image": open_picture(path, "--image"), "name": name, "story": {"image": [path]}, "files": {"image": path}}

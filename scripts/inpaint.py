@@ -1,4 +1,4 @@
-"""Paint inside a mask, or beyond a picture's borders; the rest stays as it is."""
+"""Inpaint the masked part of an image, or extend the image beyond its borders; the rest doesn't change."""
 
 from train.commands.main import command
 from train.config.load import overlay
@@ -7,7 +7,7 @@ from train.config.painting import InpaintOptions
 
 def main() -> None:
     o = overlay(InpaintOptions, InpaintOptions())
-    from train.commands.inpaint import inpaint  # which takes seconds
+    from train.commands.inpaint import inpaint  # slow import
 
     for path in inpaint(o):
         print(path)

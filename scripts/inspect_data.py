@@ -1,4 +1,4 @@
-"""Look at pictures and captions before training: what there is, what is wrong with it, and a sheet to see it."""
+"""Inspect images and captions before training: write statistics, problems and a contact sheet."""
 
 import sys
 from io import TextIOWrapper
@@ -11,12 +11,12 @@ from train.config.reports import InspectOptions
 
 def main() -> None:
     o = overlay(InspectOptions, InspectOptions())
-    from train.commands.inspect import inspect  # which takes seconds
+    from train.commands.inspect import inspect  # slow import
     from train.commands.inspect_report import describe
 
     report = inspect(o)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # captions are in any language, terminals aren't
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the captions
     print(describe(report))
     print(f"\nwritten to {o.out}: {', '.join(sorted(path.name for path in Path(o.out).iterdir()))}")
 

@@ -1,4 +1,4 @@
-"""Paint the way from one prompt to another, or from one seed to another: frames, and an animation of them."""
+"""Interpolate from one prompt to another, or from one seed to another: write the frames and an animation."""
 
 from train.commands.main import command
 from train.config.load import overlay
@@ -7,7 +7,7 @@ from train.config.painting import InterpolateOptions
 
 def main() -> None:
     o = overlay(InterpolateOptions, InterpolateOptions())
-    from train.commands.interpolate import interpolate  # which takes seconds
+    from train.commands.interpolate import interpolate  # slow import
 
     for path in interpolate(o):
         print(path)

@@ -1,4 +1,4 @@
-"""Make a data set of captioned pictures that needs no download."""
+"""Make a dataset of captioned images without a download."""
 
 import sys
 import time
@@ -13,37 +13,37 @@ from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_a
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """One or two plain objects in a relation, with exact captions (docs: the Shapes set)."""
+    """Images of one object, or of two in a relation, with exact captions (docs: the Shapes set)."""
 
     out: str = "data/shapes"
-    """Folder to make; one that holds this very set is left as it is, any other is refused."""
+    """Output folder; a folder that holds exactly this dataset is kept, any other content is rejected."""
     size: int = 32
-    """Side of the pictures in pixels, at least 32."""
+    """Side of the images in pixels, at least 32."""
     train: int = 20000
-    """Pictures for training."""
+    """Number of training images."""
     test: int = 1000
-    """Pictures for testing, half of them with a (colour, shape) pair that training never shows."""
+    """Number of test images; half of them show a (colour, shape) pair that is absent from the training images."""
     seed: int = 0
-    """Another seed makes another set."""
+    """Seed of the dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
-    """Every emoji of Noto Color Emoji on white, with its names and keywords as captions."""
+    """All emoji of Noto Color Emoji on white, with their names and keywords as captions."""
 
     out: str = "data/emoji"
-    """Folder to make; one that isn't empty is refused."""
+    """Output folder; a folder that isn't empty is rejected."""
     size: int = 64
-    """Side of the pictures in pixels, 16 to 128."""
+    """Side of the images in pixels, 16 to 128."""
     font: str = str(FONT)
-    """File of Noto Color Emoji; Debian's package is fonts-noto-color-emoji."""
+    """Font file of Noto Color Emoji; the Debian package is fonts-noto-color-emoji."""
     annotations: str = ""
-    """CLDR's folder common, or one XML file of annotations. Unless given, that of Debian's unicode-cldr-core; without it
-    only single characters are found, with one caption each."""
+    """CLDR's folder common, or one XML file of annotations. Default: the folder of Debian's unicode-cldr-core. Without
+    annotations, only single characters are found, with one caption each."""
     test_fraction: float = 0.05
-    """Share of the emoji, each with all its skins, hair and genders, that is kept for testing."""
+    """Share of the emoji held out for testing, each with all its skin tones, hair styles and genders."""
     seed: int = 0
-    """Another seed keeps others for testing."""
+    """Seed that selects the test emoji."""
 
 
 def make_shapes(o: Shapes) -> None:

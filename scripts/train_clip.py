@@ -7,7 +7,7 @@ from train.config.load import parse
 
 def main() -> None:
     config = parse(ClipConfig)
-    from train.stages.clip import train  # which takes seconds
+    from train.stages.clip import train  # slow import
 
     train(config)
 

@@ -7,7 +7,7 @@ from train.config.load import parse
 
 def main() -> None:
     config = parse(LdmConfig)
-    from train.stages.ldm import train  # which takes seconds
+    from train.stages.ldm import train  # slow import
 
     train(config)
 

@@ -7,7 +7,7 @@ from train.config.vae import VaeConfig
 
 def main() -> None:
     config = parse(VaeConfig)
-    from train.stages.vae import train  # which takes seconds
+    from train.stages.vae import train  # slow import
 
     train(config)
 

@@ -1,4 +1,4 @@
-"""Paint pictures from prompts with a trained model."""
+"""Generate images from prompts with a trained model."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,17 +12,17 @@ from train.config.painting import PaintOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PaintOptions):
-    """Paint pictures from a prompt, or from each of a file."""
+    """Generate images from a prompt, or from each prompt of a file."""
 
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Width; the model's own unless given."""
+    """Image width. Default: the model's own."""
     height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Height; the model's own unless given."""
+    """Image height. Default: the model's own."""
 
 
 def main() -> None:
     o = overlay(Options, Options())
-    from train.commands.generate import Painter, like  # which takes seconds
+    from train.commands.generate import Painter, like  # slow import
 
     o = like(o)
     painter = Painter(o)
