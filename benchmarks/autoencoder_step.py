@@ -1,14 +1,14 @@
-"""A training step of stage 1 against diffusers' train_autoencoderkl.py, corrected to do the same work, in one run.
+"""Compare a training step of stage 1 with diffusers' train_autoencoderkl.py, corrected to do the same work, in one run.
 
-Its script, as of diffusers 0.42, gives LPIPS no gradient and lets the discriminator's gradient into the autoencoder. Both
-are mended here. It alternates: one batch moves the autoencoder, the next the discriminator, each with a whole forward pass.
-`sharing` is that loop made better by hand: one forward pass for both, fused optimizers, nothing read from the device. All
-three have the same networks, losses, batch and clipping, and make one update of either network a step.
+The script of diffusers 0.42 gives LPIPS no gradient and lets the discriminator's gradient into the autoencoder. Both
+are corrected here. It alternates: one batch updates the autoencoder, the next the discriminator, each with a full
+forward pass. `sharing` is that loop optimized by hand: one forward pass for both, fused optimizers, nothing read from
+the device. All three have the same networks, losses, batch and clipping, and update each network once per step.
 
     python benchmarks/autoencoder_step.py --steps 8
 
-Times are of the process (CPU) or of the device; steps alternate, medians are given. VGG has random weights: they don't
-change the work.
+Times are process times (CPU) or device times. Steps alternate; medians are printed. VGG has random weights, which don't
+change the amount of work.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Step = Callable[[VaeBatch], float]
 
 
 def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) -> Step:
-    """As train/engine/trainer.py takes it, without logging and averaging."""
+    """Return our training step, as in train/engine/trainer.py but without logging and averaging."""
     torch.manual_seed(0)
     config = VaeConfig(adversarial=AdversarialConfig(kind="hinge", channels=64, layers=3))
     vae, discriminator = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
@@ -66,7 +66,7 @@ def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) 
 
 
 def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, sharing: bool) -> Step:
-    """The script's step in our words."""
+    """Return the step of diffusers' script, rewritten here. sharing: optimize it by hand."""
     from safetensors.torch import load_file
 
     torch.manual_seed(0)

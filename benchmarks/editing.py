@@ -1,10 +1,10 @@
-"""Do edits of Shapes pictures come out as told? Inpainting, image to image, and both in half precision.
+"""Measure how often edits of Shapes images follow the prompt: inpainting, image to image, and both in half precision.
 
     python benchmarks/editing.py --model runs/demo/model --data data/shapes --out out/editing
 
-Inpainting asks for a small object inside a box in a test picture that has one, clear of it, "a small red star above …";
-image to image asks for the same object on another background. A checker without any learning reads what came out. Prints
-tables, and writes them to editing.json with sheets of examples. Four minutes on one core for two models.
+Inpainting adds a small object inside a box, away from the one object of a test image ("a small red star above …");
+image to image asks for the same object on another background. A checker without learned parts reads the results. The
+script prints tables and writes them to editing.json with sheets of examples. Four minutes on one core for two models.
 """
 
 import json
@@ -46,10 +46,10 @@ from train.engine.provenance import versions
 from train.evaluation.sheets import sheet, to_uint8
 
 RED_STAR = Object("star", "red", "small")
-BOX_SIDES = (0.36, 0.5)  # of the picture's; the largest small object needs 0.3
+BOX_SIDES = (0.36, 0.5)  # of the image's side; the largest small object needs 0.3
 STRENGTHS = (0.5, 0.6, 0.7, 0.8)
-SAMPLERS = ("dpmpp_2m", "dpmpp_2m_sde")  # of inpainting, which profits from noise drawn on the way
-NEAR = 0.1  # of the side: an object that moved no farther has stayed
+SAMPLERS = ("dpmpp_2m", "dpmpp_2m_sde")  # for inpainting, where noise drawn at each step helps
+NEAR = 0.1  # of the side: an object that moved no farther counts as in place
 SHOWN = 10  # examples on a sheet
 Pictures = NDArray[np.float32]
 """(n, side, side, 3) in [0, 1]."""
@@ -57,39 +57,39 @@ Pictures = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SamplingOptions):
-    """Shares of edits of Shapes pictures that come out as told."""
+    """Measure the share of edits of Shapes images that follow the prompt."""
 
     model: str = "runs/demo/model"
-    """Folder of a model of the Shapes set."""
+    """Folder of a model trained on the Shapes dataset."""
     inpaint_model: str = ""
-    """Folder of a model trained to inpaint, to compare."""
+    """Folder of a model trained to inpaint, for comparison."""
     data: str = "data/shapes"
-    """Folder of the Shapes set."""
+    """Folder of the Shapes dataset."""
     out: str = "out/editing"
     """Folder for editing.json and the sheets."""
     pictures: int = 200
-    """Test pictures an edit is tried on."""
+    """Number of test images per edit."""
     seed: int = 0
-    """Of boxes and prompts; picture k's noise is that of seed + k."""
+    """Seed of boxes and prompts; image k has the noise of seed + k."""
     batch_size: int = 50
-    """Pictures painted at once."""
+    """Images generated at once."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A picture of one object, and what is asked of it."""
+    """Image of one object, and the requested edit."""
 
     picture: NDArray[np.uint8]
     """(side, side, 3)."""
     before: Scene
     after: Scene
-    """Its caption is the prompt; the object that inpainting adds stands first."""
+    """Requested scene: its caption is the prompt, and the object that inpainting adds is its first object."""
     box: Box | None = None
-    """Where to paint; everywhere unless given."""
+    """Region to inpaint; None: the whole image."""
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """(side, side, 1)."""
+        """Mask of the edited region (side, side, 1)."""
         rows, columns = np.indices(self.picture.shape[:2])[..., None]
         if self.box is None:
             return np.ones_like(rows, bool)
@@ -98,7 +98,7 @@ class Edit:
 
 
 def given_pictures(data: str, side: int) -> list[Edit]:
-    """The test pictures of one object, nothing asked yet."""
+    """Return the test images of one object, each as an edit that requests no change."""
     if not (Path(data) / "shapes.json").is_file():
         raise UserError(f"--data {data!r}: a Shapes set is accepted, as scripts/make_dataset.py shapes writes it")
     dataset = PictureDataset(open_source(data, "test"), Framing(resolution=side), 0, shuffle=False)
@@ -109,7 +109,7 @@ def given_pictures(data: str, side: int) -> list[Edit]:
 
 
 def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callable[[], Object]) -> list[Edit]:
-    """`count` pictures with a box in which `choose()` is to appear, at random where it fits."""
+    """Return `count` edits that add the object of `choose()` inside a box, placed at random where it fits."""
     edits = []
     for edit in given:
         side, thing = len(edit.picture), choose()
@@ -131,14 +131,14 @@ def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callab
 
 
 def direction(right: float, down: float) -> Relation:
-    """In what relation that stands which lies so far to the right and below."""
+    """Return the relation of an object to another, given its offset to the right and down."""
     if abs(right) > abs(down):
         return "right of" if right > 0 else "left of"
     return "below" if down > 0 else "above"
 
 
 def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]:
-    """`count` pictures whose background is to be another."""
+    """Return `count` edits that change the background."""
     if len(given) < count:
         raise UserError(f"--pictures {count}: the set has {len(given)} test pictures of one object")
     others = [[name for name in BACKGROUNDS if name != edit.before.background] for edit in given[:count]]
@@ -149,7 +149,7 @@ def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]
 
 
 def paint(pipe: LatentDiffusionPipeline, edits: Sequence[Edit], o: Options, **how: Any) -> Pictures:
-    """What the edits come to; from noise alone with `from_picture=False`."""
+    """Return the edited images; with `from_picture=False`, images generated from noise alone."""
     painted, from_picture = [], how.pop("from_picture", True)
     for first in range(0, len(edits), o.batch_size):
         part = edits[first : first + o.batch_size]
@@ -174,7 +174,7 @@ def is_like(found: Found, thing: Object) -> bool:
 
 
 def judge_inpainting(picture: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
-    """What of the new object is in the box, and what of the rest is as before. picture: (side, side, 3)."""
+    """Check the attributes of the new object in the box, and that the rest is unchanged. picture: (side, side, 3)."""
     assert edit.box is not None
     side, (thing, other) = len(picture), edit.after.objects
     left, top, right, bottom = (edge / side for edge in edit.box)
@@ -190,7 +190,7 @@ def judge_inpainting(picture: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
 
 
 def judge_background(picture: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
-    """Whether the background is as told, and whether the object is as before. picture: (side, side, 3)."""
+    """Check whether the background follows the prompt and the object is unchanged. picture: (side, side, 3)."""
     before, found = read_scene(edit.picture).objects[0], read_scene(picture)
     told = {"background": found.background == edit.after.background}
     told["object"] = len(found.objects) == 1 and is_like(found.objects[0], edit.before.objects[0])
@@ -203,13 +203,13 @@ Judge = Callable[[NDArray[np.uint8], Edit], dict[str, bool]]
 
 
 def shares(judge: Judge, pictures: Pictures, edits: Sequence[Edit]) -> dict[str, float]:
-    """Of each thing asked, in how many of the pictures it came out."""
+    """Return the share of images that pass each check."""
     told = [judge(*pair) for pair in zip(eight_bits(pictures), edits, strict=True)]
     return {name: round(float(np.mean([t[name] for t in told])), 3) for name in told[0]}
 
 
 def differences(made: Pictures, exact: Pictures) -> dict[str, float | bool]:
-    """Of pictures in two precisions, in levels of 255: over all values, and of the picture that differs the most."""
+    """Return the differences of images in two precisions, in levels of 255: of all values, and per image."""
     levels = 255 * np.abs(made - exact)
     return {
         "finite": bool(np.isfinite(made).all()),
@@ -221,7 +221,7 @@ def differences(made: Pictures, exact: Pictures) -> dict[str, float | bool]:
 
 
 def show(title: str, table: dict[str, dict[str, Any]]) -> None:
-    """Print a table, a row an entry."""
+    """Print a table, one row per entry."""
     width = max(map(len, table))
     columns = list(next(iter(table.values())))
     print(f"\n{title}\n{'':{width}}  {'  '.join(columns)}")
@@ -230,12 +230,12 @@ def show(title: str, table: dict[str, dict[str, Any]]) -> None:
 
 
 def marked(edit: Edit) -> NDArray[np.uint8]:
-    """The picture with its box shaded."""
+    """Return the image with its box shaded."""
     return edit.picture if edit.box is None else np.where(edit.mask, edit.picture // 2 + 64, edit.picture)
 
 
 def save_sheet(path: Path, edits: Sequence[Edit], painted: Sequence[Pictures]) -> None:
-    """A row of what was given, its prompts under it, and one of each way of painting."""
+    """Save a sheet: a row of the given images, the prompts, and a row of results for each method."""
     captions = [edit.after.caption for edit in edits[:SHOWN]]
     rows = [[marked(edit) for edit in edits[:SHOWN]], *(list(eight_bits(p[:SHOWN])) for p in painted)]
     sheet(rows, captions).save(path)
@@ -276,7 +276,7 @@ def main() -> None:
     edits = to_recolour(given, o.pictures, rng)
     by_strength = {s: paint(pipe, edits, o, strength=s) for s in STRENGTHS}
     report["image to image"] = {f"strength {s}": shares(judge_background, p, edits) for s, p in by_strength.items()}
-    # In the autoencoder's latents a black background inverts what an object looks like: told apart, as it decides.
+    # A black background inverts objects in the autoencoder's latents and dominates the result: counted separately.
     for black in (True, False):
         which = [k for k, e in enumerate(edits) if black == ("black" in (e.before.background, e.after.background))]
         if which:

@@ -1,9 +1,9 @@
-"""What caches are worth: stage 2 from cached latents and text features, against encoding each batch anew.
+"""Measure the benefit of caches: stage 2 with cached latents and text features, against encoding every batch again.
 
     python benchmarks/feeding.py --data data/shapes --vae runs/demo/vae/model --text-encoder runs/demo/clip/model
 
-Trains configs/shapes/ldm.yaml for a few steps, in turns, in one process: A (cached), B (--cache off), A, B. Prints the time
-from the call to the first step (imports are done by then), the speed, and the share of time spent waiting for batches.
+Trains configs/shapes/ldm.yaml for a few steps, alternating in one process: A (cached), B (--cache off), A, B. Prints
+the time from the call to the first step (after imports), the speed, and the share of time spent waiting for batches.
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from train.engine.stage import Batch, Hooks
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure what caches are worth."""
+    """Measure the benefit of caches."""
 
     config: str = "configs/shapes/ldm.yaml"
-    """Of stage 2."""
+    """Configuration of stage 2."""
     data: str = "data/shapes"
-    """Captioned pictures."""
+    """Captioned images."""
     vae: str = "runs/demo/vae/model"
-    """Autoencoder."""
+    """Folder of the autoencoder."""
     text_encoder: str = "runs/demo/clip/model"
-    """Text encoder."""
+    """Folder of the text encoder."""
     steps: int = 60
-    """Of each run; the first 20 aren't counted."""
+    """Steps of each run; the first 20 aren't counted."""
     rounds: int = 2
-    """Of A and B."""
+    """Number of runs of A and of B."""
     workers: int = 0
-    """Processes that read ahead."""
+    """Number of prefetching processes."""
 
 
 class FirstStep(Hooks):
-    """Takes the time until the first step."""
+    """Hook that measures the time until the first step."""
 
     def __init__(self) -> None:
         self.begun, self.seconds = time.perf_counter(), 0.0
@@ -54,7 +54,7 @@ class FirstStep(Hooks):
 
 
 def run(config: LdmConfig) -> tuple[float, float, float]:
-    """Seconds to the first step, pictures a second, and the share of waiting."""
+    """Train, and return the seconds to the first step, the images per second, and the share of time spent waiting."""
     first = FirstStep()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.stages.ldm.train(config, hooks=first)

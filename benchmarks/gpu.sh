@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Check and time everything on a GPU, each part within its own limit; results are written as they come.
+# Check and time everything on a GPU; each part has a time limit, and its results are written when it ends.
 #
 #     bash benchmarks/gpu.sh OUT [check] [speed] [demo]
 #
-# check: the three stages in fp32, bf16 and fp16 beside the CPU's losses, resuming, xformers, painting as stock does
-# speed: a training step and sampling beside diffusers, a Stable-Diffusion-1.5-shaped UNet
-# demo:  the demo's three stages trained in full, with its report and sheet of samples
+# check: the three stages in fp32, bf16 and fp16 against the CPU's losses, resuming, xformers, sampling as stock does
+# speed: a training step and sampling against diffusers, with a UNet of Stable Diffusion 1.5's shape
+# demo:  full training of the demo's three stages, with its report and sample sheet
 set -u
 out=$1; shift
 python=${PYTHON:-python3}

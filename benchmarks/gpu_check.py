@@ -1,12 +1,12 @@
-"""Are the three stages right on a GPU? Each trains a few steps in every precision, beside the CPU's fp32 losses.
+"""Check the three stages on a GPU: train each a few steps in every precision, and compare with the CPU's fp32 losses.
 
-The batches of a run depend on its seed alone, so a GPU run sees the examples, timesteps and noise of the CPU run and its
-losses must agree: in fp32 to rounding, in bf16 and fp16 to the accuracy of those formats.
+The batches of a run depend only on its seed, so a GPU run uses the examples, timesteps and noise of the CPU run, and
+its losses must agree: in fp32 to rounding, in bf16 and fp16 to the accuracy of those formats.
 
     CUDA_VISIBLE_DEVICES= python benchmarks/gpu_check.py reference --out runs/gpu   # on the CPU; keeps models and losses
     python benchmarks/gpu_check.py check --out runs/gpu                             # on the GPU; prints a table
 
-`check` writes `check.json` after every case, so an interrupted run keeps what it measured.
+`check` writes `check.json` after every case, so an interrupted run keeps its results.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _ADAMW = ["--optimizer.kind", "adamw", "--optimizer.lr", "1e-3"]
 _KINDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "clip": (ClipConfig, clip.train), "vae": (VaeConfig, vae.train), "ldm": (LdmConfig, ldm.train)
 }  # fmt: skip
-# name → stage, options; each in the precisions named. Losses of fp32 on the CPU are the reference of all.
+# name → stage, options, precisions. The CPU's fp32 losses are the reference for all of them.
 CASES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "clip": ("clip", [], ("fp32", "bf16", "fp16")),
     "vae": ("vae", [], ("fp32", "bf16", "fp16")),
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "ldm, xformers": ("ldm", ["--attention", "xformers"], ("bf16", "fp16")),
 }  # fmt: skip
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3}  # relative, of the first losses; Muon orthogonalises in bf16
-_COMPARED = 3  # losses: later ones depart with the weights
+_COMPARED = 3  # losses: later ones differ because the weights do
 
 
 def train(out: Path, case: str, precision: str, *more: str) -> list[dict[str, float]]:
@@ -88,7 +88,7 @@ def losses(lines: Sequence[dict[str, float]]) -> list[float]:
 
 
 def reference(out: Path) -> None:
-    """The CPU's losses in fp32, and the models that stage 2 starts from."""
+    """Write the CPU's fp32 losses, and the models that stage 2 needs."""
     write_shapes(out / "data", 32, 512, 64, 0)
     found: dict[str, list[float]] = {}
     for case in CASES:
@@ -106,7 +106,7 @@ def reference(out: Path) -> None:
 
 
 class Report:
-    """Rows of name, verdict and figures, printed and saved as they come."""
+    """Report of all checks: rows of name, result and measurements, printed and saved one by one."""
 
     def __init__(self, path: Path, only: Sequence[str]) -> None:
         self.path, self.only, self.rows = path, only, [{"versions": versions(), "device": _device()}]
@@ -133,7 +133,7 @@ def _device() -> str:
 def _stage(out: Path, case: str, precision: str, expected: list[float]) -> dict[str, Any]:
     lines = train(out, case, precision)
     found = losses(lines)
-    skipped = max(line.get("skipped", 0) for line in lines)  # fp16 finds its loss scale by skipping
+    skipped = max(line.get("skipped", 0) for line in lines)  # fp16 skips steps until its loss scale fits
     compared = found[: 1 if skipped else _COMPARED]
     off = [abs(a / b - 1) for a, b in zip(compared, expected, strict=False)]
     ok = len(found) == STEPS and bool(np.isfinite(found).all()) and max(off) < _TOLERANCE[precision]
@@ -144,7 +144,7 @@ def _stage(out: Path, case: str, precision: str, expected: list[float]) -> dict[
 
 
 def _resume(out: Path) -> dict[str, Any]:
-    """Go on from a checkpoint in the middle, and compare with the run that went through: losses and weights."""
+    """Resume from a checkpoint in the middle, and compare losses and weights with the uninterrupted run."""
     run, kept = out / "ldm-bf16", out / "ldm-bf16-whole"
     whole = losses(train(out, "ldm", "bf16", "--checkpoint-every", "10"))
     shutil.copytree(run / "model", kept, dirs_exist_ok=True)
@@ -156,7 +156,7 @@ def _resume(out: Path) -> dict[str, Any]:
 
 
 def _stock(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[str, Any]:
-    """Our pipeline's pictures beside stock diffusers', from one folder, seed and sampler; and both beside our fp32."""
+    """Compare our images with stock diffusers' (same folder, seed and sampler), and both with ours in fp32."""
     import diffusers
 
     folder, device = out / "ldm-fp32" / "model", "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,7 +180,7 @@ def _stock(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[
 
 
 def _paint(out: Path) -> dict[str, Any]:
-    """Half precision, xformers and offload: each pipeline's pictures near those of fp32."""
+    """Compare the images in half precision, with xformers and with offload to those in fp32."""
     folder, prompts = out / "ldm-fp32" / "model", ["a large red circle on a white background"] * 2
     g = torch.Generator().manual_seed
 

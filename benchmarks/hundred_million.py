@@ -1,7 +1,7 @@
-"""What a data set of 100 million pictures costs before the first batch: seconds to open and to seek, and memory.
+"""Measure the cost of a dataset of 100 million images before the first batch: seconds to open and to seek, and memory.
 
-Writes the index of 10,000 tars (which are holes) of 10,000 pictures each, 13 GB in a temporary folder, then measures in a
-process of its own. Some minutes:
+Writes the index of 10,000 tars (sparse files) of 10,000 images each, 13 GB in a temporary folder, then measures in a
+separate process. Takes some minutes:
 
     python benchmarks/hundred_million.py
 """
@@ -28,26 +28,26 @@ from train.data.sources.catalogue import MOST_HELD_OUT, Columns
 from train.data.sources.tar_index import RECORD, Segment, Writer, checksum, look
 from train.data.sources.tars import find_tars, index_folder
 
-SIZE = 40_000  # bytes of a picture
+SIZE = 40_000  # bytes per image
 LINE = '["%09d.jpg", 40000, ["a caption of usual length, of a picture that is not there, number %09d"]]\n'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How an index of many rows opens."""
+    """Measure the opening of an index with many rows."""
 
     tars: int = 10_000
-    """Files."""
+    """Number of tar files."""
     rows: int = 10_000
-    """Pictures in each."""
+    """Images per tar file."""
     folder: str = ""
-    """Where to work; empty: a temporary folder."""
+    """Folder for the temporary files; empty: the system's."""
     measure: str = ""
-    """Measure what the folder `tars` here names; for the script's own use."""
+    """Folder of the tars to measure; used by the script itself."""
 
 
 def resident() -> float:
-    """MiB now."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -79,7 +79,7 @@ def write(folder: Path, tars: int, rows: int) -> None:
 
 
 def digits(path: str, rows: int) -> NDArray[Any]:
-    """Of each row's number, (rows, 9), as characters."""
+    """Return the digits of each row's number as characters (rows, 9)."""
     numbers = int(Path(path).stem) * rows + np.arange(rows)
     return (numbers[:, None] // 10 ** np.arange(8, -1, -1) % 10 + ord("0")).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""What learners ask, measured on a model of the Shapes set; docs/mathematics.md shows the answers.
+"""Answer common questions by measurements on a model of the Shapes dataset; docs/mathematics.md shows the answers.
 
     python benchmarks/questions.py --model runs/demo/model --out docs/figures
 
@@ -28,22 +28,22 @@ from train.evaluation.sheets import sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Questions and their answers by measurement."""
+    """Answer common questions by measurement."""
 
     model: str = "runs/demo/model"
-    """Folder of a model of the Shapes set."""
+    """Folder of a model trained on the Shapes dataset."""
     data: str = "data/shapes"
-    """Folder of the Shapes set, for the inversion."""
+    """Folder of the Shapes dataset, for the inversion."""
     out: str = "docs/figures"
-    """Folder for the pictures."""
+    """Folder for the images."""
     prompts: int = 256
-    """Prompts, half of them unseen, of each measurement."""
+    """Number of prompts per measurement, half of them unseen."""
     scale: float = 2.0
-    """Guidance where it isn't the question."""
+    """Guidance scale of the measurements that don't vary it."""
 
 
 class Measure:
-    """Accuracy and diversity of what a model paints."""
+    """Accuracy and diversity of a model's images."""
 
     def __init__(self, pipe: LatentDiffusionPipeline, count: int) -> None:
         self.pipe = pipe
@@ -55,7 +55,7 @@ class Measure:
         return f"{shares['all']:.3f} ({time.perf_counter() - begun:.0f} s)"
 
     def diversity(self, start: Tensor | None = None, each: int = 16, **how: Any) -> float:
-        """Root mean square difference (of 255) between pictures of one prompt, over 16 prompts."""
+        """Return the root mean square difference (of 255) between images of one prompt, averaged over 16 prompts."""
         differences = []
         for k, scene in enumerate(self.scenes[:16]):
             latents = None if start is None else start[k].expand(each, -1, -1, -1)
@@ -63,7 +63,7 @@ class Measure:
                 scene.caption, num_images_per_prompt=each, latents=latents, output_type="np",
                 generator=torch.Generator().manual_seed(k), **how,
             ).images  # fmt: skip
-            spread = 2 * np.asarray(array).var(0, ddof=1).mean()  # mean over pairs of the mean square difference
+            spread = 2 * np.asarray(array).var(0, ddof=1).mean()  # mean square difference, averaged over pairs
             differences.append(255 * spread**0.5)
         return float(np.mean(differences))
 

@@ -1,7 +1,8 @@
-"""How many steps each sampler needs for the accuracy of 200 steps of DDIM.
+"""Measure how many steps each sampler needs for the accuracy of 200 steps of DDIM.
 
-Paints the same Shapes prompts from the same noise with every sampler, at more and more steps until the share of pictures
-that are all right is within 2 percentage points of DDIM's at 200; prints a table and writes it as JSON. On a demo model:
+Generates the same Shapes prompts from the same noise with every sampler, at increasing numbers of steps, until the
+share of fully correct images is within 2 percentage points of DDIM's at 200; prints a table and writes it as JSON. On a
+demo model:
 
     python benchmarks/sampler_steps.py --model runs/demo/model --out benchmarks/sampler_steps.json
 """
@@ -25,26 +26,26 @@ from train.evaluation.diffusion import alignment
 
 STEPS = (4, 6, 8, 10, 12, 15, 20, 25, 32, 40, 50, 75, 100)
 TWICE = ("heun", "predictor_corrector")
-"""They ask the network twice a step, but for the last."""
+"""Samplers that evaluate the network twice per step, except in the last."""
 REFERENCE = "ddim at 200"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Steps for equal quality, a sampler at a time. Continues what `out` holds."""
+    """Measure the steps that each sampler needs for equal quality. Continues the table in `out`."""
 
     model: str = "runs/demo/model"
-    """Folder of a model of the Shapes set."""
+    """Folder of a model trained on the Shapes dataset."""
     prompts: int = 1024
-    """Half of them seen, half unseen."""
+    """Number of prompts, half of them seen, half unseen."""
     guidance_scale: float = 2.0
-    """Guidance."""
+    """Guidance scale."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the network."""
+    """Precision of the network."""
     out: str = "benchmarks/sampler_steps.json"
-    """Where the table goes."""
+    """Output file of the table."""
     samplers: tuple[SamplerKind, ...] = get_args(SamplerKind)
-    """Which to measure now."""
+    """Samplers to measure in this run."""
 
 
 def measure(pipe: LatentDiffusionPipeline, scenes: list[Scene], **how: object) -> dict[str, float]:

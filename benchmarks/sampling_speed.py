@@ -1,11 +1,11 @@
-"""Sampling beside stock diffusers in one run: the same weights, sampler, steps and guidance.
+"""Compare the sampling speed with stock diffusers in one run: same weights, sampler, steps and guidance.
 
-Times of a whole call (text, sampling, decoding) and of its loop alone, eager and compiled, and of the autoencoder's decoder.
+Measures a whole call (text, sampling, decoding), the loop alone, eager and compiled, and the autoencoder's decoder.
 
     python benchmarks/sampling_speed.py --shape sd15 --precision bf16 --batch 1 16
     python benchmarks/sampling_speed.py --shape demo --precision fp32
 
-Calls alternate between the two pipelines; medians are given. Results go to --out as they come, as JSON.
+Calls alternate between the two pipelines; medians are reported. Each result is written to --out at once, as JSON.
 """
 
 import argparse
@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pipelines(
     shape: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[LatentDiffusionPipeline, StableDiffusionPipeline]:
-    """Ours and stock, each with its own copy of the same networks."""
+    """Return our pipeline and the stock one, each with its own copy of the same networks."""
     _, _, tokens, width = SHAPES[shape]
     sd = shape != "demo"
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def pipelines(
 
 
 def measure(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, alternating; the first two of each warm up (and compile)."""
+    """Return the median milliseconds of each call. Calls alternate; the first two of each warm up (and compile)."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for k in range(repeats + 2):
         for name, call in calls.items():

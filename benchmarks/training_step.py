@@ -1,15 +1,16 @@
-"""A training step of stage 2 beside diffusers' train_text_to_image.py, in one run, on the same latents and text features.
+"""Compare a training step of stage 2 with diffusers' train_text_to_image.py, in one run, on the same cached inputs.
 
-`ours` is the step that train_ldm.py takes: loss, clipping, skipping of non-finite steps, optimizer, running average. The
-peers are diffusers' loop in our words: `script` with its defaults (separate AdamW kernels, a loss read from the device each
-step, its EMA), `by hand` as a careful user would patch it (fused AdamW, foreach EMA, nothing read from the device). Neither
-encodes pictures or captions here: the caches do that for all three. `+ cl` is channels_last, `+ compile` torch.compile.
+`ours` is the step of train_ldm.py: loss, clipping, skipping of non-finite steps, optimizer, running average. The peers
+are diffusers' loop, rewritten here: `script` with its defaults (separate AdamW kernels, a loss read from the device
+each step, its EMA), `by hand` as a careful user would optimize it (fused AdamW, foreach EMA, nothing read from the
+device). None of them encodes images or captions: all use cached latents and text features. `+ cl` is channels_last,
+`+ compile` torch.compile.
 
     python benchmarks/training_step.py --shape sd15 --batch-size 32 --precision bf16
     python benchmarks/training_step.py --shape demo --batch-size 64 --precision fp32 bf16
 
-Steps alternate between the variants that fit in memory together (one at a time for sd15); medians are given, in ms of the
-process (CPU) or of the device. Results go to --out as they come, as JSON.
+Variants run one after the other; medians are reported, in ms of process time (CPU) or device time. Each result is
+written to --out at once, as JSON.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def ours(shape: str, b: int, precision: Precision, device: torch.device, how: se
 
 
 def peer(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
-    """diffusers' loop; `hand` in how: patched."""
+    """Return the step of diffusers' loop; with `hand` in how, optimized by hand."""
     unet, by_hand = network(shape, device), "hand" in how
     if "cl" in how:
         unet.to(memory_format=torch.channels_last)
@@ -171,7 +172,7 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large product on random data: what the figures are to be held against."""
+    """Return the TFLOP/s of a large matrix product on random data, as a reference for the other results."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = [milliseconds(lambda: a @ b, device) for _ in range(8)]
