@@ -1,9 +1,9 @@
-"""Classifier guidance on the Shapes set: a small classifier of noisy latents tells an unprompted model its background.
+"""Use classifier guidance on the Shapes dataset: a small classifier of noisy latents sets the background.
 
-Trains a network to read the background from x_t at any noise level (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4),
-then paints with the empty prompt, guided by the gradient of its log p(background | x_t) at several weights, and counts with
-the checker how many pictures have the background asked for: on the demo's model .25 unguided, .73 at weight 1 and 1.00 at
-weight 4. Half a minute on a CPU:
+Trains a network to classify the background of x_t at any noise level (Dhariwal & Nichol 2021, arXiv 2105.05233, section
+4), then generates images with the empty prompt, guided by the gradient of log p(background | x_t) at several weights.
+The checker counts the images with the requested background: on the demo's model .25 unguided, .73 at weight 1 and 1.00
+at weight 4. Half a minute on a CPU:
 
     python examples/classifier_guidance.py --model runs/demo/model --data data/shapes --out out
 """
@@ -33,28 +33,28 @@ NAMES = list(BACKGROUNDS)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train a noise-aware classifier, and guide by it."""
+    """Train a classifier of noisy latents, and use it for guidance."""
 
     model: str = "runs/demo/model"
-    """Folder of a model of the Shapes set."""
+    """Folder of a model trained on the Shapes dataset."""
     data: str = "data/shapes"
-    """Folder of the Shapes set."""
+    """Folder of the Shapes dataset."""
     out: str = "out"
-    """Folder for the sheet."""
+    """Output folder of the sheet."""
     pictures: int = 4000
-    """Pictures to learn from."""
+    """Number of training images."""
     steps: int = 600
     """Training steps, of 128 latents each."""
     weights: tuple[float, ...] = (0.0, 1.0, 4.0)
     """Guidance weights to try; 0 is no guidance."""
     per_class: int = 32
-    """Pictures painted of each background at each weight."""
+    """Images generated for each background at each weight."""
     seed: int = 0
-    """Seed of the weights, of the training and of the pictures."""
+    """Seed of the initial weights, the training and the images."""
 
 
 class Classifier(nn.Module):
-    """x_t (b, c, h, w) and log-SNR (b,) → logits (b, classes)."""
+    """Classifier of noisy latents: x_t (b, c, h, w) and log-SNR (b,) → logits (b, classes)."""
 
     def __init__(self, channels: int, classes: int, width: int = 64) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
 
 def train(z: Tensor, labels: Tensor, schedule: Schedule, o: Options) -> Classifier:
-    """Train on latents (n, c, h, w) noised to timesteps that are drawn uniformly."""
+    """Train a classifier on latents (n, c, h, w), noised to uniformly drawn timesteps."""
     generator = torch.Generator().manual_seed(o.seed)
     torch.manual_seed(o.seed)
     network = Classifier(z.shape[1], len(NAMES))
@@ -91,7 +91,7 @@ def train(z: Tensor, labels: Tensor, schedule: Schedule, o: Options) -> Classifi
 
 
 def log_probability(network: Classifier, label: int) -> LogProbability:
-    """log p(label | x_t), as guidance asks for it."""
+    """Return the function log p(label | x_t) that guidance needs."""
 
     def of(x_t: Tensor, level: Level) -> Tensor:
         log_snr = torch.full((len(x_t),), 2 * level.half_log_snr, device=x_t.device)
