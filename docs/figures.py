@@ -1,4 +1,4 @@
-"""Draws the figures of mathematics.md, from the functions themselves: python docs/figures.py (needs matplotlib)."""
+"""Draw the figures of mathematics.md with the package's own functions: python docs/figures.py (needs matplotlib)."""
 
 import math
 from collections.abc import Callable
@@ -80,12 +80,12 @@ def weightings() -> None:
 
 
 def two_points(x_t: Tensor, level: Level) -> Denoised:
-    """E[x0 | x_t] for data that are -1 or 1, equally often."""
+    """Return E[x0 | x_t] for data that are -1 or 1 with equal probability."""
     return Denoised(torch.tanh(level.alpha / level.sigma**2 * x_t))
 
 
 def both_ways() -> None:
-    """Walks of the Markov chain from two points to noise, and trajectories of the probability flow from noise to them."""
+    """Plot paths of the Markov chain from two points to noise, and of the probability flow from noise to them."""
     schedule, generator = SCHEDULES["scaled linear"], torch.Generator().manual_seed(0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     walks = [torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(6)]
@@ -107,7 +107,7 @@ MEAN, STD = 0.7, 0.4
 
 
 def exact(x_t: Tensor, level: Level) -> Denoised:
-    """E[x0 | x_t] for data ~ N(MEAN, STD^2)."""
+    """Return E[x0 | x_t] for data ~ N(MEAN, STD^2)."""
     gain = level.alpha * STD**2 / (level.alpha**2 * STD**2 + level.sigma**2)
     return Denoised(MEAN + gain * (x_t - level.alpha * MEAN))
 
@@ -117,7 +117,7 @@ def no_noise() -> Tensor:
 
 
 def convergence() -> None:
-    """On the probability-flow ODE of a Gaussian, from half-log-SNR -3 to 1.5."""
+    """Plot the solvers' errors on the probability-flow ODE of a Gaussian, from half-log-SNR -3 to 1.5."""
     figure, axes = plt.subplots(figsize=(5, 3.6))
     steps = [5, 10, 20, 40, 80, 160, 320]
     kinds: dict[str, tuple[Callable[[], Step], int]] = {
