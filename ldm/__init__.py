@@ -1,4 +1,4 @@
-"""Latent diffusion: the mathematics (one file a theme) and the pipeline that puts it to work."""
+"""Latent diffusion: the mathematics (one file per topic) and the pipeline that uses it."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ __all__ = ["LatentDiffusionPipeline"]
 
 
 def __getattr__(name: str) -> object:
-    # The mathematics alone shouldn't cost the import of diffusers and transformers.
+    # Importing only the mathematics shouldn't import diffusers and transformers.
     if name == "LatentDiffusionPipeline":
         from ldm.pipeline import LatentDiffusionPipeline
 

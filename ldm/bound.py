@@ -2,8 +2,8 @@
 
     L = KL(q(x_{T-1} | x0) || N(0, I)) + sum_{i > 0} KL(q(x_{i-1} | x_i, x0) || p(x_{i-1} | x_i)) - log p(x0 | x_0)
 
-x_i is the state at index i, of which x_0 has the least noise; x0 is the data. Latents are real numbers, not 8-bit ones: p
-is a density, and its bound may be negative.
+x_i is the state at index i; x_0 has the least noise. x0 is the data. Latents are real numbers, not 8-bit integers, so p
+is a density and its bound may be negative.
 """
 
 import math
@@ -34,19 +34,19 @@ def negative_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
 
 
 def prior_term(x0: Tensor, last: Point) -> Tensor:
-    """Return KL(q(x_{T-1} | x0) || N(0, I)), (b,): what is left of the data at the last level."""
+    """Return KL(q(x_{T-1} | x0) || N(0, I)), (b,), the information about the data that the last level still has."""
     return gaussian_kl(marginal(x0, last), Gaussian(torch.zeros_like(x0), 1.0))
 
 
 class Levels(NamedTuple):
-    """alpha and sigma, as tables by index (T,) or for each example (b, 1, 1, 1)."""
+    """alpha and sigma of several levels: tables by index (T,), or one level per example (b, 1, 1, 1)."""
 
     alpha: Tensor
     sigma: Tensor
 
 
 def levels(schedule: Schedule) -> tuple[Levels, Levels]:
-    """Return the levels by index, and the levels one below them; below index 0 are the clean data."""
+    """Return the levels by index, and for each the level one index below; below index 0 are the clean data."""
     t = Levels(schedule.alpha, schedule.sigma)
     clean = t.alpha.new_ones(1)
     return t, Levels(torch.cat([clean, t.alpha[:-1]]), torch.cat([0 * clean, t.sigma[:-1]]))
@@ -55,7 +55,7 @@ def levels(schedule: Schedule) -> tuple[Levels, Levels]:
 def variances(schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest variance of p(x_{i-1} | x_i) by index, each (T,).
 
-    The smallest at index 0, below which nothing is left to know, is index 1's (Nichol & Dhariwal 2021, their code).
+    At index 0, where the smallest variance would be 0, that of index 1 is used (as in Nichol & Dhariwal 2021's code).
     """
     t, s = levels(schedule)
     large = torch.as_tensor(step_variance(s, t))
@@ -67,9 +67,10 @@ def bound_term(
     x0: Tensor, x_t: Tensor, denoised: Denoised, index: Tensor, t: Point, s: Point, small: Tensor, large: Tensor,
     kind: VarianceKind,
 ) -> Tensor:  # fmt: skip
-    """Return the bound's term at each example's index, (b,), for data x0 (b, c, h, w) and what a denoiser says of x_t.
+    """Return the bound's term at each example's index, (b,), for data x0 (b, c, h, w) and a denoiser's output for x_t.
 
-    t and s hold the levels at the index and below it, small and large its variances, all (b, 1, 1, 1); index (b,).
+    t is the level at the index and s the level below it; small and large are the variances there. All are (b, 1, 1, 1);
+    index is (b,).
     """
     q = Gaussian(posterior(x_t, x0, t, s).mean, small)
     variance = reverse_variance(kind, small, large, denoised.variance_fraction)

@@ -1,7 +1,7 @@
-"""Network + parameterization → the denoiser E[x0 | x_t] that samplers and guidance work with.
+"""The denoiser E[x0 | x_t] that samplers and guidance use, made of a network and its parameterization.
 
-The state x_t is kept in float32 (float64 in float64 work) while the network runs in its own dtype. The
-casts are here, and the conversion to x0, which divides by a small alpha, is on the state's side of them.
+The state x_t is in float32 (float64 for float64 data) while the network runs in its own dtype. This module casts
+between them. The conversion to x0 runs in the state's dtype, since it divides by a small alpha.
 """
 
 from collections.abc import Callable
@@ -14,31 +14,32 @@ from ldm.parameterization import Target, to_x0
 from ldm.schedule import Level
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (b, c, h, w), time (b,), condition (b, …)) → output (b, c, h, w), or (b, 2c, h, w) with a learned variance."""
+"""Network: (x_t (b, c, h, w), time (b,), condition (b, …)) → (b, c, h, w), or (b, 2c, h, w) with a learned variance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """What a denoiser says of a state."""
+    """Output of a denoiser for a state."""
 
     x0: Tensor
     """E[x0 | x_t], (b, c, h, w)."""
     variance_fraction: Tensor | None = None
-    """Place of the learned variance between its bounds, 0 to 1, (b, c, h, w); None: the network learned none."""
+    """Position of the learned variance between its bounds, 0 to 1, (b, c, h, w); None: no variance was learned."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Denoised":
-        """Change both tensors in the same way."""
+        """Apply a function to both tensors."""
         return Denoised(change(self.x0), None if self.variance_fraction is None else change(self.variance_fraction))
 
 
 Denoise = Callable[[Tensor, Level], Denoised]
-"""A denoiser with its condition and guidance, as samplers see it: (x_t (b, c, h, w), level) → Denoised."""
+"""Denoiser with its condition and guidance, as samplers use it: (x_t (b, c, h, w), level) → Denoised."""
 
 
 def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Split a network's output into its prediction (b, c, h, w) and the fraction of a variance where it learned one.
+    """Split a network's output into the prediction (b, c, h, w) and the variance fraction.
 
-    The further channels hold the variance's place between its bounds in [-1, 1].
+    The channels after the first `channels` hold the variance's position between its bounds, in [-1, 1]. Without them
+    the fraction is None.
     """
     prediction, place = output.split([channels, output.shape[1] - channels], 1)
     return prediction, (place + 1) / 2 if place.shape[1] else None
@@ -47,7 +48,7 @@ def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 def beside(network: Network, context: Tensor) -> Network:
     """Adapt a network that takes context channels to the interface of one that does not.
 
-    The context is (b, k, h, w); the states may be (b, c, h, w), or n times as many, as guidance asks.
+    The context is (b, k, h, w). The states are (b, c, h, w), or (n b, c, h, w) when guidance evaluates n conditions.
     """
 
     def with_context(x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
@@ -59,9 +60,9 @@ def beside(network: Network, context: Tensor) -> Network:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """`(x_t, level, condition) → Denoised`, for a batch at one level.
+    """Denoiser `(x_t, level, condition) → Denoised` of a batch at one level.
 
-    The network is given states of `dtype`, or as they are where it is None (the network casts for itself).
+    The states are cast to `dtype` for the network; None: not cast (the network does that itself).
     """
 
     network: Network

@@ -1,10 +1,10 @@
-"""Pictures as where sampling begins (Meng et al. 2022, SDEdit), or as what is to stay round a mask.
+"""Editing of given pictures: image to image (Meng et al. 2022, SDEdit) and inpainting within a mask.
 
-Inpainting with any model replaces, after every step, what lies outside the mask by the given latent at that step's noise
-level (Song et al. 2021, arXiv 2011.13456, appendix I.2): it wraps the step, and the loop stays as it is. At the mask's edge
-lie latents that it covers in part. As long as there is more noise than signal, when a picture is laid out, they are the
-given ones, so that what is painted finds its place inside; afterwards they are painted too (after Levin & Fried 2023, arXiv
-2306.00950, who give each latent a step from which on it is painted).
+Inpainting works with any model. After every step, the latents outside the mask are replaced by the given latents at
+that step's noise level (Song et al. 2021, arXiv 2011.13456, appendix I.2). This wraps the step; the sampling loop stays
+the same. Latents at the mask's edge are only partly covered by it. While there is more noise than signal and the layout
+of the picture forms, they are replaced too, so that the new content fits inside the mask. Afterwards they are painted
+(after Levin & Fried 2023, arXiv 2306.00950, who give each latent a step at which painting starts).
 """
 
 import math
@@ -23,14 +23,14 @@ from ldm.formats.images import to_rgb
 from ldm.schedule import Level
 from ldm.steps import Noise, Step
 
-_BLACK = 8 / 255  # masks' values below it
+_BLACK = 8 / 255  # mask values below it count as black
 
 Pixels = Image.Image | Tensor | np.ndarray | Sequence[Image.Image]
-"""PIL pictures, or (b, 3, h, w) or (b, h, w, 3) in [0, 1]."""
+"""PIL pictures, a tensor (b, 3, h, w) or an array (b, h, w, 3) in [0, 1]."""
 
 
 def steps_of(strength: float, n: int) -> int:
-    """How many of n steps are walked: all at strength 1, none at 0, else ⌊n · strength⌋, but at least one.
+    """Return how many of n steps are walked: all at strength 1, none at 0, else ⌊n · strength⌋, but at least one.
 
     Raises UserError outside [0, 1].
     """
@@ -40,9 +40,9 @@ def steps_of(strength: float, n: int) -> int:
 
 
 def to_pixels(images: Pixels, what: str = "image") -> Tensor:
-    """Pictures of one size, (b, 3, h, w) float32 in [0, 1], on the CPU. Raises UserError for anything else.
+    """Convert pictures of one size to (b, 3, h, w) float32 in [0, 1], on the CPU. Raises UserError for other input.
 
-    Transparent PIL pictures are laid on white; of a mask, which has one channel, what is transparent is black.
+    Transparent PIL pictures are put on a white background. A mask has one channel, and its transparent parts are black.
     """
     mask = what == "mask_image"
     if isinstance(images, Tensor):
@@ -76,10 +76,10 @@ def to_pixels(images: Pixels, what: str = "image") -> Tensor:
 
 
 def to_mask(mask: Pixels, size: tuple[int, int]) -> Tensor:
-    """Where to paint, (b, 1, h, w) in [0, 1]; white is painted. A mask of another size is brought to (h, w).
+    """Convert a mask to (b, 1, h, w) in [0, 1] and resize it to (h, w). White is painted.
 
-    When it is reduced, a thin line stays: the whitest of what falls on a pixel counts. What is black but for the noise of
-    a scan or a JPEG file is black. Raises UserError where nothing is to be painted.
+    Reducing takes the maximum over each pixel's area, so that thin lines remain. Nearly black values, such as the noise
+    of a scan or a JPEG file, become black. Raises UserError for a mask that is all black.
     """
     found = to_pixels(mask, "mask_image")
     found = torch.where(found < _BLACK, 0, found)
@@ -92,25 +92,26 @@ def to_mask(mask: Pixels, size: tuple[int, int]) -> Tensor:
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:
-    """(b, c, h, w) with its last row and column repeated until both sides are multiples."""
+    """Pad (b, c, h, w) by repeating the last row and column until both sides are multiples of `multiple`."""
     h, w = x.shape[2:]
     return F.pad(x, (0, -w % multiple, 0, -h % multiple), mode="replicate")
 
 
 def on_latents(mask: Tensor, factor: int) -> Tensor:
-    """A mask (b, 1, h, w) of pixels as one of latents: whatever a latent covers of it, it has to paint."""
+    """Reduce a mask of pixels (b, 1, h, w) to one of latents, which is the maximum over each latent's pixels."""
     return F.max_pool2d(mask, factor)
 
 
 def without(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Pictures (b, 3, h, w) in [−1, 1], grey where anything is to be painted: what a UNet trained to inpaint sees of them."""
+    """Return pictures (b, 3, h, w) in [−1, 1] that are grey wherever the mask isn't black, for an inpainting UNet."""
     return pixels * (mask == 0)
 
 
 def filled(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Pictures (b, 3, h, w) with smooth colours, made up from what lies around, where anything is to be painted.
+    """Return pictures (b, 3, h, w) in which the painted area is filled with smooth colours from its surroundings.
 
-    From coarse to fine: each pixel takes the mean of what is known near it (pull-push: Gortler et al. 1996, sec. 3.4).
+    Each unknown pixel takes the mean of the known pixels near it, from coarse to fine (pull-push: Gortler et al. 1996,
+    sec. 3.4).
     """
     known = (mask == 0).to(pixels)
     if known.all() or mask.shape[2:] == (1, 1):
@@ -122,39 +123,46 @@ def filled(pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 def inpainting_context(mask: Tensor, around: Tensor) -> Tensor:
-    """What it sees beside its state, (b, 1 + c, h, w): the mask (b, 1, H, W), 1 where any of a latent's pixels is to be
-    painted, and `around` (b, c, h, w), the latent of what the mask leaves.
+    """Return the context of an inpainting network, (b, 1 + c, h, w).
+
+    It is the mask (b, 1, H, W) reduced to latents, 1 if any pixel of a latent is painted, and `around` (b, c, h, w),
+    the latent of the picture outside the mask.
     """
     return torch.cat([on_latents((mask > 0).float(), mask.shape[-1] // around.shape[-1]), around], 1)
 
 
 def paste(made: Tensor, given: Tensor, mask: Tensor) -> Tensor:
-    """(b, 3, h, w): what was made inside the mask, what was given outside, bit by bit, mixed where the mask is grey."""
+    """Combine generated and given pictures (b, 3, h, w): `made` in white, exactly `given` in black, a mix in grey."""
     return torch.where(mask > 0, given + mask * (made - given), given)
 
 
 class Painted(NamedTuple):
-    """Which latents are painted, (b, 1, h, w) bool each; the others are the given ones."""
+    """Masks of the painted latents, (b, 1, h, w) bool each; the other latents are the given ones."""
 
     first: Tensor
-    """As long as there is more noise than signal."""
+    """Mask while there is more noise than signal."""
     then: Tensor
+    """Mask afterwards."""
 
 
 def painted(mask: Tensor, factor: int, seen: bool) -> Painted:
-    """By a mask of pixels (b, 1, H, W). seen: by the UNet, which keeps by itself what lies outside, but for the edge."""
+    """Return the painted latents for a mask of pixels (b, 1, H, W).
+
+    seen: whether the UNet sees the mask; it then keeps the latents outside by itself, except at the edge.
+    """
     covered, whole = on_latents(mask, factor) > 0, on_latents((mask < 0.5).float(), factor) == 0
     return Painted(whole | ~covered, torch.ones_like(covered)) if seen else Painted(whole, covered)
 
 
 class Blended:
-    """A step after which latents that aren't painted are the given ones."""
+    """A step after which the latents that aren't painted are replaced by the given ones."""
 
     def __init__(self, step: Step, x0: Tensor, noise: Tensor | None, painted: Painted, last: Level) -> None:
-        """x0: the given latent, (b, c, h, w), and noise, of the same shape, what noises it at every level; None: what is
-        drawn anew at each.
+        """Wrap a step.
 
-        last: where the steps end; there x0 is given as it is.
+        x0: the given latents, (b, c, h, w).
+        noise: their noise at every level, of the same shape; None: new noise at each level.
+        last: the level at which the steps end, where x0 stays without noise.
         """
         self.step, self.x0, self.noise, self.painted, self.last = step, x0, noise, painted, last
 
@@ -168,11 +176,11 @@ class Blended:
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """From a (t = 0) to b (t = 1) along the arc between them, (b, …), each picture by itself.
+    """Interpolate from a (t = 0) to b (t = 1) along the arc between them, (b, …), separately for each picture.
 
-    The straight line between two independent noises is too short by up to √2 in its middle, so that it is no noise of
-    unit variance any more, and what is painted from it is flat; on the arc it keeps its length. Where a and b point the
-    same way the arc is the line; where they point opposite ways all arcs are as good, and one of them is taken.
+    On the straight line between two independent noises, the length is too small by a factor of up to √2 in the middle.
+    The variance is then not 1, and pictures generated from it are flat. The arc keeps the length. If a and b have the
+    same direction, the arc is the line. If they have opposite directions, any arc is valid and one is chosen.
     """
     if t in (0, 1):
         return a if t == 0 else b
@@ -180,10 +188,10 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     length = torch.lerp(x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True), t)
     x, y = F.normalize(x), F.normalize(y)
     cos = (x * y).sum(1, keepdim=True)
-    beside = y - cos * x  # what b has that a hasn't
+    beside = y - cos * x  # component of b orthogonal to a
     sin = beside.norm(dim=1, keepdim=True)
     pairs = F.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2))
-    turned = (pairs.flip(2) * x.new_tensor([-1, 1])).flatten(1)[:, : x.shape[1]]  # at a right angle to a
+    turned = (pairs.flip(2) * x.new_tensor([-1, 1])).flatten(1)[:, : x.shape[1]]  # orthogonal to a
     beside = F.normalize(torch.where(sin > 1e-12, beside, turned))
     angle = t * torch.atan2(sin, cos)
     return ((angle.cos() * x + angle.sin() * beside) * length).view_as(a).to(a.dtype)

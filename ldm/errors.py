@@ -1,15 +1,15 @@
-"""The two ways a command ends badly, so that a script can say each in one plain line."""
+"""The two errors that end a command, each of which a script prints as one plain line."""
 
 
 class UserError(ValueError):
-    """Bad input: names the value and says what would be accepted. Scripts print it and exit with status 2."""
+    """Invalid input. The message quotes the value and what is accepted. Scripts print it and exit with status 2."""
 
 
 class RunError(RuntimeError):
-    """A failure while running (disk full, diverged). Scripts print it and exit with status 1."""
+    """Failure while running (disk full, diverged). Scripts print it and exit with status 1."""
 
 
 def one_line(said: object, most: int | None = None) -> str:
-    """What an error or a library says, without line breaks, cut to `most` characters; the error's kind if it says nothing."""
+    """Return a message on one line, cut to `most` characters, or the error's class name if the message is empty."""
     line = " ".join(str(said).split())[:most]
     return line or (type(said).__name__ if isinstance(said, BaseException) else "")

@@ -1,9 +1,9 @@
-"""Guidance: wrappers round a denoiser that give `(x_t, level) → Denoised`, all a sampler ever sees.
+"""Guidance: wrappers around a denoiser with the interface `(x_t, level) → Denoised`, which is all that a sampler uses.
 
-They are written on x0 here, on eps or v elsewhere, and these are the same: at a given x_t and level each prediction is an
-affine function a y + b of any other. Where weights sum to 1, b passes through unchanged and the factor a moves out.
+The formulas here are in x0; others write them in eps or v. The results are equal: at a given x_t and level each
+prediction is an affine function a y + b of any other. If the weights sum to 1, b stays unchanged and a factors out.
 
-Evaluations that a wrapper doesn't need are not made.
+A wrapper doesn't evaluate a network whose output it doesn't need.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.schedule import Level
 
 LogProbability = Callable[[Tensor, Level], Tensor]
-"""A classifier of noisy pictures, differentiable: (x_t (b, c, h, w), level) → log p(y | x_t) of each, (b,)."""
+"""Differentiable classifier of noisy pictures: (x_t (b, c, h, w), level) → log p(y | x_t) of each picture, (b,)."""
 
 
 @dataclass(frozen=True)
 class Conditioned:
-    """The conditional prediction, of a condition (b, …)."""
+    """The conditional prediction for a condition (b, …)."""
 
     denoiser: Denoiser
     condition: Tensor
@@ -34,14 +34,16 @@ class Conditioned:
 
 
 class ClassifierFree:
-    """Classifier-free guidance: away from `negative` (the null condition, or a negative prompt's), towards each prompt.
+    """Classifier-free guidance away from `negative` (the null condition or a negative prompt) and towards each prompt.
 
-    x̂ = x̂_neg + sum_k s_k (x̂_k - x̂_neg). With one prompt: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, with s = 1 + w for
-    that paper's w, so that scale 1 is the conditional prediction. With several, their conjunction: Liu et al. 2022 (arXiv
-    2206.01714), eq. 11. `rescale` (phi, 0 to 1) brings the standard deviation of the network's prediction back to that of the
-    conditional one: Lin et al. 2024 (arXiv 2305.08891), eq. 14 to 16 (of several, the mean by their scales above 0).
+    x̂ = x̂_neg + sum_k s_k (x̂_k - x̂_neg). For one prompt this is Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, where
+    s = 1 + w for that paper's w, so that scale 1 is the conditional prediction. For several prompts it is their
+    conjunction, Liu et al. 2022 (arXiv 2206.01714), eq. 11. `rescale` (phi, 0 to 1) brings the standard deviation of
+    the guided prediction back to that of the conditional one, Lin et al. 2024 (arXiv 2305.08891), eq. 14 to 16. For
+    several prompts, the conditional prediction is their mean, weighted by the scales above 0.
 
-    Conditions are (b, …), evaluated at once in diffusers' order [negative, prompts]; those without weight are left out.
+    Conditions are (b, …) and evaluated in one batch, in diffusers' order [negative, prompts]. Conditions of weight 0
+    are left out.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class ClassifierFree:
         return replace(guided, x0=self._rescaled(guided.x0, _weighted(self.shares, made.x0), x_t, level))
 
     def _rescaled(self, guided: Tensor, conditional: Tensor, x_t: Tensor, level: Level) -> Tensor:
-        """Rescale on the network's own target, as everywhere: unlike guidance, this isn't the same on all of them."""
+        """Rescale the prediction of the network's own target: unlike guidance, rescaling depends on the target."""
         kind, alpha, sigma = self.denoiser.target, level.alpha, level.sigma
         output, like = (
             target_of(kind, x0, to_eps("x0", x0, x_t, alpha, sigma), alpha, sigma) for x0 in (guided, conditional)
@@ -82,15 +84,16 @@ class ClassifierFree:
 
 
 def _weighted(weights: Sequence[float], made: Tensor) -> Tensor:
-    """Return the sum of n weights times the n parts of a tensor (n b, …), (b, …)."""
+    """Return the weighted sum (b, …) of the n parts of a tensor (n b, …)."""
     return sum(weight * part for weight, part in zip(weights, made.chunk(len(weights)), strict=True))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Guidance on an interval of noise levels sigma / alpha alone: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+    """Guidance only on an interval of noise levels sigma / alpha: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 
-    Levels with low < level <= high are `inside`'s, others `outside`'s, the cheaper prediction without guidance.
+    `inside` predicts at levels with low < level <= high; `outside`, the cheaper prediction without guidance, at all
+    others.
     """
 
     inside: Denoise
@@ -108,7 +111,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Autoguided:
-    """Autoguidance, away from a weaker model: Karras et al. 2024 (arXiv 2406.02507), eq. 3; scale 1 is no guidance."""
+    """Autoguidance away from a weaker model: Karras et al. 2024 (arXiv 2406.02507), eq. 3. Scale 1 is no guidance."""
 
     main: Denoise
     weak: Denoise
@@ -123,10 +126,10 @@ class Autoguided:
 
 @dataclass(frozen=True)
 class ClassifierGuided:
-    """Classifier guidance, for a classifier of noisy pictures: Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2.
+    """Guidance by a classifier of noisy pictures: Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2.
 
-    Their eps - sigma s grad log p(y | x_t) is x̂0 + s (sigma^2 / alpha) grad log p(y | x_t). With weight 1 and an exact
-    classifier the score is that of p(x_t | y).
+    Their eps - sigma s grad log p(y | x_t) equals x̂0 + s (sigma^2 / alpha) grad log p(y | x_t) here. For weight 1 and
+    an exact classifier, the score is that of p(x_t | y).
     """
 
     denoise: Denoise
@@ -135,7 +138,7 @@ class ClassifierGuided:
 
     def __call__(self, x_t: Tensor, level: Level) -> Denoised:
         made = self.denoise(x_t, level)
-        if self.weight == 0 or level.alpha == 0:  # pure noise says nothing of the class
+        if self.weight == 0 or level.alpha == 0:  # pure noise carries no information about the class
             return made
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()

@@ -1,5 +1,7 @@
-"""The names among which a person chooses. They stand apart from what they name because a command line that only lists them
-shouldn't wait for torch; each family is matched in one place, beside its formulas.
+"""The names of the options in a configuration.
+
+This module doesn't import torch, so that a command line can list the names fast. Each family of names is matched in one
+place, next to its formulas; the string below a name gives the file.
 """
 
 from typing import Literal
@@ -13,7 +15,7 @@ VarianceKind = Literal["fixed_small", "fixed_large", "learned"]
 """ldm/process.py"""
 ObjectiveKind = Literal["simple", "vlb", "hybrid"]
 LossKind = Literal["l2", "l1", "huber"]
-"""ldm/objective.py, as the objectives"""
+"""ldm/objective.py, for both"""
 Spacing = Literal["leading", "trailing", "linspace", "karras"]
 """ldm/spacing.py"""
 AttentionBackend = Literal["sdpa", "xformers", "auto"]

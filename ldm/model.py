@@ -1,7 +1,7 @@
-"""A trained model: its networks, and the one folder that they are; loaded, saved, moved, and called one by one.
+"""A trained model: its networks and the folder that stores them. Loads, saves and moves the networks and calls each.
 
 The folder is a complete, explicit Stable-Diffusion-shaped diffusers checkpoint: stock
-`diffusers.DiffusionPipeline.from_pretrained` loads it and, given the same seed, sampler and steps, paints the same
+`diffusers.DiffusionPipeline.from_pretrained` loads it and, given the same seed, sampler and steps, generates the same
 picture.
 """
 
@@ -31,14 +31,14 @@ from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet
 from ldm.task import Task, context_channels, task_by_channels
 
-PICTURES_AT_ONCE = 32  # at most, that the autoencoder is given: it takes the most memory
+PICTURES_AT_ONCE = 32  # most pictures in one call of the autoencoder, the network that needs the most memory
 _PIXELS_AT_ONCE = 2**23
 _STOCK: dict[Task, str] = {"txt2img": "StableDiffusionPipeline", "inpaint": "StableDiffusionInpaintPipeline"}
-"""Classes of diffusers, by which model_index.json says the task."""
+"""diffusers' pipeline class of each task, as model_index.json names it."""
 
 
 class Model:
-    """Backbone, autoencoder and text encoder, and the process that the backbone was trained for."""
+    """Backbone, autoencoder, text encoder, and the process that the backbone was trained for."""
 
     def __init__(
         self,
@@ -48,7 +48,10 @@ class Model:
         process: Process,
         task: Task | None = None,
     ) -> None:
-        """task: by the backbone's channels unless given. Raises UserError where the parts don't belong together."""
+        """Combine the parts; the backbone's channels decide the task unless it is given.
+
+        Raises UserError if the parts don't fit together.
+        """
         c = autoencoder.latent_channels
         self.backbone = UNet.of(backbone, c) if isinstance(backbone, UNet2DConditionModel) else backbone
         self.autoencoder, self.text_encoder, self.process = autoencoder, text_encoder, process
@@ -66,27 +69,27 @@ class Model:
             )
         self.pictures_at_once = PICTURES_AT_ONCE
         self.offload: torch.device | None = None
-        """Where each network runs in its turn; None: where it is."""
+        """Device that each network is moved to while it runs; None: the networks stay where they are."""
 
-    # -- moved ----------------------------------------------------------------------------------------------------------
+    # -- moving --------------------------------------------------------------------------------------------------------
 
     def to(self, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move, and choose the arithmetic. The autoencoder stays fp32 under fp16, in which its activations overflow."""
+        """Move the networks to a device and a dtype. The autoencoder overflows in fp16 and takes fp32 instead."""
         if device is not None:
             self.offload = None
-        move = nn.Module.to  # diffusers' own warns of modules to be kept in fp32, even where there are none
+        move = nn.Module.to  # diffusers' own `to` warns about modules to keep in fp32, even if there are none
         move(self.backbone.module, device=device, dtype=dtype)
         self.text_encoder.to(device=device, dtype=dtype)
         move(self.autoencoder.vae, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where the networks run."""
+        """Device on which the networks run."""
         return self.offload or self.backbone.device
 
     @contextmanager
     def running(self, network: nn.Module) -> Iterator[None]:
-        """Have an offloaded network on its device for as long as it runs."""
+        """Keep an offloaded network on the device while the context lasts."""
         if self.offload is None:
             yield
             return
@@ -96,17 +99,17 @@ class Model:
         finally:
             nn.Module.to(network, device="cpu")
 
-    # -- called ---------------------------------------------------------------------------------------------------------
+    # -- calling -------------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return text features of prompts, (b, tokens, width); each distinct one is worked out once."""
+        """Return the text features of prompts, (b, tokens, width); each distinct prompt is encoded once."""
         distinct = list(dict.fromkeys(prompts))
         with self.running(self.text_encoder.model):
             rows = self.text_encoder.encode(distinct).to(self.device, self.backbone.dtype)
         return rows[[distinct.index(p) for p in prompts]]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pictures (b, 3, H, W) in [0, 1] of normalised latents (b, c, h, w), worked out in portions."""
+        """Decode normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], a few at a time."""
         with self.running(self.autoencoder.vae):
             at_once = self._at_once(latents[0, 0].numel() * self.autoencoder.factor**2)
             pixels = torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
@@ -117,25 +120,28 @@ class Model:
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Return the latents' distribution, float32, for pictures (b, 3, H, W) in [−1, 1], worked out in portions."""
+        """Encode pictures (b, 3, H, W) in [−1, 1] to the distribution of their latents, float32, a few at a time."""
         with self.running(self.autoencoder.vae):
             parts = [self.autoencoder.encode(part) for part in pixels.split(self._at_once(pixels[0, 0].numel()))]
         mean, std = (torch.cat(each).to(self.device, torch.float32) for each in zip(*parts, strict=True))
         return Posterior(mean, std)
 
     def white_context(self, h: int, w: int) -> Tensor:
-        """Return what a network that inpaints sees for latents (h, w) under a mask that is white all over, (1, 1 + c, h, w)."""
+        """Return the context of an inpainting network for latents (h, w) and an all-white mask, (1, 1 + c, h, w)."""
         white = torch.ones(1, 1, h * self.autoencoder.factor, w * self.autoencoder.factor)
         around = self.posterior(without(white.expand(-1, 3, -1, -1), white)).mean
         return inpainting_context(white.to(self.device), around)
 
     @property
     def size_multiple(self) -> int:
-        """Pixels of which both sides of a picture must be multiples."""
+        """Number of pixels of which both sides of a picture must be multiples."""
         return self.autoencoder.factor * self.backbone.size_multiple
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the latents of pictures of so many pixels; None: the model's own. Else UserError."""
+        """Return the height and width of the latents of pictures of this size in pixels; None: the model's own size.
+
+        Raises UserError for a size that the model doesn't support.
+        """
         factor, multiple = self.autoencoder.factor, self.size_multiple
         natural_h, natural_w = self.backbone.sample_size
         h = natural_h * factor if height is None else height
@@ -149,13 +155,13 @@ class Model:
         return h // factor, w // factor
 
     def _at_once(self, pixels: int) -> int:
-        """Return how many pictures of so many pixels the autoencoder is given at once."""
+        """Return how many pictures of `pixels` pixels each go through the autoencoder at once."""
         return max(1, min(self.pictures_at_once, _PIXELS_AT_ONCE // pixels))
 
-    # -- saved ----------------------------------------------------------------------------------------------------------
+    # -- saving --------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write the whole folder, safetensors and JSON only, every key of the scheduler spelled out."""
+        """Write the whole folder, safetensors and JSON only, with every scheduler key explicit."""
         backbone, scheduler = self.backbone, self.process.to_diffusers()
         backbone.save(folder / backbone.part)
         self.autoencoder.save(folder / "vae")
@@ -183,7 +189,7 @@ Loaded = tuple[Backbone, Autoencoder, ClipTextEncoder, Process, Task | None]
 
 
 def load(folder: str | Path, chunks: int | None, backbone: Backbone | None) -> Loaded:
-    """Read a model's parts from a folder or hub id; the backbone unless it is given. Raises UserError."""
+    """Read a model's parts from a folder or hub id; a given backbone replaces the folder's UNet. Raises UserError."""
     folder = find_pipeline(folder, [part for part in PARTS if backbone is None or part != UNet.part])
     autoencoder = Autoencoder.load(folder / "vae")
     if backbone is None:
@@ -193,7 +199,7 @@ def load(folder: str | Path, chunks: int | None, backbone: Backbone | None) -> L
 
 
 def from_parts(parts: Parts, folder: str | Path, chunks: int | None) -> Loaded:
-    """Return a model's parts from networks at hand and the tokenizer of a pipeline's folder. Raises UserError."""
+    """Return a model's parts, made of loaded networks and the tokenizer of a pipeline's folder. Raises UserError."""
     try:
         tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     except Exception as error:  # a broken file makes the library raise almost anything
@@ -205,13 +211,13 @@ def from_parts(parts: Parts, folder: str | Path, chunks: int | None) -> Loaded:
 
 
 def _said_task(folder: Path, backbone: Backbone) -> Task | None:
-    """What model_index.json says by its class; None where there is none, or another class."""
+    """Return the task that the class in model_index.json names; None without that file or for another class."""
     try:
         said = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     task = next((task for task, name in _STOCK.items() if name == said), None)
-    # diffusers' inpainting pipeline also takes a network that sees no context, and then inpaints by blending.
+    # diffusers' inpainting pipeline also takes a network without context channels; it then inpaints by blending.
     return "txt2img" if task == "inpaint" and not backbone.context_channels else task
 
 

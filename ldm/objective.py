@@ -2,8 +2,8 @@
 
     L_simple = E_{x0, eps, i} [ w(i) loss(target, network(x_i, i, condition)) ]
 
-Ho et al. 2020 (arXiv 2006.11239), eq. 14, where w = 1 and the target is eps. L_hybrid = L_simple + 0.001 L_vlb, where the
-bound teaches only the variance: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16.
+Ho et al. 2020 (arXiv 2006.11239), eq. 14, where w = 1 and the target is eps. L_hybrid = L_simple + 0.001 L_vlb, where
+the bound trains only the variance: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from ldm.parameterization import check_target, error_ratio, target_of, to_x0
 from ldm.schedule import Schedule
 from ldm.timesteps import Timesteps, uniform
 
-_HYBRID = 1e-3  # weight of the bound beside the simple loss, so small that it teaches the variance alone
+_HYBRID = 1e-3  # weight of the bound in the hybrid objective
 Weighting = Callable[[Tensor], Tensor]
-"""SNR → weight of the squared error of x0, of the same shape."""
+"""Weighting: SNR → weight of the squared error of x0, of the same shape."""
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
@@ -46,9 +46,9 @@ def edm(sigma_data: float = 1.0) -> Weighting:
 
 
 def level_weight(weighting: Weighting | None, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the weight of the target's own squared error at each level: 1 without a weighting, finite without signal.
+    """Return the weight of the target's squared error at each level: 1 without a weighting; finite for pure noise too.
 
-    Weights are derived for squared errors; other losses of the target are given the same.
+    The weights are derived for squared errors; other losses use the same weights.
     """
     if weighting is None:
         return torch.ones_like(alpha)
@@ -58,7 +58,7 @@ def level_weight(weighting: Weighting | None, target: Target, alpha: Tensor, sig
 
 
 def pointwise(kind: LossKind, output: Tensor, target: Tensor) -> Tensor:
-    """Return the loss of each element; huber is l2 where the error is below 1, and linear beyond."""
+    """Return the loss of each element; huber is l2 for errors below 1 and linear above."""
     match kind:
         case "l2":
             return F.mse_loss(output, target, reduction="none")
@@ -87,30 +87,30 @@ class Prediction:
 
     @property
     def denoised(self) -> Denoised:
-        """What the output says of x0 and of a learned variance."""
+        """Estimate of x0, and of the learned variance, from the output."""
         return Denoised(to_x0(self.target, self.output, self.x_t, *self.t), self.fraction)
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """The losses of a batch, one number per example, (b,); `weighted.mean()` is what training minimises."""
+    """The losses of a batch, one number per example, (b,). Training minimises `weighted.mean()`."""
 
     weighted: Tensor
     unweighted: Tensor
     """The loss of the target, or the bound's term (kind vlb)."""
     index: Tensor
     uncorrected: Tensor
-    """`weighted` without the correction for how timesteps were drawn: what importance sampling learns from."""
+    """`weighted` without the correction for the distribution of timesteps. Importance sampling learns from it."""
     prediction: Prediction
-    """What further losses may look at."""
+    """The network's prediction, for further losses."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss, a function of a network and a batch; all its randomness is in the batch.
+    """The loss as a function of a network and a batch. All randomness comes with the batch.
 
     It is computed in float32 (float64 for float64 data), whatever the network's dtype, and never waits for a device.
-    Raises UserError where its parts don't go together.
+    Raises UserError if its parts don't fit together.
     """
 
     schedule: Schedule
@@ -136,7 +136,7 @@ class Objective:
             raise UserError("objective vlb with a weighting or another loss than l2: it has its own; leave them out")
 
     def __call__(self, network: Network, x0: Tensor, u: Tensor, noise: Tensor, condition: Tensor) -> Losses:
-        """Return the losses of a batch: x0 and noise (b, c, h, w), u (b,) in [0, 1), and the network's condition."""
+        """Return the losses of a batch with x0 and noise (b, c, h, w), u (b,) in [0, 1) and the network's condition."""
         T = self.schedule.T
         drawn = self.timesteps(u.to(x0.device), T)
         index, correction = drawn.index, drawn.weight
@@ -177,7 +177,7 @@ class Objective:
         return bound_term(x0, made.x_t, made.denoised, index, made.t, made.s, made.small, made.large, self.variance)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return coefficients by index (7, T) and the network's times (T,), copied to a device once."""
+        """Return coefficients by index (7, T) and the network's times (T,), cached on each device."""
         if (device, dtype) not in self._tables:
             t, s = levels(self.schedule)
             weight = level_weight(self.weighting, self.target, *t)

@@ -1,11 +1,11 @@
-"""What the network predicts, and the conversions between predictions, for x_t = alpha x0 + sigma eps.
+"""The network's prediction targets and the conversions between them, for x_t = alpha x0 + sigma eps.
 
 eps   the noise: Ho et al. 2020 (arXiv 2006.11239), eq. 12
 x0    the data
 v     alpha eps - sigma x0: Salimans & Ho 2022 (arXiv 2202.00512), section 4 and appendix D
 flow  eps - x0, the velocity of the straight path: Liu et al. 2022 (arXiv 2209.03003), eq. 1, with time reversed
 
-Given x_t and its level, each is an affine function of any other, on any path (ldm/schedule.py).
+Given x_t and its level, each target is an affine function of any other, on any path (ldm/schedule.py).
 
 alpha and sigma are floats, or tensors that broadcast against the pictures: (b, 1, 1, 1) for (b, c, h, w).
 """
@@ -36,7 +36,7 @@ def target_from_diffusers(prediction_type: str) -> Target:
 
 
 def check_target(kind: Target, schedule: Schedule) -> None:
-    """Raise UserError for a target that says nothing of x0 at some level of the schedule."""
+    """Raise UserError for a target that doesn't determine x0 at every level of the schedule."""
     if kind == "eps" and schedule.zero_terminal_snr:
         raise UserError(
             "target eps on a path that ends in pure noise (zero terminal SNR, or a flow): there the noise says nothing "
@@ -45,7 +45,7 @@ def check_target(kind: Target, schedule: Schedule) -> None:
 
 
 def target_of(kind: Target, x0: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """Return what the network should predict from x_t = alpha x0 + sigma eps."""
+    """Return the value that the network should predict from x_t = alpha x0 + sigma eps."""
     match kind:
         case "eps":
             return eps

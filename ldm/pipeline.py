@@ -1,5 +1,7 @@
-"""Text to pictures, from noise, from a picture or inside a mask: text encoder → guided sampling in latent space →
-autoencoder. One loop, whose denoiser guidance wraps and whose step a mask wraps.
+"""The pipeline from text to pictures: text encoder → guided sampling in latent space → autoencoder.
+
+Sampling starts from noise or from a picture, optionally inside a mask. One loop does all of these: guidance wraps its
+denoiser, and a mask wraps its step.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,18 +39,18 @@ from ldm.task import Task
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["LatentDiffusionPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
-"""(pipe, step, timestep, {"latents": the state after it, "denoised": what was made out in it}) → the same, as changed."""
+"""Callback: (pipe, step, timestep, {"latents": state after the step, "denoised": x̂0}) → changed tensors, or None."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pipeline's output: PIL pictures, a NumPy array (b, h, w, 3) in [0, 1], or a tensor (b, 3, h, w) in [0, 1]."""
+    """Output of the pipeline: PIL pictures, a NumPy array (b, h, w, 3) in [0, 1] or a tensor (b, 3, h, w) in [0, 1]."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
 
 class LatentDiffusionPipeline:
-    """A trained model, ready to paint. Argument names are those of diffusers' pipelines."""
+    """Pipeline that generates pictures with a trained model. Argument names are those of diffusers' pipelines."""
 
     def __init__(
         self,
@@ -58,7 +60,10 @@ class LatentDiffusionPipeline:
         process: Process,
         task: Task | None = None,
     ) -> None:
-        """task: by the backbone's channels unless given. Raises UserError where the parts don't belong together."""
+        """Combine the parts; the backbone's channels decide the task unless it is given.
+
+        Raises UserError if the parts don't fit together.
+        """
         self.model = Model(backbone, autoencoder, text_encoder, process, task)
 
     @classmethod
@@ -67,9 +72,9 @@ class LatentDiffusionPipeline:
     ) -> Self:
         """Load the folder that stage 2 writes, or any Stable-Diffusion-1.x/2.x-shaped diffusers folder or hub id.
 
-        chunks: of max_length tokens in which prompts are read; the model's own unless given.
-        backbone: the network, in place of the folder's UNet.
-        Raises UserError when parts are missing or not understood.
+        chunks: number of chunks of max_length tokens in which prompts are read; None: the model's own.
+        backbone: network to use instead of the folder's UNet.
+        Raises UserError if parts are missing or unknown.
         """
         return cls(*load(folder, chunks, backbone))
 
@@ -77,14 +82,14 @@ class LatentDiffusionPipeline:
     def from_single_file(cls, path: str | Path, *, config: str | Path, chunks: int | None = None) -> Self:
         """Load one safetensors file with the original key names, e.g. of Stable Diffusion 1.5.
 
-        config: a local diffusers folder of the same shape, of which JSON and tokenizer are read. Nothing is downloaded.
-        chunks: as in `from_pretrained`. Raises UserError where file and configuration can't be read or don't fit.
+        config: a local diffusers folder of the same shape; its JSON and tokenizer are read. Nothing is downloaded.
+        chunks: as in `from_pretrained`. Raises UserError if the file or the configuration can't be read or don't fit.
         """
         return cls.from_parts(load_single_file(path, config), config, chunks=chunks)
 
     @classmethod
     def from_parts(cls, parts: Parts, folder: str | Path, *, chunks: int | None = None) -> Self:
-        """Take networks at hand and the tokenizer of a pipeline's folder. Raises UserError where it can't be read."""
+        """Combine loaded networks and the tokenizer of a pipeline's folder. Raises UserError if it can't be read."""
         return cls(*from_parts(parts, folder, chunks))
 
     def save_single_file(self, path: str | Path) -> None:
@@ -92,7 +97,7 @@ class LatentDiffusionPipeline:
         save_single_file(self.model, path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole folder, safetensors and JSON only, every key of the scheduler spelled out."""
+        """Write the whole folder, safetensors and JSON only, with every scheduler key explicit."""
         self.model.save(Path(folder))
 
     @torch.no_grad()
@@ -127,29 +132,29 @@ class LatentDiffusionPipeline:
         output_type: OutputType = "pil",
         progress: bool = False,
     ) -> Pictures:
-        """Paint `num_images_per_prompt` pictures of each prompt, from noise, from a picture, or inside a mask.
+        """Generate `num_images_per_prompt` pictures of each prompt, from noise, from a picture, or inside a mask.
 
-        image: one for all prompts, or one each (or several for one prompt), of any size. What is painted has that size.
-        strength: how much of the picture is given up: of n steps the last ⌊n · strength⌋ are walked, at least one. At 1
-            only its size counts, as in text-to-image, at 0 it comes back through the autoencoder. 0.8 unless given, and 1
-            with a mask.
-        mask_image: white is painted, black stays as it is, bit by bit, and grey is mixed; of any size, one for all or each.
-        guidance_scale: 1 is the conditional prediction, larger follows the prompt more closely (Ho & Salimans 2022).
-        guidance_rescale: 0 to 1, against the contrast that a large scale brings (Lin et al. 2024).
-        guidance_interval: the noise levels sigma / alpha, low and high, between which to guide by prompts; on others the
-            first prompt's prediction stands alone. None: everywhere.
+        image: one for all prompts, one for each, or several for one prompt, of any size. The result has the same size.
+        strength: how much the picture is changed. The last ⌊n · strength⌋ of n steps are walked, at least one. At 1,
+            only the picture's size matters, as in text-to-image. At 0, the picture only passes through the autoencoder.
+            Default: 0.8, with a mask 1.
+        mask_image: white is painted, black stays bit-identical, grey is mixed; of any size, one for all or for each.
+        guidance_scale: 1 is the conditional prediction; larger follows the prompt more closely (Ho & Salimans 2022).
+        guidance_rescale: 0 to 1; reduces the contrast that a large scale causes (Lin et al. 2024).
+        guidance_interval: low and high noise level sigma / alpha between which prompts guide. At other levels the
+            prediction is that of the first prompt, without guidance. None: guidance everywhere.
         compose: further prompts that every picture follows too, each with its own guidance scale (Liu et al. 2022).
-        weak, weak_scale: a weaker model to be guided away from (Karras et al. 2024), best with guidance_scale 1, as the
-            two multiply; weak_scale 1 is without.
-        classifier, classifier_scale: log p(y | x_t) of latents to be guided by (Dhariwal & Nichol 2021).
-        spacing: of the steps over the noise levels, in place of the model's own.
+        weak, weak_scale: a weaker model to guide away from (Karras et al. 2024). Best with guidance_scale 1, since the
+            two scales multiply. weak_scale 1 turns it off.
+        classifier, classifier_scale: log p(y | x_t) of latents that guides sampling (Dhariwal & Nichol 2021).
+        spacing: spacing of the steps over the noise levels; None: the model's own.
         eta: ddim's share of noise, 0 to 1.
         generator: one for all pictures, or a list with one for each; on the CPU it gives the same noise for any device.
-        latents: starting noise (b, c, h, w) of unit variance, instead of drawing it.
-        prompt_embeds, negative_prompt_embeds: what `encode` gives of prompts, (b, tokens, width), in their place.
-        callback_on_step_end: called after each step; what it returns as "latents" takes their place (unipc corrects its last
-            step before the next, from what it has made itself).
-        Raises UserError for arguments that don't fit, RunError when the picture comes out non-finite.
+        latents: initial noise (b, c, h, w) of unit variance; None: drawn.
+        prompt_embeds, negative_prompt_embeds: outputs of `encode`, (b, tokens, width), instead of prompts.
+        callback_on_step_end: called after each step. The "latents" that it returns replace the state. (unipc then still
+            corrects its last step from its own state.)
+        Raises UserError for arguments that don't fit, RunError if the picture is non-finite.
         """
         if output_type not in get_args(OutputType):
             raise UserError(f"output_type {output_type!r}: choose {', '.join(get_args(OutputType))}")
@@ -178,7 +183,7 @@ class LatentDiffusionPipeline:
     def _walk(
         self, denoise: Denoise, begun: Prepared, noise: Draws, callback: StepCallback | None, progress: bool
     ) -> Tensor:
-        """Sample, and tell what happens after each step."""
+        """Sample; update the progress bar and run the callback after each step."""
         watched = _Watched(denoise)
         with tqdm(total=len(begun.legs), disable=not progress, dynamic_ncols=True) as bar:
 
@@ -197,7 +202,7 @@ class LatentDiffusionPipeline:
             return sample(watched, begun.x, begun.legs, begun.step, noise, after)
 
     def _painted(self, z: Tensor, request: Request) -> Tensor:
-        """Decode, cut back to the size of the picture that was given, and keep its pixels outside the mask."""
+        """Decode, crop to the size of the given picture, and keep its pixels outside the mask."""
         made, given, spread = self.decode(z), request.given, request.spread
         if given is None:
             return made
@@ -214,11 +219,11 @@ class LatentDiffusionPipeline:
         spacing: Spacing | None = None,
         refinements: int = 2,
     ) -> Tensor:
-        """The noise (b, c, h, w) from which these latents (b, c, h, w) are painted again.
+        """Return the noise (b, c, h, w) from which sampling generates these latents (b, c, h, w) again.
 
-        By ddim with eta 0 and guidance 1, with as many steps and the same spacing.
+        This holds for ddim with eta 0 and guidance 1, the same number of steps and the same spacing.
 
-        prompt: one for all, or each. refinements: of each step, an evaluation more for a more exact way back.
+        prompt: one for all, or one for each. refinements: additional evaluations per step, for a more exact inversion.
         """
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
@@ -236,11 +241,11 @@ class LatentDiffusionPipeline:
             raise UserError(f"spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
         return plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one)
 
-    # -- the model, and how it runs --------------------------------------------------------------------------------
+    # -- the model and its device ----------------------------------------------------------------------------------
 
     @property
     def backbone(self) -> Backbone:
-        """What predicts."""
+        """Network that predicts the target."""
         return self.model.backbone
 
     @property
@@ -250,38 +255,38 @@ class LatentDiffusionPipeline:
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """Pictures to latents and back."""
+        """Autoencoder between pictures and latents."""
         return self.model.autoencoder
 
     @property
     def text_encoder(self) -> ClipTextEncoder:
-        """Prompts to the backbone's condition."""
+        """Encoder of prompts to the backbone's condition."""
         return self.model.text_encoder
 
     @property
     def process(self) -> Process:
-        """The noise that the backbone was trained on, and what it predicts."""
+        """Noise schedule and target that the backbone was trained for."""
         return self.model.process
 
     @property
     def inpaints(self) -> bool:
-        """Whether the backbone was trained to inpaint: it sees the mask, and what that leaves of the picture."""
+        """Whether the backbone was trained to inpaint, with the mask and the picture outside it as its context."""
         return self.model.task == "inpaint"
 
     @property
     def device(self) -> torch.device:
-        """Where the networks run."""
+        """Device on which the networks run."""
         return self.model.device
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move, and choose the arithmetic. The autoencoder stays fp32 under fp16, in which its activations overflow."""
+        """Move the networks to a device and a dtype. The autoencoder overflows in fp16 and takes fp32 instead."""
         self.model.to(device, dtype)
         return self
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Keep the networks in main memory, and each on the device only while it runs: the largest has to fit, not all.
+        """Keep the networks in main memory and move each to the device only while it runs.
 
-        Raises UserError where there is no such device.
+        The device needs memory for the largest network, not for all. Raises UserError if there is no such device.
         """
         try:
             offload = torch.device(device)
@@ -292,40 +297,40 @@ class LatentDiffusionPipeline:
         self.model.offload = offload
 
     def set_attention(self, backend: AttentionBackend) -> Literal["sdpa", "xformers"]:
-        """Choose what computes the backbone's attention, tried on its present device and dtype; returns what `auto` came to.
+        """Set the backbone's attention backend, test it on the current device and dtype, and return the one in use.
 
-        Raises UserError where xformers is asked for and doesn't work.
+        Raises UserError if xformers is requested and doesn't work.
         """
         return self.backbone.set_attention(backend, device=self.device)
 
     def enable_vae_tiling(self, tiles: Tiles | None = None) -> None:
-        """Decode and encode large pictures tile by tile, for small memory."""
+        """Decode and encode large pictures tile by tile, to save memory."""
         self.autoencoder.tiles = tiles or Tiles()
 
     def disable_vae_tiling(self) -> None:
-        """Whole pictures again."""
+        """Decode and encode whole pictures again."""
         self.autoencoder.tiles = None
 
     def enable_vae_slicing(self) -> None:
-        """Decode and encode a batch's pictures one by one, for small memory."""
+        """Decode and encode a batch's pictures one by one, to save memory."""
         self.model.pictures_at_once = 1
 
     def disable_vae_slicing(self) -> None:
-        """Several at once again."""
+        """Decode and encode several pictures at once again."""
         self.model.pictures_at_once = PICTURES_AT_ONCE
 
-    # -- its networks, one by one --------------------------------------------------------------------------------------
+    # -- the single networks ------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return text features of prompts, (b, tokens, width); each distinct one is worked out once."""
+        """Return the text features of prompts, (b, tokens, width); each distinct prompt is encoded once."""
         return self.model.encode(prompts)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pictures (b, 3, H, W) in [0, 1] of normalised latents (b, c, h, w), worked out in portions."""
+        """Decode normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], a few at a time."""
         return self.model.decode(latents)
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
-        """What latents (b, c, h, w) look like, by a linear map to colour: at once, a pixel a latent.
+        """Return fast previews of latents (b, c, h, w) by a linear map to colours, one pixel per latent.
 
         Raises UserError for an autoencoder without that map.
         """
@@ -338,18 +343,21 @@ class LatentDiffusionPipeline:
         return to_pil(colours.clamp(0, 1))
 
     def text_network(self, h: int, w: int) -> Network:
-        """The network of states (b, c, h, w) as for text-to-image: one that inpaints sees a mask that is white all over."""
+        """Return the text-to-image network for states (b, c, h, w). An inpainting network gets an all-white mask."""
         if not self.inpaints:
             return self.backbone
         return beside(self.backbone, self.model.white_context(h, w))
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the latents of pictures of so many pixels; None: the model's own. Else UserError."""
+        """Return the height and width of the latents of pictures of this size in pixels; None: the model's own size.
+
+        Raises UserError for a size that the model doesn't support.
+        """
         return self.model.latent_size(height, width)
 
 
 class _Watched:
-    """A denoiser that keeps what it gave last."""
+    """A denoiser that keeps its last output."""
 
     def __init__(self, denoise: Denoise) -> None:
         self.denoise = denoise
@@ -366,6 +374,6 @@ def _finish(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.n
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """(b, 3, h, w) in [0, 1]."""
+    """Convert pictures (b, 3, h, w) in [0, 1] to PIL."""
     array = (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
     return [Image.fromarray(picture) for picture in array]

@@ -1,4 +1,4 @@
-"""What sampling begins with: the first state, the steps to walk, what the network sees beside its state, and guidance."""
+"""Preparation of sampling: the first state, the legs to walk, the network's context, and guidance."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from ldm.steps import Sampler, Step
 
 @dataclass(frozen=True)
 class Draws:
-    """A source of noise: each call gives standard normal noise of the latents' shape, float32."""
+    """Source of noise: each call returns standard normal noise of the latents' shape, float32."""
 
     shape: tuple[int, int, int, int]
     generator: torch.Generator | list[torch.Generator] | None
@@ -37,7 +37,7 @@ class Draws:
         return randn_tensor(self.shape, self.generator, self.device, torch.float32)
 
     def start(self, latents: Tensor | None) -> Tensor:
-        """Return the noise to begin with: what is given, or else drawn. Raises UserError for another shape."""
+        """Return the initial noise: `latents`, or drawn if that is None. Raises UserError for another shape."""
         if latents is None:
             return self()
         if tuple(latents.shape) != self.shape:
@@ -47,23 +47,24 @@ class Draws:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the sampling loop is given."""
+    """Inputs of the sampling loop."""
 
     x: Tensor
     """The first state, (b, c, h, w)."""
     legs: Sequence[Leg]
     step: Step
     context: Tensor | None
-    """What the network sees beside the state, (1 or b, k, h, w); None: nothing."""
+    """Context channels of the network, (1 or b, k, h, w); None: it takes none."""
 
 
 def prepare(
     model: Model, request: Request, sampler: Sampler, route: Plan, noise: Draws, latents: Tensor | None
 ) -> Prepared:
-    """Prepare a trajectory from noise, from a picture, or within a mask. latents: noise to begin with; else drawn.
+    """Prepare a trajectory from noise, from a picture, or within a mask. latents: the initial noise; None: drawn.
 
-    Noise is drawn here, in diffusers' order: for the picture's posterior, to begin with, and for what a mask leaves. But
-    each picture has its own of all three, also where stock repeats one posterior's sample for several of one prompt.
+    Noise is drawn here in diffusers' order: for the picture's posterior, for the first state, and for the posterior of
+    the picture outside the mask. Each generated picture gets its own noise in all three places, while stock diffusers
+    uses the same posterior sample for all pictures of one prompt.
     """
     given, sees, spread = request.given, model.task == "inpaint", request.spread
     step = sampler.step(model.process.schedule, model.process.variance)
@@ -75,7 +76,7 @@ def prepare(
     mask = None if given.mask is None else pad(given.mask, model.size_multiple)
     places = None if mask is None else painted(mask, model.autoencoder.factor, seen=sees)
     if places is not None and all(place.all() for place in places) and not sampler.draws_noise:
-        places = None  # but where noise is drawn, as often for each mask, lest pictures depend on their batch
+        places = None  # a sampler that draws noise must draw as often for every mask, or pictures depend on the batch
 
     def sampled(pixels: Tensor) -> Tensor:
         return Posterior(*map(spread, model.posterior(pixels))).sample(noise())
@@ -85,7 +86,7 @@ def prepare(
         x0 = sampled(pixels)
     elif (
         mask is not None and places is not None
-    ):  # only an edge is held to it, of which nothing under the mask may be known
+    ):  # x0 is used at the mask's edge only, and must contain nothing from under the mask
         x0 = spread(model.posterior(filled(pixels, mask)).mean)
     start = noise.start(latents)
     context: Tensor | None = None
@@ -105,7 +106,7 @@ def prepare(
 
 @dataclass(frozen=True, kw_only=True)
 class Guides:
-    """How the prediction is guided; see the pipeline's arguments. Raises UserError for scales that aren't finite."""
+    """Guidance settings; see the pipeline's arguments. Raises UserError for scales that aren't finite."""
 
     scale: float
     rescale: float
@@ -123,12 +124,12 @@ class Guides:
 
     @property
     def prompts_alone(self) -> bool:
-        """Whether nothing but prompts guides: what a learned variance is known for."""
+        """Whether only prompts guide: with other guidance, the learned variance is unknown."""
         return not self.rescale and self.weak is None and self.classifier is None
 
 
 def guide(model: Model, request: Request, guides: Guides, context: Tensor | None) -> Denoise:
-    """Return the guided denoiser. Raises UserError where the weaker model doesn't fit."""
+    """Return the guided denoiser. Raises UserError if the weaker model doesn't fit."""
     denoiser, spread, texts = _denoiser(model, context), request.spread, request.texts
     conditions = [(spread(texts.condition), guides.scale)]
     conditions += [(spread(model.encode([text])), scale) for text, scale in guides.compose]

@@ -2,9 +2,9 @@
 
 Discrete: Ho et al. 2020 (arXiv 2006.11239), eq. 2, 4, 6 and 7, in the form of Kingma et al. 2021 (arXiv 2107.00630),
 appendix A, which needs no betas. Continuous: Song et al. 2021 (arXiv 2011.13456), eq. 5, 6 and 13. Below, s is the
-level with less noise, t the one with more.
+level with less noise and t the level with more.
 
-alpha and sigma of a point are floats of the host, or tensors that broadcast against the pictures.
+alpha and sigma of a point are Python floats, or tensors that broadcast against the pictures.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from ldm.kinds import VarianceKind
 from ldm.parameterization import Number
 from ldm.schedule import Level, Schedule
 
-LEAST_VARIANCE = 1e-20  # so that the logarithm exists where s is clean
+LEAST_VARIANCE = 1e-20  # keeps the logarithm finite if s is clean
 
 
 class Point(Protocol):
-    """A level's alpha and sigma: a `Level`, or numbers gathered for a batch."""
+    """alpha and sigma of a level: a `Level`, or values for each example of a batch."""
 
     @property
     def alpha(self) -> Number: ...
@@ -43,12 +43,12 @@ def marginal(x0: Tensor, t: Point) -> Gaussian:
 
 
 def transition(x_s: Tensor, s: Point, t: Point) -> Gaussian:
-    """Return q(x_t | x_s), the Markov step: Ho et al. 2020, eq. 2, where t is s and one beta more."""
+    """Return q(x_t | x_s), the Markov step: Ho et al. 2020, eq. 2, where t is the next index after s."""
     return Gaussian(t.alpha / s.alpha * x_s, step_variance(s, t))
 
 
 def step_variance(s: Point, t: Point) -> Number:
-    """Return the variance of q(x_t | x_s): beta_t between neighbours."""
+    """Return the variance of q(x_t | x_s), which is beta_t between neighbouring indices."""
     return t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
 
 
@@ -62,9 +62,9 @@ def posterior(x_t: Tensor, x0: Tensor, t: Point, s: Point) -> Gaussian:
 def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction: Tensor | None = None) -> Number:
     """Return the variance of the model's p(x_s | x_t), from the posterior's (`small`) to the forward step's (`large`).
 
-    On a variance-preserving path they are right for data that is one point, and for data that is N(0, 1) (Ho et al. 2020,
-    section 3.2). A learned one lies between them in the logarithm by the network's `fraction`, 0 to 1 (Nichol & Dhariwal
-    2021, arXiv 2102.09672, eq. 15); on a flow, near the data, the best may lie above both.
+    On a variance-preserving path, `small` is optimal for data at a single point and `large` for data from N(0, 1) (Ho
+    et al. 2020, section 3.2). A learned variance is interpolated between their logarithms by the network's `fraction`,
+    0 to 1 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15). On a flow, near the data, the optimum may lie above both.
     """
     match kind:
         case "fixed_small":
@@ -81,15 +81,15 @@ def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction:
 
 
 def score(x_t: Tensor, x0: Tensor, t: Point) -> Tensor:
-    """Return the gradient of log p(x_t) by x_t, -eps / sigma, that a denoiser's x0 means (Tweedie's formula)."""
+    """Return the gradient of log p(x_t) with respect to x_t, -eps / sigma, from a denoiser's x0 (Tweedie's formula)."""
     return (t.alpha * x0 - x_t) / t.sigma**2
 
 
 def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return f and g^2 of the SDE dx = f(t) x dt + g(t) dw whose marginals are the schedule's, each of t's shape.
+    """Return f and g^2 of the SDE dx = f(t) x dt + g(t) dw that has the schedule's marginals, each of t's shape.
 
-    f = d log alpha / dt and g^2 = d sigma^2 / dt - 2 f sigma^2, from the moments' equations. On a variance-preserving
-    path f = -g^2 / 2, the VP-SDE of Song et al. 2021, eq. 11, with beta(t) = g^2.
+    f = d log alpha / dt and g^2 = d sigma^2 / dt - 2 f sigma^2, from the equations of the moments. On a
+    variance-preserving path f = -g^2 / 2, which is the VP-SDE of Song et al. 2021, eq. 11, with beta(t) = g^2.
     """
     with torch.enable_grad():
         t = t.detach().double().requires_grad_()
@@ -100,7 +100,7 @@ def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probability_flow(denoise: Denoise, schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
-    """Return dx / dt of the ODE with the SDE's marginals, a function of x (b, c, h, w) and t in (0, 1).
+    """Return dx / dt of the ODE with the SDE's marginals, as a function of x (b, c, h, w) and t in (0, 1).
 
     Song et al. 2021, eq. 13.
     """

@@ -1,4 +1,4 @@
-"""What a call of the pipeline asks for, read and checked: texts, a picture to begin with, and how many to paint."""
+"""The request of a pipeline call, read and checked: texts, given pictures, and the number of pictures to generate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from ldm.model import Model
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts with their features, one for all pictures or one for each."""
+    """Prompts and their features, one for all pictures or one for each."""
 
     prompts: list[str]
-    """Empty where features are given in their place."""
+    """Prompts; empty if features are given instead."""
     condition: Tensor
     """Features of the prompts, (1 or n, tokens, width)."""
     negative: Tensor
@@ -27,7 +27,7 @@ class Texts:
         cls, model: Model, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None,
         prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
     ) -> Self:  # fmt: skip
-        """Encode what isn't features already. Raises UserError where nothing is given, or both, or other shapes."""
+        """Encode the prompts unless features are given. Raises UserError for neither, for both, or for wrong shapes."""
         prompts, condition = _features(model, prompt, prompt_embeds, "prompt")
         _, negative = _features(model, negative_prompt or "", negative_prompt_embeds, "negative_prompt")
         return cls(prompts, condition, negative)
@@ -51,18 +51,21 @@ def _features(
 
 @dataclass(frozen=True)
 class Given:
-    """Pictures to begin with and where to paint in them, one for all or one for each."""
+    """Given pictures and masks, one for all or one for each."""
 
     pixels: Tensor
-    """(1 or n, 3, H, W) in [0, 1]."""
+    """Pictures, (1 or n, 3, H, W) in [0, 1]."""
     mask: Tensor | None
-    """(1 or n, 1, H, W) in [0, 1], white is painted; None: everywhere."""
+    """Masks, (1 or n, 1, H, W) in [0, 1]; white is painted; None: everything is painted."""
     strength: float
-    """How much of the pictures is given up."""
+    """Share of the steps that are walked, 0 to 1; 0 keeps the pictures."""
 
     @classmethod
     def read(cls, image: Pixels | None, mask_image: Pixels | None, strength: float | None) -> Self | None:
-        """None without an image. Raises UserError for what is no picture, or a mask or a strength without one."""
+        """Read the pictures and masks; None without an image.
+
+        Raises UserError for invalid pictures, or for a mask or a strength without an image.
+        """
         if image is None:
             if mask_image is not None or strength is not None:
                 raise UserError("mask_image and strength speak of a picture: give image too")
@@ -74,7 +77,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Request:
-    """What to paint: n different pictures, as many of each as `copies`. Raises UserError where the numbers don't fit."""
+    """Inputs of n different pictures, with `copies` of each. Raises UserError if the numbers don't fit."""
 
     texts: Texts
     given: Given | None
@@ -99,18 +102,18 @@ class Request:
 
     @property
     def n(self) -> int:
-        """How many different pictures there are."""
+        """Number of different pictures."""
         return max(self._lengths().values())
 
     def spread(self, x: Tensor) -> Tensor:
-        """Repeat what is one for all, or one for each, for every picture and copy: (1 or n, …) → (n · copies, …)."""
+        """Repeat a tensor with one row for all pictures, or one for each: (1 or n, …) → (n · copies, …)."""
         return x.expand(self.n, *x.shape[1:]).repeat_interleave(self.copies, 0)
 
     def shape(self, model: Model, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """Return the shape of all latents. Raises UserError for a size that the model can't paint."""
+        """Return the shape of all latents. Raises UserError for a size that the model doesn't support."""
         if self.given is not None:
             if (height, width) != (None, None):
                 raise UserError(f"height {height} and width {width} with an image: its own size holds")
-            # Odd sizes are painted a little larger, and cut back.
+            # Sizes that aren't multiples are rounded up, and the result is cropped.
             height, width = (side + -side % model.size_multiple for side in self.given.pixels.shape[2:])
         return self.n * self.copies, model.autoencoder.latent_channels, *model.latent_size(height, width)

@@ -1,6 +1,6 @@
-"""The samplers, one record each. A new one is a name and an arm here, and a step if no other sampler's fits.
+"""The samplers, one record each. A new sampler needs a name and a case here, and a new step if no existing step fits.
 
-A command line lists the names without waiting for torch, which only `make_sampler` imports.
+Only `make_sampler` imports torch, so that a command line can list the names fast.
 """
 
 from typing import TYPE_CHECKING, Literal, assert_never, get_args
@@ -16,9 +16,9 @@ SamplerKind = Literal[
 
 
 def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
-    """Return the record of a sampler. eta, 0 to 1, is ddim's share of noise.
+    """Return the record of a sampler. eta is ddim's share of noise, 0 to 1.
 
-    Raises UserError for an unknown name, or an eta with another sampler.
+    Raises UserError for an unknown name, or for an eta with another sampler.
     """
     from ldm.spacing import Grid
     from ldm.steps import DDPM, Heun, Multistep, PredictorCorrector, Sampler, UniPC
@@ -40,7 +40,7 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
             return Sampler(lambda *_: Multistep(1), euler_grid, draws_noise=False)
         case "euler_ancestral":
             return Sampler(lambda *_: Multistep(1, 1.0), euler_grid, draws_noise=True)
-        case "heun":  # on the flow's equation where the first level is pure noise
+        case "heun":  # uses the flow's equation if the first level is pure noise
             return Sampler(lambda schedule, _: Heun(straight=schedule.zero_terminal_snr), euler_grid, draws_noise=False)
         case "dpmpp_2m":
             return Sampler(lambda *_: Multistep(2), dpm_solver_grid, draws_noise=False)

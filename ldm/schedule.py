@@ -1,14 +1,14 @@
 """Noise schedules: x_t = alpha_t x0 + sigma_t eps, where (alpha_t, sigma_t) is a function of t in [0, 1].
 
-The discrete index i = 0 … T-1 (0 = least noise) stands at t = (i + 1) / T; t = 0 is clean and t = 1 is noise. Two
+The discrete index i = 0 … T-1 (0 = least noise) is at t = (i + 1) / T; t = 0 is clean and t = 1 is noise. There are two
 kinds of path:
 
-- variance-preserving, alpha^2 + sigma^2 = 1, made of T betas (Ho et al. 2020, arXiv 2006.11239, eq. 2 and 4).
+- variance-preserving, alpha^2 + sigma^2 = 1, defined by T betas (Ho et al. 2020, arXiv 2006.11239, eq. 2 and 4).
   Between the T points the noise level sigma / alpha of Karras et al. (2022, arXiv 2206.00364) is linear in t,
-  beginning with 0 at t = 0: as diffusers' schedulers with fractional timesteps have it.
+  from 0 at t = 0, as in diffusers' schedulers with fractional timesteps.
 - rectified flow, alpha + sigma = 1 (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
 
-Any path is any other's, scaled: alpha x0 + sigma eps depends on sigma / alpha alone, but for a factor.
+Any path is a scaled version of any other: apart from a factor, alpha x0 + sigma eps depends only on sigma / alpha.
 """
 
 import math
@@ -27,17 +27,17 @@ _UNKNOWN_TO_US = (
     "use_flow_sigmas", "use_dynamic_shifting", "use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas",
     "thresholding", "timestep_type", "shift_terminal", "invert_sigmas", "final_sigmas_type", "interpolation_type",
 )  # fmt: skip
-"""Keys of diffusers' schedulers that change the process or the levels where they are set."""
+"""Unsupported keys of diffusers' schedulers, which change the process or the levels if they are set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One noise level, in Python numbers: coefficients computed from it never wait for a device."""
+    """One noise level, in Python numbers, so that coefficients computed from it never wait for a device."""
 
     alpha: float
     sigma: float
     model_time: int | float
-    """The time that the network is given: int at a timestep of a grid of betas, else float."""
+    """Time input of the network: int at a timestep of a grid of betas, else float."""
 
     @property
     def is_last(self) -> bool:
@@ -46,7 +46,7 @@ class Level:
 
     @property
     def noise(self) -> float:
-        """sigma / alpha, the noise level of Karras et al. 2022; infinite where no signal is left."""
+        """sigma / alpha, the noise level of Karras et al. 2022; infinite for pure noise."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
     @property
@@ -58,7 +58,7 @@ class Level:
 class Schedule(ABC):
     """A path of alpha_t and sigma_t in float64: `schedule(t)`, `schedule.level(index)`, or tables by index.
 
-    Attributes: `T`; `alpha`, `sigma` and `model_times` (the times that the network is given), each (T,).
+    Attributes: `T`; `alpha`, `sigma` and `model_times` (the network's time inputs), each (T,).
     """
 
     T: int
@@ -72,7 +72,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def level(self, index: int | float) -> Level:
-        """Return the level at an index, which may lie between two of the grid; -1 is the clean end, t = 0."""
+        """Return the level at an index, which may be fractional; -1 is the clean end, t = 0."""
 
     @property
     def snr(self) -> Tensor:
@@ -96,9 +96,10 @@ class Schedule(ABC):
         kind: ScheduleKind, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
         zero_terminal_snr: bool = False, shift: float = 1.0,
     ) -> "Schedule":  # fmt: skip
-        """Build the schedule of that kind.
+        """Build the schedule of the given kind.
 
-        beta_start and beta_end (Stable Diffusion's by default) aren't used by `cosine` and `flow`; the shift is `flow`'s.
+        beta_start and beta_end (Stable Diffusion's by default) aren't used by `cosine` and `flow`; only `flow` uses
+        shift.
         """
         if kind == "flow":
             if zero_terminal_snr:
@@ -111,7 +112,7 @@ class Schedule(ABC):
 
     @staticmethod
     def from_diffusers(config: Mapping[str, Any]) -> "Schedule":
-        """Read the schedule from any scheduler's scheduler_config.json. Raises UserError for keys that aren't supported."""
+        """Read the schedule from any scheduler's scheduler_config.json. Raises UserError for unsupported keys."""
         for key in _UNKNOWN_TO_US:
             if config.get(key) not in (None, False, "discrete", "zero", "linear"):
                 raise UserError(f"scheduler config: {key} {config[key]!r} is not supported; give a config without it")
@@ -142,9 +143,9 @@ class Schedule(ABC):
 
 
 class BetaSchedule(Schedule):
-    """The variance-preserving path of T betas (T,). It has a further table, `alpha_bar`, (T,).
+    """The variance-preserving path of T betas (T,), with the additional table `alpha_bar`, (T,).
 
-    Raises UserError where a beta is not strictly between 0 and 1 (the last may be 1: zero terminal SNR).
+    Raises UserError if a beta is not strictly between 0 and 1 (the last may be 1: zero terminal SNR).
     """
 
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
@@ -154,13 +155,13 @@ class BetaSchedule(Schedule):
         self.alpha_bar = log_alpha_bar.exp()
         self.alpha, self.sigma = self.alpha_bar.sqrt(), (-torch.expm1(log_alpha_bar)).sqrt()
         self.model_times = torch.arange(self.T)
-        self._noise = torch.cat([self.sigma.new_zeros(1), self.sigma / self.alpha])  # (T + 1,) by t T
+        self._noise = torch.cat([self.sigma.new_zeros(1), self.sigma / self.alpha])  # (T + 1,), index t T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table, place = self._noise.to(t.device), t * self.T
         below = place.long().clamp(0, self.T - 1)
         low, high, share = table[below], table[below + 1], place - below
-        # Towards pure noise, whose level is infinite, alpha / sigma is linear instead.
+        # In the last interval before pure noise, whose sigma / alpha is infinite, alpha / sigma is linear instead.
         endless = torch.isinf(high)
         noise = torch.where(endless, low / (1 - share), torch.lerp(low, torch.where(endless, low, high), share))
         return (1 + noise**2).rsqrt(), (1 + noise**-2).rsqrt()
@@ -169,7 +170,7 @@ class BetaSchedule(Schedule):
         return Level(*self._at(index), int(index) if index == int(index) else index)
 
     def at_noise(self, noise: float) -> Level:
-        """Return the level of a given sigma / alpha, its time interpolated in log(sigma / alpha) as k-diffusion does."""
+        """Return the level of a given sigma / alpha, with the time interpolated in its logarithm as in k-diffusion."""
         logs = self._noise[1:].log()
         low = int((logs <= math.log(noise)).sum().clamp(1, self.T - 1)) - 1
         share = (math.log(noise) - logs[low].item()) / (logs[low + 1] - logs[low]).item()
@@ -180,8 +181,8 @@ class BetaSchedule(Schedule):
 class RectifiedFlow(Schedule):
     """The straight path from data to noise: alpha = 1 - s, sigma = s with s = shift t / (1 + (shift - 1) t).
 
-    Pictures of m elements keep the uncertainty that n had by a shift of sqrt(m / n) (Esser et al. 2024, eq. 23). The
-    network is given s T, as diffusers' flow models are.
+    A shift of sqrt(m / n) gives pictures of m elements the same uncertainty as pictures of n elements without a shift
+    (Esser et al. 2024, eq. 23). The network's time is s T, as for diffusers' flow models.
     """
 
     def __init__(self, T: int = 1000, shift: float = 1.0) -> None:
@@ -201,13 +202,13 @@ class RectifiedFlow(Schedule):
 
 
 def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:
-    """Return T betas from `start` to `end`, (T,) float64; `cosine` doesn't use the ends."""
+    """Return T betas from `start` to `end`, (T,) float64; `cosine` ignores both."""
     if kind != "cosine" and not 0 < start <= end < 1:
         raise UserError(f"betas from {start} to {end}: both must lie strictly between 0 and 1, the greater at the end")
     match kind:
         case "linear":  # Ho et al. 2020, section 4
             return torch.linspace(start, end, T, dtype=torch.float64)
-        case "scaled_linear" | "quadratic":  # two names of one formula: Rombach et al. 2022's, Song et al. 2021's code
+        case "scaled_linear" | "quadratic":  # one formula, two names: Rombach et al. 2022, Song et al. 2021's code
             return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
         case "cosine":  # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17
             ends = torch.arange(T + 1, dtype=torch.float64) / T
@@ -220,7 +221,7 @@ def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:
 
 
 def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that its last value is 0 and its first stays; return the betas of that.
+    """Shift and scale sqrt(alpha_bar) so that its last value is 0 and its first stays; return the resulting betas.
 
     Lin et al. 2024, arXiv 2305.08891, algorithm 1.
     """

@@ -1,7 +1,7 @@
-"""The levels that a sampler visits: the legs from noise to data, as diffusers' schedulers choose them.
+"""The noise levels that a sampler visits, as legs from noise to data. diffusers' schedulers choose the same ones.
 
 leading, trailing, linspace: Lin et al. 2024 (arXiv 2305.08891), table 2; karras: Karras et al. 2022 (arXiv 2206.00364),
-eq. 5 with rho 7, from the schedule's greatest noise level to its least.
+eq. 5 with rho 7, from the schedule's highest noise level to its lowest.
 """
 
 import math
@@ -20,7 +20,7 @@ _RHO = 7
 
 
 class Leg(NamedTuple):
-    """One step: the network is evaluated at `now`, the state goes on to `next`."""
+    """One step from level `now`, where the network is evaluated, to level `next`."""
 
     now: Level
     next: Level
@@ -30,41 +30,41 @@ class Leg(NamedTuple):
 class Plan:
     """The legs from noise to data, and the standard deviation of the first state.
 
-    To begin part of the way (image to image), walk `legs[k:]` from alpha x0 + sigma eps at `legs[k].now`.
+    For image to image, start at a later leg k: walk `legs[k:]` from alpha x0 + sigma eps at `legs[k].now`.
     """
 
     legs: tuple[Leg, ...]
     start_std: float
 
     def start(self, noise: Tensor) -> Tensor:
-        """Return the first state, made of standard normal noise."""
+        """Return the first state, computed from standard normal noise."""
         return self.start_std * noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Which levels a sampler visits on a grid of betas, and what it starts from, as its scheduler in diffusers does."""
+    """Rules for a sampler's levels on a grid of betas and for its first state, equal to its diffusers scheduler's."""
 
     rounded: tuple[Spacing, ...] = ("linspace",)
-    """Spacings whose times are rounded to timesteps (with leading and trailing they are timesteps already)."""
+    """Spacings whose times are rounded to timesteps (those of leading and trailing always are timesteps)."""
     spare: bool = False
-    """Divide the range in n + 1 and leave out the lowest level, with leading and linspace."""
+    """Whether leading and linspace divide the range into n + 1 levels and leave out the lowest."""
     strides: bool = False
-    """Go down by T // n from every level, wherever the next leg begins; the last leg's end is the model's choice."""
+    """Whether every leg goes down by T // n, wherever the next leg begins. The model sets where the last leg ends."""
     karras: bool = True
     """Whether karras spacing is possible."""
     starts_bare: tuple[Spacing, ...] = ()
-    """Spacings with which it starts from sigma eps; with others the start has the variance of x_t."""
+    """Spacings for which the first state is sigma eps; for others it has the variance of x_t."""
 
 
 def plan(
     schedule: Schedule, grid: Grid, n: int, spacing: Spacing, steps_offset: int = 1, set_alpha_to_one: bool = False
 ) -> Plan:
-    """Return a sampler's n legs, those of its scheduler in diffusers made `from_config` of a DDIMScheduler.
+    """Return a sampler's n legs, equal to those of its diffusers scheduler made `from_config` of a DDIMScheduler.
 
-    All end at t = 0, except that a grid of betas with strides ends at index 0 unless `set_alpha_to_one`. On a flow, times
-    aren't rounded, and the start has the standard deviation of x_t for data of variance 1. Raises UserError where n steps
-    don't fit the schedule, or the spacing the sampler or the path.
+    The last leg ends at t = 0; on a grid of betas with strides, it ends at index 0 unless `set_alpha_to_one`. On a
+    flow, times aren't rounded, and the first state has the standard deviation of x_t for data of variance 1. Raises
+    UserError if n steps don't fit the schedule, or if the spacing doesn't fit the sampler or the path.
     """
     T = schedule.T
     if not 1 <= n <= T:
@@ -77,9 +77,9 @@ def plan(
     else:
         levels = [schedule.level(i) for i in _indices(n, T, spacing, steps_offset, grid).tolist()]
     if grid.strides:
-        # diffusers' DDIM goes down by T // n from every index. With leading that is where the next leg
-        # begins; with trailing it can miss by an index where n doesn't divide T; with linspace it falls
-        # short, and noise is left in the picture. Ours paints the same pictures.
+        # diffusers' DDIM goes down by T // n from every index. With leading, the next leg begins there. With
+        # trailing, the two can differ by an index if n doesn't divide T. With linspace, the steps are too short
+        # and noise remains in the picture. This is kept, so that our pictures equal diffusers'.
         down, end = T // n, -1 if set_alpha_to_one else 0
         ends = (level.model_time - down if level.model_time >= down else end for level in levels)
         return Plan(tuple(Leg(level, schedule.level(j)) for level, j in zip(levels, ends, strict=True)), 1.0)
@@ -87,7 +87,7 @@ def plan(
 
 
 def _indices(n: int, T: int, spacing: Spacing, steps_offset: int, grid: Grid) -> np.ndarray:
-    """Return the n indices (n,) that a sampler visits on a grid of T, falling. Raises UserError where they don't fit."""
+    """Return the n falling indices (n,) that a sampler visits on a grid of T. Raises UserError if they don't fit."""
     divisions = n + 1 if grid.spare else n
     indices: np.ndarray
     match spacing:
@@ -95,7 +95,7 @@ def _indices(n: int, T: int, spacing: Spacing, steps_offset: int, grid: Grid) ->
             if n == 1:
                 raise UserError("1 step with leading spacing begins and ends next to the data: take trailing")
             indices = (np.arange(divisions) * (T // divisions))[::-1][:n] + steps_offset
-        case "trailing":  # the float arange may hold one element too many, which would stand below index 0
+        case "trailing":  # the float arange can have one element too many, below index 0
             indices = np.round(np.arange(T, 0, -T / n))[:n] - 1
         case "linspace":
             indices = np.linspace(0, T - 1, divisions)[::-1][:n] if divisions > 1 else np.array([T - 1])

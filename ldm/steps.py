@@ -1,4 +1,4 @@
-"""The steps of the samplers, and the one loop that walks the legs of a plan with them.
+"""The steps of the samplers, and the sampling loop that walks the legs of a plan with them.
 
 DDPM       Ho et al. 2020, arXiv 2006.11239, eq. 7
 DDIM       Song et al. 2021, arXiv 2010.02502, eq. 12 and 16
@@ -9,9 +9,9 @@ DPM++ 2M   Lu et al. 2022, arXiv 2211.01095, algorithm 2: DDIM's step with x̂0 
 UniPC      Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2, of order 2 with B(h) = e^h - 1
 predictor–corrector  Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3
 
-The state is x_t = alpha x0 + sigma eps for every sampler, on any path: all depends on sigma / alpha but for the state's
-scale. Coefficients are Python floats, computed from two levels: nothing in the loop waits for a device. Plans and
-steps equal diffusers' to rounding, except for what docs/adr/0007 lists.
+For every sampler and path, the state is x_t = alpha x0 + sigma eps. Apart from its scale, everything depends only on
+sigma / alpha. Coefficients are Python floats, computed from two levels, so nothing in the loop waits for a device.
+Plans and steps equal diffusers' to rounding, except for the differences listed in docs/adr/0007.
 """
 
 import math
@@ -29,30 +29,30 @@ from ldm.schedule import Level, Schedule
 from ldm.spacing import Grid, Leg
 
 Noise = Callable[[], Tensor]
-"""A source of noise, a fresh standard normal tensor of the state's shape at each call. Steps call it where diffusers draws."""
+"""Source of noise: each call returns standard normal noise of the state's shape. Steps draw where diffusers does."""
 
 
 class Step(Protocol):
-    """A function that walks one leg. Multistep methods keep a state: take one object per trajectory."""
+    """A function that walks one leg. Multistep methods keep a state, so each trajectory needs its own object."""
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """All that distinguishes one sampler from another."""
+    """Record of everything that distinguishes one sampler from another."""
 
     make: Callable[[Schedule, VarianceKind], Step]
-    """Constructor of its step, for a trajectory on a schedule, with the variance that the model was trained for."""
+    """Constructor of the step for a trajectory on a schedule, with the variance that the model was trained for."""
     grid: Grid
-    """Which levels it visits, and what it starts from."""
+    """Rules for the visited levels and the first state."""
     draws_noise: bool
-    """Whether its steps add noise, so that one start can end in different pictures."""
+    """Whether the steps add noise, so that the same first state can lead to different pictures."""
     uses_learned_variance: bool = False
-    """Whether its step has a variance, which the network may have learned."""
+    """Whether the step has a variance, which the network may have learned."""
 
     def step(self, schedule: Schedule, variance: VarianceKind = "fixed_small") -> Step:
-        """Make a step for one trajectory. It is given a source of noise only if this record says that it draws noise."""
+        """Make a step for one trajectory. It gets a source of noise only if `draws_noise` is set."""
         step = self.make(schedule, variance)
         return step if self.draws_noise else _Noiseless(step)
 
@@ -78,7 +78,10 @@ def sample(
     noise: Noise,
     callback: Callable[[int, Leg, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Walk the legs from state x (b, c, h, w); `callback(k, leg, x)` is given the state after leg k, and returns it or another."""
+    """Walk the legs from state x (b, c, h, w) and return the last state.
+
+    `callback(k, leg, x)` gets the state after leg k and returns the same or a changed one.
+    """
     for k, leg in enumerate(legs):
         x = step(denoise, x, leg.now, leg.next, noise)
         if callback is not None:
@@ -87,11 +90,11 @@ def sample(
 
 
 def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 0) -> Tensor:
-    """Walk the legs of DDIM backwards, from data to the noise from which DDIM (eta 0) gives these data.
+    """Walk the legs of DDIM backwards, from data to the noise that DDIM (eta 0) maps to these data.
 
-    Each leg's eps belongs to a state not yet known. It is first taken from the leg's end (Dhariwal & Nichol 2021, arXiv
-    2105.05233, appendix F), and then `refinements` times from the state that this gives (a fixed-point iteration: Pan et
-    al. 2023, arXiv 2309.04907).
+    The eps of each leg belongs to a state that isn't known yet. It is first evaluated at the leg's end (Dhariwal &
+    Nichol 2021, arXiv 2105.05233, appendix F), then `refinements` times at the state that results (a fixed-point
+    iteration: Pan et al. 2023, arXiv 2309.04907).
     """
     for now, next in reversed(legs):
         guess, at = x, now if next.is_last else next
@@ -106,7 +109,7 @@ def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 
 class DDPM:
     """Ancestral sampling: a draw from p(x_s | x_t), Ho et al. 2020, eq. 7 with x̂0, for any two levels.
 
-    Into t = 0, where the posterior knows x0, the mean is taken.
+    The step to t = 0, where the posterior's variance is 0, returns the mean.
     """
 
     variance: VarianceKind = "fixed_small"
@@ -125,11 +128,12 @@ class DDPM:
 
 @dataclass
 class Multistep:
-    """DDIM's family: alpha x̂ + sigma eps at the next level, with a share `eta` of that eps drawn anew.
+    """The DDIM family: alpha x̂ + sigma eps at the next level, where a share `eta` of the eps is new noise.
 
-    Song et al. 2021, eq. 12 and 16: eta 0 solves the ODE, eta 1 is DDPM's step. Order 1 takes x̂ = x̂0 and is Euler's step on
-    Karras' ODE: for y = x / alpha and s = sigma / alpha, y + (s_next - s) (y - x̂0) / s keeps the eps, (y - x̂0) / s. Order
-    2 extrapolates x̂ from the last leg (Lu et al. 2022, algorithm 2, midpoint), but not into t = 0.
+    Song et al. 2021, eq. 12 and 16: eta 0 solves the ODE, eta 1 is DDPM's step. Order 1 uses x̂ = x̂0, which is Euler's
+    step on Karras' ODE: for y = x / alpha and s = sigma / alpha, y + (s_next - s) (y - x̂0) / s keeps the eps,
+    (y - x̂0) / s. Order 2 extrapolates x̂ from the last leg (Lu et al. 2022, algorithm 2, midpoint), except in the
+    step to t = 0.
     """
 
     order: Literal[1, 2] = 1
@@ -151,7 +155,7 @@ class Multistep:
 
 @dataclass
 class UniPC:
-    """DPM++ 2M's step, corrected once the network has been evaluated at its end; one evaluation a leg."""
+    """DPM++ 2M's step, corrected after the network's evaluation at its end. One evaluation per leg."""
 
     begun: tuple[Tensor, Tensor, Level] | None = None
     """State, x̂0 and level at the start of the last leg."""
@@ -169,8 +173,8 @@ class UniPC:
         return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
 
     def _correct(self, x: Tensor, x0: Tensor, then: Level, x0_now: Tensor, now: Level) -> Tensor:
-        """Walk the last leg again, now that x̂0 at its end is known: Zhao et al. 2023, algorithm 1."""
-        h = then.half_log_snr - now.half_log_snr  # their -h, as x̂0 is what is integrated
+        """Repeat the last leg, using x̂0 at its end: Zhao et al. 2023, algorithm 1."""
+        h = then.half_log_snr - now.half_log_snr  # their -h, since x̂0 is integrated
         phi = math.expm1(h)
         first = (phi / h - 1) / phi
         if self.previous is None:
@@ -186,10 +190,10 @@ class UniPC:
 
 @dataclass(frozen=True)
 class Heun:
-    """Karras et al. 2022, algorithm 1: Euler's step, then again with the mean of the slopes at both ends.
+    """Heun's step, Karras et al. 2022, algorithm 1: Euler's step, repeated with the mean of the slopes at both ends.
 
-    In dy = x̂0 da + eps db for the state y, scaled so that a = 1 (Karras' ODE) or, `straight`, so that a + b = 1: the flow's,
-    which can start from pure noise.
+    The ODE is dy = x̂0 da + eps db for the state y, scaled so that a = 1 (Karras' ODE) or, if `straight`, so that
+    a + b = 1 (the flow's ODE, which can start from pure noise).
     """
 
     straight: bool = False
@@ -213,10 +217,11 @@ class Heun:
 
 @dataclass(frozen=True)
 class PredictorCorrector:
-    """DDPM's step, then a step of Langevin dynamics at the level that it reached: two evaluations a leg.
+    """DDPM's step, then a step of Langevin dynamics at the level reached. Two evaluations per leg.
 
-    The step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4, where the ratio of the norms of noise and score, which
-    they measure, is its expectation, sigma. Their algorithm 5 has another factor, which depends on the path's scale.
+    The step size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4, with the ratio of the norms of noise and score,
+    which they measure, replaced by its expectation, sigma. Their algorithm 5 has another factor, which depends on the
+    path's scale.
     """
 
     predictor: Step = DDPM()
@@ -237,7 +242,7 @@ def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor
 
 
 def _half_slope(x0: Tensor, previous: tuple[Tensor, Level] | None, now: Level, next: Level) -> Tensor | float:
-    """Return the change of x̂0 over half the leg, by its slope in lambda since the last leg; 0 after none."""
+    """Return the change of x̂0 over half the leg, from its slope in lambda since the last leg; 0 if there is none."""
     if previous is None or next.is_last:
         return 0.0
     last_x0, last = previous

@@ -1,4 +1,4 @@
-"""What a model is for. A configuration or a saved pipeline says it; only where neither does, the channels tell."""
+"""The task of a model. A configuration or a saved pipeline names it; otherwise the number of channels decides."""
 
 from typing import Literal, assert_never, get_args
 
@@ -8,7 +8,7 @@ Task = Literal["txt2img", "inpaint"]
 
 
 def context_channels(task: Task, latent_channels: int) -> int:
-    """Return how many channels the network sees beside its state, e.g. a mask and the latent of what the mask leaves."""
+    """Return the number of input channels besides the state, e.g. a mask and the latent of the picture outside it."""
     match task:
         case "txt2img":
             return 0
@@ -19,7 +19,7 @@ def context_channels(task: Task, latent_channels: int) -> int:
 
 
 def task_by_channels(context: int, latent_channels: int) -> Task:
-    """Return the task whose context has so many channels. Raises UserError where there is none."""
+    """Return the task whose context has this number of channels. Raises UserError if there is none."""
     for task in get_args(Task):
         if context == context_channels(task, latent_channels):
             found: Task = task

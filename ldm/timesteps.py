@@ -1,7 +1,7 @@
-"""Which timesteps are trained on: maps from the batch's uniform numbers to indices 0 … T-1.
+"""Distributions of training timesteps: maps from the batch's uniform random numbers to indices 0 … T-1.
 
-A map is the inverse of a distribution function: stratified numbers give stratified timesteps, and a batch means the same on
-any number of processes.
+Each map is an inverse distribution function, so stratified numbers give stratified timesteps. A batch gets the same
+timesteps on any number of processes.
 """
 
 import math
@@ -17,28 +17,28 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Timesteps of a batch: index (b,) int64, and weights (b,) or 1 that give means the value under uniform timesteps."""
+    """Timesteps of a batch: index (b,) int64; weight (b,) or 1, which corrects means to those of uniform timesteps."""
 
     index: Tensor
     weight: Tensor | float
 
 
 class Timesteps(Protocol):
-    """A map from uniform numbers u (b,) in [0, 1) to timesteps of a schedule that has T of them."""
+    """A map from uniform random numbers u (b,) in [0, 1) to the timesteps of a schedule with T of them."""
 
     def __call__(self, u: Tensor, T: int) -> Drawn: ...
 
 
 def uniform(u: Tensor, T: int) -> Drawn:
-    """Draw every timestep equally often."""
+    """Draw every timestep with the same probability."""
     return Drawn((u * T).long().clamp(max=T - 1), 1.0)  # a cast may have rounded u to 1
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """Timesteps t = sigmoid(mean + std z), z standard normal: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
+    """Timesteps t = sigmoid(mean + std z) for standard normal z: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
 
-    The paper uses them as a weighting of the levels, so no weight corrects for them.
+    In the paper this distribution is the weighting of the levels, so the weight is 1 and doesn't correct for it.
     """
 
     mean: float = 0.0
@@ -58,15 +58,15 @@ class LogitNormal:
 class Importance(nn.Module):
     """Importance sampling, p(i) ∝ sqrt(E[loss(i)^2]): Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 18.
 
-    Levels are divided into bins. A bin's mean square is a running average over its examples, which changes by
-    1 - (1 - rate)^n after n of them; `floor` of the probability stays uniform. All is uniform until every bin has had an
-    example. The state is the buffers, which are the same on every process once `fold` has run.
+    Levels are divided into bins. A bin's mean square is a running average over its examples; after n examples it has
+    moved by 1 - (1 - rate)^n. A share `floor` of the probability stays uniform. All of it is uniform until every bin
+    has had an example. The buffers are the state; they are the same on every process after `fold`.
     """
 
     mean_square: Tensor
     seen: Tensor
     pending: Tensor
-    """Sums of squared losses, and counts, since the last fold, (2, bins); not a buffer, as DDP would copy rank 0's to all."""
+    """Sums of squared losses and counts since the last fold, (2, bins). Not a buffer, which DDP copies from rank 0."""
 
     def __init__(self, bins: int = 100, rate: float = 0.02, floor: float = 0.05) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Importance(nn.Module):
         return Drawn(index, 1 / (len(p) * p[at]))
 
     def note(self, index: Tensor, loss: Tensor, T: int) -> None:
-        """Add the losses (b,) of a part of a batch; non-finite ones are left out."""
+        """Record the losses (b,) of a part of a batch; non-finite losses are left out."""
         at, square = self._bin(index, T), loss.detach().double() ** 2
         self.pending = self.pending.to(square.device)
         finite = torch.isfinite(square).double()
@@ -100,11 +100,11 @@ class Importance(nn.Module):
         self.pending[1].index_add_(0, at, finite)
 
     def forget(self) -> None:
-        """Discard the losses noted since the last `fold`."""
+        """Discard the losses recorded since the last `fold`."""
         self.pending = torch.zeros(2, *self.seen.shape, dtype=torch.float64, device=self.seen.device)
 
     def fold(self) -> None:
-        """Update the averages with the losses noted on all processes."""
+        """Update the averages with the losses recorded on all processes."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.pending)
         total, count = self.pending

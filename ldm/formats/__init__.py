@@ -1,4 +1,4 @@
-"""The files of models and pictures."""
+"""File formats of models and pictures."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels of a picture, at most: Pillow's own figure, a quarter of a GiB of RGB."""
+"""Largest number of pixels of a picture: Pillow's own limit, a quarter of a GiB of RGB."""

@@ -1,4 +1,4 @@
-"""CLIP's text tower in files: what its config.json describes, and OpenCLIP's names (Cherti et al. 2023) for its weights."""
+"""File layout of CLIP's text tower: its config.json, and OpenCLIP's names (Cherti et al. 2023) for its weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +18,12 @@ _OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's
 
 
 def tower_of(model: CLIPTextModel) -> Any:
-    """The module that has the weights. In older transformers it lies in the model, else it is the model."""
+    """Return the module with the weights: in older transformers a submodule of the model, else the model itself."""
     return getattr(model, "text_model", model)
 
 
 def empty_text_model(stored: Mapping[str, Any]) -> CLIPTextModel:
-    """The text tower that a CLIP's config.json describes, without memory for weights. Raises UserError for other models."""
+    """Return the text tower of a CLIP's config.json, without memory for weights. Raises UserError for other models."""
     config: Any
     match stored.get("model_type"):
         case "clip":
@@ -39,7 +39,7 @@ def empty_text_model(stored: Mapping[str, Any]) -> CLIPTextModel:
 
 
 def openclip_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """OpenCLIP's name of each weight → the weights of `tower_of` that lie in it, one below the other."""
+    """Map OpenCLIP's name of each weight to the weights of `tower_of` that are concatenated in it along the rows."""
     names: dict[str, tuple[str, ...]] = {
         "positional_embedding": ("embeddings.position_embedding.weight",),
         "token_embedding.weight": ("embeddings.token_embedding.weight",),

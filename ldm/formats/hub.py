@@ -1,4 +1,4 @@
-"""Models by name: a folder, or a repository of the hub."""
+"""Models by name: a local folder or a hub repository."""
 
 import os.path
 import re
@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from ldm.errors import UserError, one_line
 
-_NETWORK = "diffusion_pytorch_model"  # diffusers' name of a file of weights, or of several
+_NETWORK = "diffusion_pytorch_model"  # diffusers' name of the weights' file or files
 _WANTED = [
     "model_index.json", "*/*config.json", "tokenizer/*.json", "tokenizer/*.txt", "vae/preview.json",
     *(f"{part}/{_NETWORK}{kind}" for part in ("unet", "vae") for kind in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")),
@@ -20,7 +20,7 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def is_hub_id(place: str) -> bool:
-    """Whether a place that isn't there may be the hub's owner/name: it isn't where a folder `owner` lies here."""
+    """Return whether a missing path can be a hub id owner/name. It can't if a local folder `owner` exists."""
     return (
         re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None
         and not os.path.exists(place)
@@ -29,22 +29,22 @@ def is_hub_id(place: str) -> bool:
 
 
 def fetch(name: str, wanted: Sequence[str]) -> Path:
-    """The folder of a repository, with the files that match. Raises UserError where the hub gives none."""
+    """Download the matching files of a repository and return their folder. Raises UserError if the hub has none."""
     try:
         return Path(snapshot_download(name, allow_patterns=[*wanted]))
-    except Exception as error:  # the hub's client and its transport have many errors and no common one
+    except Exception as error:  # the hub's client raises many errors without a common base class
         said = one_line(error, 300)
         raise UserError(f"{name!r} is no folder, and the hub gave no such repository: {said}") from error
 
 
 def load_network(kind: Any, place: str | Path, what: str) -> Any:
-    """A network of diffusers' class `kind`, from a folder or a hub id, on the CPU; safetensors alone are read.
+    """Load a network of diffusers' class `kind` from a folder or a hub id, on the CPU, from safetensors only.
 
-    Raises UserError where it can't be read. what: the network in that message, e.g. "the UNet of 'runs/ldm/model'".
+    Raises UserError if it can't be read. what: the network's name in that message, e.g. "the UNet of 'runs/ldm/model'".
     """
     try:
         network = kind.from_pretrained(str(place), use_safetensors=True, low_cpu_mem_usage=False)
-        network.register_to_config(_name_or_path="")  # else what is saved would tell this machine's paths
+        network.register_to_config(_name_or_path="")  # else saved files would contain this machine's paths
         return network
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = one_line(error)
@@ -57,9 +57,9 @@ def load_network(kind: Any, place: str | Path, what: str) -> Any:
 
 
 def find_pipeline(where: str | Path, parts: Sequence[str] = PARTS) -> Path:
-    """The folder of a pipeline, which a hub id (owner/name) is first copied to: safetensors, JSON and text, no pickles.
+    """Return the folder of a pipeline; download it first for a hub id (safetensors, JSON and text, no pickles).
 
-    Raises UserError where there is neither, or parts are missing.
+    Raises UserError if there is no such folder or repository, or if parts are missing.
     """
     folder = Path(where)
     if not folder.is_dir():

@@ -1,7 +1,7 @@
-"""A picture of any kind as it is meant to be seen: upright, in 8 bits a channel, opaque, in sRGB.
+"""Conversion of any picture to its intended appearance: upright, 8 bits per channel, opaque, sRGB.
 
-EXIF's rotation is applied (TIFF's own tag, Pillow applies while loading), 16-bit grey is scaled to 8, alpha is laid over a
-background, colours are brought from the picture's profile to sRGB.
+EXIF's rotation is applied (Pillow applies TIFF's own tag while loading). 16-bit grey is scaled to 8 bits, transparent
+pictures are put on a background, and colours are converted from the picture's profile to sRGB.
 """
 
 import io
@@ -27,7 +27,7 @@ _SAME = 2  # of 255: the common sRGB profiles differ by rounding
 
 
 def to_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Image.Image:
-    """The picture, mode RGB; nothing of it is to be applied again. Raises ValueError for 32 bits a pixel."""
+    """Return the picture in mode RGB, with EXIF and profile applied. Raises ValueError for 32 bits per pixel."""
     turn = _turn(image)
     seen = _flat(image if turn is None else image.transpose(turn), background)
     seen = seen.copy() if seen is image else seen
@@ -36,18 +36,18 @@ def to_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Image.Im
 
 
 def sideways(image: Image.Image) -> bool:
-    """Whether width and height of a picture that isn't decoded yet will change places."""
+    """Return whether width and height of a picture that isn't decoded yet will be swapped."""
     return _turn(image, decode=False) in _SIDEWAYS
 
 
 def _turn(image: Image.Image, decode: bool = True) -> Image.Transpose | None:
-    """What EXIF says is to be done. Without leave to decode, EXIF behind a PNG's pixels isn't seen."""
-    if not decode and image.format == "TIFF":  # whose size is the upright one
+    """Return the transposition that EXIF asks for. Without `decode`, EXIF after a PNG's pixels isn't found."""
+    if not decode and image.format == "TIFF":  # its size is the upright one already
         return None
     try:
         exif = image.getexif() if decode else Image.Image.getexif(image)  # PNG's own method decodes
         return _UPRIGHT.get(exif.get(_ORIENTATION, 1))
-    except Exception:  # unreadable EXIF says nothing
+    except Exception:  # unreadable EXIF is ignored
         return None
 
 
@@ -67,14 +67,14 @@ def _flat(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The colours as they are meant; as they are where there is no profile, or none that makes sense."""
+    """Convert the colours to sRGB; without a valid profile they stay the same."""
     transform = _transform(profile, image.mode) if profile else None
     return image if transform is None else transform.apply(image)
 
 
-@lru_cache(maxsize=16)  # most pictures of a set share a few profiles
+@lru_cache(maxsize=16)  # most pictures of a dataset share a few profiles
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile's colours to sRGB; None where they are sRGB already, within rounding, or can't be told."""
+    """Return the transform from a profile's colours to sRGB; None if it is sRGB up to rounding, or invalid."""
     target = "RGBA" if mode == "RGBA" else "RGB"
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -85,5 +85,5 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         probe = Image.fromarray(levels.astype(np.uint8)).convert(mode)
         seen = np.asarray(transform.apply(probe).convert("RGB")).astype(int)
         return None if np.abs(seen - np.asarray(probe.convert("RGB"))).max() <= _SAME else transform
-    except Exception:  # as browsers do: a bad profile says nothing
+    except Exception:  # an invalid profile is ignored, as in browsers
         return None

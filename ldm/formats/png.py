@@ -1,6 +1,7 @@
-"""Pictures that carry their story: PNG files with the settings they were painted with.
+"""PNG files with the settings that generated the picture.
 
-Two text chunks: `parameters` in the form that AUTOMATIC1111's web UI reads, and `ldm`, a JSON object with everything.
+They are in two text chunks: `parameters` in the format of AUTOMATIC1111's web UI, and `ldm`, a JSON object with all
+settings.
 """
 
 import hashlib
@@ -13,13 +14,14 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # a text chunk is UTF-8 without NUL; JSON has escapes for both
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # not allowed in a text chunk (UTF-8 without NUL); JSON escapes both
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write the picture; settings hold prompt, negative_prompt, steps, sampler, guidance_scale, seed, and more.
+    """Write a picture with its settings: prompt, negative_prompt, steps, sampler, guidance_scale, seed, and more.
 
-    They have to be JSON's kinds of values, and come back as they are (but a character in two halves as a whole one).
+    The values must have JSON types. `read_png` returns them unchanged, except that surrogate pairs become one
+    character.
     """
     info = PngInfo()
     info.add_itxt("parameters", _UNWRITABLE.sub("\ufffd", parameters(settings, image.size)))
@@ -29,9 +31,9 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
 
 
 def read_png(path: Path) -> dict[str, Any]:
-    """The settings that `save_png` wrote; they stand before the pixels, which aren't decoded.
+    """Read the settings that `save_png` wrote. They precede the pixels, which aren't decoded.
 
-    Raises ValueError when there are none, OSError when the file can't be opened.
+    Raises ValueError if there are none, OSError if the file can't be opened.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -50,7 +52,7 @@ def read_png(path: Path) -> dict[str, Any]:
 
 
 def parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """The prompt, its negative, then `Name: value` pairs, always on the last line."""
+    """Return the prompt, the negative prompt, and the `Name: value` pairs, which are on the last line."""
     lines = [str(settings["prompt"])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -70,15 +72,15 @@ def parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
 
 
 def file_name(prompt: str, seed: int) -> str:
-    """A safe file name: the prompt's first letters and digits, then the seed.
+    """Return a safe file name: the prompt's first letters and digits, then the seed.
 
-    Where letter case is not all they leave out of the prompt, a hash tells it from others that begin alike.
+    If these differ from the prompt in more than letter case, a hash distinguishes it from prompts with the same start.
     """
     return f"{slug(prompt)}-{seed}.png"
 
 
 def slug(text: str) -> str:
-    """A part of a file name that is one in every system: letters, digits and hyphens of ASCII, 1 to 69 of them."""
+    """Return a part of a file name that is valid on every system: 1 to 69 ASCII letters, digits and hyphens."""
     words = re.sub(r"[^a-z0-9]+", "-", text[:200].lower()).strip("-")[:60].rstrip("-")
     if words and words.replace("-", " ") == text.lower():
         return words
@@ -86,6 +88,6 @@ def slug(text: str) -> str:
 
 
 def _quoted(value: object) -> str:
-    """Return a value as the web UI writes one that holds a comma, a colon or a line break."""
+    """Quote a value with a comma, a colon or a line break as the web UI does; return others as text."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\x00-\x1f]", text) else text

@@ -1,4 +1,4 @@
-"""A model's process as diffusers writes it: scheduler_config.json, read from any scheduler and written explicitly."""
+"""A model's process in diffusers' scheduler_config.json, read from any scheduler and written with every key."""
 
 import json
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ _VARIANCES: dict[str, VarianceKind] = {
     "fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large",
     "fixed_large_log": "fixed_large", "learned_range": "learned",
 }  # fmt: skip
-"""Ours by diffusers' name, whose "learned" is another than the one between two bounds."""
+"""Our variance for each name in diffusers. Its "learned" isn't here: that one has no bounds, unlike "learned_range"."""
 _LEADING = ("DDIM", "DDPM", "PNDM", "LCM", "TCD")
-"""Schedulers whose timestep_spacing is leading where their configuration doesn't say; others' is linspace."""
+"""Schedulers whose default timestep_spacing is leading; the default of all others is linspace."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """What is saved with a model of how it was trained and is to be sampled.
+    """Settings of training and sampling that are saved with a model.
 
-    Raises UserError where target and schedule don't go together, or the spacing is none.
+    Raises UserError if target and schedule don't fit together, or for an unknown spacing or variance.
     """
 
     schedule: Schedule
@@ -36,9 +36,9 @@ class Process:
     variance: VarianceKind = "fixed_small"
     """Variance of the ddpm sampler's steps."""
     steps_offset: int = 1
-    """Added to leading timesteps."""
+    """Number that is added to leading timesteps."""
     set_alpha_to_one: bool = False
-    """Whether ddim ends at t = 0, and not at index 0."""
+    """Whether ddim ends at t = 0 instead of index 0."""
 
     def __post_init__(self) -> None:
         if self.spacing not in get_args(Spacing):
@@ -49,7 +49,7 @@ class Process:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Process":
-        """Read the process of a pipeline's folder. Raises UserError where it can't be read."""
+        """Read the process of a pipeline's folder. Raises UserError if it can't be read."""
         try:
             text = (Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
             return cls.from_diffusers(json.loads(text))
@@ -60,7 +60,7 @@ class Process:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
-        """Read a scheduler_config.json of any scheduler, with that scheduler's defaults; UserError for what isn't known."""
+        """Read any scheduler's scheduler_config.json, using its defaults. Raises UserError for unknown values."""
         name = str(config.get("_class_name", "DDIMScheduler"))
         flow = name.startswith("FlowMatch")
         variance = config.get("variance_type") or "fixed_small"
@@ -82,10 +82,11 @@ class Process:
         )
 
     def to_diffusers(self) -> SchedulerMixin:
-        """A scheduler whose configuration says everything, and makes every other scheduler by `from_config`.
+        """Return a scheduler with an explicit configuration, from which `from_config` makes every other scheduler.
 
-        A DDIMScheduler where stock pipelines can sample with any; a DDPMScheduler for a learned variance; a
-        FlowMatchEulerDiscreteScheduler for a flow. What these have no name for stands in the configuration all the same.
+        It is a DDIMScheduler if stock pipelines can sample with any scheduler, a DDPMScheduler for a learned variance,
+        and a FlowMatchEulerDiscreteScheduler for a flow. Its configuration also has our keys that the scheduler doesn't
+        know.
         """
         T = self.schedule.T
         shared: dict[str, Any] = {
@@ -117,7 +118,7 @@ class Process:
         return scheduler
 
     def stock_limits(self) -> str | None:
-        """What stock diffusers' Stable Diffusion pipeline can't do with this process, in one line; None: nothing."""
+        """Return one line that says what stock diffusers can't do with this process; None if it can do everything."""
         if isinstance(self.schedule, RectifiedFlow) or self.target == "flow":
             return "a flow: stock diffusers' StableDiffusionPipeline can't sample this model; txt2img.py and our pipeline can"
         if self.variance == "learned":

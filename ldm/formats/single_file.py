@@ -1,13 +1,14 @@
-"""One safetensors file with the names of the original Stable Diffusion code, of any width, and back.
+"""Conversion between a model of any width and one safetensors file with the original Stable Diffusion code's names.
 
-The networks are the same; names and places differ. Rombach et al.'s UNet numbers its blocks in one row
-(`input_blocks`, `middle_block`, `output_blocks`), their decoder counts its levels from the picture's side, the
-autoencoder's attention is made of 1×1 convolutions, and OpenCLIP's text tower (Stable Diffusion 2) keeps query, key
-and value in one matrix. So a layout is a table: each original name, and the weights of ours of which it is made. It
-follows from the configuration, which a single file doesn't hold: reading one needs a folder of that shape beside it.
+The networks are the same; names and positions differ. Rombach et al.'s UNet numbers its blocks in one sequence
+(`input_blocks`, `middle_block`, `output_blocks`). Their decoder counts its levels from the picture's side. The
+autoencoder's attention consists of 1×1 convolutions, and OpenCLIP's text tower (Stable Diffusion 2) keeps query, key
+and value in one matrix. So a layout is a table from each original name to the weights of ours that it consists of. The
+table follows from the configuration, which a single file doesn't contain, so reading one needs a folder of that shape.
 
-What the original code has built in (`_BUILT_IN`) a file can't say, and what it has no name for it can't hold: both are
-refused. An autoencoder without attention in the middle has its place: the original's `attn_type: none` has no weights.
+Models are refused if they differ from the values that the original code has built in (`_BUILT_IN`), or if they have
+weights without an original name. An autoencoder without attention in the middle is accepted: it is the original's
+`attn_type: none`, which has no weights.
 """
 
 import json
@@ -32,11 +33,11 @@ from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet
 from ldm.schedule import BetaSchedule
 
-SCALING_FACTOR = 0.18215  # what other tools take for every file of this kind
+SCALING_FACTOR = 0.18215  # other tools assume it for every file of this kind
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPENCLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
-_OPENCLIP_LAYERS = 24  # the last of as many is never read: Stable Diffusion 2 stops before it
+_OPENCLIP_LAYERS = 24  # the last layer is never read: Stable Diffusion 2 stops before it
 
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -61,7 +62,7 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
         "latents_mean": None, "latents_std": None,
     },
 }  # fmt: skip
-"""By diffusers' names. Under other values the weights would be the same, and mean something else."""
+"""Values built into the original code, by diffusers' names. Other values would change the meaning of the weights."""
 _OWN_SHAPE: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "norm_num_groups": 32},
     "vae": {
@@ -69,7 +70,7 @@ _OWN_SHAPE: dict[str, dict[str, Any]] = {
         "mid_block_add_attention": True,
     },
 }  # fmt: skip
-"""Shapes of Stable Diffusion 1 and 2, which tools assume that aren't given a configuration."""
+"""Shapes of Stable Diffusion 1 and 2, which tools without a configuration assume."""
 _BLOCKS = {
     *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
     *("DownEncoderBlock2D", "UpDecoderBlock2D"),
@@ -77,7 +78,7 @@ _BLOCKS = {
 
 
 class Parts(NamedTuple):
-    """What a file and a configuration give: frozen, in evaluation mode, float32, on the CPU."""
+    """Networks and process of a file and its configuration: frozen, in evaluation mode, float32, on the CPU."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -96,7 +97,7 @@ class _TextEncoder(Protocol):
 
 
 class Model(Protocol):
-    """What is written: an `ldm.model.Model`."""
+    """The model that is written, an `ldm.model.Model`."""
 
     @property
     def backbone(self) -> Backbone: ...
@@ -123,9 +124,9 @@ def _unet(model: Model) -> UNet2DConditionModel:
 
 
 def to_original(model: Model) -> dict[str, Tensor]:
-    """All weights by their original names, on the CPU, in the dtype they have; and the tables of a schedule of betas.
+    """Return all weights by their original names, on the CPU and in their dtype, and the tables of a beta schedule.
 
-    Raises UserError, naming it, for what the original layout has no counterpart of.
+    Raises UserError with the name of anything that has no counterpart in the original layout.
     """
     parts = Parts(_unet(model), model.autoencoder.vae, model.text_encoder.model, model.process)
     schedule = model.process.schedule
@@ -139,10 +140,11 @@ def to_original(model: Model) -> dict[str, Tensor]:
 
 
 def save_single_file(model: Model, path: str | Path) -> None:
-    """Write a new .safetensors file; what other tools can't know from the weights is in its metadata, and warned of.
+    """Write a new .safetensors file.
 
-    Raises UserError where the path is taken or is no .safetensors, or the model doesn't fit the layout; RunError when
-    the file can't be written, which leaves nothing behind.
+    Facts that other tools can't know from the weights are in its metadata, and a warning is logged for each limit.
+    Raises UserError if the path exists or isn't .safetensors, or if the model doesn't fit the layout. Raises RunError
+    if the file can't be written; no partial file remains.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -164,7 +166,7 @@ def save_single_file(model: Model, path: str | Path) -> None:
 
 
 def _limits(model: Model) -> list[str]:
-    """What other tools can't do with the file, a line each."""
+    """Return one line for each thing that other tools can't do with the file."""
     lines = [line for part in (model.process, model.text_encoder) if (line := part.stock_limits())]
     if (scale := model.autoencoder.vae.config.scaling_factor) != SCALING_FACTOR:
         lines.append(f"scaling factor {scale}: tools that take {SCALING_FACTOR} for granted paint other pictures")
@@ -179,7 +181,7 @@ def _limits(model: Model) -> list[str]:
 
 
 def _metadata(model: Model, title: str) -> dict[str, str]:
-    """Return the metadata, in the names of Stability's model specification 1.0."""
+    """Return the metadata, with the names of Stability's model specification 1.0."""
     vae, size = model.autoencoder.vae, _unet(model).config.sample_size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = (size, size) if isinstance(size, int) else size
@@ -202,7 +204,7 @@ def _prediction(process: Process) -> str:
 
 
 def _tables(schedule: BetaSchedule) -> dict[str, Tensor]:
-    """The buffers (T,) that the original diffusion keeps with its weights (Ho et al. 2020, eq. 4 and 7), float32."""
+    """Return the buffers (T,) that the original code stores with its weights (Ho et al. 2020, eq. 4 and 7), float32."""
     betas, alphas = schedule.betas.double(), schedule.alpha_bar.double()
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     variance = betas * (1 - before) / (1 - alphas)
@@ -227,10 +229,10 @@ def _tables(schedule: BetaSchedule) -> dict[str, Tensor]:
 
 
 def load_single_file(path: str | Path, config: str | Path) -> Parts:
-    """The networks of a .safetensors file. `config`: any diffusers folder of that shape; of it only JSON is read.
+    """Load the networks of a .safetensors file. `config`: any diffusers folder of that shape; only its JSON is read.
 
-    Raises UserError where either can't be read or they don't fit: the first weight that is missing, too many or of
-    another shape is named. Of two sets of weights the trained ones are taken, not their average (`model_ema`).
+    Raises UserError if either can't be read or they don't fit. The message names the first weight that is missing,
+    unexpected or of another shape. If the file also has averaged weights (`model_ema`), the trained ones are used.
     """
     path = Path(path)
     if path.suffix in PICKLED:
@@ -250,29 +252,29 @@ def load_single_file(path: str | Path, config: str | Path) -> Parts:
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .ckpt by torch's restricted unpickler: no code is run, there is no fallback. Else UserError."""
+    """Read the tensors of a .ckpt with torch's restricted unpickler, which runs no code; UserError if that fails."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles' versions
+        with warnings.catch_warnings(action="ignore"):  # warnings about pickle versions
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return {str(name): value for name, value in state.items() if type(value) in (Tensor, nn.Parameter)}
     except OSError as error:
         raise UserError(f"can't read {str(path)!r}: {error.strerror}") from None
-    except Exception as error:  # whatever the file makes the unpickler raise, whose advice is to run it all the same
+    except Exception as error:  # any type; its message isn't quoted, since it advises unsafe loading
         raise UserError(
             f"{str(path)!r} isn't plain weights, and nothing else is loaded ({type(error).__name__})"
         ) from None
 
 
 def from_original(state: Mapping[str, Tensor], config: str | Path) -> Parts:
-    """The networks of these weights by their original names. See `load_single_file`."""
+    """Make the networks from weights by their original names; see `load_single_file`."""
     parts = _empty(Path(config))
     layouts = list(_layouts(parts, openclip=any(name.startswith(_OPENCLIP) for name in state)))
     known = dict.fromkeys(name for _, layout in layouts for name in layout)
     for name in known:
         if name not in state:
             raise UserError(f"the file lacks {name}, which a model of the configuration {str(config)!r} has")
-    # Stable Diffusion 2 stops before its text tower's last layer: the file has it, the configuration counts without it.
+    # Stable Diffusion 2 stops before its text tower's last layer, which is in the file but not in the configuration.
     unused = f"{_OPENCLIP}transformer.resblocks.{parts.text_encoder.config.num_hidden_layers}."
     for name in state:
         if name not in known and not _HARMLESS.fullmatch(name) and not name.startswith(unused):
@@ -286,7 +288,7 @@ def from_original(state: Mapping[str, Tensor], config: str | Path) -> Parts:
 
 
 def _take(name: str, value: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Our weights of an original one, as float32 copies that don't lean on the file."""
+    """Split an original weight into ours, as float32 copies that don't share the file's memory."""
     if _POINTWISE.fullmatch(name) and value.shape[2:].numel() == 1:
         value = value.reshape(value.shape[:2])
     rows, *others = next(iter(shapes.values()))
@@ -302,7 +304,7 @@ def _take(name: str, value: Tensor, shapes: Mapping[str, torch.Size]) -> dict[st
 
 
 def _empty(folder: Path) -> Parts:
-    """The networks without memory for weights, by the folder's JSON."""
+    """Build the networks from the folder's JSON, without memory for weights."""
 
     def read(part: str, file: str = "config.json") -> dict[str, Any]:
         return json.loads((folder / part / file).read_text(encoding="utf-8"))
@@ -326,7 +328,7 @@ def _empty(folder: Path) -> Parts:
 
 
 def _layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[str, tuple[str, ...]]]]:
-    """Each network with its table: original name → names of the weights which, one below the other, make it."""
+    """Yield each network and its table: original name → names of our weights, which are concatenated along the rows."""
     tower = tower_of(parts.text_encoder)
     yield parts.unet, _named(parts.unet, _unet_names(parts.unet), _UNET, "unet")
     yield parts.vae, _named(parts.vae, _vae_names(parts.vae), _VAE, "vae")
@@ -337,7 +339,7 @@ def _layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[
 
 
 def _named(module: nn.Module, names: Mapping[str, str], prefix: str, network: str) -> dict[str, tuple[str, ...]]:
-    """The table of a network whose modules are renamed as `names` says, and all that is in them keeps its name."""
+    """Return the table of a network whose modules are renamed by `names`; names within these modules stay the same."""
 
     def original(key: str) -> str:
         place = key
@@ -362,7 +364,7 @@ def _unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
     }  # fmt: skip
 
     def place(ours: str, k: int, block: str, first: int = 0) -> None:
-        """A residual block, and the attention after it."""
+        """Add the names of a residual block and of the attention after it."""
         names.update({f"{ours}.resnets.{k}.{a}": f"{block}.{first}.{b}" for a, b in _RESNET.items()})
         names[f"{ours}.attentions.{k}"] = f"{block}.{first + 1}"
 
@@ -415,6 +417,6 @@ def _check_built_in(network: str, config: Mapping[str, Any]) -> None:
 
 
 def _is_openclip(text_encoder: CLIPTextModel) -> bool:
-    """Which of the two layouts a tower is written in: OpenAI's CLIPs have another activation than OpenCLIP's."""
+    """Return whether a tower is written in OpenCLIP's layout. OpenAI's CLIPs have another activation function."""
     config = text_encoder.config
     return config.hidden_act != "quick_gelu" and config.num_hidden_layers < _OPENCLIP_LAYERS

@@ -1,4 +1,4 @@
-"""How the UNet's attention is computed: by torch, or by xformers where that works."""
+"""Attention of the UNet, computed by torch, or by xformers where it works."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -15,12 +15,12 @@ from ldm.errors import UserError
 from ldm.kinds import AttentionBackend
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""
-_XFORMERS_DEVICE = "cuda"  # the only one with kernels
+"""Attention: queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""
+_XFORMERS_DEVICE = "cuda"  # the only device with kernels
 
 
 def require_attention(backend: AttentionBackend) -> None:
-    """Raises UserError, naming what is wrong, where a backend can't be used: a check before there is a network."""
+    """Check that a backend can be used, before a network exists. Raises UserError with the reason if it can't."""
     if backend == "xformers":
         _load_xformers(torch.device(_XFORMERS_DEVICE), torch.float16, {64}, gradients=True)
 
@@ -31,10 +31,11 @@ def use_attention(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Literal["sdpa", "xformers"]:
-    """Compute attention with torch's scaled_dot_product_attention or with xformers; returns which. The weights are the same.
+    """Set the UNet's attention to torch's scaled_dot_product_attention or xformers, and return which one is used.
 
-    `auto` is xformers where it works on the UNet's device, else sdpa. dtype, device: of the attention's arithmetic, as under
-    autocast and when offloaded; the UNet's own unless given. Raises UserError, naming what is wrong, where xformers is asked for in vain.
+    The weights stay the same. `auto` is xformers if it works on the UNet's device, else sdpa. dtype, device: those in
+    which attention will run, which differ from the UNet's under autocast or offloading; default: the UNet's own.
+    Raises UserError with the reason if xformers is requested and doesn't work.
     """
     if backend not in get_args(AttentionBackend):
         raise UserError(f"attention {backend!r}: choose {', '.join(get_args(AttentionBackend))}")
@@ -60,7 +61,7 @@ class AttentionProcessor:
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **ignored: object
     ) -> Tensor:
-        """(b, n, c), attending over itself or over (b, m, d) text tokens → (b, n, c)."""
+        """Attend from (b, n, c) to itself or to text tokens (b, m, d); return (b, n, c)."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
             x.unflatten(-1, (attn.heads, -1))  # (b, n, heads, c / heads)
@@ -70,10 +71,11 @@ class AttentionProcessor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own attention, see `Attend`.
+    """Compute attention with torch; see `Attend` for the shapes.
 
-    On the CPU, torch's backward pass of 16-bit attention is slower by an order of magnitude than that of 32 bits
-    (11 ms against 0.5 ms a call at 64×64 tokens), so there the products are taken in fp32 when gradients are needed.
+    On the CPU, torch's backward pass of attention is slower by an order of magnitude in 16 bits than in 32 (11 ms
+    against 0.5 ms a call at 64×64 tokens). So 16-bit attention on the CPU is computed in fp32 when gradients are
+    needed.
     """
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, n, d)
@@ -86,7 +88,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[int], gradients: bool) -> Attend:
-    """xformers' attention, once it has been tried on heads of these widths. Raises UserError where it doesn't work."""
+    """Return xformers' attention after a test on heads of these widths. Raises UserError if it doesn't work."""
     if find_spec("xformers") is None:
         raise UserError("attention xformers isn't installed (pip install -e '.[xformers]'); sdpa needs nothing more")
     if device.type != _XFORMERS_DEVICE:
@@ -104,7 +106,7 @@ def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[in
                 out = memory_efficient_attention(q, k, v)
             if gradients:
                 out.sum().backward()
-    except Exception as error:  # a library that doesn't load, or that has no kernel for this GPU
+    except Exception as error:  # the library doesn't load, or has no kernel for this GPU
         raise UserError(
             f"attention xformers doesn't work with {dtype} on {device}: {_reason(error)}; take sdpa"
         ) from error
@@ -112,7 +114,7 @@ def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[in
 
 
 def _reason(error: BaseException) -> str:
-    """What xformers says of it, and what the loader said where xformers' own library didn't load."""
+    """Return xformers' error message, with the loader's message if xformers' own library didn't load."""
     lines = [_first(error)]
     library = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
     if library is not None:
@@ -127,5 +129,5 @@ def _reason(error: BaseException) -> str:
 
 
 def _first(error: BaseException) -> str:
-    """A line of an error: it names its kind where it says nothing."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")

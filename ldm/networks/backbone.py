@@ -1,4 +1,4 @@
-"""What predicts: the contract between a network and everything else (pipeline, training, guidance, saving, cards)."""
+"""The interface between a network and everything that uses it: pipeline, training, guidance, saving, model cards."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from ldm.networks.attention import AttentionBackend
 
 @dataclass(frozen=True)
 class Backbone(ABC):
-    """A network, and the facts about it that others need. `dataclasses.replace(b, module=copy)` is the same around a copy."""
+    """A network and the facts about it that other code needs. `dataclasses.replace(b, module=copy)` wraps a copy."""
 
     module: nn.Module
-    """All the weights: what is trained, averaged and moved."""
+    """Module with all the weights, which is trained, averaged and moved."""
     latent_channels: int
     """Channels c of the state x_t (b, c, h, w)."""
     out_channels: int
     """Channels of the output: c, or 2c with a learned variance (Nichol & Dhariwal 2021)."""
     condition_width: int
-    """Width of the condition (b, tokens, width). Any number of tokens is taken."""
+    """Width of the condition (b, tokens, width). The network accepts any number of tokens."""
     sample_size: tuple[int, int]
     """Height and width of the latents that the network is made for."""
     context_channels: int = 0
-    """Channels that the network sees beside the state; see `ldm.task`."""
+    """Input channels besides the state; see `ldm.task`."""
     size_multiple: int = 1
     """Number of which both sides of the latents must be multiples."""
 
@@ -41,24 +41,24 @@ class Backbone(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return next(self.module.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.module.parameters()).device
 
     def __call__(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """Return the prediction (b, out_channels, h, w) for (b, in_channels, h, w) at model times (b,), in the weights' dtype."""
+        """Predict (b, out_channels, h, w) from (b, in_channels, h, w) at model times (b,), in the weights' dtype."""
         return self.module(x.to(self.dtype), time, condition)
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the weights, and what is needed to load them, into a folder of their own."""
+        """Write the weights, and the files needed to load them, into a separate folder."""
 
     def stock_limits(self) -> str | None:
-        """Return in one line what stock diffusers can't do with this network; None: nothing."""
+        """Return one line that says what stock diffusers can't do with this network; None if it can do everything."""
         return f"a {type(self.module).__name__}: stock diffusers can't load it; our pipeline is given it as an object"
 
     def describe(self) -> str:
@@ -68,11 +68,11 @@ class Backbone(ABC):
     def set_attention(
         self, backend: AttentionBackend, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> Literal["sdpa", "xformers"]:
-        """Choose what computes the attention, and return what `auto` came to. Raises UserError where it can't be had."""
+        """Set the attention backend and return the one in use, e.g. for `auto`. Raises UserError if unavailable."""
         if backend == "xformers":
             raise UserError(f"attention xformers isn't to be had with a {type(self.module).__name__}; take sdpa")
         return "sdpa"
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute activations again in the backward pass. Raises UserError for a network that can't."""
+        """Recompute activations in the backward pass to save memory. Raises UserError if the network can't."""
         raise UserError(f"a {type(self.module).__name__} has no gradient checkpointing: leave it out")

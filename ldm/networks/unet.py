@@ -1,6 +1,6 @@
-"""The cross-attention UNet (Rombach et al. 2022, sec. 3.3) from diffusers' blocks: built, loaded, and as a backbone.
+"""The cross-attention UNet (Rombach et al. 2022, sec. 3.3), made of diffusers' blocks, as a backbone.
 
-Nothing else reads the fields of diffusers' UNet2DConditionModel, but for the single file's format, which is one of UNets.
+Only this module and the single-file format, which stores a UNet, read the fields of diffusers' UNet2DConditionModel.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from ldm.formats.hub import load_network
 from ldm.networks.attention import AttentionBackend, use_attention
 from ldm.networks.backbone import Backbone
 
-_WEIGHTS = "diffusion_pytorch_model"  # the file's name
-_STOCK_INPAINTS = 9  # input channels
+_WEIGHTS = "diffusion_pytorch_model"  # name of the weights' file
+_STOCK_INPAINTS = 9  # input channels of stock inpainting UNets
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class UNet(Backbone):
 
     @classmethod
     def of(cls, module: UNet2DConditionModel, latent_channels: int) -> Self:
-        """Read the facts from the configuration. What isn't latent among the input channels is context."""
+        """Read the backbone's facts from the UNet's configuration. Input channels beyond the latent's are context."""
         config = module.config
         size = config.sample_size
         return cls(
@@ -44,7 +44,7 @@ class UNet(Backbone):
         )
 
     def adapted(self, context: int, side: int) -> Self:
-        """Have a network without a context take one of so many channels, and be made for square latents of a side, in place."""
+        """Add `context` channels to a network without them, and set its latent size to `side` × `side`, in place."""
         if context and not self.context_channels:
             widen(self.module, self.latent_channels + context)
         if self.sample_size != (side, side):
@@ -91,13 +91,13 @@ def build_unet(
     latent_size: int,
     text_width: int,
 ) -> UNet2DConditionModel:
-    """A UNet2DConditionModel from random weights whose first output is zero.
+    """Build a UNet2DConditionModel with random weights whose first output is zero.
 
     `heads[k]` is the number of attention heads of level k. With `modulation`, attention-pooled text features are added
-    to the time embedding, which then scales and shifts every residual block (FiLM, Perez et al. 2018). A learned variance
-    takes as many output channels again. Every residual branch starts at zero too, as in the reference implementation of
-    Dhariwal & Nichol 2021: the network begins as the identity and learns from there.
-    Raises UserError when the numbers don't fit one another.
+    to the time embedding, which then scales and shifts every residual block (FiLM, Perez et al. 2018). A learned
+    variance doubles the output channels. Every residual branch starts at zero too, as in the reference implementation
+    of Dhariwal & Nichol 2021: at first the network is the identity.
+    Raises UserError if the numbers don't fit together.
     """
     for level, (c, h) in enumerate(zip(channels, heads, strict=True)):
         if c % groups or c % h:
@@ -120,7 +120,7 @@ def build_unet(
         block_out_channels=tuple(channels),
         layers_per_block=layers,
         cross_attention_dim=text_width,
-        # The number of heads: diffusers' name for it is a historical mistake.
+        # The number of heads, not their width: diffusers' name is a historical mistake.
         attention_head_dim=tuple(heads),
         transformer_layers_per_block=depth,
         norm_num_groups=groups,
@@ -137,7 +137,7 @@ def build_unet(
 
 
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
-    """Load the UNet of a pipeline's folder, on the CPU. Raises UserError where it can't be read."""
+    """Load the UNet of a pipeline's folder, on the CPU. Raises UserError if it can't be read."""
     unet: UNet2DConditionModel = load_network(
         UNet2DConditionModel, Path(folder) / UNet.part, f"the UNet of {str(folder)!r}"
     )
@@ -146,13 +146,13 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """Return the files of the UNet's weights in a pipeline's folder, in the order of their names."""
+    """Return the files of the UNet's weights in a pipeline's folder, sorted by name."""
     return sorted((Path(folder) / UNet.part).glob(f"{_WEIGHTS}*.safetensors"))
 
 
 @torch.no_grad()
 def widen(unet: UNet2DConditionModel, channels: int) -> None:
-    """Have a UNet take so many channels, in place. The new weights are zero: it begins as what it was."""
+    """Widen a UNet's input to `channels` channels, in place. The new weights are zero, so its output doesn't change."""
     old = unet.conv_in
     new = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)
     nn.init.zeros_(new.weight)
@@ -164,7 +164,7 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
 
 
 def require_same_shape(unet: nn.Module, configured: nn.Module, what: str) -> None:
-    """Raises UserError where two UNets differ in more than the first layer's width."""
+    """Raise UserError if two UNets differ in more than the width of the first layer."""
     ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (configured, unet))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name) and name != "conv_in.weight":
