@@ -1,7 +1,7 @@
 """PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2) and the adversarial losses.
 
-The discriminator judges overlapping patches. Group normalisation stands in place of batch normalisation, so that a picture's
-logits depend neither on its neighbours in the batch nor on how many processes the batch is spread over.
+The discriminator classifies overlapping patches. It uses group normalisation instead of batch normalisation, so that a
+picture's logits depend neither on the rest of the batch nor on the number of processes.
 """
 
 import math
@@ -18,18 +18,19 @@ from autoencoder import AdversarialKind
 
 
 class PatchDiscriminator(nn.Module):
-    """(b, 3, H, W) → a map of logits (b, 1, h, w), one a patch; `layers` strided convolutions and two more, all 4×4.
+    """Discriminator: (b, 3, H, W) → logits (b, 1, h, w), one per patch.
 
-    A patch has 70 pixels a side with 3 layers, 34 with 2. spectral: every convolution's largest singular value is held at 1
-    (Miyato et al. 2018, arXiv 1802.05957). The network is always in eval mode, in which it is a function of its weights;
-    `refresh` follows them, once a step.
+    It has `layers` strided convolutions and two more, all 4×4. A patch has 70 pixels per side for 3 layers, 34 for 2.
+    spectral: every convolution's largest singular value is kept at 1 (Miyato et al. 2018, arXiv 1802.05957). The
+    network is always in eval mode, in which its output depends only on its weights; `refresh`, once per step, updates
+    the singular values.
     """
 
     def __init__(self, channels: int = 32, layers: int = 2, *, spectral: bool = False) -> None:
         super().__init__()
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for layer in range(1, layers + 1):
-            wider = channels * 2 if layer < 4 else channels  # at most 8 times the first
+            wider = channels * 2 if layer < 4 else channels  # at most 8 times the first width
             parts += [
                 nn.Conv2d(channels, wider, 4, stride=2 if layer < layers else 1, padding=1),
                 nn.GroupNorm(math.gcd(wider, max(1, min(32, channels // 4))), wider),
@@ -38,7 +39,7 @@ class PatchDiscriminator(nn.Module):
             channels = wider
         self.body = nn.Sequential(*parts, nn.Conv2d(channels, 1, 4, padding=1))
         self.smallest = 3 * 2**layers
-        """Side in pixels of the smallest pictures it can judge."""
+        """Side in pixels of the smallest pictures that it accepts."""
         if spectral:
             for part in self.body:
                 if isinstance(part, nn.Conv2d):
@@ -50,17 +51,17 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """One power iteration of each spectral norm; the weights stay as they are."""
+        """Run one power iteration of each spectral norm; the weights don't change."""
         self.train()
         for layer in self.body:
             if isinstance(layer, nn.Conv2d):
-                _ = layer.weight  # read in train mode, it iterates
+                _ = layer.weight  # reading it in train mode runs the iteration
         self.eval()
 
 
 @contextmanager
 def frozen(module: nn.Module, but: nn.Parameter | None = None) -> Iterator[None]:
-    """Gradients go through the module, not into it; `but`: into this weight of it alone."""
+    """Freeze the module's weights except `but` within the context. Gradients still go through the module."""
     trained = [p for p in module.parameters() if p.requires_grad and p is not but]
     for p in trained:
         p.requires_grad_(False)
@@ -72,9 +73,10 @@ def frozen(module: nn.Module, but: nn.Parameter | None = None) -> Iterator[None]
 
 
 def discriminator_loss(kind: AdversarialKind, real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss for logits of pictures and of reconstructions, (b, 1, h, w) each: a mean over patches.
+    """Return the discriminator's loss, a mean over patches.
 
-    hinge: Lim & Ye 2017 (arXiv 1705.02894); the others: Goodfellow et al. 2014 (arXiv 1406.2661), half their cross-entropies.
+    real, fake: logits (b, 1, h, w) of pictures and of reconstructions.
+    hinge: Lim & Ye 2017 (arXiv 1705.02894). Others: Goodfellow et al. 2014 (arXiv 1406.2661), half the cross-entropies.
     """
     real, fake = real.float(), fake.float()
     match kind:
@@ -87,7 +89,7 @@ def discriminator_loss(kind: AdversarialKind, real: Tensor, fake: Tensor) -> Ten
 
 
 def generator_loss(kind: AdversarialKind, fake: Tensor) -> Tensor:
-    """The generator's half: −E[D] (hinge), −E[log p(real)] (non_saturating), E[log p(fake)] (saturating)."""
+    """Return the generator's loss: −E[D] (hinge), −E[log p(real)] (non_saturating), E[log p(fake)] (saturating)."""
     fake = fake.float()
     match kind:
         case "hinge":
@@ -101,9 +103,10 @@ def generator_loss(kind: AdversarialKind, fake: Tensor) -> Tensor:
 
 
 def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """½ E ‖∇ D(x)‖² at real pictures (b, 3, H, W), D being the mean over patches: Mescheder et al. 2018 (arXiv 1801.04406), eq. 9.
+    """Return ½ E ‖∇ D(x)‖² at real pictures (b, 3, H, W), where D is the mean over patches.
 
-    In float32, whatever the autocast: a squared gradient of half precision is mostly zeros.
+    Mescheder et al. 2018 (arXiv 1801.04406), eq. 9. It is computed in float32 even under autocast, since squared
+    gradients are mostly zero in half precision.
     """
     with torch.autocast(real.device.type, enabled=False):
         pixels = real.detach().float().requires_grad_()

@@ -1,14 +1,15 @@
-"""The autoencoder's losses, each a small object. Conventions, stated once:
+"""The autoencoder's losses. All of them follow these conventions:
 
 - Every loss is a mean over the batch's pictures, so that splitting a batch changes nothing.
 - The reconstruction error is a mean over picture elements, 3·H·W of them, with pictures in [−1, 1].
-- The perceptual distance is one number a picture.
+- The perceptual distance is one number per picture.
 - The KL divergence is a sum over a latent's elements, in nats, divided by the number of picture elements.
 - The adversarial losses are means over a picture's patches (autoencoder/discriminator.py).
 
 Rombach et al. 2022 (arXiv 2112.10752) sum reconstruction, perceptual distance and KL over a picture's elements instead,
-and weigh the adversarial loss by gradients (`adaptive_weight`). Divided by 3·H·W, that is the above: their weights carry
-over, KL 1e-6 and adversarial 0.5. (Their bound on the adaptive weight, 1e4, is one of weights 3·H·W times as large.)
+and weigh the adversarial loss by gradients (`adaptive_weight`). Divided by 3·H·W, this gives the losses here, so their
+weights can be used: KL 1e-6 and adversarial 0.5. (Their limit on the adaptive weight, 1e4, is for weights 3·H·W times
+as large.)
 """
 
 import math
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from autoencoder import ReconstructionKind
 
-_HUBER = 0.1  # where huber turns from squared to absolute: 13 of 255 grey levels
-LARGEST_WEIGHT = 1e4  # of the adversarial loss: where it has nearly no gradient, it isn't magnified without end
+_HUBER = 0.1  # error at which huber changes from squared to absolute: 13 of 255 grey levels
+LARGEST_WEIGHT = 1e4  # limit on the adaptive weight if the adversarial loss has nearly no gradient
 
 
 def reconstruction_loss(kind: ReconstructionKind, made: Tensor, pixels: Tensor) -> Tensor:
-    """Mean |d|, d², or the Huber loss of d = made − pixels divided by its threshold 0.1 (then |d| − 0.05 above it)."""
+    """Return the mean of |d|, d² or Huber(d) / 0.1 with threshold 0.1 (|d| − 0.05 above it), for d = made − pixels."""
     match kind:
         case "l1":
             return F.l1_loss(made.float(), pixels.float())
@@ -39,38 +40,38 @@ def reconstruction_loss(kind: ReconstructionKind, made: Tensor, pixels: Tensor) 
 
 
 def kl_loss(mean: Tensor, logvar: Tensor, elements: int) -> Tensor:
-    """KL(N(mean, exp logvar) ‖ N(0, 1)) in nats, summed over a latent, a share of `elements` picture elements."""
+    """Return KL(N(mean, exp logvar) ‖ N(0, 1)) in nats, summed over a latent and divided by `elements`."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean() / elements
 
 
 def likelihood_loss(distance: Tensor, logvar: Tensor) -> Tensor:
-    """distance / exp(logvar) + logvar: weighs a distance by a scale that is learned with it.
+    """Return distance / exp(logvar) + logvar, which weighs a distance by a learned scale.
 
-    Of a Laplace distribution with scale exp(logvar), it is −log p of the absolute error up to a constant. The name and
-    the formula are those of Rombach et al.'s code.
+    For a Laplace distribution with scale exp(logvar), it is −log p of the absolute error up to a constant. The name and
+    the formula are from Rombach et al.'s code.
     """
     return distance * torch.exp(-logvar) + logvar
 
 
 class Known(NamedTuple):
-    """A loss and its gradient with respect to the pictures made, worked out ahead of the autoencoder's backward pass."""
+    """A loss and its gradient with respect to the reconstructions, computed before the autoencoder's backward pass."""
 
     value: Tensor
-    """Scalar, float32."""
+    """Loss, a scalar, float32."""
     gradient: Tensor
-    """(b, 3, H, W), float32."""
+    """Gradient, (b, 3, H, W), float32."""
 
     def attach(self, made: Tensor) -> Tensor:
-        """The value as a function of `made` (b, 3, H, W), for autograd."""
+        """Return the value as a function of `made` (b, 3, H, W), for autograd."""
         return _Attach.apply(made.float(), self.value, self.gradient)
 
 
 def known(loss: Callable[[Tensor], Tensor], made: Tensor) -> Known:
-    """A loss of pictures with its gradient, whose graph is freed at once.
+    """Compute a loss of pictures and its gradient, and free the graph.
 
-    The gradient serves twice, for `adaptive_weight` and for the backward pass, so that perceptual network and
-    discriminator are gone through once.
+    The gradient is used both for `adaptive_weight` and for the backward pass, so that the perceptual network and the
+    discriminator run only once.
     """
     leaf, scale = made.detach().float().requires_grad_(), underflow_scale(made)
     with torch.enable_grad():
@@ -80,10 +81,10 @@ def known(loss: Callable[[Tensor], Tensor], made: Tensor) -> Known:
 
 
 def underflow_scale(pictures: Tensor) -> float:
-    """A power of two by which gradients of a loss of these pictures are multiplied while they are computed in fp16.
+    """Return the power of two that scales gradients of a loss of these pictures while they are computed in fp16.
 
-    An element's gradient is about 1/n for n elements, which fp16 rounds to few bits or to 0, while that of a weight is a
-    sum over elements, about 1. Times √n both are far from either end of fp16. In fp32 and bf16 a power of two changes
+    For n elements, an element's gradient is about 1/n, which fp16 rounds to few bits or to 0. A weight's gradient is a
+    sum over elements, about 1. Times √n, both are far from the limits of fp16. In fp32 and bf16, a power of two changes
     no digit.
     """
     return 2.0 ** math.ceil(math.log2(pictures.numel()) / 2)
@@ -102,11 +103,12 @@ class _Attach(torch.autograd.Function):
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, limit: float = LARGEST_WEIGHT) -> Tensor:
-    """‖∇ reconstruction‖ / ‖∇ adversarial‖ at one layer's weights, in [0, limit]: Esser et al. 2021 (arXiv 2012.09841), eq. 7.
+    """Return the adversarial loss's weight ‖∇ reconstruction‖ / ‖∇ adversarial‖ at one layer's weights, in [0, limit].
 
-    The gradients are those of the whole batch, over all processes. Times this, the adversarial loss moves the layer as
-    much as the reconstruction does. NaN where a gradient isn't finite, so that the step is skipped.
+    Esser et al. 2021 (arXiv 2012.09841), eq. 7. The gradients are those of the whole batch, over all processes. With
+    this weight, the adversarial loss changes the layer as much as the reconstruction does. The result is NaN if a
+    gradient isn't finite, so that the step is skipped.
     """
-    ours, theirs = (torch.linalg.vector_norm(g.double()) for g in (reconstruction, adversarial))  # their squares fit
-    weight = torch.nan_to_num(ours / theirs, nan=0.0, posinf=limit).clamp(0, limit)  # 0 / 0: nothing to weigh
+    ours, theirs = (torch.linalg.vector_norm(g.double()) for g in (reconstruction, adversarial))  # no overflow
+    weight = torch.nan_to_num(ours / theirs, nan=0.0, posinf=limit).clamp(0, limit)  # 0 / 0 gives 0
     return torch.where(torch.isfinite(ours) & torch.isfinite(theirs), weight, torch.nan).float().detach()

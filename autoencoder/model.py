@@ -1,8 +1,8 @@
-"""The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1), and the one owner of latent normalisation.
+"""The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1) and the normalisation of its latents.
 
-Diffusion wants latents with mean 0 and variance 1. Tools around Stable Diffusion know one number for that,
-`scaling_factor`, and most have 0.18215 hard-coded. So the statistics of each channel are folded into the two 1×1
-convolutions next to the latent (`fold`), and latent × 0.18215 is right for every loader, with nothing to remember.
+Diffusion needs latents with mean 0 and variance 1. Stable Diffusion's tools have one number for that, `scaling_factor`,
+and most have 0.18215 hard-coded. So the statistics of each channel are folded into the two 1×1 convolutions next to the
+latent (`fold`). Then latent × 0.18215 is correct for every loader.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from ldm.errors import UserError
 from ldm.formats.hub import is_hub_id, load_network
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
-_FIRST_LOGVAR = -6.0  # of the posterior before training: a deviation of 0.05
-_DEAD = 0.05  # a channel whose mean moves less than this share of its deviation tells the decoder nothing
+_FIRST_LOGVAR = -6.0  # log variance of the posterior before training, a standard deviation of 0.05
+_DEAD = 0.05  # a channel is dead if its mean varies by less than this share of its standard deviation
 
 
 def build_autoencoder(
@@ -33,9 +33,9 @@ def build_autoencoder(
     attention: bool = True,
     resolution: int = 32,
 ) -> AutoencoderKL:
-    """An AutoencoderKL from random weights; latents are 2^(levels − 1) times smaller a side.
+    """Build an AutoencoderKL with random weights; each side of its latents is 2^(levels − 1) times smaller.
 
-    Raises UserError when the groups don't divide a level's channels.
+    Raises UserError if `groups` doesn't divide a level's channels.
     """
     if odd := [c for c in channels if c % groups]:
         raise UserError(f"model.groups {groups} doesn't divide model.channels {odd}: choose a common divisor")
@@ -51,8 +51,8 @@ def build_autoencoder(
         sample_size=resolution,
         scaling_factor=SCALING_FACTOR,
     )
-    # Every residual branch starts at zero, and the posterior narrow: with diffusers' own initial values the first
-    # thousand steps go into undoing noise (docs/LOG.md has the comparison).
+    # Every residual branch starts at zero and the posterior is narrow. With diffusers' initial values, the first
+    # thousand steps only remove noise (comparison in docs/LOG.md).
     for name, module in vae.named_modules():
         if name.endswith((".conv2", ".to_out.0")):
             nn.init.zeros_(module.weight)
@@ -64,7 +64,7 @@ def build_autoencoder(
 
 
 def digest(module: nn.Module, about: str = "") -> str:
-    """A hash of a network's weights and of what else is said about it."""
+    """Return a hash of a network's weights and of the text `about`."""
     total = hashlib.sha256(about.encode())
     for name, value in sorted(module.state_dict().items()):
         total.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
@@ -73,29 +73,29 @@ def digest(module: nn.Module, about: str = "") -> str:
 
 
 class Posterior(NamedTuple):
-    """A diagonal Gaussian over latents: q(z | x) of the autoencoder."""
+    """The autoencoder's posterior q(z | x), a diagonal Gaussian over latents."""
 
     mean: Tensor  # (b, c, h, w)
     std: Tensor  # (b, c, h, w)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Mean + deviation × noise (noise of the mean's shape)."""
+        """Return mean + std × noise, where noise has the mean's shape."""
         return self.mean + self.std * noise
 
 
 class Autoencoder:
-    """An AutoencoderKL as the diffusion sees it: latents normalised, pictures in [−1, 1].
+    """An AutoencoderKL with the interface for diffusion: normalised latents, pictures in [−1, 1].
 
-    `encode` gives the posterior already multiplied by the scaling factor; `decode` takes such latents. With `tiles`,
+    `encode` returns the posterior already multiplied by the scaling factor; `decode` takes such latents. With `tiles`,
     pictures larger than a tile are encoded and decoded tile by tile, in the memory of one (autoencoder/tiling.py).
-    `colours` previews latents without decoding them (autoencoder/preview.py); None where nobody has fitted them.
+    `colours` previews latents without decoding them (autoencoder/preview.py); None if they haven't been fitted.
     """
 
     def __init__(self, vae: AutoencoderKL, tiles: Tiles | None = None) -> None:
         self.vae = vae.eval().requires_grad_(False)
         self.tiles = tiles
         self.colours: Colours | None = None
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent and side
         self.latent_channels: int = vae.config.latent_channels
         self.scale: float = vae.config.scaling_factor
 
@@ -121,21 +121,22 @@ class Autoencoder:
         return autoencoder
 
     def save(self, folder: str | Path) -> None:
-        """Write weights, config.json and, where there are colours, preview.json."""
+        """Write the weights, config.json and, if there are colours, preview.json."""
         self.vae.save_pretrained(str(folder), safe_serialization=True)
         if self.colours is not None:
             self.colours.save(folder)
 
     @property
     def digest(self) -> str:
-        """A hash of the weights and the scaling factor: equal exactly when the latents are."""
+        """Hash of the weights and the scaling factor, equal if and only if the latents are equal."""
         return digest(self.vae, repr(self.scale))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Posterior:
-        """Pictures (b, 3, H, W) in [−1, 1] to the posterior of their normalised latents, (b, c, ⌈H / f⌉, ⌈W / f⌉) each.
+        """Encode pictures (b, 3, H, W) in [−1, 1] to the posterior of normalised latents.
 
-        Where a side is no multiple of the factor f, the picture's last row or column is repeated up to the next.
+        Its mean and std are (b, c, ⌈H / f⌉, ⌈W / f⌉). If a side isn't a multiple of the factor f, the last row or
+        column is repeated up to the next multiple.
         """
         pixels = pad_to_multiple(pixels, self.factor).to(self.vae.device, self.vae.dtype)
 
@@ -150,7 +151,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (b, c, h, w) to float32 pictures (b, 3, H, W), not clipped."""
+        """Decode normalised latents (b, c, h, w) to float32 pictures (b, 3, H, W), not clipped."""
         z = latents.to(self.vae.device, self.vae.dtype) / self.scale
 
         def picture(part: Tensor) -> Tensor:
@@ -161,16 +162,16 @@ class Autoencoder:
 
 
 class LatentStatistics(NamedTuple):
-    """Statistics of posterior samples before folding, a channel each, float64."""
+    """Statistics of each channel of posterior samples before folding, float64."""
 
     mean: Tensor  # (c,)
-    std: Tensor  # (c,), floored
+    std: Tensor  # (c,), with a lower bound
     dead: list[int]
     """Channels whose posterior mean hardly depends on the picture."""
 
 
 def latent_statistics(sums: Tensor) -> LatentStatistics:
-    """Return the statistics of `latent_sums` added up over a data set (and over processes)."""
+    """Return the statistics from `latent_sums` added up over a dataset (and over processes)."""
     n, sample, square, mean, mean_square = sums.double().unbind(1)
     std = (square / n - (sample / n) ** 2).clamp_min(0).sqrt()
     signal = (mean_square / n - (mean / n) ** 2).clamp_min(0).sqrt()
@@ -180,7 +181,7 @@ def latent_statistics(sums: Tensor) -> LatentStatistics:
 
 
 def latent_sums(posterior: Posterior, noise: Tensor) -> Tensor:
-    """Count, Σ sample, Σ sample², Σ mean, Σ mean² of each channel: (c, 5) float64, to be added up."""
+    """Return the count, Σ sample, Σ sample², Σ mean and Σ mean² of each channel, (c, 5) float64."""
     mean, sample = posterior.mean.double(), posterior.sample(noise).double()
     each = torch.stack([torch.ones_like(mean), sample, sample**2, mean, mean**2])  # (5, b, c, h, w)
     return each.sum(dim=(1, 3, 4)).T
@@ -191,8 +192,8 @@ def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Fold z → (z − mean) / std into `quant_conv` and `post_quant_conv`, in place and exactly.
 
     With s = std × scaling_factor, the encoder's latent becomes (z − mean) / s, so that latent × scaling_factor has
-    mean 0 and variance 1, and the decoder undoes it. Both convolutions are 1×1, so this is a change of their
-    weights alone; without them it couldn't be exact (the decoder pads with zeros), hence UserError.
+    mean 0 and variance 1. The decoder undoes this. Both convolutions are 1×1, so only their weights change. Raises
+    UserError for an autoencoder without them: folding wouldn't be exact, since the decoder pads with zeros.
     """
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise UserError("an autoencoder without quant convolutions can't be normalised exactly: use one that has them")
@@ -212,7 +213,7 @@ def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
-    """`latent_sums` of an unfolded autoencoder over (pictures, noise) batches; zeros where there are none."""
+    """Return `latent_sums` of an unfolded autoencoder over batches of (pictures, noise); zeros without batches."""
     total = torch.zeros(channels, 5, dtype=torch.float64, device=vae.device)
     for pixels, noise in batches:
         q = vae.encode(pixels.to(vae.device)).latent_dist

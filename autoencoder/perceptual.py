@@ -1,4 +1,4 @@
-"""Distances of pictures in the features of a frozen network: gradients go through it to the pictures, not into it."""
+"""Perceptual distances between pictures in the features of a frozen network, differentiable in the pictures."""
 
 import json
 from importlib.resources import as_file, files
@@ -19,16 +19,16 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ldm.errors import UserError, one_line
 
 Backbone = Literal["vgg", "alex"]
-_TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # activations compared, by their place in torchvision's
-_SMALLEST = 64  # pixels a side: what the distance was fitted on; smaller pictures are enlarged to it
+_TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # indices of the compared layers in torchvision's network
+_SMALLEST = 64  # pixels per side, for which the distance was fitted; smaller pictures are enlarged to it
 
 
 class Lpips(nn.Module):
-    """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924, eq. 1) over ImageNet's VGG16 or AlexNet.
+    """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924, eq. 1) with an ImageNet VGG16 or AlexNet.
 
-    Pictures (b, 3, H, W) in [−1, 1], (made, pixels) → their mean distance, a scalar. weights: torchvision's weights of
-    the backbone, a .safetensors file or a .pth without code in it; empty: downloaded by torchvision. The weights of the
-    layers are those that torchmetrics brings. Raises UserError when they can't be had.
+    (made, pixels), pictures (b, 3, H, W) in [−1, 1] → their mean distance, a scalar. weights: torchvision's weights of
+    the backbone, a .safetensors file or a .pth without code; empty: torchvision downloads them. The weights of the
+    layers come with torchmetrics. Raises UserError if they can't be read.
     """
 
     mean: Tensor
@@ -36,7 +36,7 @@ class Lpips(nn.Module):
 
     def __init__(self, backbone: Backbone = "vgg", weights: str = "") -> None:
         super().__init__()
-        with torch.device("meta"):  # its own random weights are never made
+        with torch.device("meta"):  # no random weights are allocated
             match backbone:
                 case "vgg":
                     network, published = vgg16(), VGG16_Weights.IMAGENET1K_V1
@@ -49,15 +49,15 @@ class Lpips(nn.Module):
             state = _read(weights) if weights else published.get_state_dict(check_hash=True, weights_only=True)
             layers = {k.removeprefix("features."): v.float() for k, v in state.items() if k.startswith("features.")}
             network.features.load_state_dict(layers, assign=True)
-        except Exception as error:  # whatever is in a file that isn't these weights
+        except Exception as error:  # a file with other contents can raise anything
             what = f"weights {weights!r}" if weights else "downloading its weights"
             reason = one_line(error, 200)
-            if isinstance(error, UnpicklingError):  # whose own words advise to run whatever the file says
+            if isinstance(error, UnpicklingError):  # its message advises unsafe loading
                 reason = "it holds something else than tensors"
             raise UserError(f"the {backbone} of LPIPS: {what} failed: {reason}") from None
         for layer in network.features:
             if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # it would change an activation that is compared
+                layer.inplace = False  # in place it would change an activation that is compared
         starts = (0, *(t + 1 for t in taps))
         self.parts = nn.ModuleList(network.features[a : b + 1] for a, b in zip(starts, taps, strict=False))
         with as_file(files("torchmetrics") / "functional" / "image" / "lpips_models" / f"{backbone}.pth") as path:
@@ -69,7 +69,7 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Activations (b, c, h, w) of unit length over their channels, float32."""
+        """Return the activations (b, c, h, w), normalised to unit length over their channels, float32."""
         if (side := min(pixels.shape[-2:])) < _SMALLEST:
             ratio = _SMALLEST / side
             size = [round(s * ratio) for s in pixels.shape[-2:]]
@@ -84,17 +84,18 @@ class Lpips(nn.Module):
         with torch.no_grad():
             wanted = self.features(pixels)
         each = [
-            ((a - b).square().mean(dim=(2, 3)) * weight).sum(1)  # (b,); a matrix product would be autocast's
+            ((a - b).square().mean(dim=(2, 3)) * weight).sum(1)  # (b,); not a matrix product, which autocast rounds
             for a, b, weight in zip(self.features(made), wanted, self.fitted, strict=True)
         ]
         return torch.stack(each).sum(0).mean()
 
 
 class ClipPerceptual(nn.Module):
-    """Mean squared distance of the unit-length features of a CLIP image tower over all its layers, after Zhang et al. 2018.
+    """Mean squared distance between unit-length features of all layers of a CLIP image tower, after Zhang et al. 2018.
 
-    Offline, it may be the tower that stage 0 trained on the same pictures. Pictures (b, 3, H, W) in [−1, 1] are resized
-    to the tower's side; (made, pixels) → a scalar. Raises UserError when the folder or hub id holds no such tower.
+    Without a network connection, the tower can be the one that stage 0 trained on the same pictures. Pictures
+    (b, 3, H, W) in [−1, 1] are resized to the tower's side; (made, pixels) → a scalar. Raises UserError if the folder
+    or hub id has no such tower.
     """
 
     tower: CLIPVisionModel
@@ -115,7 +116,7 @@ class ClipPerceptual(nn.Module):
         self.eval().requires_grad_(False)
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Hidden states of every layer, (b, tokens, width) each, of unit length, float32."""
+        """Return the hidden states of every layer, (b, tokens, width) each, of unit length, float32."""
         side = self.tower.config.image_size
         assert isinstance(side, int)
         if pixels.shape[-1] != side or pixels.shape[-2] != side:
@@ -131,26 +132,26 @@ class ClipPerceptual(nn.Module):
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:
-    """x / √(‖x‖² + 1e-8) in float32: with the small number under the root, zero features have a gradient."""
+    """Return x / √(‖x‖² + 1e-8) in float32. The small number inside the root gives zero features a finite gradient."""
     x = x.float()
     return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + 1e-8)
 
 
 def load_tower(kind: Any, where: str) -> tuple[Any, set[str]]:
-    """A model of transformers' class `kind`, float32, from a folder or hub id, and the names of weights that its files lack."""
+    """Load a transformers model of class `kind`, float32, from a folder or hub id, and the names of missing weights."""
     model, info = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     return model, set(info["missing_keys"])
 
 
 def preprocessing(where: str, mean: list[float], std: list[float]) -> dict[str, Any]:
-    """preprocessor_config.json of a vision model's folder or hub id, where image_mean and image_std are these by default.
+    """Read preprocessor_config.json of a vision model's folder or hub id. `mean` and `std` are the defaults.
 
-    Raises UserError where it isn't a mapping, or they aren't three numbers each.
+    Raises UserError if it isn't a mapping, or if image_mean and image_std aren't three numbers each.
     """
     try:
         file = cached_file(where, "preprocessor_config.json")
         said = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except OSError:  # there is none
+    except OSError:  # the file is missing
         said = {}
     found = {"image_mean": mean, "image_std": std} | (said if isinstance(said, dict) else {"image_mean": said})
     for name in ("image_mean", "image_std"):

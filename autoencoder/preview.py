@@ -1,9 +1,9 @@
-"""Cheap previews: a linear map from latents to colours, one pixel a latent, without the decoder.
+"""Fast previews by a linear map from latents to colours, one pixel per latent, without the decoder.
 
-What a latent and its eight neighbours say of the mean colour of its place is nearly linear, so least squares over some
-pictures finds it (docs/LOG.md says what the neighbours are worth). It is taken over posterior samples z = μ + σ ε, since
-those are what a diffusion learns to paint, but none is drawn: of the normal equations only E[z zᵀ] = μ μᵀ + diag(σ²) and
-E[z] = μ enter. A channel that is all noise is so left out of it.
+The mean colour at a latent's position is nearly a linear function of the latent and its eight neighbours, so it is
+fitted by least squares on some pictures (docs/LOG.md has the gain from the neighbours). The fit is over posterior
+samples z = μ + σ ε, since diffusion learns to generate those. No samples are drawn: the normal equations need only
+E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ. Channels of pure noise thus get no weight.
 """
 
 import json
@@ -21,17 +21,17 @@ from ldm.errors import RunError, UserError, one_line
 if TYPE_CHECKING:
     from autoencoder.model import Autoencoder
 
-_FILE = "preview.json"  # beside the weights
+_FILE = "preview.json"  # next to the weights
 
 
 class Colours(NamedTuple):
-    """Colours of normalised latents; float32."""
+    """Linear map from normalised latents to colours, float32."""
 
     weight: Tensor  # (3, c, 3, 3), of a convolution
     bias: Tensor  # (3,)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Normalised latents (b, c, h, w) to pictures (b, 3, h, w) in [−1, 1], float32, on their device."""
+        """Map normalised latents (b, c, h, w) to pictures (b, 3, h, w) in [−1, 1], float32, on the latents' device."""
         z = _padded(latents.float())
         return F.conv2d(z, self.weight.to(z), self.bias.to(z)).clamp(-1, 1)
 
@@ -42,7 +42,7 @@ class Colours(NamedTuple):
 
     @classmethod
     def load(cls, folder: str | Path, channels: int) -> "Colours | None":
-        """Read an autoencoder's folder; None where it has no colours. Raises UserError for those of other latents."""
+        """Read an autoencoder's folder; None if it has no colours. Raises UserError for colours of other latents."""
         path = Path(folder) / _FILE
         if not path.is_file():
             return None
@@ -65,14 +65,14 @@ class Colours(NamedTuple):
 def fit_colours(
     autoencoder: "Autoencoder", batches: Iterable[Tensor], *, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> Colours:
-    """The colours of an autoencoder's latents, from batches of pictures (b, 3, H, W) in [−1, 1].
+    """Fit the colours of an autoencoder's latents to batches of pictures (b, 3, H, W) in [−1, 1].
 
-    reduce: the sum of a tensor over all processes, each of which must call this, with or without pictures. Raises UserError
-    where none has a picture, RunError where latents aren't finite.
+    reduce: function that sums a tensor over all processes. Every process must call this, with or without pictures.
+    Raises UserError if no process has a picture, RunError if latents aren't finite.
     """
     c, f = autoencoder.latent_channels, autoencoder.factor
     n = 9 * c
-    # Of rows [z, 1], (n + 1,), and of the colours y, (3,): Σ [z, 1] [z, 1]ᵀ beside Σ [z, 1] yᵀ.
+    # Σ [z, 1] [z, 1]ᵀ and next to it Σ [z, 1] yᵀ, for rows [z, 1], (n + 1,), and colours y, (3,).
     sums = torch.zeros(n + 1, n + 1 + 3, dtype=torch.float64, device=autoencoder.vae.device)
     for pixels in batches:
         q = autoencoder.encode(pixels)
@@ -86,7 +86,7 @@ def fit_colours(
         raise UserError("no pictures to fit the colours of latents to: at least one is needed")
     if not sums.isfinite().all():
         raise RunError("the autoencoder's latents aren't finite: no colours can be fitted to them")
-    # By pseudo-inverse: pictures may all be of one colour, and latents then say nothing.
+    # The pseudo-inverse also handles pictures that all have one colour, when the equations are singular.
     both = (torch.linalg.pinv(sums[:, : n + 1], hermitian=True) @ sums[:, n + 1 :]).T.float()  # (3, n + 1)
     return Colours(both[:, :n].reshape(3, c, 3, 3), both[:, n].contiguous())
 

@@ -1,15 +1,15 @@
-"""Pictures and latents of any size through an autoencoder in overlapping tiles, in the memory of one tile of the batch.
+"""Encoding and decoding of any size in overlapping tiles, in the memory of one tile of the batch.
 
-A tile differs from the same place of the whole picture in three ways, and each has its remedy:
+A tile's result differs from the same part of the whole picture's in three ways, and each has a solution:
 
-- At an inner border the convolutions pad with zeros where the picture goes on. That reaches inwards and fades, so the
-  outermost quarter of the overlap is thrown away (`windows`).
+- At an inner border the convolutions pad with zeros instead of the rest of the picture. This effect fades inwards, so
+  the outermost quarter of the overlap is discarded (`windows`).
 - Neighbours still differ a little. They are blended over the rest of the overlap, with weights that add up to 1.
-- GroupNorm (Wu & He 2018, arXiv 1803.08494) takes its mean and variance over the picture. Those of a tile give it
-  another tone, and no blending hides that, so all tiles are given the whole picture's, measured through the tiles one
-  norm after the other (`_measure`). That takes about ten times the work of the tiles themselves.
+- GroupNorm (Wu & He 2018, arXiv 1803.08494) takes its mean and variance over the picture. A tile's own statistics would
+  change its tone, and blending can't hide that. So all tiles use the whole picture's statistics, which are measured on
+  the tiles for one norm after the other (`_measure`). This costs about ten times as much as the tiles themselves.
 
-Attention in the middle block stays within its tile; nothing here mends that.
+Attention in the middle block is limited to its tile; this isn't corrected.
 """
 
 import math
@@ -29,12 +29,12 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a picture is cut; lengths are in latents, for encoding as for decoding."""
+    """Size and overlap of tiles; lengths are in latents, both for encoding and for decoding."""
 
     side: int = 64
     """Side of a tile; smaller pictures stay whole."""
     overlap: int = 16
-    """Overlap of neighbours: a quarter at either end is thrown away, the half between blends."""
+    """Overlap of neighbours: a quarter at each end is discarded, the half between is blended."""
 
     def __post_init__(self) -> None:
         if self.side < 1:
@@ -50,24 +50,24 @@ class Span(NamedTuple):
     start: int
     stop: int
     own: slice
-    """The part, counted from `start`, that is this tile's rather than a neighbour's."""
+    """Part that belongs to this tile and not to a neighbour, counted from `start`."""
 
 
 class Tile(NamedTuple):
-    """Where a tile is."""
+    """Position of a tile."""
 
     row: Span
     column: Span
 
     def at(self, scale: int) -> tuple[EllipsisType, slice, slice]:
-        """Its place in a picture of `scale` elements a latent."""
+        """Return the tile's index in a picture of `scale` elements per latent and side."""
         (top, bottom, _), (left, right, _) = self
         return ..., slice(top * scale, bottom * scale), slice(left * scale, right * scale)
 
     def own(self, x: Tensor) -> Tensor:
-        """The tile's own part of an activation of it, of any whole number of elements a latent.
+        """Return the own part of an activation of the tile, which has any whole number of elements per latent and side.
 
-        (b, c, h, w), or (b, c, h w) as attention has it.
+        The activation is (b, c, h, w), or (b, c, h w) in attention.
         """
         rows, columns = self.row.stop - self.row.start, self.column.stop - self.column.start
         scale = math.isqrt(x[0, 0].numel() // (rows * columns))
@@ -77,7 +77,7 @@ class Tile(NamedTuple):
 
 
 def spans(n: int, tiles: Tiles) -> list[Span]:
-    """The tiles along an axis of n latents: all of the full side if n is, the last one moved inwards to end at n."""
+    """Return the tiles along an axis of n latents, all of full side if n is. The last one is moved back to end at n."""
     if n <= tiles.side:
         return [Span(0, n, slice(0, n))]
     starts = [*range(0, n - tiles.side, tiles.side - tiles.overlap), n - tiles.side]
@@ -89,10 +89,10 @@ def spans(n: int, tiles: Tiles) -> list[Span]:
 
 
 def windows(along: Sequence[Span], overlap: int, scale: int) -> Tensor:
-    """Each tile's weights along an axis, at `scale` elements a latent; where tiles meet they add up to 1.
+    """Return each tile's weights along an axis with `scale` elements per latent, (tiles, side × scale), float64.
 
-    Weights rise as sin², whose slope is zero at both ends: a difference of two tiles becomes no visible kink, as it
-    would with a straight ramp. The borders of the picture itself keep their full weight. (tiles, side × scale), float64
+    Weights of overlapping tiles add up to 1. They rise as sin², whose slope is zero at both ends, so that a difference
+    of two tiles gives no visible kink, unlike a linear ramp. The borders of the picture itself keep their full weight.
     """
     length, rim = (along[0].stop - along[0].start) * scale, overlap // 4 * scale
     ramp = overlap * scale - 2 * rim
@@ -117,14 +117,14 @@ def tiled(
     down: int = 1,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """`run`(x) tile by tile, where x has `down` elements a latent and side, and the result has `up`.
+    """Compute `run`(x) tile by tile. x has `down` elements per latent and side, the result has `up`.
 
     x (b, c, h × down, w × down) gives (b, c', h × up, w × up), at least float32 and on the device of x. A picture no
-    larger than a tile runs once, as it is. Otherwise the group norms of `network`, which is what `run` calls, are given
-    the whole picture's statistics; without it, every tile has its own. Where `run` looks no further than a quarter of
-    the overlap, and has no attention, the result is that of the whole. It may move a tile to another device. Not for two
-    threads at once on one network, nor one that slices its batches.
-    Raises UserError where a side of x is no multiple of `down`, ValueError for a result of another size.
+    larger than a tile runs once as a whole. Otherwise the group norms of `network`, which `run` calls, use the whole
+    picture's statistics; without `network`, every tile uses its own. If `run` has no attention and a receptive field of
+    at most a quarter of the overlap to each side, the result equals that of the whole picture. `run` may move a tile to
+    another device. Two threads can't use this on one network at once, and the network can't slice its batches.
+    Raises UserError if a side of x isn't a multiple of `down`, ValueError for a result of another size.
     """
     if x.shape[-2] % down or x.shape[-1] % down:
         raise UserError(f"a picture of {x.shape[-1]} × {x.shape[-2]} elements: give multiples of {down}")
@@ -152,10 +152,10 @@ def tiled(
 
 
 def pad_to_multiple(pixels: Tensor, factor: int) -> Tensor:
-    """Pictures (b, c, h, w) continued to the right and below until both sides are multiples of `factor`.
+    """Pad pictures (b, c, h, w) at the right and bottom until both sides are multiples of `factor`.
 
-    The last row and column are repeated: that works for the smallest pictures, where a reflection would need more rows
-    than there are, and adds no edges. Cut the reconstruction back to h × w.
+    The last row and column are repeated. Unlike a reflection, this works for the smallest pictures, and it adds no
+    edges. The caller crops the reconstruction to h × w.
     """
     height, width = pixels.shape[-2:]
     return F.pad(pixels, (0, -width % factor, 0, -height % factor), mode="replicate")
@@ -177,7 +177,7 @@ def _moments(x: Tensor, groups: int) -> _Moments:
 
 
 def _pooled(parts: Sequence[_Moments]) -> _Moments:
-    """The moments of all parts together: Var x = E Var(x | part) + Var E(x | part)."""
+    """Return the moments of all parts together: Var x = E Var(x | part) + Var E(x | part)."""
     size = torch.tensor([part.size for part in parts], dtype=torch.float64).view(-1, 1, 1)
     means, variances = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
     share = size / size.sum()
@@ -186,19 +186,19 @@ def _pooled(parts: Sequence[_Moments]) -> _Moments:
 
 
 class _Reached(Exception):
-    """A norm without statistics was reached and measured."""
+    """Exception that ends a run at a norm without statistics, after measuring its input."""
 
 
 class _GroupNorms:
-    """A hook on group norms: those with fixed statistics normalise with them, the others are measured."""
+    """Hook on group norms: norms with fixed statistics use them, and the input of others is measured."""
 
     def __init__(self) -> None:
-        self.tile: Tile | None = None  # whose own part is measured, up to the first norm that has no statistics
+        self.tile: Tile | None = None  # tile whose own part is measured at the first norm without statistics
         self.fixed: dict[nn.Module, _Moments] = {}
         self.measured: dict[nn.Module, list[_Moments]] = {}
 
     def fix(self) -> None:
-        """Let the norms measured so far use what was measured."""
+        """Fix the statistics of the norms measured so far."""
         self.fixed |= {norm: _pooled(parts) for norm, parts in self.measured.items()}
         self.measured = {}
 
@@ -213,7 +213,7 @@ class _GroupNorms:
 
 
 def _normalised(x: Tensor, norm: nn.GroupNorm, moments: _Moments) -> Tensor:
-    """The group norm of x with the given statistics: a batch norm in evaluation, of b × c channels."""
+    """Apply the group norm to x with the given statistics, as a batch norm in eval mode with b × c channels."""
     b, c = x.shape[:2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, var = (m.repeat_interleave(c // norm.num_groups, 1).flatten().to(x.device, dtype) for m in moments[1:])
@@ -223,7 +223,7 @@ def _normalised(x: Tensor, norm: nn.GroupNorm, moments: _Moments) -> Tensor:
 
 @contextmanager
 def _group_norms(network: nn.Module | None) -> Iterator[_GroupNorms]:
-    """A hook on every group norm of the network, for as long as the context lasts."""
+    """Keep a hook on every group norm of the network within the context."""
     hook = _GroupNorms()
     modules = [] if network is None else network.modules()
     handles = [norm.register_forward_hook(hook) for norm in modules if isinstance(norm, nn.GroupNorm)]
@@ -235,10 +235,10 @@ def _group_norms(network: nn.Module | None) -> Iterator[_GroupNorms]:
 
 
 def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile], down: int, norms: _GroupNorms) -> None:
-    """Fix every norm to the whole picture's statistics: the first one, then, given that, the second, and so on.
+    """Fix the whole picture's statistics of every norm, one norm after the other.
 
-    A run is broken off at the norm in question. All at once won't do: each norm changes what the later ones see, and
-    repeating that a few times doesn't converge.
+    Each run stops at the norm being measured. The norms can't be measured all at once, since each changes the input of
+    the later ones; repeating that a few times doesn't converge.
     """
     while True:
         for place in places:
@@ -248,10 +248,10 @@ def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile],
             except _Reached:
                 continue
             norms.tile = None
-            return  # through to the end: no norm is left
+            return  # the run reached the end, so all norms are fixed
         norms.fix()
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32, or float64 if it already is."""
+    """Cast to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
