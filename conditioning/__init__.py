@@ -1,4 +1,4 @@
-"""Text as the condition: CLIP's tokenizer and text tower, and the contrastive training of a small CLIP."""
+"""Text conditioning: CLIP's tokenizer and text tower, and the contrastive training of a small CLIP."""
 
 MOST_CHUNKS = 32
-"""Windows of a text encoder's length that a text may be read in."""
+"""Largest number of chunks, each of a text encoder's length, in which a text can be read."""

@@ -1,11 +1,12 @@
 """CLIP's text tower (Radford et al. 2021) as the condition of the diffusion (Rombach et al. 2022, sec. 3.3).
 
-The UNet is given every token's last hidden state after the final layer norm, padding included, nothing
-masked: what Stable Diffusion 1 feeds its UNet, so a stock pipeline over the saved folder gives the same
-numbers. Clip skip leaves the last layers out and keeps the final norm, as Stable Diffusion 2's checkpoints do.
+The UNet gets every token's last hidden state after the final layer norm, including the padding, without a mask. This is
+the input of Stable Diffusion 1's UNet, so a stock pipeline with the saved folder gives the same numbers. Clip skip
+leaves out the last layers and keeps the final norm, as Stable Diffusion 2's checkpoints do.
 
-Longer prompts than the tower holds are read in chunks: each is encoded alone, with a begin and an end of its own, and the
-UNet attends over the tokens of all. Their number belongs to the model, so every condition has one shape, the null one too.
+Prompts that are longer than the tower's input are read in chunks. Each chunk is encoded separately, with its own begin
+and end, and the UNet attends to the tokens of all chunks. The number of chunks is fixed for a model, so all conditions,
+including the null condition, have one shape.
 """
 
 import copy
@@ -30,27 +31,27 @@ from ldm.errors import UserError, one_line
 from ldm.formats.clip_layout import empty_text_model, tower_of
 from ldm.formats.hub import fetch, is_hub_id
 
-# The text tower's weights wherever they are stored: a CLIPModel, a CLIPTextModel, with or without the prefix.
+# Names of the text tower's weights in a CLIPModel or a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
 _PREFIX = "text_model."
-_CHUNKS = "prompt_chunks"  # in the text encoder's config.json, where transformers ignores it
-_WANTED = (  # of a hub repository
+_CHUNKS = "prompt_chunks"  # key in the text encoder's config.json, which transformers ignores
+_WANTED = (  # files of a hub repository
     *("config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
 )
 
 
 class ClipTextEncoder(nn.Module):
-    """Prompts → (b, tokens, width), without gradients, on the module's device and in its dtype.
+    """Encoder of prompts to (b, tokens, width), without gradients, on the module's device and in its dtype.
 
-    max_length: tokens of a chunk, begin and end included. tokens: of an encoding, chunks · max_length.
+    max_length: tokens of a chunk, including begin and end. tokens: tokens of an encoding, chunks · max_length.
     """
 
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, *, chunks: int | None = None) -> None:
-        """Takes both as they are; the text tower of a CLIPModel in training stays trainable.
+        """Wrap a model and a tokenizer. The model isn't frozen: a text tower in training stays trainable.
 
-        chunks: in how many a prompt is read; None for what the model was saved with, else 1.
-        Raises UserError when the tokenizer has ids that the model doesn't, or for chunks out of range.
+        chunks: number of chunks in which a prompt is read; None: the saved model's number, or 1.
+        Raises UserError if the tokenizer has ids that the model doesn't have, or for chunks out of range.
         """
         super().__init__()
         config = model.config
@@ -67,14 +68,15 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Tokens of an encoding: those of all its chunks."""
+        """Number of tokens of an encoding, over all chunks."""
         return self.chunks * self.max_length
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(b, tokens, width). A prompt that is too long is cut, with a warning that quotes what was lost.
+        """Return the encodings of prompts, (b, tokens, width).
 
-        Autocast is left outside: an encoding depends on the weights alone, so a stored one is as good.
+        A prompt that is too long is truncated, with a warning that quotes the lost text. Autocast is turned off, so
+        that an encoding depends only on the weights and can be cached.
         """
         ids = tokenize(self.tokenizer, prompts, self.chunks)
         weight = next(self.model.parameters())
@@ -86,7 +88,7 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that an encoding depends on, a key for caches. Reads every weight: keep the result."""
+        """SHA-256 of all that an encoding depends on, a key for caches. It reads every weight, so keep the result."""
         config = self.model.config
         about: list[Any] = [config.num_attention_heads, config.hidden_act, config.layer_norm_eps]
         if self.chunks > 1:
@@ -101,15 +103,15 @@ class ClipTextEncoder(nn.Module):
     def load(
         cls, source: str | Path, *, dtype: torch.dtype = torch.float32, skip: int = 0, chunks: int | None = None
     ) -> Self:
-        """Reads a folder or a hub id: a CLIP (whole, or its text tower) with its tokenizer, or a pipeline.
+        """Load a CLIP (whole, or its text tower) with its tokenizer, or a pipeline's, from a folder or a hub id.
 
-        Or an OpenCLIP, as `openclip:ViT-B-32/laion2b_s34b_b79k`; see `load_openclip`.
+        An OpenCLIP is given as `openclip:ViT-B-32/laion2b_s34b_b79k`; see `load_openclip`.
 
-        skip: transformer layers left out at the end (clip skip, as diffusers counts it). What is saved is without them.
-        chunks: in how many a prompt is read; None for what the model was saved with, else 1.
-        Only safetensors and JSON are read (of an OpenCLIP's tag, what open_clip has, without pickled code). The weights
-        come frozen, in evaluation mode, on the CPU. Raises UserError when there is no such thing, when a weight is
-        missing, or when `skip` leaves no layer.
+        skip: number of last transformer layers to leave out (clip skip, as in diffusers), also when saving.
+        chunks: number of chunks in which a prompt is read; None: the saved model's number, or 1.
+        Only safetensors and JSON are read (for an OpenCLIP's tag, open_clip's files, without pickled code). The weights
+        are frozen, in evaluation mode, on the CPU. Raises UserError if the source doesn't exist, if a weight is
+        missing, or if `skip` leaves no layer.
         """
         name = str(source)
         files = None if name.startswith(PREFIX) else _find(name)
@@ -124,9 +126,9 @@ class ClipTextEncoder(nn.Module):
         return encoder.to(dtype).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
-        """Writes folder/text_encoder/ and folder/tokenizer/, parts of a pipeline, for old and new transformers.
+        """Write folder/text_encoder/ and folder/tokenizer/, parts of a pipeline, for old and new transformers.
 
-        Older versions want the prefix `text_model.` on every weight, and put random ones where it is missing.
+        Older versions need the prefix `text_model.` on every weight and use random weights if it is missing.
         """
         folder = Path(folder)
         config = copy.deepcopy(self.model.config)
@@ -141,7 +143,7 @@ class ClipTextEncoder(nn.Module):
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
     def stock_limits(self) -> str | None:
-        """What stock diffusers' Stable Diffusion pipeline can't do with this text encoder, in one line; None: nothing."""
+        """Return one line that says what stock diffusers can't do with this text encoder; None if it can do all."""
         if self.chunks > 1:
             return (
                 f"prompts in {self.chunks} chunks: stock diffusers reads the first {self.max_length} tokens of a prompt alone; "
@@ -150,13 +152,13 @@ class ClipTextEncoder(nn.Module):
         return None
 
     def _weights(self) -> dict[str, Tensor]:
-        """By their names on disk, on the CPU."""
+        """Return the weights by their names on disk, on the CPU."""
         state = self.model.state_dict()
         return {_PREFIX + k.removeprefix(_PREFIX): v.detach().cpu().contiguous() for k, v in state.items()}
 
 
 def _find(source: str) -> tuple[Path, Path]:
-    """The folders of a text encoder's weights and of its tokenizer."""
+    """Return the folders of a text encoder's weights and of its tokenizer."""
     folder = Path(source).resolve() if os.path.isdir(source) else _download(source)
     beside: tuple[Path, ...]
     if (folder / "text_encoder" / "config.json").is_file():
@@ -177,7 +179,7 @@ def _find(source: str) -> tuple[Path, Path]:
 
 
 def _leave_out(model: CLIPTextModel, skip: int) -> None:
-    """The model without its last `skip` layers."""
+    """Remove the model's last `skip` layers, in place."""
     encoder = tower_of(model).encoder
     count = len(encoder.layers)
     if not 0 <= skip < count:
@@ -192,13 +194,13 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _read_tower(folder: Path) -> CLIPTextModel:
-    """The text tower alone, strictly, in the dtype it was stored in.
+    """Read only the text tower, with every weight required, in its stored dtype.
 
-    transformers' own loader fills what is missing with random numbers, and follows the adapters and
-    quantisations that a folder may name. Here a folder is weights and numbers.
+    transformers' own loader fills missing weights with random numbers, and loads adapters and quantisations that a
+    folder names. Here only weights and configuration values are read.
     """
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = empty_text_model(stored)  # no memory and no random numbers before the shapes are known to agree
+    model = empty_text_model(stored)  # without memory or random numbers until the shapes are checked
     whole = folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
@@ -214,7 +216,7 @@ def _read_tower(folder: Path) -> CLIPTextModel:
 
 
 def _download(name: str) -> Path:
-    """The text encoder and tokenizer of a hub repository; nothing else is fetched, so no pickles either."""
+    """Download only the text encoder and the tokenizer of a hub repository, so no pickles."""
     if not is_hub_id(name):
         raise UserError(f"{name} is neither a folder nor the id (owner/name) of a hub repository")
     wanted = [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _WANTED]

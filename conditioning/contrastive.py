@@ -1,13 +1,13 @@
 """Contrastive training of a small CLIP on captioned pictures (Radford et al. 2021, arXiv 2103.00020, fig. 3).
 
-Procedural and product captions repeat, so a batch holds the same caption more than once. Equal captions share the
-target evenly (UniCL, arXiv 2204.03610): none is another's negative. While the text tower gives them equal features
-the loss is that of plain InfoNCE, which can't tell them apart either; its least value is the entropy of the
+Procedural and product captions repeat, so a batch can have the same caption more than once. Equal captions share the
+target evenly (UniCL, arXiv 2204.03610), so that none is a negative of another. Since the text tower gives them equal
+features, the loss is that of plain InfoNCE, which can't distinguish them either. Its minimum is the entropy of the
 targets, not 0.
 
-Captions are trained as the diffusion later uses them: padded, with no attention mask. The causal mask already
-hides the padding from the end token, which alone enters this loss, so a mask would change nothing here; it
-would change the hidden states of the padding itself, which the UNet reads.
+Captions are used as in the diffusion later: padded, without an attention mask. The loss reads only the end token, and
+the causal mask already hides the padding from it. So an attention mask wouldn't change the loss, but it would change
+the hidden states of the padding, which the UNet reads.
 """
 
 import copy
@@ -27,8 +27,8 @@ from conditioning.tokenizer import save_tokenizer
 from ldm.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5
-_TOKEN_STD = 1.0  # of the first token embeddings; transformers' 0.02 is drowned by what the layers add
-MEAN = STD = 0.5  # of the vision tower's input: pictures in [-1, 1] go in as they are
+_TOKEN_STD = 1.0  # of the initial token embeddings; transformers' 0.02 is small against what the layers add
+MEAN = STD = 0.5  # normalisation of the vision tower's input, which is pictures in [-1, 1]
 
 
 def build_clip(
@@ -45,9 +45,9 @@ def build_clip(
     projection_dim: int,
     hidden_act: str = "gelu",
 ) -> CLIPModel:
-    """A CLIPModel from random weights (torch's default generator); vocabulary, ids and length are the tokenizer's.
+    """Build a CLIPModel with random weights (torch's default generator) and the tokenizer's vocabulary, ids and length.
 
-    Raises UserError when the numbers don't fit one another.
+    Raises UserError if the numbers don't fit together.
     """
     for tower, width, heads in (("text", text_width, text_heads), ("vision", vision_width, vision_heads)):
         if width % heads:
@@ -82,7 +82,7 @@ def build_clip(
             projection_dim=projection_dim,
         )
     )
-    # The loss sees the end token alone, but the UNet reads every token: let each say its own word loudly from the start.
+    # The UNet reads every token, but the loss only the end token: large initial embeddings keep each token's own word.
     nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=_TOKEN_STD)
     nn.init.normal_(clip.text_model.embeddings.position_embedding.weight, std=_TOKEN_STD / 2)
     return clip
@@ -96,14 +96,13 @@ def contrastive_loss(
     *,
     gather: bool = True,
 ) -> Tensor:
-    """Symmetric cross-entropy between pictures and captions of a batch, in nats.
+    """Return the symmetric cross-entropy between the pictures and captions of a batch, in nats.
 
-    image_features, text_features (b, d), of any length; logit_scale () the log of the inverse temperature, at
+    image_features, text_features (b, d), of any length; logit_scale (), the log of the inverse temperature, at
     most ln 100; caption_ids (b,) int64, equal for equal captions. Features are compared in fp32 or better.
 
-    With `gather` and several processes, the batch is that of all of them: each has the same b, each gets the
-    same loss, and the gradient averaged over processes (as DistributedDataParallel does) is the whole
-    batch's.
+    With `gather` and several processes, the batch is that of all processes. Each process has the same b and gets the
+    same loss. The gradient averaged over processes (as DistributedDataParallel does) is that of the whole batch.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = (
@@ -112,7 +111,7 @@ def contrastive_loss(
         )
         if gather and distributed.is_available() and distributed.is_initialized():
             image, text, caption_ids = (_Gather.apply(x) for x in (image, text, caption_ids))
-        # The excess is taken off as a constant: clamp's gradient is 0 at the limit already, with no way back.
+        # The excess is subtracted as a constant: clamp's gradient is 0 at the limit, so the scale couldn't return.
         scale = logit_scale - (logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
         logits = scale.exp() * image @ text.T  # (n pictures, n captions)
         same = (caption_ids[:, None] == caption_ids).to(logits.dtype)  # (n, n), symmetric
@@ -121,11 +120,10 @@ def contrastive_loss(
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all processes, in the order of their ranks.
+    """Function that gathers the rows of all processes, in the order of their ranks.
 
-    Every process computes the whole loss, so each already holds the gradient of its own rows. It is
-    multiplied by the number of processes because averaging over them divides by it, and a row sends its
-    gradient from one only.
+    Every process computes the whole loss, so each already has the gradient of its own rows. It is multiplied by the
+    number of processes, since averaging over processes divides by it and a row's gradient comes from one process only.
     """
 
     @staticmethod
@@ -156,11 +154,12 @@ class Contrastive(nn.Module):
         *,
         gather: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """pixels (b, 3, h, w) in [-1, 1], input_ids (b, n), caption_ids (b,) → loss () and detached metrics.
+        """Return the loss () and detached metrics.
 
-        The retrieval metrics are over this process's rows: chance is about 1/b.
+        pixels (b, 3, h, w) in [-1, 1], input_ids (b, n), caption_ids (b,).
+        The retrieval metrics are over this process's rows; chance is about 1/b.
         """
-        with torch.no_grad():  # the weight itself too, lest it drift on beyond the limit and be long in returning
+        with torch.no_grad():  # limit the weight itself too, or it could drift far above and return slowly
             self.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         read = self.clip.text_model(input_ids=input_ids)
         image, text = self.image_features(pixels), self.clip.text_projection(read.pooler_output)
@@ -174,26 +173,26 @@ class Contrastive(nn.Module):
         return loss, metrics
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """pixels (b, 3, h, w) in [-1, 1] → (b, projection_dim), not normalised."""
+        """Return the features (b, projection_dim), not normalised, of pixels (b, 3, h, w) in [-1, 1]."""
         return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
-        """input_ids (b, n) → (b, projection_dim), not normalised."""
+        """Return the features (b, projection_dim), not normalised, of input_ids (b, n)."""
         return self.clip.text_projection(self.clip.text_model(input_ids=input_ids).pooler_output)
 
 
 def retrieval_accuracy(
     image_features: Tensor, text_features: Tensor, caption_ids: Tensor, *, ranks: tuple[int, ...] = (1, 5)
 ) -> dict[str, Tensor]:
-    """Share of pictures whose caption is among the k captions nearest to them, and the reverse.
+    """Return the share of pictures whose caption is among the k captions nearest to them, and the reverse.
 
-    image_features, text_features (n, d); caption_ids (n,). Any picture or caption with an equal caption is
-    right, and equal captions stand once among the k. Ranks beyond n are left out. Values are () tensors.
+    image_features, text_features (n, d); caption_ids (n,). Any picture or caption with an equal caption is correct, and
+    equal captions count once among the k. Ranks above n are left out. Values are () tensors.
     """
     image, text = (F.normalize(x.float(), dim=-1) for x in (image_features, text_features))
     similarity = image @ text.T  # (n pictures, n captions)
     same = caption_ids[:, None] == caption_ids  # (n, n), symmetric
-    repeated = same.tril(-1).any(1)  # (n,): has an equal caption before it
+    repeated = same.tril(-1).any(1)  # (n,): whether an equal caption comes before
     found = {}
     for k in (k for k in ranks if k <= len(same)):
         captions = similarity.masked_fill(repeated, -math.inf).topk(k, dim=1).indices  # (n, k)
@@ -204,7 +203,7 @@ def retrieval_accuracy(
 
 
 def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, folder: str | Path) -> None:
-    """Writes a whole CLIP: what CLIPModel, CLIPProcessor and ClipTextEncoder.load read."""
+    """Write a whole CLIP, which CLIPModel, CLIPProcessor and ClipTextEncoder.load can read."""
     folder = Path(folder)
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = ["CLIPModel"], model.dtype

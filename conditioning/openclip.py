@@ -1,8 +1,9 @@
 """OpenCLIP's text towers (Cherti et al. 2023, arXiv 2212.07143) as transformers' CLIPTextModel.
 
-A CLIP's tower is the same transformer under other names, and its tokenizer the same merges, so what is trained, saved
-and loaded afterwards is an ordinary CLIP text encoder. Towers of other kinds are refused. Captions are padded with the
-end token, as everywhere in this project; the causal mask hides the padding from every token of the caption.
+OpenCLIP's CLIP tower is the same transformer with other weight names, and its tokenizer has the same merges. So the
+result is trained, saved and loaded as an ordinary CLIP text encoder. Towers of other kinds are refused. Captions are
+padded with the end token, as everywhere in this project; the causal mask hides the padding from every token of the
+caption.
 """
 
 import json
@@ -21,21 +22,21 @@ from ldm.formats.clip_layout import openclip_names, tower_of
 from ldm.formats.hub import fetch
 
 PREFIX = "openclip:"
-_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of open_clip's own folders
+_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # files of open_clip's own folders
 _HUB = "hf-hub:"
 _DEFAULTS = {"context_length": 77, "vocab_size": LARGEST, "width": 512, "heads": 8, "layers": 12}
 _TOWER = re.compile(r"(?:module\.)?(?:text\.)?((?:token_embedding|positional_embedding|transformer|ln_final)\b.*)")
 
 
 def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Text tower and tokenizer of an OpenCLIP, named as one of
+    """Load the text tower and the tokenizer of an OpenCLIP. The name is one of
 
         openclip:ARCHITECTURE/TAG               open_clip's own weights
         openclip:ARCHITECTURE/FILE.safetensors  a checkpoint
         openclip:FOLDER                         with open_clip_config.json and open_clip_model.safetensors
-        openclip:hf-hub:OWNER/NAME              such a repository
+        openclip:hf-hub:OWNER/NAME              a repository with these files
 
-    Raises UserError when open_clip isn't installed, or has no such thing; any error for damaged files.
+    Raises UserError if open_clip isn't installed or doesn't know the name. Damaged files can raise any error.
     """
     try:
         import open_clip
@@ -53,14 +54,14 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
             f"open_clip has no architecture {architecture!r}, one of its is ViT-B-32; and {place!r} is no folder with "
             + _CONFIG
         )
-    text_config(config)  # refused before anything is fetched
+    text_config(config)  # refuses other towers before anything is downloaded
     if weights.endswith(".safetensors") and Path(weights).is_file():
         return convert(load_file(weights), config), tokenizer_of(config)
     tag = open_clip.get_pretrained_cfg(architecture, weights)
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none of open_clip's own"
         raise UserError(f"weights {weights!r} are neither a .safetensors file nor one of: {known}")
-    config["quick_gelu"] = bool(tag.get("quick_gelu"))  # it belongs to the weights, whatever the architecture says
+    config["quick_gelu"] = bool(tag.get("quick_gelu"))  # the weights decide this, not the architecture
     model = open_clip.create_model(architecture, pretrained=weights, force_quick_gelu=config["quick_gelu"])
     return convert(model.state_dict(), config), tokenizer_of(config)
 
@@ -74,8 +75,8 @@ def _read_folder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
-    """Translate an open_clip configuration (open_clip.get_model_config); UserError where the text tower isn't CLIP's."""
-    # Whatever else stands there (another tokenizer, no causal mask, a class token) CLIPTextModel hasn't got.
+    """Convert an open_clip configuration (open_clip.get_model_config). Raises UserError if the tower isn't CLIP's."""
+    # CLIPTextModel doesn't support any other key (another tokenizer, no causal mask, a class token).
     if foreign := sorted(set(config["text_cfg"]) - set(_DEFAULTS)):
         raise UserError(f"its text tower isn't CLIP's ({', '.join(foreign)})")
     text = _DEFAULTS | config["text_cfg"]
@@ -96,9 +97,9 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
 
 
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextModel:
-    """The text tower from the weights of a whole open_clip model (its state_dict) and its configuration.
+    """Convert the weights of a whole open_clip model (its state_dict) and its configuration to the text tower.
 
-    Raises UserError when a weight is missing or one has no counterpart, RuntimeError when a shape differs.
+    Raises UserError if a weight is missing or has no counterpart, RuntimeError if a shape differs.
     """
     theirs = {match[1]: weight for name, weight in state.items() if (match := _TOWER.fullmatch(name))}
     converted = CLIPTextModel(text_config(config))
@@ -115,7 +116,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextM
 
 
 def tokenizer_of(config: Mapping[str, Any]) -> CLIPTokenizer:
-    """CLIP's tokenizer, from the merges that open_clip brings along."""
+    """Build CLIP's tokenizer from the merges in open_clip."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return clip_tokenizer(list(SimpleTokenizer().bpe_ranks), text_config(config).max_position_embeddings)

@@ -1,13 +1,13 @@
-"""What a small text tower must learn besides telling captions apart, so that every token is worth reading.
+"""Auxiliary tasks that make every token of a small text tower informative, besides the contrastive loss.
 
-A contrastive loss reads the end token alone, and hardly ever needs the order of words: in a batch no two captions hold
-the same ones. The diffusion reads every token, and must find in them what stands where. Two decoders, trained with the
-tower and then thrown away, ask for that:
+A contrastive loss reads only the end token and hardly needs the order of words, since captions in a batch rarely have
+the same words. The diffusion reads every token and must find out which object is where. Two decoders train for this
+together with the tower and are then discarded:
 
-- `Sketch` paints the picture from the tokens. The least squared error is that of E[picture | caption], which is also
-  what the diffusion predicts where the noise hides everything.
-- `Echo` repeats at each token the words just said. An object's attributes then stand together in one token, and loudly:
-  two words of which the mean picture says little (a circle, a square) keep features of their own.
+- `Sketch` predicts the picture from the tokens. The prediction with the least squared error is E[picture | caption],
+  which is also the diffusion's prediction at pure noise.
+- `Echo` predicts the latest words at each token. An object's attributes are then together in one token, with strong
+  features: words that the mean picture hardly distinguishes (a circle, a square) keep different features.
 """
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 
 class Sketch(nn.Module):
-    """Each patch of the picture is a learned query that looks at the tokens once, with one head, and is painted alone.
+    """Decoder of tokens to a picture. Each patch has a learned query that attends once to the tokens, with one head.
 
-    With a single look, what a patch needs of an object has to stand in one token.
+    Patches are predicted independently. With a single attention, all that a patch needs about an object must be in one
+    token.
     """
 
     def __init__(self, *, width: int, patch_size: int, image_size: int) -> None:
-        """`width` is that of the tokens; `patch_size` divides `image_size`."""
+        """Build the decoder for tokens of width `width`; `patch_size` divides `image_size`."""
         super().__init__()
         self.patch_size, self.side = patch_size, image_size // patch_size
         self.queries = nn.Parameter(torch.randn(self.side**2, width) / 2)
@@ -35,7 +36,7 @@ class Sketch(nn.Module):
         self.paint = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch_size**2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(b, n, width) → (b, 3, image_size, image_size), of the scale of the pictures."""
+        """Map tokens (b, n, width) to pictures (b, 3, image_size, image_size), in the training pictures' range."""
         query = self.query(self.queries).expand(len(tokens), -1, -1)  # (b, patches, width)
         key, value = self.key_value(tokens).chunk(2, dim=-1)
         x = self.queries + self.out(F.scaled_dot_product_attention(query, key, value))
@@ -44,7 +45,7 @@ class Sketch(nn.Module):
 
 
 class Echo(nn.Module):
-    """Predict linearly, from the features of a token, fixed random codes of it and of the `words` − 1 tokens before it."""
+    """Linear prediction of fixed random codes of a token and of the `words` − 1 tokens before it, from its features."""
 
     codes: Tensor
 
@@ -55,7 +56,10 @@ class Echo(nn.Module):
         self.register_buffer("codes", torch.randn(vocab_size, code))
 
     def forward(self, tokens: Tensor, input_ids: Tensor, end_id: int) -> Tensor:
-        """(b, n, width), (b, n) → squared error (), a mean over each caption's tokens up to its end; 1 for no idea."""
+        """Return the squared error (), a mean over each caption's tokens up to its end; 1 means no information.
+
+        tokens (b, n, width), input_ids (b, n).
+        """
         end = input_ids == end_id
         said = end.cumsum(1) - end.int() == 0  # (b, n): the first end token and all before it
         repeated = self.repeat(tokens).unflatten(-1, (self.words, -1))  # (b, n, words, code)
@@ -64,13 +68,13 @@ class Echo(nn.Module):
         for back in range(min(self.words, tokens.shape[1])):
             error = (repeated[:, back:, back] - codes[:, : codes.shape[1] - back]).float().square().mean(-1)
             here = said[:, back:]
-            of_captions = (error * here).sum(1) / here.sum(1).clamp(min=1)  # (b,), so that any split has one mean
+            of_captions = (error * here).sum(1) / here.sum(1).clamp(min=1)  # (b,), the same for any split of the batch
             errors.append(of_captions.mean())
         return torch.stack(errors).mean()
 
 
 class TokenTasks(nn.Module):
-    """Sketch and echo, each with its weight in the loss; a weight of 0 leaves it out."""
+    """Sketch and echo, each with its weight in the loss; weight 0 turns a task off."""
 
     def __init__(
         self, *, sketch_weight: float, echo_weight: float, width: int, vocab_size: int, patch_size: int, image_size: int
@@ -85,7 +89,10 @@ class TokenTasks(nn.Module):
     def forward(
         self, tokens: Tensor, input_ids: Tensor, end_id: int, pixels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (b, n, d), ids (b, n), pictures (b, 3, h, w) in [-1, 1] → weighted loss () and detached metrics."""
+        """Return the weighted loss () and detached metrics.
+
+        tokens (b, n, d), input_ids (b, n), pixels (b, 3, h, w) in [-1, 1].
+        """
         loss, metrics = tokens.new_zeros((), dtype=torch.float32), {}
         if self.sketch_weight:
             error = F.mse_loss(self.sketch(tokens).float(), pixels)

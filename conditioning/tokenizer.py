@@ -1,10 +1,10 @@
 """Byte-level byte-pair encoding with CLIP's conventions (Sennrich 2016; Radford et al. 2021, sec. 2.4).
 
-Text is lower-cased and split into words; a word is a row of bytes, the last of them marked `</w>`; the most
-frequent neighbours are merged, over and over. Ids run as OpenAI's: the 256 bytes, the 256 marked bytes, one
-id a merge, <|startoftext|>, <|endoftext|>. The end is also the padding, as in Stable Diffusion 1: it is the
-greatest id and its first occurrence is the true end, so a reader finds the end of a caption whether it looks
-for the greatest id (the older rule) or for the first end (the newer).
+Text is lower-cased and split into words. A word is a sequence of bytes, the last of them marked `</w>`. The most
+frequent pair of neighbours is merged, again and again. Ids have OpenAI's order: the 256 bytes, the 256 marked bytes,
+one id per merge, <|startoftext|>, <|endoftext|>. The end token is also the padding, as in Stable Diffusion 1. It is the
+greatest id, and its first occurrence is the true end. So both rules for the end of a caption work: the greatest id (the
+older rule) and the first end token (the newer one).
 """
 
 import json
@@ -21,24 +21,24 @@ from transformers import CLIPTokenizer
 from ldm.errors import UserError
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-# In the order of their characters, which is OpenAI's: id 0 is "!".
+# Sorted by character, which is OpenAI's order: id 0 is "!".
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _LETTERS = [*_BYTES, *(b + WORD_END for b in _BYTES)]
-SMALLEST, LARGEST = len(_LETTERS) + 2, 49408  # readers of merges.txt stop after as many merges as OpenAI's
-_QUOTED = 500  # characters of what is lost; nobody reads a megabyte
-_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which no encoder of bytes takes
+SMALLEST, LARGEST = len(_LETTERS) + 2, 49408  # readers of merges.txt stop after OpenAI's number of merges
+_QUOTED = 500  # most characters of lost text that a warning quotes
+_SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates, which can't be encoded as bytes
 
 
 class PromptCut(UserWarning):
-    """A prompt is too long, and a part of it is lost."""
+    """Warning that a prompt is too long and a part of it is lost."""
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """Learns at most `vocab_size` tokens; a pair of neighbours that occurs once isn't merged.
+    """Train a tokenizer with at most `vocab_size` tokens. A pair of neighbours that occurs only once isn't merged.
 
-    Every byte is a token both inside and at the end of a word, so any text can be written: nothing is
-    unknown. `max_length` counts tokens with begin and end. The captions' order makes no difference. Raises
-    UserError when `vocab_size` isn't in 514..49408 or `max_length` is below 3.
+    Every byte is a token both inside a word and at its end, so any text can be encoded without unknown tokens.
+    `max_length` counts tokens including begin and end. The order of the captions makes no difference. Raises UserError
+    if `vocab_size` isn't in 514..49408 or `max_length` is below 3.
     """
     if not SMALLEST <= vocab_size <= LARGEST:
         raise UserError(f"vocab_size {vocab_size}: {SMALLEST} (bytes, begin, end) to {LARGEST} are accepted")
@@ -52,8 +52,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
         min_frequency=2,
         show_progress=False,
         initial_alphabet=_BYTES,
-        # The trainer numbers marked letters in the order of a hash table, which changes from run to run, and
-        # breaks ties by these numbers. Given as special tokens they are numbered here, and none is missing.
+        # The trainer numbers marked bytes in the order of a hash table, which changes between runs, and breaks
+        # ties by these numbers. As special tokens they get fixed numbers, and none is missing.
         special_tokens=_LETTERS[len(_BYTES) :],
         end_of_word_suffix=WORD_END,
     )
@@ -63,32 +63,32 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, and vocab.json and merges.txt, which older readers need."""
+    """Write tokenizer.json, tokenizer_config.json, and vocab.json and merges.txt, which older readers need."""
     folder.mkdir(parents=True, exist_ok=True)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # calls leave their settings behind, and these would be saved
+    backend.no_truncation()  # else the settings of earlier calls would be saved
     backend.no_padding()
     tokenizer.save_pretrained(str(folder))
     backend.model.save(str(folder))
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer from tokenizer.json, or from vocab.json and merges.txt. No code in the folder is run.
+    """Load a CLIP tokenizer from tokenizer.json, or from vocab.json and merges.txt. No code in the folder is run.
 
-    Whatever it was saved with, the name of a special token inside a prompt is plain text: what people write
-    can't end their prompt early.
+    A special token's name inside a prompt is always plain text, whatever the saved settings, so that it can't end the
+    prompt early.
     """
     return CLIPTokenizer.from_pretrained(str(folder), split_special_tokens=True, local_files_only=True)
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) -> Tensor:
-    """(b, chunks · max_length) int64: begin, text, end, padding, once for each chunk.
+    """Return ids (b, chunks · max_length) int64: begin, text, end and padding, once for each chunk.
 
-    One chunk is what a stock Stable Diffusion pipeline feeds. With more, each takes as many tokens as it holds of what
-    the ones before it left, wherever words end; those that nothing is left for are the "" of other prompts.
+    One chunk is the input of a stock Stable Diffusion pipeline. With more, the tokens fill one chunk after the other,
+    without regard to the ends of words. Chunks without text are those of the prompt "".
 
-    A prompt that is too long for all of them is cut, with a UserWarning that quotes the text that was lost, or where that
-    begins. Half characters (lone surrogates) are read as U+FFFD.
+    A prompt that is too long for all chunks is truncated, with a UserWarning that quotes the lost text or its
+    beginning. Lone surrogates (half characters) are read as U+FFFD.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts {prompts!r} is one string: a sequence of strings is accepted")
@@ -124,14 +124,14 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
 
 
 def fingerprint(tokenizer: CLIPTokenizer) -> str:
-    """All that decides how a text becomes ids, as JSON: the same after saving, and whatever was encoded."""
+    """Return all that determines the ids of a text, as JSON. Saving and earlier calls don't change it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"padding": tokenizer.pad_token_id, "truncation": tokenizer.model_max_length}
     return json.dumps(state, sort_keys=True)
 
 
 def clip_tokenizer(merges: list[tuple[str, str]], max_length: int) -> CLIPTokenizer:
-    """The tokenizer of these merges. Two of them can make the same token, so ids are counted over distinct tokens."""
+    """Build the tokenizer of these merges. Two merges can give the same token, so ids count distinct tokens."""
     tokens = dict.fromkeys([*_LETTERS, *(left + right for left, right in merges), BEGIN, END])
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
