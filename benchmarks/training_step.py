@@ -90,7 +90,7 @@ def ours(shape: str, b: int, precision: Precision, device: torch.device, how: se
     if "cl" in how:
         unet.to(memory_format=torch.channels_last)
     text_encoder = ClipTextEncoder(clip.text_model, tokenizer)
-    parts = Parts(UNet.of(unet, 4), autoencoder, text_encoder.to(device), {}, "sdpa", ())
+    parts = Parts(UNet.of(unet, 4), autoencoder, text_encoder.to(device), config.build_objective(), {}, "sdpa", ())
     run = contextlib.ExitStack().enter_context(open_run(config, open_accelerator(config), {}))
     stage = LdmStage(run, parts, None, None, None)  # type: ignore[arg-type]  # its batches are made here
     if "compile" in how:

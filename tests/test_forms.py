@@ -21,10 +21,10 @@ from ldm.errors import UserError
 from train.config.data import DataConfig
 from train.data.batches.draws import LatentNoise, Noising
 from train.data.batches.loading import loader
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.pictures import Inputs, PictureDataset
 from train.data.batches.unreadable import Damage
 from train.data.images.crop import Framing
-from train.engine.open_data import Inputs, open_inputs
+from train.engine.open_data import open_inputs
 
 COUNT, TESTS = 500, 20
 CONFIG = DataConfig(resolution=16, crop="random", flip=True)
@@ -132,7 +132,7 @@ def forms(tmp_path_factory) -> dict[str, Inputs]:
 
 
 def batches(inputs: Inputs, start: int = 0, steps: int = 80, **how):
-    return loader(inputs.pictures(CONFIG, 7, DRAWS), start_step=start, steps=steps, batch_size=8, **how)
+    return loader(inputs.pictures(CONFIG.framing(), 7, DRAWS), start_step=start, steps=steps, batch_size=8, **how)
 
 
 def same(a, b) -> bool:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from ldm.errors import UserError
+from train.data.batches.pictures import Inputs
 from train.data.images.crop import Framing, Size
 from train.data.images.decode import FORMATS, DamagedPicture
 from train.data.sources.catalogue import Row
@@ -32,7 +33,7 @@ from train.data.sources.splits import Source
 from train.data.sources.tables import Table
 from train.data.sources.tars import Tars
 from train.data.store.prefetch import read_ahead
-from train.engine.open_data import SIDES, Inputs
+from train.engine.open_data import SIDES
 
 Report = dict[str, Any]
 

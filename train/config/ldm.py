@@ -224,8 +224,13 @@ class LdmConfig(RunConfig):
         return self
 
     def check(self) -> None:
+        self.build_objective()
+
+    def build_objective(self) -> "Objective":
+        """The loss. Raises UserError where its parts, or the steps of the sheets, don't go together."""
         from ldm.samplers import make_sampler
         from ldm.spacing import plan
 
-        schedule = self.diffusion.build_objective().schedule
-        plan(schedule, make_sampler("dpmpp_2m").grid, self.sample_steps, self.diffusion.spacing)
+        objective = self.diffusion.build_objective()
+        plan(objective.schedule, make_sampler("dpmpp_2m").grid, self.sample_steps, self.diffusion.spacing)
+        return objective

@@ -13,8 +13,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from train.config.run import RunConfig
+from train.data.batches.pictures import Inputs
 from train.data.store.atomic import atomic_file
-from train.engine.open_data import Inputs
 from train.engine.provenance import told, versions
 
 _LICENCE = "## Licence\n\n"  # the last section

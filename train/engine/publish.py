@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Protocol
 
+from train.data.batches.pictures import Inputs
 from train.engine.model_card import About, state_license, write_card
-from train.engine.open_data import Inputs
 from train.engine.provenance import is_result, write_provenance
 from train.engine.run import AnyRun
 from train.engine.stage import Publish

@@ -11,8 +11,8 @@ from ldm.networks.backbone import Backbone
 from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.vae import VaeConfig
+from train.data.batches.pictures import Inputs
 from train.engine.model_card import About, place
-from train.engine.open_data import Inputs
 
 _LONGEST = 200  # characters of a prompt in an example
 _USE_CLIP = """```python

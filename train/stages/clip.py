@@ -13,13 +13,13 @@ from conditioning.contrastive import Contrastive, retrieval_accuracy, save_clip
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config.clip import ClipConfig
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.pictures import Inputs, PictureDataset
 from train.data.batches.records import PictureBatch, Record
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
-from train.engine.open_data import Inputs, open_inputs
+from train.engine.open_data import open_inputs, prepared
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase, StepOutput
@@ -65,7 +65,7 @@ class ClipStage:
         self.phases = [Phase("clip", pair, config.optimizer.build(pair), config.optimizer.lr)]
         self.ema = Ema(pair.contrastive.clip, config.ema_decay)
         self.cut = CutCaptions(run.say, "--text.max-length")
-        self.training = inputs.pictures(config.input, config.seed)
+        self.training = inputs.pictures(config.input.framing(), config.seed)
         self.held_out = PictureDataset(
             inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
         )
@@ -137,7 +137,7 @@ def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
             f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
         )
     with open_run(config, accelerator, {"data": inputs.fingerprint}) as run:
-        inputs = inputs.prepared(run)
+        inputs = prepared(inputs, run)
         tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
         stage = ClipStage(run, inputs, tokenizer)
         fit(run, stage, publisher(run, stage), hooks)

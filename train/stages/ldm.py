@@ -12,18 +12,19 @@ from torch import Tensor
 
 from ldm.editing import without
 from ldm.errors import UserError
+from ldm.networks.attention import require_attention
 from ldm.networks.backbone import Backbone
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import uniform
 from train.config.ldm import LdmConfig
 from train.data.batches.draws import masking
-from train.data.batches.pictures import PictureDataset, StreamDataset
+from train.data.batches.pictures import Inputs, PictureDataset, StreamDataset
 from train.data.batches.records import CachedBatch, DrawnNoise, PictureBatch
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
-from train.engine.open_data import Inputs, open_inputs
+from train.engine.open_data import open_inputs, prepared
 from train.engine.precision import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
@@ -50,17 +51,16 @@ class LdmStage:
         self.run, self.config, self.parts, self.inputs = run, run.config, parts, inputs
         self.training, self.held_out = training, held_out
         config, backbone = run.config, parts.backbone
-        cut = CutCaptions(run.say, "--text-chunks")
-        self.complete = Completion(parts.autoencoder, parts.text_encoder, cut, config.precision)
         if config.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
-        objective = config.diffusion.build_objective()
-        loss = DiffusionLoss(backbone, objective, terms).to(run.accelerator.device)
-        self.importance = loss.importance
-        self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
         self.ema = Ema(backbone.module, config.ema_decay)
         self.network = replace(backbone, module=self.ema.module)
-        self.averaged = DiffusionLoss(self.network, replace(objective, timesteps=uniform))
+        cut = CutCaptions(run.say, "--text-chunks")
+        self.complete = Completion(parts.autoencoder, parts.text_encoder, cut, config.precision)
+        loss = DiffusionLoss(backbone, parts.objective, terms).to(run.accelerator.device)
+        self.importance = loss.importance
+        self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
+        self.averaged = DiffusionLoss(self.network, replace(parts.objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[PictureBatch[DrawnNoise] | CachedBatch]]:
         read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
@@ -155,9 +155,10 @@ def train(
 
     terms: added to the loss. backbone: the network to train, in place of the configuration's `unet` and `init`.
     """
-    config.check()
+    objective = config.build_objective()
     accelerator = open_accelerator(config)
-    parts = load_parts(config, accelerator.device, backbone)
+    require_attention(config.attention)
+    parts = load_parts(config, objective, accelerator.device, backbone)
     inputs = open_inputs(config.data, config.input)
     if inputs.stream is not None and (config.cache != "off" or config.input.buckets):
         raise UserError(
@@ -169,6 +170,6 @@ def train(
             run.say(change)
         if config.attention == "auto":
             run.say(f"attention: {parts.attention}")
-        inputs = inputs.prepared(run, parts.autoencoder.factor * parts.backbone.size_multiple)
+        inputs = prepared(inputs, run, parts.autoencoder.factor * parts.backbone.size_multiple)
         stage = LdmStage(run, parts, inputs, *open_examples(run, parts, inputs), terms)
         fit(run, stage, publisher(run, stage), hooks)

@@ -7,12 +7,11 @@ from train.data.batches.buckets import Buckets
 from train.data.batches.cached import CachedDataset, Originals
 from train.data.batches.draws import PLAIN, LatentNoise, Noising
 from train.data.batches.latent_cache import LatentCache
-from train.data.batches.pictures import PictureDataset, StreamDataset
+from train.data.batches.pictures import Inputs, PictureDataset, StreamDataset
 from train.data.batches.records import DrawnNoise
 from train.data.batches.text_cache import TextCache
 from train.data.sources.splits import Source
 from train.data.store.shards import Stored
-from train.engine.open_data import Inputs
 from train.engine.run import Run
 from train.stages.caption_warnings import CutCaptions
 from train.stages.ldm_init import Parts
@@ -40,7 +39,7 @@ def open_examples(
     )  # fmt: skip
     plain = config.input.plain(config.input.resolution)
     return (
-        inputs.pictures(config.input, config.seed, draws(noising)),
+        inputs.pictures(config.input.framing(), config.seed, draws(noising)),
         PictureDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(PLAIN)),
     )
 

@@ -23,7 +23,7 @@ from autoencoder.preview import fit_colours
 from ldm.errors import UserError
 from train.config.vae import VaeConfig
 from train.data.batches.draws import PosteriorNoise
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.pictures import Inputs, PictureDataset
 from train.data.batches.records import PictureBatch
 from train.data.order.rng import Purpose, uniforms
 from train.data.store.prefetch import read_ahead
@@ -31,7 +31,7 @@ from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
-from train.engine.open_data import Inputs, open_inputs
+from train.engine.open_data import open_inputs, prepared
 from train.engine.precision import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
@@ -98,7 +98,7 @@ class VaeStage:
         self.ema = Ema(vae, config.ema_decay)
         self.latent_channels: int = vae.config.latent_channels
         draws = PosteriorNoise(self.latent_channels, self.factor)
-        self.training = inputs.pictures(config.input, config.seed, draws)
+        self.training = inputs.pictures(config.input.framing(), config.seed, draws)
         # In order, each picture once, without random crops: for the statistics and for validation.
         self.plain, self.held_out = (
             PictureDataset(source, config.input.plain(config.input.resolution), config.seed, draws=draws, shuffle=False)
@@ -213,6 +213,6 @@ def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Re
         "perceptual.model": "" if perceptual is None else digest(perceptual),
     }
     with open_run(config, accelerator, made_from) as run:
-        inputs = inputs.prepared(run)
+        inputs = prepared(inputs, run)
         stage = VaeStage(run, vae, perceptual, inputs, terms)
         fit(run, stage, publisher(run, stage), hooks)

@@ -7,6 +7,7 @@ A picture goes to the rectangle nearest in aspect ratio, and a batch holds one b
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +51,22 @@ class Buckets:
     neighbour first (`assign`).
     """
 
-    def __init__(self, sizes: Sequence[Size], of: NDArray[np.int64], batch_size: int, seed: int) -> None:
-        """of: (n,) index into `sizes` for each picture. batch_size: over all processes."""
-        self.sizes, self.of, self.batch_size, self.seed = list(sizes), of, batch_size, seed
+    def __init__(
+        self, sizes: Sequence[Size], of: NDArray[np.int64], batch_size: int, seed: int, joined: int = 0
+    ) -> None:  # fmt: skip
+        """of: (n,) index into `sizes` for each picture. batch_size: over all processes. joined: number of sizes left out."""
+        self.sizes, self.of, self.batch_size, self.seed, self.joined = list(sizes), of, batch_size, seed, joined
         counts = np.bincount(of, minlength=len(sizes))
         self.members = np.split(np.argsort(of, kind="stable"), np.cumsum(counts)[:-1])
         self.batches = -(-counts // batch_size)  # of each bucket, per epoch
         self.repeats = int((self.batches * batch_size - counts).sum())
+
+    @classmethod
+    def assigned(cls, shapes: NDArray[np.int64], sizes: Sequence[Size], batch_size: int, seed: int) -> Self:
+        """Give each picture the nearest of the sizes that a batch of them share. shapes: width and height of each, (n, 2)."""
+        of = assign(shapes, sizes, least=batch_size)
+        joined = len(set(assign(shapes, sizes).tolist())) - len(set(of.tolist()))
+        return cls(sizes, of, batch_size, seed, joined)
 
     @cached_property
     def _first(self) -> NDArray[np.int64]:
@@ -87,9 +97,10 @@ class Buckets:
             ((len(m), size) for m, size in zip(self.members, self.sizes, strict=True) if len(m)), reverse=True
         )
         listed = ", ".join(f"{w}×{h}: {count:,}" for count, (w, h) in filled[:12]) + (", …" if len(filled) > 12 else "")
+        few = f"; {self.joined} shapes with less than a batch of pictures joined others" if self.joined else ""
         return (
             f"{len(filled)} bucket{'s' * (len(filled) > 1)} ({listed}); in an epoch of {int(self.batches.sum()):,} batches, "
-            f"{self.repeats:,} places are filled by repeats"
+            f"{self.repeats:,} places are filled by repeats{few}"
         )
 
 

@@ -5,6 +5,7 @@ position determines an example (train/data/order/permutation.py) and all its ran
 so the number of workers, processes and restarts makes no difference.
 """
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -152,3 +153,27 @@ class _Framer:
             drawn=self.draws(seed, at, size) if self.draws else None,
             damaged=damaged,
         )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Training and held-out pictures. Of a stream, `source` are the first pictures of it, for what needs some at hand."""
+
+    source: Source
+    held_out: Source
+    stream: Stream | None = None
+    buckets: Buckets | None = None
+    """Of the training pictures, where they aren't squares."""
+
+    @property
+    def fingerprint(self) -> str:
+        parts = (self.source.fingerprint if self.stream is None else self.stream.fingerprint, self.held_out.fingerprint)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def pictures(
+        self, framing: Framing, seed: int, draws: Draws[Drawn] | None = None
+    ) -> PictureDataset[Drawn] | StreamDataset[Drawn]:
+        """What is trained on."""
+        if self.stream is None:
+            return PictureDataset(self.source, framing, seed, buckets=self.buckets, draws=draws)
+        return StreamDataset(self.stream, framing, seed, draws=draws)
