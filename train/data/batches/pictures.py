@@ -163,7 +163,7 @@ class Inputs:
     held_out: Source
     stream: Stream | None = None
     buckets: Buckets | None = None
-    """Of the training pictures, where they aren't squares."""
+    """Buckets of the training pictures; None where these are squares."""
 
     @property
     def fingerprint(self) -> str:
