@@ -9,7 +9,7 @@ E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ. Channels of pure noise thus get
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from autoencoder.tiling import pad_to_multiple
 from ldm.errors import RunError, UserError, one_line
-
-if TYPE_CHECKING:
-    from autoencoder.model import Autoencoder
 
 _FILE = "preview.json"  # next to the weights
 
@@ -61,9 +58,20 @@ class Colours(NamedTuple):
         return colours
 
 
+class Codec(Protocol):
+    """Part of an `Autoencoder` that the fit needs."""
+
+    latent_channels: int
+    factor: int
+    vae: Any
+
+    def encode(self, pixels: Tensor) -> Any:
+        """Return the posterior of pictures (b, 3, H, W): `mean` and `std`, (b, c, h, w)."""
+
+
 @torch.no_grad()
 def fit_colours(
-    autoencoder: "Autoencoder", batches: Iterable[Tensor], *, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+    autoencoder: Codec, batches: Iterable[Tensor], *, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> Colours:
     """Fit the colours of an autoencoder's latents to batches of pictures (b, 3, H, W) in [−1, 1].
 
