@@ -542,3 +542,15 @@ def test_what_is_saved_again_tells_no_path_of_where_it_was_loaded_from(tmp_path:
     Autoencoder.load(tmp_path / "first").save(tmp_path / "autoencoder")
     told = [path for path in tmp_path.rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
     assert told == []
+
+
+def test_a_network_of_another_class_is_refused(tmp_path: Path) -> None:
+    """diffusers itself only warns, and draws the weights that don't fit at random."""
+    tiny_pipeline().save_pretrained(tmp_path)
+    for part, other in (("unet", "DiTTransformer2DModel"), ("vae", "AutoencoderTiny")):
+        path = tmp_path / part / "config.json"
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {"_class_name": other}))
+        with pytest.raises(UserError, match=f"config.json says {other}, not"):
+            LatentDiffusionPipeline.from_pretrained(tmp_path)
+        path.write_text(before)

@@ -43,15 +43,16 @@ def load_network(kind: Any, place: str | Path, what: str) -> Any:
     Raises UserError if it can't be read. what: the network's name in that message, e.g. "the UNet of 'runs/ldm/model'".
     """
     try:
+        named = kind.load_config(str(place)).get("_class_name", kind.__name__)
+        if named != kind.__name__:  # diffusers only warns, and draws the weights that don't fit at random
+            raise ValueError(f"its config.json says {named}, not {kind.__name__}")
         network = kind.from_pretrained(str(place), use_safetensors=True, low_cpu_mem_usage=False)
         network.register_to_config(_name_or_path="")  # else saved files would contain this machine's paths
         return network
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = one_line(error)
-        if os.path.isdir(place) and not [
-            *Path(place).glob(f"{_NETWORK}.safetensors"),
-            *Path(place).glob(f"{_NETWORK}-*"),
-        ]:
+        weights = [*Path(place).glob(f"{_NETWORK}.safetensors"), *Path(place).glob(f"{_NETWORK}-*")]
+        if os.path.isdir(place) and not weights:
             said = f"it has no {_NETWORK}.safetensors; pickles and variants (fp16) aren't read"
         raise UserError(f"can't load {what}: {said}") from None
 
