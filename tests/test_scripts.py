@@ -457,3 +457,18 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(shapes_road: Pa
     assert not any("Traceback" in line for line in err)
     assert tree(tmp_path / "after") == tree(tmp_path / "before") != {}
     assert "continuing from step 2" in (tmp_path / "again").read_text()
+
+
+def test_output_that_nobody_reads_on_costs_one_line() -> None:
+    """As with `train_ldm.py --help | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "scripts/train_ldm.py", "--help"], cwd=ROOT, env=os.environ | OFFLINE, stdout=write,
+            stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output was closed before all of it was written\n"

@@ -51,6 +51,9 @@ def command(main: Callable[[], None]) -> NoReturn:
         if "can't allocate memory" not in str(error):
             raise
         _leave(1, f"out of memory: {_LESS}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it flushes at exit
+        _leave(1, "the output was closed before all of it was written")
     except OSError as error:
         if error.errno not in _EXPECTED:
             raise
