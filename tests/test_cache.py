@@ -641,7 +641,7 @@ def test_pictures_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, i
 
 
 def test_a_key_of_two_contents_is_not_trusted(tmp_path):
-    """As two runs at once may leave it, when a picture was replaced between them."""
+    """Two runs at once may leave this state, if a picture was replaced between them."""
     one, two = twins(tmp_path)
     two.catalogue.place = one.place
     for source, cache in ((one, tmp_path), (two, tmp_path / "other")):

@@ -224,7 +224,7 @@ def test_tokens_are_those_of_a_stock_pipeline(tokenizer):
 
 
 def test_tokens_are_openai_s_on_openai_s_vocabulary():
-    """With OpenAI's merges in our layout, the ids are those of OpenAI's own tokenizer (as open_clip ships it)."""
+    """OpenAI's merges in our layout give the ids of OpenAI's own tokenizer (as open_clip ships it)."""
     reference = pytest.importorskip("open_clip").SimpleTokenizer()
     merges = sorted(reference.bpe_ranks, key=reference.bpe_ranks.get)
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}

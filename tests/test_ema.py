@@ -61,7 +61,7 @@ def test_without_decay_is_the_weights_exactly():
 
 
 def test_warm_up_forgets_the_start_as_the_binomial_says():
-    """With w constant from the first update on, the start's share after n updates is 1 / C(n + 9, 9)."""
+    """If w is constant from the first update on, the start's share after n updates is 1 / C(n + 9, 9)."""
     net = single(1.0)
     ema = Ema(net, 0.9999)
     nn.init.zeros_(net.weight)

@@ -31,7 +31,7 @@ MAKE = {
     "predictor_corrector": PredictorCorrector,
 }
 SAMPLER = {kind: kind for kind in MAKE} | {"ddpm_large": "ddpm", "ddim_0.4": "ddim", "heun_flow": "heun"}
-"""Whose plan each walks."""
+"""Sampler whose plan each step walks."""
 ON_PATHS = [(kind, SCHEDULE) for kind in MAKE] + [(kind, FLOW) for kind in MAKE if kind != "heun"]
 """Karras' Heun begins at a finite noise level, which a flow doesn't."""
 ODE = ("ddim", "heun", "heun_flow", "dpmpp_2m", "unipc")

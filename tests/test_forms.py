@@ -162,7 +162,7 @@ def test_every_form_gives_the_same_batches_bit_by_bit(forms, form):
 
 @pytest.mark.parametrize("form", [*FORMS[::3], "saved", STREAM])
 def test_each_form_goes_on_at_any_example(forms, form):
-    """With workers or without, on one process or two."""
+    """The number of workers and processes makes no difference."""
     inputs = forms[form]
     whole = [parts[0] for parts in batches(inputs)]
     for start, workers in ((1, 0), (33, 2), (63, 0), (79, 2)):

@@ -175,7 +175,7 @@ def test_any_prompt_comes_back_exactly_and_forges_nothing(tmp_path: Path) -> Non
 
 
 def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
-    """As AUTOMATIC1111 reads it: a value in quotes is JSON."""
+    """AUTOMATIC1111 reads a value in quotes as JSON."""
     told = {**SETTINGS, "prompt": "x", "model": 'a, "b": c\nSeed: 9', "sha256": {"model": "f" * 64}, "strength": 0.25}
     save_png(Image.new("RGB", (5, 4)), tmp_path / "a.png", told)
     last = Image.open(tmp_path / "a.png").info["parameters"].split("\n")[-1]
@@ -552,7 +552,7 @@ def test_the_way_begins_and_ends_as_txt2img_paints(model: Path, tmp_path: Path) 
 
 
 def test_a_way_over_several_prompts_passes_each(model: Path, tmp_path: Path) -> None:
-    """With the noise of one seed, and a sampler that draws more of it."""
+    """The noise has one seed, and the sampler draws more of it."""
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     how = ("--sampler", "euler_ancestral", "--seed", 5, *FEW, model)
     way = ("--prompts", tmp_path / "prompts.txt", "--frames", 3, "--fps", 50, "--no-loop")

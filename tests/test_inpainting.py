@@ -160,7 +160,7 @@ def test_a_run_is_continued_exactly(shapes: Path, begun: Path, tmp_path: Path, w
 
 
 def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Path, tmp_path: Path) -> None:
-    """Of two, with a batch in two parts: together what one sees."""
+    """Two processes, with a batch in two parts, together see what one process sees."""
     source = open_source(wide, "train")
     framing = Framing(resolution=32)
     for dataset in (
@@ -187,7 +187,7 @@ def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Pat
 
 
 def cached_pictures(source: Source, framing: Framing, folder: Path) -> CachedDataset:
-    """Of stand-ins for the networks."""
+    """Return the cached pictures of a source, encoded by stand-ins for the networks."""
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return F.avg_pool2d(pixels, 2), torch.ones(len(pixels), 3, 16, 16)
@@ -338,7 +338,7 @@ def test_outside_the_mask_nothing_changes_and_what_is_inside_is_not_looked_at(pi
 
 
 def test_it_paints_from_text_and_from_pictures_too(pipe):
-    """As under a mask that is white all over, but for the noise that a grey picture's narrow posterior is sampled with."""
+    """The picture is that under an all-white mask, except for the noise with which a grey picture's posterior is sampled."""
     how = {"num_inference_steps": 3, "output_type": "np"}
     text = pipe(PROMPTS, generator=seeds(2), **how).images
     assert text.shape == (2, 32, 32, 3)

@@ -256,7 +256,7 @@ def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
 
 
 def matrix_profile(columns, gamma: float = 563 / 256) -> bytes:
-    """Of a screen: its primaries' XYZ under D50, and its gamma."""
+    """Return the colour profile of a screen: its primaries' XYZ under D50, and its gamma."""
     tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249)}
     for name, xyz in zip((b"r", b"g", b"b"), columns, strict=True):
         tags[name + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*xyz)

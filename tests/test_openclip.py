@@ -145,7 +145,7 @@ def test_what_is_saved_is_everybody_s(small, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_stock_diffusers_paints_the_same_from_it(small, tmp_path: Path, skip: int) -> None:
-    """With the last layer, and without it as Stable Diffusion 2 has its OpenCLIP."""
+    """The cases have the last layer, or leave it out as Stable Diffusion 2 does."""
     encoder = ClipTextEncoder.load(f"openclip:{small[1]}", skip=skip)
     tiny = tiny_pipeline()
     unet = build_unet(

@@ -151,7 +151,7 @@ def test_what_holds_no_colours_is_said_in_a_line(text, tmp_path):
 
 
 def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):
-    """Of the latents it hands over, those of a decoder trained on somebody else's too."""
+    """Colours are fitted to the latents that are handed over, also for a decoder trained on another encoder's."""
     train.stages.vae.train(vae_config(shapes, tmp_path / "whole", steps=2))
     given = {"init": str(tmp_path / "whole/model"), "decoder_only": True}
     train.stages.vae.train(vae_config(shapes, tmp_path / "decoder", steps=2, **given))

@@ -460,7 +460,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(shapes_road: Pa
 
 
 def test_output_that_nobody_reads_on_costs_one_line() -> None:
-    """As with `train_ldm.py --help | head`."""
+    """The output is closed early, for example by `train_ldm.py --help | head`."""
     read, write = os.pipe()
     os.close(read)
     try:

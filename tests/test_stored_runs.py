@@ -100,7 +100,7 @@ def tree(checkpoint: Path) -> dict[str, list[str]]:
 
 
 def sums(folder: Path) -> dict[str, tuple[str, int]]:
-    """Of each file below, its content and when it was written."""
+    """Return the content's sum and the time of writing of each file below a folder."""
     return {
         path.relative_to(folder).as_posix(): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))

@@ -473,7 +473,7 @@ def test_a_full_disk_is_no_fault_of_the_data(tmp_path, monkeypatch):
 
 
 class Builder:
-    """As much of a `datasets` builder as is used."""
+    """The part of a `datasets` builder that is used."""
 
     name = "parquet"
 

@@ -27,7 +27,7 @@ def smooth(*shape: int) -> Tensor:
 
 
 def vae(*, channels: tuple[int, ...] = (8, 16), attention: bool = False) -> AutoencoderKL:
-    """With random residual branches, which begin at zero otherwise, but no attention beyond its group norm."""
+    """Return an autoencoder with random residual branches, which otherwise begin at zero, and no attention beyond its group norm."""
     torch.manual_seed(0)
     made = build_autoencoder(channels=channels, layers=1, latent_channels=4, groups=4, attention=attention)
     for name, module in made.named_modules():

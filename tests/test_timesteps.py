@@ -1,4 +1,4 @@
-"""Which timesteps are drawn, against their distributions, and what their errors weigh.
+"""Timesteps that are drawn, against their distributions, and the weights of their errors.
 
 The uniform numbers are a fine grid: frequencies are then probabilities but for one grid step, and nothing is statistical.
 """
