@@ -19,8 +19,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
-test: $(READY)
-	$(BIN)/ruff check .
+test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(READY)
