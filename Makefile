@@ -28,7 +28,7 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ldm autoencoder conditioning train scripts examples benchmarks docs
+	$(BIN)/mypy
 
 clean-demo:
 	rm -rf runs/demo data/shapes
