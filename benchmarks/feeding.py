@@ -68,10 +68,20 @@ def run(config: LdmConfig) -> tuple[float, float, float]:
 def main() -> None:
     o = overlay(Options, Options())
     base = replace(
-        parse(LdmConfig, [o.config]), data=o.data, vae=o.vae, text_encoder=o.text_encoder, steps=o.steps, log_every=10,
-        validate_every=10**6, checkpoint_every=10**6, validation_examples=8, sample_steps=1, prompts=("a",), trackers=(),
+        parse(LdmConfig, [o.config]),
+        data=o.data,
+        vae=o.vae,
+        text_encoder=o.text_encoder,
+        steps=o.steps,
+        log_every=10,
+        validate_every=10**6,
+        checkpoint_every=10**6,
+        validation_examples=8,
+        sample_steps=1,
+        prompts=("a",),
+        trackers=(),
         workers=o.workers,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, list[tuple[float, float, float]]] = {"cached": [], "anew": []}
         for k in range(o.rounds):
@@ -83,8 +93,10 @@ def main() -> None:
                     flush=True,
                 )
     cached, anew = (statistics.median(speed for _, speed, _ in found[name]) for name in found)
-    print(f"cached is {cached / anew:.2f} times as fast; its first start took {found['cached'][0][0]:.1f} s, "
-          f"the second {found['cached'][1][0]:.1f} s")  # fmt: skip
+    print(
+        f"cached is {cached / anew:.2f} times as fast; its first start took {found['cached'][0][0]:.1f} s, "
+        f"the second {found['cached'][1][0]:.1f} s"
+    )
 
 
 if __name__ == "__main__":

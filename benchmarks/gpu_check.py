@@ -34,15 +34,45 @@ from train.engine.provenance import versions
 from train.stages import clip, ldm, vae
 
 STEPS = 12
-_FEW = ["--steps", str(STEPS), "--log-every", "1", "--validate-every", "1000", "--checkpoint-every", "1000",
-        "--trackers", "--batch-size", "32", "--optimizer.warmup", "2"]  # fmt: skip
-_FULL = ["--adversarial.kind", "hinge", "--adversarial.start", "4", "--adversarial.spectral-norm", "True",
-         "--adversarial.r1", "0.1", "--equivariance.share", "0.5", "--equivariance.smallest", "0.5", "--learn-logvar", "True",
-         "--perceptual.kind", "clip"]  # fmt: skip
+_FEW = [
+    "--steps",
+    str(STEPS),
+    "--log-every",
+    "1",
+    "--validate-every",
+    "1000",
+    "--checkpoint-every",
+    "1000",
+    "--trackers",
+    "--batch-size",
+    "32",
+    "--optimizer.warmup",
+    "2",
+]
+_FULL = [
+    "--adversarial.kind",
+    "hinge",
+    "--adversarial.start",
+    "4",
+    "--adversarial.spectral-norm",
+    "True",
+    "--adversarial.r1",
+    "0.1",
+    "--equivariance.share",
+    "0.5",
+    "--equivariance.smallest",
+    "0.5",
+    "--learn-logvar",
+    "True",
+    "--perceptual.kind",
+    "clip",
+]
 _ADAMW = ["--optimizer.kind", "adamw", "--optimizer.lr", "1e-3"]
 _KINDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "clip": (ClipConfig, clip.train), "vae": (VaeConfig, vae.train), "ldm": (LdmConfig, ldm.train)
-}  # fmt: skip
+    "clip": (ClipConfig, clip.train),
+    "vae": (VaeConfig, vae.train),
+    "ldm": (LdmConfig, ldm.train),
+}
 # name → stage, options, precisions. The CPU's fp32 losses are the reference for all of them.
 CASES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "clip": ("clip", [], ("fp32", "bf16", "fp16")),
@@ -54,12 +84,18 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "ldm, inpaint": ("ldm", ["--task", "inpaint", "--workers", "2"], ("fp32", "bf16", "fp16")),
     "ldm, learned variance": (
         "ldm",
-        ["--diffusion.variance", "learned", "--diffusion.objective", "hybrid", "--diffusion.timestep-sampling",
-         "importance"],
+        [
+            "--diffusion.variance",
+            "learned",
+            "--diffusion.objective",
+            "hybrid",
+            "--diffusion.timestep-sampling",
+            "importance",
+        ],
         ("fp32", "bf16", "fp16"),
     ),
     "ldm, xformers": ("ldm", ["--attention", "xformers"], ("bf16", "fp16")),
-}  # fmt: skip
+}
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3}  # relative, of the first losses; Muon orthogonalises in bf16
 _COMPARED = 3  # losses: later ones differ because the weights do
 
@@ -73,9 +109,18 @@ def train(out: Path, case: str, precision: str, *more: str) -> list[dict[str, fl
     arguments += ["--precision", precision, *options, *more]
     models = out / "models"
     if stage == "ldm":
-        arguments += ["--vae", str(models / "vae"), "--text-encoder", str(models / "clip"), "--cache",
-                      str(out / f"cache-{precision}")] if "--cache" not in options else [
-                      "--vae", str(models / "vae"), "--text-encoder", str(models / "clip")]  # fmt: skip
+        arguments += (
+            [
+                "--vae",
+                str(models / "vae"),
+                "--text-encoder",
+                str(models / "clip"),
+                "--cache",
+                str(out / f"cache-{precision}"),
+            ]
+            if "--cache" not in options
+            else ["--vae", str(models / "vae"), "--text-encoder", str(models / "clip")]
+        )
     if "--perceptual.kind" in options:
         arguments += ["--perceptual.model", str(models / "clip")]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -138,9 +183,14 @@ def _stage(out: Path, case: str, precision: str, expected: list[float]) -> dict[
     off = [abs(a / b - 1) for a, b in zip(compared, expected, strict=False)]
     ok = len(found) == STEPS and bool(np.isfinite(found).all()) and max(off) < _TOLERANCE[precision]
     return {
-        "ok": ok and (skipped == 0 or precision == "fp16"), "first": found[0], "last": found[-1], "cpu last": expected[-1],
-        "relative difference": max(off), "skipped": skipped, "images/s": lines[-2].get("images_per_second"),
-    }  # fmt: skip
+        "ok": ok and (skipped == 0 or precision == "fp16"),
+        "first": found[0],
+        "last": found[-1],
+        "cpu last": expected[-1],
+        "relative difference": max(off),
+        "skipped": skipped,
+        "images/s": lines[-2].get("images_per_second"),
+    }
 
 
 def _resume(out: Path) -> dict[str, Any]:

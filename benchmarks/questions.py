@@ -60,9 +60,13 @@ class Measure:
         for k, scene in enumerate(self.scenes[:16]):
             latents = None if start is None else start[k].expand(each, -1, -1, -1)
             array = self.pipe(
-                scene.caption, num_images_per_prompt=each, latents=latents, output_type="np",
-                generator=torch.Generator().manual_seed(k), **how,
-            ).images  # fmt: skip
+                scene.caption,
+                num_images_per_prompt=each,
+                latents=latents,
+                output_type="np",
+                generator=torch.Generator().manual_seed(k),
+                **how,
+            ).images
             spread = 2 * np.asarray(array).var(0, ddof=1).mean()  # mean square difference, averaged over pairs
             differences.append(255 * spread**0.5)
         return float(np.mean(differences))
@@ -96,9 +100,14 @@ def main() -> None:
     rows = []
     for eta in (0.0, 1.0):
         images = pipe(
-            [captions[0]] * 8, latents=noise, sampler="ddim", eta=eta, num_inference_steps=50, **guided,
+            [captions[0]] * 8,
+            latents=noise,
+            sampler="ddim",
+            eta=eta,
+            num_inference_steps=50,
+            **guided,
             generator=torch.Generator().manual_seed(1),
-        ).images  # fmt: skip
+        ).images
         rows.append([np.asarray(image) for image in images])
     sheet(rows).save(Path(o.out) / "noise_again.png")
 
@@ -128,8 +137,13 @@ def main() -> None:
     for refinements in (0, 1, 2, 4):
         x_T = pipe.invert(z, batch.captions, refinements=refinements)
         back = pipe(
-            batch.captions, latents=x_T, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
-        ).images  # fmt: skip
+            batch.captions,
+            latents=x_T,
+            sampler="ddim",
+            num_inference_steps=50,
+            guidance_scale=1.0,
+            output_type="latent",
+        ).images
         assert isinstance(back, Tensor)
         psnr, _ = reconstruction_quality(pipe.autoencoder.decode(back), target)
         print(f"  {refinements} refinements: {psnr:.1f} dB; the noise has deviation {x_T.std():.3f}", flush=True)

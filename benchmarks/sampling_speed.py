@@ -42,13 +42,25 @@ def pipelines(
     sd = shape != "demo"
     torch.manual_seed(0)
     tokenizer = train_tokenizer([PROMPT], 600, tokens)
-    clip = build_clip(tokenizer, text_width=width, text_layers=12 if sd else 3, text_heads=width // 64 if sd else 4,
-                      vision_width=16, vision_layers=1, vision_heads=2, patch_size=8, image_size=16,
-                      projection_dim=16)  # fmt: skip
+    clip = build_clip(
+        tokenizer,
+        text_width=width,
+        text_layers=12 if sd else 3,
+        text_heads=width // 64 if sd else 4,
+        vision_width=16,
+        vision_layers=1,
+        vision_heads=2,
+        patch_size=8,
+        image_size=16,
+        projection_dim=16,
+    )
     vae: AutoencoderKL = build_autoencoder(
-        channels=(128, 256, 512, 512) if sd else (32, 64, 64), layers=2 if sd else 1, latent_channels=4,
-        groups=32 if sd else 16, attention=sd,
-    )  # fmt: skip
+        channels=(128, 256, 512, 512) if sd else (32, 64, 64),
+        layers=2 if sd else 1,
+        latent_channels=4,
+        groups=32 if sd else 16,
+        attention=sd,
+    )
     unet = network(shape, device).eval().requires_grad_(False)
     for parameter in unet.parameters():
         if not parameter.detach().any():
@@ -60,9 +72,15 @@ def pipelines(
     other = copy.deepcopy(unet)
     other.set_attn_processor(AttnProcessor2_0())
     stock = StableDiffusionPipeline(
-        copy.deepcopy(vae), copy.deepcopy(clip.text_model), tokenizer, other, scheduler, None, None,
+        copy.deepcopy(vae),
+        copy.deepcopy(clip.text_model),
+        tokenizer,
+        other,
+        scheduler,
+        None,
+        None,
         requires_safety_checker=False,
-    ).to(device, dtype)  # fmt: skip
+    ).to(device, dtype)
     stock.set_progress_bar_config(disable=True)
     ours = LatentDiffusionPipeline(unet, Autoencoder(vae), ClipTextEncoder(clip.text_model, tokenizer), process)
     return ours.to(device, dtype=dtype), stock
@@ -92,9 +110,14 @@ def main() -> None:
     o = parser.parse_args()
     device, begun = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
     ours, stock = pipelines(o.shape, device, DTYPES[o.precision])
-    rows: list[dict[str, object]] = [{"versions": versions(), "options": {k: str(v) for k, v in vars(o).items()},
-             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-             "TFLOP/s": matrix_rate(device, DTYPES[o.precision])}]  # fmt: skip
+    rows: list[dict[str, object]] = [
+        {
+            "versions": versions(),
+            "options": {k: str(v) for k, v in vars(o).items()},
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "TFLOP/s": matrix_rate(device, DTYPES[o.precision]),
+        }
+    ]
     o.out.parent.mkdir(parents=True, exist_ok=True)
 
     def note(row: dict[str, object]) -> None:
@@ -107,9 +130,13 @@ def main() -> None:
 
     def calls(b: int, output_type: OutputType) -> dict[str, Callable[[], object]]:
         return {
-            "ours": lambda: ours([PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how),
-            "stock": lambda: stock([PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how),
-        }  # fmt: skip
+            "ours": lambda: ours(
+                [PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how
+            ),
+            "stock": lambda: stock(
+                [PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how
+            ),
+        }
 
     def row(name: str, b: int, output_type: OutputType, chosen: list[str]) -> None:
         try:

@@ -50,11 +50,21 @@ from train.stages.ldm_init import Parts
 
 SHAPES = {  # UNet, side of the latents, tokens, width of the text features
     "demo": (UnetConfig(channels=(64, 128), attention=(False, True), heads=(4, 4)), 8, 16, 96),
-    "sd15": (UnetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
-                        heads=(8, 8, 8, 8)), 64, 77, 768),
-    "sd2": (UnetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
-                       heads=(5, 10, 20, 20)), 64, 77, 1024),
-}  # fmt: skip
+    "sd15": (
+        UnetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=(8, 8, 8, 8)),
+        64,
+        77,
+        768,
+    ),
+    "sd2": (
+        UnetConfig(
+            channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=(5, 10, 20, 20)
+        ),
+        64,
+        77,
+        1024,
+    ),
+}
 Step = Callable[[], object]
 
 
@@ -80,11 +90,28 @@ def batch_of(shape: str, b: int, device: torch.device) -> CachedBatch:
 def ours(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
     out = tempfile.mkdtemp()
     _, _, tokens, width = SHAPES[shape]
-    config = LdmConfig(out=out, batch_size=b, precision=precision, trackers=(), unet=SHAPES[shape][0],
-                       optimizer=OptimizerConfig(warmup=0), ema_decay=0.9999)  # fmt: skip
+    config = LdmConfig(
+        out=out,
+        batch_size=b,
+        precision=precision,
+        trackers=(),
+        unet=SHAPES[shape][0],
+        optimizer=OptimizerConfig(warmup=0),
+        ema_decay=0.9999,
+    )
     tokenizer = train_tokenizer(["a red star"], 600, tokens)
-    clip = build_clip(tokenizer, text_width=width, text_layers=1, text_heads=2, vision_width=16, vision_layers=1,
-                      vision_heads=2, patch_size=8, image_size=16, projection_dim=16)  # fmt: skip
+    clip = build_clip(
+        tokenizer,
+        text_width=width,
+        text_layers=1,
+        text_heads=2,
+        vision_width=16,
+        vision_layers=1,
+        vision_heads=2,
+        patch_size=8,
+        image_size=16,
+        projection_dim=16,
+    )
     autoencoder = Autoencoder(build_autoencoder(channels=(32,), layers=1, latent_channels=4))
     unet = network(shape, device)
     if "cl" in how:
@@ -190,9 +217,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/training_step.json"))
     o = parser.parse_args()
     device, begun = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
-    rows: list[dict[str, object]] = [{"versions": versions(), "shape": o.shape, "batch size": o.batch_size,
-             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-             "TFLOP/s fp32, bf16": [matrix_rate(device, t) for t in (torch.float32, torch.bfloat16)]}]  # fmt: skip
+    rows: list[dict[str, object]] = [
+        {
+            "versions": versions(),
+            "shape": o.shape,
+            "batch size": o.batch_size,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "TFLOP/s fp32, bf16": [matrix_rate(device, t) for t in (torch.float32, torch.bfloat16)],
+        }
+    ]
     print(rows[0], flush=True)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     for precision in o.precision:
@@ -211,8 +244,12 @@ def main() -> None:
                 row["first step, s"] = round(time.perf_counter() - started, 1)
                 times = [milliseconds(step, device) for _ in range(o.steps + 2)][2:]
                 median = statistics.median(times)
-                row |= {"ms": round(median, 2), "from": round(min(times), 2), "to": round(max(times), 2),
-                        "images/s": round(1e3 * o.batch_size / median, 2)}  # fmt: skip
+                row |= {
+                    "ms": round(median, 2),
+                    "from": round(min(times), 2),
+                    "to": round(max(times), 2),
+                    "images/s": round(1e3 * o.batch_size / median, 2),
+                }
                 if device.type == "cuda":
                     row["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 del step

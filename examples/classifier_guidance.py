@@ -117,9 +117,13 @@ def main() -> None:
         right = 0
         for label, name in enumerate(NAMES):
             images = pipe(
-                "", guidance_scale=1.0, num_images_per_prompt=o.per_class, classifier=log_probability(network, label),
-                classifier_scale=weight, generator=torch.Generator().manual_seed(o.seed),
-            ).images  # fmt: skip
+                "",
+                guidance_scale=1.0,
+                num_images_per_prompt=o.per_class,
+                classifier=log_probability(network, label),
+                classifier_scale=weight,
+                generator=torch.Generator().manual_seed(o.seed),
+            ).images
             pictures = [np.asarray(image) for image in images]
             right += sum(read_scene(picture).background == name for picture in pictures)
             rows += in_rows(pictures[:8], 8)

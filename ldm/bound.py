@@ -64,9 +64,16 @@ def variances(schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 def bound_term(
-    x0: Tensor, x_t: Tensor, denoised: Denoised, index: Tensor, t: Point, s: Point, small: Tensor, large: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    denoised: Denoised,
+    index: Tensor,
+    t: Point,
+    s: Point,
+    small: Tensor,
+    large: Tensor,
     kind: VarianceKind,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return the bound's term at each example's index, (b,), for data x0 (b, c, h, w) and a denoiser's output for x_t.
 
     t is the level at the index and s the level below it; small and large are the variances there. All are (b, 1, 1, 1);

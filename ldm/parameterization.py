@@ -21,9 +21,7 @@ from ldm.schedule import Schedule
 
 Number = float | Tensor
 
-PREDICTION_TYPE: dict[Target, str] = {
-    "eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"
-}  # fmt: skip
+PREDICTION_TYPE: dict[Target, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"}
 """diffusers' name of each target."""
 
 

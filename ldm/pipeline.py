@@ -160,10 +160,15 @@ class LatentDiffusionPipeline:
             raise UserError(f"output_type {output_type!r}: choose {', '.join(get_args(OutputType))}")
         model = self.model
         guides = Guides(
-            scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval, compose=compose,
-            weak=weak.model if weak else None, weak_scale=weak_scale,
-            classifier=classifier, classifier_scale=classifier_scale,
-        )  # fmt: skip
+            scale=guidance_scale,
+            rescale=guidance_rescale,
+            interval=guidance_interval,
+            compose=compose,
+            weak=weak.model if weak else None,
+            weak_scale=weak_scale,
+            classifier=classifier,
+            classifier_scale=classifier_scale,
+        )
         given = Given.read(image, mask_image, strength)
         texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         request = Request(texts, given, num_images_per_prompt)

@@ -139,8 +139,10 @@ def guide(model: Model, request: Request, guides: Guides, context: Tensor | None
     if (weak := guides.weak) is not None:
         if not texts.prompts:
             raise UserError("the weaker model reads the prompt itself: give prompt, not prompt_embeds")
-        if not (weak.backbone.in_channels == model.backbone.in_channels
-                and torch.equal(weak.process.schedule.alpha, model.process.schedule.alpha)):  # fmt: skip
+        if not (
+            weak.backbone.in_channels == model.backbone.in_channels
+            and torch.equal(weak.process.schedule.alpha, model.process.schedule.alpha)
+        ):
             raise UserError(
                 "the weaker model has other latents or another noise schedule, or only one of the two was trained to "
                 "inpaint: give one of the same kind"

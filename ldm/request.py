@@ -24,9 +24,13 @@ class Texts:
 
     @classmethod
     def read(
-        cls, model: Model, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] | None,
-        prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
-    ) -> Self:  # fmt: skip
+        cls,
+        model: Model,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+    ) -> Self:
         """Encode the prompts unless features are given. Raises UserError for neither, for both, or for wrong shapes."""
         prompts, condition = _features(model, prompt, prompt_embeds, "prompt")
         _, negative = _features(model, negative_prompt or "", negative_prompt_embeds, "negative_prompt")

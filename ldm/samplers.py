@@ -50,8 +50,10 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
             return Sampler(lambda *_: UniPC(), dpm_solver_grid, draws_noise=False)
         case "predictor_corrector":
             return Sampler(
-                lambda _, variance: PredictorCorrector(DDPM(variance)), Grid(starts_bare=("karras",)),
-                draws_noise=True, uses_learned_variance=True,
-            )  # fmt: skip
+                lambda _, variance: PredictorCorrector(DDPM(variance)),
+                Grid(starts_bare=("karras",)),
+                draws_noise=True,
+                uses_learned_variance=True,
+            )
         case _:
             assert_never(kind)

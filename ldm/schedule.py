@@ -24,9 +24,18 @@ from ldm.errors import UserError
 from ldm.kinds import BetaKind, ScheduleKind
 
 _UNKNOWN_TO_US = (
-    "use_flow_sigmas", "use_dynamic_shifting", "use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas",
-    "thresholding", "timestep_type", "shift_terminal", "invert_sigmas", "final_sigmas_type", "interpolation_type",
-)  # fmt: skip
+    "use_flow_sigmas",
+    "use_dynamic_shifting",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_lu_lambdas",
+    "thresholding",
+    "timestep_type",
+    "shift_terminal",
+    "invert_sigmas",
+    "final_sigmas_type",
+    "interpolation_type",
+)
 """Unsupported keys of diffusers' schedulers, which change the process or the levels if they are set."""
 
 
@@ -93,9 +102,13 @@ class Schedule(ABC):
 
     @staticmethod
     def build(
-        kind: ScheduleKind, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
-        zero_terminal_snr: bool = False, shift: float = 1.0,
-    ) -> "Schedule":  # fmt: skip
+        kind: ScheduleKind,
+        T: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        zero_terminal_snr: bool = False,
+        shift: float = 1.0,
+    ) -> "Schedule":
         """Build the schedule of the given kind.
 
         beta_start and beta_end (Stable Diffusion's by default) aren't used by `cosine` and `flow`; only `flow` uses
@@ -127,8 +140,11 @@ class Schedule(ABC):
                 raise UserError(f"scheduler config: {len(betas)} trained_betas for {T} num_train_timesteps")
         else:
             names: dict[str, BetaKind] = {
-                "linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"
-            }  # fmt: skip
+                "linear": "linear",
+                "scaled_linear": "scaled_linear",
+                "squaredcos_cap_v2": "cosine",
+                "sigmoid": "sigmoid",
+            }
             kind, start, end = (config.get(key) for key in ("beta_schedule", "beta_start", "beta_end"))
             if not isinstance(kind, str) or kind not in names:
                 raise UserError(

@@ -31,14 +31,29 @@ def tiny_pipeline(
     captions = [scene.caption for scene in prompts("seen", 60, 0)]
     tokenizer = train_tokenizer(captions, 700, 16)
     clip = build_clip(
-        tokenizer, text_width=32, text_layers=2, text_heads=2, vision_width=32, vision_layers=1, vision_heads=2,
-        patch_size=8, image_size=32, projection_dim=32,
-    )  # fmt: skip
+        tokenizer,
+        text_width=32,
+        text_layers=2,
+        text_heads=2,
+        vision_width=32,
+        vision_layers=1,
+        vision_heads=2,
+        patch_size=8,
+        image_size=32,
+        projection_dim=32,
+    )
     vae = build_autoencoder(channels=(16, 32), layers=1, latent_channels=4, groups=8, attention=False)
     unet = build_unet(
-        channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4,
-        latent_size=16, text_width=32, learned_variance=variance == "learned",
-    )  # fmt: skip
+        channels=(32, 64),
+        layers=1,
+        attention=(True, True),
+        heads=(2, 4),
+        groups=16,
+        latent_channels=4,
+        latent_size=16,
+        text_width=32,
+        learned_variance=variance == "learned",
+    )
     generator = torch.Generator().manual_seed(1)
     for parameter in unet.parameters():
         if not parameter.detach().any():
@@ -47,9 +62,11 @@ def tiny_pipeline(
         widen(unet, 9)
         torch.nn.init.normal_(unet.conv_in.weight[:, 4:].detach(), std=0.1, generator=generator)
     return LatentDiffusionPipeline(
-        unet.eval().requires_grad_(False), Autoencoder(vae), ClipTextEncoder(clip.text_model, tokenizer),
+        unet.eval().requires_grad_(False),
+        Autoencoder(vae),
+        ClipTextEncoder(clip.text_model, tokenizer),
         Process(schedule=Schedule.build(schedule, **process), target=target, spacing=spacing, variance=variance),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +83,17 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a red star"], 600, 8)
     clip = build_clip(
-        tokenizer, text_width=16, text_layers=1, text_heads=2, vision_width=16, vision_layers=2, vision_heads=2,
-        patch_size=8, image_size=16, projection_dim=16,
-    )  # fmt: skip
+        tokenizer,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        vision_width=16,
+        vision_layers=2,
+        vision_heads=2,
+        patch_size=8,
+        image_size=16,
+        projection_dim=16,
+    )
     folder = tmp_path_factory.mktemp("clip")
     save_clip(clip, tokenizer, folder)
     return folder

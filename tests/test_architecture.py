@@ -57,9 +57,17 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_the_mathematics_needs_no_network_library() -> None:
     files = (
-        "schedule", "spacing", "parameterization", "process", "timesteps", "objective", "bound", "denoiser", "guidance",
+        "schedule",
+        "spacing",
+        "parameterization",
+        "process",
+        "timesteps",
+        "objective",
+        "bound",
+        "denoiser",
+        "guidance",
         "samplers",
-    )  # fmt: skip
+    )
     for name in files:
         names = {module.split(".")[0] for module in imported(ROOT / "ldm" / f"{name}.py")}
         assert not names & {"diffusers", "transformers", "accelerate", "pydantic", "tyro"}, name

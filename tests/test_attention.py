@@ -41,9 +41,15 @@ def random_unet() -> UNet2DConditionModel:
     """No weight is zero: all of the network speaks."""
     torch.manual_seed(0)
     unet = build_unet(
-        channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4, latent_size=8,
+        channels=(32, 64),
+        layers=1,
+        attention=(True, True),
+        heads=(2, 4),
+        groups=16,
+        latent_channels=4,
+        latent_size=8,
         text_width=24,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for weight in unet.parameters():
             if not weight.any():

@@ -226,10 +226,12 @@ def test_spatial_autocorrelation() -> None:
     z = torch.stack([factor(v, h) @ white[:, c] @ factor(u, w).T for c, (v, u) in enumerate(along)], 1)
     found = health(z + torch.tensor([1.0, -2.0, 3.0]).view(3, 1, 1)).autocorrelation
     # Both sides' pairs count alike, and there are (h − lag) w of the one and h (w − lag) of the other.
-    expected = torch.tensor([
-        [(v**lag * (h - lag) * w + u**lag * h * (w - lag)) / ((h - lag) * w + h * (w - lag)) for v, u in along]
-        for lag in (1, 2)
-    ])  # fmt: skip
+    expected = torch.tensor(
+        [
+            [(v**lag * (h - lag) * w + u**lag * h * (w - lag)) / ((h - lag) * w + h * (w - lag)) for v, u in along]
+            for lag in (1, 2)
+        ]
+    )
     torch.testing.assert_close(found, expected.double(), atol=0.02, rtol=0)
 
 
@@ -368,9 +370,17 @@ def clip_folder(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a red star"], 600, 8)
     clip = build_clip(
-        tokenizer, text_width=16, text_layers=1, text_heads=2, vision_width=24, vision_layers=2, vision_heads=2,
-        patch_size=8, image_size=16, projection_dim=16,
-    )  # fmt: skip
+        tokenizer,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        vision_width=24,
+        vision_layers=2,
+        vision_heads=2,
+        patch_size=8,
+        image_size=16,
+        projection_dim=16,
+    )
     save_clip(clip, tokenizer, folder := tmp_path_factory.mktemp("clip"))
     return folder, clip.eval()
 
@@ -484,8 +494,10 @@ def test_inception_is_given_bytes_and_resizes_as_published(monkeypatch, tmp_path
     x = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 5.0]).view(2, 3, 1, 1)
     features = load_features("inception")
     assert features.network.made == {
-        "features_list": ["2048"], "feature_extractor_weights_path": str(published), "antialias": False,
-    }  # fmt: skip
+        "features_list": ["2048"],
+        "feature_extractor_weights_path": str(published),
+        "antialias": False,
+    }
     assert not features.network.training
     assert features(x).flatten().tolist() == [0, 0, 128, 255, 255, 255]
     assert (features.name, features.dim) == ("inception", 2048)

@@ -143,11 +143,15 @@ def test_caches_and_pictures_give_the_same_batches(tmp_path):
     pictures = PictureDataset(source, framing, 5, buckets=buckets, draws=LatentNoise(noising, 2, 4))
     latents = LatentCache.open(
         tmp_path, source, Encoder(), digest="", framing=framing, channels=2, factor=4, buckets=buckets, processes=QUIET
-    )  # fmt: skip
+    )
     text = TextCache.open(
-        tmp_path, source, lambda texts: torch.tensor([[[float(len(t))]] for t in texts]), digest="", shape=(1, 1),
+        tmp_path,
+        source,
+        lambda texts: torch.tensor([[[float(len(t))]] for t in texts]),
+        digest="",
+        shape=(1, 1),
         processes=QUIET,
-    )  # fmt: skip
+    )
     stored = CachedDataset(latents, text, 5, noising)
     how = {"start_step": 0, "steps": 30, "batch_size": 6}
     sides = set()
@@ -188,12 +192,19 @@ def test_a_bucket_of_damaged_pictures_alone_is_an_error_in_words(tmp_path):
     for k in range(12, 18):
         source.catalogue.shapes[k] = (0, 0)
     latents = LatentCache.open(
-        tmp_path, source, Encoder(), digest="", framing=Framing(resolution=32), channels=2, factor=4, buckets=buckets,
+        tmp_path,
+        source,
+        Encoder(),
+        digest="",
+        framing=Framing(resolution=32),
+        channels=2,
+        factor=4,
+        buckets=buckets,
         processes=QUIET,
-    )  # fmt: skip
+    )
     text = TextCache.open(
         tmp_path, source, lambda t: torch.zeros(len(t), 1, 1), digest="", shape=(1, 1), processes=QUIET
-    )  # fmt: skip
+    )
     for dataset in (
         CachedDataset(latents, text, 5),
         PictureDataset(source, Framing(resolution=32), 5, buckets=buckets),

@@ -103,16 +103,24 @@ def never(*_):
 def latents_of(tmp_path, source, encode, digest="one", said=None, **options):
     processes = options.pop("processes", Processes(say=(said if said is not None else []).append))
     return LatentCache.open(
-        tmp_path / "cache", source, encode, digest=digest, framing=options.pop("framing", PLAIN), channels=LATENT[0],
-        factor=4, batch_size=3, processes=processes, **options,
-    )  # fmt: skip
+        tmp_path / "cache",
+        source,
+        encode,
+        digest=digest,
+        framing=options.pop("framing", PLAIN),
+        channels=LATENT[0],
+        factor=4,
+        batch_size=3,
+        processes=processes,
+        **options,
+    )
 
 
 def text_of(tmp_path, source, encode, **options):
     processes = options.pop("processes", Processes(say=lambda _: None))
     return TextCache.open(
         tmp_path / "cache", source, encode, digest="text", shape=TEXT, batch_size=4, processes=processes, **options
-    )  # fmt: skip
+    )
 
 
 def cached(tmp_path, source, seed=5, **noising):
@@ -128,9 +136,7 @@ def shown(source, index) -> torch.Tensor:
 def same(a, b) -> bool:
     """Bit for bit."""
     a, b = flat(a), flat(b)
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
-    )  # fmt: skip
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
 
 
 def flat(batch) -> dict:
@@ -148,7 +154,7 @@ def joined(parts):
     return {
         k: torch.cat([p[k] for p in parts]) if torch.is_tensor(parts[0][k]) else [x for p in parts for x in p[k]]
         for k in parts[0]
-    }  # fmt: skip
+    }
 
 
 def both_kinds(tmp_path, bad=(3, 4, 11)):
@@ -692,9 +698,15 @@ def test_a_batch_is_as_large_as_memory_allows(tmp_path):
 
         some = source.only_where(np.arange(30) < 8)
         LatentCache.open(
-            tmp_path / "cache", some, encode, digest="three", framing=framing, channels=2,
-            factor=min(side, 256), processes=Processes(say=lambda _: None),
-        )  # fmt: skip
+            tmp_path / "cache",
+            some,
+            encode,
+            digest="three",
+            framing=framing,
+            channels=2,
+            factor=min(side, 256),
+            processes=Processes(say=lambda _: None),
+        )
         assert max(seen) == most
 
 

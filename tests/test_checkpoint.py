@@ -98,10 +98,15 @@ def test_python_values_come_back(tmp_path):
     tree = {
         "floats": [0.1, 1e-320, -0.0, math.inf, -math.inf, math.nan, nan, 1e308, 2.0],
         "others": [None, True, False, 0, 1, -(2**70), "", "é\n\0\ud800 \"'/", [], (), {}, ((),), [[1], (2,)]],
-        1: {"a": 1}, "1": {"a": 2}, -3: "int", "": "empty", "dict": {"dict": [["tensor", "float"]]},
+        1: {"a": 1},
+        "1": {"a": 2},
+        -3: "int",
+        "": "empty",
+        "dict": {"dict": [["tensor", "float"]]},
         "tensor": {1: torch.ones(1), "1": torch.zeros(1), "1'": torch.ones(2)},
-        "/": torch.ones(3), "\ud800": torch.ones(4),
-    }  # fmt: skip
+        "/": torch.ones(3),
+        "\ud800": torch.ones(4),
+    }
     assert same(there_and_back(tree, tmp_path / "a"), tree)
     assert same(there_and_back(torch.ones(2), tmp_path / "b"), torch.ones(2))
     assert there_and_back(OrderedDict(a=1), tmp_path / "c") == {"a": 1}
@@ -180,11 +185,23 @@ def test_training_goes_on_bit_for_bit(tmp_path, fused, memory_format):
 @pytest.mark.parametrize(
     "value",
     [
-        {1}, b"x", np.float64(1), np.ones(2), 1j, object(), torch.ones(2, dtype=torch.complex64), torch.Size([1]),
-        torch.ones(2, 2).to_sparse(), torch.empty(2, device="meta"), {1.0: 1}, {None: 1}, {True: 1}, {(1,): 1},
+        {1},
+        b"x",
+        np.float64(1),
+        np.ones(2),
+        1j,
+        object(),
+        torch.ones(2, dtype=torch.complex64),
+        torch.Size([1]),
+        torch.ones(2, 2).to_sparse(),
+        torch.empty(2, device="meta"),
+        {1.0: 1},
+        {None: 1},
+        {True: 1},
+        {(1,): 1},
     ],
     ids=lambda v: f"{type(v).__name__}-{v}"[:24],
-)  # fmt: skip
+)
 def test_what_cannot_come_back_is_refused_by_its_place(tmp_path, value):
     with pytest.raises(TypeError, match=r"state/a/1\b"):
         Checkpoints(tmp_path / "c").save(1, {"a": [0, value]})
@@ -605,7 +622,15 @@ def test_forged_manifests_are_refused(two, tmp_path):
     outside = tmp_path / "x"
     outside.write_bytes((two.folder / "step-00000002" / "state.json").read_bytes())
     forged = [
-        [], {}, None, 1, "x", {"step": 2}, {"files": good["files"]}, {**good, "step": 3}, {**good, "files": {}},
+        [],
+        {},
+        None,
+        1,
+        "x",
+        {"step": 2},
+        {"files": good["files"]},
+        {**good, "step": 3},
+        {**good, "files": {}},
         {**good, "files": ["state.json", "state.safetensors"]},
         {**good, "files": {**good["files"], "../../../x": state}},
         {**good, "files": {**good["files"], str(outside): state}},
@@ -614,7 +639,7 @@ def test_forged_manifests_are_refused(two, tmp_path):
         {**good, "files": {**good["files"], "state.json": {"size": state["size"]}}},
         {**good, "files": {**good["files"], "state.json": None}},
         {**good, "padding": "x" * 2**17},
-    ]  # fmt: skip
+    ]
     for manifest in forged:
         path.write_text(json.dumps(manifest))
         assert passed_over(two), manifest
@@ -676,12 +701,17 @@ def test_pickles_are_never_run(two, tmp_path, slot, forged):
 @pytest.mark.parametrize(
     "state",
     [
-        {}, [], {"tree": 1}, {"tree": {"tensor": "absent"}, "strides": {}}, {"tree": {"code": "x"}, "strides": {}},
+        {},
+        [],
+        {"tree": 1},
+        {"tree": {"tensor": "absent"}, "strides": {}},
+        {"tree": {"code": "x"}, "strides": {}},
         {"tree": 1, "strides": {"state/module/weight": [-7, 1]}},
         {"tree": 1, "strides": {"state/module/weight": [2**60, 1]}},
-        {"tree": {"float": "00"}, "strides": {}}, {"tree": {"dict": [[[], 1]]}, "strides": {}},
+        {"tree": {"float": "00"}, "strides": {}},
+        {"tree": {"dict": [[[], 1]]}, "strides": {}},
     ],
-)  # fmt: skip
+)
 def test_a_forged_tree_is_refused(tmp_path, state):
     pack_tree(small_tree(1)).write(tmp_path)
     (tmp_path / "state.json").write_text(json.dumps(state))

@@ -156,9 +156,14 @@ def test_every_prompt_of_a_picture_has_as_many_chunks(pipe) -> None:
 
     def painted(*prompts: str, negative: str = "", scale: float = 3.0, **more) -> torch.Tensor:
         return long(
-            prompts, negative, num_inference_steps=3, guidance_scale=scale, generator=seeds()[: len(prompts)],
-            output_type="latent", **more,
-        ).images  # fmt: skip
+            prompts,
+            negative,
+            num_inference_steps=3,
+            guidance_scale=scale,
+            generator=seeds()[: len(prompts)],
+            output_type="latent",
+            **more,
+        ).images
 
     def same(a: torch.Tensor, b: torch.Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

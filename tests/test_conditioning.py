@@ -43,9 +43,16 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 def small_clip(tokenizer: CLIPTokenizer, **changes) -> CLIPModel:
     shape = {
-        "text_width": 32, "text_layers": 2, "text_heads": 2, "vision_width": 32, "vision_layers": 1,
-        "vision_heads": 2, "patch_size": 8, "image_size": 16, "projection_dim": 16,
-    }  # fmt: skip
+        "text_width": 32,
+        "text_layers": 2,
+        "text_heads": 2,
+        "vision_width": 32,
+        "vision_layers": 1,
+        "vision_heads": 2,
+        "patch_size": 8,
+        "image_size": 16,
+        "projection_dim": 16,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build_clip(tokenizer, **shape | changes)
@@ -355,16 +362,25 @@ def test_stock_pipeline_feeds_its_unet_the_same_numbers(encoder, tmp_path):
 
     encoder.save(tmp_path)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=2,
+    )
     unet.save_pretrained(tmp_path / "unet")
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     parts = {
-        "vae": "AutoencoderKL", "unet": "UNet2DConditionModel", "scheduler": "DDIMScheduler",
-        "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
-    }  # fmt: skip
+        "vae": "AutoencoderKL",
+        "unet": "UNet2DConditionModel",
+        "scheduler": "DDIMScheduler",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+    }
     index = {n: ["transformers" if c.startswith("CLIP") else "diffusers", c] for n, c in parts.items()}
     index |= {n: [None, None] for n in ("safety_checker", "feature_extractor", "image_encoder")}
     index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
@@ -669,18 +685,24 @@ def test_two_processes_are_one(clip, tokenizer, tmp_path):
 def test_retrieval_counts_equal_captions_as_right():
     text = torch.eye(4)[[0, 1, 1, 2, 3]]
     ids = torch.tensor([5, 6, 6, 7, 8])
-    image = torch.stack([
-        torch.tensor([1.0, 0.9, 0.0, 0.0]),  # its own
-        torch.tensor([0.0, 1.0, 0.2, 0.0]),  # its own, or its twin's
-        torch.tensor([0.9, 0.8, 1.0, 0.0]),  # third
-        torch.tensor([0.0, 0.0, 0.6, 0.8]),  # second
-        torch.tensor([0.0, 1.0, 0.0, 0.5]),  # second, behind the twins, who count once
-    ])  # fmt: skip
+    image = torch.stack(
+        [
+            torch.tensor([1.0, 0.9, 0.0, 0.0]),  # its own
+            torch.tensor([0.0, 1.0, 0.2, 0.0]),  # its own, or its twin's
+            torch.tensor([0.9, 0.8, 1.0, 0.0]),  # third
+            torch.tensor([0.0, 0.0, 0.6, 0.8]),  # second
+            torch.tensor([0.0, 1.0, 0.0, 0.5]),  # second, behind the twins, who count once
+        ]
+    )
     found = retrieval_accuracy(image, text, ids, ranks=(1, 2, 3, 9))
     assert {name: round(value.item(), 4) for name, value in found.items()} == {
-        "image_to_text@1": 0.4, "image_to_text@2": 0.8, "image_to_text@3": 1.0,
-        "text_to_image@1": 0.6, "text_to_image@2": 1.0, "text_to_image@3": 1.0,
-    }  # fmt: skip
+        "image_to_text@1": 0.4,
+        "image_to_text@2": 0.8,
+        "image_to_text@3": 1.0,
+        "text_to_image@1": 0.6,
+        "text_to_image@2": 1.0,
+        "text_to_image@3": 1.0,
+    }
     assert retrieval_accuracy(image, text, torch.zeros(5))["text_to_image@1"] == 1
 
 

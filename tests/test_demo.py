@@ -54,7 +54,7 @@ def test_pictures_are_led_back_to_their_noise(demo: Path) -> None:
     noise = pipe.invert(z, batch.captions, num_inference_steps=50)
     back = pipe(
         batch.captions, latents=noise, sampler="ddim", num_inference_steps=50, guidance_scale=1.0, output_type="latent"
-    ).images  # fmt: skip
+    ).images
     psnr, _ = reconstruction_quality(pipe.autoencoder.decode(back), pipe.autoencoder.decode(z))
     assert psnr > 30
 

@@ -75,9 +75,7 @@ def test_inside_a_mask_stock_diffusers_paints_the_same(pipe, saved, strength):
     stock = StableDiffusionInpaintPipeline.from_pretrained(saved)
     stock.set_progress_bar_config(disable=True)
     how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
-    theirs = stock(
-        PROMPTS, image=pictures(2), mask_image=box(), generator=seeds(2), height=32, width=32, **how
-    ).images  # fmt: skip
+    theirs = stock(PROMPTS, image=pictures(2), mask_image=box(), generator=seeds(2), height=32, width=32, **how).images
     ours = pipe(PROMPTS, image=pictures(2), mask_image=box(), generator=seeds(2), sampler="ddim", **how).images
     ours, theirs = (pipe.decode(z.to(torch.float32) / s) for z, s in ((ours, 1), (theirs, 1)))
     assert (ours - theirs).abs().max() <= 2 / 255

@@ -320,8 +320,21 @@ def make_emoji(*words: str) -> subprocess.CompletedProcess:
 
 if FONT.is_file():  # nothing to test elsewhere
     SEQUENCES = [
-        "😀", "❤", "👋🏽", "👮‍♀", "👮🏾‍♂", "🧑‍🚀", "👨‍👩‍👧", "👩🏻‍❤‍💋‍👨🏻", "🧑🏽‍🤝‍🧑🏽", "👨🏻‍🦰", "🇫🇷", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "1⃣", "🏳‍🌈",
-    ]  # fmt: skip
+        "😀",
+        "❤",
+        "👋🏽",
+        "👮‍♀",
+        "👮🏾‍♂",
+        "🧑‍🚀",
+        "👨‍👩‍👧",
+        "👩🏻‍❤‍💋‍👨🏻",
+        "🧑🏽‍🤝‍🧑🏽",
+        "👨🏻‍🦰",
+        "🇫🇷",
+        "🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+        "1⃣",
+        "🏳‍🌈",
+    ]
 
     @pytest.fixture(scope="module")
     def font() -> Font:

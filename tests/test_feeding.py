@@ -55,8 +55,9 @@ def stream(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
             for row in rows[k::2]:
                 name = row["file_name"]
                 for path, file in (
-                    (name, (shapes / "train" / name).read_bytes()), (f"{Path(name).stem}.txt", row["text"].encode())
-                ):  # fmt: skip
+                    (name, (shapes / "train" / name).read_bytes()),
+                    (f"{Path(name).stem}.txt", row["text"].encode()),
+                ):
                     info = tarfile.TarInfo(Path(path).name)
                     info.size = len(file)
                     tar.addfile(info, io.BytesIO(file))
@@ -140,16 +141,25 @@ def test_a_text_encoder_of_either_kind_trains_and_stock_diffusers_paints_the_sam
     train.stages.ldm.train(replace(config, text_encoder=encoder, clip_skip=int(kind == "openclip"), cache=""))
     prompts = ["a small red star on a blue background", ""]
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")(
-        prompts, num_inference_steps=4, guidance_scale=3.0, sampler="ddim", output_type="np",
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        sampler="ddim",
+        output_type="np",
         generator=torch.Generator().manual_seed(0),
-    ).images  # fmt: skip
+    ).images
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "run/model")
     assert isinstance(stock.scheduler, DDIMScheduler)
     stock.set_progress_bar_config(disable=True)
     theirs = stock(
-        prompts, num_inference_steps=4, guidance_scale=3.0, height=32, width=32, output_type="np",
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
+        output_type="np",
         generator=torch.Generator().manual_seed(0),
-    ).images  # fmt: skip
+    ).images
     assert np.abs(ours - theirs).max() <= 2 / 255
     assert ours.std() > 0.05
 

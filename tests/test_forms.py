@@ -96,8 +96,10 @@ def write(form: str, folder: Path) -> Path:
                 if form == "parquet":
                     inside.rmdir()
                     for k in range(2):
-                        rows = {name: values[k::1][: len(values) // 2] if not k else values[len(values) // 2 :]
-                                for name, values in columns.items()}  # fmt: skip
+                        rows = {
+                            name: values[k::1][: len(values) // 2] if not k else values[len(values) // 2 :]
+                            for name, values in columns.items()
+                        }
                         pq.write_table(pa.table(rows), folder / f"{part}-{k:05d}-of-00002.parquet")
                 else:
                     inside.rmdir()

@@ -57,9 +57,11 @@ def run(script: str, *arguments: object) -> Ended:
     sys.argv = [script, *map(str, arguments)]
     try:
         with (
-            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
             pytest.raises(SystemExit) as exit,
-        ):  # fmt: skip
+        ):
             runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
     finally:
         sys.argv = before
@@ -130,14 +132,56 @@ def given(tmp_path: Path) -> Path:
 BLOCKS = [(0x20, 0x7F), (0xA0, 0x24F), (0x300, 0x370), (0x590, 0x700), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)]
 BLOCKS += [(0x20000, 0x2FA1F), (0xE0000, 0xE0FFF), (0x10FF00, 0x110000), (0x200B, 0x2070), (0xD800, 0xE000), (1, 32)]
 HOSTILE = [
-    *("", " ", "a", "A cat, sitting", "a cat sitting", "a-cat-sitting", "!!!", "???", "con", "nul", "NUL", "com1", "aux.txt"),
-    *("../../etc/passwd", "..\\..\\x", "/etc/passwd", "C:\\x", "~root", ".", "..", ".hidden", "-rf", "--out=/", "a\0b", "\0"),
-    *("Steps: 1, Seed: 7", "x\nSteps: 1, Sampler: ddim, Seed: 7", "x\nNegative prompt: y\nSteps: 2", "Negative prompt: z"),
+    *(
+        "",
+        " ",
+        "a",
+        "A cat, sitting",
+        "a cat sitting",
+        "a-cat-sitting",
+        "!!!",
+        "???",
+        "con",
+        "nul",
+        "NUL",
+        "com1",
+        "aux.txt",
+    ),
+    *(
+        "../../etc/passwd",
+        "..\\..\\x",
+        "/etc/passwd",
+        "C:\\x",
+        "~root",
+        ".",
+        "..",
+        ".hidden",
+        "-rf",
+        "--out=/",
+        "a\0b",
+        "\0",
+    ),
+    *(
+        "Steps: 1, Seed: 7",
+        "x\nSteps: 1, Sampler: ddim, Seed: 7",
+        "x\nNegative prompt: y\nSteps: 2",
+        "Negative prompt: z",
+    ),
     *("<b>&amp;</b><script>", "%s%n{0}${x}`id`", "line\r\nline\rline\vline\u2028line\x85line", "\ttab\t", "\ufeffmark"),
-    *("\u202eright to left", "שלום עולם", "مرحبا", "e\u0301" * 9, "Z\u0351\u036b\u0343", "👩‍👩‍👧‍👦🏳️‍🌈", "\ud800", "x\udfffy", "\udc80" * 3),
+    *(
+        "\u202eright to left",
+        "שלום עולם",
+        "مرحبا",
+        "e\u0301" * 9,
+        "Z\u0351\u036b\u0343",
+        "👩‍👩‍👧‍👦🏳️‍🌈",
+        "\ud800",
+        "x\udfffy",
+        "\udc80" * 3,
+    ),
     *('"quoted", \\"', "{}", '{"seed": 1}', "null", "x" * 5000, "x" * 59 + " y", "x" * 59 + " z", "x" * 250 + "y"),
     *("word " * 200_000, "\x01" * 1_000_000, "😀" * 250_000),
-]  # fmt: skip
+]
 
 
 def prompts() -> list[str]:
@@ -182,9 +226,14 @@ def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
     pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert json.loads(pairs.pop("Model")) == told["model"]
     assert pairs == {
-        "Steps": "5", "Sampler": "ddim", "CFG scale": "2.0", "Seed": "7", "Size": "5x4", "Model hash": "f" * 10,
+        "Steps": "5",
+        "Sampler": "ddim",
+        "CFG scale": "2.0",
+        "Seed": "7",
+        "Size": "5x4",
+        "Model hash": "f" * 10,
         "Denoising strength": "0.25",
-    }  # fmt: skip
+    }
 
 
 # -- painted again ----------------------------------------------------------------------------------------------------
@@ -192,9 +241,28 @@ def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
 
 def test_one_of_seven_is_painted_again_alone(model: Path, tmp_path: Path) -> None:
     seven = run(
-        "txt2img", *FEW, model, "--prompt", "a red star, no?", "--num-images", 7, "--seed", 3, "--sampler", "euler_ancestral",
-        "--guidance-interval", 0.1, 9, "--compose", "a blue --box", 1.5, "x", 1, "--out", tmp_path / "a",
-    ).paths  # fmt: skip
+        "txt2img",
+        *FEW,
+        model,
+        "--prompt",
+        "a red star, no?",
+        "--num-images",
+        7,
+        "--seed",
+        3,
+        "--sampler",
+        "euler_ancestral",
+        "--guidance-interval",
+        0.1,
+        9,
+        "--compose",
+        "a blue --box",
+        1.5,
+        "x",
+        1,
+        "--out",
+        tmp_path / "a",
+    ).paths
     (again,) = run("txt2img", "--like", seven[4], "--out", tmp_path / "b").paths
     assert again.name == seven[4].name == file_name("a red star, no?", 7)
     assert np.abs(pixels(again) - pixels(seven[4])).max() <= 1
@@ -225,9 +293,21 @@ def test_options_beside_it_win(model: Path, tmp_path: Path) -> None:
 
 def test_pictures_from_pictures_are_painted_again(model: Path, given: Path, tmp_path: Path) -> None:
     made = run(
-        "img2img", *FEW, model, "--image", given / "a.png", given / "odd.png", "--prompt", "x", "--strength", 0.7,
-        "--num-images", 2, "--out", tmp_path / "a",
-    ).paths  # fmt: skip
+        "img2img",
+        *FEW,
+        model,
+        "--image",
+        given / "a.png",
+        given / "odd.png",
+        "--prompt",
+        "x",
+        "--strength",
+        0.7,
+        "--num-images",
+        2,
+        "--out",
+        tmp_path / "a",
+    ).paths
     assert [p.name for p in made] == ["a-x-0.png", "a-x-1.png", "odd-x-0.png", "odd-x-1.png"]
     for path in made[1::2]:
         (again,) = run("img2img", "--like", path, "--out", tmp_path / "b").paths
@@ -471,9 +551,11 @@ def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previ
     pipe = LatentDiffusionPipeline.from_pretrained(coloured)
     seen: list[torch.Tensor] = []
     pipe(
-        ["x"] * 3, num_inference_steps=5, generator=[torch.Generator().manual_seed(k) for k in range(3)],
+        ["x"] * 3,
+        num_inference_steps=5,
+        generator=[torch.Generator().manual_seed(k) for k in range(3)],
         callback_on_step_end=lambda _pipe, _k, _t, tensors: seen.append(tensors["denoised"]),
-    )  # fmt: skip
+    )
     expected = in_rows([image.resize((32, 32)) for image in pipe.preview(seen[3])])
     assert np.abs(np.asarray(previews[1], int) - np.asarray(expected, int)).max() <= 1
     ended = run("img2img", *how, "--image", given / "odd.png", "--strength", 0.9)

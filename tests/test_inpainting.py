@@ -179,9 +179,10 @@ def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Pat
             for k, position in enumerate(part.position.tolist()):
                 (at,) = (whole.position == position).nonzero()
                 for a, b in (
-                    (part.pixels, whole.pixels), (part.drawn.masks.mask, whole.drawn.masks.mask),
+                    (part.pixels, whole.pixels),
+                    (part.drawn.masks.mask, whole.drawn.masks.mask),
                     (part.drawn.masks.noise, whole.drawn.masks.noise),
-                ):  # fmt: skip
+                ):
                     assert torch.equal(a[k], b[at[0]])
         assert sorted(p for part in parts for p in part.position.tolist()) == whole.position.tolist()
 
@@ -258,9 +259,10 @@ def test_what_does_not_fit_what_is_given_is_refused(
     train.stages.ldm.train(
         replace(
             inpaint_config(shapes, tmp_path / "foreign", begun, steps=1, validate_every=1),
-            vae=str(tmp_path / "vae/model"), cache=str(tmp_path / "cache"),
+            vae=str(tmp_path / "vae/model"),
+            cache=str(tmp_path / "cache"),
         )
-    )  # fmt: skip
+    )
     assert "another autoencoder's latents" in capsys.readouterr().out
     with pytest.raises(ValidationError, match="prompts with task inpaint"):
         start("prompts", prompts=("a star",))
@@ -269,10 +271,13 @@ def test_what_does_not_fit_what_is_given_is_refused(
     with pytest.raises(UserError, match=r"input.buckets 4 isn't a multiple of 8"):  # though two levels would do with 4
         train.stages.ldm.train(
             replace(
-                inpaint_config(shapes, tmp_path / "bucketed", begun, steps=1, input=DataConfig(resolution=32, buckets=4)),
-                init=str(tmp_path / "deep/model"), unet=UnetConfig(),
+                inpaint_config(
+                    shapes, tmp_path / "bucketed", begun, steps=1, input=DataConfig(resolution=32, buckets=4)
+                ),
+                init=str(tmp_path / "deep/model"),
+                unet=UnetConfig(),
             )
-        )  # fmt: skip
+        )
     with pytest.raises(UserError, match="was made with --task inpaint, not txt2img"):
         train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), task="txt2img", steps=1))
     with pytest.raises(UserError, match=r"--vae is missing: .* or --init with a pipeline"):

@@ -85,26 +85,48 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
     assert (status, errors) == (0, "")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"] == {
-        "place": str(known), "form": "a folder with metadata.jsonl", "train": 12, "test": 3, "split": "all",
+        "place": str(known),
+        "form": "a folder with metadata.jsonl",
+        "train": 12,
+        "test": 3,
+        "split": "all",
         "looked_at": 15,
-    }  # fmt: skip
+    }
     # 9 times "ab cd" (6 tokens), "left" (6), "the Right one" (13), "abcdefghijkl" (14), 3 times "y" (3)
     assert report["captions"] == {
-        "count": 15, "mean": 1.0, "several": 1, "without": 1, "distinct": 5,
-        "most_frequent": {"ab cd": 9, "y": 3}, "median": 6, "95_percent": 14, "longest": 14,
-        "longest_caption": "abcdefghijkl", "room": 8, "too_long": 2, "chunks_for_all": 2, "left_or_right": 2,
+        "count": 15,
+        "mean": 1.0,
+        "several": 1,
+        "without": 1,
+        "distinct": 5,
+        "most_frequent": {"ab cd": 9, "y": 3},
+        "median": 6,
+        "95_percent": 14,
+        "longest": 14,
+        "longest_caption": "abcdefghijkl",
+        "room": 8,
+        "too_long": 2,
+        "chunks_for_all": 2,
+        "left_or_right": 2,
         "tokenizer": str(small_clip),
-    }  # fmt: skip
+    }
     assert report["pictures"] == {
-        "read": 13, "smallest": [40, 40], "median": [64, 64], "largest": [50, 100], "median_side": 64,
-        "resolution": 60, "smaller": 5, "square": pytest.approx((9 + 4 * 0.5) / 13),
+        "read": 13,
+        "smallest": [40, 40],
+        "median": [64, 64],
+        "largest": [50, 100],
+        "median_side": 64,
+        "resolution": 60,
+        "smaller": 5,
+        "square": pytest.approx((9 + 4 * 0.5) / 13),
         "shapes": {"3:1": 0, "2:1": 1, "3:2": 0, "4:3": 0, "1:1": 9, "3:4": 0, "2:3": 0, "1:2": 3, "1:3": 0},
         "formats": {"PNG": 7, "JPEG": 4, "GIF": 1, "WEBP": 1},
         "traits": {"turned by EXIF": 2, "with alpha": 1, "CMYK": 1, "greyscale": 1, "animated": 1},
-    }  # fmt: skip
+    }
     assert report["left_out"] == {
-        "count": 1, "first": [["train/gone.png", "the metadata names it, but there is no such file"]]
-    }  # fmt: skip
+        "count": 1,
+        "first": [["train/gone.png", "the metadata names it, but there is no such file"]],
+    }
     assert report["damaged"]["count"] == 2
     assert [name for name, _ in report["damaged"]["first"]] == ["train/text.png", "train/torn.png"]
     same_bytes = [
@@ -133,8 +155,9 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
     assert [line["file"] for line in listed] == ["train/gone.png", "train/text.png", "train/torn.png"]
     assert all(line.keys() == {"file", "reason"} for line in listed)
     assert read(tmp_path / "duplicates.jsonl") == [
-        *({"same": "bytes"} | group for group in same_bytes), *({"same": "looks"} | group for group in same_looks)
-    ]  # fmt: skip
+        *({"same": "bytes"} | group for group in same_bytes),
+        *({"same": "looks"} | group for group in same_looks),
+    ]
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width == 8 * 132 + 4
         assert sheet.height > 2 * 132  # 13 pictures in two rows
@@ -170,8 +193,13 @@ def test_a_limit_takes_pictures_evenly_of_one_split(shapes: Path, run: Run, tmp_
     assert run("--data", shapes, "--out", tmp_path, *options, "--workers", 0)[0] == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"] | {"place": ""} == {
-        "place": "", "form": "a folder with metadata.jsonl", "train": 64, "test": 24, "split": "train", "looked_at": 10
-    }  # fmt: skip
+        "place": "",
+        "form": "a folder with metadata.jsonl",
+        "train": 64,
+        "test": 24,
+        "split": "train",
+        "looked_at": 10,
+    }
     rows = read(shapes / "train" / "metadata.jsonl")
     texts = {rows[k * 64 // 10]["text"] for k in range(10)}
     assert report["captions"]["count"] == 10

@@ -157,8 +157,12 @@ def test_what_users_write_is_no_markup(
     assert set(card.data.to_dict()) <= {"library_name", "tags", "pipeline_tag"}
     headings = re.findall(r"^(#.*)$", re.sub(r"^```.*?^```$", "", card.text, flags=re.DOTALL | re.M), re.MULTILINE)
     assert [h for h in headings if not h.startswith("# `` # a `run` --- license: mit <i> ``: ")] == [
-        "## Use", "## Data", "## Training", "## Measured", "## Licence",
-    ]  # fmt: skip
+        "## Use",
+        "## Data",
+        "## Training",
+        "## Measured",
+        "## Licence",
+    ]
     assert "`` da`ta | <b> --- set ``" in card.text
     assert str(tmp_path) not in card.text
     assert str(parts) not in card.text

@@ -188,9 +188,15 @@ def test_each_target_can_overfit_one_batch(kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = build_unet(
-            channels=(32, 64), layers=1, attention=(False, True), heads=(4, 4), groups=16, latent_channels=4,
-            latent_size=8, text_width=16,
-        )  # fmt: skip
+            channels=(32, 64),
+            layers=1,
+            attention=(False, True),
+            heads=(4, 4),
+            groups=16,
+            latent_channels=4,
+            latent_size=8,
+            text_width=16,
+        )
     objective, losses = Objective(SCHEDULE, kind), []
     optimizer = torch.optim.AdamW(unet.parameters(), 3e-3)
     for _ in range(150):

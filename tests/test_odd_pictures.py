@@ -385,9 +385,10 @@ def test_squares_are_whole_pixels(size):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     side = min(size)
     for left, top, place in (
-        ((size[0] - side) // 2, (size[1] - side) // 2, None), (0, 0, (0.0, 0.0)),
+        ((size[0] - side) // 2, (size[1] - side) // 2, None),
+        (0, 0, (0.0, 0.0)),
         (size[0] - side, size[1] - side, (0.999999, 0.999999)),
-    ):  # fmt: skip
+    ):
         window = Image.fromarray(pixels[top : top + side, left : left + side])
         expected = np.asarray(window.resize((16, 16), Image.Resampling.LANCZOS))
         options = {"crop": "random", "place": place} if place else {}

@@ -149,9 +149,15 @@ def test_stock_diffusers_paints_the_same_from_it(small, tmp_path: Path, skip: in
     encoder = ClipTextEncoder.load(f"openclip:{small[1]}", skip=skip)
     tiny = tiny_pipeline()
     unet = build_unet(
-        channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4,
-        latent_size=16, text_width=encoder.width,
-    )  # fmt: skip
+        channels=(32, 64),
+        layers=1,
+        attention=(True, True),
+        heads=(2, 4),
+        groups=16,
+        latent_channels=4,
+        latent_size=16,
+        text_width=encoder.width,
+    )
     with torch.no_grad():
         for weight in unet.parameters():
             if not weight.any():
@@ -164,11 +170,15 @@ def test_stock_diffusers_paints_the_same_from_it(small, tmp_path: Path, skip: in
     prompts, how = ["a red star", "naïve café, 東京 \U0001f600"], {"num_inference_steps": 5, "guidance_scale": 5.0}
     ours, theirs = (
         paint(
-            prompts, negative_prompt=["", "a teal hippopotamus"], output_type="np",
-            generator=[torch.Generator().manual_seed(s) for s in (5, 6)], **how, **more,
+            prompts,
+            negative_prompt=["", "a teal hippopotamus"],
+            output_type="np",
+            generator=[torch.Generator().manual_seed(s) for s in (5, 6)],
+            **how,
+            **more,
         ).images
         for paint, more in ((pipe, {"sampler": "ddim"}), (stock, {}))
-    )  # fmt: skip
+    )
     assert np.asarray(ours).std() > 0.01
     assert np.abs(ours - theirs).max() <= 2 / 255
     assert len(stock.text_encoder.encoder.layers) == 3 - skip

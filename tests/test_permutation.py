@@ -18,10 +18,23 @@ from train.data.order.rng import Purpose, fork, generator, normal, uniform, unif
 def test_purposes_keep_their_numbers():
     """They are part of every run: another number would be another run after an upgrade."""
     assert {p.name: p.value for p in Purpose} == {
-        "ORDER": 1, "TIMESTEP": 2, "NOISE": 3, "CAPTION": 4, "DROPOUT": 5,
-        "CROP": 6, "FLIP": 7, "POSTERIOR": 8, "VALIDATION": 9, "SUBSTITUTE": 10, "OFFSET": 11,
-        "TRANSFORM": 12, "STREAM": 13, "BUCKET": 14, "MASK": 15, "MASKED": 16,
-    }  # fmt: skip
+        "ORDER": 1,
+        "TIMESTEP": 2,
+        "NOISE": 3,
+        "CAPTION": 4,
+        "DROPOUT": 5,
+        "CROP": 6,
+        "FLIP": 7,
+        "POSTERIOR": 8,
+        "VALIDATION": 9,
+        "SUBSTITUTE": 10,
+        "OFFSET": 11,
+        "TRANSFORM": 12,
+        "STREAM": 13,
+        "BUCKET": 14,
+        "MASK": 15,
+        "MASKED": 16,
+    }
 
 
 def test_generator_is_numpys_philox_keyed_as_stated():
@@ -132,9 +145,7 @@ def test_positions_run_on_over_epochs():
     np.testing.assert_array_equal(index_at([[7, 32], [13, 9]], n, 4), whole[[[7, 32], [13, 9]]])
 
 
-@given(
-    step=st.integers(0, 10**9), world=st.integers(1, 8), accumulation=st.integers(1, 8), part=st.integers(1, 6)
-)  # fmt: skip
+@given(step=st.integers(0, 10**9), world=st.integers(1, 8), accumulation=st.integers(1, 8), part=st.integers(1, 6))
 def test_parts_of_all_ranks_make_the_batch(step, world, accumulation, part):
     batch_size = world * accumulation * part
     parts = [p for rank in range(world) for p in positions(step, batch_size, rank, world, accumulation)]

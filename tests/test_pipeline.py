@@ -74,13 +74,24 @@ def stock(folder: Path, sampler: str) -> StableDiffusionPipeline:
 def difference(folder: Path, sampler: str, steps: int, scale: float, negative: str, rescale: float = 0.0) -> float:
     """Greatest difference of our pictures and stock diffusers', from one folder."""
     mine = LatentDiffusionPipeline.from_pretrained(folder)(
-        PROMPTS, negative, num_inference_steps=steps, guidance_scale=scale, guidance_rescale=rescale, sampler=sampler,
-        generator=seeds(), output_type="np",
-    ).images  # fmt: skip
+        PROMPTS,
+        negative,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        guidance_rescale=rescale,
+        sampler=sampler,
+        generator=seeds(),
+        output_type="np",
+    ).images
     theirs = stock(folder, sampler)(
-        PROMPTS, negative_prompt=[negative] * 2, num_inference_steps=steps, guidance_scale=scale,
-        guidance_rescale=rescale, generator=seeds(), output_type="np",
-    ).images  # fmt: skip
+        PROMPTS,
+        negative_prompt=[negative] * 2,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        guidance_rescale=rescale,
+        generator=seeds(),
+        output_type="np",
+    ).images
     assert np.asarray(mine).std() > 0.01  # a picture, not a flat field
     return np.abs(mine - theirs).max()
 
@@ -181,7 +192,7 @@ def test_a_flow_samples_the_same_through_diffusers_own_scheduler(tmp_path: Path)
             z = scheduler.step(pipe.unet(z, t, condition).sample, t, z).prev_sample
     ours = pipe(
         PROMPTS[0], num_inference_steps=10, guidance_scale=1.0, sampler="euler", latents=noise, output_type="latent"
-    )  # fmt: skip
+    )
     assert (ours.images - z).abs().max() < 1e-4 * z.abs().max()
 
 
@@ -289,13 +300,24 @@ def test_sixteen_bits_stay_close(folder: Path, dtype: torch.dtype) -> None:
 
 FOREIGN = {  # scheduler_config.json → target, spacing, variance, offset, whether ddim ends clean
     "PNDM of SD 1.5": (
-        {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-         "steps_offset": 1, "skip_prk_steps": True},
+        {
+            "_class_name": "PNDMScheduler",
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "steps_offset": 1,
+            "skip_prk_steps": True,
+        },
         ("eps", "leading", "fixed_small", 1, False),
     ),
     "Euler of old": (
-        {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
-         "prediction_type": "v_prediction"},
+        {
+            "_class_name": "EulerDiscreteScheduler",
+            "beta_schedule": "linear",
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+            "prediction_type": "v_prediction",
+        },
         ("v", "linspace", "fixed_small", 0, True),
     ),
     "DDIM's defaults": (
@@ -303,19 +325,30 @@ FOREIGN = {  # scheduler_config.json → target, spacing, variance, offset, whet
         ("eps", "leading", "fixed_small", 0, True),
     ),
     "DPM-Solver with Karras": (
-        {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-         "beta_end": 0.012, "use_karras_sigmas": True},
+        {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "use_karras_sigmas": True,
+        },
         ("eps", "karras", "fixed_small", 0, True),
     ),
     "flow matching": (
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, ("flow", "trailing", "fixed_small", 0, True)
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        ("flow", "trailing", "fixed_small", 0, True),
     ),
     "DDPM, large": (
-        {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid", "beta_start": 1e-4, "beta_end": 0.02,
-         "variance_type": "fixed_large_log"},
+        {
+            "_class_name": "DDPMScheduler",
+            "beta_schedule": "sigmoid",
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+            "variance_type": "fixed_large_log",
+        },
         ("eps", "leading", "fixed_large", 0, True),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("config", "means"), FOREIGN.values(), ids=FOREIGN)

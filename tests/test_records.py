@@ -19,9 +19,13 @@ def noise(masks: DrawnMasks | None = None) -> DrawnNoise:
 def pictures() -> PictureBatch[DrawnNoise]:
     masks = DrawnMasks(torch.ones(2, 1, 6, 6), torch.rand(2, 4, 3, 3))
     return PictureBatch(
-        position=torch.arange(2), index=torch.arange(2), pixels=torch.rand(2, 3, 6, 6), captions=["a", "b"],
-        drawn=noise(masks), damaged=[("x.png", "torn")],
-    )  # fmt: skip
+        position=torch.arange(2),
+        index=torch.arange(2),
+        pixels=torch.rand(2, 3, 6, 6),
+        captions=["a", "b"],
+        drawn=noise(masks),
+        damaged=[("x.png", "torn")],
+    )
 
 
 def tensors(record: Record) -> list[Tensor]:
@@ -39,9 +43,13 @@ def test_all_tensors_of_a_record_move_and_nothing_else_changes() -> None:
     assert moved.captions == batch.captions
     assert moved.damaged == batch.damaged
     cached = CachedBatch(
-        position=torch.arange(2), index=torch.arange(2), mean=torch.rand(2), std=torch.rand(2), condition=torch.rand(2),
+        position=torch.arange(2),
+        index=torch.arange(2),
+        mean=torch.rand(2),
+        std=torch.rand(2),
+        condition=torch.rand(2),
         drawn=noise(),
-    ).to(torch.device("meta"))  # fmt: skip
+    ).to(torch.device("meta"))
     assert cached.pixels is None
     assert cached.drawn.masks is None
 

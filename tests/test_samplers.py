@@ -35,9 +35,16 @@ SCHEDULE = Schedule.build("scaled_linear")
 SPACINGS = ("leading", "trailing", "linspace")
 TARGETS = ("eps", "x0", "v")
 SAMPLERS = [
-    ("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("euler", 0.0), ("euler_ancestral", 0.0), ("heun", 0.0),
-    ("dpmpp_2m", 0.0), ("dpmpp_2m_sde", 0.0), ("unipc", 0.0),
-]  # fmt: skip
+    ("ddpm", 0.0),
+    ("ddim", 0.0),
+    ("ddim", 1.0),
+    ("euler", 0.0),
+    ("euler_ancestral", 0.0),
+    ("heun", 0.0),
+    ("dpmpp_2m", 0.0),
+    ("dpmpp_2m_sde", 0.0),
+    ("unipc", 0.0),
+]
 SCHEDULERS = {
     "ddpm": DDPMScheduler,
     "ddim": DDIMScheduler,

@@ -465,9 +465,14 @@ def test_output_that_nobody_reads_on_costs_one_line() -> None:
     os.close(read)
     try:
         done = subprocess.run(
-            [sys.executable, "scripts/train_ldm.py", "--help"], cwd=ROOT, env=os.environ | OFFLINE, stdout=write,
-            stderr=subprocess.PIPE, text=True, timeout=120,
-        )  # fmt: skip
+            [sys.executable, "scripts/train_ldm.py", "--help"],
+            cwd=ROOT,
+            env=os.environ | OFFLINE,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
     finally:
         os.close(write)
     assert done.returncode == 1

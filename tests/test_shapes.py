@@ -65,9 +65,10 @@ def test_captions_and_dicts_read_back_for_every_scene() -> None:
 
 
 def test_captions_are_those_of_the_documentation() -> None:
-    one, two = "a large red circle on a white background", (
-        "a small blue star above a large yellow square on a black background"
-    )  # fmt: skip
+    one, two = (
+        "a large red circle on a white background",
+        ("a small blue star above a large yellow square on a black background"),
+    )
     assert parse_caption(one) == Scene((Object("circle", "red", "large"),), None, "white")
     assert parse_caption(two).objects == (Object("star", "blue", "small"), Object("square", "yellow", "large"))
     assert not is_unseen(parse_caption(one))
@@ -76,10 +77,16 @@ def test_captions_are_those_of_the_documentation() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a large red circle", "a large red circle on a mauve background", "A large red circle on a white background",
-     "a large red circle on a white background ", "a red large circle on a white background",
-     "a large red circle near a small red star on a white background"],
-)  # fmt: skip
+    [
+        "",
+        "a large red circle",
+        "a large red circle on a mauve background",
+        "A large red circle on a white background",
+        "a large red circle on a white background ",
+        "a red large circle on a white background",
+        "a large red circle near a small red star on a white background",
+    ],
+)
 def test_other_texts_are_no_captions(text: str) -> None:
     with pytest.raises(ValueError, match="not a caption"):
         parse_caption(text)
@@ -333,9 +340,13 @@ def test_relation_decides_between_objects_that_match_equally_well() -> None:
     assert score(reading, replace(twins, relation="below"))["all"]
     wrong = replace(twins, objects=(Object("star", "red", "small"), Object("star", "red", "small")))
     assert score(reading, wrong) == {
-        "background": True, "colour": (True, True), "shape": (False, False), "size": (True, True), "relation": True,
+        "background": True,
+        "colour": (True, True),
+        "shape": (False, False),
+        "size": (True, True),
+        "relation": True,
         "all": False,
-    }  # fmt: skip
+    }
 
 
 def test_what_is_no_shape_no_size_or_no_background_is_not_taken_for_one() -> None:

@@ -46,44 +46,68 @@ PROMPTS = ["a red star", "a small blue circle"]
 ROOT = Path(__file__).parent.parent
 SD1: dict[str, dict[str, Any]] = {
     "unet": {
-        "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
         "block_out_channels": (320, 640, 1280, 1280),
     },
     "vae": {
-        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 512,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
     },
     "text": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "hidden_act": "quick_gelu", "max_position_embeddings": 77, "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
     },
-}  # fmt: skip
+}
 """Stable Diffusion 1.5's configuration."""
 NARROW: dict[str, dict[str, Any]] = {
     "unet": SD1["unet"] | {"sample_size": 16, "cross_attention_dim": 32, "block_out_channels": (32, 64, 64, 96)},
     "vae": SD1["vae"] | {"block_out_channels": (32, 32, 64, 64), "sample_size": 128},
-    "text": SD1["text"] | {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 24, "vocab_size": 600,
+    "text": SD1["text"]
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 24,
+        "vocab_size": 600,
     },
-}  # fmt: skip
+}
 SD2: dict[str, dict[str, Any]] = {
     "unet": NARROW["unet"] | {"use_linear_projection": True, "attention_head_dim": (2, 4, 4, 6)},
     "vae": NARROW["vae"],
     "text": NARROW["text"] | {"hidden_act": "gelu", "num_hidden_layers": 3},
 }
 ODD: dict[str, dict[str, Any]] = {
-    "unet": NARROW["unet"] | {
-        "block_out_channels": (32, 64, 96), "layers_per_block": 3, "transformer_layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": (1, 2, 3),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "resnet_time_scale_shift": "scale_shift",
+    "unet": NARROW["unet"]
+    | {
+        "block_out_channels": (32, 64, 96),
+        "layers_per_block": 3,
+        "transformer_layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "attention_head_dim": (1, 2, 3),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "resnet_time_scale_shift": "scale_shift",
     },
-    "vae": NARROW["vae"] | {
-        "block_out_channels": (32, 64), "layers_per_block": 1, "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "vae": NARROW["vae"]
+    | {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     },
     "text": NARROW["text"] | {"hidden_act": "gelu", "num_hidden_layers": 24},
-}  # fmt: skip
+}
 """Other levels, layers and depths; and a text tower of as many layers as OpenCLIP's, all of them used."""
 
 
@@ -100,13 +124,21 @@ def stock_folder(folder: Path, shape: dict[str, dict[str, Any]], scheduler: Any)
     torch.manual_seed(0)
     tokenizer = train_tokenizer(PROMPTS, 600, shape["text"]["max_position_embeddings"])
     text = CLIPTextConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         **shape["text"],
-    )  # fmt: skip
+    )
     pipe = StableDiffusionPipeline(
-        noisy(AutoencoderKL(**shape["vae"]), 1), noisy(CLIPTextModel(text), 2), tokenizer,
-        noisy(UNet2DConditionModel(**shape["unet"]), 3), scheduler, None, None, requires_safety_checker=False,
-    )  # fmt: skip
+        noisy(AutoencoderKL(**shape["vae"]), 1),
+        noisy(CLIPTextModel(text), 2),
+        tokenizer,
+        noisy(UNet2DConditionModel(**shape["unet"]), 3),
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(folder)
     save_tokenizer(tokenizer, folder / "tokenizer")
     return folder
@@ -372,9 +404,16 @@ def test_half_precision_is_widened_and_leans_on_no_file(made: Any, tmp_path: Pat
 def test_what_the_original_has_no_counterpart_of_is_named() -> None:
     pipe = tiny_pipeline()
     unet = build_unet(
-        channels=(32, 64), layers=1, attention=(True, True), heads=(2, 4), groups=16, latent_channels=4,
-        latent_size=16, text_width=32, modulation=True,
-    )  # fmt: skip
+        channels=(32, 64),
+        layers=1,
+        attention=(True, True),
+        heads=(2, 4),
+        groups=16,
+        latent_channels=4,
+        latent_size=16,
+        text_width=32,
+        modulation=True,
+    )
     with pytest.raises(UserError, match=r"unet\.modulation .* has no counterpart"):
         to_original(LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process))
 

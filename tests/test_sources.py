@@ -254,9 +254,22 @@ def test_a_folder_a_class_makes_captions_by_template(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.png", "a/../../secret.png", "/etc/passwd", "a\0.png", "..\\secret.png", "C:\\x.png", "\\\\host\\x.png",
-     "..", "", None, 3, ["a.png"], "\ud800.png"],
-)  # fmt: skip
+    [
+        "../secret.png",
+        "a/../../secret.png",
+        "/etc/passwd",
+        "a\0.png",
+        "..\\secret.png",
+        "C:\\x.png",
+        "\\\\host\\x.png",
+        "..",
+        "",
+        None,
+        3,
+        ["a.png"],
+        "\ud800.png",
+    ],
+)
 def test_hostile_names_are_refused(tmp_path, name):
     picture(tmp_path / "secret.png")
     for k in range(2):
@@ -443,10 +456,15 @@ def test_cmyk_mixes_inks(tmp_path):
 def test_exif_rotation(tmp_path, form, orientation):
     """The EXIF standard says where the picture's row 0 and column 0 are to be seen; NumPy puts them there."""
     upright = {
-        1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
-        5: lambda x: x.swapaxes(0, 1), 6: lambda x: x.swapaxes(0, 1)[:, ::-1],
-        7: lambda x: x.swapaxes(0, 1)[::-1, ::-1], 8: lambda x: x.swapaxes(0, 1)[::-1],
-    }[orientation]  # fmt: skip
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+        7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+        8: lambda x: x.swapaxes(0, 1)[::-1],
+    }[orientation]
     blocks = np.kron(RGB[:2, :3], np.ones((16, 16, 1), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -152,10 +152,20 @@ def test_what_a_caches_folder_is_named_by() -> None:
     """The names and values below are a contract with every cache there is."""
     inputs = yaml.safe_load((STORED / "ldm/config.yaml").read_text())["about"]["inputs"]
     latents = {
-        "kind": "latents", "encoder": inputs["vae"], "size": [16, 16], "crops": 1, "resampling": "lanczos",
-        "resolution": 16, "crop": "center", "flip": False, "background": [255, 255, 255], "max_pixels": 89_478_485,
-        "shape": [2, 2, 8, 8], "dtype": "float32", "format": 3,
-    }  # fmt: skip
+        "kind": "latents",
+        "encoder": inputs["vae"],
+        "size": [16, 16],
+        "crops": 1,
+        "resampling": "lanczos",
+        "resolution": 16,
+        "crop": "center",
+        "flip": False,
+        "background": [255, 255, 255],
+        "max_pixels": 89_478_485,
+        "shape": [2, 2, 8, 8],
+        "dtype": "float32",
+        "format": 3,
+    }
     text = {"kind": "text", "encoder": inputs["text_encoder"], "shape": [8, 4], "dtype": "float32", "format": 3}
     keys = [hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16] for on in (latents, text)]
     assert {path.name for path in (STORED / "cache").iterdir()} == {f"latents-{keys[0]}", f"text-{keys[1]}"}

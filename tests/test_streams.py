@@ -150,9 +150,7 @@ def test_the_head_is_what_the_same_tars_on_disk_begin_with(tmp_path, shards, mon
     stream = Stream(shards, CAPTIONED, held_out=0.1)
     held = [k for _, k in disk.lowest[: len(stream.held_out)]]
     for side, ks in ((stream.held_out, sorted(held)), (stream.training, [k for k in range(60) if k not in held])):
-        assert [(r.name, r.size, r.captions) for r in side] == [
-            (r.name, r.size, r.captions) for r in map(disk.row, ks)
-        ]  # fmt: skip
+        assert [(r.name, r.size, r.captions) for r in side] == [(r.name, r.size, r.captions) for r in map(disk.row, ks)]
         assert [side.read(k) for k in range(len(side))] == [disk.read(k) for k in ks]
     assert pickle.loads(pickle.dumps(stream)).fingerprint == stream.fingerprint
 

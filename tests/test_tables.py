@@ -121,9 +121,16 @@ def test_splits_in_every_form(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("train.parquet", "train"), ("training.parquet", ""), ("val_1.parquet", "val"), ("validation.parquet", "validation"),
-     ("valid-0.parquet", "valid"), ("tests.parquet", ""), ("my-test.parquet", "")],
-)  # fmt: skip
+    [
+        ("train.parquet", "train"),
+        ("training.parquet", ""),
+        ("val_1.parquet", "val"),
+        ("validation.parquet", "validation"),
+        ("valid-0.parquet", "valid"),
+        ("tests.parquet", ""),
+        ("my-test.parquet", ""),
+    ],
+)
 def test_names_of_files_say_the_split(tmp_path, name, split):
     assert set(find_tables(str(parquet(tmp_path / name)), Columns(), NAMES)) == {split}
 
@@ -247,8 +254,11 @@ def test_rows_without_a_picture_are_left_out(tmp_path):
     for data in (parquet(tmp_path / "x.parquet", table), bare(tmp_path / "y.parquet", table)):
         catalogue = opened(data)
         assert [(row.name, row.captions) for row in catalogue] == [
-            ("000.png", ("a",)), ("001.png", ("c",)), ("002.png", ("e",)), ("empty.png", ("f",)),
-        ]  # fmt: skip
+            ("000.png", ("a",)),
+            ("001.png", ("c",)),
+            ("002.png", ("e",)),
+            ("empty.png", ("f",)),
+        ]
         assert catalogue.read(1) == PICTURES["001.png"]
         assert catalogue.read(3) == b""  # damaged, which is for the decoder to say
         assert catalogue.left_out == (("00000001", "no picture"), ("00000003", "no picture"))
@@ -368,10 +378,16 @@ def test_saved_folders_stay_inside(tmp_path):
     index = tmp_path / "saved" / "state.json"
     state = json.loads(index.read_text())
     for name, said in [
-        ("../out/" + arrow.name, "leads out"), (str(arrow), "leads out"), ("x/../../out/" + arrow.name, "leads out"),
-        ("link.arrow", "link that leads out"), ("a::b.arrow", "leads out"), ("a\0", "leads out"),
-        ("gone.arrow", "is missing"), (5, "lists no files"), ("state.json", "can't be read"),
-    ]:  # fmt: skip
+        ("../out/" + arrow.name, "leads out"),
+        (str(arrow), "leads out"),
+        ("x/../../out/" + arrow.name, "leads out"),
+        ("link.arrow", "link that leads out"),
+        ("a::b.arrow", "leads out"),
+        ("a\0", "leads out"),
+        ("gone.arrow", "is missing"),
+        (5, "lists no files"),
+        ("state.json", "can't be read"),
+    ]:
         index.write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
         with pytest.raises(UserError, match=said):
             opened(tmp_path / "saved")
@@ -508,8 +524,11 @@ def test_names_on_the_hub(monkeypatch):
         assert contents(splits["test"]()) == {name: ALL[name] for name in PARTS["test"]}
     config, revision = "small", "refs/pr/1"
     assert asked == [
-        ("me/set", None, None), ("me/set", config, None), ("me/set", None, "v1.0"), ("me/set", config, revision),
-    ]  # fmt: skip
+        ("me/set", None, None),
+        ("me/set", config, None),
+        ("me/set", None, "v1.0"),
+        ("me/set", config, revision),
+    ]
     one, two = (splits["train"]().row(0).mtime_ns for _ in range(2))
     assert one == two != splits["test"]().row(0).mtime_ns
     assert 0 < one < 2**63

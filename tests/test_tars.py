@@ -141,13 +141,23 @@ def test_captions(tmp_path, columns, members, captions):
 
 def test_a_sample_is_neighbours_of_one_key_and_its_first_picture(tmp_path):
     members = [
-        ("k.txt", b"of k"), ("k.seg.png", png(1)), ("k.JPG", png(2)), ("k.png", png(3)),
-        ("d/k.png", png(4)), ("d.e/k.png", png(5)), ("k.png", png(6)), ("other", b""), ("k.txt", b"too late"),
-    ]  # fmt: skip
+        ("k.txt", b"of k"),
+        ("k.seg.png", png(1)),
+        ("k.JPG", png(2)),
+        ("k.png", png(3)),
+        ("d/k.png", png(4)),
+        ("d.e/k.png", png(5)),
+        ("k.png", png(6)),
+        ("other", b""),
+        ("k.txt", b"too late"),
+    ]
     catalogue = opened(write_tar(tmp_path / "a.tar", members))
     assert [(r.name, r.captions) for r in catalogue] == [
-        ("k.JPG", ("of k",)), ("d/k.png", ("",)), ("d.e/k.png", ("",)), ("k.png", ("",)),
-    ]  # fmt: skip
+        ("k.JPG", ("of k",)),
+        ("d/k.png", ("",)),
+        ("d.e/k.png", ("",)),
+        ("k.png", ("",)),
+    ]
     assert [catalogue.read(k) for k in range(4)] == [png(2), png(4), png(5), png(6)]
     assert [name for name, _ in catalogue.left_out] == ["a.tar/other", "a.tar/k"]
     named = opened(tmp_path / "a.tar", Columns(image="seg.png"))
@@ -181,9 +191,12 @@ def test_forms_and_splits(tmp_path, monkeypatch):
     for other in ("tars", "a/x.parquet", "owner/name", "pipe:cat a/val.tar", "https://host/a.tar", "cache"):
         assert found(other) is None
     for wrong, told in {
-        "a/no.tar": "no file 'a/no.tar'", "a/x-{0..2}.tar": "no file 'a/x-0.tar'", "c/*.tar": r"no file 'c/\*.tar'",
-        "a/x.tar.gz": "pipe:", "x{0..9999999}.tar": "10,000,000 files",
-    }.items():  # fmt: skip
+        "a/no.tar": "no file 'a/no.tar'",
+        "a/x-{0..2}.tar": "no file 'a/x-0.tar'",
+        "c/*.tar": r"no file 'c/\*.tar'",
+        "a/x.tar.gz": "pipe:",
+        "x{0..9999999}.tar": "10,000,000 files",
+    }.items():
         with pytest.raises(UserError, match=told):
             found(wrong)
     os.mkfifo(tmp_path / "fifo.tar")
@@ -215,14 +228,33 @@ def test_hostile_members_are_no_rows(tmp_path, streamed):
     nul = tarfile.TarInfo("n")
     nul.pax_headers = {"path": "nul\0.png"}
     members = [
-        ("good.png", png(1)), ("good.txt", b"good"),
-        ("../up.png", png(2)), ("a/../../up2.png", png(2)), ("/rooted.png", png(2)), ("C:\\windows.png", png(2)),
-        ("a\\..\\x/b.png", png(2)), nul, link("symbolic.png", str(secret)), link("hard.png", "good.png", tarfile.LNKTYPE),
-        device, sparse, ("linked.png", png(3)), link("linked.txt", "/etc/passwd"),
-        ("long.png", png(4)), ("long.txt", b"x" * (2**20 + 1)), ("bad.png", png(5)), ("bad.json", b"{"),
-        ("deep.png", png(5)), ("deep.json", b"[" * 100_000), ("number.png", png(6)), ("number.json", b'{"text": 5}'),
-        ("list.png", png(6)), ("list.json", b"[]"), ("last.png", png(7)), ("last.txt", b"last"),
-    ]  # fmt: skip
+        ("good.png", png(1)),
+        ("good.txt", b"good"),
+        ("../up.png", png(2)),
+        ("a/../../up2.png", png(2)),
+        ("/rooted.png", png(2)),
+        ("C:\\windows.png", png(2)),
+        ("a\\..\\x/b.png", png(2)),
+        nul,
+        link("symbolic.png", str(secret)),
+        link("hard.png", "good.png", tarfile.LNKTYPE),
+        device,
+        sparse,
+        ("linked.png", png(3)),
+        link("linked.txt", "/etc/passwd"),
+        ("long.png", png(4)),
+        ("long.txt", b"x" * (2**20 + 1)),
+        ("bad.png", png(5)),
+        ("bad.json", b"{"),
+        ("deep.png", png(5)),
+        ("deep.json", b"[" * 100_000),
+        ("number.png", png(6)),
+        ("number.json", b'{"text": 5}'),
+        ("list.png", png(6)),
+        ("list.json", b"[]"),
+        ("last.png", png(7)),
+        ("last.txt", b"last"),
+    ]
     path = write_tar(tmp_path / "in" / "a.tar", members, format=tarfile.PAX_FORMAT)
     before = {p for p in tmp_path.rglob("*") if "cache" not in p.parts}
     if streamed:
@@ -236,11 +268,23 @@ def test_hostile_members_are_no_rows(tmp_path, streamed):
         given = [(row.name, catalogue.read(k), row.captions) for k, row in enumerate(catalogue)]
     assert given == [("good.png", png(1), ("good",)), ("last.png", png(7), ("last",))]
     reasons = {
-        "../up": "leads out", "a/../../up2": "leads out", "rooted": "leads out", "C:\\windows": "leads out",
-        "a\\..\\x/b": "leads out", "nul\0": "leads out", "symbolic": "is a link", "hard": "is a link",
-        "device": "special file", "sparse": "special file", "linked": "is a link", "long": "1,048,577 bytes",
-        "bad": "can't be read", "deep": "can't be read", "number": "is not text", "list": "not an object",
-    }  # fmt: skip
+        "../up": "leads out",
+        "a/../../up2": "leads out",
+        "rooted": "leads out",
+        "C:\\windows": "leads out",
+        "a\\..\\x/b": "leads out",
+        "nul\0": "leads out",
+        "symbolic": "is a link",
+        "hard": "is a link",
+        "device": "special file",
+        "sparse": "special file",
+        "linked": "is a link",
+        "long": "1,048,577 bytes",
+        "bad": "can't be read",
+        "deep": "can't be read",
+        "number": "is not text",
+        "list": "not an object",
+    }
     assert [name for name, _ in left_out] == list(reasons)
     for name, why in left_out:
         assert reasons[name] in why, (name, why)

@@ -176,8 +176,10 @@ def test_losses_that_are_not_finite_are_left_out():
     index, loss = torch.tensor([3, 3, 12, 25, 38]), torch.tensor([0.5, 1.5, 2.5, 3.5, 4.5])
     good.note(index, loss, T)
     bad.note(
-        torch.cat([index, torch.tensor([3, 12, 33])]), torch.cat([loss, torch.tensor([math.nan, math.inf, -math.inf])]), T
-    )  # fmt: skip
+        torch.cat([index, torch.tensor([3, 12, 33])]),
+        torch.cat([loss, torch.tensor([math.nan, math.inf, -math.inf])]),
+        T,
+    )
     good.fold()
     bad.fold()
     for name, value in good.state_dict().items():

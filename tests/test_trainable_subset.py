@@ -23,9 +23,15 @@ def partly_frozen() -> UNet:
     """A UNet of which 1 % is trained: what the attention in its middle asks, and how it answers."""
     torch.manual_seed(0)
     unet = build_unet(
-        channels=(16, 32), layers=1, attention=(True, True), heads=(2, 2), groups=8, latent_channels=4, latent_size=16,
+        channels=(16, 32),
+        layers=1,
+        attention=(True, True),
+        heads=(2, 2),
+        groups=8,
+        latent_channels=4,
+        latent_size=16,
         text_width=32,
-    )  # fmt: skip
+    )
     for weight in unet.parameters():
         if not weight.any():  # layers of zeros would keep those before them from learning
             torch.nn.init.normal_(weight, std=0.05)
@@ -107,8 +113,12 @@ def network(seed: int = 0) -> nn.Module:
 def test_frozen_parameters_are_not_in_the_state_but_buffers_are() -> None:
     subset = Subset(network(), frozen_names(network()))
     assert set(subset.state_dict()) == {
-        "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight", "2.bias",
-    }  # fmt: skip
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+        "2.weight",
+        "2.bias",
+    }
 
 
 def test_a_state_goes_into_a_network_with_the_same_frozen_weights_alone() -> None:

@@ -46,9 +46,13 @@ COMMON = {
 def clip_config(shapes: Path, out: Path, **change: object) -> ClipConfig:
     small = {"width": 32, "layers": 1, "heads": 2}
     return ClipConfig(
-        data=str(shapes), out=str(out), text=TextTowerConfig(vocab_size=700, max_length=16, **small),
-        image=ImageTowerConfig(patch_size=8, **small), projection=16, **COMMON | change,
-    )  # fmt: skip
+        data=str(shapes),
+        out=str(out),
+        text=TextTowerConfig(vocab_size=700, max_length=16, **small),
+        image=ImageTowerConfig(patch_size=8, **small),
+        projection=16,
+        **COMMON | change,
+    )
 
 
 def vae_config(shapes: Path, out: Path, **change: object) -> VaeConfig:
@@ -72,9 +76,14 @@ def ldm_config(shapes: Path, out: Path, parts: Path, **change: object) -> LdmCon
     unet = UnetConfig(channels=(16, 32), attention=(True, True), heads=(2, 2), groups=8)
     settings = COMMON | {"cache": str(parts / "cache"), "validation_examples": 8, "sample_steps": 2} | change
     return LdmConfig(
-        data=str(shapes), out=str(out), vae=str(parts / "vae/model"), text_encoder=str(parts / "clip/model"),
-        unet=unet, caption_dropout=0.3, **settings,
-    )  # fmt: skip
+        data=str(shapes),
+        out=str(out),
+        vae=str(parts / "vae/model"),
+        text_encoder=str(parts / "clip/model"),
+        unet=unet,
+        caption_dropout=0.3,
+        **settings,
+    )
 
 
 Start = Callable[..., None]

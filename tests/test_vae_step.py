@@ -74,9 +74,12 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
     """Against plain autograd through everything at once: gradients worked out ahead change nothing."""
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=True), batch()
     config = VaeConfig(
-        reconstruction="l2", kl_weight=1e-3, learn_logvar=learn_logvar, perceptual=PerceptualConfig(weight=0.7),
+        reconstruction="l2",
+        kl_weight=1e-3,
+        learn_logvar=learn_logvar,
+        perceptual=PerceptualConfig(weight=0.7),
         adversarial=AdversarialConfig(kind="non_saturating", weight=0.3, adaptive=adaptive),
-    )  # fmt: skip
+    )
     step = Reconstruct(vae, config, Contrast(), discriminator)
     b = replace(b, transform=transform)
     s = torch.tensor(-2.0)
@@ -356,9 +359,14 @@ def test_what_cannot_be_continued_is_refused(shapes: Path, trained: Path, tmp_pa
     with pytest.raises(UserError, match="another shape"):
         train.stages.vae.train(config(shapes, tmp_path / "run", init=str(trained), model=wider))
     bare = AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=2, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+        block_out_channels=(8, 16),
+        norm_num_groups=2,
+        latent_channels=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     bare.save_pretrained(tmp_path / "bare")
     plain = {"init": str(tmp_path / "bare"), "model": AutoencoderConfig(), "steps": 1}
     with pytest.raises(UserError, match="quant"):

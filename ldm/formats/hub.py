@@ -12,10 +12,18 @@ from ldm.errors import UserError, one_line
 
 _NETWORK = "diffusion_pytorch_model"  # diffusers' name of the weights' file or files
 _WANTED = [
-    "model_index.json", "*/*config.json", "tokenizer/*.json", "tokenizer/*.txt", "vae/preview.json",
-    *(f"{part}/{_NETWORK}{kind}" for part in ("unet", "vae") for kind in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")),
+    "model_index.json",
+    "*/*config.json",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    "vae/preview.json",
+    *(
+        f"{part}/{_NETWORK}{kind}"
+        for part in ("unet", "vae")
+        for kind in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
+    ),
     *(f"text_encoder/model{kind}" for kind in (".safetensors", "-*-of-*.safetensors")),
-]  # fmt: skip
+]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 

@@ -15,9 +15,12 @@ from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule
 from ldm.spacing import Spacing
 
 _VARIANCES: dict[str, VarianceKind] = {
-    "fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large",
-    "fixed_large_log": "fixed_large", "learned_range": "learned",
-}  # fmt: skip
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "fixed_large_log": "fixed_large",
+    "learned_range": "learned",
+}
 """Our variance for each name in diffusers. Its "learned" isn't here: that one has no bounds, unlike "learned_range"."""
 _LEADING = ("DDIM", "DDPM", "PNDM", "LCM", "TCD")
 """Schedulers whose default timestep_spacing is leading; the default of all others is linspace."""
@@ -90,9 +93,10 @@ class Process:
         """
         T = self.schedule.T
         shared: dict[str, Any] = {
-            "prediction_type": PREDICTION_TYPE[self.target], "steps_offset": self.steps_offset,
+            "prediction_type": PREDICTION_TYPE[self.target],
+            "steps_offset": self.steps_offset,
             "timestep_spacing": "linspace" if self.spacing == "karras" else self.spacing,
-        }  # fmt: skip
+        }
         more: dict[str, Any] = {
             "set_alpha_to_one": self.set_alpha_to_one,
             "variance_type": "learned_range" if self.variance == "learned" else self.variance,
@@ -105,9 +109,12 @@ class Process:
         assert isinstance(self.schedule, BetaSchedule)
         betas = self.schedule.betas.tolist()
         shared |= {
-            "beta_start": betas[0], "beta_end": betas[-1], "trained_betas": betas, "clip_sample": False,
+            "beta_start": betas[0],
+            "beta_end": betas[-1],
+            "trained_betas": betas,
+            "clip_sample": False,
             "rescale_betas_zero_snr": self.schedule.zero_terminal_snr,
-        }  # fmt: skip
+        }
         if self.variance == "learned":
             scheduler = DDPMScheduler(T, **shared)
         else:

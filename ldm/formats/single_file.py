@@ -40,9 +40,13 @@ _CLIP, _OPENCLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model
 _OPENCLIP_LAYERS = 24  # the last layer is never read: Stable Diffusion 2 stops before it
 
 _RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _POINTWISE = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")  # a 1×1 convolution there, a matrix here
@@ -52,24 +56,39 @@ _HARMLESS = re.compile(
 )
 _BUILT_IN: dict[str, dict[str, Any]] = {
     "unet": {
-        "mid_block_type": "UNetMidBlock2DCrossAttn", "act_fn": "silu", "norm_eps": 1e-5, "center_input_sample": False,
-        "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
-        "only_cross_attention": False, "resnet_skip_time_act": False, "time_embedding_type": "positional",
-        "time_embedding_act_fn": None, "timestep_post_act": None,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "act_fn": "silu",
+        "norm_eps": 1e-5,
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "only_cross_attention": False,
+        "resnet_skip_time_act": False,
+        "time_embedding_type": "positional",
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
     },
     "vae": {
-        "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None,
-        "latents_mean": None, "latents_std": None,
+        "act_fn": "silu",
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
     },
-}  # fmt: skip
+}
 """Values built into the original code, by diffusers' names. Other values would change the meaning of the weights."""
 _OWN_SHAPE: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "norm_num_groups": 32},
     "vae": {
-        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
         "mid_block_add_attention": True,
     },
-}  # fmt: skip
+}
 """Shapes of Stable Diffusion 1 and 2, which tools without a configuration assume."""
 _BLOCKS = {
     *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
@@ -359,9 +378,12 @@ def _unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
         )
     _check_built_in("unet", unet.config)
     names = {
-        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    }  # fmt: skip
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
 
     def place(ours: str, k: int, block: str, first: int = 0) -> None:
         """Add the names of a residual block and of the attention after it."""

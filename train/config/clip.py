@@ -81,12 +81,23 @@ class ClipConfig(RunConfig):
         torch.manual_seed(self.seed)  # torch's global generator is used for the initial weights only
         text, image, side = self.text, self.image, self.input.resolution
         clip = build_clip(
-            tokenizer, text_width=text.width, text_layers=text.layers, text_heads=text.heads, vision_width=image.width,
-            vision_layers=image.layers, vision_heads=image.heads, patch_size=image.patch_size, image_size=side,
+            tokenizer,
+            text_width=text.width,
+            text_layers=text.layers,
+            text_heads=text.heads,
+            vision_width=image.width,
+            vision_layers=image.layers,
+            vision_heads=image.heads,
+            patch_size=image.patch_size,
+            image_size=side,
             projection_dim=self.projection,
-        )  # fmt: skip
+        )
         tasks = TokenTasks(
-            sketch_weight=self.tokens.sketch, echo_weight=self.tokens.echo, width=text.width, vocab_size=len(tokenizer),
-            patch_size=image.patch_size, image_size=side,
-        )  # fmt: skip
+            sketch_weight=self.tokens.sketch,
+            echo_weight=self.tokens.echo,
+            width=text.width,
+            vocab_size=len(tokenizer),
+            patch_size=image.patch_size,
+            image_size=side,
+        )
         return Contrastive(clip, tasks)

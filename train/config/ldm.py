@@ -55,10 +55,18 @@ class UnetConfig:
         from ldm.networks.unet import build_unet
 
         return build_unet(
-            channels=self.channels, layers=self.layers, attention=self.attention, heads=self.heads, depth=self.depth,
-            modulation=self.modulation, groups=self.groups, latent_channels=latent_channels, latent_size=latent_size,
-            learned_variance=learned_variance, text_width=text_width,
-        )  # fmt: skip
+            channels=self.channels,
+            layers=self.layers,
+            attention=self.attention,
+            heads=self.heads,
+            depth=self.depth,
+            modulation=self.modulation,
+            groups=self.groups,
+            latent_channels=latent_channels,
+            latent_size=latent_size,
+            learned_variance=learned_variance,
+            text_width=text_width,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -112,15 +120,13 @@ class DiffusionConfig:
 
         return Schedule.build(
             self.schedule, self.timesteps, self.beta_start, self.beta_end, self.zero_terminal_snr, self.shift
-        )  # fmt: skip
+        )
 
     def build_process(self) -> "Process":
         """Return the process that is saved with the model. Raises UserError if schedule values are incompatible."""
         from ldm.formats.scheduler_config import Process
 
-        return Process(
-            schedule=self.build_schedule(), target=self.target, spacing=self.spacing, variance=self.variance
-        )  # fmt: skip
+        return Process(schedule=self.build_schedule(), target=self.target, spacing=self.spacing, variance=self.variance)
 
     def build_objective(self) -> "Objective":
         """Return the training objective. Raises UserError if its parts are incompatible."""
@@ -151,7 +157,7 @@ class DiffusionConfig:
                 assert_never(self.timestep_sampling)
         return Objective(
             self.build_schedule(), self.target, weighting, self.loss, self.objective, self.variance, timesteps
-        )  # fmt: skip
+        )
 
     @model_validator(mode="after")
     def _bound_is_plain(self) -> Self:

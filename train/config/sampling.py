@@ -44,6 +44,11 @@ class SamplingOptions:
     def sampling(self) -> Sampling:
         """Return the options as arguments of the pipeline."""
         return Sampling(
-            num_inference_steps=self.steps, guidance_scale=self.guidance_scale, guidance_rescale=self.guidance_rescale,
-            guidance_interval=self.guidance_interval, sampler=self.sampler, spacing=self.spacing, eta=self.eta,
-        )  # fmt: skip
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            guidance_rescale=self.guidance_rescale,
+            guidance_interval=self.guidance_interval,
+            sampler=self.sampler,
+            spacing=self.spacing,
+            eta=self.eta,
+        )

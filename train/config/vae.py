@@ -38,18 +38,25 @@ class AutoencoderConfig:
         from autoencoder.model import build_autoencoder
 
         return build_autoencoder(
-            channels=self.channels, layers=self.layers, latent_channels=self.latent_channels, groups=self.groups,
-            attention=self.attention, resolution=resolution,
-        )  # fmt: skip
+            channels=self.channels,
+            layers=self.layers,
+            latent_channels=self.latent_channels,
+            groups=self.groups,
+            attention=self.attention,
+            resolution=resolution,
+        )
 
     @classmethod
     def of(cls, vae: "AutoencoderKL") -> Self:
         """Return the shape of a network."""
         c = vae.config
         return cls(
-            channels=tuple(c.block_out_channels), layers=c.layers_per_block, latent_channels=c.latent_channels,
-            groups=c.norm_num_groups, attention=c.mid_block_add_attention,
-        )  # fmt: skip
+            channels=tuple(c.block_out_channels),
+            layers=c.layers_per_block,
+            latent_channels=c.latent_channels,
+            groups=c.norm_num_groups,
+            attention=c.mid_block_add_attention,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)

@@ -26,9 +26,16 @@ class Feed:
         """Yield this process's parts of each step's batch, from step `start` on."""
         config, accelerator = self.config, self.accelerator
         read = loader(
-            dataset, start_step=start, steps=config.steps, batch_size=config.batch_size,
-            rank=accelerator.process_index, world=accelerator.num_processes, accumulation=config.accumulation,
-            workers=config.workers, pin_memory=accelerator.device.type == "cuda", damage=damage,
-        )  # fmt: skip
+            dataset,
+            start_step=start,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            accumulation=config.accumulation,
+            workers=config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            damage=damage,
+        )
         for parts in read:
             yield [part.to(accelerator.device) for part in parts]

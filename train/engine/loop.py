@@ -83,10 +83,18 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
     first = next(batches)
     estimate(run, stage, first, config.steps - start)
     watch.restart()
-    with Stop(run.accelerator) as stop, tqdm(
-        initial=start * config.batch_size, total=config.steps * config.batch_size, unit="img", disable=not run.main,
-        dynamic_ncols=True, desc=run.folder.name, mininterval=0.5,
-    ) as bar:  # fmt: skip
+    with (
+        Stop(run.accelerator) as stop,
+        tqdm(
+            initial=start * config.batch_size,
+            total=config.steps * config.batch_size,
+            unit="img",
+            disable=not run.main,
+            dynamic_ncols=True,
+            desc=run.folder.name,
+            mininterval=0.5,
+        ) as bar,
+    ):
         for done, parts in enumerate(itertools.chain([first], batches), start + 1):
             means.add(trainer.step(done - 1, parts))
             bar.update(config.batch_size)

@@ -40,9 +40,19 @@ class About:
 
 
 def write_card(
-    folder: Path, about: About, config: RunConfig, inputs: Inputs, *, name: str, fingerprint: str, samples: Path,
-    step: int, final: bool, measured: int, figures: dict[str, float],
-) -> None:  # fmt: skip
+    folder: Path,
+    about: About,
+    config: RunConfig,
+    inputs: Inputs,
+    *,
+    name: str,
+    fingerprint: str,
+    samples: Path,
+    step: int,
+    final: bool,
+    measured: int,
+    figures: dict[str, float],
+) -> None:
     """Write README.md into a model's folder, and the run's newest sheet as sample.png.
 
     name: the run's. fingerprint: the data's. samples: the folder of sheets. figures: metrics of the last validation, at

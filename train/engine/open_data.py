@@ -27,8 +27,10 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
         return Inputs(Source(stream.training), Source(stream.held_out, "test"), stream)
     splits = find_splits(data, columns, (config.train_split, config.validation_split))
     how: dict[str, Any] = {
-        "name": config.validation_split, "train": config.train_split, "fraction": config.validation_fraction
-    }  # fmt: skip
+        "name": config.validation_split,
+        "train": config.train_split,
+        "fraction": config.validation_fraction,
+    }
     return Inputs(take(splits, "train", **how), take(splits, "test", **how))
 
 

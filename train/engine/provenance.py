@@ -17,8 +17,13 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", 
 
 def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool) -> None:
     """Write training.json, which may be published with the weights."""
-    about = {"step": step, "final": final, "date": datetime.now(UTC).isoformat(timespec="seconds"),
-             "versions": versions(), "config": published(config, told)}  # fmt: skip
+    about = {
+        "step": step,
+        "final": final,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "config": published(config, told),
+    }
     (folder / _FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -52,9 +57,12 @@ def commit() -> str:
     """Return the commit of the checkout that this code is in, or nothing."""
     try:
         asked = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True,
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
             timeout=10,
-        )  # fmt: skip
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return asked.stdout.strip() if asked.returncode == 0 else ""

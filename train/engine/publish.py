@@ -30,9 +30,18 @@ def publisher(run: AnyRun, stage: Published) -> Publish:
         write_provenance(folder, run.config, step=step, final=final)
         measured, figures = run.metrics.validated(step)
         write_card(
-            folder, stage.about(), run.config, stage.inputs, name=run.folder.name, fingerprint=run.inputs["data"],
-            samples=run.folder.samples, step=step, final=final, measured=measured, figures=figures,
-        )  # fmt: skip
+            folder,
+            stage.about(),
+            run.config,
+            stage.inputs,
+            name=run.folder.name,
+            fingerprint=run.inputs["data"],
+            samples=run.folder.samples,
+            step=step,
+            final=final,
+            measured=measured,
+            figures=figures,
+        )
         if final and not license:
             run.say(
                 f"{run.folder.model / 'README.md'} states no licence, so nobody may assume any: the same command with, for "

@@ -118,8 +118,9 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
     limits = d.build_process().stock_limits() or backbone.stock_limits()
     example = {
         "prompt": repr(config.prompts[0][:_LONGEST]) if config.prompts else _prompt(inputs),
-        "steps": config.sample_steps, "guidance": config.guidance_scale,
-    }  # fmt: skip
+        "steps": config.sample_steps,
+        "guidance": config.guidance_scale,
+    }
     code = _INPAINT if inpaints else _PAINT
     ours = code.format(package="ldm", pipeline="LatentDiffusionPipeline", **example)
     stock = code.format(package="diffusers", pipeline="DiffusionPipeline", **example)

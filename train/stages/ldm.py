@@ -45,9 +45,14 @@ class LdmStage:
     """What the loop asks of stage 2."""
 
     def __init__(
-        self, run: Run[LdmConfig], parts: Parts, inputs: Inputs, training: Examples | StreamDataset[DrawnNoise],
-        held_out: Examples, terms: Sequence[Term[Denoising]] = (),
-    ) -> None:  # fmt: skip
+        self,
+        run: Run[LdmConfig],
+        parts: Parts,
+        inputs: Inputs,
+        training: Examples | StreamDataset[DrawnNoise],
+        held_out: Examples,
+        terms: Sequence[Term[Denoising]] = (),
+    ) -> None:
         self.run, self.config, self.parts, self.inputs = run, run.config, parts, inputs
         self.training, self.held_out = training, held_out
         config, backbone = run.config, parts.backbone
@@ -112,9 +117,12 @@ class LdmStage:
             return
         prompts = config.prompts or [row.captions[0] for row in islice(self.inputs.held_out, _SHEET)]
         pictures = paint(
-            self.pipeline(), prompts, num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale,
+            self.pipeline(),
+            prompts,
+            num_inference_steps=config.sample_steps,
+            guidance_scale=config.guidance_scale,
             seed=config.seed,
-        )  # fmt: skip
+        )
         sheet(in_rows(list(pictures), 4), prompts).save(path)
 
     def _inpainted(self) -> Image.Image:
@@ -126,10 +134,14 @@ class LdmStage:
             range(len(rows))
         )
         made = self.pipeline()(
-            batch.captions, image=batch.pixels / 2 + 0.5, mask_image=batch.drawn.mask,
-            num_inference_steps=config.sample_steps, guidance_scale=config.guidance_scale, output_type="pt",
+            batch.captions,
+            image=batch.pixels / 2 + 0.5,
+            mask_image=batch.drawn.mask,
+            num_inference_steps=config.sample_steps,
+            guidance_scale=config.guidance_scale,
+            output_type="pt",
             generator=[torch.Generator().manual_seed(config.seed + k) for k in range(len(rows))],
-        ).images  # fmt: skip
+        ).images
         assert isinstance(made, Tensor)
         pairs = torch.stack([without(batch.pixels, batch.drawn.mask), made.cpu() * 2 - 1], 1).flatten(0, 1)
         captions = [text for caption in batch.captions for text in ("", caption)]

@@ -25,18 +25,21 @@ def open_examples(
     """What is trained on, and the held-out examples: squares whatever the others are, so that measures can be compared."""
     config = run.config
     noising = Noising(
-        dropout=config.caption_dropout, strata=config.batch_size if config.diffusion.stratified else 1,
+        dropout=config.caption_dropout,
+        strata=config.batch_size if config.diffusion.stratified else 1,
         offset=config.diffusion.offset_noise,
-    )  # fmt: skip
+    )
     if config.cache != "off":
         training, held_out = (
             cached(run, parts, source, noising, inputs.buckets) for source in (inputs.source, inputs.held_out)
         )
         return training, held_out
     draws = partial(
-        LatentNoise, channels=parts.autoencoder.latent_channels, factor=parts.autoencoder.factor,
+        LatentNoise,
+        channels=parts.autoencoder.latent_channels,
+        factor=parts.autoencoder.factor,
         masks=config.task == "inpaint",
-    )  # fmt: skip
+    )
     plain = config.input.plain(config.input.resolution)
     return (
         inputs.pictures(config.input.framing(), config.seed, draws(noising)),
@@ -46,7 +49,7 @@ def open_examples(
 
 def cached(
     run: Run[LdmConfig], parts: Parts, source: Source, noising: Noising, buckets: Buckets | None
-) -> CachedDataset:  # fmt: skip
+) -> CachedDataset:
     """Latents and text features of a source, from the cache or computed into it now. noising, buckets: for training."""
     config, autoencoder, text_encoder = run.config, parts.autoencoder, parts.text_encoder
     training = source.split == "train"
@@ -55,16 +58,31 @@ def cached(
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
     framing = config.input.framing() if training else config.input.plain(config.input.resolution)
     latents = LatentCache.open(
-        run.cache, source, autoencoder.encode, digest=autoencoder.digest, framing=framing,
-        channels=autoencoder.latent_channels, factor=autoencoder.factor, crops=max(1, config.input.crops) if training else 1, buckets=buckets, dtype=dtype,
-        workers=config.workers, processes=run.processes, note=partial(run.damage.of(source.left_out).note, whole=True),
-    )  # fmt: skip
+        run.cache,
+        source,
+        autoencoder.encode,
+        digest=autoencoder.digest,
+        framing=framing,
+        channels=autoencoder.latent_channels,
+        factor=autoencoder.factor,
+        crops=max(1, config.input.crops) if training else 1,
+        buckets=buckets,
+        dtype=dtype,
+        workers=config.workers,
+        processes=run.processes,
+        note=partial(run.damage.of(source.left_out).note, whole=True),
+    )
     cut = CutCaptions(run.say, "--text-chunks")
     with cut.counted():
         text = TextCache.open(
-            run.cache, source, text_encoder.encode, digest=text_encoder.digest,
-            shape=(text_encoder.tokens, text_encoder.width), dtype=dtype, processes=run.processes,
-        )  # fmt: skip
+            run.cache,
+            source,
+            text_encoder.encode,
+            digest=text_encoder.digest,
+            shape=(text_encoder.tokens, text_encoder.width),
+            dtype=dtype,
+            processes=run.processes,
+        )
     if cut.count > 1:
         run.say(f"{cut.count:,} captions were cut")
     originals = Originals(source, framing, buckets) if config.task == "inpaint" else None

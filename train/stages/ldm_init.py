@@ -39,7 +39,7 @@ class Parts:
 
 def load_parts(
     config: LdmConfig, objective: Objective, device: torch.device, backbone: Backbone | None = None
-) -> Parts:  # fmt: skip
+) -> Parts:
     """Load what the configuration names onto a device: the backbone from random weights or of `init`, unless it is given.
 
     Raises UserError where something is missing or doesn't fit.
@@ -58,15 +58,16 @@ def load_parts(
         raise UserError(
             f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
         )
-    made_from = {
-        "vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": digest(unet) if unet else ""
-    }  # fmt: skip
+    made_from = {"vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": digest(unet) if unet else ""}
     changes: tuple[str, ...] = ()
     if init:
-        theirs, was = {
-            "vae": Autoencoder.load(init).digest if config.vae else made_from["vae"],
-            "text_encoder": ClipTextEncoder.load(init).digest if config.text_encoder else made_from["text_encoder"],
-        }, Process.load(init)  # fmt: skip
+        theirs, was = (
+            {
+                "vae": Autoencoder.load(init).digest if config.vae else made_from["vae"],
+                "text_encoder": ClipTextEncoder.load(init).digest if config.text_encoder else made_from["text_encoder"],
+            },
+            Process.load(init),
+        )
         changes = tuple(changes_since(config, was, objective, theirs, made_from))
     backbone = choose_backbone(config, backbone, unet, autoencoder, text_encoder.width)
     backbone.module.to(device)
@@ -110,8 +111,11 @@ def choose_backbone(
         if unet is None:
             return backbone
     wanted = {
-        "condition_width": width, "latent_channels": c, "out_channels": c * (1 + learned), "in_channels": c + context
-    }  # fmt: skip
+        "condition_width": width,
+        "latent_channels": c,
+        "out_channels": c * (1 + learned),
+        "in_channels": c + context,
+    }
     for name, value in wanted.items():
         if (found := getattr(backbone, name)) != value:
             raise UserError(f"{what} has {name} {found}, this run needs {value}")
@@ -129,7 +133,7 @@ def choose_backbone(
 
 def changes_since(
     config: LdmConfig, was: Process, now: Objective, theirs: Mapping[str, str], ours: Mapping[str, str]
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     """What a run changes of what the pipeline it begins with has learned, a sentence each.
 
     theirs, ours: digests of the frozen networks, by the names of the options.

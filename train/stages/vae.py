@@ -53,9 +53,13 @@ class VaeStage:
     """Stage 1 as the training loop sees it."""
 
     def __init__(
-        self, run: Run[VaeConfig], vae: AutoencoderKL, perceptual: nn.Module | None, inputs: Inputs,
+        self,
+        run: Run[VaeConfig],
+        vae: AutoencoderKL,
+        perceptual: nn.Module | None,
+        inputs: Inputs,
         terms: Sequence[Term[Reconstruction]] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.run, self.config, self.inputs = run, run.config, inputs
         config = run.config
         device, resolution = run.accelerator.device, config.input.resolution
@@ -161,9 +165,13 @@ class VaeStage:
         count = min(len(self.held_out.source), self.config.validation_examples)
         vae, _ = self._normalised(self.held_out, range(count))
         figures = measure_reconstruction(
-            Autoencoder(vae), ((p.pixels, p.drawn) for p in self._shares(self.held_out, range(count))),
-            perceptual=self.perceptual, features=self.features, levels=_NOISE, reduce=self._sum,
-        )  # fmt: skip
+            Autoencoder(vae),
+            ((p.pixels, p.drawn) for p in self._shares(self.held_out, range(count))),
+            perceptual=self.perceptual,
+            features=self.features,
+            levels=_NOISE,
+            reduce=self._sum,
+        )
         self.run.say(
             f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out pictures"
         )

@@ -87,10 +87,14 @@ class Reconstruct(nn.Module):
     """
 
     def __init__(
-        self, vae: AutoencoderKL, config: VaeConfig, perceptual: nn.Module | None,
-        discriminator: PatchDiscriminator | None, mean: Callable[[Tensor], Tensor] = lambda x: x,
+        self,
+        vae: AutoencoderKL,
+        config: VaeConfig,
+        perceptual: nn.Module | None,
+        discriminator: PatchDiscriminator | None,
+        mean: Callable[[Tensor], Tensor] = lambda x: x,
         terms: Sequence[Term[Reconstruction]] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.vae, self.config, self.mean = vae, config, mean
         self.logvar = nn.Parameter(torch.zeros((), device=vae.device)) if config.learn_logvar else None

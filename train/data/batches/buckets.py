@@ -53,7 +53,7 @@ class Buckets:
 
     def __init__(
         self, sizes: Sequence[Size], of: NDArray[np.int64], batch_size: int, seed: int, joined: int = 0
-    ) -> None:  # fmt: skip
+    ) -> None:
         """of: (n,) index into `sizes` for each picture. batch_size: over all processes. joined: number of sizes left out."""
         self.sizes, self.of, self.batch_size, self.seed, self.joined = list(sizes), of, batch_size, seed, joined
         counts = np.bincount(of, minlength=len(sizes))

@@ -61,9 +61,15 @@ class CachedDataset:
     """
 
     def __init__(
-        self, latents: LatentCache, text: TextCache, seed: int, noising: Noising = PLAIN, *, shuffle: bool = True,
+        self,
+        latents: LatentCache,
+        text: TextCache,
+        seed: int,
+        noising: Noising = PLAIN,
+        *,
+        shuffle: bool = True,
         originals: Originals | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if len(latents) != len(text):
             raise ValueError(f"latents of {len(latents)} pictures, captions of {len(text)}: give caches of one source")
         self.latents, self.text, self.seed, self.noising, self.originals = latents, text, seed, noising, originals
@@ -100,6 +106,11 @@ class CachedDataset:
         rows[drawn.dropped.numpy()] = 0
         mean, std = latents.gather(indices, crops, flips).unbind(1)
         return CachedBatch(
-            position=torch.from_numpy(at), index=torch.from_numpy(indices), mean=mean, std=std,
-            condition=self.text.gather(rows), drawn=drawn, pixels=pixels,
-        )  # fmt: skip
+            position=torch.from_numpy(at),
+            index=torch.from_numpy(indices),
+            mean=mean,
+            std=std,
+            condition=self.text.gather(rows),
+            drawn=drawn,
+            pixels=pixels,
+        )

@@ -44,8 +44,13 @@ class LatentCache:
     """
 
     def __init__(
-        self, shards: Sequence[Shards], crops: int, flip: bool, damaged: NDArray[np.bool_], buckets: Buckets | None = None
-    ) -> None:  # fmt: skip
+        self,
+        shards: Sequence[Shards],
+        crops: int,
+        flip: bool,
+        damaged: NDArray[np.bool_],
+        buckets: Buckets | None = None,
+    ) -> None:
         self.shards, self.crops, self.flip, self.damaged, self.buckets = list(shards), crops, flip, damaged, buckets
         self._place = np.arange(len(damaged))  # index of each picture within its rectangle
         for members in buckets.members if buckets else ():
@@ -73,11 +78,23 @@ class LatentCache:
 
     @classmethod
     def open(
-        cls, folder: Path, source: Source, encode: PictureEncoder, *, digest: str, framing: Framing, channels: int,
-        factor: int, crops: int = 1, buckets: Buckets | None = None, dtype: Stored = "float32",
-        batch_size: int | None = None, workers: int = 0, processes: Processes | None = None,
+        cls,
+        folder: Path,
+        source: Source,
+        encode: PictureEncoder,
+        *,
+        digest: str,
+        framing: Framing,
+        channels: int,
+        factor: int,
+        crops: int = 1,
+        buckets: Buckets | None = None,
+        dtype: Stored = "float32",
+        batch_size: int | None = None,
+        workers: int = 0,
+        processes: Processes | None = None,
         note: Callable[[int, list[tuple[str, str]]], object] = lambda readable, damaged: None,
-    ) -> Self:  # fmt: skip
+    ) -> Self:
         """Open the cache of a source under `folder`, and complete it if needed; `encode` runs only for missing latents.
 
         digest: hash of the encoder's weights and of everything else its output depends on. channels: of a latent.
@@ -167,9 +184,15 @@ class _Latents:
     """`Rows` of posteriors."""
 
     def __init__(
-        self, windows: _Windows, keys: Digests, doubtful: NDArray[np.bool_], encode: PictureEncoder,
-        shape: tuple[int, ...], dtype: Stored, workers: int,
-    ) -> None:  # fmt: skip
+        self,
+        windows: _Windows,
+        keys: Digests,
+        doubtful: NDArray[np.bool_],
+        encode: PictureEncoder,
+        shape: tuple[int, ...],
+        dtype: Stored,
+        workers: int,
+    ) -> None:
         """keys, doubtful: those of the windows' pictures."""
         self.windows, self.encode, self.shape, self.dtype, self.workers = windows, encode, shape, dtype, workers
         self.keys = np.repeat(keys, windows.views, 0)

@@ -41,9 +41,15 @@ class PictureDataset(Generic[Drawn]):
     """
 
     def __init__(
-        self, source: Source, framing: Framing, seed: int, *, buckets: Buckets | None = None, shuffle: bool = True,
+        self,
+        source: Source,
+        framing: Framing,
+        seed: int,
+        *,
+        buckets: Buckets | None = None,
+        shuffle: bool = True,
         draws: Draws[Drawn] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.source, self.buckets = source, buckets
         self.framer = _Framer(framing, seed, draws)
         self.order: Order = buckets or (Shuffled if shuffle else InOrder)(len(source), seed)

@@ -46,9 +46,17 @@ class TextCache:
 
     @classmethod
     def open(
-        cls, folder: Path, source: Source, encode: CaptionEncoder, *, digest: str, shape: tuple[int, ...],
-        dtype: Stored = "float32", batch_size: int = 256, processes: Processes | None = None,
-    ) -> Self:  # fmt: skip
+        cls,
+        folder: Path,
+        source: Source,
+        encode: CaptionEncoder,
+        *,
+        digest: str,
+        shape: tuple[int, ...],
+        dtype: Stored = "float32",
+        batch_size: int = 256,
+        processes: Processes | None = None,
+    ) -> Self:
         """Open the cache of a source's captions under `folder`, and complete it if needed; see LatentCache.open.
 
         shape: (L, d) of a caption's features.

@@ -45,9 +45,14 @@ class Source:
     """
 
     def __init__(
-        self, catalogue: Catalogue, split: Split = "train", *, without: NDArray[np.int64] | None = None,
-        only: NDArray[np.int64] | None = None, left_out: Sequence[tuple[str, str]] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        catalogue: Catalogue,
+        split: Split = "train",
+        *,
+        without: NDArray[np.int64] | None = None,
+        only: NDArray[np.int64] | None = None,
+        left_out: Sequence[tuple[str, str]] | None = None,
+    ) -> None:
         """without: rows left out, ascending. only: rows kept, in this order. At most one of the two is given.
 
         left_out: (name, reason) of entries that aren't rows; by default the catalogue's.

@@ -252,9 +252,13 @@ def _running(url: str) -> Iterator[Any]:
     """Yield the output of a command. Raises RunError if it fails; a command that isn't read to its end is stopped."""
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            url.removeprefix("pipe:"), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
+            url.removeprefix("pipe:"),
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
             start_new_session=True,
-        )  # fmt: skip
+        )
         output: Any = process.stdout
         status = 0
         try:

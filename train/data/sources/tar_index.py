@@ -225,9 +225,12 @@ class Writer:
             self.lines.seek(0)
             nearest = lowest(_row(line, 0) for line in self.lines)
         about = {
-            "format": _FORMAT, "generation": self.generation, "fingerprint": sums[0], "parts": sums[1],
+            "format": _FORMAT,
+            "generation": self.generation,
+            "fingerprint": sums[0],
+            "parts": sums[1],
             "lowest": nearest,
-        }  # fmt: skip
+        }
         for file in (self.rows, self.lines, self.parts):
             sync(file.fileno())
         with atomic_file(self.folder / "about.json") as new:

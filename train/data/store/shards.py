@@ -133,9 +133,15 @@ class Shards:
 
 
 def open_shards(
-    folder: Path, kind: str, depends_on: dict[str, Any], rows: Rows, shape: tuple[int, ...], dtype: Stored,
-    processes: Processes, batch_size: int,
-) -> tuple[Shards, Bad]:  # fmt: skip
+    folder: Path,
+    kind: str,
+    depends_on: dict[str, Any],
+    rows: Rows,
+    shape: tuple[int, ...],
+    dtype: Stored,
+    processes: Processes,
+    batch_size: int,
+) -> tuple[Shards, Bad]:
     """Open the rows under `folder`, each of `shape`. Returns them, and which of them are bad.
 
     The processes share the work of comparing, verifying and computing, and wait for each other after each of the three.
@@ -234,9 +240,16 @@ def _verify(folder: Path, kind: str, index: Index, found: NDArray[np.int64], pro
 
 
 def _make(
-    folder: Path, kind: str, rows: Rows, keys: Digests, missing: NDArray[np.int64], shape: tuple[int, ...],
-    dtype: Stored, processes: Processes, batch_size: int,
-) -> None:  # fmt: skip
+    folder: Path,
+    kind: str,
+    rows: Rows,
+    keys: Digests,
+    missing: NDArray[np.int64],
+    shape: tuple[int, ...],
+    dtype: Stored,
+    processes: Processes,
+    batch_size: int,
+) -> None:
     """Write this process's share of the missing rows."""
     mine = np.array_split(missing, processes.world)[processes.rank]
     if not len(mine):

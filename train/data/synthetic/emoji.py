@@ -54,8 +54,10 @@ def read_annotations(path: Path) -> list[Named]:
         try:
             annotations = list(ElementTree.parse(file).iter("annotation"))
         except OSError as error:
-            raise UserError(f"can't read the annotations {file}: {error.strerror}; accepted is CLDR's folder "
-                            "common, as Debian's unicode-cldr-core installs it, or one of its files")  from None  # fmt: skip
+            raise UserError(
+                f"can't read the annotations {file}: {error.strerror}; accepted is CLDR's folder "
+                "common, as Debian's unicode-cldr-core installs it, or one of its files"
+            ) from None
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise UserError(f"{file} is not well-formed XML: {error}") from None
         for annotation in annotations:
@@ -128,15 +130,56 @@ _TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 _PART = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3]")  # a skin tone, or hair
 _ASIDE = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3♀♂➡\u200d\ufe0e\ufe0f]")  # skin, hair, gender, joiners
 _FAMILIES = (
-    "❤🧡💛💚💙💜🤎🖤🤍🩷🩵🩶", "🔴🟠🟡🟢🔵🟣🟤⚫⚪", "🟥🟧🟨🟩🟦🟪🟫⬛⬜◼◻◾◽▪▫", "🔶🔷🔸🔹", "📕📗📘📙📔", "💴💵💶💷", "🥇🥈🥉🏅", "❓❔❗❕",
-    "1234567890#*", "🆒🆓🆕🆖🆗🆙", "🔠🔡🔢🔣🔤", "🔙🔚🔛🔜🔝", "⬆↗➡↘⬇↙⬅↖↕↔", "👆👇👈👉", "🔈🔉🔊", "🔒🔓", "⌛⏳", "💿📀", "🚹🚺", "⛄☃", "😈👿",
-    "🌑🌒🌓🌔🌕🌖🌗🌘", "🌍🌎🌏", "😀😃😄", "😗😙😚", "😦😧😟", "🙁☹😕", "".join(map(chr, range(0x1F550, 0x1F568))),
-)  # fmt: skip
+    "❤🧡💛💚💙💜🤎🖤🤍🩷🩵🩶",
+    "🔴🟠🟡🟢🔵🟣🟤⚫⚪",
+    "🟥🟧🟨🟩🟦🟪🟫⬛⬜◼◻◾◽▪▫",
+    "🔶🔷🔸🔹",
+    "📕📗📘📙📔",
+    "💴💵💶💷",
+    "🥇🥈🥉🏅",
+    "❓❔❗❕",
+    "1234567890#*",
+    "🆒🆓🆕🆖🆗🆙",
+    "🔠🔡🔢🔣🔤",
+    "🔙🔚🔛🔜🔝",
+    "⬆↗➡↘⬇↙⬅↖↕↔",
+    "👆👇👈👉",
+    "🔈🔉🔊",
+    "🔒🔓",
+    "⌛⏳",
+    "💿📀",
+    "🚹🚺",
+    "⛄☃",
+    "😈👿",
+    "🌑🌒🌓🌔🌕🌖🌗🌘",
+    "🌍🌎🌏",
+    "😀😃😄",
+    "😗😙😚",
+    "😦😧😟",
+    "🙁☹😕",
+    "".join(map(chr, range(0x1F550, 0x1F568))),
+)
 _ALIKE = str.maketrans(
-    {member: family[0] for family in _FAMILIES for member in family} |
-    {"👨": "🧑", "👩": "🧑", "👱": "🧑", "🧔": "🧑", "👦": "🧒", "👧": "🧒", "👴": "🧓", "👵": "🧓", "🤴": "🫅", "👸": "🫅",
-     "🤶": "🎅", "🕺": "💃", "🤰": "🫄", "🫃": "🫄", "👬": "👫", "👭": "👫"}
-)  # fmt: skip
+    {member: family[0] for family in _FAMILIES for member in family}
+    | {
+        "👨": "🧑",
+        "👩": "🧑",
+        "👱": "🧑",
+        "🧔": "🧑",
+        "👦": "🧒",
+        "👧": "🧒",
+        "👴": "🧓",
+        "👵": "🧓",
+        "🤴": "🫅",
+        "👸": "🫅",
+        "🤶": "🎅",
+        "🕺": "💃",
+        "🤰": "🫄",
+        "🫃": "🫄",
+        "👬": "👫",
+        "👭": "👫",
+    }
+)
 _AS_ONE = {"🧑❤🧑": "💑", "🧑❤💋🧑": "💏", "🧑🤝🧑": "👫", "🫱🫲": "🤝", "🧑🎄": "🎅"}
 
 
@@ -175,8 +218,10 @@ class Font:
         if not path.is_file():
             raise UserError(f"no font at {path}: install Debian's fonts-noto-color-emoji, or give its file as --font")
         if not features.check("raqm"):
-            raise UserError("this Pillow lacks raqm, which joins sequences to one glyph: install Debian's libfribidi0, "
-                            "and Pillow from PyPI")  # fmt: skip
+            raise UserError(
+                "this Pillow lacks raqm, which joins sequences to one glyph: install Debian's libfribidi0, "
+                "and Pillow from PyPI"
+            )
         try:  # the only size that the font has
             self.font = ImageFont.truetype(path, 109, layout_engine=ImageFont.Layout.RAQM)
         except OSError as error:
@@ -269,8 +314,10 @@ def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fra
         "test": [picture for picture in pictures if base(picture.text) in tests],
     }
     if not parts["train"]:
-        raise UserError(f"of {len(named):,} emoji named the font has {len(pictures)}: at least two are needed, "
-                        "one to train with and one that is no variant of it to test with")  # fmt: skip
+        raise UserError(
+            f"of {len(named):,} emoji named the font has {len(pictures)}: at least two are needed, "
+            "one to train with and one that is no variant of it to test with"
+        )
     with new_folder(out) as whole:
         for split, part in parts.items():
             _write_split(whole / split, part)

@@ -96,8 +96,10 @@ class Scene:
 
     def __post_init__(self) -> None:
         if len(self.objects) != (1 if self.relation is None else 2):
-            raise ValueError(f"{len(self.objects)} objects with relation {self.relation!r}: accepted are one object "
-                             "with relation None, or two with a relation")  # fmt: skip
+            raise ValueError(
+                f"{len(self.objects)} objects with relation {self.relation!r}: accepted are one object "
+                "with relation None, or two with a relation"
+            )
         if self.relation not in (None, *RELATIONS):
             raise ValueError(f"relation {self.relation!r} is none of {', '.join(RELATIONS)}")
         if self.background not in BACKGROUNDS:
@@ -128,8 +130,10 @@ def parse_caption(text: str) -> Scene:
     """Return the scene whose caption is `text`. Raises ValueError if there is none."""
     match = _CAPTION.fullmatch(text)
     if match is None:
-        raise ValueError(f"not a caption of the Shapes set: {text!r}; accepted is, say, "
-                         "'a small blue star above a large yellow square on a black background'")  # fmt: skip
+        raise ValueError(
+            f"not a caption of the Shapes set: {text!r}; accepted is, say, "
+            "'a small blue star above a large yellow square on a black background'"
+        )
     words: tuple[Any, ...] = match.groups()
     size, colour, shape, relation, size2, colour2, shape2, background = words
     second = () if relation is None else (Object(shape2, colour2, size2),)

@@ -141,10 +141,12 @@ def _identify(
     y = float(cover.sum(1) @ (np.arange(box.top, box.bottom) + 0.5)) / area
     moments = [_moments(shape) for shape in SHAPES]
     radii = [float(np.sqrt(area / unit)) for unit, _ in moments]
-    templates = np.stack([
-        coverage(shape, Placed(x, y - below * radius, radius), box, samples=3)
-        for shape, radius, (_, below) in zip(SHAPES, radii, moments, strict=True)
-    ])  # (shapes, h, w)  # fmt: skip
+    templates = np.stack(
+        [
+            coverage(shape, Placed(x, y - below * radius, radius), box, samples=3)
+            for shape, radius, (_, below) in zip(SHAPES, radii, moments, strict=True)
+        ]
+    )  # (shapes, h, w)
     sizes = [_size(2 * radius / side) for radius in radii]
     fits = []
     for blur in BLURS:
