@@ -1,7 +1,7 @@
 """PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2) and the adversarial losses.
 
 The discriminator classifies overlapping patches. It uses group normalisation instead of batch normalisation, so that a
-picture's logits depend neither on the rest of the batch nor on the number of processes.
+image's logits depend neither on the rest of the batch nor on the number of processes.
 """
 
 import math
@@ -39,7 +39,7 @@ class PatchDiscriminator(nn.Module):
             channels = wider
         self.body = nn.Sequential(*parts, nn.Conv2d(channels, 1, 4, padding=1))
         self.smallest = 3 * 2**layers
-        """Side in pixels of the smallest pictures that it accepts."""
+        """Side in pixels of the smallest images that it accepts."""
         if spectral:
             for part in self.body:
                 if isinstance(part, nn.Conv2d):
@@ -75,7 +75,7 @@ def frozen(module: nn.Module, but: nn.Parameter | None = None) -> Iterator[None]
 def discriminator_loss(kind: AdversarialKind, real: Tensor, fake: Tensor) -> Tensor:
     """Return the discriminator's loss, a mean over patches.
 
-    real, fake: logits (b, 1, h, w) of pictures and of reconstructions.
+    real, fake: logits (b, 1, h, w) of images and of reconstructions.
     hinge: Lim & Ye 2017 (arXiv 1705.02894). Others: Goodfellow et al. 2014 (arXiv 1406.2661), half the cross-entropies.
     """
     real, fake = real.float(), fake.float()
@@ -103,7 +103,7 @@ def generator_loss(kind: AdversarialKind, fake: Tensor) -> Tensor:
 
 
 def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """Return ½ E ‖∇ D(x)‖² at real pictures (b, 3, H, W), where D is the mean over patches.
+    """Return ½ E ‖∇ D(x)‖² at real images (b, 3, H, W), where D is the mean over patches.
 
     Mescheder et al. 2018 (arXiv 1801.04406), eq. 9. It is computed in float32 even under autocast, since squared
     gradients are mostly zero in half precision.

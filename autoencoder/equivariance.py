@@ -1,9 +1,9 @@
-"""Latents that rotate and scale with their pictures, after EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509).
+"""Latents that rotate and scale with their images, after EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509).
 
-In a share of the steps, the latent is transformed by τ before decoding, and the decoder must reconstruct the picture
+In a share of the steps, the latent is transformed by τ before decoding, and the decoder must reconstruct the image
 transformed by τ. This prevents latents whose meaning depends on their position or on fine noise, which the diffusion
 would have to learn. τ is a rotation by 0 to 3 quarter turns and an independent reduction of each side, with an
-anti-aliasing filter. The authors' code reduces both sides equally, without a filter, and also shrinks pictures in the
+anti-aliasing filter. The authors' code reduces both sides equally, without a filter, and also shrinks images in the
 other steps.
 """
 
@@ -25,7 +25,7 @@ class Transform(NamedTuple):
     """Quarter turns, counter-clockwise."""
 
     def __call__(self, x: Tensor, factor: int = 1) -> Tensor:
-        """Transform latents (b, c, h, w), or pictures whose sides are `factor` times as long."""
+        """Transform latents (b, c, h, w), or images whose sides are `factor` times as long."""
         size = (self.height * factor, self.width * factor)
         if x.shape[-2:] != size:
             x = F.interpolate(x.float(), size=size, mode="bicubic", antialias=True, align_corners=False)

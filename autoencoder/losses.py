@@ -1,12 +1,12 @@
 """The autoencoder's losses. All of them follow these conventions:
 
-- Every loss is a mean over the batch's pictures, so that splitting a batch changes nothing.
-- The reconstruction error is a mean over picture elements, 3·H·W of them, with pictures in [−1, 1].
-- The perceptual distance is one number per picture.
-- The KL divergence is a sum over a latent's elements, in nats, divided by the number of picture elements.
-- The adversarial losses are means over a picture's patches (autoencoder/discriminator.py).
+- Every loss is a mean over the batch's images, so that splitting a batch changes nothing.
+- The reconstruction error is a mean over image elements, 3·H·W of them, with images in [−1, 1].
+- The perceptual distance is one number per image.
+- The KL divergence is a sum over a latent's elements, in nats, divided by the number of image elements.
+- The adversarial losses are means over an image's patches (autoencoder/discriminator.py).
 
-Rombach et al. 2022 (arXiv 2112.10752) sum reconstruction, perceptual distance and KL over a picture's elements instead,
+Rombach et al. 2022 (arXiv 2112.10752) sum reconstruction, perceptual distance and KL over an image's elements instead,
 and weigh the adversarial loss by gradients (`adaptive_weight`). Divided by 3·H·W, this gives the losses here, so their
 weights can be used: KL 1e-6 and adversarial 0.5. (Their limit on the adaptive weight, 1e4, is for weights 3·H·W times
 as large.)
@@ -68,7 +68,7 @@ class Known(NamedTuple):
 
 
 def known(loss: Callable[[Tensor], Tensor], made: Tensor) -> Known:
-    """Compute a loss of pictures and its gradient, and free the graph.
+    """Compute a loss of images and its gradient, and free the graph.
 
     The gradient is used both for `adaptive_weight` and for the backward pass, so that the perceptual network and the
     discriminator run only once.
@@ -80,14 +80,14 @@ def known(loss: Callable[[Tensor], Tensor], made: Tensor) -> Known:
     return Known(value.detach(), gradient / scale)
 
 
-def underflow_scale(pictures: Tensor) -> float:
-    """Return the power of two that scales gradients of a loss of these pictures while they are computed in fp16.
+def underflow_scale(images: Tensor) -> float:
+    """Return the power of two that scales gradients of a loss of these images while they are computed in fp16.
 
     For n elements, an element's gradient is about 1/n, which fp16 rounds to few bits or to 0. A weight's gradient is a
     sum over elements, about 1. Times √n, both are far from the limits of fp16. In fp32 and bf16, a power of two changes
     no digit.
     """
-    return 2.0 ** math.ceil(math.log2(pictures.numel()) / 2)
+    return 2.0 ** math.ceil(math.log2(images.numel()) / 2)
 
 
 class _Attach(torch.autograd.Function):

@@ -84,10 +84,10 @@ class Posterior(NamedTuple):
 
 
 class Autoencoder:
-    """An AutoencoderKL with the interface for diffusion: normalised latents, pictures in [−1, 1].
+    """An AutoencoderKL with the interface for diffusion: normalised latents, images in [−1, 1].
 
     `encode` returns the posterior already multiplied by the scaling factor; `decode` takes such latents. With `tiles`,
-    pictures larger than a tile are encoded and decoded tile by tile, in the memory of one (autoencoder/tiling.py).
+    images larger than a tile are encoded and decoded tile by tile, in the memory of one (autoencoder/tiling.py).
     `colours` previews latents without decoding them (autoencoder/preview.py); None if they haven't been fitted.
     """
 
@@ -133,7 +133,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Posterior:
-        """Encode pictures (b, 3, H, W) in [−1, 1] to the posterior of normalised latents.
+        """Encode images (b, 3, H, W) in [−1, 1] to the posterior of normalised latents.
 
         Its mean and std are (b, c, ⌈H / f⌉, ⌈W / f⌉). If a side isn't a multiple of the factor f, the last row or
         column is repeated up to the next multiple.
@@ -151,14 +151,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents (b, c, h, w) to float32 pictures (b, 3, H, W), not clipped."""
+        """Decode normalised latents (b, c, h, w) to float32 images (b, 3, H, W), not clipped."""
         z = latents.to(self.vae.device, self.vae.dtype) / self.scale
 
-        def picture(part: Tensor) -> Tensor:
+        def image(part: Tensor) -> Tensor:
             return self.vae.decode(part).sample
 
         t, f = self.tiles, self.factor
-        return (picture(z) if t is None else tiled(picture, z, t, up=f, network=self.vae.decoder)).float()
+        return (image(z) if t is None else tiled(image, z, t, up=f, network=self.vae.decoder)).float()
 
 
 class LatentStatistics(NamedTuple):
@@ -167,7 +167,7 @@ class LatentStatistics(NamedTuple):
     mean: Tensor  # (c,)
     std: Tensor  # (c,), with a lower bound
     dead: list[int]
-    """Channels whose posterior mean hardly depends on the picture."""
+    """Channels whose posterior mean hardly depends on the image."""
 
 
 def latent_statistics(sums: Tensor) -> LatentStatistics:
@@ -213,7 +213,7 @@ def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
-    """Return `latent_sums` of an unfolded autoencoder over batches of (pictures, noise); zeros without batches."""
+    """Return `latent_sums` of an unfolded autoencoder over batches of (images, noise); zeros without batches."""
     total = torch.zeros(channels, 5, dtype=torch.float64, device=vae.device)
     for pixels, noise in batches:
         q = vae.encode(pixels.to(vae.device)).latent_dist

@@ -1,4 +1,4 @@
-"""Perceptual distances between pictures in the features of a frozen network, differentiable in the pictures."""
+"""Perceptual distances between images in the features of a frozen network, differentiable in the images."""
 
 import json
 from importlib.resources import as_file, files
@@ -20,13 +20,13 @@ from ldm.errors import UserError, one_line
 
 Backbone = Literal["vgg", "alex"]
 _TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # indices of the compared layers in torchvision's network
-_SMALLEST = 64  # pixels per side, for which the distance was fitted; smaller pictures are enlarged to it
+_SMALLEST = 64  # pixels per side, for which the distance was fitted; smaller images are enlarged to it
 
 
 class Lpips(nn.Module):
     """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924, eq. 1) with an ImageNet VGG16 or AlexNet.
 
-    (made, pixels), pictures (b, 3, H, W) in [−1, 1] → their mean distance, a scalar. weights: torchvision's weights of
+    (made, pixels), images (b, 3, H, W) in [−1, 1] → their mean distance, a scalar. weights: torchvision's weights of
     the backbone, a .safetensors file or a .pth without code; empty: torchvision downloads them. The weights of the
     layers come with torchmetrics. Raises UserError if they can't be read.
     """
@@ -63,7 +63,7 @@ class Lpips(nn.Module):
         with as_file(files("torchmetrics") / "functional" / "image" / "lpips_models" / f"{backbone}.pth") as path:
             fitted = torch.load(path, map_location="cpu", weights_only=True)
         self.fitted = nn.ParameterList(fitted[f"lin{k}.model.1.weight"].flatten() for k in range(len(taps)))  # (c,)
-        # ImageNet's statistics for pictures in [−1, 1].
+        # ImageNet's statistics for images in [−1, 1].
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.eval().requires_grad_(False)
@@ -93,7 +93,7 @@ class Lpips(nn.Module):
 class ClipPerceptual(nn.Module):
     """Mean squared distance between unit-length features of all layers of a CLIP image tower, after Zhang et al. 2018.
 
-    Without a network connection, the tower can be the one that stage 0 trained on the same pictures. Pictures
+    Without a network connection, the tower can be the one that stage 0 trained on the same images. Images
     (b, 3, H, W) in [−1, 1] are resized to the tower's side; (made, pixels) → a scalar. Raises UserError if the folder
     or hub id has no such tower.
     """

@@ -1,7 +1,7 @@
 """Fast previews by a linear map from latents to colours, one pixel per latent, without the decoder.
 
 The mean colour at a latent's position is nearly a linear function of the latent and its eight neighbours, so it is
-fitted by least squares on some pictures (docs/LOG.md has the gain from the neighbours). The fit is over posterior
+fitted by least squares on some images (docs/LOG.md has the gain from the neighbours). The fit is over posterior
 samples z = μ + σ ε, since diffusion learns to generate those. No samples are drawn: the normal equations need only
 E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ. Channels of pure noise thus get no weight.
 """
@@ -28,7 +28,7 @@ class Colours(NamedTuple):
     bias: Tensor  # (3,)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Map normalised latents (b, c, h, w) to pictures (b, 3, h, w) in [−1, 1], float32, on the latents' device."""
+        """Map normalised latents (b, c, h, w) to images (b, 3, h, w) in [−1, 1], float32, on the latents' device."""
         z = _padded(latents.float())
         return F.conv2d(z, self.weight.to(z), self.bias.to(z)).clamp(-1, 1)
 
@@ -66,17 +66,17 @@ class Codec(Protocol):
     vae: Any
 
     def encode(self, pixels: Tensor) -> Any:
-        """Return the posterior of pictures (b, 3, H, W): `mean` and `std`, (b, c, h, w)."""
+        """Return the posterior of images (b, 3, H, W): `mean` and `std`, (b, c, h, w)."""
 
 
 @torch.no_grad()
 def fit_colours(
     autoencoder: Codec, batches: Iterable[Tensor], *, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> Colours:
-    """Fit the colours of an autoencoder's latents to batches of pictures (b, 3, H, W) in [−1, 1].
+    """Fit the colours of an autoencoder's latents to batches of images (b, 3, H, W) in [−1, 1].
 
-    reduce: function that sums a tensor over all processes. Every process must call this, with or without pictures.
-    Raises UserError if no process has a picture, RunError if latents aren't finite.
+    reduce: function that sums a tensor over all processes. Every process must call this, with or without images.
+    Raises UserError if no process has an image, RunError if latents aren't finite.
     """
     c, f = autoencoder.latent_channels, autoencoder.factor
     n = 9 * c
@@ -91,10 +91,10 @@ def fit_colours(
         sums[:n, :n] += variance.sum((0, 2)).diag()
     sums = reduce(sums).cpu()
     if not sums[n, n]:
-        raise UserError("no pictures to fit the colours of latents to: at least one is needed")
+        raise UserError("no images to fit the colours of latents to: at least one is needed")
     if not sums.isfinite().all():
         raise RunError("the autoencoder's latents aren't finite: no colours can be fitted to them")
-    # The pseudo-inverse also handles pictures that all have one colour, when the equations are singular.
+    # The pseudo-inverse also handles images that all have one colour, when the equations are singular.
     both = (torch.linalg.pinv(sums[:, : n + 1], hermitian=True) @ sums[:, n + 1 :]).T.float()  # (3, n + 1)
     return Colours(both[:, :n].reshape(3, c, 3, 3), both[:, n].contiguous())
 

@@ -1,12 +1,12 @@
 """Encoding and decoding of any size in overlapping tiles, in the memory of one tile of the batch.
 
-A tile's result differs from the same part of the whole picture's in three ways, and each has a solution:
+A tile's result differs from the same part of the whole image's in three ways, and each has a solution:
 
-- At an inner border the convolutions pad with zeros instead of the rest of the picture. This effect fades inwards, so
+- At an inner border the convolutions pad with zeros instead of the rest of the image. This effect fades inwards, so
   the outermost quarter of the overlap is discarded (`windows`).
 - Neighbours still differ a little. They are blended over the rest of the overlap, with weights that add up to 1.
-- GroupNorm (Wu & He 2018, arXiv 1803.08494) takes its mean and variance over the picture. A tile's own statistics would
-  change its tone, and blending can't hide that. So all tiles use the whole picture's statistics, which are measured on
+- GroupNorm (Wu & He 2018, arXiv 1803.08494) takes its mean and variance over the image. A tile's own statistics would
+  change its tone, and blending can't hide that. So all tiles use the whole image's statistics, which are measured on
   the tiles for one norm after the other (`_measure`). This costs about ten times as much as the tiles themselves.
 
 Attention in the middle block is limited to its tile; this isn't corrected.
@@ -32,7 +32,7 @@ class Tiles:
     """Size and overlap of tiles; lengths are in latents, both for encoding and for decoding."""
 
     side: int = 64
-    """Side of a tile; smaller pictures stay whole."""
+    """Side of a tile; smaller images stay whole."""
     overlap: int = 16
     """Overlap of neighbours: a quarter at each end is discarded, the half between is blended."""
 
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
     column: Span
 
     def at(self, scale: int) -> tuple[EllipsisType, slice, slice]:
-        """Return the tile's index in a picture of `scale` elements per latent and side."""
+        """Return the tile's index in an image of `scale` elements per latent and side."""
         (top, bottom, _), (left, right, _) = self
         return ..., slice(top * scale, bottom * scale), slice(left * scale, right * scale)
 
@@ -92,7 +92,7 @@ def windows(along: Sequence[Span], overlap: int, scale: int) -> Tensor:
     """Return each tile's weights along an axis with `scale` elements per latent, (tiles, side × scale), float64.
 
     Weights of overlapping tiles add up to 1. They rise as sin², whose slope is zero at both ends, so that a difference
-    of two tiles gives no visible kink, unlike a linear ramp. The borders of the picture itself keep their full weight.
+    of two tiles gives no visible kink, unlike a linear ramp. The borders of the image itself keep their full weight.
     """
     length, rim = (along[0].stop - along[0].start) * scale, overlap // 4 * scale
     ramp = overlap * scale - 2 * rim
@@ -119,15 +119,15 @@ def tiled(
 ) -> Tensor:
     """Compute `run`(x) tile by tile. x has `down` elements per latent and side, the result has `up`.
 
-    x (b, c, h × down, w × down) gives (b, c', h × up, w × up), at least float32 and on the device of x. A picture no
+    x (b, c, h × down, w × down) gives (b, c', h × up, w × up), at least float32 and on the device of x. An image no
     larger than a tile runs once as a whole. Otherwise the group norms of `network`, which `run` calls, use the whole
-    picture's statistics; without `network`, every tile uses its own. If `run` has no attention and a receptive field of
-    at most a quarter of the overlap to each side, the result equals that of the whole picture. `run` may move a tile to
+    image's statistics; without `network`, every tile uses its own. If `run` has no attention and a receptive field of
+    at most a quarter of the overlap to each side, the result equals that of the whole image. `run` may move a tile to
     another device. Two threads can't use this on one network at once, and the network can't slice its batches.
     Raises UserError if a side of x isn't a multiple of `down`, ValueError for a result of another size.
     """
     if x.shape[-2] % down or x.shape[-1] % down:
-        raise UserError(f"a picture of {x.shape[-1]} × {x.shape[-2]} elements: give multiples of {down}")
+        raise UserError(f"an image of {x.shape[-1]} × {x.shape[-2]} elements: give multiples of {down}")
     rows, columns = spans(x.shape[-2] // down, tiles), spans(x.shape[-1] // down, tiles)
     if len(rows) == len(columns) == 1:
         return _wide(run(x)).to(x.device)
@@ -152,9 +152,9 @@ def tiled(
 
 
 def pad_to_multiple(pixels: Tensor, factor: int) -> Tensor:
-    """Pad pictures (b, c, h, w) at the right and bottom until both sides are multiples of `factor`.
+    """Pad images (b, c, h, w) at the right and bottom until both sides are multiples of `factor`.
 
-    The last row and column are repeated. Unlike a reflection, this works for the smallest pictures, and it adds no
+    The last row and column are repeated. Unlike a reflection, this works for the smallest images, and it adds no
     edges. The caller crops the reconstruction to h × w.
     """
     height, width = pixels.shape[-2:]
@@ -162,7 +162,7 @@ def pad_to_multiple(pixels: Tensor, factor: int) -> Tensor:
 
 
 class _Moments(NamedTuple):
-    """Moments of a group norm's input, for each picture and group."""
+    """Moments of a group norm's input, for each image and group."""
 
     size: int  # elements
     mean: Tensor  # (b, groups), float64
@@ -235,7 +235,7 @@ def _group_norms(network: nn.Module | None) -> Iterator[_GroupNorms]:
 
 
 def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile], down: int, norms: _GroupNorms) -> None:
-    """Fix the whole picture's statistics of every norm, one norm after the other.
+    """Fix the whole image's statistics of every norm, one norm after the other.
 
     Each run stops at the norm being measured. The norms can't be measured all at once, since each changes the input of
     the later ones; repeating that a few times doesn't converge.

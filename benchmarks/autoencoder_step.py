@@ -135,13 +135,13 @@ def main() -> None:
     def seconds(step: Step) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-            begun = time.perf_counter()
+            started = time.perf_counter()
             step(batch)
             torch.cuda.synchronize()
-            return time.perf_counter() - begun
-        begun = time.process_time()
+            return time.perf_counter() - started
+        started = time.process_time()
         step(batch)
-        return (time.process_time() - begun) / torch.get_num_threads()
+        return (time.process_time() - started) / torch.get_num_threads()
 
     print(f"{versions()}, {device}, {torch.get_num_threads()} threads, {vars(o)}")
     with tempfile.TemporaryDirectory() as folder:

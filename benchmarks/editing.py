@@ -25,7 +25,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import command
 from train.config.load import overlay
 from train.config.sampling import SamplingOptions
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.data.synthetic.shapes import (
@@ -40,7 +40,7 @@ from train.data.synthetic.shapes import (
     Scene,
     parse_caption,
 )
-from train.data.synthetic.shapes_checker import ATTRIBUTES, Found, read_scene
+from train.data.synthetic.shapes_checker import ATTRIBUTES, FoundObject, read_scene
 from train.engine.precision import DTYPES
 from train.engine.provenance import versions
 from train.evaluation.sheets import sheet, to_uint8
@@ -51,7 +51,7 @@ STRENGTHS = (0.5, 0.6, 0.7, 0.8)
 SAMPLERS = ("dpmpp_2m", "dpmpp_2m_sde")  # for inpainting, where noise drawn at each step helps
 NEAR = 0.1  # of the side: an object that moved no farther counts as in place
 SHOWN = 10  # examples on a sheet
-Pictures = NDArray[np.float32]
+Images = NDArray[np.float32]
 """(n, side, side, 3) in [0, 1]."""
 
 
@@ -67,7 +67,7 @@ class Options(SamplingOptions):
     """Folder of the Shapes dataset."""
     out: str = "out/editing"
     """Folder for editing.json and the sheets."""
-    pictures: int = 200
+    images: int = 200
     """Number of test images per edit."""
     seed: int = 0
     """Seed of boxes and prompts; image k has the noise of seed + k."""
@@ -79,7 +79,7 @@ class Options(SamplingOptions):
 class Edit:
     """Image of one object, and the requested edit."""
 
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     """(side, side, 3)."""
     before: Scene
     after: Scene
@@ -90,32 +90,32 @@ class Edit:
     @property
     def mask(self) -> NDArray[np.bool_]:
         """Mask of the edited region (side, side, 1)."""
-        rows, columns = np.indices(self.picture.shape[:2])[..., None]
+        rows, columns = np.indices(self.image.shape[:2])[..., None]
         if self.box is None:
             return np.ones_like(rows, bool)
         left, top, right, bottom = self.box
         return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
 
 
-def given_pictures(data: str, side: int) -> list[Edit]:
+def given_images(data: str, side: int) -> list[Edit]:
     """Return the test images of one object, each as an edit that requests no change."""
     if not (Path(data) / "shapes.json").is_file():
         raise UserError(f"--data {data!r}: a Shapes set is accepted, as scripts/make_dataset.py shapes writes it")
-    dataset = PictureDataset(open_source(data, "test"), Framing(resolution=side), 0, shuffle=False)
+    dataset = ImageDataset(open_source(data, "test"), Framing(resolution=side), 0, shuffle=False)
     batch = dataset.__getitems__(range(len(dataset.source)))
     scenes = map(parse_caption, batch.captions)
     pairs = zip(to_uint8(batch.pixels), scenes, strict=True)
-    return [Edit(picture, scene, scene) for picture, scene in pairs if len(scene.objects) == 1]
+    return [Edit(image, scene, scene) for image, scene in pairs if len(scene.objects) == 1]
 
 
 def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callable[[], Object]) -> list[Edit]:
     """Return `count` edits that add the object of `choose()` inside a box, placed at random where it fits."""
     edits = []
     for edit in given:
-        side, thing = len(edit.picture), choose()
+        side, thing = len(edit.image), choose()
         least, most = (round(share * side) for share in BOX_SIDES)
         h, w = rng.integers(least, most, size=2, endpoint=True).tolist()
-        taken = (edit.picture != np.array(BACKGROUNDS[edit.before.background], np.uint8)).any(-1)
+        taken = (edit.image != np.array(BACKGROUNDS[edit.before.background], np.uint8)).any(-1)
         near = ndimage.binary_dilation(taken, np.ones((3, 3)), round(GAP * side))
         corners = np.argwhere(~sliding_window_view(near, (h, w)).any((-2, -1)))
         if thing == edit.before.objects[0] or not len(corners):
@@ -126,7 +126,7 @@ def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callab
         after = replace(edit.before, objects=(thing, *edit.before.objects), relation=relation)
         edits.append(replace(edit, after=after, box=Box(left, top, left + w, top + h)))
     if len(edits) < count:
-        raise UserError(f"--pictures {count}: only {len(edits)} of the set's have room for another object")
+        raise UserError(f"--images {count}: only {len(edits)} of the set's have room for another object")
     return edits[:count]
 
 
@@ -140,7 +140,7 @@ def direction(right: float, down: float) -> Relation:
 def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]:
     """Return `count` edits that change the background."""
     if len(given) < count:
-        raise UserError(f"--pictures {count}: the set has {len(given)} test pictures of one object")
+        raise UserError(f"--images {count}: the set has {len(given)} test images of one object")
     others = [[name for name in BACKGROUNDS if name != edit.before.background] for edit in given[:count]]
     return [
         replace(edit, after=replace(edit.before, background=names[rng.integers(len(names))]))
@@ -148,75 +148,75 @@ def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]
     ]
 
 
-def paint(pipe: LatentDiffusionPipeline, edits: Sequence[Edit], o: Options, **how: Any) -> Pictures:
-    """Return the edited images; with `from_picture=False`, images generated from noise alone."""
-    painted, from_picture = [], how.pop("from_picture", True)
+def generate(pipe: LatentDiffusionPipeline, edits: Sequence[Edit], o: Options, **how: Any) -> Images:
+    """Return the edited images; with `from_image=False`, images generated from noise alone."""
+    generated, from_image = [], how.pop("from_image", True)
     for first in range(0, len(edits), o.batch_size):
         part = edits[first : first + o.batch_size]
-        if from_picture:
-            how["image"] = np.stack([edit.picture for edit in part]) / np.float32(255)
+        if from_image:
+            how["image"] = np.stack([edit.image for edit in part]) / np.float32(255)
             if part[0].box is not None:
                 how["mask_image"] = np.stack([edit.mask for edit in part])
         generators = [torch.Generator().manual_seed(o.seed + first + k) for k in range(len(part))]
         prompts = [edit.after.caption for edit in part]
         arguments: dict[str, Any] = {**o.sampling(), **how}
         made = pipe(prompts, generator=generators, output_type="np", **arguments).images
-        painted.append(np.asarray(made))
-    return np.concatenate(painted)
+        generated.append(np.asarray(made))
+    return np.concatenate(generated)
 
 
-def eight_bits(pictures: Pictures) -> NDArray[np.uint8]:
-    return (pictures * 255).round().astype(np.uint8)
+def eight_bits(images: Images) -> NDArray[np.uint8]:
+    return (images * 255).round().astype(np.uint8)
 
 
-def is_like(found: Found, thing: Object) -> bool:
+def matches(found: FoundObject, thing: Object) -> bool:
     return all(getattr(found, name) == getattr(thing, name) for name in ATTRIBUTES)
 
 
-def judge_inpainting(picture: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
-    """Check the attributes of the new object in the box, and that the rest is unchanged. picture: (side, side, 3)."""
+def check_inpainting(image: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
+    """Check the attributes of the new object in the box, and that the rest is unchanged. image: (side, side, 3)."""
     assert edit.box is not None
-    side, (thing, other) = len(picture), edit.after.objects
+    side, (thing, other) = len(image), edit.after.objects
     left, top, right, bottom = (edge / side for edge in edit.box)
-    objects = read_scene(picture).objects
+    objects = read_scene(image).objects
     inside = [f for f in objects if left <= f.x < right and top <= f.y < bottom]
     kept = ~edit.mask[..., 0]
-    told = {name: any(getattr(f, name) == getattr(thing, name) for f in inside) for name in ATTRIBUTES}
-    told["object"] = any(is_like(f, thing) for f in inside)
-    told["two"] = len(objects) == 2
-    told["other"] = any(is_like(f, other) for f in objects if f not in inside)
-    told["outside"] = bool((picture == edit.picture)[kept].all())
-    return told | {"all": all(told.values())}
+    passed = {name: any(getattr(f, name) == getattr(thing, name) for f in inside) for name in ATTRIBUTES}
+    passed["object"] = any(matches(f, thing) for f in inside)
+    passed["two"] = len(objects) == 2
+    passed["other"] = any(matches(f, other) for f in objects if f not in inside)
+    passed["outside"] = bool((image == edit.image)[kept].all())
+    return passed | {"all": all(passed.values())}
 
 
-def judge_background(picture: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
-    """Check whether the background follows the prompt and the object is unchanged. picture: (side, side, 3)."""
-    before, found = read_scene(edit.picture).objects[0], read_scene(picture)
-    told = {"background": found.background == edit.after.background}
-    told["object"] = len(found.objects) == 1 and is_like(found.objects[0], edit.before.objects[0])
+def check_background(image: NDArray[np.uint8], edit: Edit) -> dict[str, bool]:
+    """Check whether the background follows the prompt and the object is unchanged. image: (side, side, 3)."""
+    before, found = read_scene(edit.image).objects[0], read_scene(image)
+    passed = {"background": found.background == edit.after.background}
+    passed["object"] = len(found.objects) == 1 and matches(found.objects[0], edit.before.objects[0])
     moved = [np.hypot(f.x - before.x, f.y - before.y) for f in found.objects]
-    told["place"] = told["object"] and bool(moved[0] <= NEAR)
-    return told | {"all": all(told.values())}
+    passed["place"] = passed["object"] and bool(moved[0] <= NEAR)
+    return passed | {"all": all(passed.values())}
 
 
-Judge = Callable[[NDArray[np.uint8], Edit], dict[str, bool]]
+Check = Callable[[NDArray[np.uint8], Edit], dict[str, bool]]
 
 
-def shares(judge: Judge, pictures: Pictures, edits: Sequence[Edit]) -> dict[str, float]:
+def shares(check: Check, images: Images, edits: Sequence[Edit]) -> dict[str, float]:
     """Return the share of images that pass each check."""
-    told = [judge(*pair) for pair in zip(eight_bits(pictures), edits, strict=True)]
-    return {name: round(float(np.mean([t[name] for t in told])), 3) for name in told[0]}
+    passed = [check(*pair) for pair in zip(eight_bits(images), edits, strict=True)]
+    return {name: round(float(np.mean([t[name] for t in passed])), 3) for name in passed[0]}
 
 
-def differences(made: Pictures, exact: Pictures) -> dict[str, float | bool]:
+def differences(made: Images, exact: Images) -> dict[str, float | bool]:
     """Return the differences of images in two precisions, in levels of 255: of all values, and per image."""
     levels = 255 * np.abs(made - exact)
     return {
         "finite": bool(np.isfinite(made).all()),
         "mean": round(float(levels.mean()), 2),
         "max": round(float(levels.max()), 1),
-        "median picture": round(float(np.median(levels.mean((1, 2, 3)))), 2),
-        "worst picture": round(float(levels.mean((1, 2, 3)).max()), 2),
+        "median image": round(float(np.median(levels.mean((1, 2, 3)))), 2),
+        "worst image": round(float(levels.mean((1, 2, 3)).max()), 2),
     }
 
 
@@ -231,71 +231,71 @@ def show(title: str, table: dict[str, dict[str, Any]]) -> None:
 
 def marked(edit: Edit) -> NDArray[np.uint8]:
     """Return the image with its box shaded."""
-    return edit.picture if edit.box is None else np.where(edit.mask, edit.picture // 2 + 64, edit.picture)
+    return edit.image if edit.box is None else np.where(edit.mask, edit.image // 2 + 64, edit.image)
 
 
-def save_sheet(path: Path, edits: Sequence[Edit], painted: Sequence[Pictures]) -> None:
+def save_sheet(path: Path, edits: Sequence[Edit], generated: Sequence[Images]) -> None:
     """Save a sheet: a row of the given images, the prompts, and a row of results for each method."""
     captions = [edit.after.caption for edit in edits[:SHOWN]]
-    rows = [[marked(edit) for edit in edits[:SHOWN]], *(list(eight_bits(p[:SHOWN])) for p in painted)]
+    rows = [[marked(edit) for edit in edits[:SHOWN]], *(list(eight_bits(p[:SHOWN])) for p in generated)]
     sheet(rows, captions).save(path)
 
 
 def main() -> None:
     o = overlay(Options, Options())
-    if o.pictures < 1 or o.batch_size < 1 or o.seed < 0:
-        raise UserError(f"--pictures {o.pictures} --batch-size {o.batch_size} --seed {o.seed}: 1, 1 and 0 at least")
+    if o.images < 1 or o.batch_size < 1 or o.seed < 0:
+        raise UserError(f"--images {o.images} --batch-size {o.batch_size} --seed {o.seed}: 1, 1 and 0 at least")
     rng = default_rng(o.seed)
     models = {"blending": o.model} | ({"trained to inpaint": o.inpaint_model} if o.inpaint_model else {})
     pipes = {name: LatentDiffusionPipeline.from_pretrained(folder) for name, folder in models.items()}
     pipe, out = pipes["blending"], Path(o.out)
-    given = given_pictures(o.data, pipe.backbone.sample_size[0] * pipe.autoencoder.factor)
+    given = given_images(o.data, pipe.backbone.sample_size[0] * pipe.autoencoder.factor)
     out.mkdir(parents=True, exist_ok=True)
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     small = [Object(shape, colour, "small") for colour, shape in pairs]
-    asked = {
-        "a small red star": to_inpaint(given, o.pictures, rng, lambda: RED_STAR),
-        "any small object": to_inpaint(given, o.pictures, rng, lambda: small[rng.integers(len(small))]),
+    tasks = {
+        "a small red star": to_inpaint(given, o.images, rng, lambda: RED_STAR),
+        "any small object": to_inpaint(given, o.images, rng, lambda: small[rng.integers(len(small))]),
     }
     report: dict[str, Any] = {"options": asdict(o), "versions": versions()}
     report["red star held out of training"] = ("red", "star") in HELD_OUT
     print(f"a red star is {'' if report['red star held out of training'] else 'not '}held out of training")
 
     report["inpainting"] = {}
-    for what, edits in asked.items():
-        painted = {
-            f"{name}, {sampler}": paint(pipe, edits, o, sampler=sampler)
+    for what, edits in tasks.items():
+        generated = {
+            f"{name}, {sampler}": generate(pipe, edits, o, sampler=sampler)
             for name, pipe in pipes.items()
             for sampler in SAMPLERS
         }
-        table = {f"{what}, {name}": shares(judge_inpainting, p, edits) for name, p in painted.items()}
+        table = {f"{what}, {name}": shares(check_inpainting, p, edits) for name, p in generated.items()}
         show("Inpainting: shares right", table)
         report["inpainting"] |= table
-        save_sheet(out / f"inpainting-{what.rpartition(' ')[2]}.png", edits, list(painted.values()))
+        save_sheet(out / f"inpainting-{what.rpartition(' ')[2]}.png", edits, list(generated.values()))
 
-    edits = to_recolour(given, o.pictures, rng)
-    by_strength = {s: paint(pipe, edits, o, strength=s) for s in STRENGTHS}
-    report["image to image"] = {f"strength {s}": shares(judge_background, p, edits) for s, p in by_strength.items()}
+    edits = to_recolour(given, o.images, rng)
+    by_strength = {s: generate(pipe, edits, o, strength=s) for s in STRENGTHS}
+    report["image to image"] = {f"strength {s}": shares(check_background, p, edits) for s, p in by_strength.items()}
     # A black background inverts objects in the autoencoder's latents and dominates the result: counted separately.
     for black in (True, False):
         which = [k for k, e in enumerate(edits) if black == ("black" in (e.before.background, e.after.background))]
         if which:
-            chosen = shares(judge_background, by_strength[0.6][which], [edits[k] for k in which])
+            chosen = shares(check_background, by_strength[0.6][which], [edits[k] for k in which])
             report["image to image"][f"strength 0.6, {'to or from' if black else 'without'} black"] = chosen
     show("Image to image: shares right", report["image to image"])
     save_sheet(out / "img2img.png", edits, list(by_strength.values()))
 
-    some = {"text to image": edits, "image to image": edits, "inpainting": asked["a small red star"]}
-    how: dict[str, dict[str, Any]] = {"text to image": {"from_picture": False}, "image to image": {"strength": 0.6}}
-    made: dict[str, dict[str, Pictures]] = {what: {} for what in some}
+    some = {"text to image": edits, "image to image": edits, "inpainting": tasks["a small red star"]}
+    how: dict[str, dict[str, Any]] = {"text to image": {"from_image": False}, "image to image": {"strength": 0.6}}
+    made: dict[str, dict[str, Images]] = {what: {} for what in some}
     for precision in ("fp32", "bf16", "fp16"):
         pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(dtype=DTYPES[precision])
         for what in some:
-            made[what][precision] = paint(pipe, some[what][: o.batch_size], o, **how.get(what, {}))
+            made[what][precision] = generate(pipe, some[what][: o.batch_size], o, **how.get(what, {}))
     report["precision"] = {
-        f"{what}, {precision}": differences(pictures, by_precision["fp32"])
+        f"{what}, {precision}": differences(images, by_precision["fp32"])
         for what, by_precision in made.items()
-        for precision, pictures in by_precision.items()
+        for precision, images in by_precision.items()
         if precision != "fp32"
     }
     show("Against fp32, in levels of 255", report["precision"])

@@ -46,10 +46,10 @@ class FirstStep(Hooks):
     """Hook that measures the time until the first step."""
 
     def __init__(self) -> None:
-        self.begun, self.seconds = time.perf_counter(), 0.0
+        self.started, self.seconds = time.perf_counter(), 0.0
 
     def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
-        self.seconds = self.seconds or time.perf_counter() - self.begun
+        self.seconds = self.seconds or time.perf_counter() - self.started
         return parts
 
 
@@ -89,7 +89,7 @@ def main() -> None:
                 found[name].append(run(replace(base, out=f"{folder}/{name}-{k}", cache=cache)))
                 seconds, speed, waiting = found[name][-1]
                 print(
-                    f"{name}: first step after {seconds:.1f} s, {speed:.0f} pictures/s, {waiting:.1%} waiting",
+                    f"{name}: first step after {seconds:.1f} s, {speed:.0f} images/s, {waiting:.1%} waiting",
                     flush=True,
                 )
     cached, anew = (statistics.median(speed for _, speed, _ in found[name]) for name in found)

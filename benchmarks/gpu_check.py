@@ -159,13 +159,13 @@ class Report:
     def add(self, name: str, check: Callable[[], dict[str, Any]]) -> None:
         if self.only and not any(part in name for part in self.only):
             return
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             row = {"name": name, **check()}
         except Exception as error:
             row = {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
             row["at"] = traceback.format_exc().splitlines()[-4:]
-        row["seconds"] = round(time.perf_counter() - begun, 1)
+        row["seconds"] = round(time.perf_counter() - started, 1)
         self.rows.append(row)
         self.path.write_text(json.dumps(self.rows, indent=1))
         print("ok  " if row["ok"] else "FAIL", row, flush=True)
@@ -216,13 +216,13 @@ def _stock(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[
     stock.scheduler = getattr(diffusers, scheduler).from_config(stock.scheduler.config)
     stock.set_progress_bar_config(disable=True)
 
-    def pictures(call: Any, **how: Any) -> np.ndarray:
+    def images(call: Any, **how: Any) -> np.ndarray:
         generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
         made = call(prompts, generator=generators, num_inference_steps=20, guidance_scale=4.0, output_type="np", **how)
         return np.asarray(made.images, np.float64) * 255
 
-    exact = pictures(pipe, sampler=sampler)
-    ours, theirs = pictures(pipe.to(dtype=dtype), sampler=sampler), pictures(stock)
+    exact = images(pipe, sampler=sampler)
+    ours, theirs = images(pipe.to(dtype=dtype), sampler=sampler), images(stock)
     far = {name: float(np.abs(x - exact).mean()) for name, x in (("ours", ours), ("stock", theirs))}
     worst = float(np.abs(ours - theirs).max())
     ok = worst <= 2 if dtype == torch.float32 else far["ours"] <= far["stock"]
@@ -234,22 +234,22 @@ def _paint(out: Path) -> dict[str, Any]:
     folder, prompts = out / "ldm-fp32" / "model", ["a large red circle on a white background"] * 2
     g = torch.Generator().manual_seed
 
-    def pictures(pipe: LatentDiffusionPipeline) -> np.ndarray:
+    def images(pipe: LatentDiffusionPipeline) -> np.ndarray:
         return np.asarray(pipe(prompts, generator=[g(0), g(1)], output_type="np").images)
 
-    exact = pictures(LatentDiffusionPipeline.from_pretrained(folder).to("cuda"))
+    exact = images(LatentDiffusionPipeline.from_pretrained(folder).to("cuda"))
     far: dict[str, float] = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         pipe = LatentDiffusionPipeline.from_pretrained(folder).to("cuda", dtype=dtype)
-        far[name] = float(np.abs(pictures(pipe) - exact).mean()) * 255
+        far[name] = float(np.abs(images(pipe) - exact).mean()) * 255
         try:
             pipe.set_attention("xformers")
-            far[f"{name}, xformers"] = float(np.abs(pictures(pipe) - exact).mean()) * 255
+            far[f"{name}, xformers"] = float(np.abs(images(pipe) - exact).mean()) * 255
         except Exception as error:
             far[f"{name}, xformers: {error}"[:300]] = float("nan")
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     pipe.enable_model_cpu_offload()
-    far["offload"] = float(np.abs(pictures(pipe) - exact).mean()) * 255
+    far["offload"] = float(np.abs(images(pipe) - exact).mean()) * 255
     return {"ok": all(value < 8 for value in far.values()), "mean difference of 255": far}
 
 

@@ -29,7 +29,7 @@ from train.data.sources.tar_index import RECORD, Segment, Writer, checksum, look
 from train.data.sources.tars import find_tars, index_folder
 
 SIZE = 40_000  # bytes per image
-LINE = '["%09d.jpg", 40000, ["a caption of usual length, of a picture that is not there, number %09d"]]\n'
+LINE = '["%09d.jpg", 40000, ["a caption of usual length, of an image that is not there, number %09d"]]\n'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +63,15 @@ def write(folder: Path, tars: int, rows: int) -> None:
     lines = np.frombuffer((LINE % (0, 0)).encode() * rows, np.uint8).reshape(rows, length).copy()
     places = [k for k in range(length) if (LINE % (0, 0))[k] != (LINE % (111_111_111, 111_111_111))[k]]
     records = np.zeros(rows, RECORD)
-    records["line"], records["picture"] = np.arange(rows) * length, np.arange(rows) * (SIZE + 1024)
+    records["line"], records["image"] = np.arange(rows) * length, np.arange(rows) * (SIZE + 1024)
     records["length"] = length
-    begun = [checksum(int(r["line"]), int(r["picture"]), b"") for r in records]
+    started = [checksum(int(r["line"]), int(r["image"]), b"") for r in records]
     with Writer(index) as writer:
         for part in tqdm(look(paths), "writing"):
             lines[:, places] = np.tile(digits(part.path, rows), 2)
             data = lines.tobytes()
             at = range(0, len(data), length)
-            records["crc"] = [zlib.crc32(data[a : a + length], crc) for a, crc in zip(at, begun, strict=True)]
+            records["crc"] = [zlib.crc32(data[a : a + length], crc) for a, crc in zip(at, started, strict=True)]
             writer.rows.write(records.tobytes())
             writer.lines.write(data)
             writer.seal(Segment(part, rows, len(data), 0, []))
@@ -86,25 +86,25 @@ def digits(path: str, rows: int) -> NDArray[Any]:
 
 def measure(data: str) -> None:
     before, peak = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    begun = time.perf_counter()
+    started = time.perf_counter()
     splits = find_tars(data, Columns(), ())
     assert splits is not None
     catalogue: Any = splits[""]()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     n = len(catalogue)
     print(f"open: {seconds:.2f} s, {n:,} rows, {len(catalogue.index.segments):,} tars")
-    begun = time.perf_counter()
+    started = time.perf_counter()
     rows = [catalogue.row(int(k)) for k in index_at(3 * n + 12345 + np.arange(64), n, 0)]
-    print(f"a batch of 64 at position 3 · {n:,} + 12,345: {time.perf_counter() - begun:.4f} s, e.g. {rows[0]}")
+    print(f"a batch of 64 at position 3 · {n:,} + 12,345: {time.perf_counter() - started:.4f} s, e.g. {rows[0]}")
     random = np.random.default_rng(0).integers(n, size=10_000).tolist()
     for cold in (True, False):
         if cold:
             for path in catalogue.index.folder.iterdir():
                 with open(path, "rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         right = sum(catalogue.row(k).name == f"{k:09d}.jpg" for k in random)
-        rate = len(random) / (time.perf_counter() - begun)
+        rate = len(random) / (time.perf_counter() - started)
         print(
             f"random rows {'from disk' if cold else 'in the page cache'}: {rate:,.0f} a second; {right:,} of 10,000 right"
         )
@@ -122,10 +122,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hundred-million-", dir=o.folder or None) as name:
         os.environ["XDG_CACHE_HOME"] = name
         (Path(name) / "tars").mkdir()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         write(Path(name), o.tars, o.rows)
         size = sum(path.stat().st_size for path in Path(name).rglob("*.*") if path.suffix != ".tar")
-        print(f"written: {size / 1e9:.1f} GB in {time.perf_counter() - begun:.0f} s")
+        print(f"written: {size / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s")
         subprocess.run([sys.executable, __file__, "--measure", f"{name}/tars"], check=True)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import command
 from train.config.load import overlay
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.data.synthetic.shapes import prompts
@@ -50,9 +50,9 @@ class Measure:
         self.scenes = [*prompts("seen", count // 2, 2), *prompts("unseen", count // 2, 2)]
 
     def right(self, **how: Any) -> str:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         shares, _ = alignment(self.pipe, self.scenes, batch_size=128, **how)
-        return f"{shares['all']:.3f} ({time.perf_counter() - begun:.0f} s)"
+        return f"{shares['all']:.3f} ({time.perf_counter() - started:.0f} s)"
 
     def diversity(self, start: Tensor | None = None, each: int = 16, **how: Any) -> float:
         """Return the root mean square difference (of 255) between images of one prompt, averaged over 16 prompts."""
@@ -90,7 +90,7 @@ def main() -> None:
         print(f"  {n:3} steps: {measure.right(num_inference_steps=n, **guided)}", flush=True)
     sheet([painted(num_inference_steps=n) for n in (1, 2, 4, 8, 25)], captions).save(Path(o.out) / "few_steps.png")
 
-    print("Why is noise put back? One x_T for 16 pictures of a prompt, 50 steps of ddim; difference of pairs of 255:")
+    print("Why is noise put back? One x_T for 16 images of a prompt, 50 steps of ddim; difference of pairs of 255:")
     start = torch.randn(16, *_latent(pipe), generator=torch.Generator().manual_seed(0))
     for eta in (0.0, 0.5, 1.0):
         how = {"sampler": "ddim", "eta": eta, "num_inference_steps": 50, **guided}
@@ -125,11 +125,9 @@ def main() -> None:
         )
     print(f"  scale 8, rescale 0.7: {measure.right(guidance_scale=8.0, guidance_rescale=0.7, num_inference_steps=15)}")
 
-    print(
-        "Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out pictures: PSNR against decode(encode(x))"
-    )
+    print("Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out images: PSNR against decode(encode(x))")
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
-    batch = PictureDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(
+    batch = ImageDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(
         range(64)
     )
     z = pipe.autoencoder.encode(batch.pixels).mean

@@ -49,9 +49,9 @@ class Options:
 
 
 def measure(pipe: LatentDiffusionPipeline, scenes: list[Scene], **how: object) -> dict[str, float]:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     shares, _ = alignment(pipe, scenes, batch_size=128, **how)
-    return {"all": shares["all"], "seconds": round(time.perf_counter() - begun, 1)}  # type: ignore[dict-item]
+    return {"all": shares["all"], "seconds": round(time.perf_counter() - started, 1)}  # type: ignore[dict-item]
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="compile nothing after so many")
     parser.add_argument("--out", type=Path, default=Path("runs/sampling_speed.json"))
     o = parser.parse_args()
-    device, begun = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
+    device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
     ours, stock = pipelines(o.shape, device, DTYPES[o.precision])
     rows: list[dict[str, object]] = [
         {
@@ -162,7 +162,7 @@ def main() -> None:
             torch.nn.Module.to(pipe_vae, memory_format=torch.channels_last)
         note({"what": "decode, channels_last", "ms": measure(decode, device, o.repeats)})
     for name, unet in (("ours", ours.unet), ("stock", stock.unet)):
-        if name not in o.compile or time.perf_counter() - begun > o.seconds:
+        if name not in o.compile or time.perf_counter() - started > o.seconds:
             continue
         torch.nn.Module.to(unet, memory_format=torch.channels_last)
         row(f"sampling, {name} channels_last", o.batch[0], "latent", [name])

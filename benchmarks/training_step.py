@@ -189,13 +189,13 @@ VARIANTS: dict[str, tuple[Callable[..., Step], set[str]]] = {
 def milliseconds(step: Step, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         step()
         torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - begun)
-    begun = time.process_time()
+        return 1e3 * (time.perf_counter() - started)
+    started = time.process_time()
     step()
-    return 1e3 * (time.process_time() - begun) / torch.get_num_threads()
+    return 1e3 * (time.process_time() - started) / torch.get_num_threads()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="start no further variant after so many")
     parser.add_argument("--out", type=Path, default=Path("runs/training_step.json"))
     o = parser.parse_args()
-    device, begun = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
+    device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
     rows: list[dict[str, object]] = [
         {
             "versions": versions(),
@@ -230,7 +230,7 @@ def main() -> None:
     o.out.parent.mkdir(parents=True, exist_ok=True)
     for precision in o.precision:
         for name in o.variants:
-            if time.perf_counter() - begun > o.seconds:
+            if time.perf_counter() - started > o.seconds:
                 print(f"{precision} {name}: no time left")
                 continue
             row: dict[str, object] = {"precision": precision, "variant": name}

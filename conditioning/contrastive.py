@@ -1,4 +1,4 @@
-"""Contrastive training of a small CLIP on captioned pictures (Radford et al. 2021, arXiv 2103.00020, fig. 3).
+"""Contrastive training of a small CLIP on captioned images (Radford et al. 2021, arXiv 2103.00020, fig. 3).
 
 Procedural and product captions repeat, so a batch can have the same caption more than once. Equal captions share the
 target evenly (UniCL, arXiv 2204.03610), so that none is a negative of another. Since the text tower gives them equal
@@ -28,7 +28,7 @@ from ldm.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5
 _TOKEN_STD = 1.0  # of the initial token embeddings; transformers' 0.02 is small against what the layers add
-MEAN = STD = 0.5  # normalisation of the vision tower's input, which is pictures in [-1, 1]
+MEAN = STD = 0.5  # normalisation of the vision tower's input, which is images in [-1, 1]
 
 
 def build_clip(
@@ -53,7 +53,7 @@ def build_clip(
         if width % heads:
             raise UserError(f"{tower} width {width} isn't divisible by {heads} heads")
     if image_size % patch_size:
-        raise UserError(f"pictures of {image_size} a side can't be cut into patches of {patch_size}")
+        raise UserError(f"images of {image_size} a side can't be cut into patches of {patch_size}")
     clip = CLIPModel(
         CLIPConfig(
             text_config={
@@ -96,7 +96,7 @@ def contrastive_loss(
     *,
     gather: bool = True,
 ) -> Tensor:
-    """Return the symmetric cross-entropy between the pictures and captions of a batch, in nats.
+    """Return the symmetric cross-entropy between the images and captions of a batch, in nats.
 
     image_features, text_features (b, d), of any length; logit_scale (), the log of the inverse temperature, at
     most ln 100; caption_ids (b,) int64, equal for equal captions. Features are compared in fp32 or better.
@@ -113,7 +113,7 @@ def contrastive_loss(
             image, text, caption_ids = (_Gather.apply(x) for x in (image, text, caption_ids))
         # The excess is subtracted as a constant: clamp's gradient is 0 at the limit, so the scale couldn't return.
         scale = logit_scale - (logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
-        logits = scale.exp() * image @ text.T  # (n pictures, n captions)
+        logits = scale.exp() * image @ text.T  # (n images, n captions)
         same = (caption_ids[:, None] == caption_ids).to(logits.dtype)  # (n, n), symmetric
         targets = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
@@ -184,20 +184,20 @@ class Contrastive(nn.Module):
 def retrieval_accuracy(
     image_features: Tensor, text_features: Tensor, caption_ids: Tensor, *, ranks: tuple[int, ...] = (1, 5)
 ) -> dict[str, Tensor]:
-    """Return the share of pictures whose caption is among the k captions nearest to them, and the reverse.
+    """Return the share of images whose caption is among the k captions nearest to them, and the reverse.
 
-    image_features, text_features (n, d); caption_ids (n,). Any picture or caption with an equal caption is correct, and
+    image_features, text_features (n, d); caption_ids (n,). Any image or caption with an equal caption is correct, and
     equal captions count once among the k. Ranks above n are left out. Values are () tensors.
     """
     image, text = (F.normalize(x.float(), dim=-1) for x in (image_features, text_features))
-    similarity = image @ text.T  # (n pictures, n captions)
+    similarity = image @ text.T  # (n images, n captions)
     same = caption_ids[:, None] == caption_ids  # (n, n), symmetric
     repeated = same.tril(-1).any(1)  # (n,): whether an equal caption comes before
     found = {}
     for k in (k for k in ranks if k <= len(same)):
         captions = similarity.masked_fill(repeated, -math.inf).topk(k, dim=1).indices  # (n, k)
-        pictures = similarity.T.topk(k, dim=1).indices  # (n, k)
-        for name, nearest in (("image_to_text", captions), ("text_to_image", pictures)):
+        images = similarity.T.topk(k, dim=1).indices  # (n, k)
+        for name, nearest in (("image_to_text", captions), ("text_to_image", images)):
             found[f"{name}@{k}"] = same.gather(1, nearest).any(1).float().mean()
     return found
 

@@ -4,10 +4,10 @@ A contrastive loss reads only the end token and hardly needs the order of words,
 the same words. The diffusion reads every token and must find out which object is where. Two decoders train for this
 together with the tower and are then discarded:
 
-- `Sketch` predicts the picture from the tokens. The prediction with the least squared error is E[picture | caption],
+- `Sketch` predicts the image from the tokens. The prediction with the least squared error is E[image | caption],
   which is also the diffusion's prediction at pure noise.
 - `Echo` predicts the latest words at each token. An object's attributes are then together in one token, with strong
-  features: words that the mean picture hardly distinguishes (a circle, a square) keep different features.
+  features: words that the mean image hardly distinguishes (a circle, a square) keep different features.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Sketch(nn.Module):
-    """Decoder of tokens to a picture. Each patch has a learned query that attends once to the tokens, with one head.
+    """Decoder of tokens to an image. Each patch has a learned query that attends once to the tokens, with one head.
 
     Patches are predicted independently. With a single attention, all that a patch needs about an object must be in one
     token.
@@ -36,7 +36,7 @@ class Sketch(nn.Module):
         self.paint = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch_size**2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (b, n, width) to pictures (b, 3, image_size, image_size), in the training pictures' range."""
+        """Map tokens (b, n, width) to images (b, 3, image_size, image_size), in the training images' range."""
         query = self.query(self.queries).expand(len(tokens), -1, -1)  # (b, patches, width)
         key, value = self.key_value(tokens).chunk(2, dim=-1)
         x = self.queries + self.out(F.scaled_dot_product_attention(query, key, value))
@@ -61,13 +61,13 @@ class Echo(nn.Module):
         tokens (b, n, width), input_ids (b, n).
         """
         end = input_ids == end_id
-        said = end.cumsum(1) - end.int() == 0  # (b, n): the first end token and all before it
+        in_caption = end.cumsum(1) - end.int() == 0  # (b, n): the first end token and all before it
         repeated = self.repeat(tokens).unflatten(-1, (self.words, -1))  # (b, n, words, code)
         codes = self.codes[input_ids]
         errors = []
         for back in range(min(self.words, tokens.shape[1])):
             error = (repeated[:, back:, back] - codes[:, : codes.shape[1] - back]).float().square().mean(-1)
-            here = said[:, back:]
+            here = in_caption[:, back:]
             of_captions = (error * here).sum(1) / here.sum(1).clamp(min=1)  # (b,), the same for any split of the batch
             errors.append(of_captions.mean())
         return torch.stack(errors).mean()

@@ -21,7 +21,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import Level, Schedule
 from train.commands.main import command
 from train.config.load import overlay
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.data.synthetic.shapes import BACKGROUNDS, parse_caption
@@ -41,7 +41,7 @@ class Options:
     """Folder of the Shapes dataset."""
     out: str = "out"
     """Output folder of the sheet."""
-    pictures: int = 4000
+    images: int = 4000
     """Number of training images."""
     steps: int = 600
     """Training steps, of 128 latents each."""
@@ -104,10 +104,10 @@ def main() -> None:
     o = overlay(Options, Options())
     pipe = LatentDiffusionPipeline.from_pretrained(o.model)
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
-    dataset = PictureDataset(open_source(o.data, "train"), Framing(resolution=side), o.seed)
+    dataset = ImageDataset(open_source(o.data, "train"), Framing(resolution=side), o.seed)
     latents, labels = [], []
-    for first in range(0, o.pictures, 64):
-        batch = dataset.__getitems__(range(first, min(first + 64, o.pictures)))
+    for first in range(0, o.images, 64):
+        batch = dataset.__getitems__(range(first, min(first + 64, o.images)))
         latents.append(pipe.autoencoder.encode(batch.pixels).mean)
         labels += [NAMES.index(parse_caption(caption).background) for caption in batch.captions]
     network = train(torch.cat(latents), torch.tensor(labels), pipe.process.schedule, o)
@@ -116,7 +116,7 @@ def main() -> None:
     for weight in o.weights:
         right = 0
         for label, name in enumerate(NAMES):
-            images = pipe(
+            made = pipe(
                 "",
                 guidance_scale=1.0,
                 num_images_per_prompt=o.per_class,
@@ -124,9 +124,9 @@ def main() -> None:
                 classifier_scale=weight,
                 generator=torch.Generator().manual_seed(o.seed),
             ).images
-            pictures = [np.asarray(image) for image in images]
-            right += sum(read_scene(picture).background == name for picture in pictures)
-            rows += in_rows(pictures[:8], 8)
+            images = [np.asarray(image) for image in made]
+            right += sum(read_scene(image).background == name for image in images)
+            rows += in_rows(images[:8], 8)
         print(f"weight {weight:g}: {right / (len(NAMES) * o.per_class):.3f} have the background asked for")
     Path(o.out).mkdir(parents=True, exist_ok=True)
     sheet(rows).save(Path(o.out) / "classifier_guidance.png")

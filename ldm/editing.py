@@ -1,9 +1,9 @@
-"""Editing of given pictures: image to image (Meng et al. 2022, SDEdit) and inpainting within a mask.
+"""Editing of given images: image to image (Meng et al. 2022, SDEdit) and inpainting within a mask.
 
 Inpainting works with any model. After every step, the latents outside the mask are replaced by the given latents at
 that step's noise level (Song et al. 2021, arXiv 2011.13456, appendix I.2). This wraps the step; the sampling loop stays
 the same. Latents at the mask's edge are only partly covered by it. While there is more noise than signal and the layout
-of the picture forms, they are replaced too, so that the new content fits inside the mask. Afterwards they are painted
+of the image forms, they are replaced too, so that the new content fits inside the mask. Afterwards they are painted
 (after Levin & Fried 2023, arXiv 2306.00950, who give each latent a step at which painting starts).
 """
 
@@ -26,7 +26,7 @@ from ldm.steps import Noise, Step
 _BLACK = 8 / 255  # mask values below it count as black
 
 Pixels = Image.Image | Tensor | np.ndarray | Sequence[Image.Image]
-"""PIL pictures, a tensor (b, 3, h, w) or an array (b, h, w, 3) in [0, 1]."""
+"""PIL images, a tensor (b, 3, h, w) or an array (b, h, w, 3) in [0, 1]."""
 
 
 def steps_of(strength: float, n: int) -> int:
@@ -35,14 +35,14 @@ def steps_of(strength: float, n: int) -> int:
     Raises UserError outside [0, 1].
     """
     if not 0 <= strength <= 1:
-        raise UserError(f"strength {strength}: 0 (the picture as it is) to 1 (nothing of it) is accepted")
+        raise UserError(f"strength {strength}: 0 (the image as it is) to 1 (nothing of it) is accepted")
     return max(math.floor(n * strength + 1e-6), 1) if strength else 0
 
 
 def to_pixels(images: Pixels, what: str = "image") -> Tensor:
-    """Convert pictures of one size to (b, 3, h, w) float32 in [0, 1], on the CPU. Raises UserError for other input.
+    """Convert images of one size to (b, 3, h, w) float32 in [0, 1], on the CPU. Raises UserError for other input.
 
-    Transparent PIL pictures are put on a white background. A mask has one channel, and its transparent parts are black.
+    Transparent PIL images are put on a white background. A mask has one channel, and its transparent parts are black.
     """
     mask = what == "mask_image"
     if isinstance(images, Tensor):
@@ -53,10 +53,10 @@ def to_pixels(images: Pixels, what: str = "image") -> Tensor:
     else:
         listed = [images] if isinstance(images, Image.Image) else list(images)
         if not listed or not all(isinstance(image, Image.Image) for image in listed):
-            raise UserError(f"{what}: PIL pictures, or a tensor or array in [0, 1] is accepted")
+            raise UserError(f"{what}: PIL images, or a tensor or array in [0, 1] is accepted")
         if len({image.size for image in listed}) > 1:
             raise UserError(
-                f"{what}: pictures of sizes {', '.join('×'.join(map(str, i.size)) for i in listed)}: give one size"
+                f"{what}: images of sizes {', '.join('×'.join(map(str, i.size)) for i in listed)}: give one size"
             )
         try:
             seen = [to_rgb(image, (0, 0, 0) if mask else (255, 255, 255)) for image in listed]
@@ -103,12 +103,12 @@ def on_latents(mask: Tensor, factor: int) -> Tensor:
 
 
 def without(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Return pictures (b, 3, h, w) in [−1, 1] that are grey wherever the mask isn't black, for an inpainting UNet."""
+    """Return images (b, 3, h, w) in [−1, 1] that are grey wherever the mask isn't black, for an inpainting UNet."""
     return pixels * (mask == 0)
 
 
 def filled(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Return pictures (b, 3, h, w) in which the painted area is filled with smooth colours from its surroundings.
+    """Return images (b, 3, h, w) in which the painted area is filled with smooth colours from its surroundings.
 
     Each unknown pixel takes the mean of the known pixels near it, from coarse to fine (pull-push: Gortler et al. 1996,
     sec. 3.4).
@@ -126,17 +126,17 @@ def inpainting_context(mask: Tensor, around: Tensor) -> Tensor:
     """Return the context of an inpainting network, (b, 1 + c, h, w).
 
     It is the mask (b, 1, H, W) reduced to latents, 1 if any pixel of a latent is painted, and `around` (b, c, h, w),
-    the latent of the picture outside the mask.
+    the latent of the image outside the mask.
     """
     return torch.cat([on_latents((mask > 0).float(), mask.shape[-1] // around.shape[-1]), around], 1)
 
 
 def paste(made: Tensor, given: Tensor, mask: Tensor) -> Tensor:
-    """Combine generated and given pictures (b, 3, h, w): `made` in white, exactly `given` in black, a mix in grey."""
+    """Combine generated and given images (b, 3, h, w): `made` in white, exactly `given` in black, a mix in grey."""
     return torch.where(mask > 0, given + mask * (made - given), given)
 
 
-class Painted(NamedTuple):
+class InpaintMasks(NamedTuple):
     """Masks of the painted latents, (b, 1, h, w) bool each; the other latents are the given ones."""
 
     first: Tensor
@@ -145,26 +145,26 @@ class Painted(NamedTuple):
     """Mask afterwards."""
 
 
-def painted(mask: Tensor, factor: int, seen: bool) -> Painted:
+def inpaint_masks(mask: Tensor, factor: int, seen: bool) -> InpaintMasks:
     """Return the painted latents for a mask of pixels (b, 1, H, W).
 
     seen: whether the UNet sees the mask; it then keeps the latents outside by itself, except at the edge.
     """
     covered, whole = on_latents(mask, factor) > 0, on_latents((mask < 0.5).float(), factor) == 0
-    return Painted(whole | ~covered, torch.ones_like(covered)) if seen else Painted(whole, covered)
+    return InpaintMasks(whole | ~covered, torch.ones_like(covered)) if seen else InpaintMasks(whole, covered)
 
 
 class Blended:
     """A step after which the latents that aren't painted are replaced by the given ones."""
 
-    def __init__(self, step: Step, x0: Tensor, noise: Tensor | None, painted: Painted, last: Level) -> None:
+    def __init__(self, step: Step, x0: Tensor, noise: Tensor | None, masks: InpaintMasks, last: Level) -> None:
         """Wrap a step.
 
         x0: the given latents, (b, c, h, w).
         noise: their noise at every level, of the same shape; None: new noise at each level.
         last: the level at which the steps end, where x0 stays without noise.
         """
-        self.step, self.x0, self.noise, self.painted, self.last = step, x0, noise, painted, last
+        self.step, self.x0, self.noise, self.masks, self.last = step, x0, noise, masks, last
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         made, last = self.step(denoise, x, now, next, noise), next is self.last
@@ -172,14 +172,14 @@ class Blended:
         if not last:
             given = next.alpha * self.x0 + next.sigma * (noise() if self.noise is None else self.noise)
         signal = last or next.sigma <= next.alpha
-        return torch.where(self.painted.then if signal else self.painted.first, made, given)
+        return torch.where(self.masks.then if signal else self.masks.first, made, given)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Interpolate from a (t = 0) to b (t = 1) along the arc between them, (b, …), separately for each picture.
+    """Interpolate from a (t = 0) to b (t = 1) along the arc between them, (b, …), separately for each image.
 
     On the straight line between two independent noises, the length is too small by a factor of up to √2 in the middle.
-    The variance is then not 1, and pictures generated from it are flat. The arc keeps the length. If a and b have the
+    The variance is then not 1, and images generated from it are flat. The arc keeps the length. If a and b have the
     same direction, the arc is the line. If they have opposite directions, any arc is valid and one is chosen.
     """
     if t in (0, 1):

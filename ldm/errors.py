@@ -9,7 +9,7 @@ class RunError(RuntimeError):
     """Failure while running (disk full, diverged). Scripts print it and exit with status 1."""
 
 
-def one_line(said: object, most: int | None = None) -> str:
+def one_line(message: object, most: int | None = None) -> str:
     """Return a message on one line, cut to `most` characters, or the error's class name if the message is empty."""
-    line = " ".join(str(said).split())[:most]
-    return line or (type(said).__name__ if isinstance(said, BaseException) else "")
+    line = " ".join(str(message).split())[:most]
+    return line or (type(message).__name__ if isinstance(message, BaseException) else "")

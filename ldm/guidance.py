@@ -19,7 +19,7 @@ from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.schedule import Level
 
 LogProbability = Callable[[Tensor, Level], Tensor]
-"""Differentiable classifier of noisy pictures: (x_t (b, c, h, w), level) → log p(y | x_t) of each picture, (b,)."""
+"""Differentiable classifier of noisy images: (x_t (b, c, h, w), level) → log p(y | x_t) of each image, (b,)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Autoguided:
 
 @dataclass(frozen=True)
 class ClassifierGuided:
-    """Guidance by a classifier of noisy pictures: Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2.
+    """Guidance by a classifier of noisy images: Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2.
 
     Their eps - sigma s grad log p(y | x_t) equals x̂0 + s (sigma^2 / alpha) grad log p(y | x_t) here. For weight 1 and
     an exact classifier, the score is that of p(x_t | y).

@@ -2,7 +2,7 @@
 
 The folder is a complete, explicit Stable-Diffusion-shaped diffusers checkpoint: stock
 `diffusers.DiffusionPipeline.from_pretrained` loads it and, given the same seed, sampler and steps, generates the same
-picture.
+image.
 """
 
 import json
@@ -31,7 +31,7 @@ from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet
 from ldm.task import Task, context_channels, task_by_channels
 
-PICTURES_AT_ONCE = 32  # most pictures in one call of the autoencoder, the network that needs the most memory
+IMAGES_AT_ONCE = 32  # most images in one call of the autoencoder, the network that needs the most memory
 _PIXELS_AT_ONCE = 2**23
 _STOCK: dict[Task, str] = {"txt2img": "StableDiffusionPipeline", "inpaint": "StableDiffusionInpaintPipeline"}
 """diffusers' pipeline class of each task, as model_index.json names it."""
@@ -67,7 +67,7 @@ class Model:
                 f"a learned variance needs {2 * c} output channels, the UNet has {self.backbone.out_channels}: choose "
                 "fixed_small or fixed_large, or train with diffusion.variance learned"
             )
-        self.pictures_at_once = PICTURES_AT_ONCE
+        self.images_at_once = IMAGES_AT_ONCE
         self.offload: torch.device | None = None
         """Device that each network is moved to while it runs; None: the networks stay where they are."""
 
@@ -109,18 +109,18 @@ class Model:
         return rows[[distinct.index(p) for p in prompts]]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], a few at a time."""
+        """Decode normalised latents (b, c, h, w) to images (b, 3, H, W) in [0, 1], a few at a time."""
         with self.running(self.autoencoder.vae):
             at_once = self._at_once(latents[0, 0].numel() * self.autoencoder.factor**2)
             pixels = torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
         if not torch.isfinite(pixels).all():
             raise RunError(
-                "the picture came out non-finite: try fp32 or bf16 in place of fp16, a lower guidance scale, or more steps"
+                "the image came out non-finite: try fp32 or bf16 in place of fp16, a lower guidance scale, or more steps"
             )
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Encode pictures (b, 3, H, W) in [−1, 1] to the distribution of their latents, float32, a few at a time."""
+        """Encode images (b, 3, H, W) in [−1, 1] to the distribution of their latents, float32, a few at a time."""
         with self.running(self.autoencoder.vae):
             parts = [self.autoencoder.encode(part) for part in pixels.split(self._at_once(pixels[0, 0].numel()))]
         mean, std = (torch.cat(each).to(self.device, torch.float32) for each in zip(*parts, strict=True))
@@ -134,11 +134,11 @@ class Model:
 
     @property
     def size_multiple(self) -> int:
-        """Number of pixels of which both sides of a picture must be multiples."""
+        """Number of pixels of which both sides of an image must be multiples."""
         return self.autoencoder.factor * self.backbone.size_multiple
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return the height and width of the latents of pictures of this size in pixels; None: the model's own size.
+        """Return the height and width of the latents of images of this size in pixels; None: the model's own size.
 
         Raises UserError for a size that the model doesn't support.
         """
@@ -148,15 +148,15 @@ class Model:
         w = natural_w * factor if width is None else width
         if h <= 0 or w <= 0 or h % multiple or w % multiple:
             raise UserError(
-                f"a picture of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
+                f"an image of {w}×{h} pixels: width and height must be multiples of {multiple} for this model"
             )
         if h * w > MAX_PIXELS:
-            raise UserError(f"a picture of {w}×{h} pixels: up to {MAX_PIXELS:,} in all are accepted")
+            raise UserError(f"an image of {w}×{h} pixels: up to {MAX_PIXELS:,} in all are accepted")
         return h // factor, w // factor
 
     def _at_once(self, pixels: int) -> int:
-        """Return how many pictures of `pixels` pixels each go through the autoencoder at once."""
-        return max(1, min(self.pictures_at_once, _PIXELS_AT_ONCE // pixels))
+        """Return how many images of `pixels` pixels each go through the autoencoder at once."""
+        return max(1, min(self.images_at_once, _PIXELS_AT_ONCE // pixels))
 
     # -- saving --------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ flow  eps - x0, the velocity of the straight path: Liu et al. 2022 (arXiv 2209.0
 
 Given x_t and its level, each target is an affine function of any other, on any path (ldm/schedule.py).
 
-alpha and sigma are floats, or tensors that broadcast against the pictures: (b, 1, 1, 1) for (b, c, h, w).
+alpha and sigma are floats, or tensors that broadcast against the images: (b, 1, 1, 1) for (b, c, h, w).
 """
 
 from typing import assert_never
@@ -38,7 +38,7 @@ def check_target(kind: Target, schedule: Schedule) -> None:
     if kind == "eps" and schedule.zero_terminal_snr:
         raise UserError(
             "target eps on a path that ends in pure noise (zero terminal SNR, or a flow): there the noise says nothing "
-            "of the picture; take v, x0 or flow"
+            "of the image; take v, x0 or flow"
         )
 
 
@@ -58,7 +58,7 @@ def target_of(kind: Target, x0: Tensor, eps: Tensor, alpha: Number, sigma: Numbe
 
 
 def to_x0(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """Return the clean picture that an output implies."""
+    """Return the clean image that an output implies."""
     match kind:
         case "eps":
             return (x_t - sigma * output) / alpha

@@ -1,6 +1,6 @@
-"""The pipeline from text to pictures: text encoder → guided sampling in latent space → autoencoder.
+"""The pipeline from text to images: text encoder → guided sampling in latent space → autoencoder.
 
-Sampling starts from noise or from a picture, optionally inside a mask. One loop does all of these: guidance wraps its
+Sampling starts from noise or from an image, optionally inside a mask. One loop does all of these: guidance wraps its
 denoiser, and a mask wraps its step.
 """
 
@@ -26,10 +26,10 @@ from ldm.errors import UserError
 from ldm.formats.scheduler_config import Process
 from ldm.formats.single_file import Parts, load_single_file, save_single_file
 from ldm.guidance import Conditioned, LogProbability
-from ldm.model import PICTURES_AT_ONCE, Model, from_parts, load
+from ldm.model import IMAGES_AT_ONCE, Model, from_parts, load
 from ldm.networks.attention import AttentionBackend
 from ldm.networks.backbone import Backbone
-from ldm.preparation import Draws, Guides, Prepared, guide, prepare
+from ldm.preparation import Guides, NoiseSource, Prepared, guide, prepare
 from ldm.request import Given, Request, Texts
 from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import Level
@@ -43,14 +43,14 @@ StepCallback = Callable[["LatentDiffusionPipeline", int, float, dict[str, Tensor
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Output of the pipeline: PIL pictures, a NumPy array (b, h, w, 3) in [0, 1] or a tensor (b, 3, h, w) in [0, 1]."""
+class Images:
+    """Output of the pipeline: PIL images, a NumPy array (b, h, w, 3) in [0, 1] or a tensor (b, 3, h, w) in [0, 1]."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
 
 class LatentDiffusionPipeline:
-    """Pipeline that generates pictures with a trained model. Argument names are those of diffusers' pipelines."""
+    """Pipeline that generates images with a trained model. Argument names are those of diffusers' pipelines."""
 
     def __init__(
         self,
@@ -131,30 +131,30 @@ class LatentDiffusionPipeline:
         callback_on_step_end: StepCallback | None = None,
         output_type: OutputType = "pil",
         progress: bool = False,
-    ) -> Pictures:
-        """Generate `num_images_per_prompt` pictures of each prompt, from noise, from a picture, or inside a mask.
+    ) -> Images:
+        """Generate `num_images_per_prompt` images of each prompt, from noise, from an image, or inside a mask.
 
         image: one for all prompts, one for each, or several for one prompt, of any size. The result has the same size.
-        strength: how much the picture is changed. The last ⌊n · strength⌋ of n steps are walked, at least one. At 1,
-            only the picture's size matters, as in text-to-image. At 0, the picture only passes through the autoencoder.
+        strength: how much the image is changed. The last ⌊n · strength⌋ of n steps are walked, at least one. At 1,
+            only the image's size matters, as in text-to-image. At 0, the image only passes through the autoencoder.
             Default: 0.8, with a mask 1.
         mask_image: white is painted, black stays bit-identical, grey is mixed; of any size, one for all or for each.
         guidance_scale: 1 is the conditional prediction; larger follows the prompt more closely (Ho & Salimans 2022).
         guidance_rescale: 0 to 1; reduces the contrast that a large scale causes (Lin et al. 2024).
         guidance_interval: low and high noise level sigma / alpha between which prompts guide. At other levels the
             prediction is that of the first prompt, without guidance. None: guidance everywhere.
-        compose: further prompts that every picture follows too, each with its own guidance scale (Liu et al. 2022).
+        compose: further prompts that every image follows too, each with its own guidance scale (Liu et al. 2022).
         weak, weak_scale: a weaker model to guide away from (Karras et al. 2024). Best with guidance_scale 1, since the
             two scales multiply. weak_scale 1 turns it off.
         classifier, classifier_scale: log p(y | x_t) of latents that guides sampling (Dhariwal & Nichol 2021).
         spacing: spacing of the steps over the noise levels; None: the model's own.
         eta: ddim's share of noise, 0 to 1.
-        generator: one for all pictures, or a list with one for each; on the CPU it gives the same noise for any device.
+        generator: one for all images, or a list with one for each; on the CPU it gives the same noise for any device.
         latents: initial noise (b, c, h, w) of unit variance; None: drawn.
         prompt_embeds, negative_prompt_embeds: outputs of `encode`, (b, tokens, width), instead of prompts.
         callback_on_step_end: called after each step. The "latents" that it returns replace the state. (unipc then still
             corrects its last step from its own state.)
-        Raises UserError for arguments that don't fit, RunError if the picture is non-finite.
+        Raises UserError for arguments that don't fit, RunError if the image is non-finite.
         """
         if output_type not in get_args(OutputType):
             raise UserError(f"output_type {output_type!r}: choose {', '.join(get_args(OutputType))}")
@@ -172,25 +172,25 @@ class LatentDiffusionPipeline:
         given = Given.read(image, mask_image, strength)
         texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         request = Request(texts, given, num_images_per_prompt)
-        noise = Draws(request.shape(model, height, width), generator, self.device)
+        noise = NoiseSource(request.shape(model, height, width), generator, self.device)
         how = make_sampler(sampler, eta)
         if how.uses_learned_variance and self.process.variance == "learned" and not guides.prompts_alone:
             raise UserError(
                 f"{sampler} with a learned variance knows the prompt's guidance only: leave out rescale, weak model and "
                 "classifier, or take another sampler"
             )
-        begun = prepare(model, request, how, self._plan(how.grid, num_inference_steps, spacing), noise, latents)
-        denoise = guide(model, request, guides, begun.context)
+        prepared = prepare(model, request, how, self._plan(how.grid, num_inference_steps, spacing), noise, latents)
+        denoise = guide(model, request, guides, prepared.context)
         with model.running(self.unet), weak.model.running(weak.unet) if weak else nullcontext():
-            z = self._walk(denoise, begun, noise, callback_on_step_end, progress)
-        return Pictures(z if output_type == "latent" else _finish(self._painted(z, request), output_type))
+            z = self._walk(denoise, prepared, noise, callback_on_step_end, progress)
+        return Images(z if output_type == "latent" else _finish(self._composited(z, request), output_type))
 
     def _walk(
-        self, denoise: Denoise, begun: Prepared, noise: Draws, callback: StepCallback | None, progress: bool
+        self, denoise: Denoise, prepared: Prepared, noise: NoiseSource, callback: StepCallback | None, progress: bool
     ) -> Tensor:
         """Sample; update the progress bar and run the callback after each step."""
         watched = _Watched(denoise)
-        with tqdm(total=len(begun.legs), disable=not progress, dynamic_ncols=True) as bar:
+        with tqdm(total=len(prepared.legs), disable=not progress, dynamic_ncols=True) as bar:
 
             def after(k: int, leg: Leg, x: Tensor) -> Tensor:
                 bar.update()
@@ -204,10 +204,10 @@ class LatentDiffusionPipeline:
                     )
                 return found.to(x)
 
-            return sample(watched, begun.x, begun.legs, begun.step, noise, after)
+            return sample(watched, prepared.x, prepared.legs, prepared.step, noise, after)
 
-    def _painted(self, z: Tensor, request: Request) -> Tensor:
-        """Decode, crop to the size of the given picture, and keep its pixels outside the mask."""
+    def _composited(self, z: Tensor, request: Request) -> Tensor:
+        """Decode, crop to the size of the given image, and keep its pixels outside the mask."""
         made, given, spread = self.decode(z), request.given, request.spread
         if given is None:
             return made
@@ -260,7 +260,7 @@ class LatentDiffusionPipeline:
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """Autoencoder between pictures and latents."""
+        """Autoencoder between images and latents."""
         return self.model.autoencoder
 
     @property
@@ -275,7 +275,7 @@ class LatentDiffusionPipeline:
 
     @property
     def inpaints(self) -> bool:
-        """Whether the backbone was trained to inpaint, with the mask and the picture outside it as its context."""
+        """Whether the backbone was trained to inpaint, with the mask and the image outside it as its context."""
         return self.model.task == "inpaint"
 
     @property
@@ -309,20 +309,20 @@ class LatentDiffusionPipeline:
         return self.backbone.set_attention(backend, device=self.device)
 
     def enable_vae_tiling(self, tiles: Tiles | None = None) -> None:
-        """Decode and encode large pictures tile by tile, to save memory."""
+        """Decode and encode large images tile by tile, to save memory."""
         self.autoencoder.tiles = tiles or Tiles()
 
     def disable_vae_tiling(self) -> None:
-        """Decode and encode whole pictures again."""
+        """Decode and encode whole images again."""
         self.autoencoder.tiles = None
 
     def enable_vae_slicing(self) -> None:
-        """Decode and encode a batch's pictures one by one, to save memory."""
-        self.model.pictures_at_once = 1
+        """Decode and encode a batch's images one by one, to save memory."""
+        self.model.images_at_once = 1
 
     def disable_vae_slicing(self) -> None:
-        """Decode and encode several pictures at once again."""
-        self.model.pictures_at_once = PICTURES_AT_ONCE
+        """Decode and encode several images at once again."""
+        self.model.images_at_once = IMAGES_AT_ONCE
 
     # -- the single networks ------------------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class LatentDiffusionPipeline:
         return self.model.encode(prompts)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1], a few at a time."""
+        """Decode normalised latents (b, c, h, w) to images (b, 3, H, W) in [0, 1], a few at a time."""
         return self.model.decode(latents)
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
@@ -354,7 +354,7 @@ class LatentDiffusionPipeline:
         return beside(self.backbone, self.model.white_context(h, w))
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return the height and width of the latents of pictures of this size in pixels; None: the model's own size.
+        """Return the height and width of the latents of images of this size in pixels; None: the model's own size.
 
         Raises UserError for a size that the model doesn't support.
         """
@@ -379,6 +379,6 @@ def _finish(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.n
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Convert pictures (b, 3, h, w) in [0, 1] to PIL."""
+    """Convert images (b, 3, h, w) in [0, 1] to PIL."""
     array = (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
-    return [Image.fromarray(picture) for picture in array]
+    return [Image.fromarray(image) for image in array]

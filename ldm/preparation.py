@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoencoder.model import Posterior
 from ldm.denoiser import Denoise, Denoiser, beside
-from ldm.editing import Blended, Painted, filled, inpainting_context, pad, painted, steps_of, without
+from ldm.editing import Blended, InpaintMasks, filled, inpaint_masks, inpainting_context, pad, steps_of, without
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.model import Model
@@ -20,7 +20,7 @@ from ldm.steps import Sampler, Step
 
 
 @dataclass(frozen=True)
-class Draws:
+class NoiseSource:
     """Source of noise: each call returns standard normal noise of the latents' shape, float32."""
 
     shape: tuple[int, int, int, int]
@@ -30,7 +30,7 @@ class Draws:
     def __post_init__(self) -> None:
         if isinstance(self.generator, list) and len(self.generator) != self.shape[0]:
             raise UserError(
-                f"{len(self.generator)} generators for {self.shape[0]} pictures: give one, or one for each picture"
+                f"{len(self.generator)} generators for {self.shape[0]} images: give one, or one for each image"
             )
 
     def __call__(self) -> Tensor:
@@ -41,7 +41,7 @@ class Draws:
         if latents is None:
             return self()
         if tuple(latents.shape) != self.shape:
-            raise UserError(f"latents of shape {tuple(latents.shape)}: these pictures need {self.shape}")
+            raise UserError(f"latents of shape {tuple(latents.shape)}: these images need {self.shape}")
         return latents.to(self.device, torch.float32)
 
 
@@ -58,13 +58,13 @@ class Prepared:
 
 
 def prepare(
-    model: Model, request: Request, sampler: Sampler, route: Plan, noise: Draws, latents: Tensor | None
+    model: Model, request: Request, sampler: Sampler, route: Plan, noise: NoiseSource, latents: Tensor | None
 ) -> Prepared:
-    """Prepare a trajectory from noise, from a picture, or within a mask. latents: the initial noise; None: drawn.
+    """Prepare a trajectory from noise, from an image, or within a mask. latents: the initial noise; None: drawn.
 
-    Noise is drawn here in diffusers' order: for the picture's posterior, for the first state, and for the posterior of
-    the picture outside the mask. Each generated picture gets its own noise in all three places, while stock diffusers
-    uses the same posterior sample for all pictures of one prompt.
+    Noise is drawn here in diffusers' order: for the image's posterior, for the first state, and for the posterior of
+    the image outside the mask. Each generated image gets its own noise in all three masks, while stock diffusers
+    uses the same posterior sample for all images of one prompt.
     """
     given, sees, spread = request.given, model.task == "inpaint", request.spread
     step = sampler.step(model.process.schedule, model.process.variance)
@@ -74,9 +74,9 @@ def prepare(
     legs = route.legs[len(route.legs) - steps_of(given.strength, len(route.legs)) :]
     pixels = pad(given.pixels, model.size_multiple) * 2 - 1
     mask = None if given.mask is None else pad(given.mask, model.size_multiple)
-    places = None if mask is None else painted(mask, model.autoencoder.factor, seen=sees)
-    if places is not None and all(place.all() for place in places) and not sampler.draws_noise:
-        places = None  # a sampler that draws noise must draw as often for every mask, or pictures depend on the batch
+    masks = None if mask is None else inpaint_masks(mask, model.autoencoder.factor, seen=sees)
+    if masks is not None and all(mask_of_latents.all() for mask_of_latents in masks) and not sampler.draws_noise:
+        masks = None  # a sampler that draws noise must draw as often for every mask, or images depend on the batch
 
     def sampled(pixels: Tensor) -> Tensor:
         return Posterior(*map(spread, model.posterior(pixels))).sample(noise())
@@ -85,7 +85,7 @@ def prepare(
     if given.strength < 1 or (mask is not None and not sees):
         x0 = sampled(pixels)
     elif (
-        mask is not None and places is not None
+        mask is not None and masks is not None
     ):  # x0 is used at the mask's edge only, and must contain nothing from under the mask
         x0 = spread(model.posterior(filled(pixels, mask)).mean)
     start = noise.start(latents)
@@ -95,9 +95,9 @@ def prepare(
     elif sees:
         context = model.white_context(*noise.shape[2:])
 
-    if places is not None and x0 is not None:
-        places = Painted(*(spread(place).to(model.device) for place in places))
-        step = Blended(step, x0, None if sampler.draws_noise else start, places, route.legs[-1].next)
+    if masks is not None and x0 is not None:
+        masks = InpaintMasks(*(spread(mask_of_latents).to(model.device) for mask_of_latents in masks))
+        step = Blended(step, x0, None if sampler.draws_noise else start, masks, route.legs[-1].next)
     if x0 is None or given.strength == 1:
         return Prepared(route.start(start), legs, step, context)
     x = legs[0].now.alpha * x0 + legs[0].now.sigma * start if legs else x0

@@ -4,7 +4,7 @@ Discrete: Ho et al. 2020 (arXiv 2006.11239), eq. 2, 4, 6 and 7, in the form of K
 appendix A, which needs no betas. Continuous: Song et al. 2021 (arXiv 2011.13456), eq. 5, 6 and 13. Below, s is the
 level with less noise and t the level with more.
 
-alpha and sigma of a point are Python floats, or tensors that broadcast against the pictures.
+alpha and sigma of a point are Python floats, or tensors that broadcast against the images.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The request of a pipeline call, read and checked: texts, given pictures, and the number of pictures to generate."""
+"""The request of a pipeline call, read and checked: texts, given images, and the number of images to generate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ldm.model import Model
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts and their features, one for all pictures or one for each."""
+    """Prompts and their features, one for all images or one for each."""
 
     prompts: list[str]
     """Prompts; empty if features are given instead."""
@@ -55,24 +55,24 @@ def _features(
 
 @dataclass(frozen=True)
 class Given:
-    """Given pictures and masks, one for all or one for each."""
+    """Given images and masks, one for all or one for each."""
 
     pixels: Tensor
-    """Pictures, (1 or n, 3, H, W) in [0, 1]."""
+    """Images, (1 or n, 3, H, W) in [0, 1]."""
     mask: Tensor | None
     """Masks, (1 or n, 1, H, W) in [0, 1]; white is painted; None: everything is painted."""
     strength: float
-    """Share of the steps that are walked, 0 to 1; 0 keeps the pictures."""
+    """Share of the steps that are walked, 0 to 1; 0 keeps the images."""
 
     @classmethod
     def read(cls, image: Pixels | None, mask_image: Pixels | None, strength: float | None) -> Self | None:
-        """Read the pictures and masks; None without an image.
+        """Read the images and masks; None without an image.
 
-        Raises UserError for invalid pictures, or for a mask or a strength without an image.
+        Raises UserError for invalid images, or for a mask or a strength without an image.
         """
         if image is None:
             if mask_image is not None or strength is not None:
-                raise UserError("mask_image and strength speak of a picture: give image too")
+                raise UserError("mask_image and strength speak of an image: give image too")
             return None
         pixels = to_pixels(image)
         mask = None if mask_image is None else to_mask(mask_image, (pixels.shape[2], pixels.shape[3]))
@@ -81,7 +81,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Request:
-    """Inputs of n different pictures, with `copies` of each. Raises UserError if the numbers don't fit."""
+    """Inputs of n different images, with `copies` of each. Raises UserError if the numbers don't fit."""
 
     texts: Texts
     given: Given | None
@@ -99,18 +99,18 @@ class Request:
     def _lengths(self) -> dict[str, int]:
         lengths = {"prompts": len(self.texts.condition), "negative prompts": len(self.texts.negative)}
         if self.given is not None:
-            lengths["pictures"] = len(self.given.pixels)
+            lengths["images"] = len(self.given.pixels)
             if self.given.mask is not None:
                 lengths["masks"] = len(self.given.mask)
         return lengths
 
     @property
     def n(self) -> int:
-        """Number of different pictures."""
+        """Number of different images."""
         return max(self._lengths().values())
 
     def spread(self, x: Tensor) -> Tensor:
-        """Repeat a tensor with one row for all pictures, or one for each: (1 or n, …) → (n · copies, …)."""
+        """Repeat a tensor with one row for all images, or one for each: (1 or n, …) → (n · copies, …)."""
         return x.expand(self.n, *x.shape[1:]).repeat_interleave(self.copies, 0)
 
     def shape(self, model: Model, height: int | None, width: int | None) -> tuple[int, int, int, int]:

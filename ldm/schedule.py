@@ -197,7 +197,7 @@ class BetaSchedule(Schedule):
 class RectifiedFlow(Schedule):
     """The straight path from data to noise: alpha = 1 - s, sigma = s with s = shift t / (1 + (shift - 1) t).
 
-    A shift of sqrt(m / n) gives pictures of m elements the same uncertainty as pictures of n elements without a shift
+    A shift of sqrt(m / n) gives images of m elements the same uncertainty as images of n elements without a shift
     (Esser et al. 2024, eq. 23). The network's time is s T, as for diffusers' flow models.
     """
 

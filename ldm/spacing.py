@@ -79,7 +79,7 @@ def plan(
     if grid.strides:
         # diffusers' DDIM goes down by T // n from every index. With leading, the next leg begins there. With
         # trailing, the two can differ by an index if n doesn't divide T. With linspace, the steps are too short
-        # and noise remains in the picture. This is kept, so that our pictures equal diffusers'.
+        # and noise remains in the image. This is kept, so that our images equal diffusers'.
         down, end = T // n, -1 if set_alpha_to_one else 0
         ends = (level.model_time - down if level.model_time >= down else end for level in levels)
         return Plan(tuple(Leg(level, schedule.level(j)) for level, j in zip(levels, ends, strict=True)), 1.0)

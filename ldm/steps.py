@@ -47,7 +47,7 @@ class Sampler:
     grid: Grid
     """Rules for the visited levels and the first state."""
     draws_noise: bool
-    """Whether the steps add noise, so that the same first state can lead to different pictures."""
+    """Whether the steps add noise, so that the same first state can lead to different images."""
     uses_learned_variance: bool = False
     """Whether the step has a variance, which the network may have learned."""
 
@@ -157,7 +157,7 @@ class Multistep:
 class UniPC:
     """DPM++ 2M's step, corrected after the network's evaluation at its end. One evaluation per leg."""
 
-    begun: tuple[Tensor, Tensor, Level] | None = None
+    uncorrected: tuple[Tensor, Tensor, Level] | None = None
     """State, x̂0 and level at the start of the last leg."""
     previous: tuple[Tensor, Level] | None = None
     """x̂0 and level at the start of the leg before it."""
@@ -165,11 +165,11 @@ class UniPC:
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         x0 = denoise(x, now).x0
         last = None
-        if self.begun is not None:
-            x, last = self._correct(*self.begun, x0, now), self.begun[1:]
-        self.previous, self.begun = last, (x, x0, now)
+        if self.uncorrected is not None:
+            x, last = self._correct(*self.uncorrected, x0, now), self.uncorrected[1:]
+        self.previous, self.uncorrected = last, (x, x0, now)
         if next.is_last:
-            self.previous = self.begun = None
+            self.previous = self.uncorrected = None
         return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
 
     def _correct(self, x: Tensor, x0: Tensor, then: Level, x0_now: Tensor, now: Level) -> Tensor:

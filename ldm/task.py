@@ -8,7 +8,7 @@ Task = Literal["txt2img", "inpaint"]
 
 
 def context_channels(task: Task, latent_channels: int) -> int:
-    """Return the number of input channels besides the state, e.g. a mask and the latent of the picture outside it."""
+    """Return the number of input channels besides the state, e.g. a mask and the latent of the image outside it."""
     match task:
         case "txt2img":
             return 0

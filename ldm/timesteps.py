@@ -16,7 +16,7 @@ from ldm.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SampledTimesteps:
     """Timesteps of a batch: index (b,) int64; weight (b,) or 1, which corrects means to those of uniform timesteps."""
 
     index: Tensor
@@ -26,12 +26,12 @@ class Drawn:
 class Timesteps(Protocol):
     """A map from uniform random numbers u (b,) in [0, 1) to the timesteps of a schedule with T of them."""
 
-    def __call__(self, u: Tensor, T: int) -> Drawn: ...
+    def __call__(self, u: Tensor, T: int) -> SampledTimesteps: ...
 
 
-def uniform(u: Tensor, T: int) -> Drawn:
+def uniform(u: Tensor, T: int) -> SampledTimesteps:
     """Draw every timestep with the same probability."""
-    return Drawn((u * T).long().clamp(max=T - 1), 1.0)  # a cast may have rounded u to 1
+    return SampledTimesteps((u * T).long().clamp(max=T - 1), 1.0)  # a cast may have rounded u to 1
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class LogitNormal:
                 f"logit-normal timesteps of mean {self.mean}, deviation {self.std}: give a positive deviation"
             )
 
-    def __call__(self, u: Tensor, T: int) -> Drawn:
+    def __call__(self, u: Tensor, T: int) -> SampledTimesteps:
         t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double()))
-        return Drawn((t * T).long().clamp(max=T - 1), 1.0)
+        return SampledTimesteps((t * T).long().clamp(max=T - 1), 1.0)
 
 
 class Importance(nn.Module):
@@ -82,14 +82,14 @@ class Importance(nn.Module):
         root = torch.where(known, self.mean_square.sqrt(), 1.0)
         return (1 - self.floor) * root / root.sum() + self.floor / bins
 
-    def forward(self, u: Tensor, T: int) -> Drawn:
+    def forward(self, u: Tensor, T: int) -> SampledTimesteps:
         p = self.probability()
         ends = p.cumsum(0)
         u = u.to(p) * ends[-1]
         at = torch.searchsorted(ends, u, right=True).clamp(max=len(p) - 1)
         place = ((u - (ends - p)[at]) / p[at]).clamp(0, 1)
         index = ((at + place) * T / len(p)).long().clamp(max=T - 1)
-        return Drawn(index, 1 / (len(p) * p[at]))
+        return SampledTimesteps(index, 1 / (len(p) * p[at]))
 
     def note(self, index: Tensor, loss: Tensor, T: int) -> None:
         """Record the losses (b,) of a part of a batch; non-finite losses are left out."""

@@ -32,9 +32,9 @@ def main() -> None:
     seconds = json.loads(clock.read_text()) if clock.is_file() else {}
     for stage, line in STAGES.items():
         print(f"\n$ python {line}", flush=True)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         status = subprocess.run([sys.executable, *line.split()]).returncode
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
         clock.write_text(json.dumps(seconds))
         if status:
             raise RunError(f"{stage} ended with status {status}; `make demo` again goes on from there")

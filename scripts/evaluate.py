@@ -14,7 +14,7 @@ def main() -> None:
     report = evaluate(o)
     print(json.dumps({k: report[k] for k in ("task", "vae", "latents", "alignment") if k in report}, indent=2))
     if damaged := report["damaged"]:
-        print(f"{len(damaged)} pictures can't be read, others stood in, e.g. for {': '.join(damaged[0])}")
+        print(f"{len(damaged)} images can't be read, others stood in, e.g. for {': '.join(damaged[0])}")
     print(f"written to {o.out}/report.json and {o.out}/samples.png")
 
 

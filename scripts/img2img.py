@@ -6,12 +6,12 @@ from pathlib import Path
 from ldm.errors import UserError
 from ldm.formats.png import slug
 from train.commands.main import command
+from train.config.generation import GenerateOptions
 from train.config.load import overlay
-from train.config.painting import PaintOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(PaintOptions):
+class Options(GenerateOptions):
     """Generate images that start from given images: variations, or changes that follow a prompt."""
 
     image: tuple[str, ...] = ()
@@ -22,27 +22,27 @@ class Options(PaintOptions):
 
 def main() -> None:
     o = overlay(Options, Options())
-    from train.commands.generate import Painter, like, open_picture  # slow import
+    from train.commands.generate import ImageGenerator, open_image, options_like  # slow import
 
-    o = like(o)
+    o = options_like(o)
     if not o.image:
-        raise UserError("--image is missing: pictures to begin with")
+        raise UserError("--image is missing: images to begin with")
     stems = [slug(Path(path).stem) for path in o.image]
     names = [f"{stem}-" for stem in stems]
     if len(set(stems)) < len(stems):  # same name in several folders
         names = [f"{k}-{name}" for k, name in enumerate(names)]
     given = [
-        {"image": open_picture(path, "--image"), "name": name, "story": {"image": [path]}, "files": {"image": path}}
+        {"image": open_image(path, "--image"), "name": name, "metadata": {"image": [path]}, "files": {"image": path}}
         for path, name in zip(o.image, names, strict=True)
     ]
-    painter = Painter(o)
-    prompts = painter.prompts
+    generator = ImageGenerator(o)
+    prompts = generator.prompts
     n = max(len(given), len(prompts))
     if not {len(given), len(prompts)} <= {1, n}:
-        raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for all, or as many of each")
+        raise UserError(f"{len(given)} images for {len(prompts)} prompts: give one for all, or as many of each")
     pairs = zip(prompts * (n // len(prompts)), given * (n // len(given)), strict=True)
-    wanted = [picture for prompt, how in pairs for picture in painter.wanted(prompt, **how)]
-    for path in painter.paint(wanted, strength=o.strength):
+    jobs = [job for prompt, how in pairs for job in generator.jobs(prompt, **how)]
+    for path in generator.generate(jobs, strength=o.strength):
         print(path)
 
 

@@ -1,8 +1,8 @@
 """Inpaint the masked part of an image, or extend the image beyond its borders; the rest doesn't change."""
 
 from train.commands.main import command
+from train.config.generation import InpaintOptions
 from train.config.load import overlay
-from train.config.painting import InpaintOptions
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Interpolate from one prompt to another, or from one seed to another: write the frames and an animation."""
 
 from train.commands.main import command
+from train.config.generation import InterpolateOptions
 from train.config.load import overlay
-from train.config.painting import InterpolateOptions
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def make_shapes(o: Shapes) -> None:
 
     written = write_shapes(Path(o.out), o.size, o.train, o.test, o.seed)
     state = "written" if written else "already there, left as it is"
-    print(f"{o.out}: {o.train} training and {o.test} test pictures of {o.size} × {o.size}, seed {o.seed}: {state}")
+    print(f"{o.out}: {o.train} training and {o.test} test images of {o.size} × {o.size}, seed {o.seed}: {state}")
 
 
 def make_emoji(o: Emoji) -> None:
@@ -63,11 +63,11 @@ def make_emoji(o: Emoji) -> None:
     else:
         named, source = character_names(), "Unicode's character names"
         print(f"warning: no CLDR at {CLDR}, so the set will be less than half of the whole one, with a single caption a "
-              "picture: no flags, skin tones or genders, no keywords; install Debian's unicode-cldr-core, or give "
+              "image: no flags, skin tones or genders, no keywords; install Debian's unicode-cldr-core, or give "
               "--annotations", file=sys.stderr)  # fmt: skip
     train, test, captions = write_emoji(Path(o.out), named, font, o.size, o.test_fraction, o.seed)
-    print(f"{o.out}: {train} training and {test} test pictures of {o.size} × {o.size}, seed {o.seed}: written in "
-          f"{time.perf_counter() - began:.1f} s, {captions / (train + test):.2f} captions a picture from {source}")  # fmt: skip
+    print(f"{o.out}: {train} training and {test} test images of {o.size} × {o.size}, seed {o.seed}: written in "
+          f"{time.perf_counter() - began:.1f} s, {captions / (train + test):.2f} captions an image from {source}")  # fmt: skip
 
 
 def main() -> None:

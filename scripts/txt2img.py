@@ -6,12 +6,12 @@ from typing import Annotated
 import tyro
 
 from train.commands.main import command
+from train.config.generation import GenerateOptions
 from train.config.load import overlay
-from train.config.painting import PaintOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(PaintOptions):
+class Options(GenerateOptions):
     """Generate images from a prompt, or from each prompt of a file."""
 
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
@@ -22,12 +22,12 @@ class Options(PaintOptions):
 
 def main() -> None:
     o = overlay(Options, Options())
-    from train.commands.generate import Painter, like  # slow import
+    from train.commands.generate import ImageGenerator, options_like  # slow import
 
-    o = like(o)
-    painter = Painter(o)
-    wanted = [picture for prompt in painter.prompts for picture in painter.wanted(prompt)]
-    for path in painter.paint(wanted, width=o.width, height=o.height):
+    o = options_like(o)
+    generator = ImageGenerator(o)
+    jobs = [job for prompt in generator.prompts for job in generator.jobs(prompt)]
+    for path in generator.generate(jobs, width=o.width, height=o.height):
         print(path)
 
 

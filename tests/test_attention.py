@@ -213,17 +213,17 @@ def test_where_xformers_cannot_be_had_one_line_says_why(monkeypatch: pytest.Monk
 def test_a_pipeline_paints_the_same_with_either(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline()
 
-    def picture() -> Tensor:
+    def image() -> Tensor:
         return pipe(
             "a red star", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt"
         ).images
 
-    before = picture()
+    before = image()
     install(monkeypatch, definition)
     assert pipe.set_attention("auto") == "xformers"
-    assert (picture() - before).abs().max() < 1e-4
+    assert (image() - before).abs().max() < 1e-4
     assert pipe.set_attention("sdpa") == "sdpa"
-    assert torch.equal(picture(), before)
+    assert torch.equal(image(), before)
 
 
 @pytest.mark.skipif(

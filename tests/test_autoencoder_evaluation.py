@@ -43,7 +43,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pictures(n: int, side: int = 32, seed: int = 0) -> Tensor:
+def images(n: int, side: int = 32, seed: int = 0) -> Tensor:
     coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return F.interpolate(coarse, size=(side, side), mode="bilinear")
 
@@ -94,7 +94,7 @@ def test_frechet_distance_agrees_with_torchmetrics() -> None:
     assert frechet(sums(a.flatten(1)), sums(b.flatten(1))) == pytest.approx(float(reference.compute()), rel=1e-9)
 
 
-def test_frechet_distance_of_a_set_to_itself_is_zero_even_with_fewer_pictures_than_features() -> None:
+def test_frechet_distance_of_a_set_to_itself_is_zero_even_with_fewer_images_than_features() -> None:
     for n in (20, 400):
         x = randn(n, 100)
         assert frechet(sums(x), sums(x.flip(0))) == pytest.approx(0, abs=1e-10)
@@ -112,7 +112,7 @@ def test_features_add_up_and_too_few_or_broken_ones_are_told() -> None:
     assert math.isnan(frechet(sums(x), sums(x / 0)))
 
 
-# Quality of pictures
+# Quality of images
 
 
 def test_quality_of_known_reconstructions() -> None:
@@ -121,9 +121,9 @@ def test_quality_of_known_reconstructions() -> None:
     made[1] += 20 / 255  # ten steps of 8 bits
     perfect, ten = 20 * math.log10(2 * 255), 20 * math.log10(255 / 10)
     assert psnr(made, x).tolist() == pytest.approx([perfect, ten], rel=1e-5)
-    assert reconstruction_quality(made, x)[0] == pytest.approx((perfect + ten) / 2, rel=1e-5)  # of pictures, not pooled
+    assert reconstruction_quality(made, x)[0] == pytest.approx((perfect + ten) / 2, rel=1e-5)  # of images, not pooled
     assert reconstruction_quality(x, x)[1] == pytest.approx(1, abs=1e-6)
-    # Constant pictures differ in luminance alone: (2 a b + c) / (a² + b² + c), Wang et al. 2004, eq. 6.
+    # Constant images differ in luminance alone: (2 a b + c) / (a² + b² + c), Wang et al. 2004, eq. 6.
     a, b, c = 102 / 255, 112 / 255, 0.01**2
     expected = (1 + (2 * a * b + c) / (a * a + b * b + c)) / 2
     assert reconstruction_quality(made, x)[1] == pytest.approx(expected, abs=2e-4)  # float32 variances
@@ -132,7 +132,7 @@ def test_quality_of_known_reconstructions() -> None:
 
 
 class Plain:
-    """An autoencoder whose latents are the pictures."""
+    """An autoencoder whose latents are the images."""
 
     latent_channels = 3
 
@@ -142,11 +142,11 @@ class Plain:
 
 @pytest.mark.parametrize("level", [0.1, 0.2])
 def test_noise_robustness_of_an_autoencoder_that_passes_noise_on(level) -> None:
-    x = pictures(8) * 0.1  # far from where clipping would hide noise
+    x = images(8) * 0.1  # far from where clipping would hide noise
     q = Posterior(x, torch.full_like(x, 3.0))  # the posterior's own deviation has no part in it
     noise = randn(*x.shape).float()
     noise /= noise.square().mean((1, 2, 3), keepdim=True).sqrt()
-    # Noise of `level` in [−1, 1], and 8-bit rounding of both pictures, each of variance 1/12 a step.
+    # Noise of `level` in [−1, 1], and 8-bit rounding of both images, each of variance 1/12 a step.
     error = (level / 2) ** 2 + 2 / 12 / 255**2
     assert noise_robustness(Plain(), x, q, noise, [level, 0.0]) == pytest.approx(
         [-10 * math.log10(error), 20 * math.log10(2 * 255)], abs=0.01
@@ -321,7 +321,7 @@ def in_processes(shares: list[list[Part]], measured: Callable[..., dict[str, flo
 
 
 def test_everything_of_a_small_autoencoder_in_one_process_and_in_three() -> None:
-    autoencoder, x, noise = small(), pictures(14), randn(14, 4, 16, 16).float()
+    autoencoder, x, noise = small(), images(14), randn(14, 4, 16, 16).float()
     parts = [(x[where], noise[where]) for where in (slice(0, 6), slice(6, 12), slice(12, 14))]
     measured = partial(measure_reconstruction, autoencoder, perceptual=distance, features=Colours())
     latents = LatentSums(4)
@@ -358,7 +358,7 @@ def test_everything_of_a_small_autoencoder_in_one_process_and_in_three() -> None
 
 
 def test_nothing_to_measure_is_said() -> None:
-    with pytest.raises(UserError, match="no held-out pictures"):
+    with pytest.raises(UserError, match="no held-out images"):
         measure_reconstruction(small(), [])
 
 
@@ -395,12 +395,12 @@ def test_features_of_our_own_clip(clip_folder) -> None:
     assert (features.name, features.dim) == (str(folder), 16)
     assert not features.tower.training
     assert not any(p.requires_grad for p in features.parameters())
-    x = pictures(3, 16) * 1.2  # some of it out of range
+    x = images(3, 16) * 1.2  # some of it out of range
     expected = clip.visual_projection(clip.vision_model(pixel_values=in_bytes(x)).pooler_output)
     torch.testing.assert_close(features(x), expected, rtol=1e-4, atol=1e-5)
-    resized = F.interpolate(in_bytes(pictures(3, 32)), size=(16, 16), mode="bicubic", antialias=True)
+    resized = F.interpolate(in_bytes(images(3, 32)), size=(16, 16), mode="bicubic", antialias=True)
     expected = clip.visual_projection(clip.vision_model(pixel_values=resized).pooler_output)
-    torch.testing.assert_close(features(pictures(3, 32)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features(images(3, 32)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_clip_tower_alone_gives_its_pooled_output(clip_folder, tmp_path) -> None:
@@ -408,7 +408,7 @@ def test_a_clip_tower_alone_gives_its_pooled_output(clip_folder, tmp_path) -> No
     CLIPVisionModel.from_pretrained(folder).save_pretrained(tmp_path)  # without the preprocessor's constants
     features = load_features(str(tmp_path))
     assert features.dim == 24
-    x = pictures(3, 16)
+    x = images(3, 16)
     mean, std = (
         torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1),
         torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1),
@@ -426,7 +426,7 @@ def test_features_of_a_dinov2(tmp_path) -> None:
     dino.half().save_pretrained(tmp_path)
     dino.float()
     features = load_features(str(tmp_path))
-    x = pictures(3, 28)
+    x = images(3, 28)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     expected = dino((in_bytes(x) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
     assert (features.dim, features(x).dtype) == (24, torch.float32)
@@ -465,7 +465,7 @@ def test_features_that_cannot_be_are_refused(clip_folder, tmp_path) -> None:
 
 
 class FakeInception(nn.Module):
-    """In place of the network, which is downloaded: says how it was made, and gives the pictures back."""
+    """In place of the network, which is downloaded: says how it was made, and gives the images back."""
 
     def __init__(self, name: str, features_list: list[str], **how) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from safetensors.torch import load_file, save_file
-from test_editing import PROMPTS, box, pictures, seeds
+from test_editing import PROMPTS, box, images, seeds
 from test_training import final_state, ldm_config
 from test_training import parts as parts
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def test_a_transformer_trains_and_paints(
     for sampler in samplers:
         how: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 4, "output_type": "np"}
         if task == "inpaint":
-            how |= {"image": pictures(2), "mask_image": box()}
+            how |= {"image": images(2), "mask_image": box()}
         made[sampler] = pipe(PROMPTS, generator=seeds(2), **how).images
         assert np.isfinite(made[sampler]).all()
         assert not np.array_equal(made[sampler], pipe(PROMPTS, generator=seeds(2), guidance_scale=1.0, **how).images)

@@ -252,7 +252,7 @@ def test_kl_and_likelihood_equal_torchs():
 
 
 def training(kind, variance, schedule, output, target="v"):
-    """The objective's numbers at all indices of arbitrary pictures, for a network that says `output` (T, …)."""
+    """The objective's numbers at all indices of arbitrary images, for a network that says `output` (T, …)."""
     x0, noise = torch.randn(2, schedule.T, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u = (torch.arange(schedule.T, dtype=torch.float64) + 0.5) / schedule.T
     return Objective(schedule, target, kind=kind, variance=variance)(lambda *_: output, x0, u, noise, torch.empty(0))

@@ -1,4 +1,4 @@
-"""Batches of one shape: every picture in its nearest rectangle, each at least once an epoch, the same for any processes."""
+"""Batches of one shape: every image in its nearest rectangle, each at least once an epoch, the same for any processes."""
 
 import io
 from itertools import pairwise
@@ -13,9 +13,9 @@ from ldm.errors import RunError, UserError
 from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure
 from train.data.batches.cached import CachedDataset
 from train.data.batches.draws import LatentNoise, Noising
+from train.data.batches.images import ImageDataset
 from train.data.batches.latent_cache import LatentCache
 from train.data.batches.loading import loader
-from train.data.batches.pictures import PictureDataset
 from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.sources.catalogue import Catalogue, Row
@@ -26,7 +26,7 @@ QUIET = Processes(say=lambda _: None)
 
 
 class Made(Catalogue):
-    """Pictures of given shapes, each of one colour; one of no size can't be read."""
+    """Images of given shapes, each of one colour; one of no size can't be read."""
 
     place = "memory"
 
@@ -37,7 +37,7 @@ class Made(Catalogue):
         return len(self.shapes)
 
     def row(self, k: int) -> Row:
-        return Row(f"{k:04d}.png", k, 0, (f"picture {k}",))
+        return Row(f"{k:04d}.png", k, 0, (f"image {k}",))
 
     def read(self, k: int) -> bytes:
         file = io.BytesIO()
@@ -76,7 +76,7 @@ def test_a_square_that_is_no_multiple_is_refused():
         bucket_sizes(100, 64, 2.0)
 
 
-def test_each_picture_goes_to_the_nearest_rectangle():
+def test_each_image_goes_to_the_nearest_rectangle():
     sizes = bucket_sizes(256, 32, 2.5)
     shapes = np.random.default_rng(0).integers(1, 1000, (500, 2))
     distance = np.abs(np.log(shapes[:, :1] / shapes[:, 1:]) - np.log([w / h for w, h in sizes]))  # (n, sizes)
@@ -84,7 +84,7 @@ def test_each_picture_goes_to_the_nearest_rectangle():
     assert assign(np.array([[5, 5]]), [(64, 64)]).tolist() == [0]
 
 
-def test_a_batch_has_one_shape_and_an_epoch_every_picture():
+def test_a_batch_has_one_shape_and_an_epoch_every_image():
     shapes, size = shapes_of(101), 6
     buckets = buckets_of(shapes, size)
     batches = int(buckets.batches.sum())
@@ -107,7 +107,7 @@ def test_a_batch_has_one_shape_and_an_epoch_every_picture():
 
 
 def test_every_order_of_a_bucket_is_equally_likely():
-    """The first of a bucket's pictures, over many seeds."""
+    """The first of a bucket's images, over many seeds."""
     shapes = [(32, 32)] * 5 + [(64, 16)] * 3
     first = [buckets_of(shapes, 2, seed).at([0])[0] for seed in range(3000)]
     counts = np.bincount(first, minlength=8)
@@ -128,19 +128,19 @@ def test_sizes_are_read_once_and_upright(tmp_path):
 
 
 class Encoder:
-    """A picture's mean colour, in latents four times smaller."""
+    """An image's mean colour, in latents four times smaller."""
 
     def __call__(self, pixels):
         small = torch.nn.functional.avg_pool2d(pixels, 4)
         return small[:, :2], small[:, 1:].exp()
 
 
-def test_caches_and_pictures_give_the_same_batches(tmp_path):
+def test_caches_and_images_give_the_same_batches(tmp_path):
     """Encoded as they come or kept: the same examples, numbers and latents, on one process or two."""
     shapes = shapes_of(40)
     source, buckets = Source(Made(shapes)), buckets_of(shapes)
     framing, noising = Framing(resolution=32, flip=True), Noising(dropout=0.2, strata=6)
-    pictures = PictureDataset(source, framing, 5, buckets=buckets, draws=LatentNoise(noising, 2, 4))
+    images = ImageDataset(source, framing, 5, buckets=buckets, draws=LatentNoise(noising, 2, 4))
     latents = LatentCache.open(
         tmp_path, source, Encoder(), digest="", framing=framing, channels=2, factor=4, buckets=buckets, processes=QUIET
     )
@@ -155,7 +155,7 @@ def test_caches_and_pictures_give_the_same_batches(tmp_path):
     stored = CachedDataset(latents, text, 5, noising)
     how = {"start_step": 0, "steps": 30, "batch_size": 6}
     sides = set()
-    for (made,), (kept,) in zip(loader(pictures, **how), loader(stored, **how), strict=True):
+    for (made,), (kept,) in zip(loader(images, **how), loader(stored, **how), strict=True):
         mean, std = Encoder()(made.pixels)
         assert torch.equal(kept.mean, mean)
         assert torch.equal(kept.std, std)
@@ -186,7 +186,7 @@ def test_sizes_with_less_than_a_batch_are_done_without():
     assert (counts > 0).sum() == 1
 
 
-def test_a_bucket_of_damaged_pictures_alone_is_an_error_in_words(tmp_path):
+def test_a_bucket_of_damaged_images_alone_is_an_error_in_words(tmp_path):
     shapes = [(32, 32)] * 12 + [(64, 16)] * 6
     source, buckets = Source(Made(shapes)), buckets_of(shapes)
     for k in range(12, 18):
@@ -207,19 +207,19 @@ def test_a_bucket_of_damaged_pictures_alone_is_an_error_in_words(tmp_path):
     )
     for dataset in (
         CachedDataset(latents, text, 5),
-        PictureDataset(source, Framing(resolution=32), 5, buckets=buckets),
+        ImageDataset(source, Framing(resolution=32), 5, buckets=buckets),
     ):
-        with pytest.raises(RunError, match="found no readable picture"):
+        with pytest.raises(RunError, match="found no readable image"):
             list(loader(dataset, start_step=0, steps=3, batch_size=6))
 
 
-def test_a_damaged_picture_is_replaced_from_its_own_bucket(tmp_path):
+def test_a_damaged_image_is_replaced_from_its_own_bucket(tmp_path):
     shapes = shapes_of(60)
     source, buckets = Source(Made(shapes)), buckets_of(shapes)
     broken = [k for k in range(60) if k % 5 == 0 and len(buckets.members[buckets.of[k]]) > 1]
     for k in broken:
         source.catalogue.shapes[k] = (0, 0)
-    dataset, seen = PictureDataset(source, Framing(resolution=32), 5, buckets=buckets), 0
+    dataset, seen = ImageDataset(source, Framing(resolution=32), 5, buckets=buckets), 0
     for (batch,) in loader(dataset, start_step=0, steps=40, batch_size=6):
         wanted = buckets.at(batch.position.numpy())
         for k, index in zip(wanted, batch.index.tolist(), strict=True):

@@ -26,14 +26,14 @@ from ldm.errors import RunError, UserError
 from train.data.batches.buckets import measure
 from train.data.batches.cached import CachedDataset
 from train.data.batches.draws import LatentNoise, Noising, PosteriorNoise
+from train.data.batches.images import ImageDataset
 from train.data.batches.latent_cache import LatentCache, stored_place
 from train.data.batches.loading import loader
-from train.data.batches.pictures import PictureDataset
 from train.data.batches.records import Record
 from train.data.batches.text_cache import TextCache
 from train.data.batches.unreadable import Damage
 from train.data.images.crop import Framing
-from train.data.images.decode import load_picture, to_tensor
+from train.data.images.decode import load_image, to_tensor
 from train.data.order.permutation import index_at, substitute
 from train.data.order.rng import Purpose, normal, uniform
 from train.data.sources.catalogue import Catalogue, Row
@@ -52,7 +52,7 @@ def small_shards(monkeypatch):
 
 
 def folder_of(tmp_path: Path, count: int = 30, bad: tuple[int, ...] = ()) -> Path:
-    """Pictures with one to three captions each, and one held out."""
+    """Images with one to three captions each, and one held out."""
     rng = np.random.default_rng(0)
     for split, n in (("train", count), ("test", 1)):
         rows = []
@@ -73,7 +73,7 @@ def source_of(tmp_path: Path, count: int = 30, bad: tuple[int, ...] = ()):
 
 
 class Encoder:
-    """Stands for an autoencoder: a fixed function of the picture. Counts what it is given."""
+    """Stands for an autoencoder: a fixed function of the image. Counts what it is given."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale, self.rows = scale, 0
@@ -129,8 +129,8 @@ def cached(tmp_path, source, seed=5, **noising):
 
 
 def shown(source, index) -> torch.Tensor:
-    """A whole picture as the encoder is given it."""
-    return to_tensor(load_picture(source.read(index)), SIDE)
+    """A whole image as the encoder is given it."""
+    return to_tensor(load_image(source.read(index)), SIDE)
 
 
 def same(a, b) -> bool:
@@ -160,7 +160,7 @@ def joined(parts):
 def both_kinds(tmp_path, bad=(3, 4, 11)):
     source = source_of(tmp_path, bad=bad)
     return [
-        PictureDataset(source, CHANCE, 5, draws=PosteriorNoise(2, 4)),
+        ImageDataset(source, CHANCE, 5, draws=PosteriorNoise(2, 4)),
         cached(tmp_path, source, dropout=0.2),
     ]
 
@@ -189,7 +189,7 @@ def test_batches_are_the_same_for_any_workers_processes_accumulation_and_start(t
 
 
 def test_workers_leave_the_global_generators_alone(tmp_path):
-    dataset = PictureDataset(source_of(tmp_path), PLAIN, 0)
+    dataset = ImageDataset(source_of(tmp_path), PLAIN, 0)
     torch.manual_seed(1)
     np.random.seed(1)
     expected = torch.rand(3), np.random.rand(3)
@@ -201,10 +201,10 @@ def test_workers_leave_the_global_generators_alone(tmp_path):
     assert (np.random.rand(3) == expected[1]).all()
 
 
-def test_a_picture_batch_is_what_its_parts_say(tmp_path):
+def test_a_image_batch_is_what_its_parts_say(tmp_path):
     source = source_of(tmp_path)
     draws = LatentNoise(Noising(dropout=0.5), 2, 4)
-    dataset, at = PictureDataset(source, CHANCE, 5, draws=draws), np.arange(100, 140)
+    dataset, at = ImageDataset(source, CHANCE, 5, draws=draws), np.arange(100, 140)
     batch = dataset.__getitems__(at.tolist())
     np.testing.assert_array_equal(batch.index, index_at(at, 30, 5))
     np.testing.assert_array_equal(batch.drawn.posterior_noise, normal(5, Purpose.POSTERIOR, at, LATENT))
@@ -214,18 +214,18 @@ def test_a_picture_batch_is_what_its_parts_say(tmp_path):
     assert 5 < flips.sum() < 35
     for k, index in enumerate(batch.index.tolist()):
         assert batch.captions[k] in source[index].captions
-        whole = np.asarray(load_picture(source.read(index)))
+        whole = np.asarray(load_image(source.read(index)))
         windows = [whole[top : top + SIDE] for top in range(len(whole) - SIDE + 1)]
         windows = [to_tensor(Image.fromarray(w), SIDE, flip=bool(flips[k])) for w in windows]
         assert any(torch.equal(batch.pixels[k], w) for w in windows)
-    plain = PictureDataset(source, PLAIN, 5, shuffle=False).__getitems__(range(30))
+    plain = ImageDataset(source, PLAIN, 5, shuffle=False).__getitems__(range(30))
     assert plain.index.tolist() == list(range(30))
     assert torch.equal(plain.pixels[7], shown(source, 7))
 
 
 def test_each_caption_has_its_share(tmp_path):
     source = source_of(tmp_path, 3)  # with one, two and three captions
-    dataset = PictureDataset(source, PLAIN, 2)
+    dataset = ImageDataset(source, PLAIN, 2)
     batch = dataset.__getitems__(range(1800))
     for index in range(3):
         chosen = [c for c, i in zip(batch.captions, batch.index.tolist(), strict=True) if i == index]
@@ -274,25 +274,25 @@ def test_timesteps_are_below_one_in_float32(tmp_path, monkeypatch):
     assert timestep.item() < 1
 
 
-def test_mirrored_latents_are_those_of_mirrored_pictures(tmp_path):
+def test_mirrored_latents_are_those_of_mirrored_images(tmp_path):
     source = source_of(tmp_path, bad=(3,))
     latents = latents_of(tmp_path, source, Encoder(), framing=Framing(resolution=SIDE, flip=True))
     dataset = CachedDataset(latents, text_of(tmp_path, source, TextEncoder()), 5)
     at = np.arange(200)
     batch, flips = dataset.__getitems__(at), uniform(5, Purpose.FLIP, at) < 0.5
-    pictures = [shown(source, i) for i in batch.index.tolist()]
-    pictures = [x.flip(2) if f else x for x, f in zip(pictures, flips, strict=True)]
-    torch.testing.assert_close(batch.mean, Encoder()(torch.stack(pictures))[0], rtol=0, atol=0)
+    images = [shown(source, i) for i in batch.index.tolist()]
+    images = [x.flip(2) if f else x for x, f in zip(images, flips, strict=True)]
+    torch.testing.assert_close(batch.mean, Encoder()(torch.stack(images))[0], rtol=0, atol=0)
 
 
 def test_a_batch_size_that_does_not_divide_is_refused_at_once(tmp_path):
-    dataset = PictureDataset(source_of(tmp_path), PLAIN, 0)
+    dataset = ImageDataset(source_of(tmp_path), PLAIN, 0)
     with pytest.raises(UserError, match="batch_size 9"):
         loader(dataset, start_step=0, steps=1, batch_size=9, world=2)
 
 
 def test_signals_to_the_whole_group_do_not_cost_batches(tmp_path):
-    dataset = PictureDataset(source_of(tmp_path), PLAIN, 0)
+    dataset = ImageDataset(source_of(tmp_path), PLAIN, 0)
     steps = loader(dataset, start_step=0, steps=40, batch_size=4, workers=2)
     seen = [next(steps), next(steps)]  # one of each worker: both are ready
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -301,18 +301,18 @@ def test_signals_to_the_whole_group_do_not_cost_batches(tmp_path):
     time.sleep(0.2)
     seen += list(steps)
     assert len(seen) == 40
-    begun = time.monotonic()
+    started = time.monotonic()
     steps = loader(dataset, start_step=0, steps=40, batch_size=4, workers=2)
     next(steps)
     del steps
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - started < 10
     assert not multiprocessing.active_children()
 
 
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
+def test_a_damaged_image_has_its_substitute_and_is_listed_once(tmp_path):
     bad = (3, 4, 11)
     said: list[str] = []
     for dataset in both_kinds(tmp_path, bad):
@@ -324,10 +324,10 @@ def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
             drawn = (substitute(p, attempt, 30, 5) for attempt in range(1, 100))
             assert found[p] == next(i for i in drawn if i not in bad)
     report = tmp_path / "run" / "damaged.jsonl"
-    pictures = both_kinds(tmp_path / "again", bad)[0]
+    images = both_kinds(tmp_path / "again", bad)[0]
     for workers in (0, 2):
         damage = Damage(report, most=0.2, say=said.append)
-        for parts in loader(pictures, start_step=0, steps=15, batch_size=8, workers=workers, damage=damage):
+        for parts in loader(images, start_step=0, steps=15, batch_size=8, workers=workers, damage=damage):
             assert len(parts) == 1
         tried = sum(int(i) in bad for i in index_at(np.arange(120), 30, 5))
         assert tried <= damage.bad <= 2 * tried
@@ -338,10 +338,10 @@ def test_a_damaged_picture_has_its_substitute_and_is_listed_once(tmp_path):
     assert len(said) == 1
 
 
-def test_too_many_damaged_pictures_stop_the_run_and_a_few_do_not(tmp_path):
-    dataset = PictureDataset(source_of(tmp_path, bad=tuple(range(10))), PLAIN, 0)
+def test_too_many_damaged_images_stop_the_run_and_a_few_do_not(tmp_path):
+    dataset = ImageDataset(source_of(tmp_path, bad=tuple(range(10))), PLAIN, 0)
     damage = Damage(tmp_path / "damaged.jsonl", most=0.1, say=lambda _: None)
-    with pytest.raises(RunError, match=r"of .* pictures can't be read, more than the share of 0.1"):
+    with pytest.raises(RunError, match=r"of .* images can't be read, more than the share of 0.1"):
         list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
     assert 19 < damage.bad <= 19 + 8  # not before a tenth of a hundred, and what chance may add
     damage = Damage(tmp_path / "damaged.jsonl", most=0.5, say=lambda _: None)
@@ -354,7 +354,7 @@ def test_the_share_is_exact_of_all_and_beyond_chance_of_some(tmp_path):
         return [(f"{k}.png", "x") for k in range(count)]
 
     Damage(tmp_path / "one.jsonl", most=0.1, say=lambda _: None).note(45, bad(5), whole=True)
-    with pytest.raises(RunError, match=r"^6 of 50 pictures"):
+    with pytest.raises(RunError, match=r"^6 of 50 images"):
         Damage(tmp_path / "two.jsonl", most=0.1, say=lambda _: None).note(44, bad(6), whole=True)
     rng, stopped = np.random.default_rng(0), 0
     for run in range(100):
@@ -392,14 +392,14 @@ def test_missing_files_are_reported(tmp_path):
 
 def test_nothing_but_damage_is_an_error_in_words(tmp_path):
     source = source_of(tmp_path, 4, bad=(0, 1, 2, 3))
-    with pytest.raises(RunError, match="no readable picture"):
-        PictureDataset(source, PLAIN, 0).__getitems__([0])
-    with pytest.raises(RunError, match=r"not one picture .* can be read"):
+    with pytest.raises(RunError, match="no readable image"):
+        ImageDataset(source, PLAIN, 0).__getitems__([0])
+    with pytest.raises(RunError, match=r"not one image .* can be read"):
         latents_of(tmp_path, source, Encoder())
     listed = []
     source = source_of(tmp_path / "again", 30, bad=(2, 9))
     for encode in (Encoder(), never):
-        latents_of(tmp_path, source, encode, note=lambda *told: listed.append(told))
+        latents_of(tmp_path, source, encode, note=lambda *reported: listed.append(reported))
         count, names = listed.pop()
         assert count == 28
         assert [name for name, _ in names] == ["002.png", "009.png"]
@@ -418,7 +418,7 @@ def stamps(tmp_path) -> dict[Path, int]:
 
 
 def expected_of(source) -> torch.Tensor:
-    """(n, 2, c, h, w) of all pictures."""
+    """(n, 2, c, h, w) of all images."""
     return torch.stack(Encoder()(torch.stack([shown(source, k) for k in range(len(source))])), 1)
 
 
@@ -494,14 +494,14 @@ def test_another_encoder_or_transform_has_another_folder(tmp_path, change):
     encode = Encoder(2.0)
     latents = latents_of(tmp_path, source, encode, **option)
     assert encode.rows == (60 if change == "flip" else 30)
-    pictures = torch.stack([shown(source, i) for i in range(30)])
-    exact = torch.stack(Encoder(2.0)(pictures), 1)
+    images = torch.stack([shown(source, i) for i in range(30)])
+    exact = torch.stack(Encoder(2.0)(images), 1)
     expected = exact.half().float() if change == "dtype" else exact
     assert torch.equal(latents.gather(np.arange(30)), expected)
     latents_of(tmp_path, source, never)  # the first is still there
 
 
-def test_a_changed_picture_and_a_changed_caption_are_made_anew(tmp_path):
+def test_a_changed_image_and_a_changed_caption_are_made_anew(tmp_path):
     folder = folder_of(tmp_path)
     source = open_source(folder, "train")
     latents_of(tmp_path, source, Encoder())
@@ -518,7 +518,7 @@ def test_a_changed_picture_and_a_changed_caption_are_made_anew(tmp_path):
     assert torch.equal(text.gather(rows), TextEncoder()([source[k].captions[0] for k in range(30)]))
 
 
-def test_added_touched_and_copied_pictures_are_taken_over(tmp_path):
+def test_added_touched_and_copied_images_are_taken_over(tmp_path):
     """By name, size and time without reading them; else by content; and a changed one of the same size isn't."""
     folder = folder_of(tmp_path, bad=(9,))
     latents_of(tmp_path, open_source(folder, "train"), Encoder())
@@ -532,9 +532,9 @@ def test_added_touched_and_copied_pictures_are_taken_over(tmp_path):
     assert ": 1 rows to make, 0.0 MiB" in said[0]
     assert before.items() <= stamps(tmp_path).items()
     assert len(stamps(tmp_path)) == len(before) + 3
-    pictures = torch.stack([shown(source, i) for i in range(31) if i != 10])
+    images = torch.stack([shown(source, i) for i in range(31) if i != 10])
     kept = np.array([i for i in range(31) if i != 10])
-    assert torch.equal(latents.gather(kept)[:, 0], Encoder()(pictures)[0])
+    assert torch.equal(latents.gather(kept)[:, 0], Encoder()(images)[0])
     assert latents.damaged.nonzero()[0].tolist() == [10]
 
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)  # with new times
@@ -552,7 +552,7 @@ def test_added_touched_and_copied_pictures_are_taken_over(tmp_path):
 
 
 def test_a_copied_set_is_compared_once(tmp_path, monkeypatch):
-    """It costs an alias file; the next start reads no picture. Flips and crops cost no further reading."""
+    """It costs an alias file; the next start reads no image. Flips and crops cost no further reading."""
     folder = folder_of(tmp_path, bad=(9,))
     how = {"framing": CHANCE, "crops": 2}
     latents_of(tmp_path, open_source(folder, "train"), Encoder(), **how)
@@ -600,7 +600,7 @@ def test_sets_that_look_alike_have_their_own_latents(tmp_path):
 
 
 class Tars(Catalogue):
-    """Pictures that are numbered anew every three, all of one size and time."""
+    """Images that are numbered anew every three, all of one size and time."""
 
     place = "tars"
 
@@ -620,7 +620,7 @@ class Tars(Catalogue):
 
 
 @pytest.mark.parametrize("interrupted_at", range(9))
-def test_pictures_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, interrupted_at):
+def test_images_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, interrupted_at):
     monkeypatch.setattr(shards_module, "_SHARD_ROWS", 2)
     source, encode = Source(Tars()), Encoder()
 
@@ -647,7 +647,7 @@ def test_pictures_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, i
 
 
 def test_a_key_of_two_contents_is_not_trusted(tmp_path):
-    """Two runs at once may leave this state, if a picture was replaced between them."""
+    """Two runs at once may leave this state, if an image was replaced between them."""
     one, two = twins(tmp_path)
     two.catalogue.place = one.place
     for source, cache in ((one, tmp_path), (two, tmp_path / "other")):
@@ -710,7 +710,7 @@ def test_a_batch_is_as_large_as_memory_allows(tmp_path):
         assert max(seen) == most
 
 
-def test_windows_of_a_picture_are_kept_and_chosen_from(tmp_path):
+def test_windows_of_a_image_are_kept_and_chosen_from(tmp_path):
     source = source_of(tmp_path, bad=(4,))
     latents = latents_of(tmp_path, source, Encoder(), framing=CHANCE, crops=3)
     dataset = CachedDataset(latents, text_of(tmp_path, source, TextEncoder()), 5)
@@ -719,7 +719,7 @@ def test_windows_of_a_picture_are_kept_and_chosen_from(tmp_path):
     crops, flips = (uniform(5, Purpose.CROP, at) * 3).astype(int), uniform(5, Purpose.FLIP, at) < 0.5
     expected = []
     for index, crop, flip in zip(batch.index.tolist(), crops, flips, strict=True):
-        image, place = load_picture(source.read(index)), stored_place(source[index].name, int(crop))
+        image, place = load_image(source.read(index)), stored_place(source[index].name, int(crop))
         expected.append(to_tensor(image, SIDE, crop="random", place=place, flip=bool(flip)))
     assert torch.equal(batch.mean, Encoder()(torch.stack(expected))[0])
     assert len({stored_place(f"{k}.png", c) for k in range(10) for c in range(3)}) == 30
@@ -756,8 +756,8 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     latents = latents_of(tmp_path, source, encode, said=said)
     assert encode.rows == 30 - 16
     assert ": 14 rows to make" in said[0]
-    pictures = torch.stack([shown(source, i) for i in range(30)])
-    assert torch.equal(latents.gather(np.arange(30))[:, 0], Encoder()(pictures)[0])
+    images = torch.stack([shown(source, i) for i in range(30)])
+    assert torch.equal(latents.gather(np.arange(30))[:, 0], Encoder()(images)[0])
 
 
 @pytest.mark.parametrize("fails_at", range(9))

@@ -151,7 +151,7 @@ def test_stock_diffusers_reads_the_folder_and_paints_short_prompts(pipe, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:a prompt has 30 tokens and 14 fit")  # in the weak model
-def test_every_prompt_of_a_picture_has_as_many_chunks(pipe) -> None:
+def test_every_prompt_of_a_image_has_as_many_chunks(pipe) -> None:
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 3), pipe.process)
 
     def painted(*prompts: str, negative: str = "", scale: float = 3.0, **more) -> torch.Tensor:

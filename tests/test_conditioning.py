@@ -734,7 +734,7 @@ def test_shapes_that_do_not_fit_are_refused(tokenizer, wrong):
 
 
 def test_it_learns_to_tell_captions_apart(tokenizer):
-    """Plain colours: after a few dozen steps every picture finds its caption, and twins do no harm."""
+    """Plain colours: after a few dozen steps every image finds its caption, and twins do no harm."""
     colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [1, 1, 1], [-1, -1, -1]]).float()
     module = Contrastive(small_clip(tokenizer))
     optimizer = torch.optim.AdamW(module.parameters(), 2e-3)
@@ -760,14 +760,14 @@ def token_tasks(**weights: float) -> TokenTasks:
 
 def test_a_patch_of_the_sketch_has_its_own_query():
     sketch = Sketch(width=16, patch_size=4, image_size=12)
-    picture = sketch(torch.randn(2, 5, 16))
-    assert picture.shape == (2, 3, 12, 12)
-    (gradient,) = torch.autograd.grad(picture[1, 2, 5, 10], sketch.queries)  # second row, third column
+    image = sketch(torch.randn(2, 5, 16))
+    assert image.shape == (2, 3, 12, 12)
+    (gradient,) = torch.autograd.grad(image[1, 2, 5, 10], sketch.queries)  # second row, third column
     assert gradient.abs().sum(1).nonzero().tolist() == [[1 * 3 + 2]]
 
 
-def test_the_sketch_is_the_mean_picture_and_hears_the_order_of_words(tokenizer):
-    """Two captions of the same words; the first goes with two pictures, of which the least squares are the mean."""
+def test_the_sketch_is_the_mean_image_and_hears_the_order_of_words(tokenizer):
+    """Two captions of the same words; the first goes with two images, of which the least squares are the mean."""
     ids = tokenize(tokenizer, ["a red star above a blue circle"] * 2 + ["a blue circle above a red star"] * 2)
     pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.random.fork_rng():

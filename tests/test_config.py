@@ -276,11 +276,11 @@ def test_any_mapping_is_a_configuration_or_a_plain_refusal(given: dict) -> None:
 
 
 def test_help_lists_every_field_with_its_meaning() -> None:
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "scripts/train_ldm.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert told.returncode == 0
-    said = " ".join(told.stdout.split())
+    assert reported.returncode == 0
+    said = " ".join(reported.stdout.split())
     for option in ("--optimizer.lr", "--unet.channels", "--diffusion.target", "--precision", "--input.caption-column"):
         assert option in said
     assert "Peak learning rate" in said

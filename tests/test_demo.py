@@ -1,4 +1,4 @@
-"""The demo keeps what the README says of it: the whole road on the CPU, then its pictures read back by the checker."""
+"""The demo keeps what the README says of it: the whole road on the CPU, then its images read back by the checker."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.evaluation.autoencoder import reconstruction_quality
@@ -45,11 +45,11 @@ def test_the_demo_paints_what_it_is_asked(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pictures_are_led_back_to_their_noise(demo: Path) -> None:
-    """Held-out pictures, inverted and painted again, come out as the autoencoder alone would have them."""
+def test_images_are_led_back_to_their_noise(demo: Path) -> None:
+    """Held-out images, inverted and generated again, come out as the autoencoder alone would have them."""
     pipe = LatentDiffusionPipeline.from_pretrained(demo / "runs/demo/model")
     held_out = open_source(demo / "data/shapes", "test")
-    batch = PictureDataset(held_out, Framing(resolution=32), 0, shuffle=False).__getitems__(range(32))
+    batch = ImageDataset(held_out, Framing(resolution=32), 0, shuffle=False).__getitems__(range(32))
     z = pipe.autoencoder.encode(batch.pixels).mean
     noise = pipe.invert(z, batch.captions, num_inference_steps=50)
     back = pipe(

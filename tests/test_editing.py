@@ -1,4 +1,4 @@
-"""From a picture and inside a mask: stock diffusers' pictures, exact pixels outside, and every way to ask wrongly."""
+"""From an image and inside a mask: stock diffusers' images, exact pixels outside, and every way to ask wrongly."""
 
 import io
 import itertools
@@ -10,7 +10,7 @@ from conftest import tiny_pipeline
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
-from ldm.editing import Blended, filled, on_latents, painted, steps_of, to_mask, to_pixels
+from ldm.editing import Blended, filled, inpaint_masks, on_latents, steps_of, to_mask, to_pixels
 from ldm.errors import UserError
 from ldm.formats.images import to_rgb
 from ldm.schedule import Schedule
@@ -30,7 +30,7 @@ def saved(pipe, tmp_path_factory):
     return folder
 
 
-def pictures(count: int, size=(32, 32), seed: int = 0):
+def images(count: int, size=(32, 32), seed: int = 0):
     """Smooth ones."""
     made = []
     for k in range(count):
@@ -55,7 +55,7 @@ def seeds(count: int):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("strength", [0.3, 0.6, 0.9])
-def test_from_a_picture_stock_diffusers_paints_the_same(pipe, saved, sampler, strength):
+def test_from_a_image_stock_diffusers_paints_the_same(pipe, saved, sampler, strength):
     from diffusers import DPMSolverMultistepScheduler
 
     stock = StableDiffusionImg2ImgPipeline.from_pretrained(saved)
@@ -63,8 +63,8 @@ def test_from_a_picture_stock_diffusers_paints_the_same(pipe, saved, sampler, st
     if sampler == "dpmpp_2m":
         stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     how = {"strength": strength, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
-    theirs = stock(PROMPTS, image=pictures(2), generator=seeds(2), **how).images
-    ours = pipe(PROMPTS, image=pictures(2), generator=seeds(2), sampler=sampler, **how).images
+    theirs = stock(PROMPTS, image=images(2), generator=seeds(2), **how).images
+    ours = pipe(PROMPTS, image=images(2), generator=seeds(2), sampler=sampler, **how).images
     assert np.abs(ours - theirs).max() <= 2 / 255
     assert ours.std() > 0.05
 
@@ -75,8 +75,8 @@ def test_inside_a_mask_stock_diffusers_paints_the_same(pipe, saved, strength):
     stock = StableDiffusionInpaintPipeline.from_pretrained(saved)
     stock.set_progress_bar_config(disable=True)
     how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
-    theirs = stock(PROMPTS, image=pictures(2), mask_image=box(), generator=seeds(2), height=32, width=32, **how).images
-    ours = pipe(PROMPTS, image=pictures(2), mask_image=box(), generator=seeds(2), sampler="ddim", **how).images
+    theirs = stock(PROMPTS, image=images(2), mask_image=box(), generator=seeds(2), height=32, width=32, **how).images
+    ours = pipe(PROMPTS, image=images(2), mask_image=box(), generator=seeds(2), sampler="ddim", **how).images
     ours, theirs = (pipe.decode(z.to(torch.float32) / s) for z, s in ((ours, 1), (theirs, 1)))
     assert (ours - theirs).abs().max() <= 2 / 255
 
@@ -93,7 +93,7 @@ def test_strength_is_the_share_of_the_steps():
 
 
 def test_at_1_it_is_text_to_image_and_at_0_the_autoencoder(pipe):
-    given = pictures(2)
+    given = images(2)
     how = {"num_inference_steps": 4, "output_type": "np"}
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     one = pipe(PROMPTS, image=given, strength=1.0, latents=noise, generator=seeds(2), **how).images
@@ -118,7 +118,7 @@ def test_outside_the_mask_nothing_changes(pipe):
     rng = np.random.default_rng(0)
     for k in range(100):
         size = tuple(int(n) for n in rng.integers(17, 45, 2))
-        (given,), mask = pictures(1, size, k), Image.new("L", size)
+        (given,), mask = images(1, size, k), Image.new("L", size)
         draw = ImageDraw.Draw(mask)
         for _ in range(3):
             ends = [int(rng.integers(0, size[i % 2])) for i in range(4)]
@@ -154,7 +154,7 @@ def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(
     mask[..., :6] = 1
     x0, start, drawn = torch.full((1, 1, 1, 3), 2.0), torch.full((1, 1, 1, 3), 3.0), torch.full((1, 1, 1, 3), 5.0)
     last = schedule.level(0)
-    places = painted(mask, 4, seen)
+    places = inpaint_masks(mask, 4, seen)
     step = Blended(lambda *_: torch.full((1, 1, 1, 3), 7.0), x0, start if same else None, places, last)
     for index in (900, 600, 400, 100, 0):
         level = schedule.level(index) if index else last
@@ -167,7 +167,7 @@ def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(
 
 def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
     """Also where the mask covers no latent wholly: a thin line, a soft spot, the noise of a JPEG file."""
-    (given,) = pictures(1)
+    (given,) = images(1)
     line, spot, jpeg = np.zeros((3, 32, 32), np.float32)
     line[7], spot[9, 9], jpeg[8:20, 8:20] = 1, 0.1, 0.98
     for mask, sampler in itertools.product((line, spot, jpeg), ("dpmpp_2m", "dpmpp_2m_sde")):
@@ -178,7 +178,7 @@ def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
         assert changed[mask > 0].all()
 
 
-def test_pil_pictures_are_seen_as_they_are_meant():
+def test_pil_images_are_seen_as_they_are_meant():
     """Upright, 16 bits scaled, on white where they are transparent; once, however often."""
     deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     np.testing.assert_allclose(to_pixels(Image.fromarray(deep))[0, 0], np.rint(deep / 257) / 255, atol=1e-6)
@@ -225,7 +225,7 @@ def test_what_is_made_up_under_a_mask_is_of_what_is_round_it():
 
 
 def test_black_is_black_but_for_noise(pipe):
-    (given,), mask = pictures(1), np.asarray(box())
+    (given,), mask = images(1), np.asarray(box())
     noisy = np.maximum(mask, np.random.default_rng(0).integers(0, 8, mask.shape)).astype(np.uint8)
     how = {"image": given, "num_inference_steps": 3}
     one, other = (
@@ -237,20 +237,20 @@ def test_black_is_black_but_for_noise(pipe):
         pipe("a star", mask_image=Image.fromarray(noisy * (mask == 0)), **how)
 
 
-def test_a_picture_is_encoded_once_for_all_that_are_painted_of_it(monkeypatch):
-    for inpaints, times in ((False, 1), (True, 2)):  # the picture, and what a mask leaves of it
+def test_a_image_is_encoded_once_for_all_that_are_painted_of_it(monkeypatch):
+    for inpaints, times in ((False, 1), (True, 2)):  # the image, and what a mask leaves of it
         pipe, encoded = tiny_pipeline(inpaints=inpaints), []
         encode = pipe.autoencoder.encode
         monkeypatch.setattr(pipe.autoencoder, "encode", lambda x, f=encode, n=encoded: (n.append(len(x)), f(x))[1])
         how = {"mask_image": box(), "strength": 0.5, "num_inference_steps": 2, "num_images_per_prompt": 5}
-        made = pipe("a star", image=pictures(1), generator=seeds(5), **how).images
+        made = pipe("a star", image=images(1), generator=seeds(5), **how).images
         assert encoded == [1] * times
-        alone = pipe("a star", image=pictures(1), generator=seeds(5)[3:4], **how | {"num_images_per_prompt": 1}).images
+        alone = pipe("a star", image=images(1), generator=seeds(5)[3:4], **how | {"num_images_per_prompt": 1}).images
         assert np.abs(np.asarray(alone[0], int) - np.asarray(made[3], int)).max() <= 1
 
 
-def test_batches_are_as_pictures_alone(pipe):
-    given = pictures(3)
+def test_batches_are_as_images_alone(pipe):
+    given = images(3)
     how = {"num_inference_steps": 3, "output_type": "np", "strength": 0.7}
     together = pipe("a star", image=given, generator=seeds(3), **how).images
     for k in range(3):
@@ -265,18 +265,18 @@ def test_batches_are_as_pictures_alone(pipe):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"mask_image": box()}, "speak of a picture: give image too"),
-        ({"strength": 0.5}, "speak of a picture: give image too"),
-        ({"image": pictures(1), "strength": 1.5}, "strength 1.5"),
-        ({"image": pictures(3)}, "3 pictures for 2 prompts"),
-        ({"image": [pictures(1)[0], *pictures(1, (40, 32))]}, "give one size"),
-        ({"image": []}, "PIL pictures"),
-        ({"image": ["cat.png"]}, "PIL pictures"),
+        ({"mask_image": box()}, "speak of an image: give image too"),
+        ({"strength": 0.5}, "speak of an image: give image too"),
+        ({"image": images(1), "strength": 1.5}, "strength 1.5"),
+        ({"image": images(3)}, "3 images for 2 prompts"),
+        ({"image": [images(1)[0], *images(1, (40, 32))]}, "give one size"),
+        ({"image": []}, "PIL images"),
+        ({"image": ["cat.png"]}, "PIL images"),
         ({"image": torch.zeros(1, 4, 32, 32)}, r"shape \(1, 4, 32, 32\)"),
         ({"image": torch.full((1, 3, 32, 32), 2.0)}, "values from 2 to 2"),
         ({"image": torch.full((1, 3, 32, 32), float("nan"))}, "values from nan"),
-        ({"image": pictures(1), "mask_image": Image.new("L", (32, 32))}, "mask_image is black"),
-        ({"image": pictures(1), "width": 64}, "its own size holds"),
+        ({"image": images(1), "mask_image": Image.new("L", (32, 32))}, "mask_image is black"),
+        ({"image": images(1), "width": 64}, "its own size holds"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(pipe, how, said):

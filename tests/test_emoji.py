@@ -24,9 +24,9 @@ from train.data.synthetic.emoji import (
     character_names,
     compose_captions,
     held_out,
-    paint_all,
+    is_usable,
     read_annotations,
-    wanted,
+    render_all,
     write_emoji,
 )
 
@@ -58,7 +58,7 @@ def annotations(tmp_path: Path) -> Path:
     return path
 
 
-def paint(text: str) -> Image.Image | None:
+def render(text: str) -> Image.Image | None:
     """A stand-in for the font: each emoji has a disc of its own, but arrows, and France's flag is St. Martin's."""
     if text == "→":
         return None
@@ -119,10 +119,10 @@ def test_a_folder_of_both_parts_is_read_whole(tmp_path: Path) -> None:
 def test_other_files_are_no_annotations(tmp_path: Path, content: bytes | None, what: str) -> None:
     if content is not None:
         (tmp_path / "en.xml").write_bytes(content)
-    with pytest.raises(UserError, match=what) as told:
+    with pytest.raises(UserError, match=what) as raised:
         read_annotations(tmp_path / "en.xml")
-    assert "en.xml" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "en.xml" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_captions_say_something_once_in_one_line() -> None:
@@ -203,25 +203,25 @@ def test_the_same_share_of_every_kind_is_held_out() -> None:
 
 
 def test_parts_and_couples_of_two_skin_tones_are_left_out() -> None:
-    assert not any(map(wanted, ["🏻", "🦰", "🧑🏻‍🤝‍🧑🏿", "🫱🏻‍🫲🏿"]))
-    assert all(map(wanted, ["😀", "👋🏽", "👨🏽‍🦰", "👩🏽‍🤝‍👨🏽", "🧑‍🤝‍🧑"]))
+    assert not any(map(is_usable, ["🏻", "🦰", "🧑🏻‍🤝‍🧑🏿", "🫱🏻‍🫲🏿"]))
+    assert all(map(is_usable, ["😀", "👋🏽", "👨🏽‍🦰", "👩🏽‍🤝‍👨🏽", "🧑‍🤝‍🧑"]))
 
 
 # Files
 
 
-def test_what_looks_the_same_is_one_picture_with_all_captions(annotations: Path) -> None:
-    pictures = paint_all(read_annotations(annotations), paint, 64)
-    assert [picture.text for picture in pictures] == ["😀", "❤", "🕐", "👋🏽", "🇫🇷"]
+def test_what_looks_the_same_is_one_image_with_all_captions(annotations: Path) -> None:
+    images = render_all(read_annotations(annotations), render, 64)
+    assert [image.text for image in images] == ["😀", "❤", "🕐", "👋🏽", "🇫🇷"]
     flags = ["flag: France", "flag of France", "flag: St. Martin", "flag of St. Martin"]
-    assert pictures[-1].captions == flags
-    assert pictures[-1].name == "1f1eb-1f1f7.png"
+    assert images[-1].captions == flags
+    assert images[-1].name == "1f1eb-1f1f7.png"
 
 
 @pytest.mark.parametrize("side", [16, 64, 128])
 def test_written_set_loads_and_no_emoji_is_on_both_sides(tmp_path: Path, side: int) -> None:
     out = tmp_path / "nested" / "set"
-    written = write_emoji(out, many(), paint, side, 0.05, 3)
+    written = write_emoji(out, many(), render, side, 0.05, 3)
     assert written == (320 - 16, 16, 320)
     bases = {}
     for split in ("train", "test"):
@@ -232,20 +232,20 @@ def test_written_set_loads_and_no_emoji_is_on_both_sides(tmp_path: Path, side: i
         captions = {row.name: list(row.captions) for row in source}
         assert captions == {line["file_name"]: line["text"] for line in lines}
         for line in lines[::10]:
-            with Image.open(out / split / line["file_name"]) as picture:
-                assert (picture.mode, picture.size) == ("RGB", (side, side))
-                assert picture.getpixel((0, 0)) == (255, 255, 255)
+            with Image.open(out / split / line["file_name"]) as image:
+                assert (image.mode, image.size) == ("RGB", (side, side))
+                assert image.getpixel((0, 0)) == (255, 255, 255)
                 colour = hashlib.sha256(line["emoji"].encode()).digest()[:3]
-                assert picture.getpixel((side // 2, side // 2)) == tuple(colour)
+                assert image.getpixel((side // 2, side // 2)) == tuple(colour)
     assert not bases["train"] & bases["test"]
-    write_emoji(tmp_path / "again", many(), paint, side, 0.05, 3)
+    write_emoji(tmp_path / "again", many(), render, side, 0.05, 3)
     assert files(out) == files(tmp_path / "again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "nested"]
 
 
 def test_the_set_loads_as_an_imagefolder(tmp_path: Path, annotations: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    write_emoji(tmp_path / "set", read_annotations(annotations), paint, 64, 0.05, 0)
+    write_emoji(tmp_path / "set", read_annotations(annotations), render, 64, 0.05, 0)
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
     assert {split: part.num_rows for split, part in loaded.items()} == {"train": 4, "test": 1}
     texts = [row["text"] for part in loaded.values() for row in part]
@@ -256,24 +256,24 @@ def test_wrong_numbers_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.png").write_bytes(b"x")
     with pytest.raises(UserError, match="not an empty folder"):
-        write_emoji(tmp_path / "mine", many(), paint, 64, 0.05, 0)
+        write_emoji(tmp_path / "mine", many(), render, 64, 0.05, 0)
     with pytest.raises(UserError, match="not an empty folder"):
-        write_emoji(tmp_path / "mine" / "photo.png", many(), paint, 64, 0.05, 0)
+        write_emoji(tmp_path / "mine" / "photo.png", many(), render, 64, 0.05, 0)
     for wrong in ((15, 0.05, 0), (129, 0.05, 0), (64, 0, 0), (64, 0.6, 0), (64, float("nan"), 0), (64, 0.05, -1)):
         with pytest.raises(UserError, match="out of range"):
-            write_emoji(tmp_path / "new", many(), paint, *wrong)
+            write_emoji(tmp_path / "new", many(), render, *wrong)
     for few in ([], [Named("👋", ("hand",)), Named("👋🏽", ("hand: medium",))], [Named("→", ("arrow",))]):
         with pytest.raises(UserError, match="at least two"):
-            write_emoji(tmp_path / "new", few, paint, 64, 0.05, 0)
+            write_emoji(tmp_path / "new", few, render, 64, 0.05, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
     (tmp_path / "empty").mkdir()
-    assert write_emoji(tmp_path / "empty", many(), paint, 16, 0.05, 0).train > 0
+    assert write_emoji(tmp_path / "empty", many(), render, 16, 0.05, 0).train > 0
 
 
 def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
-    write_emoji(tmp_path / "link", many(), paint, 16, 0.05, 0)
+    write_emoji(tmp_path / "link", many(), render, 16, 0.05, 0)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "train" / "metadata.jsonl").is_file()
 
@@ -284,7 +284,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(emoji_module, "_write_split", failing)
     with pytest.raises(OSError, match="No space"):
-        write_emoji(tmp_path / "set", many(), paint, 64, 0.05, 0)
+        write_emoji(tmp_path / "set", many(), render, 64, 0.05, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -342,18 +342,18 @@ if FONT.is_file():  # nothing to test elsewhere
 
     @pytest.mark.parametrize("text", SEQUENCES)
     def test_a_sequence_is_one_whole_glyph_in_the_middle(font: Font, text: str) -> None:
-        picture = font(text)
-        assert picture is not None
-        assert picture.mode == "RGB"
-        assert picture.size == (font.side, font.side)
-        rows, columns = np.nonzero((np.asarray(picture) < 250).any(-1))
+        image = font(text)
+        assert image is not None
+        assert image.mode == "RGB"
+        assert image.size == (font.side, font.side)
+        rows, columns = np.nonzero((np.asarray(image) < 250).any(-1))
         for places in (rows, columns):
             assert 3 <= places.min() <= places.max() < font.side - 3
             assert places.max() - places.min() > font.side / 2
         assert abs(columns.min() + columns.max() - font.side) < 30
         again = font(text)
         assert again is not None
-        assert picture.tobytes() == again.tobytes()
+        assert image.tobytes() == again.tobytes()
 
     @pytest.mark.parametrize(
         "text",
@@ -375,16 +375,16 @@ if FONT.is_file():  # nothing to test elsewhere
             "\U0010fffd",
         ],
     )
-    def test_what_is_no_single_glyph_has_no_picture(font: Font, text: str) -> None:
+    def test_what_is_no_single_glyph_has_no_image(font: Font, text: str) -> None:
         assert font(text) is None
 
     def test_emoji_differ(font: Font) -> None:
-        assert len(paint_all([Named(text, ("x",)) for text in SEQUENCES], font, 64)) == len(SEQUENCES)
+        assert len(render_all([Named(text, ("x",)) for text in SEQUENCES], font, 64)) == len(SEQUENCES)
 
     def test_the_command(tmp_path: Path, annotations: Path) -> None:
         made = make_emoji("--out", str(tmp_path / "set"), "--annotations", str(annotations), "--size", "32")
         assert (made.returncode, len(made.stdout.splitlines())) == (0, 1)
-        assert "4 training and 1 test pictures of 32 × 32" in made.stdout
+        assert "4 training and 1 test images of 32 × 32" in made.stdout
         assert str(annotations) in made.stdout
         again = make_emoji("--out", str(tmp_path / "set"), "--annotations", str(annotations))
         assert again.returncode == 2

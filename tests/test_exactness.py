@@ -67,7 +67,7 @@ def gain(level):
 
 
 def exact_correlated(x_t, level):
-    """The same for pictures (b, 2, 1, 1)."""
+    """The same for images (b, 2, 1, 1)."""
     centre = torch.from_numpy(CENTRE).view(1, 2, 1, 1)
     return Denoised(centre + torch.einsum("oc,bchw->bohw", torch.from_numpy(gain(level)), x_t - level.alpha * centre))
 

@@ -1,4 +1,4 @@
-"""Stage 2 (and 1) fed in each way: from caches, from pictures as they come, in buckets, from streams."""
+"""Stage 2 (and 1) fed in each way: from caches, from images as they come, in buckets, from streams."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 pictures of all shapes and sizes, three captions each, four of them damaged."""
+    """96 images of all shapes and sizes, three captions each, four of them damaged."""
     folder, rng = tmp_path_factory.mktemp("varied"), np.random.default_rng(0)
     for k in range(96):
         width, height = rng.integers(20, 80, 2).tolist()
@@ -47,7 +47,7 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stream(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The training pictures of the Shapes set as a stream of two shards."""
+    """The training images of the Shapes set as a stream of two shards."""
     folder = tmp_path_factory.mktemp("shards")
     rows = [json.loads(line) for line in (shapes / "train/metadata.jsonl").read_text().splitlines()]
     for k in range(2):
@@ -182,7 +182,7 @@ def test_a_stream_trains_every_stage_and_is_continued_exactly(stream: str, parts
     for change in ({"cache": ""}, {"input": DataConfig(resolution=32, buckets=8)}):
         with pytest.raises(UserError, match="is a stream, of which nothing can be kept"):
             stages["ldm"](tmp_path / "no", **change)
-    with pytest.raises(UserError, match="the sizes of a stream's pictures aren't known"):
+    with pytest.raises(UserError, match="the sizes of a stream's images aren't known"):
         stages["vae"](tmp_path / "no", input=DataConfig(resolution=32, min_size=8))
 
 
@@ -195,10 +195,10 @@ def test_flips_and_words_for_sides_are_told(varied: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"input": DataConfig(resolution=32, crop="random")}, "say how many crops of each picture to keep"),
+        ({"input": DataConfig(resolution=32, crop="random")}, "say how many crops of each image to keep"),
         ({"input": DataConfig(resolution=32, crop="random", crops=2), "cache": "off"}, "none is kept"),
         ({"input": DataConfig(resolution=32, buckets=6)}, "isn't a multiple of input.buckets 6|isn't a multiple of 4"),
-        ({"input": DataConfig(resolution=32, min_size=500)}, r"none of the .* pictures \(train\) is as large"),
+        ({"input": DataConfig(resolution=32, min_size=500)}, r"none of the .* images \(train\) is as large"),
     ],
 )
 def test_what_can_not_be_had_is_refused_in_words(

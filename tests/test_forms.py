@@ -1,4 +1,4 @@
-"""Every form of the same pictures gives the same training batches; each goes on at any example; none does harm."""
+"""Every form of the same images gives the same training batches; each goes on at any example; none does harm."""
 
 import hashlib
 import io
@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from test_odd_pictures import write_odd_pictures
+from test_odd_images import write_odd_images
 
 from ldm.errors import UserError
 from train.config.data import DataConfig
 from train.data.batches.draws import LatentNoise, Noising
+from train.data.batches.images import ImageDataset, Inputs
 from train.data.batches.loading import loader
-from train.data.batches.pictures import Inputs, PictureDataset
 from train.data.batches.records import Record
 from train.data.batches.unreadable import Damage
 from train.data.images.crop import Framing
@@ -46,7 +46,7 @@ def _caches(tmp_path_factory):
         yield
 
 
-def pictures() -> dict[str, tuple[bytes, list[str]]]:
+def images() -> dict[str, tuple[bytes, list[str]]]:
     """Name → file and captions."""
     rng, made = np.random.default_rng(0), {}
     for k in range(COUNT + TESTS):
@@ -67,10 +67,10 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write(form: str, folder: Path) -> Path:
-    """The pictures in this form; what to give as --data."""
+    """The images in this form; what to give as --data."""
     import datasets
 
-    made = pictures()
+    made = images()
     for part in ("train", "test"):
         own = {name: of for name, of in made.items() if split(name) == part}
         inside = folder / part
@@ -136,7 +136,7 @@ def forms(tmp_path_factory) -> dict[str, Inputs]:
 
 
 def batches(inputs: Inputs, start: int = 0, steps: int = 80, **how):
-    return loader(inputs.pictures(CONFIG.framing(), 7, DRAWS), start_step=start, steps=steps, batch_size=8, **how)
+    return loader(inputs.images(CONFIG.framing(), 7, DRAWS), start_step=start, steps=steps, batch_size=8, **how)
 
 
 def same(a, b) -> bool:
@@ -175,7 +175,7 @@ def test_each_form_goes_on_at_any_example(forms, form):
             assert same(part, cut(whole[step], half))
 
 
-def test_a_stream_shows_each_picture_once_an_epoch(forms):
+def test_a_stream_shows_each_image_once_an_epoch(forms):
     inputs = forms[STREAM]
     n = len(inputs.source)
     assert n + len(inputs.held_out) == COUNT
@@ -186,7 +186,7 @@ def test_a_stream_shows_each_picture_once_an_epoch(forms):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "tars"])
-def test_without_a_split_the_same_pictures_are_held_out(tmp_path, form):
+def test_without_a_split_the_same_images_are_held_out(tmp_path, form):
     root = write(form, tmp_path)
     if form == "parquet":
         for path in root.glob("test-*"):
@@ -198,19 +198,19 @@ def test_without_a_split_the_same_pictures_are_held_out(tmp_path, form):
     inputs = open_inputs(str(root if form == "parquet" else root / "train"), CONFIG)
     names = [row.name for row in inputs.held_out]
     assert len(names) + len(inputs.source) == COUNT
-    expected = [n for n in pictures() if split(n) == "train"]
+    expected = [n for n in images() if split(n) == "train"]
     lowest = sorted(expected, key=lambda n: hashlib.blake2b(n.encode(), digest_size=8).digest()[::-1])
     assert names == sorted(lowest[: len(names)])
     assert 10 < len(names) < 45
 
 
-# -- a thousand odd pictures ----------------------------------------------------------------------------------------
+# -- a thousand odd images ----------------------------------------------------------------------------------------
 
 
-def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
+def test_a_thousand_odd_images_among_a_thousand_good_ones(tmp_path):
     """All good ones are used, what can be read is, the report is exact, and nothing is deleted."""
     folder = tmp_path / "data"
-    good, odd, damaged, either = write_odd_pictures(folder)
+    good, odd, damaged, either = write_odd_images(folder)
     before = {path: path.stat() for path in folder.rglob("*")}
     inputs = open_inputs(str(folder), DataConfig(validation_fraction=1e-9))
     names = {row.name for source in (inputs.source, inputs.held_out) for row in source}
@@ -221,7 +221,7 @@ def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
         warnings.simplefilter("error")
         for source in (inputs.source, inputs.held_out):
             damage = Damage(report, most=1.0, say=lambda _: None)
-            dataset = PictureDataset(source, Framing(resolution=16), 0)
+            dataset = ImageDataset(source, Framing(resolution=16), 0)
             steps = -(-len(source) // 8)
             for (batch,) in loader(dataset, start_step=0, steps=steps, batch_size=8, damage=damage):
                 seen |= {source[k].name for k in batch.index.tolist()}

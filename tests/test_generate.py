@@ -1,4 +1,4 @@
-"""Pictures carry their story and are painted again from it; the painting commands as a user types them, and errs.
+"""Images carry their story and are generated again from it; the painting commands as a user types them, and errs.
 
 The commands run in this process, on a model of random weights.
 """
@@ -104,14 +104,14 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def painted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture that it has painted."""
+    """An image that it has painted."""
     (path,) = run("txt2img", *FEW, model, "--prompt", "x", "--out", tmp_path_factory.mktemp("painted")).paths
     return path
 
 
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
-    """A folder with pictures a and b, a mask, one that is black, and what is none."""
+    """A folder with images a and b, a mask, one that is black, and what is none."""
     folder = tmp_path / "given"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -123,11 +123,11 @@ def given(tmp_path: Path) -> Path:
     mask.save(folder / "black.png")
     ImageDraw.Draw(mask).rectangle((4, 6, 20, 15), 255)
     mask.save(folder / "mask.png")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     return folder
 
 
-# -- the story in a picture -------------------------------------------------------------------------------------------
+# -- the story in an image -------------------------------------------------------------------------------------------
 
 BLOCKS = [(0x20, 0x7F), (0xA0, 0x24F), (0x300, 0x370), (0x590, 0x700), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)]
 BLOCKS += [(0x20000, 0x2FA1F), (0xE0000, 0xE0FFF), (0x10FF00, 0x110000), (0x200B, 0x2070), (0xD800, 0xE000), (1, 32)]
@@ -196,9 +196,9 @@ def prompts() -> list[str]:
 
 def test_any_prompt_comes_back_exactly_and_forges_nothing(tmp_path: Path) -> None:
     last = "Steps: 5, Sampler: ddim, CFG scale: 2.0, Seed: 7, Size: 4x4, Model hash: 0123456789, Model: m"
-    picture, names = Image.new("RGB", (4, 4)), {}
+    image, names = Image.new("RGB", (4, 4)), {}
     for k, prompt in enumerate(prompts()):
-        told = {
+        reported = {
             **SETTINGS,
             "prompt": prompt,
             "negative_prompt": prompt[:k],
@@ -209,8 +209,8 @@ def test_any_prompt_comes_back_exactly_and_forges_nothing(tmp_path: Path) -> Non
         assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,75}-7\.png", name)
         assert not re.fullmatch(r"(con|nul|aux|prn|com\d|lpt\d)(\..*)?", name)
         assert names.setdefault(name, prompt.lower()) == prompt.lower()
-        save_png(picture, tmp_path / name, told)
-        assert read_png(tmp_path / name) == told
+        save_png(image, tmp_path / name, reported)
+        assert read_png(tmp_path / name) == reported
         with Image.open(tmp_path / name) as image:
             image.load()
             assert image.info["parameters"].split("\n")[-1] == last
@@ -220,11 +220,17 @@ def test_any_prompt_comes_back_exactly_and_forges_nothing(tmp_path: Path) -> Non
 
 def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
     """AUTOMATIC1111 reads a value in quotes as JSON."""
-    told = {**SETTINGS, "prompt": "x", "model": 'a, "b": c\nSeed: 9', "sha256": {"model": "f" * 64}, "strength": 0.25}
-    save_png(Image.new("RGB", (5, 4)), tmp_path / "a.png", told)
+    reported = {
+        **SETTINGS,
+        "prompt": "x",
+        "model": 'a, "b": c\nSeed: 9',
+        "sha256": {"model": "f" * 64},
+        "strength": 0.25,
+    }
+    save_png(Image.new("RGB", (5, 4)), tmp_path / "a.png", reported)
     last = Image.open(tmp_path / "a.png").info["parameters"].split("\n")[-1]
     pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
-    assert json.loads(pairs.pop("Model")) == told["model"]
+    assert json.loads(pairs.pop("Model")) == reported["model"]
     assert pairs == {
         "Steps": "5",
         "Sampler": "ddim",
@@ -236,7 +242,7 @@ def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
     }
 
 
-# -- painted again ----------------------------------------------------------------------------------------------------
+# -- generated again ----------------------------------------------------------------------------------------------------
 
 
 def test_one_of_seven_is_painted_again_alone(model: Path, tmp_path: Path) -> None:
@@ -291,7 +297,7 @@ def test_options_beside_it_win(model: Path, tmp_path: Path) -> None:
     assert "another --out" in refused("txt2img", "--like", first, "--steps", 2, "--out", tmp_path / "a")
 
 
-def test_pictures_from_pictures_are_painted_again(model: Path, given: Path, tmp_path: Path) -> None:
+def test_images_from_images_are_painted_again(model: Path, given: Path, tmp_path: Path) -> None:
     made = run(
         "img2img",
         *FEW,
@@ -445,13 +451,13 @@ def test_garbage_is_refused_in_one_line(tmp_path: Path, given: Path) -> None:
 @pytest.mark.filterwarnings("ignore::conditioning.tokenizer.PromptCut")
 def test_a_hostile_prompt_is_painted_again(model: Path, tmp_path: Path) -> None:
     for k, prompt in enumerate(("%(prog)s {0} --out /", "--steps", "x\ny\0\ud800", "\u202e🏳️‍🌈" * 50, "y " * 500_000)):
-        told = {**SETTINGS, "prompt": prompt, "steps": 2, "model": str(model)}
-        path = with_text(tmp_path / f"{k}.png", json.dumps(told))
+        reported = {**SETTINGS, "prompt": prompt, "steps": 2, "model": str(model)}
+        path = with_text(tmp_path / f"{k}.png", json.dumps(reported))
         (made,) = run("txt2img", "--like", path, "--out", tmp_path / "new").paths
         assert read_png(made)["prompt"] == prompt
 
 
-# -- several prompts and pictures -------------------------------------------------------------------------------------
+# -- several prompts and images -------------------------------------------------------------------------------------
 
 
 def test_a_file_of_prompts(model: Path, tmp_path: Path) -> None:
@@ -459,8 +465,8 @@ def test_a_file_of_prompts(model: Path, tmp_path: Path) -> None:
     path.write_bytes("\ufeffa red star\r\n\r\n  \nשלום\u2028x, y\n!!!\n???\n".encode())
     how = ("--prompts", path, "--num-images", 2, "--seed", 4, "--batch-size", 3)
     made = run("txt2img", *FEW, model, *how, "--out", tmp_path / "a").paths
-    told = [(read_png(p)["prompt"], read_png(p)["seed"]) for p in made]
-    assert told == [(p, s) for p in ("a red star", "שלום\u2028x, y", "!!!", "???") for s in (4, 5)]
+    reported = [(read_png(p)["prompt"], read_png(p)["seed"]) for p in made]
+    assert reported == [(p, s) for p in ("a red star", "שלום\u2028x, y", "!!!", "???") for s in (4, 5)]
     assert len(set(made)) == 8
     (alone,) = run("txt2img", *FEW, model, "--prompt", "???", "--seed", 5, "--out", tmp_path / "b").paths
     assert alone.name == made[-1].name
@@ -474,12 +480,12 @@ def test_a_megabyte_comes_in_by_a_file_and_is_told_in_one_line(model: Path, tmp_
         (made,) = run("txt2img", *FEW, model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "a").paths
     assert read_png(made)["prompt"] == prompt
     (cut,) = caught
-    told = warnings.formatwarning(cut.message, cut.category, cut.filename, cut.lineno)  # as the command has it
-    assert re.fullmatch(r"warning: a prompt has \d+ tokens and 14 fit; .* and \d+ characters more\n", told)
-    assert len(told) < 700
+    reported = warnings.formatwarning(cut.message, cut.category, cut.filename, cut.lineno)  # as the command has it
+    assert re.fullmatch(r"warning: a prompt has \d+ tokens and 14 fit; .* and \d+ characters more\n", reported)
+    assert len(reported) < 700
 
 
-def test_pictures_and_prompts_agree_in_number(model: Path, given: Path, tmp_path: Path) -> None:
+def test_images_and_prompts_agree_in_number(model: Path, given: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("one\ntwo\n")
     how = ("img2img", *FEW, model, "--prompts", path, "--out", tmp_path / "a", "--image")
@@ -492,7 +498,7 @@ def test_pictures_and_prompts_agree_in_number(model: Path, given: Path, tmp_path
         "0-a-one-0.png",
         "1-a-two-0.png",
     ]
-    assert "3 pictures for 2 prompts" in refused(*how, *(given / f"{n}.png" for n in ("a", "b", "odd")))
+    assert "3 images for 2 prompts" in refused(*how, *(given / f"{n}.png" for n in ("a", "b", "odd")))
     both = run("inpaint", *how[1:-1], "--image", given / "a.png", "--mask", given / "mask.png").paths
     assert [read_png(p)["prompt"] for p in both] == ["one", "two"]
 
@@ -567,11 +573,11 @@ def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previ
 
 
 def test_a_grid_is_not_written_over_what_it_is_made_of(model: Path, given: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "grid-x-0.png"
-    picture.write_bytes((given / "a.png").read_bytes())
-    how = ("--image", picture, "--prompt", "x", "--grid", "--out", tmp_path)
+    image = tmp_path / "grid-x-0.png"
+    image.write_bytes((given / "a.png").read_bytes())
+    how = ("--image", image, "--prompt", "x", "--grid", "--out", tmp_path)
     assert "written over" in refused("img2img", *FEW, model, *how)
-    assert picture.read_bytes() == (given / "a.png").read_bytes()
+    assert image.read_bytes() == (given / "a.png").read_bytes()
 
 
 def test_an_interrupted_command_leaves_no_preview(
@@ -617,8 +623,8 @@ def test_the_way_begins_and_ends_as_txt2img_paints(model: Path, tmp_path: Path) 
     for path, prompt, seed in ((frames[0], "a red star", 3), (frames[-1], "box, so!", 11)):
         (alone,) = run("txt2img", *FEW, model, "--prompt", prompt, "--seed", seed, "--out", tmp_path / "b").paths
         np.testing.assert_array_equal(pixels(path), pixels(alone))
-        told = read_png(path)
-        assert (told["prompt"], told["seed"], told["sha256"]) == (prompt, seed, read_png(alone)["sha256"])
+        reported = read_png(path)
+        assert (reported["prompt"], reported["seed"], reported["sha256"]) == (prompt, seed, read_png(alone)["sha256"])
     assert read_png(frames[4])["way"] == {
         "prompts": ["a red star", "box, so!"],
         "seeds": [3, 11],
@@ -677,7 +683,7 @@ def test_an_arc_keeps_the_variance_and_a_line_does_not() -> None:
         made = slerp(a, b, t)
         std = made.flatten(1).std(1)
         torch.testing.assert_close(std, torch.tensor([1.0, 1 + t, 1.0]), rtol=0.03, atol=0)
-        assert torch.equal(made[1:2], slerp(a[1:2], b[1:2], t))  # each picture by itself
+        assert torch.equal(made[1:2], slerp(a[1:2], b[1:2], t))  # each image by itself
         angles = [torch.cosine_similarity(made.flatten(1), x.flatten(1)).acos() for x in (a, b)]
         torch.testing.assert_close(angles[0] * (1 - t), angles[1] * t, rtol=1e-4, atol=1e-4)
     assert torch.lerp(a, b, 0.5)[0].std() < 0.75

@@ -25,7 +25,7 @@ CASES = {
     f"{kind} {name}": (kind, level)
     for kind in TARGETS
     for name, level in LEVELS.items()
-    if kind != "eps" or level.alpha > 0  # of pure noise, eps says nothing of the picture
+    if kind != "eps" or level.alpha > 0  # of pure noise, eps says nothing of the image
 }
 in_every_target = pytest.mark.parametrize("kind", TARGETS)
 at_every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
@@ -126,7 +126,7 @@ def test_scale_1_is_the_condition_and_scale_0_the_negative(kind, level):
 def rescaled(kind, level, scale, phi):
     """What guidance means in the network's own target, (b, …), and the outputs it was made of."""
     x_t, negative, positive = draw(4, 3, 8, 8), draw(4, seed=6), draw(4, seed=5)
-    x_t *= torch.tensor([0.2, 1, 3, 0.01]).double().view(-1, 1, 1, 1)  # pictures of different contrast
+    x_t *= torch.tensor([0.2, 1, 3, 0.01]).double().view(-1, 1, 1, 1)  # images of different contrast
     x0 = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)], phi)(x_t, level).x0
     return translated(x0, "x0", kind, x_t, level), *outputs(x_t, level, negative, positive)
 
@@ -140,7 +140,7 @@ def test_rescaling_is_diffusers_on_the_networks_output(kind, level):
 
 
 @in_every_target
-def test_full_rescaling_gives_every_picture_the_contrast_of_its_conditional_prediction(kind):
+def test_full_rescaling_gives_every_image_the_contrast_of_its_conditional_prediction(kind):
     output, _, y_pos = rescaled(kind, LEVELS["vp 250"], 7.5, 1.0)
     torch.testing.assert_close(output.std((1, 2, 3)), y_pos.std((1, 2, 3)), rtol=1e-10, atol=0)
 

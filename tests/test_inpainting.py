@@ -1,4 +1,4 @@
-"""A UNet trained to inpaint: what it is shown, that it begins as the model it was, and stock diffusers' pictures."""
+"""A UNet trained to inpaint: what it is shown, that it begins as the model it was, and stock diffusers' images."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from pydantic import ValidationError
-from test_editing import PROMPTS, box, pictures, seeds
+from test_editing import PROMPTS, box, images, seeds
 from test_training import COMMON, Crash, clip_config, final_state, ldm_config, losses, vae_config
 from torch import Tensor
 
@@ -32,9 +32,9 @@ from train.config.data import DataConfig
 from train.config.ldm import DiffusionConfig, UnetConfig
 from train.data.batches.cached import CachedDataset, Originals
 from train.data.batches.draws import PLAIN, LatentNoise
+from train.data.batches.images import ImageDataset
 from train.data.batches.latent_cache import LatentCache
 from train.data.batches.loading import loader
-from train.data.batches.pictures import PictureDataset
 from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.sources.splits import Source, open_source
@@ -79,8 +79,8 @@ def test_widened_it_is_what_it_was_until_it_learns():
     assert unet.conv_in.weight.grad[:, 4:].abs().amax((0, 2, 3)).min() > 0  # each new input is learned from
 
 
-def test_each_guided_prediction_sees_its_own_pictures_context():
-    """Three predictions of two pictures in one evaluation: the context goes with the picture."""
+def test_each_guided_prediction_sees_its_own_images_context():
+    """Three predictions of two images in one evaluation: the context goes with the image."""
 
     def network(x, index, condition):
         return x[:, :1] * 0 + x[:, 1:2] + condition[:, :, None, None]
@@ -107,17 +107,17 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 noisy pictures of several shapes, which no window of another resembles."""
+    """32 noisy images of several shapes, which no window of another resembles."""
     folder = tmp_path_factory.mktemp("wide")
     for k in range(32):
         size = (64, 40) if k % 2 else (36, 36)
-        pictures(1, size, k)[0].save(folder / f"{k:02d}.png")
-        (folder / f"{k:02d}.txt").write_text(f"picture {k}")
+        images(1, size, k)[0].save(folder / f"{k:02d}.png")
+        (folder / f"{k:02d}.txt").write_text(f"image {k}")
     return folder
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_masked_picture_is_the_one_its_latent_was_made_of(
+def test_the_masked_image_is_the_one_its_latent_was_made_of(
     begun: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     seen: list[tuple[Autoencoder, Any, DiffusionBatch]] = []
@@ -164,8 +164,8 @@ def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Pat
     source = open_source(wide, "train")
     framing = Framing(resolution=32)
     for dataset in (
-        PictureDataset(source, framing, 3, draws=LatentNoise(PLAIN, 4, 2, masks=True)),
-        cached_pictures(source, framing, tmp_path),
+        ImageDataset(source, framing, 3, draws=LatentNoise(PLAIN, 4, 2, masks=True)),
+        cached_images(source, framing, tmp_path),
     ):
         (whole,) = next(iter(loader(dataset, start_step=5, steps=6, batch_size=8)))
         parts = [
@@ -187,8 +187,8 @@ def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Pat
         assert sorted(p for part in parts for p in part.position.tolist()) == whole.position.tolist()
 
 
-def cached_pictures(source: Source, framing: Framing, folder: Path) -> CachedDataset:
-    """Return the cached pictures of a source, encoded by stand-ins for the networks."""
+def cached_images(source: Source, framing: Framing, folder: Path) -> CachedDataset:
+    """Return the cached images of a source, encoded by stand-ins for the networks."""
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return F.avg_pool2d(pixels, 2), torch.ones(len(pixels), 3, 16, 16)
@@ -199,14 +199,14 @@ def cached_pictures(source: Source, framing: Framing, folder: Path) -> CachedDat
     return CachedDataset(latents, text, 3, originals=Originals(source, framing))
 
 
-def test_a_picture_that_goes_while_it_is_trained_on_has_a_substitute(wide: Path, tmp_path: Path) -> None:
+def test_a_image_that_goes_while_it_is_trained_on_has_a_substitute(wide: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(wide, data)
     source = open_source(data, "train")
-    dataset = cached_pictures(source, Framing(resolution=32), tmp_path / "cache")
+    dataset = cached_images(source, Framing(resolution=32), tmp_path / "cache")
     before = dataset.__getitems__(range(8))
     gone = int(before.index[3])
-    (data / source[gone].name).write_bytes(b"no picture any more")
+    (data / source[gone].name).write_bytes(b"no image any more")
     after = dataset.__getitems__(range(8))
     assert [name for name, _ in after.damaged] == [source[gone].name]
     assert gone not in after.index
@@ -308,73 +308,71 @@ def test_stock_diffusers_paints_the_same(pipe, saved, strength, sampler):
     if sampler == "dpmpp_2m":
         stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
-    given = {"image": pictures(2), "mask_image": box()}
+    given = {"image": images(2), "mask_image": box()}
     theirs = stock(PROMPTS, **given, generator=seeds(2), height=32, width=32, **how).images
     ours = pipe(PROMPTS, **given, generator=seeds(2), sampler=sampler, **how).images
     assert (pipe.decode(ours) - pipe.decode(theirs)).abs().max() <= 2 / 255
-    other = pipe(
-        PROMPTS, image=pictures(2, seed=9), mask_image=box(), generator=seeds(2), sampler=sampler, **how
-    ).images
-    assert (pipe.decode(ours) - pipe.decode(other)).abs().max() > 2 / 255  # it does see the picture
+    other = pipe(PROMPTS, image=images(2, seed=9), mask_image=box(), generator=seeds(2), sampler=sampler, **how).images
+    assert (pipe.decode(ours) - pipe.decode(other)).abs().max() > 2 / 255  # it does see the image
 
 
 def test_it_is_loaded_and_saved_as_it_is(pipe, saved):
     again = LatentDiffusionPipeline.from_pretrained(saved)
     assert again.inpaints
     assert json.loads((saved / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
-    how = {"image": pictures(1), "mask_image": box(), "num_inference_steps": 2, "output_type": "np"}
+    how = {"image": images(1), "mask_image": box(), "num_inference_steps": 2, "output_type": "np"}
     one, other = (p("a star", generator=seeds(1), **how).images for p in (pipe, again))
     np.testing.assert_array_equal(one, other)
 
 
 def test_outside_the_mask_nothing_changes_and_what_is_inside_is_not_looked_at(pipe):
-    (given,), mask = pictures(1, (45, 35)), box((45, 35), (7, 6, 22, 20))
+    (given,), mask = images(1, (45, 35)), box((45, 35), (7, 6, 22, 20))
     how = {"mask_image": mask, "num_inference_steps": 2, "generator": None}
     hidden = np.asarray(mask) > 0
     other = np.asarray(given).copy()
     other[hidden] = 255 - other[hidden]
     made = [
         np.asarray(pipe("a star", image=image, **how | {"generator": seeds(1)}).images[0])
-        for image in (given, pictures(1, (45, 35))[0])
+        for image in (given, images(1, (45, 35))[0])
     ]
     np.testing.assert_array_equal(made[0][~hidden], np.asarray(given)[~hidden])
     again = np.asarray(pipe("a star", image=Image.fromarray(other), **how | {"generator": seeds(1)}).images[0])
     np.testing.assert_array_equal(again[hidden], made[0][hidden])
 
 
-def test_it_paints_from_text_and_from_pictures_too(pipe):
-    """The picture is that under an all-white mask, except for the noise with which a grey picture's posterior is sampled."""
+def test_it_paints_from_text_and_from_images_too(pipe):
+    """The image is that under an all-white mask, except for the noise with which a grey image's posterior is sampled."""
     how = {"num_inference_steps": 3, "output_type": "np"}
     text = pipe(PROMPTS, generator=seeds(2), **how).images
     assert text.shape == (2, 32, 32, 3)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    white = {"image": pictures(2), "mask_image": Image.new("L", (32, 32), 255), "latents": noise}
+    white = {"image": images(2), "mask_image": Image.new("L", (32, 32), 255), "latents": noise}
     under = pipe(PROMPTS, generator=seeds(2), **white, **how).images
     assert np.abs(under - pipe(PROMPTS, latents=noise, **how).images).max() <= 0.05
-    other = pipe(PROMPTS, generator=seeds(2), **white | {"image": pictures(2, seed=7)}, **how).images
+    other = pipe(PROMPTS, generator=seeds(2), **white | {"image": images(2, seed=7)}, **how).images
     np.testing.assert_allclose(under, other, atol=1e-5)
     alone = pipe(PROMPTS[1], generator=seeds(2)[1:], **how).images
     assert np.abs(alone[0] - text[1]).max() <= 1 / 255
-    near = pipe(PROMPTS, image=pictures(2), strength=0.3, generator=seeds(2), **how).images
-    far = pipe(PROMPTS, image=pictures(2), strength=0.9, generator=seeds(2), **how).images
+    near = pipe(PROMPTS, image=images(2), strength=0.3, generator=seeds(2), **how).images
+    far = pipe(PROMPTS, image=images(2), strength=0.9, generator=seeds(2), **how).images
     assert np.abs(near - far).max() > 1 / 255
     noise = torch.randn(2, 4, 16, 16)
     z = pipe.invert(noise, "", num_inference_steps=3)
     assert torch.isfinite(z).all()
 
 
-@pytest.mark.parametrize("task", ["text", "picture", "mask"])
+@pytest.mark.parametrize("task", ["text", "image", "mask"])
 @pytest.mark.parametrize("inpaints", [False, True])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
-def test_a_batch_of_seven_is_the_same_twice_and_as_each_picture_alone(inpaints, task, sampler):
-    pipe, given = tiny_pipeline(inpaints=inpaints), pictures(7, (29, 35))
+def test_a_batch_of_seven_is_the_same_twice_and_as_each_image_alone(inpaints, task, sampler):
+    pipe, given = tiny_pipeline(inpaints=inpaints), images(7, (29, 35))
     prompts = [
         f"a small red star above a {word} circle"
         for word in ["red", "green", "blue", "yellow", "purple", "orange", "grey"]
     ]
     masks = [box((29, 35), (k, 2 * k, k + 9, 2 * k + 11)) for k in range(7)]
     how: dict[str, Any] = {"num_inference_steps": 3, "sampler": sampler, "output_type": "np"}
-    of_each = {"text": {}, "picture": {"image": given, "strength": 0.7}, "mask": {"image": given, "mask_image": masks}}[
+    of_each = {"text": {}, "image": {"image": given, "strength": 0.7}, "mask": {"image": given, "mask_image": masks}}[
         task
     ]
     one, other = (pipe(prompts, generator=seeds(7), **of_each, **how).images for _ in range(2))
@@ -387,7 +385,7 @@ def test_a_batch_of_seven_is_the_same_twice_and_as_each_picture_alone(inpaints, 
 
 def test_a_weaker_model_sees_the_context_too(pipe):
     """Guided away from itself, a model paints what it would; from another, something else."""
-    given = {"image": pictures(2), "mask_image": box()}
+    given = {"image": images(2), "mask_image": box()}
     other = tiny_pipeline(inpaints=True)
     torch.nn.init.normal_(other.unet.conv_in.weight[:, 4:].detach(), std=1, generator=seeds(1)[0])
     for how in (given, {}):

@@ -1,4 +1,4 @@
-"""What is told of pictures before training: a folder of known contents gives exactly the known report."""
+"""What is told of images before training: a folder of known contents gives exactly the known report."""
 
 import io
 import json
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "inspect_data.py"
 ORIENTATION = 0x0112
 
 
-def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+def image(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     """Soft blots."""
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -27,28 +27,28 @@ def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures for training, of which two can't be read, a row without a file, and three held-out pictures."""
+    """Twelve images for training, of which two can't be read, a row without a file, and three held-out images."""
     folder = tmp_path_factory.mktemp("known")
     train, test = folder / "train", folder / "test"
     train.mkdir()
     test.mkdir()
-    picture(0).save(train / "a.png")
+    image(0).save(train / "a.png")
     (train / "a copy.png").write_bytes((train / "a.png").read_bytes())
-    picture(0).save(train / "a.jpg", quality=90)
+    image(0).save(train / "a.jpg", quality=90)
     turned = Image.Exif()
     turned[ORIENTATION] = 6
-    picture(1, (100, 50)).save(train / "turned.jpg", exif=turned)
-    picture(2, (40, 40)).convert("RGBA").save(train / "alpha.png")
-    picture(3, (60, 30)).convert("CMYK").save(train / "cmyk.jpg")
-    picture(4, (30, 60)).convert("L").save(train / "grey.png")
-    picture(5).save(train / "moving.gif", save_all=True, append_images=[picture(6)])
+    image(1, (100, 50)).save(train / "turned.jpg", exif=turned)
+    image(2, (40, 40)).convert("RGBA").save(train / "alpha.png")
+    image(3, (60, 30)).convert("CMYK").save(train / "cmyk.jpg")
+    image(4, (30, 60)).convert("L").save(train / "grey.png")
+    image(5).save(train / "moving.gif", save_all=True, append_images=[image(6)])
     Image.new("RGB", (64, 64), (200, 30, 30)).save(train / "flat red.png")
     Image.new("RGB", (64, 64), (30, 60, 200)).save(train / "flat blue.png")
     (train / "torn.png").write_bytes((train / "a.png").read_bytes()[:200])
-    (train / "text.png").write_bytes(b"no picture at all")
+    (train / "text.png").write_bytes(b"no image at all")
     (test / "turned.jpg").write_bytes((train / "turned.jpg").read_bytes())
-    picture(0).save(test / "a.webp", lossless=True)
-    picture(7).save(test / "own.png")
+    image(0).save(test / "a.webp", lossless=True)
+    image(7).save(test / "own.png")
     captions: dict[str, list[str]] = {path.name: ["ab cd"] for path in sorted(train.iterdir())}
     captions |= {"a.png": ["left", "the Right one"], "alpha.png": [""], "cmyk.jpg": ["abcdefghijkl"], "gone.png": ["x"]}
     rows = [{"file_name": f"train/{name}", "text": texts} for name, texts in captions.items()]
@@ -110,7 +110,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
         "left_or_right": 2,
         "tokenizer": str(small_clip),
     }
-    assert report["pictures"] == {
+    assert report["images"] == {
         "read": 13,
         "smallest": [40, 40],
         "median": [64, 64],
@@ -139,14 +139,14 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
         "looks": {"groups": 1, "copies": 2, "leaks": 1, "first": same_looks},
     }
     assert report["advice"] == [
-        "can't be read: 2 pictures (13 %); training stops above 10 %, see --input.max-damaged",
-        "without a caption: 1 picture (7 %); they teach the empty prompt",
+        "can't be read: 2 images (13 %); training stops above 10 %, see --input.max-damaged",
+        "without a caption: 1 image (7 %); they teach the empty prompt",
         "longer than 8 tokens: 2 captions (13 %), which will be cut; --text-chunks 2 reads them whole",
-        "left or right: said in 2 captions (13 %); leave --input.flip off, it mirrors pictures",
-        "smaller than 60: 5 pictures (38 %), which will be enlarged; --input.min-size 60 leaves them out",
-        "held out, but also in training: 2 pictures; what is measured on them flatters",
-        "copies: 4 pictures, seen more often than others; duplicates.jsonl lists them",
-        "few: 12 pictures to train on; from random weights a model will repeat them",
+        "left or right: said in 2 captions (13 %); leave --input.flip off, it mirrors images",
+        "smaller than 60: 5 images (38 %), which will be enlarged; --input.min-size 60 leaves them out",
+        "held out, but also in training: 2 images; what is measured on them flatters",
+        "copies: 4 images, seen more often than others; duplicates.jsonl lists them",
+        "few: 12 images to train on; from random weights a model will repeat them",
     ]
     assert all(f"  - {line}\n" in said for line in report["advice"])
     assert said.startswith(f"{known}: a folder with metadata.jsonl\n")
@@ -160,7 +160,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
     ]
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width == 8 * 132 + 4
-        assert sheet.height > 2 * 132  # 13 pictures in two rows
+        assert sheet.height > 2 * 132  # 13 images in two rows
         colours = [sheet.convert("RGB").getpixel((4 + 132 * k + 64, 4 + 64)) for k in range(8)]
     assert (200, 30, 30) in colours
     assert (30, 60, 200) in colours
@@ -177,7 +177,7 @@ def test_workers_make_no_difference(known: Path, run: Run, tmp_path: Path) -> No
     assert reports[0]["captions"]["room"] == 77
 
 
-def test_good_pictures_need_no_advice_and_clear_old_lists(shapes: Path, run: Run, tmp_path: Path) -> None:
+def test_good_images_need_no_advice_and_clear_old_lists(shapes: Path, run: Run, tmp_path: Path) -> None:
     for name in ("damaged.jsonl", "duplicates.jsonl"):
         (tmp_path / name).write_text("of another folder\n")
     status, said, _ = run("--data", shapes / "train", "--out", tmp_path, "--resolution", 32, "--workers", 0)
@@ -188,7 +188,7 @@ def test_good_pictures_need_no_advice_and_clear_old_lists(shapes: Path, run: Run
     assert "all 32 × 32\n" in said
 
 
-def test_a_limit_takes_pictures_evenly_of_one_split(shapes: Path, run: Run, tmp_path: Path) -> None:
+def test_a_limit_takes_images_evenly_of_one_split(shapes: Path, run: Run, tmp_path: Path) -> None:
     options = ("--limit", 10, "--split", "train")
     assert run("--data", shapes, "--out", tmp_path, *options, "--workers", 0)[0] == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -207,24 +207,24 @@ def test_a_limit_takes_pictures_evenly_of_one_split(shapes: Path, run: Run, tmp_
     assert report["captions"]["longest_caption"] in texts
 
 
-def test_of_a_stream_the_first_pictures_are_looked_at(known: Path, run: Run, tmp_path: Path) -> None:
+def test_of_a_stream_the_first_images_are_looked_at(known: Path, run: Run, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for k in range(6):
-            picture(k).save(tmp_path / f"{k}.png")
+            image(k).save(tmp_path / f"{k}.png")
             (tmp_path / f"{k}.txt").write_text(f"number {k}")
             for suffix in ("png", "txt"):
                 tar.add(tmp_path / f"{k}.{suffix}", f"{k}.{suffix}")
     status, said, _ = run("--data", f"pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
-    assert "a stream, of which the first pictures are looked at" in said
+    assert "a stream, of which the first images are looked at" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["data"]["train"] + report["data"]["test"] == report["pictures"]["read"] == 6
+    assert report["data"]["train"] + report["data"]["test"] == report["images"]["read"] == 6
 
 
-def test_pictures_without_captions(run: Run, tmp_path: Path) -> None:
+def test_images_without_captions(run: Run, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for k in range(4):
-        picture(k).save(tmp_path / "data" / f"{k}.png")
+        image(k).save(tmp_path / "data" / f"{k}.png")
     status, said, _ = run("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
     assert "  captions    none\n" in said
@@ -239,7 +239,7 @@ def test_pictures_without_captions(run: Run, tmp_path: Path) -> None:
         (("--data", "{}", "--limit", "-1"), "--limit -1: at least 0"),
         (("--data", "{}", "--split", "half"), "split"),
         (("--data", "{}", "--text-encoder", "{}"), "has no text encoder"),
-        (("--data", "{}"), "not one of 2 pictures can be read, e.g. "),
+        (("--data", "{}"), "not one of 2 images can be read, e.g. "),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], error: str, run: Run, tmp_path: Path) -> None:
@@ -265,19 +265,19 @@ def test_the_difference_hash_says_where_it_gets_brighter() -> None:
 
 
 def test_look_alikes_are_found_however_they_are_stored() -> None:
-    """Each of 60 pictures as PNG, JPEG, and half as large; one more in another colour, mirrored, or turned is another."""
-    pictures = []
+    """Each of 60 images as PNG, JPEG, and half as large; one more in another colour, mirrored, or turned is another."""
+    images = []
     for k in range(60):
-        image = picture(k, (128, 96))
+        image = image(k, (128, 96))
         stored = io.BytesIO()
         image.save(stored, "JPEG", quality=80)
-        pictures += [image, Image.open(stored).convert("RGB"), image.resize((64, 48), Image.Resampling.LANCZOS)]
-    image = pictures[0]
-    pictures += [ImageOps.mirror(image), ImageOps.flip(image), Image.merge("RGB", image.split()[::-1])]
-    pictures += [Image.new("RGB", (64, 64), (0, 0, 8 * k)) for k in range(1, 31, 2)]  # of one hash
-    looks = np.array([difference_hash(image) for image in pictures], np.uint64)
-    reduced = np.stack([np.asarray(image.resize((8, 8), Image.Resampling.BOX)).ravel() for image in pictures])
-    for order in (np.arange(len(pictures)), np.random.default_rng(0).permutation(len(pictures))):
+        images += [image, Image.open(stored).convert("RGB"), image.resize((64, 48), Image.Resampling.LANCZOS)]
+    image = images[0]
+    images += [ImageOps.mirror(image), ImageOps.flip(image), Image.merge("RGB", image.split()[::-1])]
+    images += [Image.new("RGB", (64, 64), (0, 0, 8 * k)) for k in range(1, 31, 2)]  # of one hash
+    looks = np.array([difference_hash(image) for image in images], np.uint64)
+    reduced = np.stack([np.asarray(image.resize((8, 8), Image.Resampling.BOX)).ravel() for image in images])
+    for order in (np.arange(len(images)), np.random.default_rng(0).permutation(len(images))):
         groups = sorted(sorted(order[group].tolist()) for group in look_alikes(looks[order], reduced[order]))
         assert groups == [[3 * k, 3 * k + 1, 3 * k + 2] for k in range(60)]
 

@@ -30,7 +30,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(n: int = 4, side: int = 32, seed: int = 0) -> Tensor:
+def images(n: int = 4, side: int = 32, seed: int = 0) -> Tensor:
     coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return F.interpolate(coarse, size=(side, side), mode="bilinear")
 
@@ -39,7 +39,7 @@ def gradients(module: nn.Module) -> float:
     return math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None))
 
 
-# -- of pictures and latents ----------------------------------------------------------------------------------
+# -- of images and latents ----------------------------------------------------------------------------------
 
 
 def test_kl_against_torch_distributions() -> None:
@@ -83,11 +83,11 @@ def test_a_known_gradient_is_autograds() -> None:
         return ((x - target) ** 4).mean()
 
     (expected,) = torch.autograd.grad(loss(made * 2), made)
-    doubled = made * 2
-    value = known(loss, doubled).attach(doubled)
+    repeated = made * 2
+    value = known(loss, repeated).attach(repeated)
     (gradient,) = torch.autograd.grad(value, made)
     torch.testing.assert_close(gradient, expected)
-    torch.testing.assert_close(value.detach(), loss(doubled).detach())
+    torch.testing.assert_close(value.detach(), loss(repeated).detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,9 +156,9 @@ def tower(small_clip) -> ClipPerceptual:
 
 
 @pytest.mark.parametrize("judge", ["lpips", "tower"])
-def test_perceptual_losses_move_the_picture_and_not_their_judge(judge: str, request) -> None:
+def test_perceptual_losses_move_the_image_and_not_their_judge(judge: str, request) -> None:
     perceptual = request.getfixturevalue(judge)
-    x = pictures()
+    x = images()
     made = (x + 0.1 * noise(*x.shape)).requires_grad_()
     loss = perceptual(made, x)
     loss.backward()
@@ -166,7 +166,7 @@ def test_perceptual_losses_move_the_picture_and_not_their_judge(judge: str, requ
     assert (made.grad.flatten(1).norm(dim=1) > 0).all()
     assert gradients(perceptual) == 0
     assert not any(p.requires_grad for p in perceptual.parameters())
-    # Following it makes pictures more alike.
+    # Following it makes images more alike.
     assert perceptual(made.detach() - 0.1 * made.grad / made.grad.abs().max(), x) < loss
     assert perceptual(x, x) == pytest.approx(0, abs=1e-6)
     parts = [perceptual(a, b) for a, b in zip(made.detach().split(1), x.split(1), strict=True)]
@@ -176,7 +176,7 @@ def test_perceptual_losses_move_the_picture_and_not_their_judge(judge: str, requ
 @pytest.mark.parametrize("judge", ["lpips", "tower"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_perceptual_gradients_are_finite_in_half_precision(judge: str, dtype: torch.dtype, request) -> None:
-    perceptual, x = request.getfixturevalue(judge), pictures()
+    perceptual, x = request.getfixturevalue(judge), images()
     grey = torch.zeros_like(x)  # where LPIPS has features that are zero altogether
     for made in (x + 0.1 * noise(*x.shape), grey):
         exact = known(lambda y: perceptual(y, x), made)
@@ -189,8 +189,8 @@ def test_perceptual_gradients_are_finite_in_half_precision(judge: str, dtype: to
         assert float(half.value) == pytest.approx(float(exact.value), rel=0.05)
 
 
-def test_small_pictures_are_enlarged_for_lpips(lpips: Lpips) -> None:
-    x, y = pictures(side=16), pictures(side=16, seed=1)
+def test_small_images_are_enlarged_for_lpips(lpips: Lpips) -> None:
+    x, y = images(side=16), images(side=16, seed=1)
     larger = [F.interpolate(p, scale_factor=4, mode="bilinear") for p in (x, y)]
     torch.testing.assert_close(lpips(x, y), lpips(*larger))
 
@@ -248,7 +248,7 @@ def test_the_generator_is_rewarded_for_fooling(kind: str) -> None:
 
 
 def test_a_frozen_critic_passes_gradients_on() -> None:
-    critic, made = PatchDiscriminator(8, 2), pictures().requires_grad_()
+    critic, made = PatchDiscriminator(8, 2), images().requires_grad_()
     with frozen(critic):
         generator_loss("hinge", critic(made)).backward()
     assert made.grad.abs().sum() > 0
@@ -257,11 +257,11 @@ def test_a_frozen_critic_passes_gradients_on() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
-def test_a_verdict_is_the_pictures_own(layers: int) -> None:
-    """No statistics over the batch: a picture is judged alone as in company."""
+def test_a_verdict_is_the_images_own(layers: int) -> None:
+    """No statistics over the batch: an image is judged alone as in company."""
     torch.manual_seed(0)
     critic = PatchDiscriminator(12, layers)
-    x = pictures(4, critic.smallest)
+    x = images(4, critic.smallest)
     assert critic(x).shape == (4, 1, 1, 1)
     with pytest.raises(RuntimeError):
         critic(x[..., : critic.smallest - 2**layers])
@@ -270,11 +270,11 @@ def test_a_verdict_is_the_pictures_own(layers: int) -> None:
 
 @pytest.mark.parametrize(("layers", "side"), [(1, 16), (2, 34), (3, 70)])
 def test_patches_are_those_of_isola_et_al(layers: int, side: int) -> None:
-    """A logit in the middle looks at 16, 34 or 70 pixels a side: the rows of the picture that it has a gradient for."""
-    critic, x = PatchDiscriminator(4, layers).double(), pictures(1, 128).double().requires_grad_()
+    """A logit in the middle looks at 16, 34 or 70 pixels a side: the rows of the image that it has a gradient for."""
+    critic, x = PatchDiscriminator(4, layers).double(), images(1, 128).double().requires_grad_()
     for part in critic.body:
         if isinstance(part, nn.GroupNorm):
-            part.forward = lambda y: y  # which looks at the whole picture
+            part.forward = lambda y: y  # which looks at the whole image
     logits = critic(x)
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     assert int((x.grad.abs().sum((0, 1, 3)) > 0).sum()) == side
@@ -282,7 +282,7 @@ def test_patches_are_those_of_isola_et_al(layers: int, side: int) -> None:
 
 def test_r1_of_a_linear_critic_is_its_weight() -> None:
     critic = nn.Conv2d(3, 1, 8)  # one patch: D(x) = w·x + b
-    penalty = r1_penalty(critic, pictures(4, 8))
+    penalty = r1_penalty(critic, images(4, 8))
     torch.testing.assert_close(penalty, 0.5 * critic.weight.square().sum())
     penalty.backward()
     torch.testing.assert_close(critic.weight.grad, critic.weight.detach())
@@ -291,7 +291,7 @@ def test_r1_of_a_linear_critic_is_its_weight() -> None:
 def test_spectral_norm_follows_the_weights_when_refreshed_and_only_then() -> None:
     torch.manual_seed(0)
     critic = PatchDiscriminator(8, 3, spectral=True)
-    x, before = pictures(4, 64), {k: v.clone() for k, v in critic.state_dict().items()}
+    x, before = images(4, 64), {k: v.clone() for k, v in critic.state_dict().items()}
     first = critic(x)
     assert torch.equal(critic(x), first)
     with frozen(critic):
@@ -336,9 +336,9 @@ def test_the_adaptive_weight_is_clamped_or_says_that_it_cannot_be_had(dtype: tor
 # -- equivariance ---------------------------------------------------------------------------------------------
 
 
-def test_a_transform_does_the_same_to_latents_and_pictures() -> None:
+def test_a_transform_does_the_same_to_latents_and_images() -> None:
     """Pooling commutes with turning exactly, and with shrinking up to the filter."""
-    x = pictures(2, 64)
+    x = images(2, 64)
     for turns in range(4):
         t = Transform(16, 16, turns)
         torch.testing.assert_close(F.avg_pool2d(t(x, 4), 4), t(F.avg_pool2d(x, 4)))

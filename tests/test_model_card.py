@@ -56,7 +56,7 @@ def test_every_stage_hands_over_a_card(start: Start, tmp_path: Path, monkeypatch
     assert "license" not in front
     assert "nobody may assume" in page
     assert "Step 8 of 8: the run is finished." in page
-    assert "64 pictures to train on, 24 held out" in page
+    assert "64 images to train on, 24 held out" in page
     for file in (file for file in model.rglob("*") if file.suffix in (".md", ".json", ".txt")):
         assert str(tmp_path) not in file.read_text(), file
     # The last validation of three, and all of it.
@@ -72,7 +72,7 @@ def test_every_stage_hands_over_a_card(start: Start, tmp_path: Path, monkeypatch
     assert len(examples) == 2
     for code in examples:
         exec(code, {})
-    assert Path("painted.png").is_file() == (stage == 2)
+    assert Path("generated.png").is_file() == (stage == 2)
 
 
 def test_a_card_survives_being_continued(start: Start, tmp_path: Path) -> None:
@@ -181,12 +181,12 @@ def test_an_inpainting_model_says_how_to_inpaint(
     monkeypatch.chdir(tmp_path / "run/model")
     front, page = parts_of(Path("README.md").read_text())
     assert (front["pipeline_tag"], "inpainting" in front["tags"]) == ("image-to-image", True)
-    Image.new("RGB", (32, 32), "red").save("picture.png")
+    Image.new("RGB", (32, 32), "red").save("image.png")
     Image.new("L", (32, 32), 255).save("mask.png")
     assert len(code_of(page)) == 2
     for code in code_of(page):
         exec(code, {})
-        Path("painted.png").unlink()
+        Path("generated.png").unlink()
 
 
 def test_an_inpainting_model_of_other_latents_is_said_to_be_ours_alone(

@@ -89,7 +89,7 @@ def test_uniform_numbers_reach_every_timestep_alike():
         assert counts.tolist() == [10] * 76 + [11]
 
 
-def test_the_noised_picture_is_the_schedules():
+def test_the_noised_image_is_the_schedules():
     x0, noise, _ = nodes()
     u = torch.linspace(0, 0.999, len(x0), dtype=torch.float64)
     seen = {}

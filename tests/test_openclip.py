@@ -1,4 +1,4 @@
-"""OpenCLIP's text tower, converted, against open_clip itself, and as the condition of stock diffusers' pictures."""
+"""OpenCLIP's text tower, converted, against open_clip itself, and as the condition of stock diffusers' images."""
 
 import json
 from functools import partial

@@ -93,7 +93,7 @@ def test_names_of_diffusers():
 
 @on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
-def test_a_target_that_says_nothing_of_the_picture_is_refused(kind, path):
+def test_a_target_that_says_nothing_of_the_image_is_refused(kind, path):
     if kind == "eps" and path is not SCHEDULE:
         with pytest.raises(UserError, match="target eps on a path that ends in pure noise"):
             check_target(kind, path)

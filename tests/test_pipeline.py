@@ -1,4 +1,4 @@
-"""The checkpoint is everybody's: the folder is complete, and stock diffusers paints the same pictures from it."""
+"""The checkpoint is everybody's: the folder is complete, and stock diffusers paints the same images from it."""
 
 import itertools
 import json
@@ -72,7 +72,7 @@ def stock(folder: Path, sampler: str) -> StableDiffusionPipeline:
 
 
 def difference(folder: Path, sampler: str, steps: int, scale: float, negative: str, rescale: float = 0.0) -> float:
-    """Greatest difference of our pictures and stock diffusers', from one folder."""
+    """Greatest difference of our images and stock diffusers', from one folder."""
     mine = LatentDiffusionPipeline.from_pretrained(folder)(
         PROMPTS,
         negative,
@@ -92,7 +92,7 @@ def difference(folder: Path, sampler: str, steps: int, scale: float, negative: s
         generator=seeds(),
         output_type="np",
     ).images
-    assert np.asarray(mine).std() > 0.01  # a picture, not a flat field
+    assert np.asarray(mine).std() > 0.01  # an image, not a flat field
     return np.abs(mine - theirs).max()
 
 
@@ -120,7 +120,7 @@ def test_stock_diffusers_rescales_the_same(tmp_path: Path, target: str) -> None:
 
 @pytest.mark.parametrize("target", ["eps", "v"])
 def test_stock_diffusers_samples_a_learned_variance_with_ddpm(tmp_path: Path, target: str) -> None:
-    # linspace ends at index 0: from any other, stock adds noise of the learned variance to the finished picture.
+    # linspace ends at index 0: from any other, stock adds noise of the learned variance to the finished image.
     pipe = tiny_pipeline(target, "linspace", variance="learned")
     with torch.no_grad():
         pipe.unet.conv_out.weight[4:] *= 0.1  # as of a trained network, within the bounds
@@ -196,7 +196,7 @@ def test_a_flow_samples_the_same_through_diffusers_own_scheduler(tmp_path: Path)
     assert (ours.images - z).abs().max() < 1e-4 * z.abs().max()
 
 
-def test_wrappers_reach_the_picture(folder: Path) -> None:
+def test_wrappers_reach_the_image(folder: Path) -> None:
     pipe, other = LatentDiffusionPipeline.from_pretrained(folder), tiny_pipeline()
 
     def painted(**how: Any) -> Tensor:
@@ -213,7 +213,7 @@ def test_wrappers_reach_the_picture(folder: Path) -> None:
     assert torch.equal(plain, painted(classifier=lambda x, level: x.sum((1, 2, 3)), classifier_scale=0.0))
     assert torch.equal(painted(guidance_scale=1.0), painted(guidance_interval=(1e8, 1e9)))
     torch.testing.assert_close(plain, painted(compose=[(PROMPTS[0], 0.0)]))
-    twice = painted(guidance_scale=1.5, compose=[(PROMPTS[0], 1.5)])  # the first picture's prompt in two halves
+    twice = painted(guidance_scale=1.5, compose=[(PROMPTS[0], 1.5)])  # the first image's prompt in two halves
     torch.testing.assert_close(twice[0], plain[0], rtol=1e-3, atol=1e-4)
     # … and an effect where they have.
     for how in (
@@ -279,7 +279,7 @@ def test_round_trip_paints_the_same(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(a, b)
 
 
-def test_a_picture_does_not_depend_on_its_batch(folder: Path) -> None:
+def test_a_image_does_not_depend_on_its_batch(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     both = pipe(PROMPTS, num_inference_steps=5, generator=seeds(), output_type="pt").images
     alone = pipe(PROMPTS[1], num_inference_steps=5, generator=seeds()[1], output_type="pt").images
@@ -413,7 +413,7 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 
 
-def test_a_picture_that_is_not_finite_is_not_handed_over(folder: Path) -> None:
+def test_a_image_that_is_not_finite_is_not_handed_over(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     with pytest.raises(RunError, match="non-finite"):
         pipe.decode(torch.full((1, 4, 16, 16), torch.nan))
@@ -517,7 +517,7 @@ def test_what_cannot_be_used_is_said_in_words(folder: Path) -> None:
 
 
 def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Picture by picture through the autoencoder, and one network after the other on the device."""
+    """Image by image through the autoencoder, and one network after the other on the device."""
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     given = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     how: dict[str, Any] = {"image": given, "num_inference_steps": 3, "output_type": "np"}
@@ -553,7 +553,7 @@ def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPa
     assert moved[first + 1] == ("UNet2DConditionModel", "cpu:0")  # both are there while it samples
 
 
-def test_large_pictures_are_decoded_in_tiles() -> None:
+def test_large_images_are_decoded_in_tiles() -> None:
     pipe = tiny_pipeline()
     latents = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
     whole, sizes = pipe.decode(latents), []
@@ -573,8 +573,8 @@ def test_what_is_saved_again_tells_no_path_of_where_it_was_loaded_from(tmp_path:
     loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / "first")
     loaded.save_pretrained(tmp_path / "second")
     Autoencoder.load(tmp_path / "first").save(tmp_path / "autoencoder")
-    told = [path for path in tmp_path.rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
-    assert told == []
+    reported = [path for path in tmp_path.rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
+    assert reported == []
 
 
 def test_a_network_of_another_class_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import train.stages.vae
 from autoencoder.model import Autoencoder, Posterior, build_autoencoder
 from autoencoder.preview import Colours, fit_colours
 from ldm.errors import RunError, UserError
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 
@@ -95,11 +95,11 @@ def test_batches_make_no_difference():
     assert ragged(autoencoder.encode(x[..., :15, :11]).mean).shape == (12, 3, 8, 6)
 
 
-def test_pictures_that_teach_nothing():
+def test_images_that_teach_nothing():
     grey = torch.full((2, 3, 8, 8), 0.25)
     still = codec(lambda x: Posterior(torch.zeros(len(x), 3, 4, 4), torch.zeros(len(x), 3, 4, 4)), 3)
     torch.testing.assert_close(fit_colours(still, [grey])(draw(1, 3, 4, 4)), torch.full((1, 3, 4, 4), 0.25))
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         fit_colours(linear(), [])
     with pytest.raises(RunError, match="finite"):
         fit_colours(linear(), [grey * torch.nan])
@@ -155,7 +155,7 @@ def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):
     train.stages.vae.train(vae_config(shapes, tmp_path / "whole", steps=2))
     given = {"init": str(tmp_path / "whole/model"), "decoder_only": True}
     train.stages.vae.train(vae_config(shapes, tmp_path / "decoder", steps=2, **given))
-    plain = PictureDataset(open_source(shapes, "train"), Framing(resolution=32), 0, shuffle=False)
+    plain = ImageDataset(open_source(shapes, "train"), Framing(resolution=32), 0, shuffle=False)
     for run in ("whole", "decoder"):
         autoencoder = Autoencoder.load(tmp_path / run / "model")
         again = fit_colours(autoencoder, [plain.__getitems__(range(64)).pixels])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from train.data.batches.records import CachedBatch, DrawnMasks, DrawnNoise, PictureBatch, Record
+from train.data.batches.records import CachedBatch, DrawnMasks, DrawnNoise, ImageBatch, Record
 from train.data.store.prefetch import read_ahead
 
 
@@ -16,9 +16,9 @@ def noise(masks: DrawnMasks | None = None) -> DrawnNoise:
     return DrawnNoise(torch.rand(2), torch.rand(2, 4, 3, 3), torch.rand(2, 4, 3, 3), torch.tensor([True, False]), masks)
 
 
-def pictures() -> PictureBatch[DrawnNoise]:
+def images() -> ImageBatch[DrawnNoise]:
     masks = DrawnMasks(torch.ones(2, 1, 6, 6), torch.rand(2, 4, 3, 3))
-    return PictureBatch(
+    return ImageBatch(
         position=torch.arange(2),
         index=torch.arange(2),
         pixels=torch.rand(2, 3, 6, 6),
@@ -35,7 +35,7 @@ def tensors(record: Record) -> list[Tensor]:
 
 
 def test_all_tensors_of_a_record_move_and_nothing_else_changes() -> None:
-    batch = pictures()
+    batch = images()
     moved = batch.to(torch.device("meta"))
     assert len(tensors(moved)) == 9
     assert all(t.device.type == "meta" for t in tensors(moved))
@@ -62,8 +62,8 @@ def test_torch_pins_every_tensor_of_a_record(monkeypatch: pytest.MonkeyPatch) ->
         return tensor
 
     monkeypatch.setattr(Tensor, "pin_memory", pin)
-    batch = pictures()
-    assert isinstance(pin_memory(batch), PictureBatch)
+    batch = images()
+    assert isinstance(pin_memory(batch), ImageBatch)
     assert {id(t) for t in pinned} == {id(t) for t in tensors(batch)}
 
 
@@ -71,15 +71,15 @@ def test_torch_pins_every_tensor_of_a_record(monkeypatch: pytest.MonkeyPatch) ->
 class One:
     """A data set of one batch."""
 
-    batch: PictureBatch[DrawnNoise]
+    batch: ImageBatch[DrawnNoise]
 
-    def __getitems__(self, at: Sequence[int], /) -> PictureBatch[DrawnNoise]:
+    def __getitems__(self, at: Sequence[int], /) -> ImageBatch[DrawnNoise]:
         return self.batch
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_record_arrives_from_a_worker_as_it_was(workers: int) -> None:
-    batch = pictures()
+    batch = images()
     (found,) = read_ahead(One(batch), [[0, 1]], workers, pin_memory=torch.cuda.is_available())
     assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(batch), strict=True))
     assert (found.captions, found.damaged) == (batch.captions, batch.damaged)

@@ -63,7 +63,7 @@ def draw(*shape, seed=0):
 
 
 def fake_network(x_t, index, condition, channels=4):
-    """Nonlinear in the picture and in time, mixing channels: any error of level, index or state shows."""
+    """Nonlinear in the image and in time, mixing channels: any error of level, index or state shows."""
     mixed = torch.einsum("oc,bchw->bohw", draw(channels, 4, seed=3) / 2, x_t.double())
     out = torch.tanh(mixed + torch.sin(index.float().double() / 200).view(-1, 1, 1, 1))
     return out + 0.3 * x_t.double().repeat(1, channels // 4, 1, 1)
@@ -156,7 +156,7 @@ def greatest_difference(*arguments, **options):
     assert len(ours) == len(theirs)
     assert torch.equal(*(g.get_state() for g in generators))  # noise was drawn as often
     if options:
-        # Where s is clean diffusers still adds noise of these variances, to the finished picture.
+        # Where s is clean diffusers still adds noise of these variances, to the finished image.
         ours, theirs = ours[:-1], theirs[:-1]
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 

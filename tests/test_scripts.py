@@ -1,4 +1,4 @@
-"""The commands as a user types them: the whole road on a drawn set and on foreign pictures, and every way to err.
+"""The commands as a user types them: the whole road on a drawn set and on foreign images, and every way to err.
 
 One road runs in processes of its own. The others are forked from a server that has imported the libraries already,
 which is all that differs: each has its own arguments, outputs and exit status.
@@ -100,15 +100,15 @@ def shapes_road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures_road(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
-    """data/ and runs/ of a folder of 24 foreign pictures and one that is damaged."""
+def images_road(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
+    """data/ and runs/ of a folder of 24 foreign images and one that is damaged."""
     root = tmp_path_factory.mktemp("pictures")
-    draw_pictures(root / "data")
+    draw_images(root / "data")
     road(forked, "pictures", root / "data", root / "runs", "--unet.channels 32 32 32")
     return root
 
 
-def draw_pictures(folder: Path) -> None:
+def draw_images(folder: Path) -> None:
     folder.mkdir()
     modes = ("RGB", "L", "RGBA", "P", "LA", "1", "I;16", "CMYK")
     for k in range(24):
@@ -116,11 +116,11 @@ def draw_pictures(folder: Path) -> None:
         image = Image.new("RGB", size, (9 * k, 200 - 7 * k, 90))
         ImageDraw.Draw(image).ellipse((5, 5, size[0] - 5, size[1] - 20), (250 - 9 * k, 30, 8 * k))
         suffix = "jpg" if mode == "CMYK" else ("png", "gif", "tiff")[k % 3] if mode == "P" else "png"
-        image.convert("L" if mode == "I;16" else mode).convert(mode).save(folder / f"picture {k}.{suffix}")
-        (folder / f"picture {k}.txt").write_text(f"an ellipse, number {k}\nnumber {k}, drawn round\n")
-    whole = (folder / "picture 0.png").read_bytes()
+        image.convert("L" if mode == "I;16" else mode).convert(mode).save(folder / f"image {k}.{suffix}")
+        (folder / f"image {k}.txt").write_text(f"an ellipse, number {k}\nnumber {k}, drawn round\n")
+    whole = (folder / "image 0.png").read_bytes()
     (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "torn.txt").write_text("half of a picture\n")
+    (folder / "torn.txt").write_text("half of an image\n")
 
 
 def one_line(ended: Ended, status: int) -> str:
@@ -152,7 +152,7 @@ def test_every_stage_leaves_a_run(kind: str, request: pytest.FixtureRequest) -> 
 
 
 @pytest.mark.parametrize("kind", ["shapes", "pictures"])
-def test_text_becomes_pictures_that_carry_their_settings(
+def test_text_becomes_images_that_carry_their_settings(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, forked: Callable[[str], Ended]
 ) -> None:
     runs: Path = request.getfixturevalue(f"{kind}_road") / "runs"
@@ -171,7 +171,7 @@ def test_text_becomes_pictures_that_carry_their_settings(
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_pictures_become_pictures(shapes_road: Path, tmp_path: Path, forked: Callable[[str], Ended]) -> None:
+def test_images_become_images(shapes_road: Path, tmp_path: Path, forked: Callable[[str], Ended]) -> None:
     """Variations, inside a mask, and beyond the borders; what isn't painted stays bit by bit."""
     first, second = sorted((shapes_road / "data/test").rglob("*.png"))[:2]
     how = f"--model {shapes_road}/runs/ldm/model --prompt star --steps 2 --num-images 2 --out {tmp_path}"
@@ -200,7 +200,7 @@ def test_pictures_become_pictures(shapes_road: Path, tmp_path: Path, forked: Cal
 def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
     ended = command(
         f"scripts/evaluate.py --model {shapes_road}/runs/ldm/model --data {shapes_road}/data --split test "
-        f"--prompts 6 --pictures 8 --likelihoods 8 --steps 2 --out {tmp_path}/report"
+        f"--prompts 6 --images 8 --likelihoods 8 --steps 2 --out {tmp_path}/report"
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report/report.json").read_text())
@@ -218,7 +218,7 @@ def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
     ("line", "says"),
     [
         (
-            "examples/classifier_guidance.py --pictures 64 --steps 3 --per-class 1 --weights 0 2 --out {out}",
+            "examples/classifier_guidance.py --images 64 --steps 3 --per-class 1 --weights 0 2 --out {out}",
             "weight 2: ",
         ),
         (
@@ -237,12 +237,12 @@ def test_examples_and_benchmarks_run(
     assert any(tmp_path.iterdir())
 
 
-def test_the_report_on_pictures_has_no_alignment(
-    pictures_road: Path, tmp_path: Path, forked: Callable[[str], Ended]
+def test_the_report_on_images_has_no_alignment(
+    images_road: Path, tmp_path: Path, forked: Callable[[str], Ended]
 ) -> None:
     ended = forked(
-        f"scripts/evaluate.py --model {pictures_road}/runs/ldm/model --data {pictures_road}/data --split train "
-        f"--pictures 25 --likelihoods 5 --steps 2 --out {tmp_path}"
+        f"scripts/evaluate.py --model {images_road}/runs/ldm/model --data {images_road}/data --split train "
+        f"--images 25 --likelihoods 5 --steps 2 --out {tmp_path}"
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report.json").read_text())
@@ -250,12 +250,12 @@ def test_the_report_on_pictures_has_no_alignment(
     assert "alignment" not in report
 
 
-def test_a_damaged_picture_is_listed_and_left_where_it_is(pictures_road: Path) -> None:
+def test_a_damaged_image_is_listed_and_left_where_it_is(images_road: Path) -> None:
     for stage in ("clip", "vae", "ldm"):
-        lines = (pictures_road / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
+        lines = (images_road / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
         assert [json.loads(line)["file"] for line in lines] == ["torn.png"]
         assert json.loads(lines[0])["reason"]
-    assert (pictures_road / "data/torn.png").is_file()
+    assert (images_road / "data/torn.png").is_file()
 
 
 def test_a_run_goes_on_when_its_command_is_given_again(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
@@ -281,17 +281,17 @@ def test_an_autoencoder_is_measured(shapes_road: Path, forked: Callable[[str], E
     )
     assert ended.status == 0, ended.err
     report = json.loads((out / "report.json").read_text())
-    assert report["settings"]["pictures"] == 8
+    assert report["settings"]["images"] == 8
     assert {"psnr", "ssim", "perceptual", "frechet", "noise_psnr_0.5", "dead_channels"} <= set(report["vae"])
     assert len(report["channels"]) == 4
     with Image.open(out / "reconstructions.png") as sheet:
-        assert sheet.height > 7 * 32  # pictures, reconstructions, differences and four channels
+        assert sheet.height > 7 * 32  # images, reconstructions, differences and four channels
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "pictures without captions": ("train_clip.py configs/pictures/clip.yaml --data {bare} --out {new}", "no captions"),
+    "images without captions": ("train_clip.py configs/pictures/clip.yaml --data {bare} --out {new}", "no captions"),
     "no such column": ("train_clip.py --data {data} --out {new} --input.caption-column legend", "legend"),
     "no data": ("train_vae.py --out {new}", "--data"),
     "no out": ("train_vae.py --data {data}", "--out"),
@@ -325,7 +325,7 @@ BAD = {
     ),
     "a decoder without an encoder": ("train_vae.py --data {data} --out {new} --decoder-only True", "init"),
     "no features": ("train_vae.py --data {data} --out {new} --validation-features nothing", "nothing"),
-    "a distance of one picture": (
+    "a distance of one image": (
         "train_vae.py --data {data} --out {new} --validation-features {clip}/model --validation-examples 1",
         "at least 2",
     ),
@@ -385,9 +385,9 @@ BAD = {
     "too many steps": ("txt2img.py --prompt x --model {ldm}/model --steps 1001 --out {new}", "1001"),
     "unknown sampler": ("txt2img.py --prompt x --model {ldm}/model --sampler plms --out {new}", "plms"),
     "odd size": ("txt2img.py --prompt x --model {ldm}/model --width 33 --out {new}", "33"),
-    "no picture": ("img2img.py --prompt x --model {ldm}/model --out {new}", "--image"),
-    "no such picture": ("img2img.py --image {root}/no.png --prompt x --model {ldm}/model --out {new}", "no.png"),
-    "a picture that isn't one": ("img2img.py --image {yaml} --prompt x --model {ldm}/model --out {new}", "wrong.yaml"),
+    "no image": ("img2img.py --prompt x --model {ldm}/model --out {new}", "--image"),
+    "no such image": ("img2img.py --image {root}/no.png --prompt x --model {ldm}/model --out {new}", "no.png"),
+    "an image that isn't one": ("img2img.py --image {yaml} --prompt x --model {ldm}/model --out {new}", "wrong.yaml"),
     "too strong": ("img2img.py --image {bare}/a.png --strength 1.5 --prompt x --model {ldm}/model --out {new}", "1.5"),
     "no mask": ("inpaint.py --image {bare}/a.png --prompt x --model {ldm}/model --out {new}", "--mask"),
     "a black mask": (
@@ -398,9 +398,9 @@ BAD = {
         "inpaint.py --image {bare}/a.png --extend 0 0 0 -1 --prompt x --model {ldm}/model --out {new}",
         "--extend",
     ),
-    "nothing to measure": ("evaluate.py --model {ldm}/model --data {data} --pictures 0 --out {new}", "--pictures"),
+    "nothing to measure": ("evaluate.py --model {ldm}/model --data {data} --images 0 --out {new}", "--images"),
     "nothing to measure on": ("evaluate.py --model {ldm}/model --out {new}", "--data"),
-    "small pictures": ("make_dataset.py shapes --out {new} --size 8", "8"),
+    "small images": ("make_dataset.py shapes --out {new} --size 8", "8"),
     "another set's folder": ("make_dataset.py shapes --out {data} --size 32 --train 9 --test 8", "{data}"),
 }
 

@@ -1,4 +1,4 @@
-"""The Shapes set: captions, what is held out, geometry, files, and the checker that reads pictures back."""
+"""The Shapes set: captions, what is held out, geometry, files, and the checker that reads images back."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ from train.data.synthetic.shapes import (
     render,
     write_shapes,
 )
-from train.data.synthetic.shapes_checker import read_scene, score, score_pictures
+from train.data.synthetic.shapes_checker import read_scene, score, score_images
 
 EVERY_SCENE = [s for count in (1, 2) for unseen in (False, True) for s in all_scenes(count, unseen)]
 
@@ -47,9 +47,9 @@ def painted(count: int, side: int, seed: int = 1) -> tuple[list[np.ndarray], lis
     return [render(scene, side, rng) for scene, rng in examples], [scene for scene, _ in examples]
 
 
-def softened(picture: np.ndarray, rng: np.random.Generator, blur: float = 0.5, noise: float = 5) -> np.ndarray:
+def softened(image: np.ndarray, rng: np.random.Generator, blur: float = 0.5, noise: float = 5) -> np.ndarray:
     """About what an autoencoder of 30 dB leaves."""
-    soft = ndimage.gaussian_filter(picture.astype(float), (blur, blur, 0)) + rng.normal(0, noise, picture.shape)
+    soft = ndimage.gaussian_filter(image.astype(float), (blur, blur, 0)) + rng.normal(0, noise, image.shape)
     return np.clip(np.rint(soft), 0, 255).astype(np.uint8)
 
 
@@ -144,19 +144,19 @@ def test_prompts(kind: str) -> None:
     assert len(singles) == min(100, len(all_scenes(1, kind == "unseen")))
 
 
-# Pictures
+# Images
 
 
 def test_an_example_is_a_function_of_seed_split_and_index() -> None:
-    def picture(*key) -> np.ndarray:
+    def image(*key) -> np.ndarray:
         scene, rng = example(*key)
         return render(scene, 32, rng)
 
-    later = [picture(0, "train", k) for k in (5, 3)]
-    assert np.array_equal(later[1], picture(0, "train", 3))
-    assert np.array_equal(later[0], picture(0, "train", 5))
+    later = [image(0, "train", k) for k in (5, 3)]
+    assert np.array_equal(later[1], image(0, "train", 3))
+    assert np.array_equal(later[0], image(0, "train", 5))
     for other in ((1, "train", 3), (0, "test", 3), (0, "train", 4)):
-        assert not np.array_equal(later[1], picture(*other))
+        assert not np.array_equal(later[1], image(*other))
 
 
 def test_objects_are_inside_apart_and_in_their_relation() -> None:
@@ -175,7 +175,7 @@ def test_objects_are_inside_apart_and_in_their_relation() -> None:
             assert across <= along / 2 + 1e-9
 
 
-def test_positions_fill_the_picture() -> None:
+def test_positions_fill_the_image() -> None:
     scene = parse_caption("a small red circle on a white background")
     x = np.array([place(scene, np.random.default_rng(k))[0][:2] for k in range(500)])
     room = 1 / 32 + DIAMETERS["small"] / 2
@@ -192,7 +192,7 @@ def test_coverage_is_the_exact_area_wherever_the_pixels_fall(shape: str) -> None
         assert coverage(shape, Placed(x, y, 4.5), Box(0, 0, 16, 16)).sum() == pytest.approx(area * 4.5**2, rel=0.015)
 
 
-def test_every_size_shows_the_same_picture() -> None:
+def test_every_size_shows_the_same_image() -> None:
     for k in range(60):
         fine, coarse = (
             render(*(lambda s, r: (s, side, r))(*example(2, "train", k))).astype(float) for side in (128, 32)
@@ -280,24 +280,24 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("side", "count"), [(32, 500), (64, 200), (128, 200), (75, 60)])
-def test_checker_reads_the_renderers_own_pictures(side: int, count: int) -> None:
-    shares = score_pictures(*painted(count, side))
+def test_checker_reads_the_renderers_own_images(side: int, count: int) -> None:
+    shares = score_images(*painted(count, side))
     assert min(shares.values()) >= 0.99
     assert shares["all"] >= 0.99
 
 
-def test_checker_reads_pictures_as_an_autoencoder_leaves_them() -> None:
-    pictures, scenes = painted(600, 32, seed=2)
+def test_checker_reads_images_as_an_autoencoder_leaves_them() -> None:
+    images, scenes = painted(600, 32, seed=2)
     rng = np.random.default_rng(0)
-    assert score_pictures([softened(picture, rng) for picture in pictures], scenes)["all"] >= 0.98
-    assert score_pictures([softened(picture, rng, 0.8, 8) for picture in pictures], scenes)["all"] >= 0.95
+    assert score_images([softened(image, rng) for image in images], scenes)["all"] >= 0.98
+    assert score_images([softened(image, rng, 0.8, 8) for image in images], scenes)["all"] >= 0.95
 
 
 def test_each_wrong_attribute_is_wrong_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
     words = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(DIAMETERS)}
-    for picture, scene in zip(*painted(200, 32, seed=3), strict=True):
-        reading = read_scene(softened(picture, rng))
+    for image, scene in zip(*painted(200, 32, seed=3), strict=True):
+        reading = read_scene(softened(image, rng))
         which = rng.integers(len(scene.objects))
         for name, values in words.items():
             asked = scene.objects[which]
@@ -319,8 +319,8 @@ def test_each_wrong_attribute_is_wrong_and_nothing_else() -> None:
 
 
 def test_the_number_of_objects_is_exact() -> None:
-    for picture, scene in zip(*painted(120, 32, seed=4), strict=True):
-        reading = read_scene(picture)
+    for image, scene in zip(*painted(120, 32, seed=4), strict=True):
+        reading = read_scene(image)
         if scene.relation:
             fewer = Scene(scene.objects[:1], None, scene.background)
             marks = score(reading, fewer)
@@ -372,11 +372,11 @@ def test_what_is_no_shape_no_size_or_no_background_is_not_taken_for_one() -> Non
 
 def test_speckles_are_ignored_and_touching_colours_come_apart() -> None:
     scene = parse_caption("a large red circle on a white background")
-    picture = render(scene, 32, np.random.default_rng(1))
-    clear = np.argwhere((picture == 255).all(-1))
+    image = render(scene, 32, np.random.default_rng(1))
+    clear = np.argwhere((image == 255).all(-1))
     for row, column in clear[:: len(clear) // 6]:
-        picture[row, column] = COLOURS["blue"]
-    assert score(read_scene(picture), scene)["all"]
+        image[row, column] = COLOURS["blue"]
+    assert score(read_scene(image), scene)["all"]
     touching = np.full((32, 32, 3), 255, np.uint8)
     touching[4:16, 10:22] = COLOURS["yellow"]
     touching[16:28, 10:22] = COLOURS["purple"]
@@ -386,22 +386,22 @@ def test_speckles_are_ignored_and_touching_colours_come_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [np.zeros((32, 32)), np.zeros((32, 32, 3)), np.zeros((32, 48, 3), np.uint8), np.zeros((32, 32, 4), np.uint8)],
 )
-def test_what_is_no_picture_is_refused(picture: np.ndarray) -> None:
+def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="accepted is uint8"):
-        read_scene(picture)
+        read_scene(image)
 
 
-def test_any_picture_can_be_read() -> None:
+def test_any_image_can_be_read() -> None:
     rng = np.random.default_rng(0)
     palette = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.uint8)
     for _ in range(40):
-        for picture in (
+        for image in (
             rng.integers(0, 256, (32, 32, 3), np.uint8),
             palette[rng.integers(0, 10, (32, 32))],
             palette[rng.integers(0, 10, (4, 4))].repeat(8, 0).repeat(8, 1),
             np.clip(ndimage.gaussian_filter(rng.normal(128, 900, (32, 32, 3)), (3, 3, 0)), 0, 255).astype(np.uint8),
         ):
-            assert score(read_scene(picture), prompts("seen", 2, 0)[1])["all"] is False
+            assert score(read_scene(image), prompts("seen", 2, 0)[1])["all"] is False

@@ -228,7 +228,7 @@ def test_a_step_is_that_of_stock_diffusers(made: Any, kind: str) -> None:
     difference, size = one_step(file, folder)
     print(f"{kind}: {difference:.1e} at a deviation of {size:.2f}")
     assert difference <= 1e-4
-    assert size > 0.1  # a picture, not a flat field
+    assert size > 0.1  # an image, not a flat field
 
 
 def one_step(file: Path, folder: Path, **size: int) -> tuple[float, float]:
@@ -330,7 +330,7 @@ def test_openclip_keeps_query_key_and_value_in_one(made: Any) -> None:
     assert weights["cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight"].shape == (96, 32)
     assert not any(name.startswith("cond_stage_model.transformer.") for name in weights)
     assert not any(name.startswith("cond_stage_model.model.") for name in load_file(first))
-    extras = {  # the layer that isn't used, and what belongs to no picture
+    extras = {  # the layer that isn't used, and what belongs to no image
         name.replace("resblocks.2.", "resblocks.3."): value for name, value in weights.items() if "resblocks.2." in name
     } | {"cond_stage_model.model.text_projection": torch.zeros(32, 32), "model_ema.decay": torch.tensor(0.999)}
     extras |= {"cond_stage_model.model.logit_scale": torch.tensor(1.0), "model_ema.num_updates": torch.tensor(3)}

@@ -1,4 +1,4 @@
-"""What a folder of pictures is read as, what is refused, and what each kind of picture decodes to."""
+"""What a folder of images is read as, what is refused, and what each kind of image decodes to."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
-from train.data.images.decode import DamagedPicture, load_picture, picture_size, to_tensor
+from train.data.images.decode import DamagedImage, image_size, load_image, to_tensor
 from train.data.sources.catalogue import Columns
 from train.data.sources.folders import Strings
 from train.data.sources.splits import Source, find_splits, open_source, take
@@ -23,7 +23,7 @@ from train.data.sources.splits import Source, find_splits, open_source, take
 RNG = np.random.default_rng(0)
 
 
-def picture(path: Path, colour=(200, 30, 40), size=(4, 4)) -> Path:
+def image(path: Path, colour=(200, 30, 40), size=(4, 4)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path, "PNG")
     return path
@@ -38,8 +38,8 @@ def metadata(folder: Path, rows) -> Path:
 def captioned(folder: Path, count: int) -> Path:
     names = [f"{k:04d}.png" for k in range(count)]
     for name in names:
-        picture(folder / name)
-    return metadata(folder, [{"file_name": name, "text": f"picture {name}"} for name in names])
+        image(folder / name)
+    return metadata(folder, [{"file_name": name, "text": f"image {name}"} for name in names])
 
 
 def contents(source) -> list[tuple[str, tuple[str, ...]]]:
@@ -55,7 +55,7 @@ def test_jsonl_csv_and_texts_are_the_same_source(tmp_path):
     for form in ("jsonl", "csv", "txt"):
         folder = tmp_path / form / "train"
         for name in captions:
-            picture(folder / name)
+            image(folder / name)
         match form:
             case "jsonl":
                 metadata(folder, rows)
@@ -67,7 +67,7 @@ def test_jsonl_csv_and_texts_are_the_same_source(tmp_path):
             case "txt":
                 for name, text in captions.items():
                     (folder / name).with_suffix(".txt").write_text(text and f"  {text} \n\n", encoding="utf-8")
-        picture(tmp_path / form / "test" / "x.png")
+        image(tmp_path / form / "test" / "x.png")
     sources = [open_source(tmp_path / form, "train") for form in ("jsonl", "csv", "txt")]
     expected = [("a/ü.png", ('says "hi", twice',)), ("b.png", ("a blue dog",)), ("c.png", ("",))]
     for source in sources:
@@ -78,8 +78,8 @@ def test_jsonl_csv_and_texts_are_the_same_source(tmp_path):
 
 def test_several_rows_lists_and_lines_are_several_captions(tmp_path):
     for k in range(3):
-        picture(tmp_path / "train" / f"{k}.png")
-    picture(tmp_path / "test" / "x.png")
+        image(tmp_path / "train" / f"{k}.png")
+    image(tmp_path / "test" / "x.png")
     rows = [("0.png", "one"), ("1.png", ["a", " b ", ""]), ("./0.png", "two"), ("2.png", None)]
     metadata(tmp_path / "train", [{"file_name": name, "text": text} for name, text in rows])
     expected = [("0.png", ("one", "two")), ("1.png", ("a", "b")), ("2.png", ("",))]
@@ -90,7 +90,7 @@ def test_several_rows_lists_and_lines_are_several_captions(tmp_path):
 
 def test_caption_column(tmp_path):
     for k in range(2):
-        picture(tmp_path / f"{k}.png")
+        image(tmp_path / f"{k}.png")
     rows = [{"file": f"{k}.png", "caption": "c", "text": "t", "prompt": "p"} for k in range(2)]
     metadata(tmp_path, rows)
     assert open_source(tmp_path, "train", Columns(image="file"))[0].captions == ("t",)
@@ -133,7 +133,7 @@ def test_validation_and_test_are_told_apart(tmp_path):
 
 def test_one_metadata_file_for_all_splits(tmp_path):
     for name in ("train/a.png", "train/b.png", "test/c.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     metadata(tmp_path, [{"file_name": n, "text": n} for n in ("train/a.png", "test/c.png", "train/b.png")])
     assert [c for _, (c,) in contents(open_source(tmp_path, "train"))] == ["train/a.png", "train/b.png"]
     assert [c for _, (c,) in contents(open_source(tmp_path, "test"))] == ["test/c.png"]
@@ -148,7 +148,7 @@ def test_without_a_split_a_share_is_held_out(tmp_path, nested):
     assert len(names[0] | names[1]) == 400
     assert 20 <= len(held_out) <= 65
     assert contents(open_source(tmp_path, "test", fraction=0.1)) == contents(held_out)
-    captioned(tmp_path / nested, 600)  # 200 more: every picture stays on its side
+    captioned(tmp_path / nested, 600)  # 200 more: every image stays on its side
     more = {name for name, _ in contents(open_source(tmp_path, "validation", fraction=0.1))}
     assert more & (names[0] | names[1]) == names[1]
 
@@ -191,7 +191,7 @@ def test_rows_are_left_out_without_a_list_of_the_others(tmp_path):
 
 def test_what_belongs_to_no_split_is_not_passed_over_in_silence(tmp_path):
     for name in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     metadata(
         tmp_path, [{"file_name": n, "text": n} for n in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png")]
     )
@@ -200,12 +200,12 @@ def test_what_belongs_to_no_split_is_not_passed_over_in_silence(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["old.tar", "rows.parquet"])
-def test_pictures_and_an_archive_beside_them_are_not_guessed_about(tmp_path, other):
+def test_images_and_an_archive_beside_them_are_not_guessed_about(tmp_path, other):
     captioned(tmp_path / "train", 3)
     with tarfile.open(tmp_path / "old.tar", "w") as tar:
         tar.add(tmp_path / "train", "train")
     (tmp_path / "old.tar").rename(tmp_path / other)
-    with pytest.raises(UserError, match="holds pictures, and tar or parquet files too"):
+    with pytest.raises(UserError, match="holds images, and tar or parquet files too"):
         open_source(tmp_path, "train")
 
 
@@ -215,18 +215,18 @@ def test_a_split_that_is_not_there_is_missed(tmp_path):
         take(find_splits(str(tmp_path), Columns()), "train", train="trian")
 
 
-def test_a_picture_whose_file_goes_away_is_damaged(tmp_path):
+def test_a_image_whose_file_goes_away_is_damaged(tmp_path):
     source = open_source(captioned(tmp_path, 5), "train")
     (tmp_path / source[1].name).unlink()
-    with pytest.raises(DamagedPicture, match="No such file"):
+    with pytest.raises(DamagedImage, match="No such file"):
         source.read(1)
 
 
-def test_captions_beside_pictures_may_be_in_any_encoding_but_not_of_any_length(tmp_path):
+def test_captions_beside_images_may_be_in_any_encoding_but_not_of_any_length(tmp_path):
     for k, text in enumerate((b"caf\xe9", "café".encode(), b"x" * (2**20 + 1), "café".encode("utf-16"))):
-        picture(tmp_path / "train" / f"{k}.png")
+        image(tmp_path / "train" / f"{k}.png")
         (tmp_path / "train" / f"{k}.txt").write_bytes(text)
-    picture(tmp_path / "test" / "x.png")
+    image(tmp_path / "test" / "x.png")
     source = open_source(tmp_path, "train")
     assert contents(source) == [(f"{k}.png", ("café",)) for k in (0, 1, 3)]
     assert source.left_out == (("2.png", "its .txt has more than 1,048,576 bytes"),)
@@ -234,8 +234,8 @@ def test_captions_beside_pictures_may_be_in_any_encoding_but_not_of_any_length(t
 
 def test_a_folder_a_class_makes_captions_by_template(tmp_path):
     for name in ("golden_retriever/1.png", "golden_retriever/2.png", "a/tabby cat/3.png", "4.png"):
-        picture(tmp_path / "train" / name)
-        picture(tmp_path / "test" / name)
+        image(tmp_path / "train" / name)
+        image(tmp_path / "test" / name)
     source = open_source(tmp_path, "train", Columns(template="a photo of a {}"))
     assert contents(source) == [
         ("4.png", ("",)),
@@ -271,25 +271,25 @@ def test_a_folder_a_class_makes_captions_by_template(tmp_path):
     ],
 )
 def test_hostile_names_are_refused(tmp_path, name):
-    picture(tmp_path / "secret.png")
+    image(tmp_path / "secret.png")
     for k in range(2):
-        picture(tmp_path / "data" / f"{k}.png")
+        image(tmp_path / "data" / f"{k}.png")
     rows = [{"file_name": "0.png", "text": "t"}, {"file_name": "1.png", "text": "t"}, {"file_name": name, "text": "t"}]
     with pytest.raises(UserError, match="row 3: file_name"):
         open_source(metadata(tmp_path / "data", rows), "train")
 
 
-@pytest.mark.parametrize("what", ["picture", "folder", "metadata", "text", "split"])
+@pytest.mark.parametrize("what", ["image", "folder", "metadata", "text", "split"])
 def test_links_out_of_the_folder_are_refused(tmp_path, what):
     outside, data = tmp_path / "outside", tmp_path / "data"
-    picture(outside / "secret.png")
+    image(outside / "secret.png")
     (outside / "secret.txt").write_text("a secret")
     captioned(outside / "set", 2)
     for k in range(2):
-        picture(data / f"{k}.png")
+        image(data / f"{k}.png")
     rows = [{"file_name": f"{k}.png", "text": "t"} for k in range(2)]
     match what:
-        case "picture":
+        case "image":
             (data / "link.png").symlink_to(outside / "secret.png")
             metadata(data, [*rows, {"file_name": "link.png", "text": "t"}])
         case "folder":
@@ -330,7 +330,7 @@ def test_links_inside_the_folder_and_to_it_are_followed(tmp_path):
 )
 def test_metadata_that_says_nothing_is_refused_in_words(tmp_path, text, said):
     for k in range(2):
-        picture(tmp_path / f"{k}.png")
+        image(tmp_path / f"{k}.png")
     (tmp_path / "metadata.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         open_source(tmp_path, "train")
@@ -341,11 +341,11 @@ def test_folders_that_hold_nothing_are_refused_in_words(tmp_path):
         open_source("", "train")
     with pytest.raises(UserError, match=r"is no folder, no .parquet or .tar file"):
         open_source(tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match=r"no pictures in .*: looked for metadata.jsonl, metadata.csv, or a .txt"):
+    with pytest.raises(UserError, match=r"no images in .*: looked for metadata.jsonl, metadata.csv, or a .txt"):
         open_source(tmp_path, "train")
     for k in range(3):
-        picture(tmp_path / f"{k}.PNG")
-    with pytest.raises(UserError, match="3 pictures but no captions: looked for"):
+        image(tmp_path / f"{k}.PNG")
+    with pytest.raises(UserError, match="3 images but no captions: looked for"):
         open_source(tmp_path, "train")
     assert len(open_source(tmp_path, "train", Columns(captioned=False))) == 2
     with pytest.raises(UserError, match="at least two are needed"):
@@ -354,7 +354,7 @@ def test_folders_that_hold_nothing_are_refused_in_words(tmp_path):
 
 def test_missing_files_are_counted(tmp_path):
     for k in range(2):
-        picture(tmp_path / f"{k}.png")
+        image(tmp_path / f"{k}.png")
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     names = ["0.png", "1.png", "gone.png", "pipe.png", "x" * 5000]
     source = open_source(metadata(tmp_path, [{"file_name": n, "text": "t"} for n in names]), "train")
@@ -367,7 +367,7 @@ def test_fingerprint_is_of_content_not_of_place(tmp_path):
     one, two = (open_source(captioned(tmp_path / name, 30), "train") for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
     name = one[0].name
-    picture(tmp_path / "one" / name, size=(64, 64))
+    image(tmp_path / "one" / name, size=(64, 64))
     assert open_source(tmp_path / "one", "train").fingerprint != two.fingerprint
     rows = [json.loads(line) for line in (tmp_path / "two" / "metadata.jsonl").read_text().splitlines()]
     changed = [row | {"text": "other"} if row["file_name"] == name else row for row in rows]
@@ -388,7 +388,7 @@ RGB = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
 def decoded(path: Path) -> np.ndarray:
-    image = load_picture(path)
+    image = load_image(path)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
@@ -454,7 +454,7 @@ def test_cmyk_mixes_inks(tmp_path):
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(tmp_path, form, orientation):
-    """The EXIF standard says where the picture's row 0 and column 0 are to be seen; NumPy puts them there."""
+    """The EXIF standard says where the image's row 0 and column 0 are to be seen; NumPy puts them there."""
     upright = {
         1: lambda x: x,
         2: lambda x: x[:, ::-1],
@@ -484,7 +484,7 @@ def test_alpha_is_laid_over_the_background(tmp_path, form, mode):
     alpha = pixels[..., -1:] / 255
     for background in ((255, 255, 255), (0, 128, 255)):
         expected = pixels[..., :-1] * alpha + np.array(background) * (1 - alpha)
-        found = np.asarray(load_picture(tmp_path / "x", background=background)).astype(int)
+        found = np.asarray(load_image(tmp_path / "x", background=background)).astype(int)
         assert found[0, 0].tolist() == list(background)
         assert np.abs(found - expected).max() <= 1
 
@@ -529,53 +529,53 @@ def test_animations_give_their_first_frame(tmp_path, form):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_numbers_without_a_range_are_refused(tmp_path, mode):
     Image.new(mode, (8, 8)).save(tmp_path / "x", "TIFF")
-    with pytest.raises(DamagedPicture, match="no known range"):
-        load_picture(tmp_path / "x")
+    with pytest.raises(DamagedImage, match="no known range"):
+        load_image(tmp_path / "x")
 
 
 def test_a_limit_above_pillow_s_own_is_the_one_that_holds(tmp_path):
     Image.new("1", (14_000, 14_000)).save(tmp_path / "x.png")
-    assert picture_size(tmp_path / "x.png", max_pixels=10**9) == (14_000, 14_000)
-    with pytest.raises(DamagedPicture, match=r"14000 × 14000 pixels; up to 89,478,485 are accepted"):
-        picture_size(tmp_path / "x.png")
+    assert image_size(tmp_path / "x.png", max_pixels=10**9) == (14_000, 14_000)
+    with pytest.raises(DamagedImage, match=r"14000 × 14000 pixels; up to 89,478,485 are accepted"):
+        image_size(tmp_path / "x.png")
 
 
 def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "x", "PNG")
-    with pytest.raises(DamagedPicture, match="30 × 20 pixels; up to 599 are accepted"):
-        load_picture(tmp_path / "x", max_pixels=599)
-    load_picture(tmp_path / "x", max_pixels=600)
+    with pytest.raises(DamagedImage, match="30 × 20 pixels; up to 599 are accepted"):
+        load_image(tmp_path / "x", max_pixels=599)
+    load_image(tmp_path / "x", max_pixels=600)
     for side in (10_000, 12_000, 60_000):  # below, within and beyond Pillow's own two limits; never 8 bytes a pixel
         raw = bytearray((tmp_path / "x").read_bytes())
         raw[16:24] = struct.pack(">II", side, side)
         raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
         (tmp_path / "bomb").write_bytes(raw)
-        with pytest.raises(DamagedPicture, match=r"accepted|exceeds limit"):
-            load_picture(tmp_path / "bomb")
+        with pytest.raises(DamagedImage, match=r"accepted|exceeds limit"):
+            load_image(tmp_path / "bomb")
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8])
-def test_truncated_pictures_are_damaged_not_half_grey(tmp_path, form, share):
+def test_truncated_images_are_damaged_not_half_grey(tmp_path, form, share):
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "x", form)
     raw = (tmp_path / "x").read_bytes()
     (tmp_path / "x").write_bytes(raw[: int(len(raw) * share)])
-    with pytest.raises(DamagedPicture):
-        load_picture(tmp_path / "x")
+    with pytest.raises(DamagedImage):
+        load_image(tmp_path / "x")
 
 
-def test_other_files_are_damaged_pictures(tmp_path):
+def test_other_files_are_damaged_images(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "other.ppm")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "vector.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tmp_path / "folder.png").mkdir()
     for name in ("other.ppm", "text.png", "vector.png", "folder.png", "gone.png"):
-        with pytest.raises(DamagedPicture, match=r"not a picture of an accepted format|directory|No such file"):
-            load_picture(tmp_path / name)
+        with pytest.raises(DamagedImage, match=r"not an image of an accepted format|directory|No such file"):
+            load_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_flipped_bytes_give_a_picture_or_a_reason(tmp_path, form):
+def test_flipped_bytes_give_a_image_or_a_reason(tmp_path, form):
     Image.fromarray(RGB).save(tmp_path / "x", form)
     sound = np.frombuffer((tmp_path / "x").read_bytes(), np.uint8)
     outcomes = set()
@@ -586,8 +586,8 @@ def test_flipped_bytes_give_a_picture_or_a_reason(tmp_path, form):
         raw[where] = rng.integers(0, 256, 4)
         (tmp_path / "x").write_bytes(raw.tobytes())
         try:
-            outcomes.add(load_picture(tmp_path / "x").mode)
-        except DamagedPicture as error:
+            outcomes.add(load_image(tmp_path / "x").mode)
+        except DamagedImage as error:
             outcomes.add("damaged" if error.reason else "no reason")
     assert "damaged" in outcomes <= {"RGB", "damaged"}
 
@@ -608,7 +608,7 @@ def test_a_square_of_the_right_size_is_taken_bit_for_bit():
 
 
 @pytest.mark.parametrize("size", [(32, 50), (50, 32), (33, 32)])
-def test_crops_are_windows_of_the_picture(size):
+def test_crops_are_windows_of_the_image(size):
     w, h = size
     pixels = RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)

@@ -47,8 +47,8 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the stored folders, which is the working directory: on another path, and as new to the cache."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(STORED, folder)
-    for k, picture in enumerate(sorted((folder / "data").rglob("*.png"))):
-        os.utime(picture, ns=(10**18 + k, 10**18 + k))
+    for k, image in enumerate(sorted((folder / "data").rglob("*.png"))):
+        os.utime(image, ns=(10**18 + k, 10**18 + k))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the commands set their own
     return folder
@@ -135,7 +135,7 @@ def test_a_run_that_earlier_code_began_goes_on(stage: str, stored: Path) -> None
     after = sums(stored / "cache")
     assert sorted(before) == PINNED["cache"]
     assert after.items() >= before.items()
-    # The copied pictures have another place and time, so their latents are found by content, and that is noted.
+    # The copied images have another place and time, so their latents are found by content, and that is noted.
     noted = {Path(name) for name in after.keys() - before.keys()}
     assert {path.suffix for path in noted} <= {".idx", ".json"}
     assert {path.parent for path in noted} <= {Path(name).parent for name in before}

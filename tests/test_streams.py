@@ -26,7 +26,7 @@ CAPTIONED = Columns()
 
 
 def content(k: int) -> bytes:
-    return f"picture {k}".encode() * (1 + k % 7)
+    return f"image {k}".encode() * (1 + k % 7)
 
 
 def write_tar(path: Path, ks, captioned: bool = True, mode: str = "w") -> Path:
@@ -100,7 +100,7 @@ def test_any_start_continues_exactly(shards, buffer):
 
 
 def test_held_out_is_an_example_of_a_shard_not_a_name(tmp_path):
-    """Shards that number their pictures from 0 each."""
+    """Shards that number their images from 0 each."""
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", range(900))
     stream = Stream(f"file://{tmp_path}/{{0..2}}.tar", CAPTIONED, held_out=0.01, buffer=50)
@@ -253,14 +253,14 @@ def test_other_protocols():
 
 def test_commands_that_fail(tmp_path):
     path = write_tar(tmp_path / "a.tar", range(20))
-    for command, told in {
+    for command, reported in {
         f"cat {path}; echo why not >&2; exit 3": "ended with status 3: why not",
         f"head -c 10240 {path}; exit 4": "ended with status 4: it said nothing",
         "exit 5": "ended with status 5",
         "no-such-command": "ended with status 127",
         f"cat {path}; kill -9 $$": "ended with status -9",
     }.items():
-        with pytest.raises(RunError, match=told):
+        with pytest.raises(RunError, match=reported):
             take(Stream(f"pipe:{command}", CAPTIONED, held_out=0.1), 100)
     for command in ("echo hello", "true", "yes"):
         with pytest.raises(UserError, match="gives no tar"):
@@ -271,9 +271,9 @@ def test_a_command_that_isnt_read_to_its_end_is_stopped(tmp_path):
     path = write_tar(tmp_path / "a.tar", range(3000))
     command = f"pipe:echo $$ >> {tmp_path}/pids; sleep 1000 & cat {path}; wait"
     stream = Stream(command, CAPTIONED, held_out=0.1)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     take(stream, 3)
-    assert time.perf_counter() - begun < 10
+    assert time.perf_counter() - started < 10
     groups = (tmp_path / "pids").read_text().split()
     assert len(groups) == 2
 
@@ -285,7 +285,7 @@ def test_a_command_that_isnt_read_to_its_end_is_stopped(tmp_path):
                     yield process
 
     while any(alive()):  # what is killed goes on until its turn comes
-        assert time.perf_counter() - begun < 30
+        assert time.perf_counter() - started < 30
         time.sleep(0.05)
 
 
@@ -305,7 +305,7 @@ def test_damage_is_passed_over_and_told(tmp_path):
     assert sorted(first) == sorted(second)
     (one, why), (two, because) = stream.left_out
     assert "1.tar" in one
-    assert "cut short after 4 pictures" in why
+    assert "cut short after 4 images" in why
     assert two.endswith("2.tar: evil")
     assert "is a link" in because
 
@@ -314,15 +314,15 @@ def test_nothing_to_train_on(tmp_path):
     write_tar(tmp_path / "none.tar", [])
     write_tar(tmp_path / "one.tar", [1])
     write_tar(tmp_path / "bare.tar", range(5), captioned=False)
-    for name, error, told in (
-        ("none", RunError, "gave no picture"),
-        ("one", UserError, "has one picture"),
-        ("bare", UserError, "none of the first 5 pictures has a caption"),
+    for name, error, reported in (
+        ("none", RunError, "gave no image"),
+        ("one", UserError, "has one image"),
+        ("bare", UserError, "none of the first 5 images has a caption"),
     ):
-        with pytest.raises(error, match=told):
+        with pytest.raises(error, match=reported):
             take(Stream(f"pipe:cat {tmp_path}/{name}.tar", CAPTIONED, held_out=0.1), 1)
     assert take(Stream(f"pipe:cat {tmp_path}/bare.tar", Columns(captioned=False), held_out=0.1), 9)
     write_tar(tmp_path / "some.tar", range(5))
     once = f"pipe:cat {tmp_path}/some.tar; cp {tmp_path}/none.tar {tmp_path}/some.tar"
-    with pytest.raises(RunError, match="gave no picture to train on in a whole epoch"):
+    with pytest.raises(RunError, match="gave no image to train on in a whole epoch"):
         take(Stream(once, CAPTIONED, held_out=0.1), 1)

@@ -1,4 +1,4 @@
-"""The same pictures as parquet files, saved `datasets` and from the hub; what is refused, and what is never opened."""
+"""The same images as parquet files, saved `datasets` and from the hub; what is refused, and what is never opened."""
 
 import io
 import json
@@ -41,18 +41,18 @@ def png(k: int) -> bytes:
     return file.getvalue()
 
 
-PICTURES = {f"{k:03d}.png": png(k) for k in range(50)}
+IMAGES = {f"{k:03d}.png": png(k) for k in range(50)}
 
 
-def rows(names=tuple(PICTURES), **columns) -> dict:
-    return {"image": [{"bytes": PICTURES[n], "path": n} for n in names], "text": [f"of {n}" for n in names]} | columns
+def rows(names=tuple(IMAGES), **columns) -> dict:
+    return {"image": [{"bytes": IMAGES[n], "path": n} for n in names], "text": [f"of {n}" for n in names]} | columns
 
 
 def dataset(table=None, **features) -> Dataset:
     table = rows() if table is None else table
     made = Dataset.from_dict({name: values for name, values in table.items() if name != "image"})
-    pictures = pa.array(table["image"], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-    made = made.add_column("image", pictures.to_pylist(), feature=PLAIN) if len(made.column_names) else made
+    images = pa.array(table["image"], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    made = made.add_column("image", images.to_pylist(), feature=PLAIN) if len(made.column_names) else made
     for name, feature in features.items():
         made = made.cast_column(name, feature)
     return made
@@ -80,27 +80,27 @@ def contents(catalogue) -> dict:
     return {row.name: (row.captions, catalogue.read(k)) for k, row in enumerate(catalogue)}
 
 
-ALL = {name: ((f"of {name}",), data) for name, data in PICTURES.items()}
-PARTS = {"train": list(PICTURES)[:30], "test": list(PICTURES)[30:]}
+ALL = {name: ((f"of {name}",), data) for name, data in IMAGES.items()}
+PARTS = {"train": list(IMAGES)[:30], "test": list(IMAGES)[30:]}
 
 
 # -- forms ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_set_in_every_form(tmp_path):
-    parquet(tmp_path / "one" / "pictures.parquet")
+    parquet(tmp_path / "one" / "images.parquet")
     for k in range(3):
-        parquet(tmp_path / "three" / f"{k}.parquet", rows(list(PICTURES)[k * 20 : k * 20 + 20]))
+        parquet(tmp_path / "three" / f"{k}.parquet", rows(list(IMAGES)[k * 20 : k * 20 + 20]))
     bare(tmp_path / "bare.parquet", {"image": rows()["image"], "text": rows()["text"]})
     dataset().save_to_disk(tmp_path / "saved")
     dataset().save_to_disk(tmp_path / "shards", num_shards=3)
-    forms = ("one", "one/pictures.parquet", "three", "three/*.parquet", "bare.parquet", "saved", "shards")
+    forms = ("one", "one/images.parquet", "three", "three/*.parquet", "bare.parquet", "saved", "shards")
     found = [opened(tmp_path / form) for form in forms]
     assert all(contents(catalogue) == ALL for catalogue in found)
-    assert [row.name for row in found[0]] == list(PICTURES)
+    assert [row.name for row in found[0]] == list(IMAGES)
     assert len({catalogue.fingerprint for catalogue in found}) == 1
     assert all(catalogue.left_out == () and catalogue.uncaptioned == 0 for catalogue in found)
-    assert found[0].row(0).mtime_ns == (tmp_path / "one" / "pictures.parquet").stat().st_mtime_ns
+    assert found[0].row(0).mtime_ns == (tmp_path / "one" / "images.parquet").stat().st_mtime_ns
 
 
 def test_splits_in_every_form(tmp_path):
@@ -145,8 +145,8 @@ def test_other_things_are_no_tables(tmp_path):
 
 def test_odd_names_of_files_are_taken_as_they_are(tmp_path):
     for name in ("a[1].parquet", "what?.parquet", "s*.parquet", "ü {x}.parquet"):
-        parquet(tmp_path / "we [i]rd" / ".hidden" / name, rows(list(PICTURES)[:3]))
-    parquet(tmp_path / "we [i]rd" / ".hidden" / "a1.parquet", rows(list(PICTURES)[3:4]))
+        parquet(tmp_path / "we [i]rd" / ".hidden" / name, rows(list(IMAGES)[:3]))
+    parquet(tmp_path / "we [i]rd" / ".hidden" / "a1.parquet", rows(list(IMAGES)[3:4]))
     assert len(opened(tmp_path / "we [i]rd" / ".hidden" / "a[1].parquet")) == 3
     assert len(opened(tmp_path / "we [i]rd" / ".hidden")) == 13
 
@@ -160,13 +160,13 @@ def test_workers_and_other_processes_read_the_same(tmp_path):
         os.write(writer, catalogue.read(49))
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(reader, 100_000) == PICTURES["049.png"]
+    assert os.read(reader, 100_000) == IMAGES["049.png"]
 
 
 def test_changed_files_are_read_anew(tmp_path):
     file = parquet(tmp_path / "x.parquet")
     assert len(opened(file)) == 50
-    parquet(file, rows(list(PICTURES)[:7]))
+    parquet(file, rows(list(IMAGES)[:7]))
     assert len(opened(file)) == 7
 
 
@@ -174,7 +174,7 @@ def test_changed_files_are_read_anew(tmp_path):
 
 
 def test_columns_are_found_or_given(tmp_path):
-    data = list(PICTURES.values())
+    data = list(IMAGES.values())
     words = {"text": ["t"] * 50, "caption": ["c"] * 50, "prompt": ["p"] * 50}
     for name in ("image", "jpg", "png", "img", "picture"):
         file = bare(tmp_path / f"{name}.parquet", {name: data} | words)
@@ -185,7 +185,7 @@ def test_columns_are_found_or_given(tmp_path):
     large = bare(tmp_path / "large.parquet", {"scan": pa.array(data, pa.large_binary())} | words)
     assert [opened(large, image="scan").read(k) for k in range(50)] == data
     typed = dataset().rename_column("image", "photo").add_column("image", data)
-    typed.to_parquet(tmp_path / "typed.parquet")  # "photo" is the picture by its type
+    typed.to_parquet(tmp_path / "typed.parquet")  # "photo" is the image by its type
     assert contents(opened(tmp_path / "typed.parquet")) == ALL
     assert opened(bare(tmp_path / "none.parquet", {"png": data}), captioned=False).row(0).captions == ("",)
 
@@ -196,7 +196,7 @@ def test_columns_are_found_or_given(tmp_path):
         ({"image": "scan"}, "no column scan; it has: text, image"),
         ({"caption": "title"}, "no column title; it has: text, image"),
         ({"caption": "title", "captioned": False}, "no column title; it has: text, image"),
-        ({"image": "text"}, "column 'text' holds string, not the bytes of pictures"),
+        ({"image": "text"}, "column 'text' holds string, not the bytes of images"),
         ({"caption": "image"}, "column 'image' holds struct.*; captions are texts"),
     ],
 )
@@ -207,7 +207,7 @@ def test_columns_that_are_missing_or_hold_something_else(tmp_path, columns, said
 
 def test_no_usual_columns(tmp_path):
     file = bare(tmp_path / "x.parquet", {"photo": [b"x"], "title": ["t"]})
-    with pytest.raises(UserError, match="no column image/jpg/png/img/picture, text or caption; it has: photo, title"):
+    with pytest.raises(UserError, match="no column image/jpg/png/img/image, text or caption; it has: photo, title"):
         opened(file)
     with pytest.raises(UserError, match="'text' holds double; captions are texts, lists of texts, or labels"):
         opened(bare(tmp_path / "y.parquet", {"image": [b"x"], "text": [1.5]}))
@@ -248,9 +248,9 @@ def test_several_captions(tmp_path):
     assert [row.captions for row in opened(tmp_path / "z", caption="text", template="a {}")] == spoken
 
 
-def test_rows_without_a_picture_are_left_out(tmp_path):
-    pictures = [*rows()["image"][:3], None, {"bytes": None, "path": None}, {"bytes": b"", "path": "empty.png"}]
-    table = {"image": [pictures[k] for k in (0, 3, 1, 4, 2, 5)], "text": list("abcdef")}
+def test_rows_without_a_image_are_left_out(tmp_path):
+    images = [*rows()["image"][:3], None, {"bytes": None, "path": None}, {"bytes": b"", "path": "empty.png"}]
+    table = {"image": [images[k] for k in (0, 3, 1, 4, 2, 5)], "text": list("abcdef")}
     for data in (parquet(tmp_path / "x.parquet", table), bare(tmp_path / "y.parquet", table)):
         catalogue = opened(data)
         assert [(row.name, row.captions) for row in catalogue] == [
@@ -259,15 +259,15 @@ def test_rows_without_a_picture_are_left_out(tmp_path):
             ("002.png", ("e",)),
             ("empty.png", ("f",)),
         ]
-        assert catalogue.read(1) == PICTURES["001.png"]
+        assert catalogue.read(1) == IMAGES["001.png"]
         assert catalogue.read(3) == b""  # damaged, which is for the decoder to say
-        assert catalogue.left_out == (("00000001", "no picture"), ("00000003", "no picture"))
+        assert catalogue.left_out == (("00000001", "no image"), ("00000003", "no image"))
         assert contents(pickle.loads(pickle.dumps(catalogue))) == contents(catalogue)
-    nothing = parquet(tmp_path / "z.parquet", {"image": [pictures[3]] * 2, "text": ["a", "b"]})
-    with pytest.raises(UserError, match=r"no pictures: none of its 2 rows has one, e.g. 00000000: no picture"):
+    nothing = parquet(tmp_path / "z.parquet", {"image": [images[3]] * 2, "text": ["a", "b"]})
+    with pytest.raises(UserError, match=r"no images: none of its 2 rows has one, e.g. 00000000: no image"):
         opened(nothing)
     empty = {"image": pa.array([], pa.binary()), "text": pa.array([], "string")}
-    with pytest.raises(UserError, match="no pictures: it has no rows"):
+    with pytest.raises(UserError, match="no images: it has no rows"):
         opened(bare(tmp_path / "empty.parquet", empty))
     (tmp_path / "shards").mkdir()
     bare(tmp_path / "shards" / "0.parquet", empty)
@@ -309,18 +309,18 @@ def test_a_name_that_all_share_tells_nothing(tmp_path):
         return {row.name for row in opened(bare(tmp_path / "x.parquet", table))}
 
     assert len(names(["image.png"] * 50)) == 50
-    assert len(names([f"{k // 5}.png" for k in range(50)])) == 10  # five rows a picture: on one side of a split
+    assert len(names([f"{k // 5}.png" for k in range(50)])) == 10  # five rows an image: on one side of a split
 
 
 # -- with suspicion -------------------------------------------------------------------------------------------------
 
 
-def test_paths_in_a_pictures_place_are_never_opened(tmp_path):
+def test_paths_in_a_images_place_are_never_opened(tmp_path):
     os.mkfifo(tmp_path / "canary")  # opening it would wait for ever
     away = [str(tmp_path / "canary"), "file://" + str(tmp_path / "canary"), f"zip://a.png::{tmp_path}/canary"]
     away += ["http://localhost:9/a.png", "hf://datasets/a/b/c.png", "canary", "../canary"]
-    pictures = [*rows()["image"][:2], *({"bytes": None, "path": path} for path in away)]
-    table = {"image": pictures, "text": ["t"] * len(pictures)}
+    images = [*rows()["image"][:2], *({"bytes": None, "path": path} for path in away)]
+    table = {"image": images, "text": ["t"] * len(images)}
     dataset().save_to_disk(tmp_path / "saved")
     arrow = str(next((tmp_path / "saved").glob("*.arrow")))
     made = dataset(table).data.table  # save_to_disk would open the paths
@@ -331,22 +331,22 @@ def test_paths_in_a_pictures_place_are_never_opened(tmp_path):
         assert [row.name for row in catalogue] == ["000.png", "001.png"]
         assert len(catalogue.left_out) == len(away)
         assert {reason for _, reason in catalogue.left_out} == {
-            "the table has a path in the picture's place, which isn't followed"
+            "the table has a path in the image's place, which isn't followed"
         }
     with pytest.raises(UserError, match="column 'image' holds string, not the bytes"):
         opened(bare(tmp_path / "z.parquet", {"image": away, "text": away}))
 
 
 def test_what_a_folder_says_of_itself_is_not_followed(tmp_path):
-    folder, other = tmp_path / "set", parquet(tmp_path / "other.parquet", rows(list(PICTURES)[:3]))
-    parquet(folder / "x.parquet", rows(list(PICTURES)[5:9]))
+    folder, other = tmp_path / "set", parquet(tmp_path / "other.parquet", rows(list(IMAGES)[:3]))
+    parquet(folder / "x.parquet", rows(list(IMAGES)[5:9]))
     files = [str(other), "../other.parquet"]
     (folder / "README.md").write_text(
         f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(files)}\n---\n"
     )
     for script in ("set.py", "x.py", "parquet.py", "conftest.py"):
         (folder / script).write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
-    assert set(contents(opened(folder))) == set(list(PICTURES)[5:9])
+    assert set(contents(opened(folder))) == set(list(IMAGES)[5:9])
     dataset().save_to_disk(folder / "saved")
     (folder / "saved" / "saved.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
     assert contents(opened(folder / "saved")) == ALL
@@ -432,9 +432,9 @@ def test_files_that_are_no_parquet(tmp_path, damage, capfd):
         case "folder":
             file.unlink()
             file.mkdir()
-    with pytest.raises(UserError, match=r"x.parquet can't be read: ") as told:
+    with pytest.raises(UserError, match=r"x.parquet can't be read: ") as raised:
         opened(tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
 
 
@@ -443,9 +443,9 @@ def test_damaged_pages_are_told_in_a_line(tmp_path, capfd):
     raw = bytearray(file.read_bytes())
     raw[4:400] = bytes(396)  # the first page, which only the conversion reads
     file.write_bytes(raw)
-    with pytest.raises(UserError, match=r"x.parquet can't be read: ") as told:
+    with pytest.raises(UserError, match=r"x.parquet can't be read: ") as raised:
         opened(tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
 
 
@@ -457,10 +457,10 @@ def test_files_that_differ_in_columns(tmp_path):
 
 
 def test_arrow_files_that_point_beyond_themselves(tmp_path):
-    pictures = [b"abc", b"def", b"ghij"]
-    Dataset.from_dict({"image": pictures, "text": ["ab", "cd", "ef"]}).save_to_disk(tmp_path / "saved")
+    images = [b"abc", b"def", b"ghij"]
+    Dataset.from_dict({"image": images, "text": ["ab", "cd", "ef"]}).save_to_disk(tmp_path / "saved")
     file = next((tmp_path / "saved").glob("*.arrow"))
-    assert [opened(tmp_path / "saved").read(k) for k in range(3)] == pictures
+    assert [opened(tmp_path / "saved").read(k) for k in range(3)] == images
     sound = file.read_bytes()
     offsets = [
         np.array(ends, np.int32).tobytes() for ends in ([0, 3, 6, 10], [0, 3, 6, 2**30], [0, 6, 3, 10], [0, -9, 6, 10])
@@ -556,17 +556,17 @@ def test_misspelt_paths_are_not_asked_for(tmp_path, monkeypatch):
     assert asked == [("data/set", None, None)]
 
 
-def test_files_in_the_librarys_cache_stand_for_pictures(tmp_path, monkeypatch):
+def test_files_in_the_librarys_cache_stand_for_images(tmp_path, monkeypatch):
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "downloads"
     cache.mkdir(parents=True)
     os.mkfifo(tmp_path / "canary")
-    (cache / "abc.png").write_bytes(PICTURES["000.png"])
+    (cache / "abc.png").write_bytes(IMAGES["000.png"])
     (cache / "out.png").symlink_to(tmp_path / "canary")
     paths = [cache / "abc.png", cache / "out.png", f"{cache}/../../canary", tmp_path / "canary", cache / "gone.png"]
     table = {"image": [{"bytes": None, "path": str(path)} for path in paths], "text": list("abcde")}
     hub(monkeypatch, Builder({"train": dataset(table)}))
     catalogue = opened("me/set", "train")
-    assert contents(catalogue) == {"abc.png": (("a",), PICTURES["000.png"])}
+    assert contents(catalogue) == {"abc.png": (("a",), IMAGES["000.png"])}
     assert len(catalogue.left_out) == 4
     assert contents(pickle.loads(pickle.dumps(catalogue))) == contents(catalogue)
 
@@ -599,6 +599,6 @@ def test_what_the_hub_does_not_give_is_told_in_a_line(monkeypatch, error):
     hub(monkeypatch, error)
     with pytest.raises(
         UserError, match=r"'me/set' is no file or folder here, and .* can't be read: Data|Could"
-    ) as told:
+    ) as raised:
         find_tables("me/set", Columns(), NAMES)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import train.data.sources.tars as tars_module
 from ldm.errors import RunError, UserError
-from train.data.images.decode import DamagedPicture
+from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import MAX_BYTES, Columns, fingerprint, lowest
 from train.data.sources.folders import find_folder
 from train.data.sources.tar_index import Index, Unfit, look, open_index
@@ -68,7 +68,7 @@ def numbered(ks, captioned: bool = True):
     for k in ks:
         yield f"{k:04d}.png", png(k)
         if captioned:
-            yield f"{k:04d}.txt", f"picture {k}\n".encode()
+            yield f"{k:04d}.txt", f"image {k}\n".encode()
 
 
 def opened(data, columns: Columns = CAPTIONED, split: str = "") -> Tars:
@@ -139,7 +139,7 @@ def test_captions(tmp_path, columns, members, captions):
     assert opened(tmp_path / "a.tar", columns).row(0).captions == captions
 
 
-def test_a_sample_is_neighbours_of_one_key_and_its_first_picture(tmp_path):
+def test_a_sample_is_neighbours_of_one_key_and_its_first_image(tmp_path):
     members = [
         ("k.txt", b"of k"),
         ("k.seg.png", png(1)),
@@ -166,7 +166,7 @@ def test_a_sample_is_neighbours_of_one_key_and_its_first_picture(tmp_path):
 
 def test_without_captions_only_if_that_is_wanted(tmp_path):
     write_tar(tmp_path / "a.tar", numbered(range(3), captioned=False))
-    with pytest.raises(UserError, match=r"has 3 pictures but no captions: looked for"):
+    with pytest.raises(UserError, match=r"has 3 images but no captions: looked for"):
         opened(tmp_path)
     assert opened(tmp_path, ANY).uncaptioned == 3
 
@@ -190,14 +190,14 @@ def test_forms_and_splits(tmp_path, monkeypatch):
     assert found("a/train{-0,_1}.tar") == {"train": ["a/train-0.tar", "a/train_1.tar"]}
     for other in ("tars", "a/x.parquet", "owner/name", "pipe:cat a/val.tar", "https://host/a.tar", "cache"):
         assert found(other) is None
-    for wrong, told in {
+    for wrong, reported in {
         "a/no.tar": "no file 'a/no.tar'",
         "a/x-{0..2}.tar": "no file 'a/x-0.tar'",
         "c/*.tar": r"no file 'c/\*.tar'",
         "a/x.tar.gz": "pipe:",
         "x{0..9999999}.tar": "10,000,000 files",
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=reported):
             found(wrong)
     os.mkfifo(tmp_path / "fifo.tar")
     with pytest.raises(UserError, match="pipe:cat"):
@@ -260,8 +260,8 @@ def test_hostile_members_are_no_rows(tmp_path, streamed):
     if streamed:
         left_out, given = [], []
         with tarfile.open(path, "r|", tarinfo=tars_module.Header) as tar:
-            for sample in tars_module.samples(tar, Columns(), lambda *of: left_out.append(of), pictures=True):
-                given.append((sample.name, sample.picture, sample.captions))
+            for sample in tars_module.read_samples(tar, Columns(), lambda *of: left_out.append(of), images=True):
+                given.append((sample.name, sample.image, sample.captions))
     else:
         catalogue = opened(path)
         left_out = [(name.removeprefix("a.tar/"), why) for name, why in catalogue.left_out]
@@ -312,12 +312,12 @@ def test_a_cut_tar_gives_what_is_before_the_damage(tmp_path, at):
     catalogue = opened(tmp_path / "cut")
     here = rows(catalogue)
     count = len(here) - 1
-    assert here == [*expected[:count], ("0050.png", len(png(50)), ("picture 50",))]
+    assert here == [*expected[:count], ("0050.png", len(png(50)), ("image 50",))]
     assert count == (at - 512) // 2048  # a sample is two headers with a block each, and ends where another begins
     assert all(catalogue.read(k) == png(k) for k in range(count))
     ((name, why),) = catalogue.left_out
     assert name == "a.tar"
-    assert f"cut short after {count} pictures" in why
+    assert f"cut short after {count} images" in why
 
 
 def test_a_damaged_header_ends_a_tar_and_is_told(tmp_path):
@@ -354,23 +354,23 @@ def test_headers_that_loop_or_fill_the_memory(tmp_path, block):
     start = write_tar(tmp_path / "a.tar", numbered(range(3))).read_bytes()[: 2048 * 3]
     (tmp_path / "a.tar").write_bytes(start + block)
     os.truncate(tmp_path / "a.tar", 2**28)  # a hole
-    begun = time.perf_counter()
+    started = time.perf_counter()
     tracemalloc.start()
     catalogue = opened(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
     assert [row.name for row in catalogue][:2] == ["0000.png", "0001.png"]
     assert "damaged" in catalogue.left_out[0][1]
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - started < 5
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
-    for content, told in ((b"hello" * 999, "is not a tar"), (b"\x1f\x8b" + bytes(999), "pipe:gzip -dc")):
+    for content, reported in ((b"hello" * 999, "is not a tar"), (b"\x1f\x8b" + bytes(999), "pipe:gzip -dc")):
         (tmp_path / "a.tar").write_bytes(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=reported):
             opened(tmp_path)
     write_tar(tmp_path / "a.tar", [("a.txt", b"only text")])
-    with pytest.raises(UserError, match="no pictures in"):
+    with pytest.raises(UserError, match="no images in"):
         opened(tmp_path)
 
 
@@ -382,7 +382,7 @@ def test_a_huge_member_is_a_row_that_is_not_read(tmp_path):
         file.truncate(512 + (info.size + 511) // 512 * 512 + 1024)  # a hole
     catalogue = opened(tmp_path, ANY)
     assert catalogue.row(0).size == MAX_BYTES + 1
-    with pytest.raises(DamagedPicture, match="up to 1,073,741,824"):
+    with pytest.raises(DamagedImage, match="up to 1,073,741,824"):
         catalogue.read(0)
 
 
@@ -538,12 +538,12 @@ def test_processes_that_start_together_build_it_once(tmp_path):
     ]
     for process in processes:
         process.start()
-    told = [answers.get(timeout=60) for _ in processes]
+    reported = [answers.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(60)
     assert (tmp_path / "log").read_text().split() == ["a.tar", "b.tar", "d.tar"]
-    assert told[0] == told[1] == told[2]
-    assert len(told[0][1]) == 30
+    assert reported[0] == reported[1] == reported[2]
+    assert len(reported[0][1]) == 30
 
 
 def test_a_killed_build_goes_on_where_it_was(tmp_path, cache, reads, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tiles give what the whole gives: exactly where the network is local, and with the whole picture's group norms."""
+"""Tiles give what the whole gives: exactly where the network is local, and with the whole image's group norms."""
 
 from itertools import pairwise
 
@@ -192,7 +192,7 @@ def test_the_network_is_left_as_it_was() -> None:
 
 
 @torch.no_grad()
-def test_a_picture_no_larger_than_a_tile_is_run_once() -> None:
+def test_a_image_no_larger_than_a_tile_is_run_once() -> None:
     network, z = vae(attention=True), noise(1, 4, 7, 12)
     assert torch.equal(tiled(decode(network), z, Tiles(12, 4), up=2, network=network.decoder), network.decode(z).sample)
 

@@ -154,7 +154,7 @@ def test_every_weight_moves_and_the_model_is_the_average(start: Start, tmp_path:
     weights = [
         name for name in last if "/module/" in name and "position_ids" not in name and last[name].is_floating_point()
     ]
-    # The discriminator's last bias rests: while both hinges are open, real and made pictures pull it equally.
+    # The discriminator's last bias rests: while both hinges are open, real and made images pull it equally.
     resting = ("logit_scale", "critic.body.5.bias", "echo.codes")
     assert set(moved) >= {name for name in weights if not name.endswith(resting)}
     assert {value.dtype for name, value in last.items() if "/module/" in name and value.is_floating_point()} == {
@@ -226,7 +226,7 @@ def test_an_overflow_in_fp16_is_skipped_and_survived(
 
 @dataclass
 class Poison(Hooks):
-    """Puts NaN into the noise or the pictures of some steps."""
+    """Puts NaN into the noise or the images of some steps."""
 
     bad: Callable[[int], bool]
 
@@ -351,13 +351,13 @@ def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
     """The final model/ is folded over the training set; what it was folded from stays unfolded in the checkpoint."""
     from autoencoder.model import Autoencoder
     from train.data.batches.draws import PosteriorNoise
-    from train.data.batches.pictures import PictureDataset
+    from train.data.batches.images import ImageDataset
     from train.data.images.crop import Framing
 
-    pictures = PictureDataset(
+    images = ImageDataset(
         open_source(shapes, "train"), Framing(resolution=32), 1, shuffle=False, draws=PosteriorNoise(4, 2)
     )
-    batch = pictures.__getitems__(range(64))
+    batch = images.__getitems__(range(64))
     codec = Autoencoder.load(parts / "vae/model")
     z = codec.encode(batch.pixels).sample(batch.drawn)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=0.05, rtol=0)

@@ -111,7 +111,7 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
 
 
 def test_the_weights_of_rombach_et_al_carry_over() -> None:
-    """Their loss (sums over a picture) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
+    """Their loss (sums over an image) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), batch()
     step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), discriminator)
     step(b).loss.backward()
@@ -148,7 +148,7 @@ def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
     assert all(torch.equal(v, state[k]) for k, v in vae.state_dict().items())
 
 
-def test_the_discriminator_sees_the_target_pictures() -> None:
+def test_the_discriminator_sees_the_target_images() -> None:
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), batch()
     step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE), None, discriminator)
     t = Transform(8, 8, 3)
@@ -192,7 +192,7 @@ def test_accumulation_changes_nothing(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_as_one(shapes: Path, tmp_path: Path) -> None:
-    """2 Gloo processes with 4 pictures each, and 1 with 8: five steps of both networks lead to the same weights."""
+    """2 Gloo processes with 4 images each, and 1 with 8: five steps of both networks lead to the same weights."""
     script = tmp_path / "worker.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})

@@ -1,7 +1,7 @@
-"""Conversion of any picture to its intended appearance: upright, 8 bits per channel, opaque, sRGB.
+"""Conversion of any image to its intended appearance: upright, 8 bits per channel, opaque, sRGB.
 
 EXIF's rotation is applied (Pillow applies TIFF's own tag while loading). 16-bit grey is scaled to 8 bits, transparent
-pictures are put on a background, and colours are converted from the picture's profile to sRGB.
+images are put on a background, and colours are converted from the image's profile to sRGB.
 """
 
 import io
@@ -27,7 +27,7 @@ _SAME = 2  # of 255: the common sRGB profiles differ by rounding
 
 
 def to_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Image.Image:
-    """Return the picture in mode RGB, with EXIF and profile applied. Raises ValueError for 32 bits per pixel."""
+    """Return the image in mode RGB, with EXIF and profile applied. Raises ValueError for 32 bits per pixel."""
     turn = _turn(image)
     seen = _flat(image if turn is None else image.transpose(turn), background)
     seen = seen.copy() if seen is image else seen
@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Image.Im
 
 
 def sideways(image: Image.Image) -> bool:
-    """Return whether width and height of a picture that isn't decoded yet will be swapped."""
+    """Return whether width and height of an image that isn't decoded yet will be swapped."""
     return _turn(image, decode=False) in _SIDEWAYS
 
 
@@ -72,7 +72,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image if transform is None else transform.apply(image)
 
 
-@lru_cache(maxsize=16)  # most pictures of a dataset share a few profiles
+@lru_cache(maxsize=16)  # most images of a dataset share a few profiles
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return the transform from a profile's colours to sRGB; None if it is sRGB up to rounding, or invalid."""
     target = "RGBA" if mode == "RGBA" else "RGB"

@@ -1,4 +1,4 @@
-"""PNG files with the settings that generated the picture.
+"""PNG files with the settings that generated the image.
 
 They are in two text chunks: `parameters` in the format of AUTOMATIC1111's web UI, and `ldm`, a JSON object with all
 settings.
@@ -18,7 +18,7 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # not allowed in a text chunk (UT
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a picture with its settings: prompt, negative_prompt, steps, sampler, guidance_scale, seed, and more.
+    """Write an image with its settings: prompt, negative_prompt, steps, sampler, guidance_scale, seed, and more.
 
     The values must have JSON types. `read_png` returns them unchanged, except that surrogate pairs become one
     character.
@@ -39,7 +39,7 @@ def read_png(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get("ldm")
     except (SyntaxError, ValueError, Image.UnidentifiedImageError, Image.DecompressionBombError):
-        raise ValueError("it is no PNG picture") from None
+        raise ValueError("it is no PNG image") from None
     if not isinstance(text, str):
         raise ValueError("it carries no settings of ours")
     try:
@@ -84,7 +84,7 @@ def slug(text: str) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", text[:200].lower()).strip("-")[:60].rstrip("-")
     if words and words.replace("-", " ") == text.lower():
         return words
-    return f"{words or 'picture'}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return f"{words or 'image'}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _quoted(value: object) -> str:

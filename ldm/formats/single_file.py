@@ -1,7 +1,7 @@
 """Conversion between a model of any width and one safetensors file with the original Stable Diffusion code's names.
 
 The networks are the same; names and positions differ. Rombach et al.'s UNet numbers its blocks in one sequence
-(`input_blocks`, `middle_block`, `output_blocks`). Their decoder counts its levels from the picture's side. The
+(`input_blocks`, `middle_block`, `output_blocks`). Their decoder counts its levels from the image's side. The
 autoencoder's attention consists of 1×1 convolutions, and OpenCLIP's text tower (Stable Diffusion 2) keeps query, key
 and value in one matrix. So a layout is a table from each original name to the weights of ours that it consists of. The
 table follows from the configuration, which a single file doesn't contain, so reading one needs a folder of that shape.
@@ -188,7 +188,7 @@ def _limits(model: Model) -> list[str]:
     """Return one line for each thing that other tools can't do with the file."""
     lines = [line for part in (model.process, model.text_encoder) if (line := part.stock_limits())]
     if (scale := model.autoencoder.vae.config.scaling_factor) != SCALING_FACTOR:
-        lines.append(f"scaling factor {scale}: tools that take {SCALING_FACTOR} for granted paint other pictures")
+        lines.append(f"scaling factor {scale}: tools that take {SCALING_FACTOR} for granted paint other images")
     for name, config in (("unet", _unet(model).config), ("vae", model.autoencoder.vae.config)):
         for key, value in _OWN_SHAPE[name].items():
             if (found := list(config[key]) if isinstance(value, list) else config[key]) != value:

@@ -15,7 +15,7 @@ from train.commands.main import use_device
 from train.config.reports import EvaluateVaeOptions
 from train.config.vae import PerceptualConfig
 from train.data.batches.draws import PosteriorNoise
-from train.data.batches.pictures import PictureDataset
+from train.data.batches.images import ImageDataset
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
@@ -30,7 +30,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
             raise UserError(f"--{name} is missing")
     if o.seed < 0:
         raise UserError(f"--seed {o.seed}: at least 0")
-    for name in ("pictures", "batch_size"):
+    for name in ("images", "batch_size"):
         if getattr(o, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     device = use_device(o.device)
@@ -50,14 +50,14 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
-    pictures = PictureDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
-    count = min(o.pictures, len(source))
+    images = ImageDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
+    count = min(o.images, len(source))
 
     damaged: set[tuple[str, str]] = set()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, count, o.batch_size):
-            batch = pictures.__getitems__(range(first, min(first + o.batch_size, count)))
+            batch = images.__getitems__(range(first, min(first + o.batch_size, count)))
             damaged.update(batch.damaged)
             yield batch.pixels, batch.drawn
 
@@ -67,11 +67,11 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
         latents=latents,
     )  # fmt: skip
     report: dict[str, Any] = {
-        "vae": scores, "channels": _channels(latents.health()), "settings": asdict(o) | {"pictures": count, "device": str(device)},
+        "vae": scores, "channels": _channels(latents.health()), "settings": asdict(o) | {"images": count, "device": str(device)},
         "damaged": [list(pair) for pair in sorted(damaged)], "versions": versions(),
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    few = pictures.__getitems__(range(min(8, count, o.batch_size))).pixels
+    few = images.__getitems__(range(min(8, count, o.batch_size))).pixels
     reconstruction_sheet(autoencoder, few).save(folder / "reconstructions.png")
     return report
 

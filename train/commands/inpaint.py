@@ -9,28 +9,28 @@ from PIL import Image, ImageChops, ImageFilter
 from ldm.errors import UserError
 from ldm.formats import MAX_PIXELS
 from ldm.formats.png import slug
-from train.commands.generate import Painter, like, open_picture
-from train.config.painting import InpaintOptions
+from train.commands.generate import ImageGenerator, open_image, options_like
+from train.config.generation import InpaintOptions
 
 
 def inpaint(o: InpaintOptions) -> Iterator[Path]:
     """Generate and write the images, and yield the path of each one."""
-    o = like(o)
-    image = open_picture(o.image, "--image")
+    o = options_like(o)
+    image = open_image(o.image, "--image")
     if not o.mask and not any(o.extend):
-        raise UserError("--mask is missing: a picture that is white where to paint; or give --extend")
-    mask = open_picture(o.mask, "--mask", (0, 0, 0)).convert("L") if o.mask else Image.new("L", image.size)
+        raise UserError("--mask is missing: an image that is white where to paint; or give --extend")
+    mask = open_image(o.mask, "--mask", (0, 0, 0)).convert("L") if o.mask else Image.new("L", image.size)
     beyond = framed(image, Image.new("L", mask.size), o)[1]
     image, mask = framed(image, mask, o)
     if not 0 <= o.feather <= max(image.size):
-        raise UserError(f"--feather {o.feather}: pixels, 0 to {max(image.size)} for this picture")
+        raise UserError(f"--feather {o.feather}: pixels, 0 to {max(image.size)} for this image")
     if o.feather:
         mask = ImageChops.lighter(mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), beyond)  # extension: all white
-    painter = Painter(o)
+    generator = ImageGenerator(o)
     files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
     name = f"{slug(Path(o.image).stem)}-"
-    wanted = [p for prompt in painter.prompts for p in painter.wanted(prompt, image=image, name=name, files=files)]
-    return painter.paint(wanted, mask_image=mask, strength=o.strength)
+    jobs = [p for prompt in generator.prompts for p in generator.jobs(prompt, image=image, name=name, files=files)]
+    return generator.generate(jobs, mask_image=mask, strength=o.strength)
 
 
 def framed(image: Image.Image, mask: Image.Image, o: InpaintOptions) -> tuple[Image.Image, Image.Image]:
@@ -45,7 +45,7 @@ def framed(image: Image.Image, mask: Image.Image, o: InpaintOptions) -> tuple[Im
         raise UserError(f"--extend to {width}×{height} pixels: up to {MAX_PIXELS} in all are accepted")
     if mask.size != image.size:
         raise UserError(
-            f"--mask of {mask.width}×{mask.height} pixels with --extend: {image.width}×{image.height}, the picture's"
+            f"--mask of {mask.width}×{mask.height} pixels with --extend: {image.width}×{image.height}, the image's"
         )
     sides = ((top, bottom), (left, right))
     wide = Image.fromarray(np.pad(np.asarray(image), (*sides, (0, 0)), mode="edge"))

@@ -14,7 +14,7 @@ from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
 from train.commands.inspect_data import (
     Chosen,
-    Pictures,
+    Images,
     Report,
     caption_report,
     data_report,
@@ -49,32 +49,32 @@ def inspect(o: InspectOptions) -> Report:
         tokenizer, chunks = train_tokenizer(texts, tower.vocab_size, tower.max_length), 1
     else:
         tokenizer, chunks = encoder.tokenizer, encoder.chunks
-    pictures = Pictures(chosen, o.input.plain(_SIDE), o.workers)
-    same, left_out = pictures.duplicates(), names_left_out(inputs)
+    images = Images(chosen, o.input.plain(_SIDE), o.workers)
+    same, left_out = images.duplicates(), names_left_out(inputs)
     counted_by = o.text_encoder or "the tokenizer that stage 0 would learn, with its default --text.max-length"
     report: Report = {
         "data": {"place": o.data, **data_report(inputs), "split": o.split, "looked_at": len(chosen)},
         "captions": caption_report(chosen, tokenizer, chunks) | {"tokenizer": counted_by},
-        "pictures": pictures.report(o.resolution),
+        "images": images.report(o.resolution),
         "left_out": list_report(left_out),
-        "damaged": list_report(pictures.damaged),
+        "damaged": list_report(images.damaged),
         "duplicates": {what: duplicate_report(groups) for what, groups in same.items()},
     }
     report |= {"advice": advice(report), "settings": asdict(o), "versions": versions()}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_lines(folder / "damaged.jsonl", [{"file": f, "reason": why} for f, why in (*left_out, *pictures.damaged)])
+    write_lines(folder / "damaged.jsonl", [{"file": f, "reason": why} for f, why in (*left_out, *images.damaged)])
     write_lines(folder / "duplicates.jsonl", [{"same": what} | group for what in same for group in same[what]])
-    contact_sheet(pictures).save(folder / "contact_sheet.png")
+    contact_sheet(images).save(folder / "contact_sheet.png")
     return report
 
 
-def contact_sheet(pictures: Pictures) -> Image.Image:
+def contact_sheet(images: Images) -> Image.Image:
     """Return a sheet of images, spread evenly over the readable ones, each above its first caption."""
-    chosen, framing = pictures.chosen, pictures.framing
-    count = min(_SHOWN, len(pictures.readable))
-    shown = [int(pictures.readable[k * len(pictures.readable) // count]) for k in range(count)]
-    images = (framing.load(chosen.read(k), chosen.name(k)) for k in shown)
-    pixels = torch.stack([framing.cut(image, framing.square, (0.5, 0.5), False) for image in images])
+    chosen, framing = images.chosen, images.framing
+    count = min(_SHOWN, len(images.readable))
+    shown = [int(images.readable[k * len(images.readable) // count]) for k in range(count)]
+    loaded = (framing.load(chosen.read(k), chosen.name(k)) for k in shown)
+    pixels = torch.stack([framing.cut(image, framing.square, (0.5, 0.5), False) for image in loaded])
     return sheet(in_rows(list(to_uint8(pixels)), _COLUMNS), [chosen.row(k).captions[0] for k in shown])
 
 

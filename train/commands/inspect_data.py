@@ -24,9 +24,9 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from ldm.errors import UserError
-from train.data.batches.pictures import Inputs
+from train.data.batches.images import Inputs
 from train.data.images.crop import Framing, Size
-from train.data.images.decode import FORMATS, DamagedPicture
+from train.data.images.decode import FORMATS, DamagedImage
 from train.data.sources.catalogue import Row
 from train.data.sources.folders import Folder, find_metadata
 from train.data.sources.splits import Source
@@ -87,7 +87,7 @@ class Chosen:
         return itertools.chain.from_iterable(self.captions())
 
 
-class Seen(NamedTuple):
+class Inspected(NamedTuple):
     """Properties of an image file."""
 
     reason: str
@@ -104,27 +104,27 @@ class Seen(NamedTuple):
     traits: tuple[str, ...] = ()
 
 
-class Eye:
+class ImageInspector:
     """Reader of the properties of image files."""
 
     def __init__(self, chosen: Chosen, framing: Framing) -> None:
         self.chosen, self.framing = chosen, framing
 
-    def __getitems__(self, at: Sequence[int], /) -> list[Seen]:
+    def __getitems__(self, at: Sequence[int], /) -> list[Inspected]:
         return [self.look(k) for k in at]
 
-    def look(self, k: int) -> Seen:
+    def look(self, k: int) -> Inspected:
         try:
             file = self.chosen.read(k)
             image = self.framing.load(file, self.chosen.name(k))
-        except DamagedPicture as error:
-            return Seen(error.reason)
+        except DamagedImage as error:
+            return Inspected(error.reason)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(file), formats=FORMATS) as header:
                 about = str(header.format), tuple(_traits(header))
         reduced = image.resize((8, 8), Image.Resampling.BOX).tobytes()
-        return Seen("", hashlib.sha256(file).digest(), image.size, difference_hash(image), reduced, *about)
+        return Inspected("", hashlib.sha256(file).digest(), image.size, difference_hash(image), reduced, *about)
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -148,7 +148,7 @@ def _traits(header: Image.Image) -> Iterator[str]:
             yield "turned by EXIF"
 
 
-class Pictures:
+class Images:
     """Properties of all chosen image files. Raises UserError if none can be read."""
 
     def __init__(self, chosen: Chosen, framing: Framing, workers: int) -> None:
@@ -160,16 +160,16 @@ class Pictures:
         self.damaged: list[tuple[str, str]] = []
         """(name, reason) pairs."""
         parts = [range(k, min(k + _BATCH, n)) for k in range(0, n, _BATCH)]
-        with tqdm(total=n, unit=" pictures", leave=False, disable=None) as bar:
-            for part, batch in zip(parts, read_ahead(Eye(chosen, framing), parts, workers), strict=True):
+        with tqdm(total=n, unit=" images", leave=False, disable=None) as bar:
+            for part, batch in zip(parts, read_ahead(ImageInspector(chosen, framing), parts, workers), strict=True):
                 for k, seen in zip(part, batch, strict=True):
                     self._note(k, seen)
                 bar.update(len(part))
         self.readable = np.flatnonzero(self.sizes[:, 0])
         if not len(self.readable):
-            raise UserError(f"not one of {n:,} pictures can be read, e.g. {': '.join(self.damaged[0])}")
+            raise UserError(f"not one of {n:,} images can be read, e.g. {': '.join(self.damaged[0])}")
 
-    def _note(self, k: int, seen: Seen) -> None:
+    def _note(self, k: int, seen: Inspected) -> None:
         if seen.reason:
             self.damaged.append((self.chosen.name(k), seen.reason))
             return
@@ -246,13 +246,13 @@ def data_report(inputs: Inputs) -> Report:
     match inputs.source.catalogue:
         case Folder() as found:
             metadata = find_metadata(found.folder)
-            form = f"a folder with {metadata.name}" if metadata else "a folder of pictures"
+            form = f"a folder with {metadata.name}" if metadata else "a folder of images"
         case Table():
             form = "a table"
         case Tars():
             form = "tar files"
         case _:
-            form = "a stream, of which the first pictures are looked at"
+            form = "a stream, of which the first images are looked at"
     return {"form": form, "train": len(inputs.source), "test": len(inputs.held_out)}
 
 

@@ -16,68 +16,66 @@ _CAPTIONED = {"several for": "several", "none for": "without"}
 
 def advice(report: Report) -> list[str]:
     """Return one line for each finding that needs a decision."""
-    data, captions, pictures = report["data"], report["captions"], report["pictures"]
-    n, read, side = data["looked_at"], pictures["read"], pictures["resolution"]
+    data, captions, images = report["data"], report["captions"], report["images"]
+    n, read, side = data["looked_at"], images["read"], images["resolution"]
     lines, stream = [], data["form"].startswith("a stream")
     if bad := report["damaged"]["count"]:
         most = DataConfig().max_damaged
         lines.append(
-            f"can't be read: {_of(bad, n, 'picture')}; training stops above {100 * most:g} %, see --input.max-damaged"
+            f"can't be read: {_of(bad, n, 'image')}; training stops above {100 * most:g} %, see --input.max-damaged"
         )
     if not captions["count"]:
         lines.append("no captions: an autoencoder can be trained, a text encoder and a diffusion model can't")
     elif captions["without"]:
-        lines.append(f"without a caption: {_of(captions['without'], n, 'picture')}; they teach the empty prompt")
+        lines.append(f"without a caption: {_of(captions['without'], n, 'image')}; they teach the empty prompt")
     if captions.get("too_long"):
         long = _of(captions["too_long"], captions["count"], "caption")
         whole = f"--text-chunks {captions['chunks_for_all']} reads them whole"
         lines.append(f"longer than {captions['room']} tokens: {long}, which will be cut; {whole}")
     if captions.get("left_or_right"):
         say = _of(captions["left_or_right"], captions["count"], "caption")
-        lines.append(f"left or right: said in {say}; leave --input.flip off, it mirrors pictures")
-    if small := pictures["smaller"]:
-        fitting = f"{max(8, pictures['median_side'] // 8 * 8)} suits them better"
+        lines.append(f"left or right: said in {say}; leave --input.flip off, it mirrors images")
+    if small := images["smaller"]:
+        fitting = f"{max(8, images['median_side'] // 8 * 8)} suits them better"
         way_out = f"--input.min-size {side} leaves them out" if 2 * small < read and not stream else fitting
-        lines.append(f"smaller than {side}: {_of(small, read, 'picture')}, which will be enlarged; {way_out}")
-    if pictures["square"] < _LITTLE:
-        shown = f"a square shows {100 * pictures['square']:.0f} % of the average picture"
+        lines.append(f"smaller than {side}: {_of(small, read, 'image')}, which will be enlarged; {way_out}")
+    if images["square"] < _LITTLE:
+        shown = f"a square shows {100 * images['square']:.0f} % of the average image"
         step = min(64, max(8, side // 32 * 8))
         buckets = "" if stream else f"; --input.buckets {step} trains stage 2 on rectangles"
-        lines.append(f"long pictures: {shown}{buckets}")
+        lines.append(f"long images: {shown}{buckets}")
     same = report["duplicates"].values()
     if leaks := sum(kind["leaks"] for kind in same):
-        lines.append(f"held out, but also in training: {_many(leaks, 'picture')}; what is measured on them flatters")
+        lines.append(f"held out, but also in training: {_many(leaks, 'image')}; what is measured on them flatters")
     if (copies := sum(kind["copies"] for kind in same)) >= _MANY * read:
-        lines.append(f"copies: {_many(copies, 'picture')}, seen more often than others; duplicates.jsonl lists them")
+        lines.append(f"copies: {_many(copies, 'image')}, seen more often than others; duplicates.jsonl lists them")
     if data["train"] < _FEW:
-        lines.append(
-            f"few: {_many(data['train'], 'picture')} to train on; from random weights a model will repeat them"
-        )
+        lines.append(f"few: {_many(data['train'], 'image')} to train on; from random weights a model will repeat them")
     return lines
 
 
 def describe(report: Report) -> str:
     """Return the report as readable text."""
-    data, captions, pictures = report["data"], report["captions"], report["pictures"]
-    n, read = data["looked_at"], pictures["read"]
+    data, captions, images = report["data"], report["captions"], report["images"]
+    n, read = data["looked_at"], images["read"]
     whole = n == data["train"] + data["test"]
     among = {"all": "spread evenly", "train": "of those for training", "test": "of those held out"}[data["split"]]
-    sizes = " — ".join("{} × {}".format(*pictures[name]) for name in ("smallest", "median", "largest"))
-    alike = pictures["smallest"] == pictures["largest"]
-    shapes = [(shape, count) for shape, count in pictures["shapes"].items() if count]
+    sizes = " — ".join("{} × {}".format(*images[name]) for name in ("smallest", "median", "largest"))
+    alike = images["smallest"] == images["largest"]
+    shapes = [(shape, count) for shape, count in images["shapes"].items() if count]
     largest = max(count for _, count in shapes)
     rows = [
-        ("pictures", f"{data['train']:,} for training, {data['test']:,} held out"),
+        ("images", f"{data['train']:,} for training, {data['test']:,} held out"),
         ("", "" if whole else f"{n:,} looked at, {among}"),
         *_listed("left out", report["left_out"]),
         *_listed("damaged", report["damaged"]),
         *_copies("same bytes", report["duplicates"]["bytes"]),
         *_copies("look alike", report["duplicates"]["looks"]),
         None,
-        ("sizes", "all {} × {}".format(*pictures["median"]) if alike else f"{sizes} (smallest, median, largest)"),
-        ("", f"{_of(pictures['smaller'], read)} under {pictures['resolution']} on the shorter side"),
-        ("formats", ", ".join(f"{_of(count, read)} {name}" for name, count in pictures["formats"].items())),
-        ("", ", ".join(f"{_of(count, read)} {name}" for name, count in pictures["traits"].items())),
+        ("sizes", "all {} × {}".format(*images["median"]) if alike else f"{sizes} (smallest, median, largest)"),
+        ("", f"{_of(images['smaller'], read)} under {images['resolution']} on the shorter side"),
+        ("formats", ", ".join(f"{_of(count, read)} {name}" for name, count in images["formats"].items())),
+        ("", ", ".join(f"{_of(count, read)} {name}" for name, count in images["traits"].items())),
         *_block("shapes", [f"{shape} {count:>9,}  {'█' * math.ceil(40 * count / largest)}" for shape, count in shapes]),
         None,
         *_caption_rows(captions),
@@ -92,10 +90,10 @@ def _caption_rows(captions: Report) -> list[tuple[str, str]]:
     n = captions["count"]
     if not n:
         return [("captions", "none")]
-    notes = [f"{name} {_many(captions[key], 'picture')}" for name, key in _CAPTIONED.items() if captions[key]]
+    notes = [f"{name} {_many(captions[key], 'image')}" for name, key in _CAPTIONED.items() if captions[key]]
     often = [(text, times) for text, times in captions["most_frequent"].items() if times >= _OFTEN * n]
     return [
-        ("captions", f"{n:,}, {captions['distinct']:,} of them different; {captions['mean']:.3g} a picture"),
+        ("captions", f"{n:,}, {captions['distinct']:,} of them different; {captions['mean']:.3g} an image"),
         ("", ", ".join(notes)),
         ("", f"{_of(captions['left_or_right'], n)} with left or right"),
         *_block("frequent", [f"{_of(times, n)}: {_quoted(text)}" for text, times in often]),
@@ -118,7 +116,7 @@ def _copies(label: str, found: Report) -> list[tuple[str, str]]:
         return [(label, "none")]
     groups = [[f"{name!r} ({side})" for side, names in group.items() for name in names] for group in found["first"]]
     examples = [" = ".join(names[:3] + ["…"] * (len(names) > 3)) for names in groups]
-    count = f"{_many(found['groups'], 'group')}, {_many(found['copies'], 'picture')} too many"
+    count = f"{_many(found['groups'], 'group')}, {_many(found['copies'], 'image')} too many"
     return _block(label, [count, *examples], found["groups"] > len(examples))
 
 

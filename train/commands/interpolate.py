@@ -18,7 +18,7 @@ from ldm.errors import UserError
 from ldm.formats.png import save_png, slug
 from ldm.samplers import make_sampler
 from train.commands.generate import check_seed, load, read_prompts, settings
-from train.config.painting import InterpolateOptions
+from train.config.generation import InterpolateOptions
 
 
 class Way:
@@ -44,7 +44,7 @@ class Way:
             raise UserError(f"--sampler {o.sampler} draws noise on the way, which has no half way: take dpmpp_2m, say")
         self.o, self.pipe = o, load(o, o.model)
         of_the_way = ("to", "to_seed", "frames", "fps", "loop")
-        self.told = {name: value for name, value in settings(o).items() if name not in of_the_way}
+        self.metadata = {name: value for name, value in settings(o).items() if name not in of_the_way}
         self.features = [self.pipe.encode([prompt]) for prompt in self.prompts]  # encoded separately, as in txt2img.py
         size = self.pipe.latent_size(o.height, o.width)
         self.shape = (1, self.pipe.autoencoder.latent_channels, *size)
@@ -70,9 +70,9 @@ class Way:
         """Return the settings saved with frame k: those of the nearer end, and the interpolation."""
         near = {"prompt": self.prompts[round(k / (self.o.frames - 1))], "seed": self.seeds[round(k / self.last)]}
         way = {"prompts": self.prompts, "seeds": self.seeds, "frames": self.o.frames, "frame": k}
-        return self.told | near | {"way": way}
+        return self.metadata | near | {"way": way}
 
-    def paint(self) -> Iterator[Image.Image]:
+    def generate(self) -> Iterator[Image.Image]:
         """Yield the frames in order. Both ends are generated separately, so they equal the images of txt2img.py."""
         o = self.o
         between = range(1, self.last)
@@ -100,7 +100,7 @@ def interpolate(o: InterpolateOptions) -> Iterator[Path]:
     folder, frames = Path(o.out), []
     seeds = "-".join(map(str, dict.fromkeys(way.seeds)))
     name = f"{slug(' to '.join(way.prompts))}-{seeds}"
-    for k, image in enumerate(way.paint()):
+    for k, image in enumerate(way.generate()):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}-{k:04}.png"
         save_png(image, path, way.story(k))

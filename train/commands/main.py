@@ -16,7 +16,7 @@ from train.config.load import first_error
 if TYPE_CHECKING:
     import torch
 
-_LESS = "lower --batch-size; in training --accumulation splits it, in painting --tile and a smaller picture help"
+_LESS = "lower --batch-size; in training --accumulation splits it, in painting --tile and a smaller image help"
 _EXPECTED = (
     errno.ENOSPC,
     errno.EDQUOT,

@@ -215,10 +215,10 @@ class LdmConfig(RunConfig):
     def _crops_are_to_be_had(self) -> Self:
         crop, crops = self.input.crop, self.input.crops
         if self.cache == "off" and crops:
-            raise ValueError(f"input.crops {crops} with cache off: every picture is cropped anew, none is kept")
+            raise ValueError(f"input.crops {crops} with cache off: every image is cropped anew, none is kept")
         if self.cache != "off" and crop == "random" and not crops:
             raise ValueError(
-                "input.crop random with cached latents: say how many crops of each picture to keep (--input.crops 4), "
+                "input.crop random with cached latents: say how many crops of each image to keep (--input.crops 4), "
                 "or give --cache off"
             )
         return self
@@ -226,7 +226,7 @@ class LdmConfig(RunConfig):
     @model_validator(mode="after")
     def _sheets_have_prompts(self) -> Self:
         if self.task == "inpaint" and self.prompts:
-            raise ValueError("prompts with task inpaint: its sheets are of held-out pictures, by their captions")
+            raise ValueError("prompts with task inpaint: its sheets are of held-out images, by their captions")
         return self
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ class EvaluateOptions(SamplingOptions):
     """Folder for report.json and samples.png."""
     prompts: int = 256
     """Number of Shapes prompts of each kind (seen and unseen)."""
-    pictures: int = 1000
+    images: int = 1000
     """Largest number of images to reconstruct."""
     likelihoods: int = 128
     """Largest number of images whose variational bound is computed; each takes 33 network evaluations."""
@@ -50,7 +50,7 @@ class EvaluateVaeOptions:
     """Split to use; if the dataset has no validation split, `test` is the held-out share."""
     resolution: int = 256
     """Side of the square images, a multiple of the autoencoder's factor."""
-    pictures: int = 1000
+    images: int = 1000
     """Largest number of images to measure."""
     perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
     """Perceptual distance to measure."""

@@ -200,7 +200,7 @@ class VaeConfig(RunConfig):
         side = factor * draw((0, 0, 0), self.input.resolution // factor, smallest).height
         if side < discriminator.smallest:
             raise UserError(
-                f"adversarial.layers {shape.layers} needs pictures of {discriminator.smallest} pixels a side, not {side}: "
+                f"adversarial.layers {shape.layers} needs images of {discriminator.smallest} pixels a side, not {side}: "
                 "take fewer layers, or a larger resolution or equivariance.smallest"
             )
         return discriminator

@@ -172,7 +172,7 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LatestCheckpoint:
     """A valid checkpoint."""
 
     step: int
@@ -212,7 +212,7 @@ class Checkpoints:
             self._prune(final)
         return final
 
-    def latest(self) -> Found | None:
+    def latest(self) -> LatestCheckpoint | None:
         """Return the newest valid checkpoint, verified from its files; None if none was ever committed.
 
         Raises RunError, which lists each checkpoint and its fault, if there are some and none is valid.
@@ -222,7 +222,7 @@ class Checkpoints:
         for step, folder in self._committed():
             fault = _fault(step, folder)
             if fault is None:
-                return Found(step, folder, tuple(invalid))
+                return LatestCheckpoint(step, folder, tuple(invalid))
             invalid.append(f"{folder.name}: {fault}")
             _log.warning("%s is passed over: it is not valid (%s)", folder, fault)
         if invalid:
@@ -231,7 +231,7 @@ class Checkpoints:
             )
         return None
 
-    def load(self, found: Found) -> Any:
+    def load(self, found: LatestCheckpoint) -> Any:
         """Return the saved tree, with tensors on the CPU. Raises RunError if the files don't hold one."""
         return load_tree(found.folder)
 

@@ -16,7 +16,7 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
     config, device = run.config, run.accelerator.device
     phases = [p for p in stage.phases if p.start < config.steps]
     for _ in range(2):
-        begun = _clock(device)
+        started = _clock(device)
         (part,) = stage.prepare(config.steps - 1, parts[:1])
         prepared = _clock(device)
         for phase in phases:
@@ -25,7 +25,7 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
             output.loss.backward()
             phase.module.zero_grad(set_to_none=True)
             part = output.batch
-        preparing, seconds = (len(parts) * (then - begun) for then in (prepared, _clock(device)))
+        preparing, seconds = (len(parts) * (then - started) for then in (prepared, _clock(device)))
     weights = sum(p.numel() for q in stage.phases for p in q.module.parameters())
     trained = sum(p.numel() for q in stage.phases for p in q.module.parameters() if p.requires_grad)
     held = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, moving average
@@ -36,8 +36,8 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
         f"{steps} steps about {duration(seconds * steps)}"
     )
     if preparing > 0.01 * seconds:
-        pictures = config.batch_size / run.accelerator.num_processes
-        run.say(f"encoding takes {1000 * preparing / pictures:.3g} ms of each picture's time")
+        images = config.batch_size / run.accelerator.num_processes
+        run.say(f"encoding takes {1000 * preparing / images:.3g} ms of each image's time")
 
 
 def _clock(device: torch.device) -> float:

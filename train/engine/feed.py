@@ -7,8 +7,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from train.config.run import RunConfig
+from train.data.batches.images import StreamDataset
 from train.data.batches.loading import Batch, loader
-from train.data.batches.pictures import StreamDataset
 from train.data.batches.unreadable import Damage
 from train.data.store.prefetch import Batched
 

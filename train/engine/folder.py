@@ -16,7 +16,7 @@ class RunFolder:
 
     out/config.yaml      the resolved configuration, with versions, commit and the fingerprints of its inputs
     out/metrics.jsonl    one line per log
-    out/damaged.jsonl    pictures that can't be read
+    out/damaged.jsonl    images that can't be read
     out/samples/  out/checkpoints/  out/model/
     """
 

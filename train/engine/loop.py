@@ -46,18 +46,18 @@ class Watch:
         self.restart()
 
     def restart(self) -> None:
-        self.begun, self.waited = time.perf_counter(), 0.0
+        self.started, self.waited = time.perf_counter(), 0.0
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.begun
+        return time.perf_counter() - self.started
 
     def waiting(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Yield the batches, and count the time spent waiting for each."""
         while True:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             parts = next(batches, None)
-            self.waited += time.perf_counter() - begun
+            self.waited += time.perf_counter() - started
             if parts is None:
                 return
             yield parts
@@ -65,9 +65,9 @@ class Watch:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time spent inside, so that the speed is that of training alone."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.begun += time.perf_counter() - begun
+        self.started += time.perf_counter() - started
 
 
 def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None) -> None:

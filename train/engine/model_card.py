@@ -13,9 +13,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from train.config.run import RunConfig
-from train.data.batches.pictures import Inputs
+from train.data.batches.images import Inputs
 from train.data.store.atomic import atomic_file
-from train.engine.provenance import told, versions
+from train.engine.provenance import redacted, versions
 
 _LICENCE = "## Licence\n\n"  # the last section
 
@@ -68,7 +68,7 @@ def write_card(
         newest = max(sheets)
         shutil.copyfile(newest, folder / "sample.png")
         blocks += ["![Samples](sample.png)", f"*{about.sheet} At step {int(newest.stem[5:]):,}.*"]
-    many = "" if inputs.stream is not None else f"{len(inputs.source):,} pictures to train on, "
+    many = "" if inputs.stream is not None else f"{len(inputs.source):,} images to train on, "
     rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items()]
     blocks += [
         "## Use",
@@ -80,7 +80,7 @@ def write_card(
         "\n".join(f"- {name}: {value}" for name, value in (about.settings | _settings(config)).items()),
         "All settings are in `training.json`.",
         "## Measured",
-        f"On held-out pictures, with the averaged weights, at step {measured:,}:" if rows else "Nothing yet.",
+        f"On held-out images, with the averaged weights, at step {measured:,}:" if rows else "Nothing yet.",
         "\n".join(["| figure | value |", "|---|---|", *rows]) if rows else "",
         _LICENCE.strip(),
         f"`{config.license}`"
@@ -113,7 +113,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
     """Return the settings that every stage has."""
     optimizer, side = config.optimizer, config.input.resolution
     return {
-        "pictures": f"{'about ' * bool(config.input.buckets)}{side} × {side} pixels, {config.batch_size} a step",
+        "images": f"{'about ' * bool(config.input.buckets)}{side} × {side} pixels, {config.batch_size} a step",
         "optimizer": f"{optimizer.kind}, learning rate {optimizer.lr:g} ({optimizer.schedule}), {config.precision}",
         "average of the weights": f"decay {config.ema_decay:g}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
@@ -121,8 +121,8 @@ def _settings(config: RunConfig) -> dict[str, str]:
 
 
 def place(given: str) -> str:
-    """Return a path or address as a code span, without private parts (see `told`)."""
-    return "the output of a command" if given.startswith("pipe:") else code_span(told(given))
+    """Return a path or address as a code span, without private parts (see `redacted`)."""
+    return "the output of a command" if given.startswith("pipe:") else code_span(redacted(given))
 
 
 def code_span(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a run: which there are, which of them are used, and as what they are trained on."""
+"""The images of a run: which there are, which of them are used, and as what they are trained on."""
 
 import re
 from dataclasses import replace
@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from ldm.errors import UserError
 from train.config.data import SourceConfig
 from train.data.batches.buckets import Buckets, bucket_sizes, measure
-from train.data.batches.pictures import Inputs
+from train.data.batches.images import Inputs
 from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
 from train.engine.run import AnyRun
 
 SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-_READ = 10_000  # pictures whose captions are looked through for words
+_READ = 10_000  # images whose captions are looked through for words
 
 
 def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> Inputs:
-    """What --data names; captioned False accepts pictures without captions. Raises UserError as `find_splits` does."""
+    """What --data names; captioned False accepts images without captions. Raises UserError as `find_splits` does."""
     columns = config.columns(captioned)
     if is_stream(data):
         stream = Stream(data, columns, held_out=config.validation_fraction, buffer=config.stream_buffer)
@@ -35,19 +35,17 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
 
 
 def prepared(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
-    """What is used of them, told to the person who watches: pictures that are large enough, in buckets where these are wanted.
+    """What is used of them, told to the person who watches: images that are large enough, in buckets where these are wanted.
 
-    multiple: what the networks need the sides of pictures to be a multiple of.
+    multiple: what the networks need the sides of images to be a multiple of.
     """
     config = run.config.input
     if config.flip and (found := next(filter(SIDES.search, inputs.source.captions(_READ)), None)):
-        run.say(f"input.flip mirrors half of the pictures, but captions speak of left and right, e.g. {found[:100]!r}")
+        run.say(f"input.flip mirrors half of the images, but captions speak of left and right, e.g. {found[:100]!r}")
     if without := inputs.source.catalogue.uncaptioned:
-        run.say(f"{without:,} of {len(inputs.source.catalogue):,} pictures have no caption")
+        run.say(f"{without:,} of {len(inputs.source.catalogue):,} images have no caption")
     if config.min_size and inputs.stream is not None:
-        raise UserError(
-            f"input.min_size {config.min_size}: the sizes of a stream's pictures aren't known; leave it out"
-        )
+        raise UserError(f"input.min_size {config.min_size}: the sizes of a stream's images aren't known; leave it out")
     if config.buckets % multiple:
         raise UserError(f"input.buckets {config.buckets} isn't a multiple of {multiple}, which these networks need")
     if not (config.min_size or config.buckets):
@@ -63,20 +61,20 @@ def prepared(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
 
 
 def measured(source: Source, run: AnyRun) -> tuple[Source, NDArray[np.int64]]:
-    """The pictures of a source that can be read and that input.min_size lets in, and their width and height, (n, 2)."""
+    """The images of a source that can be read and that input.min_size lets in, and their width and height, (n, 2)."""
     config = run.config.input
     shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
     run.damage.of(source.left_out).note(len(source) - len(unreadable), unreadable, whole=True)
     stays = shapes.min(1) >= max(1, config.min_size)
     if not stays.any():
         raise UserError(
-            f"input.min_size {config.min_size}: none of the {len(source):,} pictures ({source.split}) is as large"
+            f"input.min_size {config.min_size}: none of the {len(source):,} images ({source.split}) is as large"
             if config.min_size
-            else f"not one picture of {source.place} can be read, e.g. {': '.join(unreadable[0])}"
+            else f"not one image of {source.place} can be read, e.g. {': '.join(unreadable[0])}"
         )
     if config.min_size:
         small = len(source) - int(stays.sum()) - len(unreadable)
         run.say(
-            f"{small:,} of {len(source):,} pictures ({source.split}) have fewer than {config.min_size} pixels a side: left out"
+            f"{small:,} of {len(source):,} images ({source.split}) have fewer than {config.min_size} pixels a side: left out"
         )
     return source if stays.all() else source.only_where(stays, unreadable), shapes[stays]

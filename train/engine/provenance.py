@@ -22,7 +22,7 @@ def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool)
         "final": final,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "config": published(config, told),
+        "config": published(config, redacted),
     }
     (folder / _FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -36,7 +36,7 @@ def is_result(folder: Path, step: int) -> bool:
     return about.get("final") is True and about.get("step") == step
 
 
-def told(place: str) -> str:
+def redacted(place: str) -> str:
     """Return a path or address fit for publication: without parent folders of an absolute path, or credentials."""
     if place.startswith("pipe:"):
         return "pipe:"
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Return the commit of the checkout that this code is in, or nothing."""
     try:
-        asked = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -65,4 +65,4 @@ def commit() -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return asked.stdout.strip() if asked.returncode == 0 else ""
+    return described.stdout.strip() if described.returncode == 0 else ""

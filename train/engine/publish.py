@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from train.data.batches.pictures import Inputs
+from train.data.batches.images import Inputs
 from train.engine.model_card import About, state_license, write_card
 from train.engine.provenance import is_result, write_provenance
 from train.engine.run import AnyRun

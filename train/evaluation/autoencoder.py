@@ -1,6 +1,6 @@
-"""Metrics of an autoencoder on held-out pictures: its reconstructions, and the latents that diffusion will model.
+"""Metrics of an autoencoder on held-out images: its reconstructions, and the latents that diffusion will model.
 
-Every metric is a sum over pictures, in float64, so it adds up over batches and processes; a process without pictures
+Every metric is a sum over images, in float64, so it adds up over batches and processes; a process without images
 has zeros. `reduce` returns the sum of a tensor over all processes.
 """
 
@@ -24,7 +24,7 @@ _BINS, _REACH = 4096, 8.0  # number of bins, and reach: the histogram of latents
 
 
 def psnr(made: Tensor, pixels: Tensor) -> Tensor:
-    """Return the PSNR (dB) of each 8-bit picture, (b,). Both inputs: (b, 3, h, w) in [−1, 1]."""
+    """Return the PSNR (dB) of each 8-bit image, (b,). Both inputs: (b, 3, h, w) in [−1, 1]."""
     a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
     each = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
     # A perfect reconstruction's infinite PSNR would dominate the mean: it counts as half a grey level off everywhere.
@@ -32,7 +32,7 @@ def psnr(made: Tensor, pixels: Tensor) -> Tensor:
 
 
 def reconstruction_quality(made: Tensor, pixels: Tensor) -> tuple[float, float]:
-    """Return PSNR (dB) and SSIM, each a mean over 8-bit pictures. Both inputs: (b, 3, h, w) in [−1, 1]."""
+    """Return PSNR (dB) and SSIM, each a mean over 8-bit images. Both inputs: (b, 3, h, w) in [−1, 1]."""
     a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
     ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     return float(psnr(made, pixels).mean()), float(torch.as_tensor(ssim).mean())
@@ -59,7 +59,7 @@ class FrechetSums:
         """
         n = self.sums[0, 0]
         if n < 2:
-            raise UserError(f"a Fréchet distance needs at least 2 pictures, got {int(n)}")
+            raise UserError(f"a Fréchet distance needs at least 2 images, got {int(n)}")
         mean = self.sums[0, 1:] / n
         return mean, (self.sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
@@ -68,7 +68,7 @@ def frechet(a: FrechetSums, b: FrechetSums) -> float:
     """Return the squared Fréchet distance of two Gaussians (arXiv 1706.08500): ‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½).
 
     tr (S₁ S₂)^½ is the sum of the singular values of S₁^½ S₂^½. This avoids the root of a product's rounding error, so
-    covariances without full rank (fewer pictures than features) lose no digits. Returns nan if a feature isn't finite.
+    covariances without full rank (fewer images than features) lose no digits. Returns nan if a feature isn't finite.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a.gaussian(), b.gaussian()
     if not (cov_a + cov_b).isfinite().all():
@@ -94,7 +94,7 @@ class LatentHealth(NamedTuple):
     noise: Tensor
     """Average standard deviation of the posterior, (c,)."""
     dead: list[int]
-    """Channels whose posterior mean hardly depends on the picture."""
+    """Channels whose posterior mean hardly depends on the image."""
     kl: Tensor
     """KL(q(z | x) ‖ N(0, 1)) in nats per element of the latent, (c,)."""
     skewness: Tensor
@@ -179,7 +179,7 @@ def noise_robustness(
     noise: Tensor,
     levels: Sequence[float] = NOISE_LEVELS,
 ) -> list[float]:
-    """Return the PSNR (dB) of decode(posterior mean + level × noise) against the pictures, for each level.
+    """Return the PSNR (dB) of decode(posterior mean + level × noise) against the images, for each level.
 
     A sampler's latents are never exact. A decoder that reconstructs well but scores low here turns such errors into
     noise.
@@ -198,13 +198,13 @@ def measure_reconstruction(
     levels: Sequence[float] = NOISE_LEVELS,
     latents: LatentSums | None = None,
 ) -> dict[str, float]:
-    """Measure reconstructions and latents over batches of (pictures, noise).
+    """Measure reconstructions and latents over batches of (images, noise).
 
-    Pictures are (b, 3, h, w) in [−1, 1]; the noise has their latents' shape.
-    Reconstructions use the posterior mean. `perceptual` returns a batch's mean distance of (made, pictures); `features`
+    Images are (b, 3, h, w) in [−1, 1]; the noise has their latents' shape.
+    Reconstructions use the posterior mean. `perceptual` returns a batch's mean distance of (made, images); `features`
     returns features for the Fréchet distance; both are on the autoencoder's device. Every process must call this, with
-    or without pictures. For statistics per channel, pass empty `latents` and call their `health` afterwards. Raises
-    UserError if no process has a picture.
+    or without images. For statistics per channel, pass empty `latents` and call their `health` afterwards. Raises
+    UserError if no process has an image.
     """
     device = autoencoder.vae.device
     names = ["psnr", "ssim", *(f"noise_psnr_{level:g}" for level in levels)]
@@ -230,7 +230,7 @@ def measure_reconstruction(
     for sums in (latents, real, made_up):
         sums.reduce(reduce)
     if not (count := float(quality[0])):
-        raise UserError("no held-out pictures to measure: at least one is needed, two for a Fréchet distance")
+        raise UserError("no held-out images to measure: at least one is needed, two for a Fréchet distance")
     scores = dict(zip(names, (quality[1:] / count).tolist(), strict=True)) | _latent_scores(latents.health())
     return scores | ({"frechet": frechet(real, made_up)} if features is not None else {})
 

@@ -1,6 +1,6 @@
-"""Evaluation of a finished model: the bound on its latents' likelihood, and how well its pictures match Shapes prompts.
+"""Evaluation of a finished model: the bound on its latents' likelihood, and how well its images match Shapes prompts.
 
-The match is exact: a checker without any learning reads each picture back (train/data/synthetic/shapes_checker.py).
+The match is exact: a checker without any learning reads each image back (train/data/synthetic/shapes_checker.py).
 """
 
 import math
@@ -17,7 +17,7 @@ from ldm.denoiser import Network
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from train.data.synthetic.shapes import Scene
-from train.data.synthetic.shapes_checker import score_pictures
+from train.data.synthetic.shapes_checker import score_images
 
 
 @torch.no_grad()
@@ -26,10 +26,10 @@ def bits_per_dimension(
 ) -> tuple[float, float | None]:
     """Return the variational bound on -log2 p(latent | caption) per latent dimension, and its standard error.
 
-    Batches are pictures (b, 3, h, w) in [−1, 1] with their captions; seed + k seeds picture k's noise. The standard
-    error is over pictures. The sum over the timesteps above index 0 is estimated from `strata` timesteps, one in each
+    Batches are images (b, 3, h, w) in [−1, 1] with their captions; seed + k seeds image k's noise. The standard
+    error is over images. The sum over the timesteps above index 0 is estimated from `strata` timesteps, one in each
     of equal parts of the logarithm, because the terms are largest near the data. This takes strata + 1 network
-    evaluations per picture.
+    evaluations per image.
     """
     schedule = pipe.process.schedule
     objective = Objective(schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
@@ -57,25 +57,25 @@ def bits_per_dimension(
     return float(np.mean(bits)), error
 
 
-def paint(
+def generate(
     pipe: LatentDiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64, **sampling: Any
 ) -> np.ndarray:
-    """Paint one picture per prompt, (n, h, w, 3) uint8. seed + k seeds picture k's noise, whatever the batch size.
+    """Generate one image per prompt, (n, h, w, 3) uint8. seed + k seeds image k's noise, whatever the batch size.
 
     `sampling` are arguments of the pipeline: num_inference_steps, guidance_scale, sampler, …
     """
-    painted = []
-    for first in tqdm(range(0, len(prompts), batch_size), desc="painting", unit="batch", dynamic_ncols=True):
+    generated = []
+    for first in tqdm(range(0, len(prompts), batch_size), desc="generating", unit="batch", dynamic_ncols=True):
         part = list(prompts[first : first + batch_size])
         generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(part))]
         array = pipe(part, generator=generators, output_type="np", **sampling).images
-        painted.append((np.asarray(array) * 255).round().astype(np.uint8))
-    return np.concatenate(painted)
+        generated.append((np.asarray(array) * 255).round().astype(np.uint8))
+    return np.concatenate(generated)
 
 
 def alignment(
     pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **how: Any
 ) -> tuple[dict[str, float | None], np.ndarray]:
-    """Return the shares of correct backgrounds, colours, shapes, sizes, relations and scenes, and the pictures."""
-    pictures = paint(pipe, [scene.caption for scene in scenes], **how)
-    return score_pictures(pictures, scenes), pictures
+    """Return the shares of correct backgrounds, colours, shapes, sizes, relations and scenes, and the images."""
+    images = generate(pipe, [scene.caption for scene in scenes], **how)
+    return score_images(images, scenes), images

@@ -1,7 +1,7 @@
 """Feature networks of Fréchet distances: Inception (Heusel et al. 2017, arXiv 1706.08500), CLIP and DINOv2.
 
 Papers report Inception's distance; DINOv2's agrees best with people (Stein et al. 2023, arXiv 2306.04675). Distances in
-different features aren't comparable, nor are distances over different numbers of pictures.
+different features aren't comparable, nor are distances over different numbers of images.
 """
 
 import pickle
@@ -24,14 +24,14 @@ _PROJECTION = "visual_projection.weight"
 
 
 def eight_bits(pixels: Tensor) -> Tensor:
-    """Convert pictures in [−1, 1] to whole numbers in [0, 255], as in a file; float32, clipped."""
+    """Convert images in [−1, 1] to whole numbers in [0, 255], as in a file; float32, clipped."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
 
 
 class Features(nn.Module):
-    """Network from pictures (b, 3, H, W) in [−1, 1] to features (b, dim), float32, without gradient.
+    """Network from images (b, 3, H, W) in [−1, 1] to features (b, dim), float32, without gradient.
 
-    Pictures are rounded to 8 bits first, so that decoded pictures have the same features as saved ones.
+    Images are rounded to 8 bits first, so that decoded images have the same features as saved ones.
     """
 
     def __init__(self, name: str, dim: int) -> None:
@@ -42,7 +42,7 @@ class Features(nn.Module):
 class InceptionFeatures(Features):
     """The 2048 features of FID's original Inception, through torch-fidelity.
 
-    Pictures are resized as in TensorFlow 1, without antialiasing, to give the distance of the literature. Raises
+    Images are resized as in TensorFlow 1, without antialiasing, to give the distance of the literature. Raises
     UserError without torch-fidelity, or if the weights can't be loaded (it downloads them unless given a file).
     """
 
@@ -78,7 +78,7 @@ class InceptionFeatures(Features):
 
 
 class TowerFeatures(Features):
-    """Features of a whole picture from a CLIP image tower or a DINOv2, resized to its side (bicubic, antialiased)."""
+    """Features of a whole image from a CLIP image tower or a DINOv2, resized to its side (bicubic, antialiased)."""
 
     mean: Tensor
     std: Tensor

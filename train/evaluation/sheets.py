@@ -1,4 +1,4 @@
-"""Sheets of pictures for visual inspection."""
+"""Sheets of images for visual inspection."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from torch import Tensor
 from autoencoder.model import Autoencoder
 from train.evaluation.features import eight_bits
 
-_TILE = 128  # small pictures are enlarged to about this side, without interpolation
+_TILE = 128  # small images are enlarged to about this side, without interpolation
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Convert pictures (b, 3, h, w) in [−1, 1] to (b, h, w, 3) uint8, clipped and rounded."""
+    """Convert images (b, 3, h, w) in [−1, 1] to (b, h, w, 3) uint8, clipped and rounded."""
     return eight_bits(pixels).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) -> Image.Image:
-    """Draw rows of equally large uint8 pictures (h, w, 3), with an optional caption under each picture in row order."""
+    """Draw rows of equally large uint8 images (h, w, 3), with an optional caption under each image in row order."""
     h, w = rows[0][0].shape[:2]
     scale = max(1, _TILE // max(h, w))
     font = ImageFont.load_default(11)
@@ -32,9 +32,9 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) ->
     draw = ImageDraw.Draw(canvas)
     number = 0
     for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
+        for c, image in enumerate(row):
             x, y = gap + c * cell_w, gap + r * cell_h
-            canvas.paste(Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST), (x, y))
+            canvas.paste(Image.fromarray(image).resize((w * scale, h * scale), Image.Resampling.NEAREST), (x, y))
             if number < len(wrapped):
                 draw.multiline_text((x, y + h * scale + 2), "\n".join(wrapped[number]), (40, 40, 40), font, spacing=2)
             number += 1
@@ -42,7 +42,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) ->
 
 
 def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Image:
-    """Draw pictures (b, 3, h, w), reconstructions, four times the difference, and each latent channel in grey."""
+    """Draw images (b, 3, h, w), reconstructions, four times the difference, and each latent channel in grey."""
     z = autoencoder.encode(pixels).mean  # (b, c, h / f, w / f)
     made = autoencoder.decode(z).to(pixels.device)
     std, mean = torch.std_mean(z.to(pixels), dim=(0, 2, 3), correction=0, keepdim=True)
@@ -52,6 +52,6 @@ def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Imag
     return sheet([list(to_uint8(x)) for x in shown])
 
 
-def in_rows(pictures: Sequence[np.ndarray], columns: int) -> list[list[np.ndarray]]:
-    """Arrange pictures in rows of `columns`."""
-    return [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+def in_rows(images: Sequence[np.ndarray], columns: int) -> list[list[np.ndarray]]:
+    """Arrange images in rows of `columns`."""
+    return [list(images[i : i + columns]) for i in range(0, len(images), columns)]

@@ -11,7 +11,7 @@ from ldm.networks.backbone import Backbone
 from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.vae import VaeConfig
-from train.data.batches.pictures import Inputs
+from train.data.batches.images import Inputs
 from train.engine.model_card import About, place
 
 _LONGEST = 200  # characters of a prompt in an example
@@ -28,17 +28,17 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 clip, processor = CLIPModel.from_pretrained("."), CLIPProcessor.from_pretrained(".")
-picture, how = Image.open("sample.png"), {{"padding": "max_length", "truncation": True, "return_tensors": "pt"}}
-print(clip(**processor(text=[{prompt}], images=picture, **how)).logits_per_image)
+image, how = Image.open("sample.png"), {{"padding": "max_length", "truncation": True, "return_tensors": "pt"}}
+print(clip(**processor(text=[{prompt}], images=image, **how)).logits_per_image)
 ```"""
 _USE_VAE = """```python
 import torch
 from autoencoder.model import Autoencoder
 
 autoencoder = Autoencoder.load(".")
-pixels = torch.zeros(1, 3, {side}, {side})  # pictures in [−1, 1]
+pixels = torch.zeros(1, 3, {side}, {side})  # images in [−1, 1]
 latents = autoencoder.encode(pixels).mean  # normalised
-pictures = autoencoder.decode(latents)
+images = autoencoder.decode(latents)
 previews = autoencoder.colours(latents)  # a pixel a latent, without the decoder
 ```
 
@@ -49,30 +49,30 @@ import torch
 from diffusers import AutoencoderKL
 
 vae = AutoencoderKL.from_pretrained(".")
-pixels = torch.zeros(1, 3, {side}, {side})  # pictures in [−1, 1]
+pixels = torch.zeros(1, 3, {side}, {side})  # images in [−1, 1]
 latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-pictures = vae.decode(latents / vae.config.scaling_factor).sample
+images = vae.decode(latents / vae.config.scaling_factor).sample
 ```"""
 _PAINT = """```python
 from {package} import {pipeline}
 
 pipe = {pipeline}.from_pretrained(".")
-pipe({prompt}, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("painted.png")
+pipe({prompt}, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("generated.png")
 ```"""
 _INPAINT = """```python
 from PIL import Image
 from {package} import {pipeline}
 
-picture, mask = Image.open("picture.png"), Image.open("mask.png")  # what is white is painted
+image, mask = Image.open("image.png"), Image.open("mask.png")  # what is white is painted
 pipe = {pipeline}.from_pretrained(".")
 made = pipe(
     {prompt},
-    image=picture,
+    image=image,
     mask_image=mask,
     num_inference_steps={steps},
     guidance_scale={guidance:g},
 )
-made.images[0].save("painted.png")
+made.images[0].save("generated.png")
 ```"""
 
 
@@ -85,7 +85,7 @@ def about_clip(config: ClipConfig, clip: CLIPModel, inputs: Inputs) -> About:
         library="transformers",
         tags=("clip", "text-encoder"),
         use=_USE_CLIP.format(prompt=_prompt(inputs)),
-        sheet="Held-out pictures, each over the caption found nearest to it.",
+        sheet="Held-out images, each over the caption found nearest to it.",
         settings={
             "network": f"{_size(clip)}; projections of {config.projection}",
             "text": f"{text.layers} layers of {text.width}, {text.max_length} tokens out of {shape.text_config.vocab_size}",
@@ -102,13 +102,13 @@ def about_vae(config: VaeConfig, vae: AutoencoderKL) -> About:
     loss += [f"{adversarial.kind} discriminator × {adversarial.weight:g}"] * (adversarial.kind != "none")
     return About(
         name="autoencoder",
-        what=f"An AutoencoderKL: pictures to latents of {shape.latent_channels} channels, {factor} times smaller a side, "
+        what=f"An AutoencoderKL: images to latents of {shape.latent_channels} channels, {factor} times smaller a side, "
         "and back.",
         library="diffusers",
         tags=("autoencoder", "latent-diffusion"),
         use=_USE_VAE.format(side=config.input.resolution),
-        sheet="Held-out pictures, their reconstructions, four times the difference, and the latents' channels.",
-        settings=_begun(config.init, ", the decoder alone trained" * config.decoder_only)
+        sheet="Held-out images, their reconstructions, four times the difference, and the latents' channels.",
+        settings=_initialised_from(config.init, ", the decoder alone trained" * config.decoder_only)
         | {"network": f"{_size(vae)}; channels {_list(shape.block_out_channels)}", "loss": ", ".join(loss)},
     )
 
@@ -124,7 +124,7 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
     code = _INPAINT if inpaints else _PAINT
     ours = code.format(package="ldm", pipeline="LatentDiffusionPipeline", **example)
     stock = code.format(package="diffusers", pipeline="DiffusionPipeline", **example)
-    shown = "Held-out pictures without what is under a mask, each beside what is painted there"
+    shown = "Held-out images without what is under a mask, each beside what is painted there"
     task = "image-to-image" if inpaints else "text-to-image"
     return About(
         name="inpainting model" if inpaints else "text-to-image model",
@@ -133,9 +133,9 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
         task=task,
         tags=("latent-diffusion", "inpainting" if inpaints else "text-to-image"),
         use=f"{ours}\n\n" + (f"It has {limits}." if limits else f"or with diffusers alone:\n\n{stock}"),
-        sheet=f"{shown if inpaints else 'Pictures over their prompts'}; {config.sample_steps} steps, guidance "
+        sheet=f"{shown if inpaints else 'Images over their prompts'}; {config.sample_steps} steps, guidance "
         f"{config.guidance_scale:g}.",
-        settings=_begun(config.init)
+        settings=_initialised_from(config.init)
         | {
             "network": f"{_size(backbone.module)}; {backbone.describe()}",
             "autoencoder": place(config.vae or config.init),
@@ -152,11 +152,11 @@ def _size(network: nn.Module) -> str:
 
 
 def _prompt(inputs: Inputs) -> str:
-    """Return a caption of held-out pictures, as a Python literal."""
+    """Return a caption of held-out images, as a Python literal."""
     return repr(next(filter(None, inputs.held_out.captions(100)), "a caption")[:_LONGEST])
 
 
-def _begun(init: str, how: str = "") -> dict[str, str]:
+def _initialised_from(init: str, how: str = "") -> dict[str, str]:
     return {"begun with": place(init) + how} if init else {}
 
 

@@ -1,4 +1,4 @@
-"""Stage 0: train a small CLIP and its tokenizer on the captions and pictures of the dataset."""
+"""Stage 0: train a small CLIP and its tokenizer on the captions and images of the dataset."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from conditioning.contrastive import Contrastive, retrieval_accuracy, save_clip
 from conditioning.tokenizer import tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config.clip import ClipConfig
-from train.data.batches.pictures import Inputs, PictureDataset
-from train.data.batches.records import PictureBatch, Record
+from train.data.batches.images import ImageDataset, Inputs
+from train.data.batches.records import ImageBatch, Record
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -27,13 +27,13 @@ from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
 from train.stages.cards import about_clip
 
-_READ = 1_000_000  # pictures whose captions train the tokenizer, spread evenly
-_VALIDATION = 1000  # held-out pictures among which the matching caption is searched
+_READ = 1_000_000  # images whose captions train the tokenizer, spread evenly
+_VALIDATION = 1000  # held-out images among which the matching caption is searched
 
 
 @dataclass(frozen=True, eq=False)
 class ClipBatch(Record):
-    """Pictures and their tokenised captions."""
+    """Images and their tokenised captions."""
 
     pixels: Tensor
     """Pixels, (b, 3, h, w) in [−1, 1]."""
@@ -44,7 +44,7 @@ class ClipBatch(Record):
 
 
 class Pair(nn.Module):
-    """Contrastive step of CLIP: pictures against captions."""
+    """Contrastive step of CLIP: images against captions."""
 
     def __init__(self, contrastive: Contrastive) -> None:
         super().__init__()
@@ -65,31 +65,31 @@ class ClipStage:
         self.phases = [Phase("clip", pair, config.optimizer.build(pair), config.optimizer.lr)]
         self.ema = Ema(pair.contrastive.clip, config.ema_decay)
         self.cut = CutCaptions(run.say, "--text.max-length")
-        self.training = inputs.pictures(config.input.framing(), config.seed)
-        self.held_out = PictureDataset(
+        self.training = inputs.images(config.input.framing(), config.seed)
+        self.held_out = ImageDataset(
             inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
         )
 
-    def with_tokens(self, part: PictureBatch) -> ClipBatch:
-        """Return the pictures on the device, with their captions as ids."""
+    def with_tokens(self, part: ImageBatch) -> ClipBatch:
+        """Return the images on the device, with their captions as ids."""
         with self.cut.counted():
             ids = tokenize(self.tokenizer, part.captions)
         return ClipBatch(part.pixels, ids, torch.tensor([_id(c) for c in part.captions])).to(
             self.run.accelerator.device
         )
 
-    def batches(self, start: int) -> Iterator[list[PictureBatch]]:
+    def batches(self, start: int) -> Iterator[list[ImageBatch]]:
         return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
 
-    def prepare(self, step: int, parts: list[PictureBatch]) -> list[ClipBatch]:
+    def prepare(self, step: int, parts: list[ImageBatch]) -> list[ClipBatch]:
         return [self.with_tokens(part) for part in parts]
 
     def finish(self, step: int) -> None:
         pass
 
     @torch.no_grad()
-    def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[PictureBatch]]:
-        """Return picture features, caption features and caption ids of held-out examples, and their batches."""
+    def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[ImageBatch]]:
+        """Return image features, caption features and caption ids of held-out examples, and their batches."""
         towers, b = Contrastive(self.ema.module), self.config.batch_size
         raw = [self.held_out.__getitems__(list(range(k, min(k + b, count)))) for k in range(0, count, b)]
         batches = [self.with_tokens(batch) for batch in raw]
@@ -105,13 +105,13 @@ class ClipStage:
         return {f"val_{name}": share for name, share in found.items()}
 
     def sheet(self, path: Path) -> None:
-        """Write held-out pictures, each above the caption with the nearest features."""
+        """Write held-out images, each above the caption with the nearest features."""
         count = min(len(self.held_out.source), _VALIDATION)
         image, text, _, raw = self.held_out_features(count)
         nearest = (nn.functional.normalize(image[:16], dim=-1) @ nn.functional.normalize(text, dim=-1).T).argmax(1)
         captions = [c for batch in raw for c in batch.captions]
-        pictures = to_uint8(torch.cat([batch.pixels for batch in raw])[:16])
-        sheet(in_rows(list(pictures), 4), [captions[k] for k in nearest.tolist()]).save(path)
+        images = to_uint8(torch.cat([batch.pixels for batch in raw])[:16])
+        sheet(in_rows(list(images), 4), [captions[k] for k in nearest.tolist()]).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         if self.run.main:

@@ -18,8 +18,8 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import uniform
 from train.config.ldm import LdmConfig
 from train.data.batches.draws import masking
-from train.data.batches.pictures import Inputs, PictureDataset, StreamDataset
-from train.data.batches.records import CachedBatch, DrawnNoise, PictureBatch
+from train.data.batches.images import ImageDataset, Inputs, StreamDataset
+from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -29,7 +29,7 @@ from train.engine.precision import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase
-from train.evaluation.diffusion import paint
+from train.evaluation.diffusion import generate
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import CutCaptions
 from train.stages.cards import about_ldm
@@ -38,7 +38,7 @@ from train.stages.ldm_init import Parts, load_parts
 from train.stages.ldm_step import Completion, Denoising, DiffusionBatch, DiffusionLoss
 from train.stages.terms import Term
 
-_SHEET = 16  # pictures of a sample sheet
+_SHEET = 16  # images of a sample sheet
 
 
 class LdmStage:
@@ -67,13 +67,13 @@ class LdmStage:
         self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
         self.averaged = DiffusionLoss(self.network, replace(parts.objective, timesteps=uniform))
 
-    def batches(self, start: int) -> Iterator[list[PictureBatch[DrawnNoise] | CachedBatch]]:
+    def batches(self, start: int) -> Iterator[list[ImageBatch[DrawnNoise] | CachedBatch]]:
         read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
         return self.run.feed.batches(
             self.training, start, self.run.damage.of(self.inputs.source.left_out) if read else None
         )
 
-    def prepare(self, step: int, parts: list[PictureBatch[DrawnNoise] | CachedBatch]) -> list[DiffusionBatch]:
+    def prepare(self, step: int, parts: list[ImageBatch[DrawnNoise] | CachedBatch]) -> list[DiffusionBatch]:
         if self.importance is not None:
             self.importance.forget()
         return [self.complete(part) for part in parts]
@@ -116,21 +116,21 @@ class LdmStage:
             self._inpainted().save(path)
             return
         prompts = config.prompts or [row.captions[0] for row in islice(self.inputs.held_out, _SHEET)]
-        pictures = paint(
+        images = generate(
             self.pipeline(),
             prompts,
             num_inference_steps=config.sample_steps,
             guidance_scale=config.guidance_scale,
             seed=config.seed,
         )
-        sheet(in_rows(list(pictures), 4), prompts).save(path)
+        sheet(in_rows(list(images), 4), prompts).save(path)
 
     def _inpainted(self) -> Image.Image:
-        """Held-out pictures without what is under a mask, each beside what is painted there by its caption."""
+        """Held-out images without what is under a mask, each beside what is generated there by its caption."""
         config, rows = self.config, list(islice(self.inputs.held_out, _SHEET // 2))
         framing = config.input.plain(config.input.resolution)
         draws = partial(masking, shape=(1, 1, 1))
-        batch = PictureDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
+        batch = ImageDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
             range(len(rows))
         )
         made = self.pipeline()(

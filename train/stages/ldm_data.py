@@ -1,4 +1,4 @@
-"""What stage 2 is trained and measured on: latents and text features from the caches, or pictures that are encoded anew."""
+"""What stage 2 is trained and measured on: latents and text features from the caches, or images that are encoded anew."""
 
 from functools import partial
 
@@ -6,8 +6,8 @@ from train.config.ldm import LdmConfig
 from train.data.batches.buckets import Buckets
 from train.data.batches.cached import CachedDataset, Originals
 from train.data.batches.draws import PLAIN, LatentNoise, Noising
+from train.data.batches.images import ImageDataset, Inputs, StreamDataset
 from train.data.batches.latent_cache import LatentCache
-from train.data.batches.pictures import Inputs, PictureDataset, StreamDataset
 from train.data.batches.records import DrawnNoise
 from train.data.batches.text_cache import TextCache
 from train.data.sources.splits import Source
@@ -16,7 +16,7 @@ from train.engine.run import Run
 from train.stages.caption_warnings import CutCaptions
 from train.stages.ldm_init import Parts
 
-Examples = CachedDataset | PictureDataset[DrawnNoise]
+Examples = CachedDataset | ImageDataset[DrawnNoise]
 
 
 def open_examples(
@@ -42,8 +42,8 @@ def open_examples(
     )
     plain = config.input.plain(config.input.resolution)
     return (
-        inputs.pictures(config.input.framing(), config.seed, draws(noising)),
-        PictureDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(PLAIN)),
+        inputs.images(config.input.framing(), config.seed, draws(noising)),
+        ImageDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(PLAIN)),
     )
 
 

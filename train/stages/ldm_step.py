@@ -16,7 +16,7 @@ from ldm.networks.backbone import Backbone
 from ldm.objective import Objective, Prediction
 from ldm.timesteps import Importance
 from train.config.run import Precision
-from train.data.batches.records import CachedBatch, DrawnNoise, PictureBatch, Record
+from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch, Record
 from train.engine.precision import autocast
 from train.engine.stage import StepOutput
 from train.stages.caption_warnings import CutCaptions
@@ -40,7 +40,7 @@ class DiffusionBatch(Record):
 
 
 class Completion:
-    """Completion of batches with the outputs of the frozen networks for pictures, captions and masked pictures."""
+    """Completion of batches with the outputs of the frozen networks for images, captions and masked images."""
 
     def __init__(
         self, autoencoder: Autoencoder, text_encoder: ClipTextEncoder, cut: CutCaptions, precision: Precision
@@ -48,7 +48,7 @@ class Completion:
         self.autoencoder, self.text_encoder, self.cut, self.precision = autoencoder, text_encoder, cut, precision
 
     @torch.no_grad()
-    def __call__(self, part: PictureBatch[DrawnNoise] | CachedBatch) -> DiffusionBatch:
+    def __call__(self, part: ImageBatch[DrawnNoise] | CachedBatch) -> DiffusionBatch:
         drawn, context = part.drawn, None
         if isinstance(part, CachedBatch):
             mean, std, condition = part.mean, part.std, part.condition

@@ -8,36 +8,36 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-Seen = TypeVar("Seen")
+Inputs = TypeVar("Inputs")
 
 
 @dataclass(frozen=True)
-class Term(Generic[Seen]):
+class Term(Generic[Inputs]):
     """One term of a stage's loss, a function of the network's outputs for a batch."""
 
     name: str
     """Name in metrics.jsonl, where the value is logged without its weight."""
     weight: float
     """Weight in the stage's loss."""
-    loss: Callable[[Seen], Tensor]
+    loss: Callable[[Inputs], Tensor]
     """Function that returns a scalar. If it is a module, its parameters are trained and saved with the network's."""
     features: tuple[str, ...] = ()
     """Dotted names of the network's submodules whose outputs the term reads."""
 
 
-class Terms(nn.Module, Generic[Seen]):
+class Terms(nn.Module, Generic[Inputs]):
     """Terms of a loss as one module, which owns the terms' parameters."""
 
-    def __init__(self, terms: Sequence[Term[Seen]]) -> None:
+    def __init__(self, terms: Sequence[Term[Inputs]]) -> None:
         super().__init__()
         self.terms = tuple(terms)
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms if isinstance(term.loss, nn.Module)})
 
-    def forward(self, loss: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, loss: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return `loss` plus the weighted terms in their order, and each term's value by name, detached."""
         metrics = {}
         for term in self.terms:
-            value = term.loss(seen)
+            value = term.loss(inputs)
             metrics[term.name] = value.detach()
             loss = loss + term.weight * value
         return loss, metrics

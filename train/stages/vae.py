@@ -23,8 +23,8 @@ from autoencoder.preview import fit_colours
 from ldm.errors import UserError
 from train.config.vae import VaeConfig
 from train.data.batches.draws import PosteriorNoise
-from train.data.batches.pictures import Inputs, PictureDataset
-from train.data.batches.records import PictureBatch
+from train.data.batches.images import ImageDataset, Inputs
+from train.data.batches.records import ImageBatch
 from train.data.order.rng import Purpose, uniforms
 from train.data.store.prefetch import read_ahead
 from train.engine.device import open_accelerator
@@ -43,9 +43,9 @@ from train.stages.cards import about_vae
 from train.stages.terms import Term
 from train.stages.vae_step import Discriminate, Reconstruct, Reconstruction, VaeBatch
 
-_REFRESH = 2048  # pictures, at most, that normalise the model/ of an unfinished run
-_COLOURS = 512  # pictures, at most, to fit the few numbers of the preview colours: 2,048 give the same
-_SHEET = 8  # pictures in a sheet
+_REFRESH = 2048  # images, at most, that normalise the model/ of an unfinished run
+_COLOURS = 512  # images, at most, to fit the few numbers of the preview colours: 2,048 give the same
+_SHEET = 8  # images in a sheet
 _NOISE = (0.2,)  # noise levels added to latents in validation; scripts/evaluate_vae.py has more
 
 
@@ -90,7 +90,7 @@ class VaeStage:
                 run.say(f"the discriminator would begin at step {adversarial.start}, after the last of {config.steps}")
         self.features = load_features(config.validation_features).to(device) if config.validation_features else None
         if self.features is not None and min(len(inputs.held_out), config.validation_examples) < 2:
-            raise UserError("validation_features: a Fréchet distance needs at least 2 held-out pictures")
+            raise UserError("validation_features: a Fréchet distance needs at least 2 held-out images")
         self.reconstruct = Reconstruct(vae, config, self.perceptual, discriminator, self._mean, terms).to(device)
         self.phases = [Phase("vae", self.reconstruct, config.optimizer.build(self.reconstruct), config.optimizer.lr)]
         if discriminator is not None:
@@ -102,10 +102,10 @@ class VaeStage:
         self.ema = Ema(vae, config.ema_decay)
         self.latent_channels: int = vae.config.latent_channels
         draws = PosteriorNoise(self.latent_channels, self.factor)
-        self.training = inputs.pictures(config.input.framing(), config.seed, draws)
-        # In order, each picture once, without random crops: for the statistics and for validation.
+        self.training = inputs.images(config.input.framing(), config.seed, draws)
+        # In order, each image once, without random crops: for the statistics and for validation.
         self.plain, self.held_out = (
-            PictureDataset(source, config.input.plain(config.input.resolution), config.seed, draws=draws, shuffle=False)
+            ImageDataset(source, config.input.plain(config.input.resolution), config.seed, draws=draws, shuffle=False)
             for source in (inputs.source, inputs.held_out)
         )
 
@@ -115,14 +115,14 @@ class VaeStage:
     def _sum(self, x: Tensor) -> Tensor:
         return self.run.accelerator.reduce(x, "sum")
 
-    def batches(self, start: int) -> Iterator[list[PictureBatch[Tensor]]]:
+    def batches(self, start: int) -> Iterator[list[ImageBatch[Tensor]]]:
         return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
 
     def adversarial_at(self, step: int) -> bool:
         """Return whether the discriminator takes part in this step."""
         return self.discriminator is not None and step >= self.config.adversarial.start
 
-    def prepare(self, step: int, parts: list[PictureBatch[Tensor]]) -> list[VaeBatch]:
+    def prepare(self, step: int, parts: list[ImageBatch[Tensor]]) -> list[VaeBatch]:
         c, vae = self.config, self.reconstruct.vae
         u = uniforms(c.seed, Purpose.TRANSFORM, [step], 4)[0]
         share, smallest = c.equivariance.share, c.equivariance.smallest
@@ -132,7 +132,7 @@ class VaeStage:
         if adversarial and c.adversarial.adaptive and len(parts) > 1:
             # The weight depends on the whole batch, so all parts are processed before the first part's loss.
             with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
-                weight = self.reconstruct.balance(map(self.reconstruct.picture_losses, batches))
+                weight = self.reconstruct.balance(map(self.reconstruct.image_losses, batches))
             batches = [replace(batch, adversarial_weight=weight) for batch in batches]
         return batches
 
@@ -140,22 +140,20 @@ class VaeStage:
         if self.discriminator is not None and self.adversarial_at(step) and self.config.adversarial.spectral_norm:
             self.discriminator.refresh()
 
-    def _shares(self, pictures: PictureDataset[Tensor], places: range) -> Iterator[PictureBatch[Tensor]]:
-        """Yield this process's batches of the pictures at these places, in order."""
+    def _shares(self, images: ImageDataset[Tensor], places: range) -> Iterator[ImageBatch[Tensor]]:
+        """Yield this process's batches of the images at these places, in order."""
         accelerator = self.run.accelerator
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
         firsts = range(accelerator.process_index * b, len(places), accelerator.num_processes * b)
         parts = [places[first : first + b] for first in firsts]
-        return (batch.to(accelerator.device) for batch in read_ahead(pictures, parts, self.config.workers))
+        return (batch.to(accelerator.device) for batch in read_ahead(images, parts, self.config.workers))
 
-    def _normalised(
-        self, pictures: PictureDataset[Tensor], places: range
-    ) -> tuple[AutoencoderKL, LatentStatistics | None]:
-        """Return the averaged weights; latents are normalised over these pictures unless only the decoder trains."""
+    def _normalised(self, images: ImageDataset[Tensor], places: range) -> tuple[AutoencoderKL, LatentStatistics | None]:
+        """Return the averaged weights; latents are normalised over these images unless only the decoder trains."""
         vae = copy.deepcopy(self.ema.module)
         if self.config.decoder_only:
             return vae, None
-        batches = ((part.pixels, part.drawn) for part in self._shares(pictures, places))
+        batches = ((part.pixels, part.drawn) for part in self._shares(images, places))
         sums = measure(vae, batches, channels=self.latent_channels)
         statistics = latent_statistics(self._sum(sums).cpu())
         fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
@@ -173,13 +171,13 @@ class VaeStage:
             reduce=self._sum,
         )
         self.run.say(
-            f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out pictures"
+            f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out images"
         )
         return {f"val_{name}": value for name, value in figures.items()}
 
     def sheet(self, path: Path) -> None:
-        pictures = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))
-        reconstruction_sheet(Autoencoder(self.ema.module), pictures.pixels).save(path)
+        images = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))
+        reconstruction_sheet(Autoencoder(self.ema.module), images.pixels).save(path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         """Export the averaged weights and preview colours.
@@ -189,8 +187,8 @@ class VaeStage:
         count = len(self.plain.source)
         vae, statistics = self._normalised(self.plain, range(count) if final else _spread(count, _REFRESH))
         autoencoder = Autoencoder(vae)
-        pictures = (part.pixels for part in self._shares(self.plain, _spread(count, _COLOURS)))
-        autoencoder.colours = fit_colours(autoencoder, pictures, reduce=self._sum)
+        images = (part.pixels for part in self._shares(self.plain, _spread(count, _COLOURS)))
+        autoencoder.colours = fit_colours(autoencoder, images, reduce=self._sum)
         if self.run.main:
             autoencoder.save(folder)
         if statistics is None:

@@ -27,7 +27,7 @@ from train.stages.terms import Term, Terms
 
 @dataclass(frozen=True, eq=False)
 class VaeBatch(Record):
-    """Pictures, and options of the step."""
+    """Images, and options of the step."""
 
     pixels: Tensor
     """Pixels, (b, 3, H, W) in [−1, 1]."""
@@ -43,7 +43,7 @@ class VaeBatch(Record):
 
 @dataclass(frozen=True, eq=False)
 class DiscriminatorBatch(Record):
-    """Original and reconstructed pictures for the discriminator, (b, 3, H, W) each."""
+    """Original and reconstructed images for the discriminator, (b, 3, H, W) each."""
 
     real: Tensor
     fake: Tensor
@@ -54,7 +54,7 @@ class Reconstruction:
     """The autoencoder's outputs for a batch, in the graph: the input of the terms of stage 1's loss."""
 
     pixels: Tensor
-    """Original pictures, (b, 3, H, W)."""
+    """Original images, (b, 3, H, W)."""
     mean: Tensor
     """Mean of the latents' posterior, (b, c, h, w)."""
     logvar: Tensor
@@ -62,15 +62,15 @@ class Reconstruction:
     latents: Tensor
     """A sample of the posterior, before any transform, (b, c, h, w)."""
     made: Tensor
-    """Pictures decoded from the latents, (b, 3, H, W)."""
+    """Images decoded from the latents, (b, 3, H, W)."""
     target: Tensor
-    """Target of `made`: the pictures, transformed if the latents were."""
+    """Target of `made`: the images, transformed if the latents were."""
     features: dict[str, Any]
     """Outputs of the autoencoder's submodules, by name."""
 
 
-class PictureLosses(NamedTuple):
-    """A reconstruction with its picture losses, whose gradients are computed before the backward pass."""
+class ImageLosses(NamedTuple):
+    """A reconstruction with its image losses, whose gradients are computed before the backward pass."""
 
     reconstruction: Reconstruction
     distance: Known
@@ -80,7 +80,7 @@ class PictureLosses(NamedTuple):
 
 
 class Reconstruct(nn.Module):
-    """The autoencoder's phase: pictures through a posterior sample and back, and every term of the loss.
+    """The autoencoder's phase: images through a posterior sample and back, and every term of the loss.
 
     The discriminator and the perceptual network aren't submodules: their weights aren't trained here. mean: averages a
     tensor over all processes. terms: added to the loss after the KL divergence.
@@ -114,7 +114,7 @@ class Reconstruct(nn.Module):
             made = self.vae.decode(decoded).sample.float()
         return Reconstruction(pixels, q.mean, q.logvar, z, made, target, features)
 
-    def picture_losses(self, batch: VaeBatch) -> PictureLosses:
+    def image_losses(self, batch: VaeBatch) -> ImageLosses:
         kind, metrics = self.config.adversarial.kind, {}
         seen, discriminator = self.reconstruct(batch), self._beside["discriminator"]
 
@@ -128,9 +128,9 @@ class Reconstruct(nn.Module):
             with frozen(discriminator):
                 adversarial = known(lambda made: generator_loss(kind, discriminator(made)), seen.made)
             metrics["adversarial"] = adversarial.value
-        return PictureLosses(seen, distance_known, adversarial, metrics)
+        return ImageLosses(seen, distance_known, adversarial, metrics)
 
-    def balance(self, parts: Iterable[PictureLosses]) -> Tensor:
+    def balance(self, parts: Iterable[ImageLosses]) -> Tensor:
         """Return the weight of the adversarial loss: constant, or adapted to the gradients of all parts and processes.
 
         Only each part's gradient at the last layer is needed.
@@ -154,7 +154,7 @@ class Reconstruct(nn.Module):
         return adversarial.weight * adaptive_weight(distance, generator)
 
     def forward(self, batch: VaeBatch) -> StepOutput:
-        losses = self.picture_losses(batch)
+        losses = self.image_losses(batch)
         seen, metrics = losses.reconstruction, losses.metrics
         loss = losses.distance.attach(seen.made)
         if self.logvar is not None:
@@ -169,7 +169,7 @@ class Reconstruct(nn.Module):
 
 
 def _distances(config: VaeConfig, perceptual: nn.Module | None) -> list[Term[Reconstruction]]:
-    """Return the terms that compare pictures; the adaptive weight balances their gradient with the discriminator's."""
+    """Return the terms that compare images; the adaptive weight balances their gradient with the discriminator's."""
     kind = config.reconstruction
     terms = [
         Term[Reconstruction]("reconstruction", 1.0, lambda seen: reconstruction_loss(kind, seen.made, seen.target))
@@ -185,7 +185,7 @@ def _latent_terms(config: VaeConfig) -> list[Term[Reconstruction]]:
 
 
 class Discriminate(nn.Module):
-    """The discriminator's phase, on the pictures that the autoencoder has just reconstructed."""
+    """The discriminator's phase, on the images that the autoencoder has just reconstructed."""
 
     def __init__(self, discriminator: PatchDiscriminator, config: AdversarialConfig) -> None:
         super().__init__()

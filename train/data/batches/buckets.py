@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: rectangles of equal area for pictures of similar shape, so that crops lose little.
+"""Aspect-ratio buckets: rectangles of equal area for images of similar shape, so that crops lose little.
 
-A picture goes to the rectangle nearest in aspect ratio, and a batch holds one bucket's pictures (NovelAI 2022,
-"Improvements on Stable Diffusion"). This requires every picture's size, which is read once and cached.
+An image goes to the rectangle nearest in aspect ratio, and a batch holds one bucket's images (NovelAI 2022,
+"Improvements on Stable Diffusion"). This requires every image's size, which is read once and cached.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from ldm.errors import UserError
 from train.data.images.crop import Size
-from train.data.images.decode import DamagedPicture, picture_size
+from train.data.images.decode import DamagedImage, image_size
 from train.data.order.permutation import permute, substitute
 from train.data.order.rng import Positions, Purpose, fork
 from train.data.sources.splits import Source
 from train.data.store.prefetch import read_ahead
-from train.data.store.row_index import Digests, digests, doubled, picture_keys
+from train.data.store.row_index import Digests, digests, image_keys, repeated
 from train.data.store.shards import Made, Processes, open_shards
 
-_AT_ONCE = 256  # pictures whose sizes are read in one batch
+_AT_ONCE = 256  # images whose sizes are read in one batch
 
 
 def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
@@ -44,17 +44,17 @@ def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
 
 
 class Buckets:
-    """Each picture's rectangle, and an `Order` whose batches each hold pictures of one rectangle.
+    """Each image's rectangle, and an `Order` whose batches each hold images of one rectangle.
 
-    An epoch holds every picture at least once. A bucket's last batch is filled by starting the bucket again, so some of
-    its pictures appear twice. The pictures of a bucket smaller than a batch would repeat many times: move them to a
+    An epoch holds every image at least once. A bucket's last batch is filled by starting the bucket again, so some of
+    its images appear twice. The images of a bucket smaller than a batch would repeat many times: move them to a
     neighbour first (`assign`).
     """
 
     def __init__(
         self, sizes: Sequence[Size], of: NDArray[np.int64], batch_size: int, seed: int, joined: int = 0
     ) -> None:
-        """of: (n,) index into `sizes` for each picture. batch_size: over all processes. joined: number of sizes left out."""
+        """of: (n,) index into `sizes` for each image. batch_size: over all processes. joined: number of sizes left out."""
         self.sizes, self.of, self.batch_size, self.seed, self.joined = list(sizes), of, batch_size, seed, joined
         counts = np.bincount(of, minlength=len(sizes))
         self.members = np.split(np.argsort(of, kind="stable"), np.cumsum(counts)[:-1])
@@ -63,7 +63,7 @@ class Buckets:
 
     @classmethod
     def assigned(cls, shapes: NDArray[np.int64], sizes: Sequence[Size], batch_size: int, seed: int) -> Self:
-        """Give each picture the nearest of the sizes that a batch of them share. shapes: width and height of each, (n, 2)."""
+        """Give each image the nearest of the sizes that a batch of them share. shapes: width and height of each, (n, 2)."""
         of = assign(shapes, sizes, least=batch_size)
         joined = len(set(assign(shapes, sizes).tolist())) - len(set(of.tolist()))
         return cls(sizes, of, batch_size, seed, joined)
@@ -97,7 +97,7 @@ class Buckets:
             ((len(m), size) for m, size in zip(self.members, self.sizes, strict=True) if len(m)), reverse=True
         )
         listed = ", ".join(f"{w}×{h}: {count:,}" for count, (w, h) in filled[:12]) + (", …" if len(filled) > 12 else "")
-        few = f"; {self.joined} shapes with less than a batch of pictures joined others" if self.joined else ""
+        few = f"; {self.joined} shapes with less than a batch of images joined others" if self.joined else ""
         return (
             f"{len(filled)} bucket{'s' * (len(filled) > 1)} ({listed}); in an epoch of {int(self.batches.sum()):,} batches, "
             f"{self.repeats:,} places are filled by repeats{few}"
@@ -105,9 +105,9 @@ class Buckets:
 
 
 def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> NDArray[np.int64]:
-    """Return the nearest of the sizes, (n,), for each picture's width and height, (n, 2).
+    """Return the nearest of the sizes, (n,), for each image's width and height, (n, 2).
 
-    The sizes must be in ascending order of width / height. Sizes with fewer than `least` pictures are dropped, the
+    The sizes must be in ascending order of width / height. Sizes with fewer than `least` images are dropped, the
     emptiest first.
     """
     ratios = np.log([width / height for width, height in sizes])
@@ -125,9 +125,9 @@ def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> 
 def measure(
     source: Source, folder: Path, max_pixels: int, workers: int, processes: Processes
 ) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
-    """Return each picture's upright width and height, (n, 2), and the (name, reason) of each that can't be read.
+    """Return each image's upright width and height, (n, 2), and the (name, reason) of each that can't be read.
 
-    The sizes are cached under `folder`. A picture that can't be read has size 0.
+    The sizes are cached under `folder`. An image that can't be read has size 0.
     """
     rows = _Shapes(source, max_pixels, workers)
     how = {"max_pixels": max_pixels}
@@ -141,10 +141,10 @@ class _Shapes:
 
     def __init__(self, source: Source, max_pixels: int, workers: int) -> None:
         self.headers, self.workers = _Headers(source, max_pixels), workers
-        self.keys = picture_keys(source)
-        self.doubtful = doubled(self.keys)
+        self.keys = image_keys(source)
+        self.ambiguous = repeated(self.keys)
 
-    def likes(self, rows: NDArray[np.int64]) -> Digests:
+    def weak_keys(self, rows: NDArray[np.int64]) -> Digests:
         return self.keys[rows]  # reading a header is cheaper than comparing files
 
     def contents(self, rows: NDArray[np.int64]) -> Digests:
@@ -158,7 +158,7 @@ class _Shapes:
 
 
 class _Headers:
-    """Reader of each picture's width and height, or the reason why they can't be read."""
+    """Reader of each image's width and height, or the reason why they can't be read."""
 
     def __init__(self, source: Source, max_pixels: int) -> None:
         self.source, self.max_pixels = source, max_pixels
@@ -168,6 +168,6 @@ class _Headers:
 
     def _shape(self, index: int) -> Size | str:
         try:
-            return picture_size(self.source.read(index), name=self.source[index].name, max_pixels=self.max_pixels)
-        except DamagedPicture as error:
+            return image_size(self.source.read(index), name=self.source[index].name, max_pixels=self.max_pixels)
+        except DamagedImage as error:
             return error.reason

@@ -1,4 +1,4 @@
-"""Batches from the caches: latents and text features by position, and the original pictures for inpainting."""
+"""Batches from the caches: latents and text features by position, and the original images for inpainting."""
 
 from dataclasses import dataclass, replace
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from ldm.errors import RunError
 from train.data.batches.buckets import Buckets
 from train.data.batches.draws import PLAIN, Noising, masking
+from train.data.batches.images import ATTEMPTS
 from train.data.batches.latent_cache import LatentCache, stored_place
-from train.data.batches.pictures import ATTEMPTS
 from train.data.batches.records import CachedBatch
 from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
-from train.data.images.decode import DamagedPicture
+from train.data.images.decode import DamagedImage
 from train.data.order.permutation import InOrder, Order, Shuffled
 from train.data.order.rng import Positions, Purpose, uniform
 from train.data.sources.splits import Source
 
 
-class GonePicture(Exception):
-    """A picture that was readable when its latent was made, and no longer is."""
+class MissingImage(Exception):
+    """An image that was readable when its latent was made, and no longer is."""
 
     def __init__(self, index: int, name: str, reason: str) -> None:
         self.index, self.name, self.reason = index, name, reason
@@ -30,7 +30,7 @@ class GonePicture(Exception):
 
 @dataclass(frozen=True)
 class Originals:
-    """The pictures from which a cache's latents were made, decoded again."""
+    """The images from which a cache's latents were made, decoded again."""
 
     source: Source
     framing: Framing
@@ -39,7 +39,7 @@ class Originals:
     def gather(self, indices: NDArray[np.int64], crop: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
         """Return pixels, (b, 3, h, w) in [−1, 1], of the windows that `LatentCache.gather` returns.
 
-        Raises GonePicture if a picture is no longer readable.
+        Raises MissingImage if an image is no longer readable.
         """
         size = self.buckets.size(int(indices[0])) if self.buckets else self.framing.square
         pixels = []
@@ -47,8 +47,8 @@ class Originals:
             name = self.source[index].name
             try:
                 image = self.framing.load(self.source.read(index), name)
-            except DamagedPicture as error:
-                raise GonePicture(index, name, error.reason) from None
+            except DamagedImage as error:
+                raise MissingImage(index, name, error.reason) from None
             pixels.append(self.framing.cut(image, size, stored_place(name, window), flip))
         return torch.stack(pixels)
 
@@ -56,8 +56,8 @@ class Originals:
 class CachedDataset:
     """Latents and text features by position; no network runs.
 
-    One of the picture's cached windows, plain or mirrored, is drawn. originals: given for inpainting; they are then
-    decoded, and masks drawn. A batch's `damaged` lists pictures that are no longer readable.
+    One of the image's cached windows, plain or mirrored, is drawn. originals: given for inpainting; they are then
+    decoded, and masks drawn. A batch's `damaged` lists images that are no longer readable.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class CachedDataset:
         originals: Originals | None = None,
     ) -> None:
         if len(latents) != len(text):
-            raise ValueError(f"latents of {len(latents)} pictures, captions of {len(text)}: give caches of one source")
+            raise ValueError(f"latents of {len(latents)} images, captions of {len(text)}: give caches of one source")
         self.latents, self.text, self.seed, self.noising, self.originals = latents, text, seed, noising, originals
         self.order: Order = latents.buckets or (Shuffled if shuffle else InOrder)(len(latents), seed)
 
@@ -83,7 +83,7 @@ class CachedDataset:
         while True:
             try:
                 return replace(self._batch(np.asarray(where, np.int64)), damaged=damaged)
-            except GonePicture as gone:
+            except MissingImage as gone:
                 self.latents.damaged[gone.index] = True
                 damaged.append((gone.name, gone.reason))
 
@@ -94,7 +94,7 @@ class CachedDataset:
             tried = (self.order.substitute(int(at[k]), attempt) for attempt in range(1, ATTEMPTS + 1))
             indices[k] = next((index for index in tried if not latents.damaged[index]), -1)
             if indices[k] < 0:
-                raise RunError("found no readable picture among those of one shape: leave out input.buckets")
+                raise RunError("found no readable image among those of one shape: leave out input.buckets")
         crops = (uniform(seed, Purpose.CROP, at) * latents.crops).astype(np.int64)
         flips = uniform(seed, Purpose.FLIP, at) < 0.5 if latents.flip else np.zeros(len(at), bool)
         shape, pixels, masks = latents.shape(int(indices[0])), None, None

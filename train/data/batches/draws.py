@@ -1,4 +1,4 @@
-"""Random numbers that accompany pictures, as functions of seed and positions."""
+"""Random numbers that accompany images, as functions of seed and positions."""
 
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -16,10 +16,10 @@ Drawn_co = TypeVar("Drawn_co", covariant=True)
 
 
 class Draws(Protocol[Drawn_co]):
-    """Source of random numbers that accompany pictures."""
+    """Source of random numbers that accompany images."""
 
     def __call__(self, seed: int, at: NDArray[np.int64], size: Size, /) -> Drawn_co:
-        """Draw for positions (b,) and pictures of this size."""
+        """Draw for positions (b,) and images of this size."""
         ...
 
 
@@ -28,7 +28,7 @@ class PosteriorNoise(NamedTuple):
 
     channels: int
     factor: int
-    """Side of a picture divided by the side of its latent."""
+    """Side of an image divided by the side of its latent."""
 
     def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> Tensor:
         shape = (self.channels, size[1] // self.factor, size[0] // self.factor)
@@ -36,7 +36,7 @@ class PosteriorNoise(NamedTuple):
 
 
 class Noising(NamedTuple):
-    """Settings for the random numbers of diffusion training, the same for pictures and caches."""
+    """Settings for the random numbers of diffusion training, the same for images and caches."""
 
     dropout: float = 0.0
     """Share of examples whose condition is the null condition."""
@@ -44,7 +44,7 @@ class Noising(NamedTuple):
     """Number of equal parts of [0, 1); that many consecutive positions draw their timesteps from different parts."""
     offset: float = 0.0
     """Scale of the offset noise: one normal number per channel, added to the channel's noise. It teaches the network to
-    shift a picture's mean (Guttenberg 2023, "Diffusion with offset noise")."""
+    shift an image's mean (Guttenberg 2023, "Diffusion with offset noise")."""
 
     def draw(
         self, seed: int, at: NDArray[np.int64], shape: tuple[int, ...], masks: DrawnMasks | None = None
@@ -66,13 +66,13 @@ PLAIN = Noising()
 
 
 class LatentNoise(NamedTuple):
-    """`Draws` of diffusion training on pictures that are encoded during training."""
+    """`Draws` of diffusion training on images that are encoded during training."""
 
     noising: Noising
     channels: int
     factor: int
     masks: bool = False
-    """Whether the pictures are to be inpainted."""
+    """Whether the images are to be inpainted."""
 
     def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> DrawnNoise:
         shape = (self.channels, size[1] // self.factor, size[0] // self.factor)
@@ -80,7 +80,7 @@ class LatentNoise(NamedTuple):
 
 
 def masking(seed: int, at: NDArray[np.int64], size: Size, shape: tuple[int, ...]) -> DrawnMasks:
-    """Draw masks for pictures of this size, whose latents have shape (c, h, w)."""
+    """Draw masks for images of this size, whose latents have shape (c, h, w)."""
     return DrawnMasks(draw_masks(seed, at, size), torch.from_numpy(normal(seed, Purpose.MASKED, at, shape)))
 
 

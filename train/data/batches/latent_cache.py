@@ -1,7 +1,7 @@
-"""Latent cache: the posteriors that a frozen autoencoder computes for a source's pictures, computed once.
+"""Latent cache: the posteriors that a frozen autoencoder computes for a source's images, computed once.
 
 Stage 2 reads them from disk (train/data/store/shards.py) and doesn't run the autoencoder. Each combination of weights,
-transform and number type has its own folder; the latent of a changed picture is computed again.
+transform and number type has its own folder; the latent of a changed image is computed again.
 """
 
 import hashlib
@@ -21,26 +21,26 @@ from tqdm import tqdm
 from ldm.errors import RunError
 from train.data.batches.buckets import Buckets
 from train.data.images.crop import Framing, Size
-from train.data.images.decode import DamagedPicture
+from train.data.images.decode import DamagedImage
 from train.data.sources.splits import Source
 from train.data.store.prefetch import read_ahead
-from train.data.store.row_index import Digests, digest, digests, doubled, picture_keys
+from train.data.store.row_index import Digests, digest, digests, image_keys, repeated
 from train.data.store.shards import Made, Processes, Shards, Stored, open_shards
 
-_PIXELS = 2**22  # encoded at once, at most: 16 pictures of 512²; an autoencoder in fp32 takes about 1 GB for each
+_PIXELS = 2**22  # encoded at once, at most: 16 images of 512²; an autoencoder in fp32 takes about 1 GB for each
 
 
-class PictureEncoder(Protocol):
-    """Frozen encoder: pictures (b, 3, H, W) in [−1, 1] → mean and deviation of scaled latents, (b, c, h, w) each."""
+class ImageEncoder(Protocol):
+    """Frozen encoder: images (b, 3, H, W) in [−1, 1] → mean and deviation of scaled latents, (b, c, h, w) each."""
 
     def __call__(self, pixels: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 class LatentCache:
-    """Posterior of each picture's latent: mean and standard deviation, as the encoder returned them.
+    """Posterior of each image's latent: mean and standard deviation, as the encoder returned them.
 
-    damaged: (n,) bool, pictures that can't be read and have no latent. crops: number of windows per picture. flip:
-    whether each window is also mirrored. With buckets, pictures of one rectangle have latents of one shape.
+    damaged: (n,) bool, images that can't be read and have no latent. crops: number of windows per image. flip:
+    whether each window is also mirrored. With buckets, images of one rectangle have latents of one shape.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LatentCache:
         buckets: Buckets | None = None,
     ) -> None:
         self.shards, self.crops, self.flip, self.damaged, self.buckets = list(shards), crops, flip, damaged, buckets
-        self._place = np.arange(len(damaged))  # index of each picture within its rectangle
+        self._place = np.arange(len(damaged))  # index of each image within its rectangle
         for members in buckets.members if buckets else ():
             self._place[members] = np.arange(len(members))
 
@@ -60,7 +60,7 @@ class LatentCache:
         return len(self.damaged)
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Return the shape (c, h, w) of a picture's latent."""
+        """Return the shape (c, h, w) of an image's latent."""
         return self._of(index).shape[1:]
 
     def _of(self, index: int) -> Shards:
@@ -69,9 +69,9 @@ class LatentCache:
     def gather(
         self, indices: NDArray[np.int64], crop: NDArray[np.int64] | int = 0, mirrored: NDArray[np.bool_] | bool = False
     ) -> Tensor:
-        """Return mean and standard deviation of these pictures' windows, (b, 2, c, h, w) float32.
+        """Return mean and standard deviation of these images' windows, (b, 2, c, h, w) float32.
 
-        All pictures must have one shape.
+        All images must have one shape.
         """
         rows = (self._place[indices] * self.crops + crop) * (1 + self.flip) + mirrored
         return self._of(int(indices[0])).gather(rows)
@@ -81,7 +81,7 @@ class LatentCache:
         cls,
         folder: Path,
         source: Source,
-        encode: PictureEncoder,
+        encode: ImageEncoder,
         *,
         digest: str,
         framing: Framing,
@@ -98,17 +98,17 @@ class LatentCache:
         """Open the cache of a source under `folder`, and complete it if needed; `encode` runs only for missing latents.
 
         digest: hash of the encoder's weights and of everything else its output depends on. channels: of a latent.
-        factor: side of a picture divided by the side of its latent. crops: random windows per picture, fixed by the
-        picture's name. With framing.flip, latents of the mirrored pictures are cached too. batch_size: pictures encoded
-        at once, by default as a GPU's memory allows. note: called with the number of readable pictures, and the (name,
-        reason) of each that can't be read. Raises RunError if no picture can be read, if the encoder returns another
+        factor: side of an image divided by the side of its latent. crops: random windows per image, fixed by the
+        image's name. With framing.flip, latents of the mirrored images are cached too. batch_size: images encoded
+        at once, by default as a GPU's memory allows. note: called with the number of readable images, and the (name,
+        reason) of each that can't be read. Raises RunError if no image can be read, if the encoder returns another
         shape or non-finite numbers, or if the disk is full.
         """
         processes = processes or Processes()
         sizes = buckets.sizes if buckets else [framing.square]
         members = buckets.members if buckets else [np.arange(len(source))]
-        keys = picture_keys(source)
-        doubtful = doubled(keys)
+        keys = image_keys(source)
+        ambiguous = repeated(keys)
         shards: list[Shards] = []
         reasons: dict[int, str] = {}
         for size, those in zip(sizes, members, strict=True):
@@ -116,14 +116,14 @@ class LatentCache:
             how = {"encoder": digest, "size": size, "crops": crops, "resampling": "lanczos", **asdict(framing)}
             windows = _Windows(source, those, size, framing, crops)
             at_once = batch_size or min(64, max(1, _PIXELS // (size[0] * size[1])))
-            rows = _Latents(windows, keys[those], doubtful[those], encode, shape, dtype, workers)
+            rows = _Latents(windows, keys[those], ambiguous[those], encode, shape, dtype, workers)
             opened, bad = open_shards(folder, "latents", how, rows, shape, dtype, processes, at_once)
             shards.append(opened)
             reasons |= {int(those[row // windows.views]): reason for row, reason in bad}
         damaged = np.zeros(len(source), bool)
         damaged[list(reasons)] = True
         if damaged.all():
-            raise RunError(f"not one picture of {source.place} can be read, e.g. {source[0].name}: {reasons[0]}")
+            raise RunError(f"not one image of {source.place} can be read, e.g. {source[0].name}: {reasons[0]}")
         listed = [(source[k].name, reason) for k, reason in sorted(reasons.items())]
         if processes.rank == 0:
             note(len(source) - len(listed), listed)
@@ -134,7 +134,7 @@ class LatentCache:
 
 
 class _Window(NamedTuple):
-    """A picture as input of the encoder."""
+    """An image as input of the encoder."""
 
     pixels: Tensor  # (3, H, W); zeros if it can't be read
     content: Digests  # (2,)
@@ -142,7 +142,7 @@ class _Window(NamedTuple):
 
 
 class _Windows:
-    """Windows of pictures by row. Rows are ordered by index among `members`, then crop, then plain or mirrored."""
+    """Windows of images by row. Rows are ordered by index among `members`, then crop, then plain or mirrored."""
 
     def __init__(self, source: Source, members: NDArray[np.int64], size: Size, framing: Framing, crops: int) -> None:
         self.source, self.members, self.size, self.framing, self.crops = source, members, size, framing, crops
@@ -151,20 +151,20 @@ class _Windows:
     def __len__(self) -> int:
         return len(self.members) * self.views
 
-    def content(self, picture: int) -> Digests:
-        """Return the digest, (2,), of the file of a picture, or of the reason why it can't be read.
+    def content(self, image: int) -> Digests:
+        """Return the digest, (2,), of the file of an image, or of the reason why it can't be read.
 
-        picture: index among the members.
+        image: index among the members.
         """
         try:
-            return digest(self.source.read(int(self.members[picture])))
-        except DamagedPicture as error:
+            return digest(self.source.read(int(self.members[image])))
+        except DamagedImage as error:
             return digest(error.reason.encode())
 
     def __getitems__(self, rows: Sequence[int], /) -> list[_Window]:
         windows: list[_Window] = []
-        for picture, own in _runs(rows, self.views):
-            index, empty = int(self.members[picture]), torch.zeros(3, self.size[1], self.size[0])
+        for member, own in _runs(rows, self.views):
+            index, empty = int(self.members[member]), torch.zeros(3, self.size[1], self.size[0])
             name, content = self.source[index].name, None
             try:
                 file = self.source.read(index)
@@ -174,7 +174,7 @@ class _Windows:
                     crop, flip = divmod(row % self.views, 1 + self.framing.flip)
                     pixels = self.framing.cut(image, self.size, stored_place(name, crop), bool(flip))
                     windows.append(_Window(pixels, content, ""))
-            except DamagedPicture as error:
+            except DamagedImage as error:
                 content = digest(error.reason.encode()) if content is None else content
                 windows += [_Window(empty, content, error.reason) for _ in own]
         return windows
@@ -187,33 +187,33 @@ class _Latents:
         self,
         windows: _Windows,
         keys: Digests,
-        doubtful: NDArray[np.bool_],
-        encode: PictureEncoder,
+        ambiguous: NDArray[np.bool_],
+        encode: ImageEncoder,
         shape: tuple[int, ...],
         dtype: Stored,
         workers: int,
     ) -> None:
-        """keys, doubtful: those of the windows' pictures."""
+        """keys, ambiguous: those of the windows' images."""
         self.windows, self.encode, self.shape, self.dtype, self.workers = windows, encode, shape, dtype, workers
         self.keys = np.repeat(keys, windows.views, 0)
         self.keys[:, 0] += np.tile(np.arange(windows.views, dtype=np.uint64), len(keys))
-        self.doubtful = np.repeat(doubtful, windows.views)
+        self.ambiguous = np.repeat(ambiguous, windows.views)
         self._at_once = 2**31
 
-    def likes(self, rows: NDArray[np.int64]) -> Digests:
-        pictures, views = np.divmod(rows, self.windows.views)
-        pictures, which = np.unique(pictures, return_inverse=True)
-        files = (self.windows.source[k] for k in self.windows.members[pictures].tolist())
-        likes = digests(json.dumps([file.name, file.size]) for file in files)[which]
-        likes[:, 0] += views.astype(np.uint64)
-        return likes
+    def weak_keys(self, rows: NDArray[np.int64]) -> Digests:
+        images, views = np.divmod(rows, self.windows.views)
+        images, which = np.unique(images, return_inverse=True)
+        files = (self.windows.source[k] for k in self.windows.members[images].tolist())
+        weak_keys = digests(json.dumps([file.name, file.size]) for file in files)[which]
+        weak_keys[:, 0] += views.astype(np.uint64)
+        return weak_keys
 
     def contents(self, rows: NDArray[np.int64]) -> Digests:
-        pictures, which = np.unique(rows // self.windows.views, return_inverse=True)
-        contents = np.empty((len(pictures), 2), np.uint64)
-        with ThreadPoolExecutor(8) as pool, tqdm(total=len(pictures), desc="comparing", leave=False, delay=2) as bar:
-            for k in range(0, len(pictures), 1024):  # threads, as reading and hashing release the interpreter lock
-                part = pictures[k : k + 1024].tolist()
+        images, which = np.unique(rows // self.windows.views, return_inverse=True)
+        contents = np.empty((len(images), 2), np.uint64)
+        with ThreadPoolExecutor(8) as pool, tqdm(total=len(images), desc="comparing", leave=False, delay=2) as bar:
+            for k in range(0, len(images), 1024):  # threads, as reading and hashing release the interpreter lock
+                part = images[k : k + 1024].tolist()
                 contents[k : k + 1024] = list(pool.map(self.windows.content, part))
                 bar.update(len(part))
         return contents[which]
@@ -241,13 +241,13 @@ class _Latents:
 
 
 def stored_place(name: str, crop: int) -> tuple[float, float]:
-    """Return the place of a picture's crop-th stored window, in [0, 1) across and down. Depends only on the name."""
+    """Return the place of an image's crop-th stored window, in [0, 1) across and down. Depends only on the name."""
     digest = hashlib.blake2b(f"{crop} {name}".encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 
 
 def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
-    """Group the rows of each picture, so that a file is decoded once for all its windows in a batch."""
+    """Group the rows of each image, so that a file is decoded once for all its windows in a batch."""
     own: list[int] = []
     for row in rows:
         if own and row // views != own[0] // views:
@@ -259,7 +259,7 @@ def _runs(rows: Sequence[int], views: int) -> Iterator[tuple[int, list[int]]]:
 
 
 def storable(values: Tensor, shape: tuple[int, ...], dtype: Stored, first: str) -> NDArray[Any]:
-    """Return the encoder's output in the stored type. first: name of the batch's first picture, for messages.
+    """Return the encoder's output in the stored type. first: name of the batch's first image, for messages.
 
     Raises RunError if the output has another shape, or numbers that aren't finite in this type.
     """

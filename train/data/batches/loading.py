@@ -1,9 +1,9 @@
-"""Training batches in order: this process's parts of each step, prefetched, with damaged pictures counted."""
+"""Training batches in order: this process's parts of each step, prefetched, with damaged images counted."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from train.data.batches.pictures import StreamDataset
+from train.data.batches.images import StreamDataset
 from train.data.batches.records import Examples
 from train.data.batches.unreadable import Damage
 from train.data.order.permutation import positions

@@ -34,22 +34,22 @@ class Examples(Record):
     position: Tensor
     """Positions in training, (b,)."""
     index: Tensor
-    """Indices of the pictures in their source, (b,)."""
+    """Indices of the images in their source, (b,)."""
     damaged: Sequence[tuple[str, str]] = ()
-    """Name and reason of every unreadable picture that was replaced by another."""
+    """Name and reason of every unreadable image that was replaced by another."""
     left_out: Sequence[tuple[str, str]] = ()
     """Name and reason of everything that a stream has left out since the last batch."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PictureBatch(Examples, Generic[Drawn]):
-    """Decoded pictures, and one caption for each."""
+class ImageBatch(Examples, Generic[Drawn]):
+    """Decoded images, and one caption for each."""
 
     pixels: Tensor
     """Pixels, (b, 3, h, w) in [−1, 1]."""
     captions: list[str]
     drawn: Drawn
-    """Random numbers that accompany the pictures."""
+    """Random numbers that accompany the images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class DrawnMasks(Record):
     mask: Tensor
     """Masks, (b, 1, H, W), 1 where to paint."""
     noise: Tensor
-    """Noise with which the posterior of a masked picture is sampled, (b, c, h, w)."""
+    """Noise with which the posterior of a masked image is sampled, (b, c, h, w)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,4 +89,4 @@ class CachedBatch(Examples):
     """Text features, (b, L, d); dropped captions are already replaced by the null condition."""
     drawn: DrawnNoise
     pixels: Tensor | None = None
-    """Pictures to be inpainted, (b, 3, H, W) in [−1, 1]."""
+    """Images to be inpainted, (b, 3, H, W) in [−1, 1]."""

@@ -29,14 +29,14 @@ class TextCache:
     """Features (L, d) of each distinct caption; row 0 is the null condition, the encoding of "" (no text)."""
 
     def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """captions: row of each caption. first: (n + 1,), index into `captions` at which each picture's begin."""
+        """captions: row of each caption. first: (n + 1,), index into `captions` at which each image's begin."""
         self.shards, self.captions, self.first = shards, captions, first
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def rows(self, indices: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the row of one caption for each of these pictures, chosen by u in [0, 1)."""
+        """Return the row of one caption for each of these images, chosen by u in [0, 1)."""
         first, end = self.first[indices], self.first[indices + 1]
         return self.captions[first + (u * (end - first)).astype(np.int64)]
 
@@ -67,8 +67,8 @@ class TextCache:
         how = {"encoder": digest}
         shards, _ = open_shards(folder, "text", how, rows, shape, dtype, processes or Processes(), batch_size)
         each, first = array("q"), array("q", [0])
-        for picture in source:
-            each.extend(row[text] for text in picture.captions)
+        for image in source:
+            each.extend(row[text] for text in image.captions)
             first.append(len(each))
         return cls(shards, np.array(each), np.array(first))
 
@@ -78,9 +78,9 @@ class _Texts:
 
     def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
         self.captions, self.encode, self.shape, self.dtype = captions, encode, shape, dtype
-        self.keys, self.doubtful = digests(captions), np.zeros(len(captions), bool)
+        self.keys, self.ambiguous = digests(captions), np.zeros(len(captions), bool)
 
-    def likes(self, rows: NDArray[np.int64]) -> Digests:
+    def weak_keys(self, rows: NDArray[np.int64]) -> Digests:
         return self.keys[rows]
 
     def contents(self, rows: NDArray[np.int64]) -> Digests:

@@ -1,4 +1,4 @@
-"""Handling of pictures that can't be read: count them, list them, and stop if there are too many."""
+"""Handling of images that can't be read: count them, list them, and stop if there are too many."""
 
 import contextlib
 import json
@@ -13,21 +13,21 @@ _FEW = 100  # below this number of examples, the share of damaged ones isn't mea
 
 
 class Damage:
-    """Counter of pictures that can't be read. It lists each once in a report, and stops if there are too many.
+    """Counter of images that can't be read. It lists each once in a report, and stops if there are too many.
 
     A line of the report is {"file", "reason"}. Each process has its own counter; all may share the report.
     """
 
     def __init__(self, report: Path, most: float = 0.1, say: Callable[[str], None] = print) -> None:
-        """most: largest accepted share of damaged pictures."""
+        """most: largest accepted share of damaged images."""
         self.report, self.most, self.say = report, most, say
         self.seen = self.bad = 0
         self.listed = _listed(report)
 
     def note(self, readable: int, damaged: Iterable[tuple[str, str]], *, whole: bool = False) -> None:
-        """Count `readable` pictures that were read, and the (name, reason) of those that weren't.
+        """Count `readable` images that were read, and the (name, reason) of those that weren't.
 
-        whole: these are all the pictures of the dataset. Raises RunError if too many are damaged: if whole, more than
+        whole: these are all the images of the dataset. Raises RunError if too many are damaged: if whole, more than
         the accepted share; else, more than chance would explain.
         """
         damaged = list(damaged)
@@ -35,11 +35,11 @@ class Damage:
         self.bad += len(damaged)
         if not damaged:
             return
-        self.list(damaged, "can't read", "; another picture stands in")
+        self.list(damaged, "can't read", "; another image stands in")
         expected = self.most * (self.seen if whole else max(self.seen, _FEW))
         if self.bad > expected + (0 if whole else 3 * math.sqrt(expected)):
             raise RunError(
-                f"{self.bad:,} of {self.seen:,} pictures can't be read, more than the share of {self.most:g} that "
+                f"{self.bad:,} of {self.seen:,} images can't be read, more than the share of {self.most:g} that "
                 f"--input.max-damaged allows; {self.report} lists them"
             )
 
@@ -63,11 +63,11 @@ class Damage:
 
 @dataclass(frozen=True)
 class DamageReport:
-    """Report of pictures that can't be read, with a counter for each source."""
+    """Report of images that can't be read, with a counter for each source."""
 
     path: Path
     most: float
-    """Largest accepted share of a source's damaged pictures."""
+    """Largest accepted share of a source's damaged images."""
     say: Callable[[str], None]
     main: bool = True
     """Whether this process lists what sources leave out."""

@@ -1,4 +1,4 @@
-"""Crop and size of a training picture."""
+"""Crop and size of a training image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.formats import MAX_PIXELS
 from train.data.images import Crop
-from train.data.images.decode import load_picture, to_tensor
+from train.data.images.decode import load_image, to_tensor
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -16,14 +16,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """Conversion of a file to the picture used in training."""
+    """Conversion of a file to the image used in training."""
 
     resolution: int
-    """Side of a square picture, or the square root of a rectangle's area."""
+    """Side of a square image, or the square root of a rectangle's area."""
     crop: Crop = "center"
     flip: bool = False
     background: tuple[int, int, int] = (255, 255, 255)
-    """Background behind transparent pictures."""
+    """Background behind transparent images."""
     max_pixels: int = MAX_PIXELS
 
     @property
@@ -31,9 +31,9 @@ class Framing:
         return self.resolution, self.resolution
 
     def load(self, file: bytes, name: str) -> Image.Image:
-        """Load the whole picture in mode RGB. Raises DamagedPicture."""
-        return load_picture(file, name=name, max_pixels=self.max_pixels, background=self.background)
+        """Load the whole image in mode RGB. Raises DamagedImage."""
+        return load_image(file, name=name, max_pixels=self.max_pixels, background=self.background)
 
     def cut(self, image: Image.Image, size: Size, place: Sequence[float], flip: bool) -> Tensor:
-        """Crop and resize a picture, (3, height, width) in [−1, 1]. place: of a random crop, in [0, 1) each."""
+        """Crop and resize an image, (3, height, width) in [−1, 1]. place: of a random crop, in [0, 1) each."""
         return to_tensor(image, size, crop=self.crop, place=place, flip=flip)

@@ -1,4 +1,4 @@
-"""Decoding of any picture file to an 8-bit RGB picture and a tensor, or to a reason why that fails.
+"""Decoding of any image file to an 8-bit RGB image and a tensor, or to a reason why that fails.
 
 Alpha is composed over a background, EXIF rotation is applied, 16-bit grey is scaled to 8 bits, colours are converted
 from the file's colour profile to sRGB, and the first frame of an animation is used. Only the formats in FORMATS are
@@ -31,7 +31,7 @@ Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces this limit; it is checked a
 _MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
 
 
-class DamagedPicture(Exception):
+class DamagedImage(Exception):
     """A file that can't be decoded, and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -42,24 +42,24 @@ class DamagedPicture(Exception):
         return f"{self.name}: {self.reason}"
 
 
-def load_picture(
+def load_image(
     file: bytes | Path,
     *,
     name: str = "",
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
-    """Return the picture in a file, mode RGB.
+    """Return the image in a file, mode RGB.
 
-    name: for messages; empty: the path. Raises DamagedPicture, or OSError if the machine failed rather than the file.
+    name: for messages; empty: the path. Raises DamagedImage, or OSError if the machine failed rather than the file.
     """
     with _open(file, name, max_pixels) as image:
         image.load()
         return to_rgb(image, background)
 
 
-def picture_size(file: bytes | Path, *, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return width and height of load_picture's result, read from the file's header. Raises the same errors."""
+def image_size(file: bytes | Path, *, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return width and height of load_image's result, read from the file's header. Raises the same errors."""
     with _open(file, name, max_pixels) as image:
         width, height = image.size
         return (height, width) if sideways(image) else (width, height)
@@ -73,11 +73,11 @@ def to_tensor(
     place: Sequence[float] = (0.5, 0.5),
     flip: bool = False,
 ) -> Tensor:
-    """Crop an RGB picture to the proportions of `size` and resize it: (3, height, width) in [−1, 1].
+    """Crop an RGB image to the proportions of `size` and resize it: (3, height, width) in [−1, 1].
 
     The crop is as large as possible. size: width and height, or the side of a square. place: two numbers in [0, 1) that
     set the position of a "random" crop, across and down; a "center" crop is centred within half a pixel. Resizing is
-    Lanczos, with the filter widened when it shrinks (no aliasing); a picture of the right size is copied bit for bit.
+    Lanczos, with the filter widened when it shrinks (no aliasing); an image of the right size is copied bit for bit.
     """
     target = (size, size) if isinstance(size, int) else size
     least = min(length * other for length, other in zip(image.size, reversed(target), strict=True))
@@ -103,22 +103,22 @@ def to_tensor(
 
 @contextmanager
 def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """Open a picture within the limit, without decoding it. Errors inside become DamagedPicture."""
-    name = name or (str(file) if isinstance(file, Path) else "picture")
+    """Open an image within the limit, without decoding it. Errors inside become DamagedImage."""
+    name = name or (str(file) if isinstance(file, Path) else "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # for a damaged file, the exception is enough
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     reason = f"{image.width} × {image.height} pixels; up to {max_pixels:,} are accepted"
-                    raise DamagedPicture(name, reason)
+                    raise DamagedImage(name, reason)
                 yield image
-    except (DamagedPicture, MemoryError):
+    except (DamagedImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DamagedPicture(name, f"not a picture of an accepted format ({', '.join(FORMATS)})") from None
+        raise DamagedImage(name, f"not an image of an accepted format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DamagedPicture(name, one_line(message, 200)) from error
+        raise DamagedImage(name, one_line(message, 200)) from error

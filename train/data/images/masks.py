@@ -1,6 +1,6 @@
-"""Masks for inpainting: the area to paint in a training picture, drawn as a function of (seed, position).
+"""Masks for inpainting: the area to paint in a training image, drawn as a function of (seed, position).
 
-Masks resemble those made by hand: brush strokes, boxes, and the whole picture. Masks of the whole picture keep an
+Masks resemble those made by hand: brush strokes, boxes, and the whole image. Masks of the whole image keep an
 inpainting network able to paint from text alone.
 """
 
@@ -37,7 +37,7 @@ def _draw(random: Generator, size: Size) -> NDArray[np.float32]:
 
 
 def _box(draw: ImageDraw.ImageDraw, random: Generator, size: Size) -> None:
-    """Draw a box of any position and proportion, with sides from 1/8 of the picture's to all of it."""
+    """Draw a box of any position and proportion, with sides from 1/8 of the image's to all of it."""
     sides = [max(1, round(side * random.uniform(1 / 8, 1))) for side in size]
     first = [int(random.integers(0, whole - part + 1)) for whole, part in zip(size, sides, strict=True)]
     last = [begin + part - 1 for begin, part in zip(first, sides, strict=True)]  # PIL includes both corners in the box

@@ -34,7 +34,7 @@ class Purpose(IntEnum):
     STREAM = 13  # its position counts draws from a stream's buffer
     BUCKET = 14
     MASK = 15
-    MASKED = 16  # the posterior of a masked picture
+    MASKED = 16  # the posterior of a masked image
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:

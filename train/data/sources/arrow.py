@@ -1,4 +1,4 @@
-"""Catalogue of pictures and captions in columns of a memory-mapped `datasets.Dataset`."""
+"""Catalogue of images and captions in columns of a memory-mapped `datasets.Dataset`."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.errors import UserError, one_line
-from train.data.images.decode import DamagedPicture
+from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row
 
 _IMAGES = ("image", "jpg", "png", "img", "picture")
@@ -22,13 +22,13 @@ _PER_NAME = 10  # with more rows per name, row numbers are used instead
 
 
 class Table(Catalogue):
-    """Rows of a `datasets.Dataset` in its order, without those that have no picture.
+    """Rows of a `datasets.Dataset` in its order, without those that have no image.
 
-    A row's name is its picture's path in the table if all rows have a safe one, else its number.
+    A row's name is its image's path in the table if all rows have a safe one, else its number.
     """
 
     def __init__(self, dataset: Any, columns: Columns, place: str, mtime_ns: int, caches: Sequence[str] = ()) -> None:
-        """caches: folders whose files may be used in place of a picture's bytes."""
+        """caches: folders whose files may be used in place of an image's bytes."""
         self.place, self.columns, self.mtime_ns, self.caches = place, columns, mtime_ns, caches
         self.image, self.caption = choose_columns(dataset.features, columns, place)
         self.labels: list[str] | None = getattr(_element(dataset.features.get(self.caption)), "names", None)
@@ -40,7 +40,7 @@ class Table(Catalogue):
         self.numbers = np.flatnonzero(sizes >= 0) if left_out else None  # table numbers of the kept rows
         if not len(self):
             why = f", e.g. {': '.join(left_out[0])}" if left_out else ""
-            raise UserError(f"{place} has no pictures: none of its {len(sizes):,} rows has one{why}")
+            raise UserError(f"{place} has no images: none of its {len(sizes):,} rows has one{why}")
         paths = [_safe_path(path) for path, size in zip(self.paths, sizes.tolist(), strict=True) if size >= 0]
         self.named = "" not in paths and len(set(paths)) * _PER_NAME >= len(paths)
 
@@ -57,7 +57,7 @@ class Table(Catalogue):
         if (data := self.bytes[number]) is not None:
             return data
         if (file := self._cached(self.paths[number])) is None:
-            raise DamagedPicture(self.row(k).name, "no longer in the cache of its library")
+            raise DamagedImage(self.row(k).name, "no longer in the cache of its library")
         return file.read_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,12 +74,12 @@ class Table(Catalogue):
 
         table = self.dataset.data.table
         nothing = pa.chunked_array([pa.nulls(len(table))])
-        pictures = table[self.image]
+        images = table[self.image]
         parts = {"bytes": nothing, "path": nothing}
-        if pa.types.is_struct(pictures.type):
-            parts |= {f.name: pc.struct_field(pictures, f.name) for f in pictures.type if f.name in parts}
+        if pa.types.is_struct(images.type):
+            parts |= {f.name: pc.struct_field(images, f.name) for f in images.type if f.name in parts}
         else:
-            parts["path" if _is_text(pictures.type) else "bytes"] = pictures
+            parts["path" if _is_text(images.type) else "bytes"] = images
         self.bytes, self.paths = Cells(parts["bytes"]), Cells(parts["path"])
         self.texts = Cells(table[self.caption] if self.caption else nothing)
 
@@ -94,14 +94,14 @@ class Table(Catalogue):
                 raise UserError(f"{self.place}: column {column!r} is damaged: {one_line(error, 300)}") from None
 
     def _sizes(self) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
-        """Return the bytes of each picture in the table, −1 for those to leave out, and the (name, reason) of these."""
+        """Return the bytes of each image in the table, −1 for those to leave out, and the (name, reason) of these."""
         sizes, left_out = self.bytes.sizes(), []
         for number in np.flatnonzero(sizes < 0).tolist():
             if file := self._cached(self.paths[number]):
                 sizes[number] = file.stat().st_size
         for number in np.flatnonzero((sizes < 0) | (sizes > MAX_BYTES)).tolist():
             path = self.paths[number]
-            reason = "the table has a path in the picture's place, which isn't followed" if path else "no picture"
+            reason = "the table has a path in the image's place, which isn't followed" if path else "no image"
             if sizes[number] > MAX_BYTES:
                 reason = f"{sizes[number]:,} bytes; up to {MAX_BYTES:,} are accepted"
             sizes[number] = -1
@@ -154,13 +154,13 @@ class Cells:
 
 
 def choose_columns(features: Any, columns: Columns, place: str) -> tuple[str, str]:
-    """Return the columns of pictures and captions among datasets.Features; "" for captions if absent and not needed.
+    """Return the columns of images and captions among datasets.Features; "" for captions if absent and not needed.
 
     Raises UserError if a column is missing or has the wrong type.
     """
     types = {field.name: field.type for field in features.arrow_schema}
-    pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    wanted = (columns.image,) if columns.image else tuple(pictures) if len(pictures) == 1 else _IMAGES
+    images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    wanted = (columns.image,) if columns.image else tuple(images) if len(images) == 1 else _IMAGES
     image = next((name for name in wanted if name in types), None)
     wanted_captions = (columns.caption,) if columns.caption else _LABELS if columns.template else _CAPTIONS
     caption = next((name for name in wanted_captions if name in types), None)
@@ -171,8 +171,8 @@ def choose_columns(features: Any, columns: Columns, place: str) -> tuple[str, st
         hint = f" (labels in {labels[0]} can be captions: see --input.caption-template)" if labels and image else ""
         raise UserError(f"{place} has no column {', '.join(absent)}; it has: {', '.join(types)[:300]}{hint}")
     assert image is not None
-    if not _is_picture(types[image]):
-        raise UserError(f"{place}: column {image!r} holds {types[image]!s:.80}, not the bytes of pictures")
+    if not _is_image(types[image]):
+        raise UserError(f"{place}: column {image!r} holds {types[image]!s:.80}, not the bytes of images")
     if caption is not None:
         _check_captions(types[caption], _element(features[caption]), columns, f"{place}: column {caption!r}")
     return image, caption or ""
@@ -198,12 +198,12 @@ def _element(feature: Any) -> Any:
     return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
 
 
-def _is_picture(kind: Any) -> bool:
+def _is_image(kind: Any) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
         parts = {field.name: field.type for field in kind}
-        return "bytes" in parts and (pa.types.is_null(parts["bytes"]) or _is_picture(parts["bytes"]))
+        return "bytes" in parts and (pa.types.is_null(parts["bytes"]) or _is_image(parts["bytes"]))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 

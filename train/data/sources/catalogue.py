@@ -1,4 +1,4 @@
-"""Common interface of all dataset formats: rows in a fixed order, each a picture's file and its captions.
+"""Common interface of all dataset formats: rows in a fixed order, each an image's file and its captions.
 
 Each format is read by one module (folders, tars, tables), which returns a `Catalogue`; train/data/sources/splits.py
 selects splits from it.
@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 MOST_HELD_OUT = 1000
-MAX_BYTES = 2**30  # largest accepted file of a picture
+MAX_BYTES = 2**30  # largest accepted file of an image
 
 
 class Row(NamedTuple):
-    """A picture's entry in the catalogue."""
+    """An image's entry in the catalogue."""
 
     name: str
     """Name in the dataset, with "/" as separator. It appears in reports, and determines the row's split."""
@@ -34,10 +34,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Location of a row's picture and captions."""
+    """Location of a row's image and captions."""
 
     image: str = ""
-    """Column that names or holds the picture (in tars: extension of the picture); empty: the format's usual ones."""
+    """Column that names or holds the image (in tars: extension of the image); empty: the format's usual ones."""
     caption: str = ""
     """Column of the caption (in tars: extension, or key in the sample's .json); empty: text, then caption."""
     template: str = ""
@@ -68,7 +68,7 @@ class Catalogue(ABC):
 
     @abstractmethod
     def read(self, k: int) -> bytes:
-        """Return the content of the picture's file. Raises OSError, or DamagedPicture if there is nothing to read."""
+        """Return the content of the image's file. Raises OSError, or DamagedImage if there is nothing to read."""
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.row, range(len(self)))

@@ -1,7 +1,7 @@
-"""Pictures in an untrusted folder, with metadata.jsonl or metadata.csv, .txt files, or one folder per class.
+"""Images in an untrusted folder, with metadata.jsonl or metadata.csv, .txt files, or one folder per class.
 
 Only metadata.jsonl, metadata.csv and .txt files are opened. Paths in a row must lie inside the folder after links are
-followed; so must the target of every link to a picture or a .txt.
+followed; so must the target of every link to an image or a .txt.
 """
 
 import csv
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError
-from train.data.images.decode import DamagedPicture
+from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits, text_of
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _FILE_NAME = "file_name"
-_MOST_TEXT = 2**20  # bytes of the caption file beside a picture
+_MOST_TEXT = 2**20  # bytes of the caption file beside an image
 _CAPTIONS = ("text", "caption")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
@@ -43,7 +43,7 @@ class Strings:
 
 
 class Folder(Catalogue):
-    """Pictures ordered by name. A row's name is its path inside the folder."""
+    """Images ordered by name. A row's name is its path inside the folder."""
 
     def __init__(self, folder: Path, rows: Iterable[Row], left_out: Iterable[tuple[str, str]] = ()) -> None:
         rows = sorted(rows)
@@ -65,22 +65,22 @@ class Folder(Catalogue):
         try:
             with open(self.folder / self.names[k], "rb") as file:
                 if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                    raise DamagedPicture(self.names[k], f"{size:,} bytes; up to {MAX_BYTES:,} are accepted")
+                    raise DamagedImage(self.names[k], f"{size:,} bytes; up to {MAX_BYTES:,} are accepted")
                 return file.read()
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-            raise DamagedPicture(self.names[k], str(error.strerror)) from None
+            raise DamagedImage(self.names[k], str(error.strerror)) from None
 
     def part(self, inside: str) -> "Folder":
-        """Return the pictures of one subfolder; their names don't change."""
+        """Return the images of one subfolder; their names don't change."""
         begins = f"{inside}/"
         rows = (row for row in self if row.name.startswith(begins))
         return Folder(self.folder, rows, [lost for lost in self.left_out if lost[0].startswith(begins)])
 
 
 def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
-    """Return the splits of a folder of pictures: those of `names` that are subfolders, or are in its metadata's paths.
+    """Return the splits of a folder of images: those of `names` that are subfolders, or are in its metadata's paths.
 
-    Raises UserError, at once or from the returned openers, for a folder without pictures (with a list of what was
+    Raises UserError, at once or from the returned openers, for a folder without images (with a list of what was
     searched for), for unreadable metadata, and for a row or a link that leads out of the folder.
     """
     root = Path(data).resolve()
@@ -101,7 +101,7 @@ def _split_folder(root: Path, name: str, columns: Columns) -> Folder:
 
 
 def list_folder(folder: Path, columns: Columns) -> Folder:
-    """List the pictures of a resolved folder. Several rows of one picture are its captions. Errors as above."""
+    """List the images of a resolved folder. Several rows of one image are its captions. Errors as above."""
     metadata = find_metadata(folder)
     if metadata is None:
         return Folder(folder, *_list_texts(folder, columns))
@@ -110,7 +110,7 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
         captions.setdefault(name, []).extend(texts)
     if not captions:
         raise UserError(
-            f"{metadata} has no rows: a row a picture is expected, with {columns.image or _FILE_NAME!r} and a caption"
+            f"{metadata} has no rows: a row an image is expected, with {columns.image or _FILE_NAME!r} and a caption"
         )
     files = dict(_scan(folder))
     rows, missing = [], []
@@ -127,7 +127,7 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
 
 
 def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[str, str]]]:
-    """List pictures with a .txt beside them or, if captions are made from labels, in one folder per class.
+    """List images with a .txt beside them or, if captions are made from labels, in one folder per class.
 
     Returns what is left out too.
     """
@@ -135,9 +135,9 @@ def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[s
         raise UserError(f"{folder} has no {' or '.join(_METADATA)} in which there could be a column {column!r}")
     files = {name: found or _look(folder, name) for name, found in _scan(folder)}
     names = [name for name, found in files.items() if found and name.lower().endswith(_SUFFIXES)]
-    looked_for = "metadata.jsonl, metadata.csv, or a .txt beside each picture"
+    looked_for = "metadata.jsonl, metadata.csv, or a .txt beside each image"
     if not names:
-        raise UserError(f"no pictures in {folder}: looked for {looked_for} ({', '.join(s[1:] for s in _SUFFIXES)})")
+        raise UserError(f"no images in {folder}: looked for {looked_for} ({', '.join(s[1:] for s in _SUFFIXES)})")
 
     def captions(name: str) -> list[str]:
         if columns.template:
@@ -153,7 +153,7 @@ def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[s
     rows = [Row(name, *(files[name] or (0, 0)), tuple(filter(None, captions(name))) or ("",)) for name in names]
     if columns.captioned and not any(any(row.captions) for row in rows):
         looked_for += ", or a folder a class with --input.caption-template 'a photo of a {}'"
-        raise UserError(f"{folder} has {len(names):,} pictures but no captions: looked for {looked_for}")
+        raise UserError(f"{folder} has {len(names):,} images but no captions: looked for {looked_for}")
     return rows, left_out
 
 
@@ -228,8 +228,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} can't be read near line {max(number, 1)}: {error}") from None
 
 
-def has_pictures(folder: Path) -> bool:
-    """Return whether a picture's file is anywhere in a folder."""
+def has_images(folder: Path) -> bool:
+    """Return whether an image's file is anywhere in a folder."""
     return any(name.lower().endswith(_SUFFIXES) for name, _ in _scan(folder))
 
 

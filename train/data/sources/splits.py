@@ -1,9 +1,9 @@
-"""Resolution of `--data`: the dataset's format, the wanted split of it, and the pictures that are held out.
+"""Resolution of `--data`: the dataset's format, the wanted split of it, and the images that are held out.
 
-    data/metadata.jsonl (or .csv)      one row per picture: file_name, text; further rows add captions to it
+    data/metadata.jsonl (or .csv)      one row per image: file_name, text; further rows add captions to it
     data/cat.png, data/cat.txt         no metadata: each non-empty line of the .txt is a caption
     data/cat/1.png, data/dog/1.png     with a template for captions: one folder per class
-    data/*.parquet, hub ids            a column of pictures, one of captions; also what datasets' save_to_disk writes
+    data/*.parquet, hub ids            a column of images, one of captions; also what datasets' save_to_disk writes
     data/{000..099}.tar                WebDataset: 0001.jpg, 0001.txt or 0001.json, …
 
 Splits are subfolders (train, validation or val, test), beginnings of file names (train-00000.parquet), or the splits of
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from ldm.errors import UserError
 from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Opener, Row, Splits
-from train.data.sources.folders import find_folder, find_metadata, has_pictures
+from train.data.sources.folders import find_folder, find_metadata, has_images
 from train.data.sources.tables import find_tables
 from train.data.sources.tars import find_tars
 
 Split = Literal["train", "validation", "test"]
 
 _FORMS: tuple[Callable[[str, Columns, Sequence[str]], Splits | None], ...] = (find_tars, find_tables)
-"""Finders, tried in this order; each returns None for another format. If all do, a folder is one of pictures."""
+"""Finders, tried in this order; each returns None for another format. If all do, a folder is one of images."""
 _NAMES = ("train", "validation", "valid", "val", "dev", "test")
 _HELD_OUT: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev", "test"),
@@ -39,7 +39,7 @@ _HELD_OUT: dict[str, tuple[str, ...]] = {
 
 
 class Source:
-    """Pictures of one split, by index; the order is the catalogue's.
+    """Images of one split, by index; the order is the catalogue's.
 
     The selection of rows takes no memory, unless they were chosen one by one.
     """
@@ -67,7 +67,7 @@ class Source:
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         if self.only is not None:
             return int(self.only[index])
         return int(index + np.searchsorted(self._gaps, index, side="right"))
@@ -79,17 +79,17 @@ class Source:
         return (self[k] for k in range(len(self)))
 
     def read(self, index: int) -> bytes:
-        """Return the content of a picture's file. Raises OSError, or DamagedPicture if there is nothing to read."""
+        """Return the content of an image's file. Raises OSError, or DamagedImage if there is nothing to read."""
         return self.catalogue.read(self._row(index))
 
     def captions(self, most: int | None = None) -> Iterator[str]:
-        """Yield the captions of all pictures in turn, or of `most` pictures that are spread evenly."""
+        """Yield the captions of all images in turn, or of `most` images that are spread evenly."""
         n = len(self)
         count = n if most is None else min(most, n)
         return (text for k in range(count) for text in self[k * n // count].captions)
 
     def only_where(self, stays: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
-        """Return a source of the pictures where `stays` (n,) is true. left_out: (name, reason) of reported removals."""
+        """Return a source of the images where `stays` (n,) is true. left_out: (name, reason) of reported removals."""
         rows = np.array([self._row(int(k)) for k in np.flatnonzero(stays)], np.int64)
         return Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
 
@@ -108,7 +108,7 @@ class Source:
     def __str__(self) -> str:
         notes = [f"{len(self.left_out):,} can't be had"] if self.left_out else []
         notes += [f"{self.catalogue.uncaptioned:,} without a caption"] if self.catalogue.uncaptioned else []
-        return ", ".join([f"{len(self):,} pictures ({self.split}) in {self.place}", *notes])
+        return ", ".join([f"{len(self):,} images ({self.split}) in {self.place}", *notes])
 
 
 def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Splits:
@@ -118,16 +118,16 @@ def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Spl
     what was searched for), for unreadable files, and for paths that lead out of the folder.
     """
     if not data:
-        raise UserError("--data is missing: a folder of captioned pictures, parquet or tar files, or a hub id")
+        raise UserError("--data is missing: a folder of captioned images, parquet or tar files, or a hub id")
     wanted = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
     is_folder = os.path.isdir(data)
     found: Splits | None = None
     if not (is_folder and find_metadata(Path(data).resolve())):
         tried = (find(data, columns, wanted) for find in _FORMS)
         found = next((splits for splits in tried if splits is not None), None)
-    if found and is_folder and has_pictures(Path(data)):
+    if found and is_folder and has_images(Path(data)):
         raise UserError(
-            f"{data} holds pictures, and tar or parquet files too: give one of them as --data, e.g. '{data}/*.tar'"
+            f"{data} holds images, and tar or parquet files too: give one of them as --data, e.g. '{data}/*.tar'"
         )
     if found is None and not is_folder:
         raise UserError(
@@ -141,14 +141,14 @@ def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Spl
 def _opened(opener: Opener, columns: Columns) -> Catalogue:
     catalogue = opener()
     if columns.captioned and len(catalogue) and catalogue.uncaptioned == len(catalogue):
-        raise UserError(f"{catalogue.place}: the captions of all {len(catalogue):,} pictures are empty")
+        raise UserError(f"{catalogue.place}: the captions of all {len(catalogue):,} images are empty")
     return catalogue
 
 
 def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", fraction: float = 0.05) -> Source:
     """Return one split. If there is only one for training, a share of it is held out for validation and test.
 
-    The held-out pictures are those whose names have the lowest hashes, 1 to 1000 of them, so that a picture keeps its
+    The held-out images are those whose names have the lowest hashes, 1 to 1000 of them, so that an image keeps its
     side when others are added (until there are 1000). name: of the split for validation and test; train: of that for
     training; both replace the usual names.
     """
@@ -173,11 +173,11 @@ def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", 
             f"no split {train!r} to train on: there is {_list(splits)}; --input.train-split takes another's name"
         )
     if not len(catalogue):
-        raise UserError(f"{catalogue.place}: no pictures for {split}")
+        raise UserError(f"{catalogue.place}: no images for {split}")
     if own is not None:
         return Source(catalogue, split)
     if len(catalogue) < 2:
-        raise UserError(f"{catalogue.place} has one picture: at least two are needed, as one is held out")
+        raise UserError(f"{catalogue.place} has one image: at least two are needed, as one is held out")
     below = sum(place < fraction for place, _ in catalogue.lowest[:MOST_HELD_OUT])
     count = min(max(below, 1), len(catalogue) - 1)
     rows = np.sort(np.array([row for _, row in catalogue.lowest[:count]], np.int64))

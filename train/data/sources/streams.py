@@ -36,7 +36,7 @@ from train.data.order.permutation import permute
 from train.data.order.rng import Purpose, generator
 from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, lowest
 from train.data.sources.tars import REMOTE, expand
-from train.data.sources.webdataset import DAMAGE, Header, samples
+from train.data.sources.webdataset import DAMAGE, Header, read_samples
 
 _HEAD = 2048
 _STAND_INS = 8
@@ -47,10 +47,10 @@ _REST = 2**26  # bytes that a command may write after the end of its tar
 
 
 class Example(NamedTuple):
-    """A picture with its captions, as streamed."""
+    """An image with its captions, as streamed."""
 
     name: str
-    picture: bytes
+    image: bytes
     captions: tuple[str, ...]
 
 
@@ -67,11 +67,11 @@ class Memory(Catalogue):
         return len(self.examples)
 
     def row(self, k: int) -> Row:
-        name, picture, captions = self.examples[k]
-        return Row(name, len(picture), 0, captions)
+        name, image, captions = self.examples[k]
+        return Row(name, len(image), 0, captions)
 
     def read(self, k: int) -> bytes:
-        return self.examples[k].picture
+        return self.examples[k].image
 
 
 class _Head(NamedTuple):
@@ -90,7 +90,7 @@ class Stream:
     """Endless, shuffled examples of a stream.
 
     Raises UserError for input that can't be read more than once or isn't a tar. Reading the head raises UserError if it
-    has fewer than two pictures, or no caption although `columns.captioned`. Raises RunError for failures while reading.
+    has fewer than two images, or no caption although `columns.captioned`. Raises RunError for failures while reading.
     """
 
     def __init__(self, data: str, columns: Columns, *, held_out: float, buffer: int = 1000) -> None:
@@ -126,7 +126,7 @@ class Stream:
         """
         position, recent = 0, deque[Example](maxlen=_RECENT)
         for epoch in itertools.count():
-            begun = position
+            epoch_start = position
             shards = permute(np.arange(len(self.urls)), len(self.urls), seed, epoch)
             with contextlib.closing(self._epoch(shards.tolist())) as incoming:
                 waiting = list(itertools.islice(incoming, self.buffer))
@@ -143,8 +143,8 @@ class Stream:
                         yield drawn, *(pool[j] for j in others)
                     recent.append(drawn)
                     position += 1
-            if position == begun:
-                raise RunError(f"{self.place} gave no picture to train on in a whole epoch{self._why()}")
+            if position == epoch_start:
+                raise RunError(f"{self.place} gave no image to train on in a whole epoch{self._why()}")
 
     @cached_property
     def head(self) -> _Head:
@@ -154,11 +154,11 @@ class Stream:
         shards, first = [shard for shard, _ in numbered], [example for _, example in numbered]
         whole = Memory(self.place, first)
         if not first:
-            raise RunError(f"{self.place} gave no picture{self._why()}")
+            raise RunError(f"{self.place} gave no image{self._why()}")
         if len(first) < 2:
-            raise UserError(f"{self.place} has one picture: at least two are needed, as one is held out")
+            raise UserError(f"{self.place} has one image: at least two are needed, as one is held out")
         if self.columns.captioned and whole.uncaptioned == len(first):
-            raise UserError(f"{self.place}: none of the first {len(first):,} pictures has a caption beside it")
+            raise UserError(f"{self.place}: none of the first {len(first):,} images has a caption beside it")
         nearest = lowest(whole)[:MOST_HELD_OUT]
         count = min(max(sum(place < self.share for place, _ in nearest), 1), len(first) - 1)
         held = {k for _, k in nearest[:count]}
@@ -193,14 +193,14 @@ class Stream:
                 tar = tarfile.open(  # noqa: SIM115  closed with what it reads
                     fileobj=file, mode="r|*", tarinfo=Header, encoding="utf-8", errors="surrogateescape"
                 )
-                for sample in samples(tar, self.columns, leave_out, pictures=True):
+                for sample in read_samples(tar, self.columns, leave_out, images=True):
                     given += 1
-                    yield Example(sample.name, sample.picture, sample.captions)
+                    yield Example(sample.name, sample.image, sample.captions)
             except DAMAGE as error:
                 if tar is None:
                     refused = str(error)
                 else:
-                    leave_out("", f"damaged or cut short after {given:,} pictures: {error}")
+                    leave_out("", f"damaged or cut short after {given:,} images: {error}")
         if refused:  # raised only now, as a failed command gives a better message
             raise UserError(f"{url} gives no tar ({refused}): a .tar, .tar.gz, .tar.bz2 or .tar.xz is accepted")
 
@@ -250,13 +250,13 @@ def _opened(url: str) -> Iterator[Any]:
 @contextlib.contextmanager
 def _running(url: str) -> Iterator[Any]:
     """Yield the output of a command. Raises RunError if it fails; a command that isn't read to its end is stopped."""
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             url.removeprefix("pipe:"),
             shell=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=stderr,
             start_new_session=True,
         )
         output: Any = process.stdout
@@ -270,10 +270,10 @@ def _running(url: str) -> Iterator[Any]:
                 os.killpg(process.pid, signal.SIGKILL)
             output.close()
             process.wait()
-        said.seek(0)
-        last = said.read()[-300:].decode(errors="replace").strip().splitlines()[-1:]
+        stderr.seek(0)
+        last = stderr.read()[-300:].decode(errors="replace").strip().splitlines()[-1:]
     if status:
-        raise RunError(f"{url} ended with status {status}: {''.join(last) or 'it said nothing'}")
+        raise RunError(f"{url} ended with status {status}: {''.join(last) or 'no error message'}")
 
 
 def _is_pipe(data: str) -> bool:

@@ -1,8 +1,8 @@
-"""Pictures in tables: parquet files, folders saved by `datasets`, and datasets on the Hugging Face hub.
+"""Images in tables: parquet files, folders saved by `datasets`, and datasets on the Hugging Face hub.
 
 The `datasets` library reads them into memory-mapped Arrow files. It receives the list of files to read (parquet, or
 what a saved folder lists, all inside the folder): instructions in a folder's README or scripts are never followed.
-Nothing is decoded. Pictures must be bytes in the table: paths and addresses aren't opened, except for files that the
+Nothing is decoded. Images must be bytes in the table: paths and addresses aren't opened, except for files that the
 libraries have put into their own caches.
 """
 
@@ -96,7 +96,7 @@ def _open_parquet(files: Sequence[Path], columns: Columns, place: str) -> Table:
             raise UserError(f"{file} has no column {', '.join(absent)}, which {files[0].name} has")
         filled += [file] if rows else []
     if not filled:
-        raise UserError(f"{place} has no pictures: it has no rows")
+        raise UserError(f"{place} has no images: it has no rows")
     exact = [glob.escape(os.path.abspath(file)) for file in filled]
     long = sum(file.stat().st_size for file in filled) > _LONG
     with _reading(place, long):
@@ -168,7 +168,7 @@ def _hub_splits(name: str, config: str | None, revision: str | None, columns: Co
     strange = [str(f) for found in files.values() for f in found if not str(f).startswith("hf://datasets/")]
     if strange or builder.name not in _BUILDERS:
         what = f"names files elsewhere, e.g. {strange[0][:200]!r}" if strange else f"is of the kind {builder.name!r}"
-        raise UserError(f"{name} on the hub {what}; data sets of pictures in their own repository are accepted")
+        raise UserError(f"{name} on the hub {what}; data sets of images in their own repository are accepted")
     splits = map(str, files or builder.info.splits)
     return {split: partial(_open_hub, builder, split, columns, name) for split in splits}
 

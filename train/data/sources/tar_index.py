@@ -2,7 +2,7 @@
 
 A folder holds one or more generations G of:
 
-    G.rows     one record per row: offset of its line in its part's lines, offset of its picture in the part, length of
+    G.rows     one record per row: offset of its line in its part's lines, offset of its image in the part, length of
                the line, and a CRC-32 over all of these and the line
     G.lines    one line per row, JSON of [name, size, captions]: their SHA-256 is the catalogue's fingerprint
     G.parts    one JSON line per part (a tar): its path, size and time, its share of the two files, what it left out
@@ -39,20 +39,20 @@ from train.data.sources.catalogue import Row, lowest
 from train.data.store.atomic import atomic_file, sync
 
 _FORMAT = 1
-_RECORD = struct.Struct("<QQII")  # line, picture, length of the line, CRC-32
-RECORD = np.dtype([("line", "<u8"), ("picture", "<u8"), ("length", "<u4"), ("crc", "<u4")])
+_RECORD = struct.Struct("<QQII")  # line, image, length of the line, CRC-32
+RECORD = np.dtype([("line", "<u8"), ("image", "<u8"), ("length", "<u4"), ("crc", "<u4")])
 """NumPy type of a record."""
 _KINDS = ("rows", "lines", "parts")
 
 Placed = tuple[int, Row]
-"""Offset of a row's picture in its part, and the row."""
+"""Offset of a row's image in its part, and the row."""
 LeftOut = list[tuple[str, str]]
 Read = Callable[["Part", LeftOut], Iterator[Placed]]
 """Reader of a part's rows, in its order; it adds (name, reason) of what it leaves out."""
 
 
 class Part(NamedTuple):
-    """A file that holds pictures."""
+    """A file that holds images."""
 
     path: str
     size: int
@@ -111,7 +111,7 @@ class Index:
         return int(self.rows[-1])
 
     def __getitem__(self, k: int) -> tuple[Part, int, Row]:
-        """Return row k with its part and its picture's offset there. Raises RunError if the index is damaged."""
+        """Return row k with its part and its image's offset there. Raises RunError if the index is damaged."""
         if not 0 <= k < len(self):
             raise IndexError(f"row {k} of {len(self)}")
         number = int(np.searchsorted(self.rows, k, side="right")) - 1
@@ -194,16 +194,16 @@ class Writer:
 
     def add(self, part: Part, placed: Iterable[Placed], left_out: LeftOut) -> None:
         """Add a part. If `placed` raises, the files are restored to their state before the call."""
-        begun = self.rows.tell(), self.lines.tell()
+        ends = self.rows.tell(), self.lines.tell()
         rows = length = uncaptioned = 0
         try:
-            for picture, row in placed:
+            for image, row in placed:
                 line = os.fsencode(json.dumps([row.name, row.size, row.captions])) + b"\n"
-                self.rows.write(_RECORD.pack(length, picture, len(line), checksum(length, picture, line)))
+                self.rows.write(_RECORD.pack(length, image, len(line), checksum(length, image, line)))
                 self.lines.write(line)
                 rows, length, uncaptioned = rows + 1, length + len(line), uncaptioned + (not any(row.captions))
         except BaseException:
-            for file, end in zip((self.rows, self.lines), begun, strict=True):
+            for file, end in zip((self.rows, self.lines), ends, strict=True):
                 file.seek(end)
                 file.truncate()
             raise
@@ -240,9 +240,9 @@ class Writer:
                 path.unlink(missing_ok=True)
 
 
-def checksum(line_at: int, picture: int, line: bytes | memoryview) -> int:
+def checksum(line_at: int, image: int, line: bytes | memoryview) -> int:
     """Return the CRC-32 of a row's record and line."""
-    return zlib.crc32(line, zlib.crc32(struct.pack("<QQ", line_at, picture)))
+    return zlib.crc32(line, zlib.crc32(struct.pack("<QQ", line_at, image)))
 
 
 def _build(folder: Path, parts: Sequence[Part], read: Read) -> None:
@@ -251,23 +251,23 @@ def _build(folder: Path, parts: Sequence[Part], read: Read) -> None:
     bar = tqdm(total=total, desc="reading tars", unit="B", unit_scale=True, leave=False, delay=2)
     with bar, Writer(folder) as writer:
         for part in parts:
-            begun, left_out = bar.n, LeftOut()
+            start, left_out = bar.n, LeftOut()
             if part in known:
                 generation, rows_at, lines_at, segment = known[part]
                 with contextlib.suppress(OSError, ValueError):
                     writer.add(part, _copied(folder / generation, rows_at, lines_at, segment), segment.left_out)
                     bar.update(part.size)
                     continue
-            writer.add(part, _told(read(part, left_out), bar), left_out)
-            bar.update(begun + part.size - bar.n)
+            writer.add(part, _with_progress(read(part, left_out), bar), left_out)
+            bar.update(start + part.size - bar.n)
         writer.commit()
 
 
-def _told(placed: Iterator[Placed], bar: Any) -> Iterator[Placed]:
-    begun = bar.n
-    for picture, row in placed:
-        bar.update(begun + picture - bar.n)
-        yield picture, row
+def _with_progress(placed: Iterator[Placed], bar: Any) -> Iterator[Placed]:
+    start = bar.n
+    for image, row in placed:
+        bar.update(start + image - bar.n)
+        yield image, row
 
 
 def _known(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
@@ -313,14 +313,14 @@ def _extent(record: bytes, segment: Segment) -> tuple[int, int]:
 
 
 def _verified(record: bytes, line: bytes, begin: int, part: Part) -> Placed:
-    """Return a picture's offset and its row. Raises ValueError for a wrong checksum or a picture outside its part."""
+    """Return an image's offset and its row. Raises ValueError for a wrong checksum or an image outside its part."""
     if len(record) != _RECORD.size or line[-1:] != b"\n":
         raise ValueError("cut short")
-    at, picture, length, crc = _RECORD.unpack(record)
-    row = _row(line, part.mtime_ns) if (at, length, crc) == (begin, len(line), checksum(at, picture, line)) else None
-    if row is None or not 0 <= picture <= picture + row.size <= part.size:
+    at, image, length, crc = _RECORD.unpack(record)
+    row = _row(line, part.mtime_ns) if (at, length, crc) == (begin, len(line), checksum(at, image, line)) else None
+    if row is None or not 0 <= image <= image + row.size <= part.size:
         raise ValueError("a wrong sum")
-    return picture, row
+    return image, row
 
 
 def _row(line: bytes, mtime_ns: int) -> Row:

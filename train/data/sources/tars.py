@@ -1,4 +1,4 @@
-"""Catalogue of WebDataset tars on local disks: the list of tars, and the place of each picture in them."""
+"""Catalogue of WebDataset tars on local disks: the list of tars, and the place of each image in them."""
 
 import glob
 import hashlib
@@ -11,28 +11,28 @@ from functools import partial
 from pathlib import Path
 
 from ldm.errors import RunError, UserError
-from train.data.images.decode import DamagedPicture
+from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits
 from train.data.sources.tar_index import LeftOut, Part, Placed, open_index
-from train.data.sources.webdataset import DAMAGE, PICTURES, Header, samples
+from train.data.sources.webdataset import DAMAGE, IMAGES, Header, read_samples
 
 REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 """Pattern of the beginning of a stream's address; see train/data/sources/streams.py."""
 
 _LISTED = 100  # samples left out of a tar, by name
-_LOOKED_FOR = "a .txt, .json or .cls beside each picture"
+_LOOKED_FOR = "a .txt, .json or .cls beside each image"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Tars(Catalogue):
-    """Pictures in local tars, through an index in the user's cache (train/data/sources/tar_index.py).
+    """Images in local tars, through an index in the user's cache (train/data/sources/tar_index.py).
 
-    A row's name is its picture's name in the tar: the same as in a folder into which the tars are unpacked.
+    A row's name is its image's name in the tar: the same as in a folder into which the tars are unpacked.
     """
 
     def __init__(self, place: str, paths: Sequence[str], columns: Columns, split: str = "") -> None:
-        """Raises UserError if a file isn't a tar, or if there is no picture or no required caption."""
+        """Raises UserError if a file isn't a tar, or if there is no image or no required caption."""
         self.place = place
         try:
             self.index = open_index(index_folder(place, columns, split), paths, partial(_rows, columns))
@@ -43,9 +43,9 @@ class Tars(Catalogue):
         self.uncaptioned = self.index.uncaptioned
         if not len(self):
             reason = f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
-            raise UserError(f"no pictures in {place}: looked for members {', '.join(PICTURES)}{reason}")
+            raise UserError(f"no images in {place}: looked for members {', '.join(IMAGES)}{reason}")
         if columns.captioned and self.uncaptioned == len(self):
-            raise UserError(f"{place} has {len(self):,} pictures but no captions: looked for {_LOOKED_FOR}")
+            raise UserError(f"{place} has {len(self):,} images but no captions: looked for {_LOOKED_FOR}")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -56,7 +56,7 @@ class Tars(Catalogue):
     def read(self, k: int) -> bytes:
         part, offset, row = self.index[k]
         if row.size > MAX_BYTES:
-            raise DamagedPicture(row.name, f"{row.size:,} bytes; up to {MAX_BYTES:,} are accepted")
+            raise DamagedImage(row.name, f"{row.size:,} bytes; up to {MAX_BYTES:,} are accepted")
         with open(
             part.path, "rb", buffering=0
         ) as tar:  # opened for each read: a dataset may have more tars than a process may open
@@ -158,10 +158,10 @@ def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[Placed]:
             raise UserError(f"{part.path} is not a tar ({error}): WebDataset's .tar files are accepted") from None
         with tar:
             try:
-                for sample in samples(tar, columns, leave_out):
+                for sample in read_samples(tar, columns, leave_out):
                     given += 1
                     yield sample.offset, Row(sample.name, sample.size, part.mtime_ns, sample.captions)
             except DAMAGE as error:
-                left_out.append((shard, f"damaged or cut short after {given:,} pictures: {error}"))
+                left_out.append((shard, f"damaged or cut short after {given:,} images: {error}"))
     if more:
         left_out.append((shard, f"{more:,} more"))

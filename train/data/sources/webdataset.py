@@ -6,9 +6,9 @@ A sample consists of consecutive members with the same key, which is their path 
     000123.jpg, 000123.json            text or caption: a string or a list of strings
     000123.jpg, 000123.cls             with a template for captions: a label
 
-The first .jpg, .png … is its picture. Hidden files are skipped. Of several caption members, the first kind above is
-used. A sample is left out, with the reason, if its picture or the caption in use is a link, a sparse or a special file,
-if its path leads out of the tar, or if its caption is too long or unreadable: pictures aren't trained on without their
+The first .jpg, .png … is its image. Hidden files are skipped. Of several caption members, the first kind above is
+used. A sample is left out, with the reason, if its image or the caption in use is a link, a sparse or a special file,
+if its path leads out of the tar, or if its caption is too long or unreadable: images aren't trained on without their
 captions. Members are read only from the tar itself; nothing is unpacked.
 """
 
@@ -25,7 +25,7 @@ from train.data.sources.catalogue import MAX_BYTES, Columns, text_of
 
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, zlib.error, lzma.LZMAError)
 """Exceptions that tarfile raises for a tar that is cut short or damaged."""
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 
 _KEYS = ("text", "caption")
 _MOST_TEXT = 2**20  # bytes of a caption's member
@@ -33,15 +33,15 @@ _MOST_HEADER = 2**20  # bytes of a long name or of extended headers
 
 
 class Sample(NamedTuple):
-    """A picture with its captions, read from a tar."""
+    """An image with its captions, read from a tar."""
 
     name: str
     size: int
     offset: int
-    """Offset of the picture in the tar."""
+    """Offset of the image in the tar."""
     captions: tuple[str, ...]
-    picture: bytes
-    """Content of the picture's file; empty unless requested."""
+    image: bytes
+    """Content of the image's file; empty unless requested."""
 
 
 class Header(tarfile.TarInfo):
@@ -71,17 +71,17 @@ class _Unusable(Exception):
     """Error: the reason why a sample is left out."""
 
 
-def samples(
-    tar: tarfile.TarFile, columns: Columns, leave_out: Callable[[str, str], object], *, pictures: bool = False
+def read_samples(
+    tar: tarfile.TarFile, columns: Columns, leave_out: Callable[[str, str], object], *, images: bool = False
 ) -> Iterator[Sample]:
     """Yield the samples of an open tar, in order; `leave_out` receives (name, reason) of those that can't be used.
 
-    pictures: whether to include each picture's bytes. Memory holds one sample at a time. Raises one of DAMAGE if the
+    images: whether to include each image's bytes. Memory holds one sample at a time. Raises one of DAMAGE if the
     tar is damaged; a sample that is cut off there isn't yielded.
     """
     for key, members in itertools.groupby(_members(tar), lambda member: member.key):
         try:
-            yield _sample(tar, members, columns, pictures)
+            yield _sample(tar, members, columns, images)
         except _Unusable as why:
             leave_out(key, str(why))
 
@@ -98,19 +98,19 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
         yield _Member("/".join([*parts[:-1], stem]), extension.lower(), "/".join(parts), header)
 
 
-def _sample(tar: tarfile.TarFile, members: Iterator[_Member], columns: Columns, pictures: bool) -> Sample:
-    accepted = (_extension(columns.image),) if columns.image else PICTURES
+def _sample(tar: tarfile.TarFile, members: Iterator[_Member], columns: Columns, images: bool) -> Sample:
+    accepted = (_extension(columns.image),) if columns.image else IMAGES
     found: Sample | None = None
     texts: dict[str, str | _Unusable] = {}
     for member in members:
         if found is None and member.extension in accepted:
-            _check(member, MAX_BYTES if pictures else None)
-            content = _read(tar, member) if pictures else b""
+            _check(member, MAX_BYTES if images else None)
+            content = _read(tar, member) if images else b""
             found = Sample(member.name, member.header.size, member.header.offset_data, ("",), content)
         elif member.extension in ("txt", "json", "cls", _extension(columns.caption)):
             texts.setdefault(member.extension, _text(tar, member))
     if found is None:
-        raise _Unusable(f"no picture of that name ({', '.join(accepted)})")
+        raise _Unusable(f"no image of that name ({', '.join(accepted)})")
     return found._replace(captions=_captions(texts, columns))
 
 

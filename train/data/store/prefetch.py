@@ -32,7 +32,7 @@ def read_ahead(
     RunError and OSError from a worker are raised unchanged, without a traceback in their message.
     """
     loader: Any = DataLoader(
-        cast(Any, _Telling(dataset)),
+        cast(Any, _ErrorsReturned(dataset)),
         batch_sampler=cast(Any, parts),
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -47,7 +47,7 @@ def read_ahead(
         yield batch
 
 
-class _Telling:
+class _ErrorsReturned:
     """A dataset that returns the errors meant for users instead of raising them."""
 
     def __init__(self, dataset: Batched[Any]) -> None:

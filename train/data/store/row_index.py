@@ -29,13 +29,13 @@ def digest(content: bytes) -> Digests:
     return _from_bytes(hashlib.sha256(content).digest()[:16])[0]
 
 
-def picture_keys(source: Source) -> Digests:
-    """Return the digest of each picture's place, split, name, size and time. Other splits may have equal names."""
+def image_keys(source: Source) -> Digests:
+    """Return the digest of each image's place, split, name, size and time. Other splits may have equal names."""
     place = f"{os.path.abspath(source.place)}\0{source.split}"
     return digests(f"{place}\0{row.size}\0{row.mtime_ns}\0{row.name}" for row in source)
 
 
-def doubled(keys: Digests) -> NDArray[np.bool_]:
+def repeated(keys: Digests) -> NDArray[np.bool_]:
     """Return which keys occur more than once, (n,)."""
     found = np.zeros(len(keys), bool)
     for each in equal(keys):
@@ -51,7 +51,7 @@ class Index:
         self.sums: dict[str, str] = {}  # by shard: checksum of its rows
         self.unsound: list[str] = []  # shards with a wrong checksum
         self.bad: dict[int, str] = {}  # reasons, by file << 32 | place
-        key, id, like, counts, aliases = bytearray(), bytearray(), bytearray(), [0], []
+        key, id, weak_keys, counts, aliases = bytearray(), bytearray(), bytearray(), [0], []
         for name in self.listing:
             try:
                 about = json.loads((folder / f"{name}.json").read_bytes())
@@ -73,10 +73,10 @@ class Index:
             counts.append(len(records))
             key += records[:, 0].tobytes()
             id += (records[:, 1] ^ records[:, 2]).tobytes()
-            like += records[:, 1, 0].tobytes()
+            weak_keys += records[:, 1, 0].tobytes()
         self.file = np.repeat(np.arange(-1, len(self.sums), dtype=np.int32), counts)  # (m,) shard of each row
         self.place = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
-        self.like = np.frombuffer(like, np.uint64)  # (m,) first half of each weak key
+        self.weak_keys = np.frombuffer(weak_keys, np.uint64)  # (m,) first half of each weak key
         self.key, self.id = _from_bytes(key), _from_bytes(id)  # (m + aliases, 2); id: weak key ^ content
         for records in aliases:
             ids = records[:, 1] ^ records[:, 2]
@@ -108,13 +108,13 @@ def equal(keys: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return order[same], order[same + 1]
 
 
-def locate(table: Digests, wanted: Digests) -> NDArray[np.int64]:
-    """Return the place in the table of each wanted digest, or -1."""
-    found = np.full(len(wanted), -1)
+def locate(table: Digests, requested: Digests) -> NDArray[np.int64]:
+    """Return the place in the table of each requested digest, or -1."""
+    found = np.full(len(requested), -1)
     order = np.argsort(table[:, 0])
     halves = table[order, 0]
-    for k in range(0, len(wanted) if len(table) else 0, 2**16):  # in parts, to save memory
-        part = wanted[k : k + 2**16]
+    for k in range(0, len(requested) if len(table) else 0, 2**16):  # in parts, to save memory
+        part = requested[k : k + 2**16]
         at = order[np.minimum(np.searchsorted(halves, part[:, 0]), len(table) - 1)]
         found[k : k + 2**16] = np.where((table[at] == part).all(1), at, -1)
     return found

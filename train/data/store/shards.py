@@ -6,10 +6,10 @@ A folder holds the rows that depend on the same settings. Rows lie in shards of 
     NAME.idx    a record per row: digests of its key, its weak key and its content
     NAME.json   the checksums of both, and the rows that couldn't be made; written last
 
-The key (a picture's place, name, size and modification time; a caption) finds a row without reading what it is made
+The key (an image's place, name, size and modification time; a caption) finds a row without reading what it is made
 from. As files are copied and touched, a row that isn't found by its key is searched by its weak key (name and size) and
 the hash of its content. The result is stored as an alias, which has only an .idx and a .json. Rows that aren't found
-are computed and added. So an interrupted build keeps its finished shards, added pictures need only their own rows,
+are computed and added. So an interrupted build keeps its finished shards, added images need only their own rows,
 nothing stale or damaged is read, and sources may share a folder. All of it may be deleted at any time.
 """
 
@@ -63,11 +63,11 @@ class Rows(Protocol):
         ...
 
     @property
-    def doubtful(self) -> NDArray[np.bool_]:
+    def ambiguous(self) -> NDArray[np.bool_]:
         """Rows whose key isn't unique, so that only their contents distinguish them."""
         ...
 
-    def likes(self, rows: NDArray[np.int64], /) -> Digests:
+    def weak_keys(self, rows: NDArray[np.int64], /) -> Digests:
         """Return the weak key of these rows, which stays the same while a row may be the same.
 
         Contents are compared only for rows with equal weak keys.
@@ -186,10 +186,10 @@ def open_shards(
 
 def _own_keys(rows: Rows, index: Index) -> Digests:
     """Return the keys of rows, combined with the content where a key alone is ambiguous."""
-    keys, doubtful = rows.keys, np.flatnonzero(rows.doubtful | index.ambiguous(rows.keys))
-    if len(doubtful):
+    keys, ambiguous = rows.keys, np.flatnonzero(rows.ambiguous | index.ambiguous(rows.keys))
+    if len(ambiguous):
         keys = keys.copy()
-        keys[doubtful] ^= rows.contents(doubtful)
+        keys[ambiguous] ^= rows.contents(ambiguous)
     return keys
 
 
@@ -205,14 +205,14 @@ def _recognise(
     folder: Path, rows: Rows, keys: Digests, unknown: NDArray[np.int64], index: Index, processes: Processes
 ) -> None:
     """Write aliases for those unknown rows whose content is known."""
-    if not len(index.like):
+    if not len(index.weak_keys):
         return  # first build: nothing to compare
-    perhaps = unknown[np.isin(rows.likes(unknown)[:, 0], index.like)]
+    perhaps = unknown[np.isin(rows.weak_keys(unknown)[:, 0], index.weak_keys)]
     mine = np.array_split(perhaps, processes.world)[processes.rank]
-    likes, contents = rows.likes(mine), rows.contents(mine)
-    known = index.find_content(likes ^ contents) >= 0
+    weak_keys, contents = rows.weak_keys(mine), rows.contents(mine)
+    known = index.find_content(weak_keys ^ contents) >= 0
     if known.any():
-        _write(folder, np.stack([keys[mine], likes, contents], 1)[known])
+        _write(folder, np.stack([keys[mine], weak_keys, contents], 1)[known])
 
 
 def _verify(folder: Path, kind: str, index: Index, found: NDArray[np.int64], processes: Processes) -> None:
@@ -275,18 +275,18 @@ def _make(
                 values[part], contents[part], reasons = next(made)
                 bad += [(part.start + k, reason) for k, reason in enumerate(reasons) if reason]
                 bar.update(len(batch))
-            _write(folder, np.stack([keys[own], rows.likes(own), contents], 1), values, bad)
+            _write(folder, np.stack([keys[own], rows.weak_keys(own), contents], 1), values, bad)
 
 
 def _tried(made: Iterator[Made], most: int, count: int) -> tuple[list[Made], float]:
     """Return the first batches, and the estimated seconds for the rest of `count` rows; 0 if there is no estimate."""
     first = [next(made)]  # warm-up
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for batch in itertools.islice(made, most - 1):  # these fit into memory, as their shard will
         first.append(batch)
-        if time.perf_counter() - begun > _TRIAL:
+        if time.perf_counter() - started > _TRIAL:
             break
-    seconds, timed = time.perf_counter() - begun, sum(len(batch.bad) for batch in first[1:])
+    seconds, timed = time.perf_counter() - started, sum(len(batch.bad) for batch in first[1:])
     return first, seconds / timed * (count - timed - len(first[0].bad)) if timed else 0.0
 
 

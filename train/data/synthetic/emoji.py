@@ -5,7 +5,7 @@ Unicode's CLDR (Debian's unicode-cldr-core) if it is installed, else from Python
 counts if the font draws it as one glyph. Two kinds are left out: swatches of skin and parts of hair, which aren't emoji
 by themselves, and couples of two skin tones, which are many and nearly the same. Variants of one emoji (skin, hair,
 gender) and families that differ in a colour, a digit or a direction (hearts, clocks, keycaps) are all in train or all
-in test, so that no test picture is a recoloured training picture. Faces still resemble faces, and flags resemble flags.
+in test, so that no test image is a recoloured training image. Faces still resemble faces, and flags resemble flags.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ from train.data.store.atomic import new_folder
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")
-SMALLEST_SIDE, LARGEST_SIDE = 16, 128  # the font's pictures are 136 × 128
+SMALLEST_SIDE, LARGEST_SIDE = 16, 128  # the font's images are 136 × 128
 
-Paint = Callable[[str], Image.Image | None]  # an emoji → its square RGB picture on white, or None if there is none
+Render = Callable[[str], Image.Image | None]  # an emoji → its square RGB image on white, or None if there is none
 
 # Names and captions
 
@@ -159,7 +159,7 @@ _FAMILIES = (
     "🙁☹😕",
     "".join(map(chr, range(0x1F550, 0x1F568))),
 )
-_ALIKE = str.maketrans(
+_SAME_CAPTION = str.maketrans(
     {member: family[0] for family in _FAMILIES for member in family}
     | {
         "👨": "🧑",
@@ -185,11 +185,11 @@ _AS_ONE = {"🧑❤🧑": "💑", "🧑❤💋🧑": "💏", "🧑🤝🧑": "�
 
 def base(text: str) -> str:
     """Return an emoji without its skin, hair and gender; the result is the same for all its variants and its family."""
-    plain = (_ASIDE.sub("", text) or text).translate(_ALIKE)
+    plain = (_ASIDE.sub("", text) or text).translate(_SAME_CAPTION)
     return "👪" if re.fullmatch("🧑+🧒+", plain) else _AS_ONE.get(plain, plain)
 
 
-def wanted(text: str) -> bool:
+def is_usable(text: str) -> bool:
     """Return whether an emoji is more than a part, and has one skin tone at most."""
     return not _PART.fullmatch(text) and len(set(_TONE.findall(text))) < 2
 
@@ -197,7 +197,7 @@ def wanted(text: str) -> bool:
 def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
     """Return the bases whose variants are for testing, at least one. They are the first by seeded hashes.
 
-    The share is the same among bases with one picture, with six, with 18 and so on, as one base can have a hundred.
+    The share is the same among bases with one image, with six, with 18 and so on, as one base can have a hundred.
     """
     variants = Counter(map(base, texts))
     shuffled = sorted(variants, key=lambda b: hashlib.blake2b(f"{seed} {b}".encode()).digest())
@@ -208,11 +208,11 @@ def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
     return chosen or set(shuffled[:1])
 
 
-# Pictures
+# Images
 
 
 class Font:
-    """A colour font as a `Paint`: the whole glyph, centred, at the font's own resolution."""
+    """A colour font as a `Render`: the whole glyph, centred, at the font's own resolution."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -239,22 +239,22 @@ class Font:
         """Draw `text`, or return None if it has no single glyph, or one that shows only its first character."""
         if "\n" in text or self.font.getlength(text) != self.advance:
             return None
-        picture = self._draw(text)
-        seen = picture.tobytes()
-        if seen in self.unknown or picture.getextrema() == ((255, 255),) * 3:
+        image = self._draw(text)
+        seen = image.tobytes()
+        if seen in self.unknown or image.getextrema() == ((255, 255),) * 3:
             return None
-        return None if len(text) > 1 and seen == self._draw(text[0]).tobytes() else picture
+        return None if len(text) > 1 and seen == self._draw(text[0]).tobytes() else image
 
     def _draw(self, text: str) -> Image.Image:
-        picture = Image.new("RGB", (self.side, self.side), "white")
+        image = Image.new("RGB", (self.side, self.side), "white")
         at = (0, self.top + self.ascent)  # left end of the baseline
-        ImageDraw.Draw(picture).text(at, text, font=self.font, anchor="ls", embedded_color=True)
-        return picture
+        ImageDraw.Draw(image).text(at, text, font=self.font, anchor="ls", embedded_color=True)
+        return image
 
 
 @dataclass
-class Picture:
-    """A picture as in its file, with the first emoji that looks so and the captions of all that do."""
+class Rendered:
+    """An image as in its file, with the first emoji that looks so and the captions of all that do."""
 
     text: str
     png: bytes
@@ -265,17 +265,17 @@ class Picture:
         return "-".join(f"{ord(c):04x}" for c in self.text) + ".png"
 
 
-def paint_all(named: Iterable[Named], paint: Paint, side: int) -> list[Picture]:
-    """Paint the wanted emoji that `paint` has, in order, reduced to `side`; equal-looking ones are one picture."""
-    found: dict[bytes, Picture] = {}
+def render_all(named: Iterable[Named], render: Render, side: int) -> list[Rendered]:
+    """Render the usable emoji that `render` has, in order, reduced to `side`; equal-looking ones are one image."""
+    found: dict[bytes, Rendered] = {}
     for text, captions in named:
-        if not wanted(text) or (whole := paint(text)) is None:
+        if not is_usable(text) or (whole := render(text)) is None:
             continue
         looks = hashlib.sha256(whole.tobytes()).digest()
         if looks not in found:
             file = io.BytesIO()
             whole.resize((side, side), Image.Resampling.LANCZOS).save(file, "PNG")
-            found[looks] = Picture(text, file.getvalue())
+            found[looks] = Rendered(text, file.getvalue())
         found[looks].captions[:] = _distinct([*found[looks].captions, *captions])
     return list(found.values())
 
@@ -284,17 +284,17 @@ def paint_all(named: Iterable[Named], paint: Paint, side: int) -> list[Picture]:
 
 
 class Written(NamedTuple):
-    """Number of pictures and captions in a dataset."""
+    """Number of images and captions in a dataset."""
 
     train: int
     test: int
     captions: int
 
 
-def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fraction: float, seed: int) -> Written:
-    """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl (`text` is a list), with the pictures.
+def write_emoji(out: Path, named: list[Named], render: Render, side: int, test_fraction: float, seed: int) -> Written:
+    """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl (`text` is a list), with the images.
 
-    Raises UserError for a number out of range, for an `out` that isn't empty, and if there is too little to paint. The
+    Raises UserError for a number out of range, for an `out` that isn't empty, and if there is too little to render. The
     dataset appears completely or not at all; the same arguments write the same bytes.
     """
     for what, value, least, most in (
@@ -307,27 +307,27 @@ def write_emoji(out: Path, named: list[Named], paint: Paint, side: int, test_fra
     out = Path(os.path.realpath(out))  # a link is followed, because a folder can't replace it
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder: choose another --out, or remove it")
-    pictures = paint_all(tqdm(named, unit=" names", disable=None), paint, side)
-    tests = held_out((picture.text for picture in pictures), test_fraction, seed)
+    images = render_all(tqdm(named, unit=" names", disable=None), render, side)
+    tests = held_out((image.text for image in images), test_fraction, seed)
     parts = {
-        "train": [picture for picture in pictures if base(picture.text) not in tests],
-        "test": [picture for picture in pictures if base(picture.text) in tests],
+        "train": [image for image in images if base(image.text) not in tests],
+        "test": [image for image in images if base(image.text) in tests],
     }
     if not parts["train"]:
         raise UserError(
-            f"of {len(named):,} emoji named the font has {len(pictures)}: at least two are needed, "
+            f"of {len(named):,} emoji named the font has {len(images)}: at least two are needed, "
             "one to train with and one that is no variant of it to test with"
         )
     with new_folder(out) as whole:
         for split, part in parts.items():
             _write_split(whole / split, part)
-    return Written(len(parts["train"]), len(parts["test"]), sum(len(picture.captions) for picture in pictures))
+    return Written(len(parts["train"]), len(parts["test"]), sum(len(image.captions) for image in images))
 
 
-def _write_split(folder: Path, pictures: Iterable[Picture]) -> None:
+def _write_split(folder: Path, images: Iterable[Rendered]) -> None:
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
-        for picture in pictures:
-            (folder / picture.name).write_bytes(picture.png)
-            line = {"file_name": picture.name, "text": picture.captions, "emoji": picture.text}
+        for image in images:
+            (folder / image.name).write_bytes(image.png)
+            line = {"file_name": image.name, "text": image.captions, "emoji": image.text}
             lines.write(json.dumps(line) + "\n")

@@ -1,7 +1,7 @@
-"""The Shapes set: one or two plain objects on a plain background, each picture with an exact caption.
+"""The Shapes set: one or two plain objects on a plain background, each image with an exact caption.
 
 A scene is words only; `render` adds the geometry (position and size jitter, in fractions of the side) from a generator,
-so the same scene and generator give the same picture at every size. Every example is a pure function of (seed, split,
+so the same scene and generator give the same image at every size. Every example is a pure function of (seed, split,
 index): NumPy's Philox keyed by (seed, purpose), with the index as its counter. Some (colour, shape) pairs, `HELD_OUT`,
 never occur in training, so prompts with them test composition rather than memory.
 """
@@ -192,7 +192,7 @@ class Placed(NamedTuple):
 
 
 def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
-    """Place the objects of a scene: inside the picture, apart, and in their relation."""
+    """Place the objects of a scene: inside the image, apart, and in their relation."""
     radii = [DIAMETERS[thing.size] / 2 * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER) for thing in scene.objects]
     if scene.relation is None:
         room = MARGIN + radii[0]
@@ -242,7 +242,7 @@ def outline(shape: Shape, x: NDArray[np.floating], y: NDArray[np.floating]) -> N
 
 
 class Box(NamedTuple):
-    """A window of a picture, in whole pixels; right and bottom are outside."""
+    """A window of an image, in whole pixels; right and bottom are outside."""
 
     left: int
     top: int
@@ -264,18 +264,18 @@ def coverage(shape: Shape, placed: Placed, box: Box, samples: int = 4) -> NDArra
 
 def render(scene: Scene, side: int, rng: Generator) -> NDArray[np.uint8]:
     """Paint a scene, (side, side, 3), with its geometry drawn from `rng`."""
-    picture = np.empty((side, side, 3))
-    picture[:] = BACKGROUNDS[scene.background]
+    image = np.empty((side, side, 3))
+    image[:] = BACKGROUNDS[scene.background]
     for thing, placed in zip(scene.objects, place(scene, rng), strict=True):
         x, y, radius = (side * part for part in placed)
         box = Box(int(x - radius), int(y - radius), math.ceil(x + radius), math.ceil(y + radius))
-        region = picture[box.top : box.bottom, box.left : box.right]
+        region = image[box.top : box.bottom, box.left : box.right]
         region += coverage(thing.shape, Placed(x, y, radius), box)[..., None] * (COLOURS[thing.colour] - region)
-    return np.rint(picture).astype(np.uint8)
+    return np.rint(image).astype(np.uint8)
 
 
 def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool:
-    """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl with the pictures, and out/shapes.json.
+    """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl with the images, and out/shapes.json.
 
     Returns True if written, False if `out` already is this exact dataset. Raises UserError for a number out of range,
     and if `out` holds anything else. The dataset appears completely or not at all.
@@ -300,7 +300,7 @@ def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool
     }
     if _holds(out, about):
         return False
-    with new_folder(out) as whole, tqdm(total=train + test, unit=" pictures", disable=None) as bar:
+    with new_folder(out) as whole, tqdm(total=train + test, unit=" images", disable=None) as bar:
         counts: dict[Split, int] = {"train": train, "test": test}
         for split, count in counts.items():
             if count:

@@ -1,6 +1,6 @@
-"""Checker of the Shapes set: it reads a picture back into words without any learning, and scores it.
+"""Checker of the Shapes set: it reads an image back into words without any learning, and scores it.
 
-The renderer is known, so reading a picture inverts it: near the line from the background's colour to an object's
+The renderer is known, so reading an image inverts it: near the line from the background's colour to an object's
 colour, a pixel's place along the line is how much of it the object covers. The covered area and its centroid give each
 shape's radius and centre in closed form, and the best-fitting mask of the renderer gives the shape's name.
 """
@@ -30,10 +30,10 @@ from train.data.synthetic.shapes import (
     coverage,
 )
 
-LARGEST_READ = 64  # a larger picture is first averaged down to this side
-SMALLEST_AREA = 0.012  # share of the picture; the smallest object covers 0.026
+LARGEST_READ = 64  # a larger image is first averaged down to this side
+SMALLEST_AREA = 0.012  # share of the image; the smallest object covers 0.026
 LARGEST_MISFIT = 0.25  # an object with a misfit above this share of its area has no shape
-BLURS = (0, 0.5 / 32, 1 / 32)  # of the side: possible softness of a picture, as an autoencoder leaves it
+BLURS = (0, 0.5 / 32, 1 / 32)  # of the side: possible softness of an image, as an autoencoder leaves it
 ODD_SIZE = 0.05  # a shape that has neither size must fit better by this much
 VISIBLE = 45  # a difference in colour, in levels: well above noise, well below the least in the palette (89)
 ATTRIBUTES = ("colour", "shape", "size")
@@ -44,8 +44,8 @@ _RGB = np.array(list(_PALETTE.values()), dtype=np.float32)  # (names, 3), object
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """An object read from a picture. A colour may be a background's; None is a shape or size that fits none.
+class FoundObject:
+    """An object read from an image. A colour may be a background's; None is a shape or size that fits none.
 
     x, y (centroid, y downwards) and diameter are in fractions of the side; misfit is the absolute difference to the
     shape's mask, as a share of its area.
@@ -62,19 +62,19 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Content of a picture. The background may have an object's colour, which no prompt asks for."""
+    """Content of an image. The background may have an object's colour, which no prompt asks for."""
 
     background: str
-    objects: tuple[Found, ...]
+    objects: tuple[FoundObject, ...]
 
 
-def read_scene(picture: NDArray[np.uint8]) -> Reading:
-    """Read a square picture, (side, side, 3) uint8 with side at least 32. Raises ValueError for any other."""
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[0] != picture.shape[1] or picture.shape[2] != 3:
-        raise ValueError(f"picture of {picture.dtype} {picture.shape}: accepted is uint8 (side, side, 3)")
-    if len(picture) > LARGEST_READ:
-        picture = np.asarray(Image.fromarray(picture).resize((LARGEST_READ, LARGEST_READ), Image.Resampling.BOX))
-    pixels = picture.astype(np.float32)
+def read_scene(image: NDArray[np.uint8]) -> Reading:
+    """Read a square image, (side, side, 3) uint8 with side at least 32. Raises ValueError for any other."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
+        raise ValueError(f"image of {image.dtype} {image.shape}: accepted is uint8 (side, side, 3)")
+    if len(image) > LARGEST_READ:
+        image = np.asarray(Image.fromarray(image).resize((LARGEST_READ, LARGEST_READ), Image.Resampling.BOX))
+    pixels = image.astype(np.float32)
     ring = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     names = _nearest(ring)
     background = np.bincount(names).argmax()
@@ -125,7 +125,7 @@ def _is_bulk(mask: NDArray[np.bool_], least: float) -> bool:
 
 def _identify(
     offset: NDArray[np.floating], ground: NDArray[np.floating], mask: NDArray[np.bool_], others: NDArray[np.bool_]
-) -> Found:
+) -> FoundObject:
     """Identify the object of a mask. offset: (h, w, 3) difference to the background's colour; masks: (h, w)."""
     side = len(mask)
     interior = ndimage.binary_erosion(mask)
@@ -155,7 +155,7 @@ def _identify(
         fits += [(m + ODD_SIZE * (sizes[k] is None), float(m), k) for k, m in enumerate(misfits)]
     _, misfit, k = min(fits)
     shape, size = (SHAPES[k], sizes[k]) if misfit <= LARGEST_MISFIT else (None, None)
-    return Found(shape, colour, size, x / side, y / side, 2 * radii[k] / side, misfit)
+    return FoundObject(shape, colour, size, x / side, y / side, 2 * radii[k] / side, misfit)
 
 
 def _size(diameter: float) -> Size | None:
@@ -174,7 +174,7 @@ def _moments(shape: Shape) -> tuple[float, float]:
     return float(mask.sum() / 128**2), float((mask.sum(1) @ (np.arange(300) + 0.5 - 150)) / mask.sum() / 128)
 
 
-def _read_relation(first: Found, second: Found) -> Relation:
+def _read_relation(first: FoundObject, second: FoundObject) -> Relation:
     """Return the relation of the first object to the second, along the axis on which they are farther apart."""
     right, down = first.x - second.x, first.y - second.y
     if abs(right) > abs(down):
@@ -183,7 +183,7 @@ def _read_relation(first: Found, second: Found) -> Relation:
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, Any]:
-    """Score a picture's content against a scene.
+    """Score an image's content against a scene.
 
     background: bool; colour, shape, size: a bool for each object of the scene; relation: bool, or None for a scene of
     one object; all: bool, true if all of these are right and there is no other object. Objects are matched so that the
@@ -218,18 +218,18 @@ def score(reading: Reading, scene: Scene) -> dict[str, Any]:
     return result
 
 
-def score_pictures(
-    pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], scenes: Sequence[Scene]
+def score_images(
+    images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], scenes: Sequence[Scene]
 ) -> dict[str, float | None]:
-    """Return the shares that are right in pictures (n, side, side, 3) painted for scenes.
+    """Return the shares that are right in images (n, side, side, 3) painted for scenes.
 
-    The keys are "background", "colour", "shape", "size", "relation" and "all". Shares are over pictures, but for
+    The keys are "background", "colour", "shape", "size", "relation" and "all". Shares are over images, but for
     colour, shape and size over the scenes' objects, and for relation over the scenes of two objects. A share is None if
     there is nothing to count. Raises ValueError if the numbers differ.
     """
-    if len(pictures) != len(scenes):
-        raise ValueError(f"{len(pictures)} pictures for {len(scenes)} scenes: accepted is one a scene")
-    scores = [score(read_scene(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    if len(images) != len(scenes):
+        raise ValueError(f"{len(images)} images for {len(scenes)} scenes: accepted is one a scene")
+    scores = [score(read_scene(image), scene) for image, scene in zip(images, scenes, strict=True)]
     shares: dict[str, float | None] = {}
     for name in ("background", *ATTRIBUTES, "relation", "all"):
         right = np.hstack([result[name] for result in scores if result[name] is not None] or [[]])

@@ -1,4 +1,4 @@
-"""Pictures as they are found: a thousand damaged or odd ones among a thousand good ones; colour profiles; rectangles."""
+"""Images as they are found: a thousand damaged or odd ones among a thousand good ones; colour profiles; rectangles."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, features
 
-from train.data.images.decode import DamagedPicture, load_picture, picture_size, to_tensor
+from train.data.images.decode import DamagedImage, image_size, load_image, to_tensor
 
 MANY = 1000
 
@@ -132,8 +132,8 @@ DAMAGED = (truncated, empty, text, no_size, bomb)
 EITHER = (flipped,)
 
 
-def write_odd_pictures(folder: Path, many: int = MANY) -> tuple[set[str], set[str], set[str], set[str]]:
-    """`many` good pictures and as many of 14 other kinds in a folder, mixed, with metadata.jsonl.
+def write_odd_images(folder: Path, many: int = MANY) -> tuple[set[str], set[str], set[str], set[str]]:
+    """`many` good images and as many of 14 other kinds in a folder, mixed, with metadata.jsonl.
 
     Returns their names: the good, the odd that must be read, the damaged, and those that may be either.
     """
@@ -150,7 +150,7 @@ def write_odd_pictures(folder: Path, many: int = MANY) -> tuple[set[str], set[st
         name = f"{number:04d}-{kind.__name__}.{extension}"
         (folder / name).write_bytes(data)
         groups[group].add(name)
-        rows.append(json.dumps({"file_name": name, "text": f"a picture, {kind.__name__}"}) + "\n")
+        rows.append(json.dumps({"file_name": name, "text": f"an image, {kind.__name__}"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(rows))
     return groups
 
@@ -159,20 +159,20 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
-    groups = good, odd, damaged, _ = write_odd_pictures(tmp_path)
+def test_a_thousand_odd_images_among_a_thousand_good_ones(tmp_path):
+    groups = good, odd, damaged, _ = write_odd_images(tmp_path)
     assert [len(group) for group in groups] == [1000, 574, 355, 71]
     before = digests(tmp_path)
     read, refused = set(), {}
     for name in sorted(set.union(*groups)):
         try:
-            image = load_picture(tmp_path / name, name=name)
-        except DamagedPicture as error:
+            image = load_image(tmp_path / name, name=name)
+        except DamagedImage as error:
             refused[error.name] = error.reason
         else:
             assert image.mode == "RGB"
-            assert picture_size((tmp_path / name).read_bytes()) == image.size
-            assert np.array_equal(image, load_picture((tmp_path / name).read_bytes()))
+            assert image_size((tmp_path / name).read_bytes()) == image.size
+            assert np.array_equal(image, load_image((tmp_path / name).read_bytes()))
             assert to_tensor(image, (16, 8)).shape == (3, 8, 16)
             read.add(name)
     assert good | odd <= read
@@ -185,8 +185,8 @@ def test_a_thousand_odd_pictures_among_a_thousand_good_ones(tmp_path):
 def test_memory_and_time_are_not_spent_on_bombs():
     data, _ = bomb(0, None)
     started = time.process_time()
-    for read in (load_picture, picture_size):
-        with pytest.raises(DamagedPicture, match=r"accepted|exceeds limit"):
+    for read in (load_image, image_size):
+        with pytest.raises(DamagedImage, match=r"accepted|exceeds limit"):
             read(data)
     assert time.process_time() - started < 1
 
@@ -202,7 +202,7 @@ def test_sizes_are_read_from_headers(monkeypatch):
             exif = Image.Exif()
             exif[0x0112] = orientation
             files[form, orientation] = encoded(pixels, form, exif=exif)
-    expected = {key: load_picture(data).size for key, data in files.items()}
+    expected = {key: load_image(data).size for key, data in files.items()}
     assert set(expected.values()) == {(30, 20), (20, 30)}
 
     def load(*args):
@@ -210,29 +210,29 @@ def test_sizes_are_read_from_headers(monkeypatch):
 
     for form in ("PNG", "JPEG", "TIFF"):  # WebP's reader has no pixels before load()
         monkeypatch.setattr(type(Image.open(io.BytesIO(files[form, 1]))), "load", load)
-    assert {key: picture_size(data) for key, data in files.items()} == expected
-    with pytest.raises(DamagedPicture, match=r"x\.png: not a picture of an accepted format"):
-        picture_size(b"text", name="x.png")
-    with pytest.raises(DamagedPicture, match="30 × 20 pixels; up to 599 are accepted"):
-        picture_size(files["PNG", 1], max_pixels=599)
+    assert {key: image_size(data) for key, data in files.items()} == expected
+    with pytest.raises(DamagedImage, match=r"x\.png: not an image of an accepted format"):
+        image_size(b"text", name="x.png")
+    with pytest.raises(DamagedImage, match="30 × 20 pixels; up to 599 are accepted"):
+        image_size(files["PNG", 1], max_pixels=599)
 
 
 def test_files_of_several_jpegs_give_the_first():
     first, second = (Image.new("RGB", (32, 16), colour) for colour in ((255, 0, 0), (0, 0, 255)))
     data = encoded(first, "MPO", save_all=True, append_images=[second])
     assert Image.open(io.BytesIO(data)).format == "MPO"
-    assert np.abs(np.asarray(load_picture(data)).astype(int) - (255, 0, 0)).max() <= 2
-    assert picture_size(data) == (32, 16)
+    assert np.abs(np.asarray(load_image(data)).astype(int) - (255, 0, 0)).max() <= 2
+    assert image_size(data) == (32, 16)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
 def test_avif():
     data = encoded(Image.new("RGB", (32, 16), (200, 100, 50)), "AVIF", quality=100)
-    assert np.abs(np.asarray(load_picture(data)).astype(int) - (200, 100, 50)).max() <= 3
+    assert np.abs(np.asarray(load_image(data)).astype(int) - (200, 100, 50)).max() <= 3
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (32, 16)), "AVIF", exif=exif)
-    assert picture_size(data) == load_picture(data).size == (16, 32)
+    assert image_size(data) == load_image(data).size == (16, 32)
 
 
 # -- colour profiles ------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_wide_colours_are_brought_to_srgb(form):
     pixels = np.kron(np.random.default_rng(0).integers(0, 256, (3, 4, 3)), np.ones((16, 16, 1), int)).astype(np.uint8)
     options = {"lossless": True} if form == "WEBP" else {"quality": 100, "subsampling": 0} if form == "JPEG" else {}
     data = encoded(Image.fromarray(pixels), form, icc_profile=matrix_profile(P3), **options)
-    found = np.asarray(load_picture(data)).astype(int)
+    found = np.asarray(load_image(data)).astype(int)
     assert np.abs(found - in_srgb(pixels, P3))[8::16, 8::16].max() <= (4 if form == "JPEG" else 2)
     assert np.abs(found - pixels.astype(int)).max() > 20
 
@@ -288,7 +288,7 @@ def test_alpha_and_profile_together():
     data = encoded(Image.fromarray(pixels), "PNG", icc_profile=matrix_profile(P3))
     a = pixels[..., 3:] / 255
     expected = in_srgb(pixels[..., :3], P3) * a + np.array((0, 128, 255)) * (1 - a)
-    assert np.abs(np.asarray(load_picture(data, background=(0, 128, 255))) - expected).max() <= 3
+    assert np.abs(np.asarray(load_image(data, background=(0, 128, 255))) - expected).max() <= 3
 
 
 def test_srgb_and_senseless_profiles_change_nothing():
@@ -297,9 +297,9 @@ def test_srgb_and_senseless_profiles_change_nothing():
     cmyk_profile = profile(b"CMYK", b"Lab ", {})
     for icc in (srgb, b"", b"no profile", srgb[:200], bytes(500), cmyk_profile, matrix_profile(P3)[:300]):
         data = encoded(Image.fromarray(pixels), "PNG", icc_profile=icc)
-        np.testing.assert_array_equal(np.asarray(load_picture(data)), pixels)
+        np.testing.assert_array_equal(np.asarray(load_image(data)), pixels)
     grey = encoded(Image.fromarray(pixels[..., 0]), "PNG", icc_profile=matrix_profile(P3))
-    np.testing.assert_array_equal(np.asarray(load_picture(grey))[..., 0], pixels[..., 0])
+    np.testing.assert_array_equal(np.asarray(load_image(grey))[..., 0], pixels[..., 0])
 
 
 def test_inks_are_seen_as_their_profile_says():
@@ -312,19 +312,19 @@ def test_inks_are_seen_as_their_profile_says():
     ink[:, 16:, 3] = 255  # black
     for form in ("TIFF", "JPEG"):
         plain = encoded(Image.fromarray(ink, "CMYK"), form)
-        assert np.asarray(load_picture(plain))[16, [4, 28], 0].tolist() == [255, 0]
-        found = np.asarray(load_picture(encoded(Image.fromarray(ink, "CMYK"), form, icc_profile=icc))).astype(int)
+        assert np.asarray(load_image(plain))[16, [4, 28], 0].tolist() == [255, 0]
+        found = np.asarray(load_image(encoded(Image.fromarray(ink, "CMYK"), form, icc_profile=icc))).astype(int)
         assert np.abs(found[16, [4, 28]] - np.array([[255], [120]])).max() <= 2
 
 
 def test_flipped_bytes_in_profiles_do_no_harm():
     sound = matrix_profile(P3)
-    picture = Image.new("RGB", (4, 4), (200, 100, 50))
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
     for trial in range(300):
         rng = np.random.default_rng(trial)
         raw = np.frombuffer(sound, np.uint8).copy()
         raw[rng.integers(0, len(raw), 3)] = rng.integers(0, 256, 3)
-        assert load_picture(encoded(picture, "PNG", icc_profile=raw.tobytes())).size == (4, 4)
+        assert load_image(encoded(image, "PNG", icc_profile=raw.tobytes())).size == (4, 4)
 
 
 # -- rectangles -----------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ TARGETS = [(24, 16), (16, 24), (40, 8), (8, 40), (16, 16), (33, 17)]
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("size", SIZES)
-def test_constant_pictures_stay_constant(size, target):
+def test_constant_images_stay_constant(size, target):
     for crop in ("center", "random"):
         pixels = to_tensor(Image.new("RGB", size, (10, 128, 250)), target, crop=crop, place=(0.99, 0.3))
         assert pixels.shape == (3, target[1], target[0])
@@ -353,9 +353,9 @@ def test_a_rectangle_of_that_size_is_taken_bit_for_bit(target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("size", [(300, 199), (200, 400), (91, 77)])
 def test_gradients_stay_gradients_of_a_centred_window(size, target):
-    """Across and down, a pixel shows the place in the picture that the centred window gives it."""
+    """Across and down, a pixel shows the place in the image that the centred window gives it."""
     (w, h), (width, height) = size, target
-    scale = min(w / width, h / height)  # the picture's pixels to one of the new
+    scale = min(w / width, h / height)  # the image's pixels to one of the new
     for axis, (length, new) in enumerate(((w, width), (h, height))):
         ramp = np.linspace(20, 235, length)
         values = np.rint(ramp)[None, :].repeat(h, 0) if axis == 0 else np.rint(ramp)[:, None].repeat(w, 1)

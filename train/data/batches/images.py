@@ -1,4 +1,4 @@
-"""Batches of pictures and captions as pure functions of (seed, positions).
+"""Batches of images and captions as pure functions of (seed, positions).
 
 A dataset answers `__getitems__(positions)` with a whole batch, as torch's DataLoader requests from its workers. A
 position determines an example (train/data/order/permutation.py) and all its random numbers (train/data/order/rng.py),
@@ -22,9 +22,9 @@ from torch import Tensor
 from ldm.errors import RunError
 from train.data.batches.buckets import Buckets
 from train.data.batches.draws import Draws
-from train.data.batches.records import Drawn, PictureBatch
+from train.data.batches.records import Drawn, ImageBatch
 from train.data.images.crop import Framing, Size
-from train.data.images.decode import DamagedPicture
+from train.data.images.decode import DamagedImage
 from train.data.order.permutation import InOrder, Order, Shuffled
 from train.data.order.rng import Positions, Purpose, uniform, uniforms
 from train.data.sources.splits import Source
@@ -33,11 +33,11 @@ from train.data.sources.streams import Example, Stream
 ATTEMPTS = 1000  # substitutes tried for one position before giving up
 
 
-class PictureDataset(Generic[Drawn]):
-    """Pictures and captions by position.
+class ImageDataset(Generic[Drawn]):
+    """Images and captions by position.
 
-    Pictures are squares or, with buckets, rectangles. With shuffle False, position p is example p mod n, for
-    evaluation. Raises RunError if no readable picture is found.
+    Images are squares or, with buckets, rectangles. With shuffle False, position p is example p mod n, for
+    evaluation. Raises RunError if no readable image is found.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PictureDataset(Generic[Drawn]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, where: Positions, /) -> PictureBatch[Drawn]:
+    def __getitems__(self, where: Positions, /) -> ImageBatch[Drawn]:
         at = np.asarray(where, np.int64)
         indices = self.order.at(at)
         size = self.buckets.size(int(indices[0])) if self.buckets else self.framer.framing.square
@@ -73,7 +73,7 @@ class PictureDataset(Generic[Drawn]):
 
 
 class StreamDataset(Generic[Drawn]):
-    """Pictures and captions of a stream, from any position on, but only forwards. An example's index is its position.
+    """Images and captions of a stream, from any position on, but only forwards. An example's index is its position.
 
     Every process reads the whole stream and decodes its own share of it, in threads.
     """
@@ -82,10 +82,10 @@ class StreamDataset(Generic[Drawn]):
         self.stream, self.seed, self.passed_on = stream, seed, 0
         self.framer = _Framer(framing, seed, draws)
 
-    def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[PictureBatch[Drawn]]:
+    def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[ImageBatch[Drawn]]:
         """Yield a batch for each part. Positions must be consecutive within a part and from one part to the next."""
         examples: Iterator[tuple[Example, ...]] | None = None
-        begin, pending = 0, deque[Future[PictureBatch[Drawn]]]()
+        begin, pending = 0, deque[Future[ImageBatch[Drawn]]]()
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for part in parts:
                 if examples is None:
@@ -98,20 +98,20 @@ class StreamDataset(Generic[Drawn]):
             while pending:
                 yield self._with_left_out(pending.popleft().result())
 
-    def _with_left_out(self, batch: PictureBatch[Drawn]) -> PictureBatch[Drawn]:
+    def _with_left_out(self, batch: ImageBatch[Drawn]) -> ImageBatch[Drawn]:
         """Add to a batch what the stream has left out since the last batch."""
         found, before = self.stream.left_out, self.passed_on
         self.passed_on = len(found)
         return replace(batch, left_out=found[before:])
 
-    def _batch(self, part: Sequence[int], examples: Sequence[tuple[Example, ...]]) -> PictureBatch[Drawn]:
+    def _batch(self, part: Sequence[int], examples: Sequence[tuple[Example, ...]]) -> ImageBatch[Drawn]:
         candidates = [self._candidates(*each) for each in zip(part, examples, strict=True)]
         return self.framer.batch(np.asarray(part, np.int64), candidates, self.framer.framing.square, self.stream.place)
 
     def _candidates(self, position: int, examples: tuple[Example, ...]) -> Iterator["_Candidate"]:
         """Yield the example of a position, then its possible substitutes."""
         for example in examples:
-            yield _Candidate(position, example.name, example.captions, partial(bytes, example.picture))
+            yield _Candidate(position, example.name, example.captions, partial(bytes, example.image))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class _Framer:
 
     def batch(
         self, at: NDArray[np.int64], each: Sequence[Iterator[_Candidate]], size: Size, place: str
-    ) -> PictureBatch[Any]:
+    ) -> ImageBatch[Any]:
         framing, seed = self.framing, self.seed
         places = uniforms(seed, Purpose.CROP, at, 2) if framing.crop == "random" else np.full((len(at), 2), 0.5)
         flips = uniform(seed, Purpose.FLIP, at) < 0.5 if framing.flip else np.zeros(len(at), bool)
@@ -144,14 +144,14 @@ class _Framer:
                 try:
                     image = framing.load(candidate.read(), candidate.name)
                     break
-                except DamagedPicture as error:
+                except DamagedImage as error:
                     damaged.append((candidate.name, error.reason))
             else:
-                raise RunError(f"found no readable picture in {place}, e.g. {': '.join(damaged[-1])}")
+                raise RunError(f"found no readable image in {place}, e.g. {': '.join(damaged[-1])}")
             pixels.append(framing.cut(image, size, places[k], bool(flips[k])))
             chosen.append(candidate)
         which = (uniform(seed, Purpose.CAPTION, at) * [len(c.captions) for c in chosen]).astype(np.int64)
-        return PictureBatch(
+        return ImageBatch(
             position=torch.from_numpy(at),
             index=torch.tensor([c.index for c in chosen]),
             pixels=torch.stack(pixels),
@@ -163,23 +163,23 @@ class _Framer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Training and held-out pictures. Of a stream, `source` are the first pictures of it, for what needs some at hand."""
+    """Training and held-out images. Of a stream, `source` are the first images of it, for what needs some at hand."""
 
     source: Source
     held_out: Source
     stream: Stream | None = None
     buckets: Buckets | None = None
-    """Buckets of the training pictures; None where these are squares."""
+    """Buckets of the training images; None where these are squares."""
 
     @property
     def fingerprint(self) -> str:
         parts = (self.source.fingerprint if self.stream is None else self.stream.fingerprint, self.held_out.fingerprint)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def pictures(
+    def images(
         self, framing: Framing, seed: int, draws: Draws[Drawn] | None = None
-    ) -> PictureDataset[Drawn] | StreamDataset[Drawn]:
+    ) -> ImageDataset[Drawn] | StreamDataset[Drawn]:
         """What is trained on."""
         if self.stream is None:
-            return PictureDataset(self.source, framing, seed, buckets=self.buckets, draws=draws)
+            return ImageDataset(self.source, framing, seed, buckets=self.buckets, draws=draws)
         return StreamDataset(self.stream, framing, seed, draws=draws)

@@ -46,7 +46,7 @@ class ModelOptions(SamplingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaintOptions(ModelOptions):
+class GenerateOptions(ModelOptions):
     """Options of all commands that generate separate images."""
 
     num_images: int = 1
@@ -86,7 +86,7 @@ class InterpolateOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintOptions(PaintOptions):
+class InpaintOptions(GenerateOptions):
     """Inpaint the masked part of an image, or extend it beyond its borders; all other pixels stay exactly the same."""
 
     sampler: SamplerKind = "dpmpp_2m_sde"
