@@ -211,10 +211,10 @@ def test_any_prompt_comes_back_exactly_and_forges_nothing(tmp_path: Path) -> Non
         assert names.setdefault(name, prompt.lower()) == prompt.lower()
         save_png(image, tmp_path / name, reported)
         assert read_png(tmp_path / name) == reported
-        with Image.open(tmp_path / name) as image:
-            image.load()
-            assert image.info["parameters"].split("\n")[-1] == last
-            assert "\0" not in image.info["parameters"]
+        with Image.open(tmp_path / name) as read:
+            read.load()
+            assert read.info["parameters"].split("\n")[-1] == last
+            assert "\0" not in read.info["parameters"]
         (tmp_path / name).unlink()
 
 

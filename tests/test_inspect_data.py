@@ -268,12 +268,12 @@ def test_look_alikes_are_found_however_they_are_stored() -> None:
     """Each of 60 images as PNG, JPEG, and half as large; one more in another colour, mirrored, or turned is another."""
     images = []
     for k in range(60):
-        image = image(k, (128, 96))
+        drawn = image(k, (128, 96))
         stored = io.BytesIO()
-        image.save(stored, "JPEG", quality=80)
-        images += [image, Image.open(stored).convert("RGB"), image.resize((64, 48), Image.Resampling.LANCZOS)]
-    image = images[0]
-    images += [ImageOps.mirror(image), ImageOps.flip(image), Image.merge("RGB", image.split()[::-1])]
+        drawn.save(stored, "JPEG", quality=80)
+        images += [drawn, Image.open(stored).convert("RGB"), drawn.resize((64, 48), Image.Resampling.LANCZOS)]
+    first = images[0]
+    images += [ImageOps.mirror(first), ImageOps.flip(first), Image.merge("RGB", first.split()[::-1])]
     images += [Image.new("RGB", (64, 64), (0, 0, 8 * k)) for k in range(1, 31, 2)]  # of one hash
     looks = np.array([difference_hash(image) for image in images], np.uint64)
     reduced = np.stack([np.asarray(image.resize((8, 8), Image.Resampling.BOX)).ravel() for image in images])

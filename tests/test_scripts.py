@@ -100,7 +100,7 @@ def shapes_road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images_road(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
+def pictures_road(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
     """data/ and runs/ of a folder of 24 foreign images and one that is damaged."""
     root = tmp_path_factory.mktemp("pictures")
     draw_images(root / "data")
@@ -238,10 +238,10 @@ def test_examples_and_benchmarks_run(
 
 
 def test_the_report_on_images_has_no_alignment(
-    images_road: Path, tmp_path: Path, forked: Callable[[str], Ended]
+    pictures_road: Path, tmp_path: Path, forked: Callable[[str], Ended]
 ) -> None:
     ended = forked(
-        f"scripts/evaluate.py --model {images_road}/runs/ldm/model --data {images_road}/data --split train "
+        f"scripts/evaluate.py --model {pictures_road}/runs/ldm/model --data {pictures_road}/data --split train "
         f"--images 25 --likelihoods 5 --steps 2 --out {tmp_path}"
     )
     assert ended.status == 0, ended.err
@@ -250,12 +250,12 @@ def test_the_report_on_images_has_no_alignment(
     assert "alignment" not in report
 
 
-def test_a_damaged_image_is_listed_and_left_where_it_is(images_road: Path) -> None:
+def test_a_damaged_image_is_listed_and_left_where_it_is(pictures_road: Path) -> None:
     for stage in ("clip", "vae", "ldm"):
-        lines = (images_road / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
+        lines = (pictures_road / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
         assert [json.loads(line)["file"] for line in lines] == ["torn.png"]
         assert json.loads(lines[0])["reason"]
-    assert (images_road / "data/torn.png").is_file()
+    assert (pictures_road / "data/torn.png").is_file()
 
 
 def test_a_run_goes_on_when_its_command_is_given_again(shapes_road: Path, forked: Callable[[str], Ended]) -> None:

@@ -255,7 +255,7 @@ def test_commands_that_fail(tmp_path):
     path = write_tar(tmp_path / "a.tar", range(20))
     for command, reported in {
         f"cat {path}; echo why not >&2; exit 3": "ended with status 3: why not",
-        f"head -c 10240 {path}; exit 4": "ended with status 4: it said nothing",
+        f"head -c 10240 {path}; exit 4": "ended with status 4: no error message",
         "exit 5": "ended with status 5",
         "no-such-command": "ended with status 127",
         f"cat {path}; kill -9 $$": "ended with status -9",

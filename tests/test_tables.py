@@ -207,7 +207,7 @@ def test_columns_that_are_missing_or_hold_something_else(tmp_path, columns, said
 
 def test_no_usual_columns(tmp_path):
     file = bare(tmp_path / "x.parquet", {"photo": [b"x"], "title": ["t"]})
-    with pytest.raises(UserError, match="no column image/jpg/png/img/image, text or caption; it has: photo, title"):
+    with pytest.raises(UserError, match="no column image/jpg/png/img/picture, text or caption; it has: photo, title"):
         opened(file)
     with pytest.raises(UserError, match="'text' holds double; captions are texts, lists of texts, or labels"):
         opened(bare(tmp_path / "y.parquet", {"image": [b"x"], "text": [1.5]}))
