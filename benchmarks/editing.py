@@ -241,6 +241,7 @@ def save_sheet(path: Path, edits: Sequence[Edit], generated: Sequence[Images]) -
     sheet(rows, captions).save(path)
 
 
+@command
 def main() -> None:
     o = overlay(Options, Options())
     if o.images < 1 or o.batch_size < 1 or o.seed < 0:
@@ -304,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

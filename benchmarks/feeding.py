@@ -65,6 +65,7 @@ def run(config: LdmConfig) -> tuple[float, float, float]:
     )
 
 
+@command
 def main() -> None:
     o = overlay(Options, Options())
     base = replace(
@@ -100,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

@@ -114,6 +114,7 @@ def measure(data: str) -> None:
     )
 
 
+@command
 def main() -> None:
     o = overlay(Options, Options())
     if o.measure:
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

@@ -72,6 +72,7 @@ class Measure:
         return float(np.mean(differences))
 
 
+@command
 def main() -> None:
     o = overlay(Options, Options())
     pipe = LatentDiffusionPipeline.from_pretrained(o.model)
@@ -152,4 +153,4 @@ def _latent(pipe: LatentDiffusionPipeline) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

@@ -54,6 +54,7 @@ def measure(pipe: LatentDiffusionPipeline, scenes: list[Scene], **how: object) -
     return {"all": shares["all"], "seconds": round(time.perf_counter() - started, 1)}  # type: ignore[dict-item]
 
 
+@command
 def main() -> None:
     o = overlay(Options, Options())
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

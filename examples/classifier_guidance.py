@@ -100,6 +100,7 @@ def log_probability(network: Classifier, label: int) -> LogProbability:
     return of
 
 
+@command
 def main() -> None:
     o = overlay(Options, Options())
     pipe = LatentDiffusionPipeline.from_pretrained(o.model)
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

@@ -26,6 +26,7 @@ STAGES = {
 }
 
 
+@command
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     clock = RUNS / "seconds.json"  # the time of an interrupted stage is summed over all calls
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    main()

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
@@ -30,8 +31,20 @@ _EXPECTED = (
 )
 
 
-def command(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: exit 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n."""
+def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
+    """Make a function the main of a program: it exits, with a status and one line on standard error after a failure.
+
+    Exit status: 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n.
+    """
+
+    @wraps(main)
+    def run() -> NoReturn:
+        _run(main)
+
+    return run
+
+
+def _run(main: Callable[[], None]) -> NoReturn:
     warnings.filterwarnings("ignore", module="huggingface_hub")  # about calls from other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()

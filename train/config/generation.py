@@ -66,6 +66,26 @@ class GenerateOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Txt2ImgOptions(GenerateOptions):
+    """Generate images from a prompt, or from each prompt of a file."""
+
+    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Image width. Default: the model's own."""
+    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Image height. Default: the model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Img2ImgOptions(GenerateOptions):
+    """Generate images that start from given images: variations, or changes that follow a prompt."""
+
+    image: tuple[str, ...] = ()
+    """Images to start from, of any size; each is used --num-images times. With --prompts: one, or one per prompt."""
+    strength: float = 0.8
+    """Amount of change: 0 keeps the image, 1 keeps only its size. Only the last strength · steps steps are run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InterpolateOptions(ModelOptions):
     """Interpolate from one prompt to another, or from one seed to another: write the frames and an animation."""
 

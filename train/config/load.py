@@ -80,14 +80,30 @@ def validate(kind: type[Config], given: dict[str, Any]) -> Config:
         raise UserError(first_error(error)) from None
 
 
-def overlay(kind: type[Config], default: Config, arguments: list[str] | None = None, *, flags: bool = True) -> Config:
+def overlay(
+    kind: type[Config],
+    default: Config,
+    arguments: list[str] | None = None,
+    *,
+    flags: bool = True,
+    usage: str = "",
+    about: str = "",
+) -> Config:
     """Override a configuration with `--dotted.name value` arguments (default: the process's); `--help` lists them all.
 
     flags: a boolean is given as --name or --no-name; without flags, as --name True or False, as in a file.
+    usage, about: `--help`'s words after the program's name, and a paragraph after its description.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
-        tyro.cli(kind, default=default, args=["--help"], config=() if flags else (tyro.conf.FlagConversionOff,))
+        tyro.cli(
+            kind,
+            prog=f"{Path(sys.argv[0]).name} {usage}".rstrip(),
+            description=f"{kind.__doc__}\n\n{about}".rstrip(),
+            default=default,
+            args=["--help"],
+            config=() if flags else (tyro.conf.FlagConversionOff,),
+        )
     given = read_options(kind, arguments, flags=flags)
     tree = asdict(default)  # type: ignore[call-overload]
     for name, option in given.items():

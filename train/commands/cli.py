@@ -1,0 +1,146 @@
+"""The commands as users type them. Each function is an entry point, ldm-txt2img, and also scripts/txt2img.py.
+
+Modules that import torch are imported after the options are read: --help and wrong options get an immediate answer.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from train.commands.main import command
+from train.config.clip import ClipConfig
+from train.config.convert import ConvertOptions
+from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, Txt2ImgOptions
+from train.config.ldm import LdmConfig
+from train.config.load import overlay, parse
+from train.config.reports import EvaluateOptions, EvaluateVaeOptions, InspectOptions
+from train.config.vae import VaeConfig
+
+
+@command
+def train_clip() -> None:
+    """Train stage 0, a small CLIP: CONFIG --data DATA --out RUN."""
+    config = parse(ClipConfig)
+    from train.stages.clip import train
+
+    train(config)
+
+
+@command
+def train_vae() -> None:
+    """Train stage 1, the autoencoder: CONFIG --data DATA --out RUN."""
+    config = parse(VaeConfig)
+    from train.stages.vae import train
+
+    train(config)
+
+
+@command
+def train_ldm() -> None:
+    """Train stage 2, the latent diffusion model: CONFIG --data DATA --out RUN."""
+    config = parse(LdmConfig)
+    from train.stages.ldm import train
+
+    train(config)
+
+
+@command
+def txt2img() -> None:
+    """Generate images from prompts with a trained model."""
+    o = overlay(Txt2ImgOptions, Txt2ImgOptions())
+    from train.commands.txt2img import txt2img
+
+    for path in txt2img(o):
+        print(path)
+
+
+@command
+def img2img() -> None:
+    """Generate images that start from given images."""
+    o = overlay(Img2ImgOptions, Img2ImgOptions())
+    from train.commands.img2img import img2img
+
+    for path in img2img(o):
+        print(path)
+
+
+@command
+def inpaint() -> None:
+    """Inpaint the masked part of an image, or extend the image beyond its borders; the rest doesn't change."""
+    o = overlay(InpaintOptions, InpaintOptions())
+    from train.commands.inpaint import inpaint
+
+    for path in inpaint(o):
+        print(path)
+
+
+@command
+def interpolate() -> None:
+    """Interpolate from one prompt to another, or from one seed to another: write the frames and an animation."""
+    o = overlay(InterpolateOptions, InterpolateOptions())
+    from train.commands.interpolate import interpolate
+
+    for path in interpolate(o):
+        print(path)
+
+
+@command
+def evaluate() -> None:
+    """Measure a trained model on a dataset, and write a report and a sheet of sample images."""
+    o = overlay(EvaluateOptions, EvaluateOptions())
+    from train.commands.evaluate import evaluate
+
+    _show(evaluate(o), ("task", "vae", "latents", "alignment"))
+    print(f"written to {o.out}/report.json and {o.out}/samples.png")
+
+
+@command
+def evaluate_vae() -> None:
+    """Measure an autoencoder on images: the quality of reconstructions, and whether its latents suit a diffusion model."""
+    o = overlay(EvaluateVaeOptions, EvaluateVaeOptions())
+    from train.commands.evaluate_vae import evaluate
+
+    _show(evaluate(o), ("vae", "channels"))
+    print(f"written to {o.out}/report.json and {o.out}/reconstructions.png")
+
+
+def _show(report: Mapping[str, Any], parts: tuple[str, ...]) -> None:
+    """Print these parts of a report, as far as it has them, and the number of damaged images."""
+    print(json.dumps({part: report[part] for part in parts if part in report}, indent=2))
+    if damaged := report["damaged"]:
+        print(f"{len(damaged)} images can't be read, others stood in, e.g. for {': '.join(damaged[0])}")
+
+
+@command
+def convert() -> None:
+    """Convert between a diffusers folder and a single safetensors file with the original key names."""
+    o = overlay(ConvertOptions, ConvertOptions())
+    from train.commands.convert import convert
+
+    convert(o.model, o.config, o.out)
+    print(o.out)
+
+
+@command
+def inspect_data() -> None:
+    """Inspect images and captions before training: write statistics, problems and a contact sheet."""
+    o = overlay(InspectOptions, InspectOptions())
+    from train.commands.inspect import inspect
+    from train.commands.inspect_report import describe
+
+    report = inspect(o)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the captions
+    print(describe(report))
+    print(f"\nwritten to {o.out}: {', '.join(sorted(path.name for path in Path(o.out).iterdir()))}")
+
+
+@command
+def make_dataset() -> None:
+    """Make a dataset of captioned images without a download."""
+    from train.commands.make_dataset import make
+
+    make(sys.argv[1:])

@@ -1,0 +1,15 @@
+"""Generate images from prompts with a trained model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.commands.generate import ImageGenerator, options_like
+from train.config.generation import Txt2ImgOptions
+
+
+def txt2img(o: Txt2ImgOptions) -> Iterator[Path]:
+    """Generate and write the images, and yield the path of each one."""
+    o = options_like(o)
+    generator = ImageGenerator(o)
+    jobs = [job for prompt in generator.prompts for job in generator.jobs(prompt)]
+    return generator.generate(jobs, width=o.width, height=o.height)
