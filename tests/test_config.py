@@ -19,10 +19,12 @@ from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
 from ldm.networks.unet import widen
 from train.config.clip import ClipConfig
+from train.config.generation import Txt2ImgOptions
 from train.config.ldm import LdmConfig
 from train.config.load import dump, overlay, parse, plain, read_yaml, validate
 from train.config.resumable import differences, published
 from train.config.run import RunConfig
+from train.config.shipped import shipped
 from train.config.vae import AutoencoderConfig, VaeConfig
 
 ROOT = Path(__file__).parent.parent
@@ -261,6 +263,53 @@ def test_help_and_wrong_options_wait_for_no_library(script: str, argument: str) 
     )
     assert done.returncode == (0 if argument == "--help" else 2), done.stderr
     assert done.stdout.splitlines()[-1].strip() == "heavy:"
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "usage"),
+    [
+        (LdmConfig, "/env/bin/ldm-train-ldm", "ldm-train-ldm [CONFIG] [-h]"),
+        (LdmConfig, "scripts/train_ldm.py", "train_ldm.py [CONFIG] [-h]"),
+        (Txt2ImgOptions, "/env/bin/ldm-txt2img", "ldm-txt2img [-h]"),
+    ],
+)
+def test_help_names_the_program_and_the_configurations(
+    kind: type, typed: str, usage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [typed, "--help"])
+    with pytest.raises(SystemExit):
+        parse(kind) if kind is LdmConfig else overlay(kind, kind())
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {usage} ")
+    assert ("shapes/ldm, shapes/ldm_inpaint, " in said) == (kind is LdmConfig)
+
+
+def test_configurations_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is that of one stage's file, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    named = {name: (kind, path) for stage, kind in KINDS.items() for name, path in shipped(stage).items()}
+    assert sorted(path for _, path in named.values()) == FILES
+    for name, (kind, path) in named.items():
+        assert f"configs/{name}.yaml" == str(path.relative_to(ROOT))
+        assert parse(kind, [name]) == parse(kind, [str(path)])
+
+
+def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shapes/vae").mkdir(parents=True)  # a folder is not a configuration
+    Path("shapes/ldm").write_text("steps: 7")
+    assert parse(LdmConfig, ["shapes/ldm"]).steps == 7
+    assert parse(VaeConfig, ["shapes/vae"]).steps == 400
+
+
+@pytest.mark.parametrize("given", ["shapes/vea", "shapes/ldm", "shapes", "", "no.yaml"])
+def test_an_unknown_name_is_refused_with_the_names_of_the_stage(given: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(VaeConfig, [given])
+    assert str(caught.value) == (
+        f"{given!r}: no such file, and no configuration has this name; names: emoji/vae, emoji128/vae, pictures/vae, "
+        "sd15/vae, sd15/vae_ft_mse, sd15/vae_mosaic, shapes/vae, shapes128/vae"
+    )
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

@@ -1,6 +1,6 @@
 """The configuration of stage 0, a small CLIP."""
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -58,6 +58,7 @@ class TokenTasksConfig:
 class ClipConfig(RunConfig):
     """Stage 0: a small CLIP (Radford et al. 2021) by contrastive learning on captioned images."""
 
+    stage: ClassVar = "clip"
     text: TextTowerConfig = Field(default_factory=TextTowerConfig)
     """Text tower."""
     image: ImageTowerConfig = Field(default_factory=ImageTowerConfig)

@@ -1,6 +1,6 @@
 """The configuration of stage 2, the latent diffusion model."""
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self, assert_never
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -176,6 +176,7 @@ class DiffusionConfig:
 class LdmConfig(RunConfig):
     """Stage 2: a cross-attention UNet over the latents, conditioned on the text encoder's tokens."""
 
+    stage: ClassVar = "ldm"
     task: Task = "txt2img"
     """Task of the model. `inpaint`: the UNet also receives a mask and the masked image, 2 · latent channels + 1
     channels in all, and learns to fill masks of any kind; best started from a text-to-image model as `init`."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import tyro
 import yaml
@@ -13,10 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from ldm.errors import UserError, one_line
 from train.config.options import Option, read_options
+from train.config.shipped import find_config, shipped
 
 
 class Checked(Protocol):
-    """Configuration with a check of settings that depend on each other, run when all of them are read."""
+    """Configuration of a stage, with a check of settings that depend on each other, run when all of them are read."""
+
+    stage: ClassVar[str]
 
     def check(self) -> None: ...
 
@@ -28,16 +31,18 @@ Stage = TypeVar("Stage", bound=Checked)
 def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
     """Read a configuration: a YAML file overrides the defaults, and the command line overrides both.
 
-    The first argument may be the YAML file; all others are `--dotted.name value`. `--print-config` prints the
-    result and exits. Raises UserError for an invalid file, key or value.
+    The first argument may be the YAML file, or the name of a shipped one; all others are `--dotted.name value`.
+    `--print-config` prints the result and exits. Raises UserError for an invalid file, key or value.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show = "--print-config" in arguments
     arguments = [a for a in arguments if a != "--print-config"]
-    given = read_yaml(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else {}
+    named = bool(arguments) and not arguments[0].startswith("-")
+    given = read_yaml(find_config(arguments.pop(0), kind.stage)) if named else {}
     if str(given.get("data", "")).startswith("pipe:"):
         raise UserError(f"data: {given['data']!r} is a command, which no file may give: write it as --data")
-    config = overlay(kind, validate(kind, given), arguments, flags=False)
+    about = f"CONFIG: YAML file, or one of the names {', '.join(shipped(kind.stage))}."
+    config = overlay(kind, validate(kind, given), arguments, flags=False, usage="[CONFIG]", about=about)
     config.check()
     if show:
         print(dump(config), end="")

@@ -5,7 +5,7 @@ stage builds its objects from them in one place. A variant is a `Literal`, match
 """
 
 import re
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -22,6 +22,8 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"
 class RunConfig:
     """Settings shared by all stages."""
 
+    stage: ClassVar[str]
+    """Name of the stage; the names of its configuration files begin with it."""
     data: Place = ""
     """Captioned images: a folder (metadata.jsonl or .csv, or a .txt beside each image), parquet or WebDataset tar
     files, the output of datasets' save_to_disk, or a hub id; docs/data.md shows each."""

@@ -1,6 +1,6 @@
 """The configuration of stage 1, the autoencoder."""
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self, assert_never
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -133,6 +133,7 @@ class EquivarianceConfig:
 class VaeConfig(RunConfig):
     """Stage 1: an autoencoder from random weights or a given one; its latents are normalised to mean 0, variance 1."""
 
+    stage: ClassVar = "vae"
     init: Place = ""
     """Folder (or hub id) of an AutoencoderKL to start from, instead of random weights; its shape replaces `model`."""
     decoder_only: bool = False
