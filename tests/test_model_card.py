@@ -21,7 +21,7 @@ from train.config.clip import ClipConfig
 from train.config.ldm import DiffusionConfig
 from train.config.load import validate
 from train.config.vae import AutoencoderConfig
-from train.engine.model_card import code_span, place
+from train.engine.model_card import code_span, source_span
 
 parts, start = test_training.parts, test_training.start  # fixtures
 HOSTILE = (
@@ -226,7 +226,7 @@ def test_a_process_that_others_cannot_sample_is_said(shapes: Path, parts: Path, 
     ],
 )
 def test_where_things_came_from_tells_no_more(given: str, shown: str) -> None:
-    assert place(given) == shown
+    assert source_span(given) == shown
 
 
 @pytest.mark.parametrize("text", ["plain", "`", "a``b`", "``` \n```", "\udc80 \x1b[31m", "|"])

@@ -33,7 +33,7 @@ from train.data.sources.splits import Source
 from train.data.sources.tables import Table
 from train.data.sources.tars import Tars
 from train.data.store.prefetch import read_ahead
-from train.engine.open_data import SIDES
+from train.engine.open_data import LEFT_OR_RIGHT
 
 Report = dict[str, Any]
 
@@ -280,7 +280,7 @@ def caption_report(chosen: Chosen, tokenizer: CLIPTokenizer, chunks: int = 1) ->
         ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         place = slice(first, first + len(some))
         hashes[place], tokens[place] = list(map(hash, some)), [len(row) + 2 for row in ids]
-        sides += sum(bool(SIDES.search(text)) for text in some)
+        sides += sum(bool(LEFT_OR_RIGHT.search(text)) for text in some)
         if tokens[place].max() > tokens[:first].max(initial=0):
             longest = some[int(tokens[place].argmax())]
     keys, times = np.unique(hashes, return_counts=True)

@@ -58,9 +58,9 @@ class OptimizerConfig:
         """Return the optimizer of a module's trainable weights. lr: peak rate; default: this configuration's."""
         from torch.optim import AdamW
 
-        from train.engine.optim import Muon, decayed
+        from train.engine.optim import Muon, parameter_groups
 
-        groups = decayed(module, self.weight_decay, orthogonal=self.kind == "muon")
+        groups = parameter_groups(module, self.weight_decay, orthogonal=self.kind == "muon")
         rate = self.lr if lr is None else lr
         match self.kind:
             case "adamw":

@@ -30,14 +30,14 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
     trained = sum(p.numel() for q in stage.phases for p in q.module.parameters() if p.requires_grad)
     held = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, moving average
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _resident_mib()
-    run.say(
+    run.print(
         f"{trained / 1e6:.2f} M parameters train; weights, gradient, optimizer and average take {held:,.0f} MiB, "
         f"about {max(peak, held):,.0f} MiB in all; a step takes about {seconds:.3g} s (without the optimizer), "
         f"{steps} steps about {duration(seconds * steps)}"
     )
     if preparing > 0.01 * seconds:
         images = config.batch_size / run.accelerator.num_processes
-        run.say(f"encoding takes {1000 * preparing / images:.3g} ms of each image's time")
+        run.print(f"encoding takes {1000 * preparing / images:.3g} ms of each image's time")
 
 
 def _clock(device: torch.device) -> float:

@@ -124,7 +124,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
             if last:
                 return
             if stopped:
-                run.say(f"stopped at step {done} of {config.steps}; run the same command to go on")
+                run.print(f"stopped at step {done} of {config.steps}; run the same command to go on")
                 raise SystemExit(128 + stopped)
 
 
@@ -135,7 +135,7 @@ def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:
         return
     if run.main:
         publish(run.folder.model, step, final=True)
-    run.say(f"{run.folder} is finished ({step} steps); give more --steps to go on, or another --out")
+    run.print(f"{run.folder} is finished ({step} steps); give more --steps to go on, or another --out")
 
 
 def validate(run: AnyRun, stage: Stage, step: int) -> None:

@@ -75,7 +75,7 @@ def write_card(
         "In this folder, or with its path in place of `.`:",
         about.use,
         "## Data",
-        f"{place(config.data)}: {many}{len(inputs.held_out):,} held out; fingerprint `{fingerprint}`.",
+        f"{source_span(config.data)}: {many}{len(inputs.held_out):,} held out; fingerprint `{fingerprint}`.",
         "## Training",
         "\n".join(f"- {name}: {value}" for name, value in (about.settings | _settings(config)).items()),
         "All settings are in `training.json`.",
@@ -120,7 +120,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
     }
 
 
-def place(given: str) -> str:
+def source_span(given: str) -> str:
     """Return a path or address as a code span, without private parts (see `redacted`)."""
     return "the output of a command" if given.startswith("pipe:") else code_span(redacted(given))
 

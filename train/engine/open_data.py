@@ -15,8 +15,8 @@ from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
 from train.engine.run import AnyRun
 
-SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-_READ = 10_000  # images whose captions are looked through for words
+LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_CAPTIONS_SEARCHED = 10_000  # images whose captions are looked through for words
 
 
 def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> Inputs:
@@ -34,16 +34,16 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     return Inputs(take(splits, "train", **how), take(splits, "test", **how))
 
 
-def prepared(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
+def select_images(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
     """What is used of them, told to the person who watches: images that are large enough, in buckets where these are wanted.
 
     multiple: what the networks need the sides of images to be a multiple of.
     """
     config = run.config.input
-    if config.flip and (found := next(filter(SIDES.search, inputs.source.captions(_READ)), None)):
-        run.say(f"input.flip mirrors half of the images, but captions speak of left and right, e.g. {found[:100]!r}")
+    if config.flip and (found := next(filter(LEFT_OR_RIGHT.search, inputs.source.captions(_CAPTIONS_SEARCHED)), None)):
+        run.print(f"input.flip mirrors half of the images, but captions speak of left and right, e.g. {found[:100]!r}")
     if without := inputs.source.catalogue.uncaptioned:
-        run.say(f"{without:,} of {len(inputs.source.catalogue):,} images have no caption")
+        run.print(f"{without:,} of {len(inputs.source.catalogue):,} images have no caption")
     if config.min_size and inputs.stream is not None:
         raise UserError(f"input.min_size {config.min_size}: the sizes of a stream's images aren't known; leave it out")
     if config.buckets % multiple:
@@ -51,16 +51,16 @@ def prepared(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
     if not (config.min_size or config.buckets):
         return inputs
     sizes = bucket_sizes(config.resolution, config.buckets, config.bucket_ratio) if config.buckets else []
-    source, shapes = measured(inputs.source, run)
-    held_out = measured(inputs.held_out, run)[0] if config.min_size else inputs.held_out
+    source, shapes = select_by_size(inputs.source, run)
+    held_out = select_by_size(inputs.held_out, run)[0] if config.min_size else inputs.held_out
     if not sizes:
         return replace(inputs, source=source, held_out=held_out)
     buckets = Buckets.assigned(shapes, sizes, run.config.batch_size, run.config.seed)
-    run.say(str(buckets))
+    run.print(str(buckets))
     return replace(inputs, source=source, held_out=held_out, buckets=buckets)
 
 
-def measured(source: Source, run: AnyRun) -> tuple[Source, NDArray[np.int64]]:
+def select_by_size(source: Source, run: AnyRun) -> tuple[Source, NDArray[np.int64]]:
     """The images of a source that can be read and that input.min_size lets in, and their width and height, (n, 2)."""
     config = run.config.input
     shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
@@ -74,7 +74,7 @@ def measured(source: Source, run: AnyRun) -> tuple[Source, NDArray[np.int64]]:
         )
     if config.min_size:
         small = len(source) - int(stays.sum()) - len(unreadable)
-        run.say(
+        run.print(
             f"{small:,} of {len(source):,} images ({source.split}) have fewer than {config.min_size} pixels a side: left out"
         )
     return source if stays.all() else source.only_where(stays, unreadable), shapes[stays]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-def decayed(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
     """Return a module's trainable weights as parameter groups, with weight decay for two or more dimensions only.
 
     orthogonal: mark matrices and kernels for Muon; embedding modules, biases and normalisation weights stay with AdamW.

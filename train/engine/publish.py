@@ -43,7 +43,7 @@ def publisher(run: AnyRun, stage: Published) -> Publish:
             figures=figures,
         )
         if final and not license:
-            run.say(
+            run.print(
                 f"{run.folder.model / 'README.md'} states no licence, so nobody may assume any: the same command with, for "
                 "one, --license apache-2.0 adds it"
             )

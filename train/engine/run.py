@@ -15,7 +15,7 @@ from train.engine.console import Console
 from train.engine.feed import Feed
 from train.engine.folder import RunFolder
 from train.engine.metrics import Metrics
-from train.engine.settings import settle
+from train.engine.settings import write_settings
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -29,7 +29,7 @@ class Run(Generic[Config]):
     """Fingerprint of each input, by name."""
     accelerator: Accelerator
     folder: RunFolder
-    say: Console
+    print: Console
     metrics: Metrics
     feed: Feed
     damage: DamageReport
@@ -63,7 +63,7 @@ def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]
     )
     with folder.locked() if main else nullcontext():
         if main:
-            config = settle(folder.settings, config, inputs)
+            config = write_settings(folder.settings, config, inputs)
             # A tracker with a missing package would fail at the first log: fail at the start instead.
             accelerator.init_trackers(folder.name)
         accelerator.wait_for_everyone()

@@ -17,7 +17,7 @@ from train.engine.provenance import commit, versions
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def settle(path: Path, config: Config, inputs: Mapping[str, str]) -> Config:
+def write_settings(path: Path, config: Config, inputs: Mapping[str, str]) -> Config:
     """Write the settings of a new or continued run. Returns them, with the licence that was stated earlier, if any.
 
     inputs: fingerprint of each input of the run, by name, e.g. {"data": fingerprint}. Raises UserError if the run was

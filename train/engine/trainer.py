@@ -119,7 +119,7 @@ class Trainer:
                 f"the last {int(self.health.in_a_row)} steps gave no finite loss and gradient, and going back has not "
                 "helped: try a lower --optimizer.lr, or --precision bf16 or fp32"
             )
-        self.run.say(f"step {step}: too many steps were not finite; back to the weights of step {found.step}")
+        self.run.print(f"step {step}: too many steps were not finite; back to the weights of step {found.step}")
         self.restore(self.checkpoints.load(found), weights_only=True)
         self.health.in_a_row.zero_()
         self.health.rolled_back = self.generation + 1
@@ -160,13 +160,13 @@ class Trainer:
         if found is None:
             return 0
         self.restore(self.checkpoints.load(found))
-        self.run.say(f"continuing from step {found.step} ({found.folder})")
+        self.run.print(f"continuing from step {found.step} ({found.folder})")
         return found.step
 
     def save(self, step: int) -> None:
         """Commit a checkpoint."""
         if int(self.health.in_a_row):
-            self.run.say(f"step {step}: the last {int(self.health.in_a_row)} steps were not finite and were skipped")
+            self.run.print(f"step {step}: the last {int(self.health.in_a_row)} steps were not finite and were skipped")
         if self.run.main:
             self.checkpoints.save(step, self.state())
         self.run.accelerator.wait_for_everyone()

@@ -12,7 +12,7 @@ from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.vae import VaeConfig
 from train.data.batches.images import Inputs
-from train.engine.model_card import About, place
+from train.engine.model_card import About, source_span
 
 _LONGEST = 200  # characters of a prompt in an example
 _USE_CLIP = """```python
@@ -138,8 +138,8 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
         settings=_initialised_from(config.init)
         | {
             "network": f"{_size(backbone.module)}; {backbone.describe()}",
-            "autoencoder": place(config.vae or config.init),
-            "text encoder": place(config.text_encoder or config.init),
+            "autoencoder": source_span(config.vae or config.init),
+            "text encoder": source_span(config.text_encoder or config.init),
             "noise": f"{d.schedule}, {d.timesteps} timesteps ({d.timestep_sampling}); predicts {d.target}",
             "loss": f"{d.objective}, {d.loss}, {d.weighting} weights",
             "caption dropout": f"{config.caption_dropout:g}",
@@ -157,7 +157,7 @@ def _prompt(inputs: Inputs) -> str:
 
 
 def _initialised_from(init: str, how: str = "") -> dict[str, str]:
-    return {"begun with": place(init) + how} if init else {}
+    return {"begun with": source_span(init) + how} if init else {}
 
 
 def _list(numbers: Iterable[int]) -> str:

@@ -19,7 +19,7 @@ from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
-from train.engine.open_data import open_inputs, prepared
+from train.engine.open_data import open_inputs, select_images
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase, StepOutput
@@ -64,7 +64,7 @@ class ClipStage:
         pair = Pair(config.build(tokenizer).to(run.accelerator.device))
         self.phases = [Phase("clip", pair, config.optimizer.build(pair), config.optimizer.lr)]
         self.ema = Ema(pair.contrastive.clip, config.ema_decay)
-        self.cut = CutCaptions(run.say, "--text.max-length")
+        self.cut = CutCaptions(run.print, "--text.max-length")
         self.training = inputs.images(config.input.framing(), config.seed)
         self.held_out = ImageDataset(
             inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
@@ -101,7 +101,7 @@ class ClipStage:
         count = min(len(self.held_out.source), _VALIDATION)
         image, text, ids, _ = self.held_out_features(count)
         found = {name: float(share) for name, share in retrieval_accuracy(image, text, ids).items()}
-        self.run.say(f"step {step}: among {count} held-out, " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        self.run.print(f"step {step}: among {count} held-out, " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
         return {f"val_{name}": share for name, share in found.items()}
 
     def sheet(self, path: Path) -> None:
@@ -137,7 +137,7 @@ def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
             f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
         )
     with open_run(config, accelerator, {"data": inputs.fingerprint}) as run:
-        inputs = prepared(inputs, run)
+        inputs = select_images(inputs, run)
         tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
         stage = ClipStage(run, inputs, tokenizer)
         fit(run, stage, publisher(run, stage), hooks)

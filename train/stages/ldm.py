@@ -24,7 +24,7 @@ from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
-from train.engine.open_data import open_inputs, prepared
+from train.engine.open_data import open_inputs, select_images
 from train.engine.precision import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
@@ -60,7 +60,7 @@ class LdmStage:
             backbone.enable_gradient_checkpointing()
         self.ema = Ema(backbone.module, config.ema_decay)
         self.network = replace(backbone, module=self.ema.module)
-        cut = CutCaptions(run.say, "--text-chunks")
+        cut = CutCaptions(run.print, "--text-chunks")
         self.complete = Completion(parts.autoencoder, parts.text_encoder, cut, config.precision)
         loss = DiffusionLoss(backbone, parts.objective, terms).to(run.accelerator.device)
         self.importance = loss.importance
@@ -97,7 +97,7 @@ class LdmStage:
                 out = self.averaged(batch)
             total += len(places) * torch.stack([out.loss, out.metrics["error"]]).double()
         loss, error = (total / count).tolist()
-        self.run.say(f"step {step}: validation loss {loss:.5f} on {count} held-out examples")
+        self.run.print(f"step {step}: validation loss {loss:.5f} on {count} held-out examples")
         return {"val_loss": loss, "val_error": error}
 
     def pipeline(self) -> LatentDiffusionPipeline:
@@ -179,9 +179,9 @@ def train(
         )
     with open_run(config, accelerator, {"data": inputs.fingerprint, **parts.made_from}) as run:
         for change in parts.changes:
-            run.say(change)
+            run.print(change)
         if config.attention == "auto":
-            run.say(f"attention: {parts.attention}")
-        inputs = prepared(inputs, run, parts.autoencoder.factor * parts.backbone.size_multiple)
+            run.print(f"attention: {parts.attention}")
+        inputs = select_images(inputs, run, parts.autoencoder.factor * parts.backbone.size_multiple)
         stage = LdmStage(run, parts, inputs, *open_examples(run, parts, inputs), terms)
         fit(run, stage, publisher(run, stage), hooks)

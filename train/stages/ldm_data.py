@@ -72,7 +72,7 @@ def cached(
         processes=run.processes,
         note=partial(run.damage.of(source.left_out).note, whole=True),
     )
-    cut = CutCaptions(run.say, "--text-chunks")
+    cut = CutCaptions(run.print, "--text-chunks")
     with cut.counted():
         text = TextCache.open(
             run.cache,
@@ -84,6 +84,6 @@ def cached(
             processes=run.processes,
         )
     if cut.count > 1:
-        run.say(f"{cut.count:,} captions were cut")
+        run.print(f"{cut.count:,} captions were cut")
     originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
     return CachedDataset(latents, text, config.seed, noising, shuffle=training, originals=originals)

@@ -31,7 +31,7 @@ from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
 from train.engine.model_card import About
-from train.engine.open_data import open_inputs, prepared
+from train.engine.open_data import open_inputs, select_images
 from train.engine.precision import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
@@ -87,7 +87,9 @@ class VaeStage:
         if discriminator is not None:
             discriminator.to(device)
             if adversarial.start >= config.steps:
-                run.say(f"the discriminator would begin at step {adversarial.start}, after the last of {config.steps}")
+                run.print(
+                    f"the discriminator would begin at step {adversarial.start}, after the last of {config.steps}"
+                )
         self.features = load_features(config.validation_features).to(device) if config.validation_features else None
         if self.features is not None and min(len(inputs.held_out), config.validation_examples) < 2:
             raise UserError("validation_features: a Fréchet distance needs at least 2 held-out images")
@@ -170,7 +172,7 @@ class VaeStage:
             levels=_NOISE,
             reduce=self._sum,
         )
-        self.run.say(
+        self.run.print(
             f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out images"
         )
         return {f"val_{name}": value for name, value in figures.items()}
@@ -194,7 +196,7 @@ class VaeStage:
         if statistics is None:
             return {}
         if statistics.dead:
-            self.run.say(
+            self.run.print(
                 f"latent channels {statistics.dead} carry nothing: fewer latent channels, or a lower --kl-weight"
             )
         return {"dead_channels": len(statistics.dead)}
@@ -219,6 +221,6 @@ def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Re
         "perceptual.model": "" if perceptual is None else digest(perceptual),
     }
     with open_run(config, accelerator, made_from) as run:
-        inputs = prepared(inputs, run)
+        inputs = select_images(inputs, run)
         stage = VaeStage(run, vae, perceptual, inputs, terms)
         fit(run, stage, publisher(run, stage), hooks)
