@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint env clean-demo
+.PHONY: demo test test-slow lint site env clean-demo
 
 env: $(READY)
 
@@ -29,6 +29,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+site: $(READY)  # the documentation, in site/index.html
+	$(BIN)/python docs/build_site.py
 
 clean-demo:
 	rm -rf runs/demo data/shapes

@@ -39,7 +39,7 @@ def reconstruction_quality(made: Tensor, pixels: Tensor) -> tuple[float, float]:
 
 
 class FrechetSums:
-    """Count, sum and outer products of features f, kept as one matrix: Σ [1, f][1, f]ᵀ, (1 + d, 1 + d)."""
+    """Count, sum and outer products of features f, kept as one matrix: `Σ [1, f][1, f]ᵀ`, (1 + d, 1 + d)."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)
