@@ -1,6 +1,6 @@
 """PatchGAN's discriminator (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2) and the adversarial losses.
 
-The discriminator classifies overlapping patches. It uses group normalisation instead of batch normalisation, so that a
+The discriminator classifies overlapping patches. It uses group normalisation instead of batch normalisation, so that an
 image's logits depend neither on the rest of the batch nor on the number of processes.
 """
 

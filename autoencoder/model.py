@@ -1,8 +1,8 @@
 """The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1) and the normalisation of its latents.
 
-Diffusion needs latents with mean 0 and variance 1. Stable Diffusion's tools have one number for that, `scaling_factor`,
-and most have 0.18215 hard-coded. So the statistics of each channel are folded into the two 1×1 convolutions next to the
-latent (`fold`). Then latent × 0.18215 is correct for every loader.
+Diffusion needs latents with mean 0 and variance 1. For that, Stable Diffusion's tools have one number,
+`scaling_factor`, and most have 0.18215 hard-coded. So the statistics of each channel are folded into the two 1×1
+convolutions next to the latent (`fold`). Then latent × 0.18215 is correct for every loader.
 """
 
 import hashlib
@@ -37,8 +37,10 @@ def build_autoencoder(
 
     Raises UserError if `groups` doesn't divide a level's channels.
     """
-    if odd := [c for c in channels if c % groups]:
-        raise UserError(f"model.groups {groups} doesn't divide model.channels {odd}: choose a common divisor")
+    if indivisible := [c for c in channels if c % groups]:
+        raise UserError(
+            f"model.groups {groups} doesn't divide {indivisible} of model.channels: choose a common divisor"
+        )
     levels = len(channels)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -106,15 +108,15 @@ class Autoencoder:
         if folder.is_dir():
             folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
             if not (folder / "config.json").is_file():
-                raise UserError(f"{str(where)!r} holds no autoencoder: looked for config.json there and in vae/")
+                raise UserError(f"{str(where)!r} contains no autoencoder: config.json is neither there nor in vae/")
             where = folder
         elif not is_hub_id(str(where)):
-            raise UserError(f"no autoencoder at {str(where)!r}: give a stage 1 run's model/ folder, or a hub id")
+            raise UserError(f"no autoencoder at {str(where)!r}: give the model/ folder of a train_vae run, or a hub id")
         vae: AutoencoderKL = load_network(AutoencoderKL, where, f"an autoencoder from {str(where)!r}")
         if vae.config.get("shift_factor") or vae.config.get("latents_mean"):
             raise UserError(
-                f"the autoencoder at {str(where)!r} shifts its latents, which Stable Diffusion pipelines ignore: "
-                "use one with scaling_factor alone"
+                f"the autoencoder at {str(where)!r} sets shift_factor or latents_mean, which stock pipelines "
+                "ignore: use one that sets only scaling_factor"
             )
         autoencoder = cls(vae)
         autoencoder.colours = Colours.load(where, autoencoder.latent_channels)
@@ -196,7 +198,9 @@ def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     UserError for an autoencoder without them: folding wouldn't be exact, since the decoder pads with zeros.
     """
     if vae.quant_conv is None or vae.post_quant_conv is None:
-        raise UserError("an autoencoder without quant convolutions can't be normalised exactly: use one that has them")
+        raise UserError(
+            "the autoencoder has no quant convolutions, so normalising its latents isn't exact: use one that has them"
+        )
     mean, s = mean.double(), std.double() * vae.config.scaling_factor
     quant, post = vae.quant_conv, vae.post_quant_conv
     c = len(mean)

@@ -50,11 +50,11 @@ class Lpips(nn.Module):
             layers = {k.removeprefix("features."): v.float() for k, v in state.items() if k.startswith("features.")}
             network.features.load_state_dict(layers, assign=True)
         except Exception as error:  # a file with other contents can raise anything
-            what = f"weights {weights!r}" if weights else "downloading its weights"
+            what = f"its weights {weights!r} can't be read" if weights else "its weights can't be downloaded"
             reason = one_line(error, 200)
             if isinstance(error, UnpicklingError):  # its message advises unsafe loading
-                reason = "it holds something else than tensors"
-            raise UserError(f"the {backbone} of LPIPS: {what} failed: {reason}") from None
+                reason = "the file contains more than tensors"
+            raise UserError(f"LPIPS with {backbone}: {what}: {reason}") from None
         for layer in network.features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # in place it would change an activation that is compared
@@ -82,10 +82,10 @@ class Lpips(nn.Module):
 
     def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.features(pixels)
+            target = self.features(pixels)
         each = [
             ((a - b).square().mean(dim=(2, 3)) * weight).sum(1)  # (b,); not a matrix product, which autocast rounds
-            for a, b, weight in zip(self.features(made), wanted, self.fitted, strict=True)
+            for a, b, weight in zip(self.features(made), target, self.fitted, strict=True)
         ]
         return torch.stack(each).sum(0).mean()
 
@@ -107,9 +107,13 @@ class ClipPerceptual(nn.Module):
         try:
             self.tower, missing = load_tower(CLIPVisionModel, where)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"perceptual.model {where!r} is no CLIP with an image tower: {one_line(error)}") from None
+            raise UserError(
+                f"perceptual.model {where!r} can't be read as a CLIP with an image tower: {one_line(error)}"
+            ) from None
         if missing:
-            raise UserError(f"perceptual.model {where!r} lacks an image tower's weights, e.g. {min(missing)}")
+            raise UserError(
+                f"perceptual.model {where!r} has no weight {min(missing)}: a complete CLIP image tower is needed"
+            )
         processing = preprocessing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(processing["image_std"]).view(3, 1, 1))
@@ -126,8 +130,8 @@ class ClipPerceptual(nn.Module):
 
     def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.features(pixels)
-        each = [(a - b).square().sum(-1).mean() for a, b in zip(self.features(made), wanted, strict=True)]
+            target = self.features(pixels)
+        each = [(a - b).square().sum(-1).mean() for a, b in zip(self.features(made), target, strict=True)]
         return torch.stack(each).mean()
 
 
@@ -150,14 +154,14 @@ def preprocessing(where: str, mean: list[float], std: list[float]) -> dict[str, 
     """
     try:
         file = cached_file(where, "preprocessor_config.json")
-        said = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        stored = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except OSError:  # the file is missing
-        said = {}
-    found = {"image_mean": mean, "image_std": std} | (said if isinstance(said, dict) else {"image_mean": said})
+        stored = {}
+    found = {"image_mean": mean, "image_std": std} | (stored if isinstance(stored, dict) else {"image_mean": stored})
     for name in ("image_mean", "image_std"):
         value = found[name]
         if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
-            raise UserError(f"preprocessor_config.json of {where!r} has {name} {value!r}: three numbers are needed")
+            raise UserError(f"preprocessor_config.json of {where!r} has {name} {value!r}: three numbers are accepted")
     return found
 
 

@@ -19,6 +19,7 @@ from autoencoder.tiling import pad_to_multiple
 from ldm.errors import RunError, UserError, one_line
 
 _FILE = "preview.json"  # next to the weights
+_DELETE = "delete it, only previews need it"
 
 
 class Colours(NamedTuple):
@@ -47,13 +48,13 @@ class Colours(NamedTuple):
             numbers = json.loads(path.read_text(encoding="utf-8"))
             colours = cls(*(torch.tensor(numbers[name], dtype=torch.float32) for name in cls._fields))
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
-            said = one_line(f"{type(error).__name__}: {error}", 200)
-            raise UserError(f"{str(path)!r} can't be read ({said}): delete it, previews alone need it") from None
+            reason = one_line(f"{type(error).__name__}: {error}", 200)
+            raise UserError(f"{str(path)!r} can't be read ({reason}): {_DELETE}") from None
         shapes = [tuple(value.shape) for value in colours]
         if shapes != [(3, channels, 3, 3), (3,)] or not all(value.isfinite().all() for value in colours):
             raise UserError(
-                f"{str(path)!r} isn't of this autoencoder: weight (3, {channels}, 3, 3) and bias (3,) of finite numbers are "
-                f"accepted, it has {shapes[0]} and {shapes[1]}; delete it, previews alone need it"
+                f"{str(path)!r} doesn't fit this autoencoder: weight (3, {channels}, 3, 3) and bias (3,) with finite "
+                f"numbers are accepted, it has {shapes[0]} and {shapes[1]}; {_DELETE}"
             )
         return colours
 
@@ -91,9 +92,9 @@ def fit_colours(
         sums[:n, :n] += variance.sum((0, 2)).diag()
     sums = reduce(sums).cpu()
     if not sums[n, n]:
-        raise UserError("no images to fit the colours of latents to: at least one is needed")
+        raise UserError("no images to fit preview colours to: at least one is needed")
     if not sums.isfinite().all():
-        raise RunError("the autoencoder's latents aren't finite: no colours can be fitted to them")
+        raise RunError("the autoencoder's latents aren't finite, so no preview colours can be fitted to them")
     # The pseudo-inverse also handles images that all have one colour, when the equations are singular.
     both = (torch.linalg.pinv(sums[:, : n + 1], hermitian=True) @ sums[:, n + 1 :]).T.float()  # (3, n + 1)
     return Colours(both[:, :n].reshape(3, c, 3, 3), both[:, n].contiguous())

@@ -38,10 +38,10 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if self.side < 1:
-            raise UserError(f"tiles of side {self.side}: give 1 or more latents")
+            raise UserError(f"tile side {self.side}: at least 1 latent is accepted")
         if not 0 <= self.overlap <= self.side // 2:
             most = self.side // 2
-            raise UserError(f"an overlap of {self.overlap} for tiles of side {self.side}: give 0 to {most} latents")
+            raise UserError(f"overlap {self.overlap} of tiles of side {self.side}: 0 to {most} latents are accepted")
 
 
 class Span(NamedTuple):
@@ -127,7 +127,7 @@ def tiled(
     Raises UserError if a side of x isn't a multiple of `down`, ValueError for a result of another size.
     """
     if x.shape[-2] % down or x.shape[-1] % down:
-        raise UserError(f"an image of {x.shape[-1]} × {x.shape[-2]} elements: give multiples of {down}")
+        raise UserError(f"input of {x.shape[-1]} × {x.shape[-2]} elements: both sides must be multiples of {down}")
     rows, columns = spans(x.shape[-2] // down, tiles), spans(x.shape[-1] // down, tiles)
     if len(rows) == len(columns) == 1:
         return _wide(run(x)).to(x.device)
@@ -143,8 +143,8 @@ def tiled(
                 out = part.new_zeros(*part.shape[:-2], rows[-1].stop * up, columns[-1].stop * up)
             if part.shape[-2:] != (len(vertical), len(horizontal)):
                 raise ValueError(
-                    f"a tile became {tuple(part.shape[-2:])}: {(len(vertical), len(horizontal))} are expected "
-                    f"({down} elements a latent and side before, {up} after)"
+                    f"a tile's result is {tuple(part.shape[-2:])}, not {(len(vertical), len(horizontal))}: "
+                    f"down={down} and up={up} don't fit the network"
                 )
             out[place.at(up)] += part * vertical.to(part)[:, None] * horizontal.to(part)
     assert out is not None

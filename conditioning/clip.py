@@ -35,7 +35,7 @@ from ldm.formats.hub import fetch, is_hub_id
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
 _PREFIX = "text_model."
 _CHUNKS = "prompt_chunks"  # key in the text encoder's config.json, which transformers ignores
-_WANTED = (  # files of a hub repository
+_FILES = (  # files of a hub repository
     *("config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
 )
@@ -59,7 +59,7 @@ class ClipTextEncoder(nn.Module):
         if type(chunks) is not int or not 1 <= chunks <= MOST_CHUNKS:
             raise UserError(f"chunks {chunks!r}: a whole number from 1 to {MOST_CHUNKS} is accepted")
         if len(tokenizer) > config.vocab_size:
-            raise UserError(f"{len(tokenizer)} tokens in the tokenizer, only {config.vocab_size} in its text encoder")
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder only {config.vocab_size}")
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
         self.model, self.tokenizer = model, tokenizer
         self.max_length: int = tokenizer.model_max_length
@@ -75,7 +75,7 @@ class ClipTextEncoder(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Return the encodings of prompts, (b, tokens, width).
 
-        A prompt that is too long is truncated, with a warning that quotes the lost text. Autocast is turned off, so
+        A prompt that is too long is truncated, with a warning that quotes the ignored text. Autocast is turned off, so
         that an encoding depends only on the weights and can be cached.
         """
         ids = tokenize(self.tokenizer, prompts, self.chunks)
@@ -117,7 +117,7 @@ class ClipTextEncoder(nn.Module):
         files = None if name.startswith(PREFIX) else _find(name)
         try:
             model, tokenizer = (_read_tower(files[0]), load_tokenizer(files[1])) if files else load_openclip(name)
-            _leave_out(model, skip)
+            _remove_last_layers(model, skip)
             encoder = cls(model, tokenizer, chunks=chunks)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
@@ -146,8 +146,8 @@ class ClipTextEncoder(nn.Module):
         """Return one line that says what stock diffusers can't do with this text encoder; None if it can do all."""
         if self.chunks > 1:
             return (
-                f"prompts in {self.chunks} chunks: stock diffusers reads the first {self.max_length} tokens of a prompt alone; "
-                "txt2img.py and our pipeline read all"
+                f"prompts have up to {self.chunks} chunks: stock diffusers reads only the first {self.max_length} "
+                "tokens of a prompt, txt2img.py and this project's pipeline read all of them"
             )
         return None
 
@@ -168,29 +168,28 @@ def _find(source: str) -> tuple[Path, Path]:
         if folder.name == "text_encoder":  # inside a pipeline
             beside += (folder.with_name("tokenizer"),)
     else:
-        raise UserError(f"{source} has no text encoder: looked for text_encoder/config.json and config.json")
+        raise UserError(f"{source} contains no text encoder: neither text_encoder/config.json nor config.json is there")
     tokens = next((f for f in beside if _has_tokenizer(f)), None)
     if tokens is None:
         raise UserError(
-            f"{source} has no tokenizer: looked for tokenizer.json, or vocab.json and merges.txt, in "
+            f"{source} contains no tokenizer: tokenizer.json, or vocab.json and merges.txt, were looked for in "
             + ", ".join(map(str, beside))
         )
     return weights, tokens
 
 
-def _leave_out(model: CLIPTextModel, skip: int) -> None:
+def _remove_last_layers(model: CLIPTextModel, skip: int) -> None:
     """Remove the model's last `skip` layers, in place."""
     encoder = tower_of(model).encoder
     count = len(encoder.layers)
     if not 0 <= skip < count:
-        raise UserError(f"clip skip {skip}: 0 to {count - 1} are accepted for a text encoder of {count} layers")
+        raise UserError(f"clip_skip {skip}: 0 to {count - 1} are accepted for a text encoder of {count} layers")
     encoder.layers = encoder.layers[: count - skip]
     model.config.num_hidden_layers = count - skip
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    whole, halves = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
-    return whole.is_file() or all(half.is_file() for half in halves)
+    return (folder / "tokenizer.json").is_file() or all((folder / f).is_file() for f in ("vocab.json", "merges.txt"))
 
 
 def _read_tower(folder: Path) -> CLIPTextModel:
@@ -201,10 +200,10 @@ def _read_tower(folder: Path) -> CLIPTextModel:
     """
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = empty_text_model(stored)  # without memory or random numbers until the shapes are checked
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
-        raise UserError("looked for model.safetensors beside config.json (pickled weights are never read)")
+        raise UserError("no model.safetensors is beside config.json (pickled weights are never read)")
     weights = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -218,6 +217,5 @@ def _read_tower(folder: Path) -> CLIPTextModel:
 def _download(name: str) -> Path:
     """Download only the text encoder and the tokenizer of a hub repository, so no pickles."""
     if not is_hub_id(name):
-        raise UserError(f"{name} is neither a folder nor the id (owner/name) of a hub repository")
-    wanted = [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _WANTED]
-    return fetch(name, wanted)
+        raise UserError(f"{name} is neither a folder nor a hub id (owner/name)")
+    return fetch(name, [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _FILES])

@@ -51,9 +51,9 @@ def build_clip(
     """
     for tower, width, heads in (("text", text_width, text_heads), ("vision", vision_width, vision_heads)):
         if width % heads:
-            raise UserError(f"{tower} width {width} isn't divisible by {heads} heads")
+            raise UserError(f"{tower} width {width} isn't divisible by its {heads} heads")
     if image_size % patch_size:
-        raise UserError(f"images of {image_size} a side can't be cut into patches of {patch_size}")
+        raise UserError(f"image size {image_size} isn't a multiple of the patch size {patch_size}")
     clip = CLIPModel(
         CLIPConfig(
             text_config={

@@ -51,16 +51,16 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     config = open_clip.get_model_config(architecture)
     if config is None:
         raise UserError(
-            f"open_clip has no architecture {architecture!r}, one of its is ViT-B-32; and {place!r} is no folder with "
-            + _CONFIG
+            f"open_clip has no architecture {architecture!r} (an example is ViT-B-32), and {place!r} is not a folder "
+            f"with {_CONFIG}"
         )
     text_config(config)  # refuses other towers before anything is downloaded
     if weights.endswith(".safetensors") and Path(weights).is_file():
         return convert(load_file(weights), config), tokenizer_of(config)
     tag = open_clip.get_pretrained_cfg(architecture, weights)
     if not tag:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none of open_clip's own"
-        raise UserError(f"weights {weights!r} are neither a .safetensors file nor one of: {known}")
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise UserError(f"weights {weights!r}: accepted are a .safetensors file and open_clip's own: {known}")
     config["quick_gelu"] = bool(tag.get("quick_gelu"))  # the weights decide this, not the architecture
     model = open_clip.create_model(architecture, pretrained=weights, force_quick_gelu=config["quick_gelu"])
     return convert(model.state_dict(), config), tokenizer_of(config)
@@ -69,7 +69,7 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
 def _read_folder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
-            raise UserError(f"{file} is missing (pickled weights are never read)")
+            raise UserError(f"{file} is missing in the folder (pickled weights are never read)")
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     return convert(load_file(folder / _WEIGHTS), config), tokenizer_of(config)
 
@@ -78,10 +78,10 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
     """Convert an open_clip configuration (open_clip.get_model_config). Raises UserError if the tower isn't CLIP's."""
     # CLIPTextModel doesn't support any other key (another tokenizer, no causal mask, a class token).
     if foreign := sorted(set(config["text_cfg"]) - set(_DEFAULTS)):
-        raise UserError(f"its text tower isn't CLIP's ({', '.join(foreign)})")
+        raise UserError(f"its text tower isn't CLIP's: it sets {', '.join(foreign)}")
     text = _DEFAULTS | config["text_cfg"]
     if text["vocab_size"] != LARGEST:
-        raise UserError(f"{text['vocab_size']} tokens in its vocabulary, not CLIP's {LARGEST}")
+        raise UserError(f"its vocabulary has {text['vocab_size']} tokens, CLIP's has {LARGEST}")
     return CLIPTextConfig(
         hidden_size=text["width"],
         intermediate_size=4 * text["width"],
@@ -106,11 +106,11 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextM
     weights: dict[str, Tensor] = {}
     for name, ours in openclip_names(converted.config.num_hidden_layers).items():
         if name not in theirs:
-            raise UserError(f"the weight {name} of an OpenCLIP text tower is missing")
+            raise UserError(f"the weight {name} is missing")
         parts = theirs.pop(name).detach().float().clone().chunk(len(ours))
         weights |= zip(ours, parts, strict=True)
     if theirs:
-        raise UserError(f"its text tower isn't CLIP's: {next(iter(theirs))} has no counterpart")
+        raise UserError(f"its text tower isn't CLIP's: it has a weight {next(iter(theirs))}")
     tower_of(converted).load_state_dict(weights, strict=True)
     return converted
 

@@ -25,12 +25,12 @@ BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _LETTERS = [*_BYTES, *(b + WORD_END for b in _BYTES)]
 SMALLEST, LARGEST = len(_LETTERS) + 2, 49408  # readers of merges.txt stop after OpenAI's number of merges
-_QUOTED = 500  # most characters of lost text that a warning quotes
+_QUOTED = 500  # most characters of ignored text that a warning quotes
 _SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates, which can't be encoded as bytes
 
 
 class PromptCut(UserWarning):
-    """Warning that a prompt is too long and a part of it is lost."""
+    """Warning that a prompt is too long and its end is ignored."""
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -41,9 +41,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     if `vocab_size` isn't in 514..49408 or `max_length` is below 3.
     """
     if not SMALLEST <= vocab_size <= LARGEST:
-        raise UserError(f"vocab_size {vocab_size}: {SMALLEST} (bytes, begin, end) to {LARGEST} are accepted")
+        raise UserError(f"vocab_size {vocab_size}: {SMALLEST} (512 bytes, start, end) to {LARGEST} are accepted")
     if max_length < 3:
-        raise UserError(f"max_length {max_length}: at least 3 (begin, one token, end) is accepted")
+        raise UserError(f"max_length {max_length}: at least 3 (start, one token, end) are accepted")
     blank = clip_tokenizer([], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
@@ -87,7 +87,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
     One chunk is the input of a stock Stable Diffusion pipeline. With more, the tokens fill one chunk after the other,
     without regard to the ends of words. Chunks without text are those of the prompt "".
 
-    A prompt that is too long for all chunks is truncated, with a UserWarning that quotes the lost text or its
+    A prompt that is too long for all chunks is truncated, with a PromptCut warning that quotes the ignored text or its
     beginning. Lone surrogates (half characters) are read as U+FFFD.
     """
     if isinstance(prompts, str):
@@ -107,10 +107,10 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
     rows = []
     for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if len(ids) > room:
-            lost = prompt[offsets[room][0] :]
-            more = f" and {len(lost) - _QUOTED} characters more" if len(lost) > _QUOTED else ""
+            rest = prompt[offsets[room][0] :]
+            more = f" and {len(rest) - _QUOTED} more characters" if len(rest) > _QUOTED else ""
             warnings.warn(
-                f'a prompt has {len(ids)} tokens and {room} fit; this part of it is lost: "{lost[:_QUOTED]}"{more}',
+                f'a prompt has {len(ids)} tokens and {room} fit; this part of it is ignored: "{rest[:_QUOTED]}"{more}',
                 PromptCut,
                 stacklevel=2,
             )

@@ -128,10 +128,10 @@ def main() -> None:
             images = [np.asarray(image) for image in made]
             right += sum(read_scene(image).background == name for image in images)
             rows += in_rows(images[:8], 8)
-        print(f"weight {weight:g}: {right / (len(NAMES) * o.per_class):.3f} have the background asked for")
+        print(f"weight {weight:g}: {right / (len(NAMES) * o.per_class):.3f} have the requested background")
     Path(o.out).mkdir(parents=True, exist_ok=True)
     sheet(rows).save(Path(o.out) / "classifier_guidance.png")
-    print(f"{o.out}/classifier_guidance.png: four rows a weight, a row each of {', '.join(NAMES)}")
+    print(f"{o.out}/classifier_guidance.png: per weight four rows, for {', '.join(NAMES)}")
 
 
 if __name__ == "__main__":

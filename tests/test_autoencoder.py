@@ -142,7 +142,7 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
         Autoencoder.load("runs/no/such/model")
     shifted = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, shift_factor=0.1)
     shifted.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="shifts"):
+    with pytest.raises(UserError, match="shift_factor"):
         Autoencoder.load(tmp_path)
 
 

@@ -72,7 +72,7 @@ def test_a_long_prompt_is_read_window_by_window(pipe) -> None:
 
 def test_what_no_chunk_holds_is_quoted(pipe) -> None:
     two = chunked(pipe, 2)
-    with pytest.warns(UserWarning, match='30 tokens and 28 fit; this part of it is lost: "black star"') as caught:
+    with pytest.warns(UserWarning, match='30 tokens and 28 fit; this part of it is ignored: "black star"') as caught:
         cut = two.encode([LONG])
     assert len(caught) == 1
     close(cut, two.encode([" ".join(LONG.split()[:28])]))

@@ -261,7 +261,7 @@ def test_what_is_lost_is_quoted_exactly(tokenizer, pieces, spaces):
         assert ids[-1] == tokenizer.eos_token_id
         return
     assert issubclass(caught[0].category, UserWarning)
-    lost = re.search('is lost: "(.*)"$', str(caught[0].message), re.DOTALL)[1]
+    lost = re.search('is ignored: "(.*)"$', str(caught[0].message), re.DOTALL)[1]
     assert lost
     assert prompt.endswith(lost)
     kept = prompt[: -len(lost)]
@@ -277,13 +277,13 @@ def test_a_prompt_that_just_fits_is_not_cut(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ids = tokenize(tokenizer, ["x " * (LENGTH - 2)])
-    with pytest.warns(UserWarning, match=r'lost: "Last one  "$'):
+    with pytest.warns(UserWarning, match=r'ignored: "Last one  "$'):
         cut = tokenize(tokenizer, ["x " * (LENGTH - 2) + "Last one  "])
     assert torch.equal(ids, cut)
 
 
 def test_a_megabyte_is_cut_like_any_other(tokenizer):
-    with pytest.warns(UserWarning, match=r"lost: \"y{500}\" and 1048076 characters more$") as caught:
+    with pytest.warns(UserWarning, match=r"ignored: \"y{500}\" and 1048076 more characters$") as caught:
         assert tokenize(tokenizer, ["x " * (LENGTH - 2) + "y" * 2**20]).shape == (1, LENGTH)
     assert len(str(caught[0].message)) < 700
 
@@ -388,7 +388,7 @@ def test_stock_pipeline_feeds_its_unet_the_same_numbers(encoder, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
     prompts = ["a red star", "Crème \U0001f600 <|endoftext|> brûlée"]
     positive, negative = pipe.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=True)
-    with pytest.warns(UserWarning, match='lost: "> brûlée"$'):
+    with pytest.warns(UserWarning, match='ignored: "> brûlée"$'):
         ours = encoder.encode(prompts)
     torch.testing.assert_close(positive, ours, rtol=0, atol=1e-6)
     torch.testing.assert_close(negative, encoder.encode([""]).expand(2, -1, -1), rtol=0, atol=1e-6)
@@ -426,7 +426,7 @@ def test_clip_skip_is_an_earlier_layer_after_the_final_norm(tokenizer, tmp_path,
 def test_a_skip_that_leaves_no_layer_is_refused(encoder, tmp_path, skip):
     encoder.save(tmp_path)
     with pytest.raises(
-        UserError, match=f"clip skip {skip}: 0 to 1 are accepted for a text encoder of 2 layers"
+        UserError, match=f"clip_skip {skip}: 0 to 1 are accepted for a text encoder of 2 layers"
     ) as caught:
         ClipTextEncoder.load(tmp_path, skip=skip)
     assert str(tmp_path) in str(caught.value)
@@ -496,10 +496,10 @@ def test_what_cannot_be_read_is_refused_with_a_reason(encoder, clip, tokenizer, 
     refused("neither a folder nor", tmp_path / "nowhere")
     refused("neither a folder nor", "conditioning/nowhere/model")
     (tmp_path / "empty").mkdir()
-    refused("looked for text_encoder/config.json and config.json", tmp_path / "empty")
+    refused("neither text_encoder/config.json nor config.json", tmp_path / "empty")
     folder = broken("no tokenizer")
     (folder / "tokenizer").rename(folder / "elsewhere")
-    refused("looked for tokenizer.json, or vocab.json and merges.txt", folder)
+    refused("no tokenizer: tokenizer.json, or vocab.json and merges.txt", folder)
     folder = broken("other model")
     (folder / "text_encoder" / "config.json").write_text('{"model_type": "t5"}')
     refused("model_type 't5'", folder)
@@ -522,7 +522,7 @@ def test_what_cannot_be_read_is_refused_with_a_reason(encoder, clip, tokenizer, 
     folder = broken("too many tokens")
     many = train_tokenizer([f"{a}{b} " * 3 for a in "abcdefgh" for b in "ijklmnop"], 700, LENGTH)
     save_tokenizer(many, folder / "tokenizer")
-    refused("tokens in the tokenizer, only 555", folder)
+    refused("tokens, the text encoder only 555", folder)
 
 
 class Canary:
@@ -844,5 +844,5 @@ def test_of_captions_that_are_cut_the_first_is_quoted_and_all_are_counted():
         read()
     assert cut.count == 4
     assert len(said) == 1
-    assert 'this part of it is lost: "' in said[0]
+    assert 'this part of it is ignored: "' in said[0]
     assert "ground" in said[0]

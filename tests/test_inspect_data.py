@@ -238,7 +238,7 @@ def test_images_without_captions(run: Run, tmp_path: Path) -> None:
         (("--data", "{}/nowhere/at/all"), "is no folder"),
         (("--data", "{}", "--limit", "-1"), "--limit -1: at least 0"),
         (("--data", "{}", "--split", "half"), "split"),
-        (("--data", "{}", "--text-encoder", "{}"), "has no text encoder"),
+        (("--data", "{}", "--text-encoder", "{}"), "no text encoder"),
         (("--data", "{}"), "not one of 2 images can be read, e.g. "),
     ],
 )

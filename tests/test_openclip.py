@@ -238,14 +238,14 @@ def test_a_folder_that_does_not_fit_is_refused(small, tmp_path: Path) -> None:
             ClipTextEncoder.load(f"openclip:{tmp_path}")
         assert "\n" not in str(caught.value)
 
-    refused("isn't CLIP's \\(no_causal_mask\\)", {"no_causal_mask": True})
-    refused("512 tokens in its vocabulary, not CLIP's 49408", {"vocab_size": 512})
+    refused("isn't CLIP's: it sets no_causal_mask", {"no_causal_mask": True})
+    refused("512 tokens, CLIP's has 49408", {"vocab_size": 512})
     refused("transformer.resblocks.3.attn.in_proj_weight .* missing", {"layers": 4})
-    refused("transformer.resblocks.2.* has no counterpart", {"layers": 2})
+    refused("it has a weight transformer.resblocks.2", {"layers": 2})
     refused("size mismatch", {"context_length": 76})
     refused("size mismatch", {"width": 48})
     refused("ln_final.bias .* missing", without="ln_final.bias")
-    refused("ls_1.gamma has no counterpart", more={f"{layer}ls_1.gamma": torch.ones(32)})
+    refused("ls_1.gamma", more={f"{layer}ls_1.gamma": torch.ones(32)})
     (tmp_path / "open_clip_config.json").write_text("{")
     with pytest.raises(UserError, match="can't be read"):
         ClipTextEncoder.load(f"openclip:{tmp_path}")
@@ -256,7 +256,7 @@ def test_a_folder_that_does_not_fit_is_refused(small, tmp_path: Path) -> None:
     [
         ("openclip:ViT-Z-99/none", "ViT-Z-99"),
         ("openclip:", "no architecture ''"),
-        ("openclip:/nowhere/at/all", "'/nowhere/at/all' is no folder with open_clip_config.json"),
+        ("openclip:/nowhere/at/all", "'/nowhere/at/all' is not a folder with open_clip_config.json"),
         ("openclip:ViT-B-32", "laion2b_s34b_b79k"),
         ("openclip:ViT-B-32/pickle.pt", "pickle.pt"),
         ("openclip:roberta-ViT-B-32/laion2b_s12b_b32k", "hf_model_name"),

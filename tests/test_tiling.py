@@ -186,7 +186,7 @@ def test_the_network_is_left_as_it_was() -> None:
     before = network.decode(z).sample
     tiled(decode(network), z, Tiles(8, 4), up=2, network=network.decoder)
     assert torch.equal(network.decode(z).sample, before)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="not"):
         tiled(decode(network), z, Tiles(8, 4), up=4, network=network.decoder)
     assert torch.equal(network.decode(z).sample, before)
 
@@ -211,7 +211,7 @@ def test_padding_repeats_the_last_row_and_column(size: tuple[int, int]) -> None:
 def test_refusals_name_the_value() -> None:
     with pytest.raises(UserError, match="side 0"):
         Tiles(0, 0)
-    with pytest.raises(UserError, match=r"overlap of 9.*0 to 8"):
+    with pytest.raises(UserError, match=r"overlap 9.*0 to 8"):
         Tiles(16, 9)
     with pytest.raises(UserError, match="-1"):
         Tiles(16, -1)
