@@ -42,8 +42,8 @@ def main() -> None:
 def build(folder: Path) -> Path:
     """Build the site in an empty folder. Returns the site's folder. Raises CalledProcessError for any warning."""
     shutil.copy(ROOT / "docs/zensical.toml", folder)
-    for package in PACKAGES:
-        (folder / package).symlink_to(ROOT / package)
+    for needed in (*PACKAGES, "docs"):
+        (folder / needed).symlink_to(ROOT / needed)
     pages = folder / "pages"
     for page in markdown():
         (pages / page).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,90 @@
+"""The Markdown pages: their links lead to something, and the repository's host and the site show them alike."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/stored/README.md"])
+LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")
+
+
+def prose(page: Path) -> str:
+    """A page's text, with the lines of fenced code blank."""
+    lines, fenced = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fence = line.lstrip().startswith("```")
+        lines.append("" if fence or fenced else line)
+        fenced ^= fence
+    return "\n".join(lines)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        found.append(f"{anchor}-{found.count(anchor)}" if anchor in found else anchor)
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    wrong = []
+    for target, anchor in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page))):
+        file = (page.parent / target) if target else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            wrong.append(f"{target}#{anchor}" if anchor else target)
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lists_and_tables_are_read_alike(page: Path) -> None:
+    """A list or table follows a blank line, and what belongs to a list's item is indented by four spaces."""
+    wrong, before = [], ""
+    for number, line in enumerate(prose(page).splitlines(), 1):
+        item = re.match(r" *([-*]|\d+\.) ", line)
+        starts = (item and not re.match(r" *([-*]|\d+\.) |  ", before)) or (line[:1] == "|" and before[:1] != "|")
+        indented = (len(line) - len(line.lstrip())) % 4 and line.strip()
+        if (starts and before.strip()) or (indented and (item or not before.strip())):
+            wrong.append(f"line {number}: {line[:60]}")
+        before = line
+    assert not wrong
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    def pages(entries: list[dict[str, object]]) -> list[str]:
+        found: list[str] = []
+        for entry in entries:
+            for value in entry.values():
+                found += pages(value) if isinstance(value, list) else [str(value)]
+        return found
+
+    listed = pages(tomllib.loads((ROOT / "docs/zensical.toml").read_text(encoding="utf-8"))["project"]["nav"])
+    single = [str(page.relative_to(ROOT)) for page in PAGES if page.parent in (ROOT, ROOT / "docs")]
+    assert sorted(listed) == sorted([*single, "docs/adr/", "reference/"])
+
+
+def test_versions_agree() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest
+    assert newest[1] == version
+
+
+def test_docstrings_become_lists_and_columns() -> None:
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs/docstrings.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "Return it.\n\nof x: not one.\nx, y: the place,\n    in two. z: the depth.\nRaises UserError: never."
+    shown = "Return it.\n\nof x: not one.\n\n- `x, y`: the place,\n    in two.\n- `z`: the depth.\n\nRaises UserError: never."
+    assert module.as_markdown(text, {"x", "y", "z"}) == shown
+    assert module.as_markdown("A      one\nB      two", set()) == "    A      one\n    B      two"
