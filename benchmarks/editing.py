@@ -100,7 +100,9 @@ class Edit:
 def given_images(data: str, side: int) -> list[Edit]:
     """Return the test images of one object, each as an edit that requests no change."""
     if not (Path(data) / "shapes.json").is_file():
-        raise UserError(f"--data {data!r}: a Shapes set is accepted, as scripts/make_dataset.py shapes writes it")
+        raise UserError(
+            f"--data {data!r}: only a Shapes dataset is accepted, as scripts/make_dataset.py shapes writes it"
+        )
     dataset = ImageDataset(open_source(data, "test"), Framing(resolution=side), 0, shuffle=False)
     batch = dataset.__getitems__(range(len(dataset.source)))
     scenes = map(parse_caption, batch.captions)
@@ -126,7 +128,7 @@ def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callab
         after = replace(edit.before, objects=(thing, *edit.before.objects), relation=relation)
         edits.append(replace(edit, after=after, box=Box(left, top, left + w, top + h)))
     if len(edits) < count:
-        raise UserError(f"--images {count}: only {len(edits)} of the set's have room for another object")
+        raise UserError(f"--images {count}: only {len(edits)} images of the dataset have room for another object")
     return edits[:count]
 
 
@@ -140,7 +142,7 @@ def direction(right: float, down: float) -> Relation:
 def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]:
     """Return `count` edits that change the background."""
     if len(given) < count:
-        raise UserError(f"--images {count}: the set has {len(given)} test images of one object")
+        raise UserError(f"--images {count}: the dataset has only {len(given)} test images of one object")
     others = [[name for name in BACKGROUNDS if name != edit.before.background] for edit in given[:count]]
     return [
         replace(edit, after=replace(edit.before, background=names[rng.integers(len(names))]))
@@ -245,7 +247,9 @@ def save_sheet(path: Path, edits: Sequence[Edit], generated: Sequence[Images]) -
 def main() -> None:
     o = overlay(Options, Options())
     if o.images < 1 or o.batch_size < 1 or o.seed < 0:
-        raise UserError(f"--images {o.images} --batch-size {o.batch_size} --seed {o.seed}: 1, 1 and 0 at least")
+        raise UserError(
+            f"--images {o.images} --batch-size {o.batch_size} --seed {o.seed}: at least 1, 1 and 0 are accepted"
+        )
     rng = default_rng(o.seed)
     models = {"blending": o.model} | ({"trained to inpaint": o.inpaint_model} if o.inpaint_model else {})
     pipes = {name: LatentDiffusionPipeline.from_pretrained(folder) for name, folder in models.items()}
@@ -270,7 +274,7 @@ def main() -> None:
             for sampler in SAMPLERS
         }
         table = {f"{what}, {name}": shares(check_inpainting, p, edits) for name, p in generated.items()}
-        show("Inpainting: shares right", table)
+        show("Inpainting: shares correct", table)
         report["inpainting"] |= table
         save_sheet(out / f"inpainting-{what.rpartition(' ')[2]}.png", edits, list(generated.values()))
 
@@ -283,7 +287,7 @@ def main() -> None:
         if which:
             chosen = shares(check_background, by_strength[0.6][which], [edits[k] for k in which])
             report["image to image"][f"strength 0.6, {'to or from' if black else 'without'} black"] = chosen
-    show("Image to image: shares right", report["image to image"])
+    show("Image to image: shares correct", report["image to image"])
     save_sheet(out / "img2img.png", edits, list(by_strength.values()))
 
     some = {"text to image": edits, "image to image": edits, "inpainting": tasks["a small red star"]}

@@ -3,7 +3,7 @@
 The batches of a run depend only on its seed, so a GPU run uses the examples, timesteps and noise of the CPU run, and
 its losses must agree: in fp32 to rounding, in bf16 and fp16 to the accuracy of those formats.
 
-    CUDA_VISIBLE_DEVICES= python benchmarks/gpu_check.py reference --out runs/gpu   # on the CPU; keeps models and losses
+    CUDA_VISIBLE_DEVICES= python benchmarks/gpu_check.py reference --out runs/gpu   # on the CPU; saves models, losses
     python benchmarks/gpu_check.py check --out runs/gpu                             # on the GPU; prints a table
 
 `check` writes `check.json` after every case, so an interrupted run keeps its results.
@@ -229,7 +229,7 @@ def _stock(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[
     return {"ok": ok, "apart, of 255": worst, "mean error to fp32, of 255": far}
 
 
-def _paint(out: Path) -> dict[str, Any]:
+def _half_precision(out: Path) -> dict[str, Any]:
     """Compare the images in half precision, with xformers and with offload to those in fp32."""
     folder, prompts = out / "ldm-fp32" / "model", ["a large red circle on a white background"] * 2
     g = torch.Generator().manual_seed
@@ -266,11 +266,11 @@ def check(out: Path, only: Sequence[str]) -> None:
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         report.add(f"ddim as stock, {name}", lambda d=dtype: _stock(out, d, "ddim", "DDIMScheduler"))  # type: ignore[misc]
     if torch.cuda.is_available():
-        report.add("painting in half precision", lambda: _paint(out))
+        report.add("generating in half precision", lambda: _half_precision(out))
     shutil.rmtree(out / "ldm-bf16", ignore_errors=True)
     report.add("resume, bf16", lambda: _resume(out))
     failed = [row["name"] for row in report.rows[1:] if not row["ok"]]
-    print(f"{len(report.rows) - 1 - len(failed)} of {len(report.rows) - 1} right; not: {failed}")
+    print(f"{len(report.rows) - 1 - len(failed)} of {len(report.rows) - 1} passed; failed: {failed}")
 
 
 if __name__ == "__main__":

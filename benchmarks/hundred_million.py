@@ -105,9 +105,8 @@ def measure(data: str) -> None:
         started = time.perf_counter()
         right = sum(catalogue.row(k).name == f"{k:09d}.jpg" for k in random)
         rate = len(random) / (time.perf_counter() - started)
-        print(
-            f"random rows {'from disk' if cold else 'in the page cache'}: {rate:,.0f} a second; {right:,} of 10,000 right"
-        )
+        where = "from disk" if cold else "in the page cache"
+        print(f"random rows {where}: {rate:,.0f} per second; {right:,} of 10,000 correct")
     now, most = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(
         f"resident: {now:.0f} MiB, {now - before:.0f} beyond the imports; at most {most:.0f} MiB (imports {peak:.0f})"

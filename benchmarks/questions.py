@@ -49,7 +49,7 @@ class Measure:
         self.pipe = pipe
         self.scenes = [*prompts("seen", count // 2, 2), *prompts("unseen", count // 2, 2)]
 
-    def right(self, **how: Any) -> str:
+    def correct(self, **how: Any) -> str:
         started = time.perf_counter()
         shares, _ = alignment(self.pipe, self.scenes, batch_size=128, **how)
         return f"{shares['all']:.3f} ({time.perf_counter() - started:.0f} s)"
@@ -79,24 +79,24 @@ def main() -> None:
     measure, captions = Measure(pipe, o.prompts), [s.caption for s in prompts("seen", 8, 3)]
     guided: dict[str, Any] = {"guidance_scale": o.scale}
 
-    def painted(**how: Any) -> list[np.ndarray]:
+    def generated(**how: Any) -> list[np.ndarray]:
         generators = [torch.Generator().manual_seed(k) for k in range(len(captions))]
         images = pipe(captions, generator=generators, **(guided | how)).images
         return [np.asarray(image) for image in images]
 
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    print("Why not in one step? All right, dpmpp_2m:")
+    print("Share of images with all attributes correct after few steps of dpmpp_2m:")
     steps = (1, 2, 3, 4, 6, 8, 12, 25)
     for n in steps:
-        print(f"  {n:3} steps: {measure.right(num_inference_steps=n, **guided)}", flush=True)
-    sheet([painted(num_inference_steps=n) for n in (1, 2, 4, 8, 25)], captions).save(Path(o.out) / "few_steps.png")
+        print(f"  {n:3} steps: {measure.correct(num_inference_steps=n, **guided)}", flush=True)
+    sheet([generated(num_inference_steps=n) for n in (1, 2, 4, 8, 25)], captions).save(Path(o.out) / "few_steps.png")
 
-    print("Why is noise put back? One x_T for 16 images of a prompt, 50 steps of ddim; difference of pairs of 255:")
+    print("Diversity by eta: 16 images of a prompt from one x_T, 50 steps of ddim; mean difference of pairs, of 255:")
     start = torch.randn(16, *_latent(pipe), generator=torch.Generator().manual_seed(0))
     for eta in (0.0, 0.5, 1.0):
         how = {"sampler": "ddim", "eta": eta, "num_inference_steps": 50, **guided}
-        print(f"  eta {eta}: {measure.diversity(start, **how):.1f}; all right {measure.right(**how)}", flush=True)
-    print(f"  eta 0, another x_T each: {measure.diversity(sampler='ddim', num_inference_steps=50, **guided):.1f}")
+        print(f"  eta {eta}: {measure.diversity(start, **how):.1f}; all correct {measure.correct(**how)}", flush=True)
+    print(f"  eta 0, a different x_T each: {measure.diversity(sampler='ddim', num_inference_steps=50, **guided):.1f}")
     noise = start[:1].expand(len(captions), -1, -1, -1)
     rows = []
     for eta in (0.0, 1.0):
@@ -112,21 +112,24 @@ def main() -> None:
         rows.append([np.asarray(image) for image in images])
     sheet(rows).save(Path(o.out) / "noise_again.png")
 
-    print("What does guidance buy and cost? dpmpp_2m, 15 steps:")
+    print("Correctness and diversity by guidance scale, dpmpp_2m, 15 steps:")
     for scale in (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0):
         how = {"guidance_scale": scale, "num_inference_steps": 15}
         print(
-            f"  scale {scale}: all right {measure.right(**how)}, diversity {measure.diversity(**how):.1f}", flush=True
+            f"  scale {scale}: all correct {measure.correct(**how)}, diversity {measure.diversity(**how):.1f}",
+            flush=True,
         )
     for interval in ((0.0, 1.0), (0.5, 4.0), (1.0, 20.0)):
         how = {"guidance_scale": o.scale, "num_inference_steps": 15, "guidance_interval": interval}
-        print(
-            f"  on noise levels {interval}: all right {measure.right(**how)}, diversity {measure.diversity(**how):.1f}",
-            flush=True,
-        )
-    print(f"  scale 8, rescale 0.7: {measure.right(guidance_scale=8.0, guidance_rescale=0.7, num_inference_steps=15)}")
+        share, diversity = measure.correct(**how), measure.diversity(**how)
+        print(f"  on noise levels {interval}: all correct {share}, diversity {diversity:.1f}", flush=True)
+    print(
+        f"  scale 8, rescale 0.7: {measure.correct(guidance_scale=8.0, guidance_rescale=0.7, num_inference_steps=15)}"
+    )
 
-    print("Inversion, 50 steps of ddim there and back, guidance 1, 64 held-out images: PSNR against decode(encode(x))")
+    print(
+        "Inversion: 50 steps of ddim in each direction, guidance 1, 64 held-out images; PSNR against decode(encode(x)):"
+    )
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     batch = ImageDataset(open_source(o.data, "test"), Framing(resolution=side), 0, shuffle=False).__getitems__(
         range(64)

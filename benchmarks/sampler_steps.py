@@ -61,33 +61,33 @@ def main() -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(dtype=dtype)
     scenes = [*prompts("seen", o.prompts // 2, 1), *prompts("unseen", o.prompts // 2, 1)]
     out = Path(o.out)
-    of = {
+    measured = {
         "unet": model_sha256(Path(o.model))[:16],
         "prompts": o.prompts,
         "guidance_scale": o.guidance_scale,
         "precision": o.precision,
     }
-    report: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"of": of, "table": {}}
-    if report["of"] != of:
-        raise UserError(f"{out} is of {report['of']}, not {of}: give another --out")
+    report: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"measured": measured, "table": {}}
+    if report["measured"] != measured:
+        raise UserError(f"{out} has measurements of {report['measured']}, not of {measured}: give another --out")
     table: dict[str, dict[str, float]] = report["table"]
 
-    def noted(name: str, **how: object) -> float:
+    def measured_once(name: str, **how: object) -> float:
         if name not in table:
             table[name] = measure(pipe, scenes, guidance_scale=o.guidance_scale, **how)
-            print(f"{name:28} all right {table[name]['all']:.4f}  {table[name]['seconds']:.0f} s", flush=True)
+            print(f"{name:28} all correct {table[name]['all']:.4f}  {table[name]['seconds']:.0f} s", flush=True)
             out.write_text(json.dumps(report, indent=1) + "\n")
         return table[name]["all"]
 
-    bar = noted(REFERENCE, sampler="ddim", num_inference_steps=200) - 0.02
+    bar = measured_once(REFERENCE, sampler="ddim", num_inference_steps=200) - 0.02
     for sampler in o.samplers:
         for steps in STEPS:
-            if noted(f"{sampler} at {steps}", sampler=sampler, num_inference_steps=steps) >= bar:
+            if measured_once(f"{sampler} at {steps}", sampler=sampler, num_inference_steps=steps) >= bar:
                 evaluations = 2 * steps - 1 if sampler in TWICE else steps
                 print(f"{sampler}: {steps} steps, {evaluations} evaluations", flush=True)
                 break
         else:
-            print(f"{sampler}: not within {STEPS[-1]} steps", flush=True)
+            print(f"{sampler}: not reached within {STEPS[-1]} steps", flush=True)
 
 
 if __name__ == "__main__":
