@@ -40,8 +40,8 @@ def schedules() -> None:
         t = (torch.arange(schedule.T) + 1) / schedule.T
         left.plot(t, schedule.alpha, label=name)
         right.plot(t[:-1], 2 * (schedule.alpha / schedule.sigma).log()[:-1])
-    left.set(xlabel="t", ylabel="alpha", title="What is left of the data")
-    right.set(xlabel="t", ylabel="log SNR", ylim=(-12, 14), title="Signal to noise")
+    left.set(xlabel="t", ylabel="alpha_t, factor of the data in x_t", title="Signal")
+    right.set(xlabel="t", ylabel="log SNR", ylim=(-12, 14), title="Signal-to-noise ratio")
     left.legend(fontsize=7)
     save(figure, "schedules")
 
@@ -73,7 +73,7 @@ def weightings() -> None:
     ):
         axes.semilogy(log_snr, weight, label=name)
     axes.set(
-        xlabel="log SNR", ylabel="weight of the squared error of x0", ylim=(1e-3, 1e3), title="What a loss asks for"
+        xlabel="log SNR", ylabel="weight of the squared error of x0", ylim=(1e-3, 1e3), title="Weight of the error in each loss"
     )
     axes.legend(fontsize=7)
     save(figure, "weightings")
