@@ -242,7 +242,7 @@ def test_flags_that_do_not_fit_are_refused_in_words(forms, tmp_path):
         open_inputs(str(tmp_path / "nowhere"), CONFIG)
     with pytest.raises(UserError, match="no split 'dev' for validation: there is"):
         open_inputs(str(Path(forms["jsonl"].source.place).parent), DataConfig(validation_split="dev"))
-    with pytest.raises(ValueError, match=r"has no \{\} for the label"):
+    with pytest.raises(ValueError, match=r"must contain \{\}"):
         DataConfig(caption_template="a photo")
-    with pytest.raises(ValueError, match="only random crops differ"):
+    with pytest.raises(ValueError, match="only random crops can be cached several times"):
         DataConfig(crops=3)

@@ -397,11 +397,11 @@ train.stages.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimiz
 
 def test_learning_rates() -> None:
     config = OptimizerConfig(schedule="cosine", warmup=10, final=0.1)
-    assert [config.share(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert config.share(60, 110) == pytest.approx(0.1 + 0.9 / 2)
-    assert config.share(110, 110) == pytest.approx(0.1)
-    assert replace(config, schedule="linear").share(60, 110) == pytest.approx(0.55)
-    assert replace(config, schedule="constant").share(60, 110) == 1
+    assert [config.lr_share(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert config.lr_share(60, 110) == pytest.approx(0.1 + 0.9 / 2)
+    assert config.lr_share(110, 110) == pytest.approx(0.1)
+    assert replace(config, schedule="linear").lr_share(60, 110) == pytest.approx(0.55)
+    assert replace(config, schedule="constant").lr_share(60, 110) == 1
 
 
 def test_the_run_describes_itself(parts: Path) -> None:

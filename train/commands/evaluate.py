@@ -40,7 +40,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(pipe.autoencoder.latent_channels, pipe.autoencoder.factor)
-    dataset = ImageDataset(source, o.input.plain(side), o.seed, shuffle=False, draws=draws)
+    dataset = ImageDataset(source, o.input.center_framing(side), o.seed, shuffle=False, draws=draws)
     count, b = min(o.images, len(dataset.source)), o.batch_size
 
     damaged: set[tuple[str, str]] = set()

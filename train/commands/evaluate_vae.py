@@ -50,7 +50,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
-    images = ImageDataset(source, o.input.plain(o.resolution), o.seed, shuffle=False, draws=draws)
+    images = ImageDataset(source, o.input.center_framing(o.resolution), o.seed, shuffle=False, draws=draws)
     count = min(o.images, len(source))
 
     damaged: set[tuple[str, str]] = set()

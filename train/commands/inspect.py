@@ -49,7 +49,7 @@ def inspect(o: InspectOptions) -> Report:
         tokenizer, chunks = train_tokenizer(texts, tower.vocab_size, tower.max_length), 1
     else:
         tokenizer, chunks = encoder.tokenizer, encoder.chunks
-    images = Images(chosen, o.input.plain(_SIDE), o.workers)
+    images = Images(chosen, o.input.center_framing(_SIDE), o.workers)
     same, left_out = images.duplicates(), names_left_out(inputs)
     counted_by = o.text_encoder or "the tokenizer that stage 0 would learn, with its default --text.max-length"
     report: Report = {

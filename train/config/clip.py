@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from train.config.optimizer import strict
-from train.config.run import RunConfig, on_squares
+from train.config.run import RunConfig, require_squares
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class TextTowerConfig:
-    """Text tower of a small CLIP."""
+    """Text tower of the CLIP."""
 
     vocab_size: int = Field(default=2000, ge=600)
-    """Size of the byte-pair vocabulary learned from the captions; it must hold all bytes and their word-end forms."""
+    """Largest number of tokens in the byte-pair vocabulary that is learned from the captions, 600 to 49408."""
     max_length: int = Field(default=77, ge=4)
-    """Number of tokens to which a caption is padded or cut, including the begin and end tokens."""
+    """Length of a caption in tokens, including begin and end tokens: longer ones are truncated, shorter ones padded."""
     width: int = Field(default=256, gt=0)
-    """Features per token, as read by the UNet's cross-attention."""
+    """Number of features per token, a multiple of `heads`. Stage 2's UNet reads them by cross-attention."""
     layers: int = Field(default=4, gt=0)
-    """Transformer layers."""
+    """Number of transformer layers."""
     heads: int = Field(default=4, gt=0)
-    """Attention heads."""
+    """Number of attention heads of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class ImageTowerConfig:
-    """Image tower of a small CLIP (a vision transformer)."""
+    """Image tower of the CLIP, a vision transformer."""
 
     patch_size: int = Field(default=8, gt=0)
-    """Side of a patch, in pixels."""
+    """Side of a square patch, in pixels; the images' resolution must be a multiple of it."""
     width: int = Field(default=256, gt=0)
-    """Features per patch."""
+    """Number of features per patch, a multiple of `heads`."""
     layers: int = Field(default=4, gt=0)
-    """Transformer layers."""
+    """Number of transformer layers."""
     heads: int = Field(default=4, gt=0)
-    """Attention heads."""
+    """Number of attention heads of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -49,14 +49,14 @@ class TokenTasksConfig:
     """Additional training tasks of the text tower, which make its tokens more useful to the diffusion model."""
 
     sketch: float = Field(default=100.0, ge=0)
-    """Weight of predicting the image from the tokens, so that they encode where objects are; 0 turns it off."""
+    """Weight of the task to predict the image from the tokens, so that they encode positions of objects; 0: no task."""
     echo: float = Field(default=10.0, ge=0)
-    """Weight of predicting the most recent words at each token, so that no word is lost; 0 turns it off."""
+    """Weight of the task to predict, at each token, the words before it, so that no word is lost; 0: no task."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class ClipConfig(RunConfig):
-    """Stage 0: a small CLIP (Radford et al. 2021) by contrastive learning on captioned images."""
+    """Stage 0: train a small CLIP (Radford et al. 2021) on captioned images by contrastive learning."""
 
     stage: ClassVar = "clip"
     text: TextTowerConfig = Field(default_factory=TextTowerConfig)
@@ -64,13 +64,13 @@ class ClipConfig(RunConfig):
     image: ImageTowerConfig = Field(default_factory=ImageTowerConfig)
     """Image tower."""
     projection: int = Field(default=256, gt=0)
-    """Dimensions of the joint embedding space of images and captions."""
+    """Number of dimensions of the embedding space that images and captions share."""
     tokens: TokenTasksConfig = Field(default_factory=TokenTasksConfig)
     """Additional training tasks of the text tower."""
 
     @model_validator(mode="after")
-    def _sees_squares(self) -> Self:
-        return on_squares(self)
+    def _requires_squares(self) -> Self:
+        return require_squares(self)
 
     def build(self, tokenizer: "CLIPTokenizer") -> "Contrastive":
         """Return the two towers and the heads of the additional text tasks, with random weights."""

@@ -22,28 +22,33 @@ class SourceConfig:
     """Settings that locate and decode the images and captions of `--data`."""
 
     image_column: str = ""
-    """Column of the image (in tars: its extension); empty: file_name in metadata, the column of images in tables."""
+    """Column of the image (in tars: its file extension).
+    Empty: file_name in metadata files; the only column with images in tables."""
     caption_column: str = ""
-    """Column of the caption (in tars: its extension, or a key of the .json); empty: `text`, else `caption`."""
+    """Column of the caption (in tars: its file extension, or a key of the .json); empty: `text`, else `caption`."""
     caption_template: str = ""
-    """Template of captions for class labels (folder names or the caption column), e.g. "a photo of a {}"."""
+    """Template that turns class labels into captions, e.g. "a photo of a {}"; empty: the captions are texts.
+    Labels are folder names or the values of the caption column; {} is replaced by the label."""
     train_split: str = "train"
-    """Name of the training split."""
+    """Name of the dataset's training split."""
     validation_split: str = ""
-    """Name of the validation split; empty: validation, val, dev or test, else a share of the training images."""
+    """Name of the dataset's validation split; empty: validation, val, dev or test, whichever there is.
+    If there is none of them, a share of the training images is held out (validation_fraction)."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the images held out for validation if the dataset has no validation split; at most 1000 images."""
+    """Share of the images, 0 to 1, held out if the dataset has no validation split; at most 1000 are held out."""
     stream_buffer: int = Field(default=1000, gt=0)
-    """Size of a stream's shuffle buffer, in images; a larger buffer shuffles better and needs more memory."""
+    """Size of the shuffle buffer of streamed data, in images; a larger one shuffles better and needs more memory."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0)
-    """Largest number of pixels that is decoded; larger images count as damaged."""
+    """Largest accepted size of an image, in pixels (width × height); larger images count as damaged."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Background colour (red, green, blue) behind transparent images."""
+    """Background colour behind transparent images: red, green and blue, 0 to 255 each."""
 
     @model_validator(mode="after")
-    def _has_room_for_a_label(self) -> Self:
+    def _template_has_a_placeholder(self) -> Self:
         if self.caption_template and "{}" not in self.caption_template:
-            raise ValueError(f"caption_template {self.caption_template!r} has no {{}} for the label")
+            raise ValueError(
+                f"caption_template {self.caption_template!r}: must contain {{}}, which is replaced by the label"
+            )
         return self
 
     def columns(self, captioned: bool) -> Columns:
@@ -52,8 +57,8 @@ class SourceConfig:
             image=self.image_column, caption=self.caption_column, template=self.caption_template, captioned=captioned
         )
 
-    def plain(self, resolution: int) -> "Framing":
-        """Return the deterministic framing of a file: a square centre crop, without flips."""
+    def center_framing(self, resolution: int) -> "Framing":
+        """Return the framing that crops the central square of an image and never mirrors it."""
         from train.data.images.crop import Framing
 
         return Framing(resolution=resolution, background=self.background, max_pixels=self.max_pixels)
@@ -64,29 +69,33 @@ class DataConfig(SourceConfig):
     """Settings that prepare the images and captions of `--data` for training."""
 
     resolution: int = Field(default=32, ge=8)
-    """Side of the square training images, in pixels: the shorter side is resized to it, then the image is cropped."""
+    """Side of the square training images, in pixels; each image is cropped to a square and resized to it."""
     crop: Crop = "center"
-    """Part of an image that is kept if the image isn't square."""
+    """Position of the crop along an image's longer side: `center` (the middle), or `random`."""
     crops: int = Field(default=0, ge=0)
-    """Random crops of each image kept in stage 2's cache; at least 1 for crop `random`, unless --cache is off."""
+    """Number of random crops of each image in stage 2's cache; crop `random` with a cache needs at least 1."""
     flip: bool = False
-    """Mirror half of the images. Unsuitable if captions mention left and right, or if images contain text."""
+    """Mirror half of the images, left to right.
+    Unsuitable if captions mention left or right, or if images contain text."""
     buckets: int = Field(default=0, ge=0)
-    """Train on rectangles of about resolution² pixels whose sides are multiples of this, e.g. 64; all images of a batch
-    have the same shape. 0: squares. Stage 2 only."""
+    """Divisor of the sides, in pixels, e.g. 64, to train on rectangles instead of squares (stage 2 only); 0: squares.
+    A rectangle has about resolution² pixels, and its sides are multiples of this; a batch's images have one shape."""
     bucket_ratio: float = Field(default=2.0, ge=1)
-    """Largest aspect ratio of a rectangle (longer side / shorter side)."""
+    """Largest aspect ratio of the rectangles: longer side / shorter side."""
     min_size: int = Field(default=0, ge=0)
-    """Smallest accepted shorter side, in pixels; smaller images are left out."""
+    """Smallest accepted length of an image's shorter side, in pixels; smaller images are left out."""
     max_damaged: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of images that may be unreadable; training stops above it."""
+    """Largest accepted share of unreadable images, 0 to 1; training stops if there are more."""
 
     @model_validator(mode="after")
     def _crops_differ(self) -> Self:
         if self.crops and self.crop != "random":
-            raise ValueError(f"crops {self.crops} with crop {self.crop}: only random crops differ from one another")
+            raise ValueError(
+                f"crops {self.crops} with crop {self.crop}: only random crops can be cached several times; "
+                "set crop to random or crops to 0"
+            )
         return self
 
     def framing(self) -> "Framing":
         """Return the framing that turns a file into a training image."""
-        return replace(self.plain(self.resolution), crop=self.crop, flip=self.flip)
+        return replace(self.center_framing(self.resolution), crop=self.crop, flip=self.flip)

@@ -16,33 +16,35 @@ class ModelOptions(SamplingOptions):
     """Options of all commands that run a model."""
 
     model: str = ""
-    """Model to run: a stage 2 run's model/, or a Stable-Diffusion-shaped diffusers folder or hub id."""
+    """Model to run: model/ of a stage 2 run, or folder or hub id of a diffusers pipeline like Stable Diffusion."""
     prompt: str = ""
     """Text that describes the image."""
     prompts: str = ""
-    """Text file (UTF-8) with one prompt per line, instead of --prompt."""
+    """Text file (UTF-8) with one prompt per line, used instead of --prompt."""
     negative_prompt: str = ""
     """Text that describes what the image should not show."""
     out: str = "out"
     """Output folder of the images."""
     seed: int = 0
-    """Seed of the first image's noise."""
+    """Seed of the first image's noise, an integer."""
     batch_size: int = 8
-    """Images generated at once."""
+    """Number of images generated at once."""
     device: str = ""
-    """Device, e.g. cpu or cuda:1; empty: the GPU if there is one."""
+    """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
-    """Side of overlapping tiles for decoding, e.g. 64; tiles save memory for large images. Default: no tiles."""
+    """Side of the tiles in which a large image is decoded to save memory, in latent pixels, e.g. 64.
+    Default: no tiles."""
     slice: bool = False
-    """Decode images one by one: saves memory for large batches."""
+    """Decode the images of a batch one by one, to save memory."""
     offload: bool = False
-    """Keep each network in main memory while another one runs, for a GPU with little memory."""
+    """Keep only the running network on the GPU and the others in main memory, for a GPU with little memory."""
     precision: Precision = "fp32"
-    """Precision of the network's weights and arithmetic."""
+    """Number format of the weights and the arithmetic."""
     attention: AttentionBackend = "sdpa"
-    """Attention backend of the UNet: sdpa (torch), xformers, or auto: xformers if it works, else sdpa."""
+    """Attention implementation of the UNet: sdpa (torch), xformers, or auto (xformers if it works, else sdpa)."""
     chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Windows of the text encoder's length into which a prompt is split. Default: the model's own number."""
+    """Number of chunks into which a long prompt is split, each as long as the text encoder accepts.
+    Default: the model's own number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +52,20 @@ class GenerateOptions(ModelOptions):
     """Options of all commands that generate separate images."""
 
     num_images: int = 1
-    """Number of images per prompt; image k has seed + k."""
+    """Number of images per prompt; image k (from 0) has seed + k."""
     compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
-    """Additional prompts for the same image, each with its own guidance scale."""
+    """Additional prompts for the same image, each followed by its guidance scale."""
     weak_model: str = ""
-    """Folder of a weaker model, e.g. an earlier one, to guide away from; use --guidance-scale 1, as scales multiply."""
+    """Folder of a weaker model to guide away from, e.g. an earlier checkpoint of the same model.
+    Use it with --guidance-scale 1, as both scales multiply."""
     weak_scale: float = 2.0
-    """Guidance scale away from the weaker model; 1 is no guidance."""
+    """Guidance scale away from the weaker model; 1: no guidance away from it."""
     like: str = ""
-    """Image made by this command, to make again with its settings; other options on the command line override them."""
+    """PNG made by this command, whose settings are used again; other options on the command line override them."""
     grid: bool = False
-    """Also write a PNG with all images in a grid and the settings of the first."""
+    """Also write a PNG with all images in a grid, and with the settings of the first image."""
     preview: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """Steps between updates of OUT/preview.png, a rough preview that is removed at the end. 0: no preview."""
+    """Number of steps between updates of OUT/preview.png, a rough preview that is removed at the end; 0: no preview."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,22 +90,22 @@ class Img2ImgOptions(GenerateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateOptions(ModelOptions):
-    """Interpolate from one prompt to another, or from one seed to another: write the frames and an animation."""
+    """Interpolate from one prompt to another, or from one seed to another, and write the frames and an animation."""
 
     to: tuple[str, ...] = ()
-    """Prompts to interpolate to, in order."""
+    """Prompts to interpolate to, in order; the first frame has --prompt."""
     to_seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Seed to interpolate to, over all frames; the first frame has --seed."""
+    """Seed of the last frame's noise; the first frame has --seed, and the noise changes gradually in between."""
     frames: int = 25
-    """Frames from one prompt to the next, including both ends."""
+    """Number of frames from one prompt to the next, including both ends."""
     fps: float = 12.5
-    """Frames per second, 1 to 50; the duration of a frame is rounded to 1/100 s, as the GIF format requires."""
+    """Number of frames per second, 1 to 50; a frame's duration is rounded to 1/100 s, as the GIF format requires."""
     loop: bool = True
-    """Repeat the animation without end."""
+    """Repeat the animation endlessly."""
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Image width. Default: the model's own."""
+    """Image width, in pixels. Default: the model's own."""
     height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Image height. Default: the model's own."""
+    """Image height, in pixels. Default: the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +113,15 @@ class InpaintOptions(GenerateOptions):
     """Inpaint the masked part of an image, or extend it beyond its borders; all other pixels stay exactly the same."""
 
     sampler: SamplerKind = "dpmpp_2m_sde"
-    """Sampler; those that draw noise at each step match the new part to its surroundings better."""
+    """Sampler; samplers that draw noise at each step match the new part to its surroundings better."""
     image: str = ""
-    """Image to inpaint, of any size."""
+    """Image file to inpaint, of any size."""
     mask: str = ""
-    """Mask of any size: white is inpainted, black and transparent are kept, grey is mixed. Optional with --extend."""
+    """Mask file, of any size: white areas are inpainted, black and transparent ones are kept, grey ones are mixed.
+    Optional with --extend."""
     strength: float = 1.0
-    """Amount of change inside the mask: 0 keeps the image, 1 replaces it completely."""
+    """Amount of change inside the mask, 0 to 1: 0 keeps the image, 1 replaces it completely."""
     feather: float = 0.0
-    """Width in pixels, approximately, over which the mask's edge is softened on both sides."""
+    """Approximate width, in pixels, over which the mask's edge is softened on both sides; 0: not softened."""
     extend: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (0, 0, 0, 0)
-    """Pixels to add beyond each border (outpainting)."""
+    """Number of pixels to add beyond each border (outpainting)."""

@@ -9,7 +9,7 @@ from conditioning import MOST_CHUNKS
 from ldm.kinds import AttentionBackend, LossKind, ObjectiveKind, ScheduleKind, Spacing, Target, VarianceKind
 from ldm.task import Task
 from train.config.optimizer import strict
-from train.config.resumable import Place, Resumable
+from train.config.resumable import Location, Resumable
 from train.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -23,28 +23,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class UnetConfig:
-    """Shape of the UNet2DConditionModel."""
+    """Shape of the UNet, a diffusers UNet2DConditionModel."""
 
     channels: tuple[int, ...] = (128, 256)
-    """Feature maps of each level, finest first."""
+    """Number of channels of each level, finest level first."""
     layers: int = Field(default=1, gt=0)
-    """Residual blocks per level (the upward half has one more)."""
+    """Number of residual blocks per level (the upward half has one more)."""
     attention: tuple[bool, ...] = (True, True)
-    """Presence of transformer blocks (self- and cross-attention) at each level."""
+    """Transformer blocks (self- and cross-attention) at each level: True or False per level, finest first."""
     heads: tuple[int, ...] = (4, 8)
-    """Attention heads of each level; the width of a head is the level's channels / heads."""
+    """Number of attention heads of each level, finest first; a head has channels / heads features."""
     depth: int = Field(default=1, gt=0)
-    """Transformer blocks after each residual block."""
+    """Number of transformer blocks after each residual block, at levels that have them."""
     modulation: bool = False
     """Scale and shift every residual block by the pooled text features; Stable Diffusion's UNet doesn't do this."""
     groups: int = Field(default=32, gt=0)
-    """Groups of the group normalisation; the channels of every level must be divisible by it."""
+    """Number of groups of the group normalisation; must divide the channels of every level."""
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
         if not len(self.channels) == len(self.attention) == len(self.heads):
             raise ValueError(
-                f"channels {self.channels}, attention {self.attention} and heads {self.heads} need one entry a level"
+                f"channels {self.channels}, attention {self.attention} and heads {self.heads}: "
+                "each must have one entry per level"
             )
         return self
 
@@ -74,45 +75,54 @@ class DiffusionConfig:
     """Settings of the forward process, the prediction target and the loss."""
 
     schedule: ScheduleKind = "scaled_linear"
-    """Noise schedule. `flow` (with target flow, v or x0) is rectified flow, which stock pipelines can't sample."""
+    """Noise schedule, a variance-preserving one or `flow`; docs/mathematics.md gives the formulas.
+    `flow` is rectified flow: it needs target flow, v or x0, and stock diffusers can't sample the model."""
     timesteps: int = Field(default=1000, gt=1)
-    """Number of discrete timesteps, T."""
+    """Number of discrete timesteps T, at least 2."""
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
-    """First beta of `linear`, `scaled_linear` (also called `quadratic`) and `sigmoid`."""
+    """Beta of the first timestep, 0 to 1, in schedules linear, sigmoid and scaled_linear (also called quadratic)."""
     beta_end: float = Field(default=0.012, gt=0, lt=1)
-    """Last beta of the same schedules."""
+    """Beta of the last timestep, 0 to 1, in the same schedules."""
     zero_terminal_snr: bool = False
     """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024); needs target v, x0 or flow."""
     shift: float = Field(default=1.0, gt=0)
-    """Shift of `flow` towards noise at higher resolution: √(ratio of latent sizes in elements) (Esser et al. 2024)."""
+    """Shift of schedule `flow` towards more noise, for higher resolutions (Esser et al. 2024); 1: no shift.
+    For latents with n times as many elements as those for which 1 is best, use √n."""
     target: Target = "eps"
-    """Prediction target: the noise, the clean latent, the velocity of Salimans & Ho (2022), or the flow's velocity."""
+    """Prediction target of the network: `eps` (the noise), `x0` (the clean latent), or one of two velocities.
+    `v` is the velocity of Salimans & Ho (2022), `flow` that of rectified flow."""
     variance: VarianceKind = "fixed_small"
-    """Variance of ddpm's sampling steps; `learned` (Nichol & Dhariwal 2021) doubles the network's output channels."""
+    """Variance of the steps of sampler ddpm: `fixed_small` and `fixed_large` are the two choices of Ho et al. 2020.
+    `learned` (Nichol & Dhariwal 2021) lies in between, and doubles the network's output channels."""
     objective: ObjectiveKind = "simple"
-    """`simple`: weighted error; `vlb`: variational bound; `hybrid`: simple, plus the bound for a learned variance."""
+    """Training objective: `simple` (weighted error of the prediction), `vlb` (variational bound) or `hybrid`.
+    `hybrid` is `simple`, plus the bound to train a learned variance."""
     weighting: Literal["uniform", "min_snr", "p2", "edm"] = "uniform"
-    """Weights of the timesteps in the simple loss: Hang et al. 2023, Choi et al. 2022, Karras et al. 2022."""
+    """Weights of the timesteps in objective `simple`; `uniform`: every timestep has weight 1.
+    Others: `min_snr` (Hang et al. 2023), `p2` (Choi et al. 2022), `edm` (Karras et al. 2022)."""
     gamma: float = Field(default=5.0, gt=0)
-    """Signal-to-noise ratio at which min_snr clips."""
+    """Signal-to-noise ratio above which weighting min_snr clips the weights."""
     p2_gamma: float = Field(default=1.0, ge=0)
-    """Strength with which p2 reduces the weights at low noise; its k is 1."""
+    """Exponent of weighting p2: for target eps, the weight is 1 / (1 + SNR)^p2_gamma, which is small at low noise."""
     sigma_data: float = Field(default=1.0, gt=0)
-    """Standard deviation of the data in edm's weights; latents are normalised to 1."""
+    """Standard deviation of the latents in weighting edm; stage 1 normalises them to 1."""
     loss: LossKind = "l2"
-    """Error function of the prediction."""
+    """Error of the prediction's elements: `l2` (squared), `l1` (absolute) or `huber` (squared below 1, else linear)."""
     timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
-    """Distribution of timesteps: uniform, logit-normal (Esser et al. 2024), or by loss (Nichol & Dhariwal 2021)."""
+    """Distribution of the training timesteps: `uniform`, `logit_normal` (Esser et al. 2024) or `importance`.
+    `importance` draws timesteps with a large loss more often (Nichol & Dhariwal 2021)."""
     logit_mean: float = 0.0
     """Mean of the logit-normal distribution of timesteps; values above 0 favour high noise."""
     logit_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit-normal distribution of timesteps."""
     stratified: bool = False
-    """Spread each batch's timesteps evenly: draw one from each of batch_size equal intervals."""
+    """Spread the timesteps of a batch evenly: draw one from each of batch_size equal intervals."""
     offset_noise: float = Field(default=0.0, ge=0)
-    """Strength of the noise shared by a whole channel; about 0.1 makes very dark or very bright images possible."""
+    """Strength of additional noise with the same value in a whole channel; 0: none.
+    About 0.1 lets the model generate very dark and very bright images."""
     spacing: Spacing = "trailing"
-    """Spacing of the samplers' steps over the timesteps; saved with the model."""
+    """Spacing of the samplers' steps over the timesteps; saved with the model as its default.
+    `leading`, `trailing`, `linspace`: Lin et al. 2024, table 2. `karras`: Karras et al. 2022."""
 
     def build_schedule(self) -> "Schedule":
         """Return the noise schedule. Raises UserError if its values are incompatible."""
@@ -160,66 +170,74 @@ class DiffusionConfig:
         )
 
     @model_validator(mode="after")
-    def _bound_is_plain(self) -> Self:
+    def _objective_fits(self) -> Self:
         if self.objective != "simple" and self.offset_noise:
             raise ValueError(
-                f"offset_noise {self.offset_noise} with objective {self.objective}: the bound is one of plain noise"
+                f"offset_noise {self.offset_noise} with objective {self.objective}: the bound needs independent noise; "
+                "set offset_noise to 0 or objective to simple"
             )
         if self.objective != "simple" and self.timestep_sampling == "logit_normal":
             raise ValueError(
-                f"timestep_sampling logit_normal with objective {self.objective}: take uniform or importance"
+                f"timestep_sampling logit_normal with objective {self.objective}: "
+                "set timestep_sampling to uniform or importance"
             )
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class LdmConfig(RunConfig):
-    """Stage 2: a cross-attention UNet over the latents, conditioned on the text encoder's tokens."""
+    """Stage 2: train a UNet that denoises latents and reads the caption's tokens by cross-attention."""
 
     stage: ClassVar = "ldm"
     task: Task = "txt2img"
-    """Task of the model. `inpaint`: the UNet also receives a mask and the masked image, 2 · latent channels + 1
-    channels in all, and learns to fill masks of any kind; best started from a text-to-image model as `init`."""
-    init: Place = ""
-    """Folder (or hub id) of a pipeline whose UNet is the start, instead of random weights; its shape replaces `unet`.
+    """Task of the model: `txt2img` (text to image), or `inpaint` (fill the masked area of an image).
+    For `inpaint`, the UNet also receives a mask and the masked image: 2 · latent channels + 1 input channels in all.
+    It is best initialised from a text-to-image model (`init`)."""
+    init: Location = ""
+    """Folder or hub id of a pipeline whose UNet to train further; its shape replaces `unet`. Empty: random weights.
     Its autoencoder and text encoder are used too, unless `vae` and `text_encoder` are given."""
-    vae: Place = ""
-    """Folder (or hub id) of the autoencoder: a stage 1 run's model/, or a diffusers AutoencoderKL."""
-    text_encoder: Place = ""
-    """Folder (or hub id) of the text encoder: a stage 0 run's model/, a CLIP, or a pipeline's folder; or an OpenCLIP as
-    openclip:ARCHITECTURE/TAG."""
+    vae: Location = ""
+    """Folder or hub id of the autoencoder: model/ of a stage 1 run, or a diffusers AutoencoderKL."""
+    text_encoder: Location = ""
+    """Folder or hub id of the text encoder: model/ of a stage 0 run, a CLIP, or a pipeline that has one.
+    An OpenCLIP is given as openclip:ARCHITECTURE/TAG."""
     clip_skip: int = Field(default=0, ge=0)
-    """Number of final text encoder layers to skip, e.g. 1 for the features of the penultimate layer."""
+    """Number of layers to skip at the end of the text encoder: 0 uses the last layer's features, 1 the one before."""
     text_chunks: int = Field(default=0, ge=0, le=MOST_CHUNKS)
-    """Windows of the text encoder's length into which a caption is split; the rest is cut. Stock pipelines read one.
+    """Number of chunks into which a long caption is split, each as long as the text encoder accepts.
+    Longer captions are truncated. Stock diffusers reads 1 chunk only.
     0: the number saved with the text encoder, else 1."""
     unet: UnetConfig = Field(default_factory=UnetConfig)
-    """The network."""
+    """Shape of the UNet."""
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
-    """The diffusion process and the loss."""
+    """Diffusion process and loss."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of examples that get the empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
+    """Share of examples, 0 to 1, with an empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
     attention: Annotated[AttentionBackend, Resumable()] = "sdpa"
-    """Attention: `sdpa` (torch), `xformers` on a GPU (pip install -e '.[xformers]') or `auto`: xformers if it works."""
+    """Attention implementation: `sdpa` (torch), `xformers` or `auto` (xformers if it works, else sdpa).
+    `xformers` needs a GPU and pip install -e '.[xformers]'."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, much less memory."""
+    """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
-    """Largest number of held-out examples in the validation loss; their timesteps and noise are fixed."""
+    """Largest number of held-out examples in the validation loss; their timesteps and noise are always the same."""
     prompts: Annotated[tuple[str, ...], Resumable()] = ()
-    """Prompts of the sample sheets; empty: captions of held-out images."""
+    """Prompts of the sample sheets, one image each; empty: captions of held-out images."""
     sample_steps: Annotated[int, Resumable()] = Field(default=25, gt=0)
-    """Sampler steps of the sample sheets."""
+    """Number of sampler steps for the sample sheets."""
     guidance_scale: Annotated[float, Resumable()] = Field(default=3.0, ge=0)
-    """Guidance scale of the sample sheets; 1 is the conditional prediction alone."""
+    """Guidance scale for the sample sheets: 1 is no guidance; larger values follow the prompt more closely."""
 
     @model_validator(mode="after")
-    def _crops_are_to_be_had(self) -> Self:
+    def _crops_fit_the_cache(self) -> Self:
         crop, crops = self.input.crop, self.input.crops
         if self.cache == "off" and crops:
-            raise ValueError(f"input.crops {crops} with cache off: every image is cropped anew, none is kept")
+            raise ValueError(
+                f"input.crops {crops} with cache off: crops are kept only in a cache; "
+                "set input.crops to 0, or leave out cache off"
+            )
         if self.cache != "off" and crop == "random" and not crops:
             raise ValueError(
-                "input.crop random with cached latents: say how many crops of each image to keep (--input.crops 4), "
+                "input.crop random with a cache: set the number of cached crops of each image, e.g. --input.crops 4, "
                 "or give --cache off"
             )
         return self
@@ -227,14 +245,19 @@ class LdmConfig(RunConfig):
     @model_validator(mode="after")
     def _sheets_have_prompts(self) -> Self:
         if self.task == "inpaint" and self.prompts:
-            raise ValueError("prompts with task inpaint: its sheets are of held-out images, by their captions")
+            raise ValueError(
+                "prompts with task inpaint: its sample sheets use held-out images and captions; leave prompts out"
+            )
         return self
 
     def check(self) -> None:
         self.build_objective()
 
     def build_objective(self) -> "Objective":
-        """The loss. Raises UserError where its parts, or the steps of the sheets, don't go together."""
+        """Return the training objective.
+
+        Raises UserError if its parts are incompatible with each other or with the sheets' sampler steps.
+        """
         from ldm.samplers import make_sampler
         from ldm.spacing import plan
 

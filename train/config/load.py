@@ -17,7 +17,7 @@ from train.config.shipped import find_config, shipped
 
 
 class Checked(Protocol):
-    """Configuration of a stage, with a check of settings that depend on each other, run when all of them are read."""
+    """Configuration of a stage. Its check of settings that depend on each other is run when all of them are read."""
 
     stage: ClassVar[str]
 
@@ -38,11 +38,16 @@ def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
     show = "--print-config" in arguments
     arguments = [a for a in arguments if a != "--print-config"]
     named = bool(arguments) and not arguments[0].startswith("-")
-    given = read_yaml(find_config(arguments.pop(0), kind.stage)) if named else {}
-    if str(given.get("data", "")).startswith("pipe:"):
-        raise UserError(f"data: {given['data']!r} is a command, which no file may give: write it as --data")
-    about = f"CONFIG: YAML file, or one of the names {', '.join(shipped(kind.stage))}."
-    config = overlay(kind, validate(kind, given), arguments, flags=False, usage="[CONFIG]", about=about)
+    values = read_yaml(find_config(arguments.pop(0), kind.stage)) if named else {}
+    if str(values.get("data", "")).startswith("pipe:"):
+        raise UserError(
+            f"data {values['data']!r}: commands aren't allowed in a configuration file; give this one as --data instead"
+        )
+    about = (
+        f"CONFIG: YAML file with the settings below, or one of the names {', '.join(shipped(kind.stage))}. "
+        "Options override its settings. --print-config prints all settings as YAML and exits."
+    )
+    config = overlay(kind, validate(kind, values), arguments, flags=False, usage="[CONFIG]", about=about)
     config.check()
     if show:
         print(dump(config), end="")
@@ -55,32 +60,32 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := next((key for k, key in enumerate(keys) if key in keys[:k]), None):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice!r} stands there twice", node.start_mark
-            )
+        if duplicate := next((key for k, key in enumerate(keys) if key in keys[:k]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file with the safe loader, so that a file can't run code."""
     try:
-        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read the configuration {str(path)!r}: {getattr(error, 'strerror', error)}") from None
+        raise UserError(f"{path}: the configuration can't be read: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not plain YAML: {one_line(error)}") from None
-    if given is None:
+        raise UserError(f"{path}: isn't plain YAML: {one_line(error)}") from None
+    if values is None:
         return {}
-    if not isinstance(given, dict):
-        raise UserError(f"{path} holds a {type(given).__name__}; a configuration is a mapping of names to values")
-    return given
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: contains a {type(values).__name__}; a configuration must be a mapping of names to values"
+        )
+    return values
 
 
-def validate(kind: type[Config], given: dict[str, Any]) -> Config:
-    """Return a configuration of this kind. Raises UserError with the first wrong key, its value and what fits."""
+def validate(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Return a configuration of this kind. Raises UserError that names the first wrong key, its value and what fits."""
     try:
-        return TypeAdapter(kind).validate_python(given)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise UserError(first_error(error)) from None
 
@@ -94,7 +99,7 @@ def overlay(
     usage: str = "",
     about: str = "",
 ) -> Config:
-    """Override a configuration with `--dotted.name value` arguments (default: the process's); `--help` lists them all.
+    """Override a configuration with `--dotted.name value` arguments (default: the process's); `--help` lists them.
 
     flags: a boolean is given as --name or --no-name; without flags, as --name True or False, as in a file.
     usage, about: `--help`'s words after the program's name, and a paragraph after its description.
@@ -109,19 +114,19 @@ def overlay(
             args=["--help"],
             config=() if flags else (tyro.conf.FlagConversionOff,),
         )
-    given = read_options(kind, arguments, flags=flags)
+    options = read_options(kind, arguments, flags=flags)
     tree = asdict(default)  # type: ignore[call-overload]
-    for name, option in given.items():
+    for name, option in options.items():
         *records, last = name.split(".")
         reduce(dict.__getitem__, records, tree)[last] = option.value
     try:
         return TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
-        raise UserError(first_error(error, given)) from None
+        raise UserError(first_error(error, options)) from None
 
 
 def plain(config: object) -> dict[str, Any]:
-    """Convert a configuration to the plain values that JSON and YAML can hold."""
+    """Convert a configuration to values that JSON and YAML can represent."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
@@ -130,14 +135,14 @@ def dump(config: object) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
-def first_error(error: ValidationError, given: Mapping[str, Option] | None = None) -> str:
-    """Describe the first wrong setting as it was given on the command line or in a file, and what is accepted."""
+def first_error(error: ValidationError, options: Mapping[str, Option] | None = None) -> str:
+    """Return a line on the first wrong setting, as written on the command line or in a file, and what is accepted."""
     first = error.errors()[0]
-    name, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    name, reason = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
     if first["type"] == "unexpected_keyword_argument":
-        return f"unknown key {name!r} in the configuration: --help lists those there are"
-    if option := next((o for n, o in (given or {}).items() if f"{name}.".startswith(f"{n}.")), None):
-        return f"{option.text}: {said}"
-    if not name or first["type"] == "value_error":  # an error of a whole record: its fields contradict each other
-        return f"{name}: {said}".removeprefix(": ")
-    return f"{name} = {first['input']!r}: {said}"
+        return f"unknown key {name!r} in the configuration: --help lists all of them"
+    if option := next((o for n, o in (options or {}).items() if f"{name}.".startswith(f"{n}.")), None):
+        return f"{option.text}: {reason}"
+    if not name or first["type"] == "value_error":  # several fields of a record contradict each other
+        return f"{name}: {reason}".removeprefix(": ")
+    return f"{name} = {first['input']!r}: {reason}"

@@ -15,42 +15,43 @@ strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class OptimizerConfig:
-    """The optimizer and its learning rate over time."""
+    """Optimizer and its learning rate over time."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """Optimizer: `adamw` (Loshchilov & Hutter 2019), or `muon` (Jordan et al. 2024) for matrices and AdamW for
-    the rest. Muon makes more progress per step, but its steps take longer; small networks gain most."""
+    """Optimizer: `adamw` (Loshchilov & Hutter 2019) or `muon` (Jordan et al. 2024).
+    Muon updates the matrices; AdamW updates all other weights.
+    Muon makes more progress per step, but its steps take longer; small networks gain most."""
     lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate, reached after the warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Decay of the learning rate after the warm-up, from the peak to `final` times the peak."""
+    """Shape of the learning rate's decay after the warm-up, from the peak to `final` times the peak."""
     final: float = Field(default=0.0, ge=0, le=1)
-    """Share of the peak learning rate at the last step (cosine, linear)."""
+    """Learning rate at the last step as a share of the peak, 0 to 1, in schedules cosine and linear."""
     warmup: int = Field(default=500, ge=0)
-    """Steps over which the learning rate rises linearly from 0 to its peak."""
+    """Number of steps in which the learning rate rises linearly from 0 to its peak."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the running means of the gradient and of its square (AdamW)."""
+    """Decay rates of AdamW's running means of the gradient and of its square, 0 to 1 each."""
     eps: float = Field(default=1e-8, gt=0)
-    """Constant added to the root of the running mean square."""
+    """Constant added to the root of AdamW's running mean of the squared gradient, by which the update is divided."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Decay rate of Muon's running mean of the gradient."""
+    """Decay rate of Muon's running mean of the gradient, 0 to 1."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay of matrices and convolution kernels (not of biases and normalisation weights)."""
+    """Strength of the decoupled weight decay, on matrices and convolution kernels only; 0: none."""
     clip: float = Field(default=1.0, ge=0)
-    """Largest norm of the gradient over all parameters; 0 turns clipping off."""
+    """Largest norm of the gradient over all parameters, to which larger ones are clipped; 0: no clipping."""
 
-    def share(self, step: int, steps: int) -> float:
-        """Return the learning rate at `step` of `steps` as a share of the peak: linear rise, then the chosen decay."""
+    def lr_share(self, step: int, steps: int) -> float:
+        """Return the learning rate at `step` of `steps` as a share of the peak: a linear rise, then a decay."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, steps - self.warmup)
+        progress = (step - self.warmup) / max(1, steps - self.warmup)
         match self.schedule:
             case "constant":
                 return 1.0
             case "linear":
-                return 1 - (1 - self.final) * done
+                return 1 - (1 - self.final) * progress
             case "cosine":
-                return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+                return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
             case _:
                 assert_never(self.schedule)
 

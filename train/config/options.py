@@ -11,7 +11,7 @@ from ldm.errors import UserError
 
 
 class Option(NamedTuple):
-    """Option as it was given on the command line."""
+    """Option as written on the command line."""
 
     value: Any
     """Words of the option, nested like its type; for a flag, True or False."""
@@ -20,27 +20,27 @@ class Option(NamedTuple):
 
 
 def read_options(kind: type, arguments: Sequence[str], *, flags: bool) -> dict[str, Option]:
-    """Return the options among the arguments, keyed by dotted field name; a later option replaces an earlier one.
+    """Return the options by dotted field name; a later option replaces an earlier one with the same name.
 
     flags: a boolean is given as --name or --no-name. Raises UserError for unknown options and for too few values.
     """
-    types, given, left = dict(_fields(kind)), {}, list(arguments)
+    types, options, remaining = dict(_fields(kind)), {}, list(arguments)
     switches = {name for name, hint in types.items() if flags and hint is bool}
-    while left:
-        word, equals, rest = left.pop(0).partition("=")
+    while remaining:
+        word, equals, value = remaining.pop(0).partition("=")
         name = word.removeprefix("--").replace("-", "_")
         if name.removeprefix("no_") in switches and not equals:
-            given[name.removeprefix("no_")] = Option(name in switches, word)
+            options[name.removeprefix("no_")] = Option(name in switches, word)
             continue
-        if not _begins(word) or name not in types or name in switches:
-            raise UserError(_unknown(word + equals + rest, types))
-        words, most = [rest] if equals else [], _width(types[name])
-        while left and not _begins(left[0]) and len(words) < (most or len(arguments)):
-            words.append(left.pop(0))
-        if most and len(words) != most and words != ["None"]:
-            raise UserError(f"{word} takes {most} value{'s' * (most > 1)}, not {' '.join(words) or 'none'}")
-        given[name] = Option(_nested(types[name], words), " ".join([word, *words]))
-    return given
+        if not _is_option_name(word) or name not in types or name in switches:
+            raise UserError(_unknown(word + equals + value, types))
+        words, count = [value] if equals else [], _word_count(types[name])
+        while remaining and not _is_option_name(remaining[0]) and len(words) < (count or len(arguments)):
+            words.append(remaining.pop(0))
+        if count and len(words) != count and words != ["None"]:
+            raise UserError(f"{word} takes {count} value{'s' * (count > 1)}, not {' '.join(words) or 'none'}")
+        options[name] = Option(_nested(types[name], words), " ".join([word, *words]))
+    return options
 
 
 def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -53,25 +53,26 @@ def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, hint
 
 
-def _begins(word: str) -> bool:
+def _is_option_name(word: str) -> bool:
     """Return whether a word is an option name. A word with one dash or none is a value, e.g. a negative number."""
     return re.match(r"--[A-Za-z]", word) is not None
 
 
 def _unknown(word: str, names: Collection[str]) -> str:
+    """Return a message on a word that isn't an option or a value of one, with similar options if there are any."""
     known = [f"--{name.replace('_', '-')}" for name in names]
     name = word.partition("=")[0]
-    near = [o for o in known if o.endswith(f".{name.removeprefix('--')}")] or get_close_matches(name, known, 1)
-    what = f"unknown option {word}" if _begins(word) else f"{word!r} belongs to no option"
-    return f"{what}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists those there are")
+    similar = [o for o in known if o.endswith(f".{name.removeprefix('--')}")] or get_close_matches(name, known, 1)
+    problem = f"unknown option {word}" if _is_option_name(word) else f"{word!r} isn't the value of any option"
+    return f"{problem}: " + (f"did you mean {' or '.join(similar)}?" if similar else "--help lists all options")
 
 
-def _width(hint: Any) -> int | None:
+def _word_count(hint: Any) -> int | None:
     """Return the number of words that a type takes; None: any number."""
     parts = [part for part in get_args(hint) if part is not NoneType]
     if get_origin(hint) is tuple:
         return None if parts[-1] is ... else len(parts)
-    return _width(parts[0]) if NoneType in get_args(hint) else 1
+    return _word_count(parts[0]) if NoneType in get_args(hint) else 1
 
 
 def _nested(hint: Any, words: Sequence[str]) -> Any:
@@ -83,5 +84,5 @@ def _nested(hint: Any, words: Sequence[str]) -> Any:
         return words[0]
     if parts[-1] is not ...:
         return words
-    step = _width(parts[0]) or 1
+    step = _word_count(parts[0]) or 1
     return [_nested(parts[0], words[k : k + step]) for k in range(0, len(words), step)]

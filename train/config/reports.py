@@ -12,64 +12,67 @@ from train.config.sampling import SamplingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(SamplingOptions):
-    """Measure a model: reconstruction and likelihood of held-out images; on Shapes, also prompt accuracy."""
+    """Measure a model: reconstruction and likelihood of held-out images, and prompt accuracy if they are Shapes."""
 
     model: str = ""
-    """Folder of the model, e.g. runs/ldm/model."""
+    """Folder or hub id of the model, e.g. runs/ldm/model."""
     data: str = ""
-    """Captioned images, as for training."""
+    """Captioned images, in any form that training accepts (docs/data.md)."""
     split: Literal["test", "train"] = "test"
-    """Split to use; if the dataset has no validation split, `test` is the held-out share."""
+    """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     out: str = "report"
-    """Folder for report.json and samples.png."""
+    """Output folder for report.json and samples.png."""
     prompts: int = 256
-    """Number of Shapes prompts of each kind (seen and unseen)."""
+    """Number of prompts of each kind, seen and unseen in training, to measure prompt accuracy on Shapes."""
     images: int = 1000
-    """Largest number of images to reconstruct."""
+    """Largest number of images whose reconstructions are measured."""
     likelihoods: int = 128
     """Largest number of images whose variational bound is computed; each takes 33 network evaluations."""
     seed: int = 0
     """Seed of the prompts and of the noise."""
     batch_size: int = 64
-    """Images processed at once."""
+    """Number of images processed at once."""
     device: str = ""
-    """Device, e.g. cpu or cuda:1; empty: the GPU if there is one."""
+    """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
     input: SourceConfig = field(default_factory=SourceConfig)
-    """Settings that locate and decode the images."""
+    """Settings to find and decode the images and captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateVaeOptions:
-    """Measure an autoencoder: its reconstructions and the statistics of its latents."""
+    """Measure an autoencoder: the quality of its reconstructions and the statistics of its latents."""
 
     vae: str = ""
-    """Folder (or hub id) of an AutoencoderKL, or of a pipeline, e.g. runs/vae/model."""
+    """Folder or hub id of a diffusers AutoencoderKL, or of a pipeline that has one, e.g. runs/vae/model."""
     data: str = ""
-    """Images, as for training, with or without captions."""
+    """Images, in any form that training accepts (docs/data.md), with or without captions."""
     split: Literal["test", "train"] = "test"
-    """Split to use; if the dataset has no validation split, `test` is the held-out share."""
+    """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     resolution: int = 256
-    """Side of the square images, a multiple of the autoencoder's factor."""
+    """Side of the square images, in pixels; must be a multiple of the autoencoder's factor, e.g. 8."""
     images: int = 1000
     """Largest number of images to measure."""
     perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
-    """Perceptual distance to measure."""
+    """Perceptual distance to measure: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet, or one in CLIP's features."""
     perceptual_model: str = ""
-    """Weights of the perceptual distance, as in `perceptual.model` of stage 1."""
+    """Folder or hub id of the CLIP, or file of torchvision's VGG16 or AlexNet weights.
+    Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
-    """Side of overlapping tiles for encoding and decoding; tiles save memory for large images. Default: no tiles."""
+    """Side of the tiles in which a large image is encoded and decoded to save memory, in latent pixels, e.g. 64.
+    Default: no tiles."""
     features: str = ""
-    """Features of the Fréchet distance: `inception`, `dinov2`, `clip`, or a folder or hub id; empty: not measured."""
+    """Network whose features the Fréchet distance uses: `inception`, `inception:WEIGHTS.pth`, `dinov2` or `clip`.
+    Or the folder or hub id of another CLIP or DINOv2. Empty: the distance isn't measured."""
     out: str = "report-vae"
-    """Folder for report.json and reconstructions.png."""
+    """Output folder for report.json and reconstructions.png."""
     seed: int = 0
     """Seed of the noise."""
     batch_size: int = 16
-    """Images processed at once."""
+    """Number of images processed at once."""
     device: str = ""
-    """Device, e.g. cpu or cuda:1; empty: the GPU if there is one."""
+    """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
     input: SourceConfig = field(default_factory=SourceConfig)
-    """Settings that locate and decode the images."""
+    """Settings to find and decode the images and captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +80,19 @@ class InspectOptions:
     """Inspect images and captions before training on them."""
 
     data: str = ""
-    """Images, as for training, with or without captions."""
+    """Images, in any form that training accepts (docs/data.md), with or without captions."""
     split: Literal["all", "train", "test"] = "all"
-    """Split to use; if the dataset has no validation split, `test` is the held-out share."""
+    """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     resolution: int = 256
-    """Side of the intended training images; the report counts the images that are smaller."""
+    """Side of the intended training images, in pixels; the report counts the images that are smaller."""
     text_encoder: str = ""
-    """Text encoder whose tokenizer counts the captions' tokens: a folder, a hub id or openclip:…; empty: the one
-    that stage 0 would learn from these captions."""
+    """Text encoder whose tokenizer counts the captions' tokens: a folder, a hub id or openclip:ARCHITECTURE/TAG.
+    Empty: the tokenizer that stage 0 would learn from these captions."""
     limit: int = 0
     """Largest number of images to inspect, spread evenly over the dataset; 0: all."""
     out: str = "report-data"
-    """Folder for report.json, contact_sheet.png and, unless they would be empty, damaged.jsonl and duplicates.jsonl."""
+    """Output folder for report.json, contact_sheet.png and, if there are any, damaged.jsonl and duplicates.jsonl."""
     workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     """Number of decoding processes; 0 decodes in the main process."""
     input: SourceConfig = field(default_factory=SourceConfig)
-    """Settings that locate and decode the images."""
+    """Settings to find and decode the images and captions."""

@@ -9,15 +9,15 @@ from train.config.load import plain
 
 @dataclass(frozen=True)
 class Resumable:
-    """Mark of a field that may change when a run is continued. Fields without this mark must not change."""
+    """Mark of a setting that may change when a run is continued. Settings without this mark must not change."""
 
-    place: bool = False
-    """Mark of a location: its content is compared, not its path, and only the last part of the path is published."""
+    location: bool = False
+    """Whether it is a path: its content is compared, not the path, and only the path's last part is published."""
     unless: str | None = None
-    """Value that may not be changed to another value, nor another value to it."""
+    """Value that may neither be set nor replaced when a run is continued."""
 
 
-Place = Annotated[str, Resumable(place=True)]
+Location = Annotated[str, Resumable(location=True)]
 
 
 class Difference(NamedTuple):
@@ -31,22 +31,22 @@ class Difference(NamedTuple):
 
 def differences(before: object, now: object, prefix: str = "") -> Iterator[Difference]:
     """Yield the forbidden differences between two configurations of one class, in the order of the fields."""
-    for name, mark, was, value in _fields(before, now):
-        if is_dataclass(value):
-            yield from differences(was, value, f"{prefix}{name}.")
-        elif was != value and (mark is None or mark.unless in (was, value)):
-            yield Difference(prefix + name, was, value)
+    for name, mark, old, new in _fields(before, now):
+        if is_dataclass(new):
+            yield from differences(old, new, f"{prefix}{name}.")
+        elif old != new and (mark is None or mark.unless in (old, new)):
+            yield Difference(prefix + name, old, new)
 
 
 def published(config: object, shorten: Callable[[str], str]) -> dict[str, Any]:
     """Convert a configuration like `plain`, with each location shortened to the part that may be published."""
-    known = plain(config)
+    values = plain(config)
     for name, mark, _, value in _fields(config, config):
         if is_dataclass(value):
-            known[name] = published(value, shorten)
-        elif mark is not None and mark.place:
-            known[name] = shorten(value)
-    return known
+            values[name] = published(value, shorten)
+        elif mark is not None and mark.location:
+            values[name] = shorten(value)
+    return values
 
 
 def _fields(before: Any, now: Any) -> Iterator[tuple[str, Resumable | None, Any, Any]]:

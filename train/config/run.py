@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from train.config.data import DataConfig
 from train.config.optimizer import OptimizerConfig, strict
-from train.config.resumable import Place, Resumable
+from train.config.resumable import Location, Resumable
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]
@@ -24,65 +24,66 @@ class RunConfig:
 
     stage: ClassVar[str]
     """Name of the stage; the names of its configuration files begin with it."""
-    data: Place = ""
-    """Captioned images: a folder (metadata.jsonl or .csv, or a .txt beside each image), parquet or WebDataset tar
-    files, the output of datasets' save_to_disk, or a hub id; docs/data.md shows each."""
-    out: Place = ""
-    """Folder of the run. Running the same command again continues it."""
+    data: Location = ""
+    """Images with captions (stage 1 needs none): a folder with metadata.jsonl, metadata.csv or a .txt file per image.
+    Or parquet files, WebDataset tar files, a folder saved by datasets' save_to_disk, or a hub id; see docs/data.md."""
+    out: Location = ""
+    """Output folder of the run. Running the same command again continues the run."""
     steps: Annotated[int, Resumable()] = Field(default=1000, gt=0)
-    """Total number of optimizer steps."""
+    """Total number of optimizer steps of the run."""
     batch_size: int = Field(default=32, gt=0)
-    """Examples per step, over all processes and accumulated parts together."""
+    """Number of examples per optimizer step, over all processes and accumulated parts together."""
     accumulation: int = Field(default=1, gt=0)
-    """Number of parts in which each process computes its share of a batch, one after the other, to save memory."""
+    """Number of parts into which each process splits its share of a batch, to compute them in turn and save memory."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of everything random: weights, order, noise, captions."""
+    """Seed of all random numbers: initial weights, order of the examples, noise, choice of captions."""
     checkpoint_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
-    """Steps between two resumable checkpoints."""
+    """Number of steps between two checkpoints, from which a run can be continued."""
     keep_checkpoints: Annotated[int, Resumable()] = Field(default=2, ge=2)
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep; at least 2."""
     validate_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
-    """Steps between two validations, each with a sheet in samples/."""
+    """Number of steps between two validations; each also writes a sheet of images to samples/."""
     log_every: Annotated[int, Resumable()] = Field(default=50, gt=0)
-    """Steps between two lines of metrics.jsonl."""
+    """Number of steps between two lines of metrics.jsonl."""
     precision: Precision = "fp32"
-    """Precision of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
-    # New latents differ from cached ones in their last bits, so a run may change neither to `off` nor from it.
-    cache: Annotated[str, Resumable(place=True, unless="off")] = ""
-    """Folder for results that are computed once from the data; empty: `cache` beside the run's folder. `off`: stage 2
-    encodes every image and caption again each time."""
+    """Number format of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
+    # New latents differ from cached ones in their last bits, so a run may neither turn its cache off nor on.
+    cache: Annotated[str, Resumable(location=True, unless="off")] = ""
+    """Folder for results that are computed from the data once; empty: folder `cache` beside the run's folder.
+    `off`: no cache; stage 2 encodes images and captions again in each step."""
     workers: Annotated[int, Resumable()] = Field(default=0, ge=0)
-    """Number of prefetching processes; 0 reads in the training process. The batches don't depend on it."""
+    """Number of processes that read ahead; 0: the training process reads. The batches are the same for any number."""
     roll_back_after: Annotated[int, Resumable()] = Field(default=25, gt=0)
-    """Number of consecutive non-finite steps after which the weights of the last checkpoint are restored."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the last checkpoint is restored."""
     trackers: Annotated[tuple[Tracker, ...], Resumable()] = ("tensorboard",)
-    """Experiment trackers that receive the metrics, besides metrics.jsonl; run by accelerate."""
+    """Experiment trackers that receive the metrics, through accelerate; metrics.jsonl is always written."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    """Decay of the weights' running average, which validation, samples and model/ use; it is warmed up from 0.1."""
+    """Largest decay per step of the weights' moving average; it rises to this from 0.1 in the first steps.
+    Validation, samples and model/ use the averaged weights."""
     license: Annotated[str, Resumable()] = ""
-    """Licence of the model, for its model card: an SPDX name such as apache-2.0 or cc-by-4.0, or `other`; empty: not
-    stated, so nobody may assume any. It can be set or changed after the run is finished."""
+    """Licence of the model, for its model card: an SPDX name such as apache-2.0 or cc-by-4.0, or `other`.
+    Empty: not stated, which gives others no permission. It can be changed after the run is finished."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    """The optimizer."""
+    """Optimizer and learning rate."""
     input: DataConfig = Field(default_factory=DataConfig)
-    """The images."""
+    """Images and captions."""
 
     def check(self) -> None:
-        """Raise UserError for incompatible settings that are only found when objects are built from them."""
+        """Raise UserError for incompatible settings that are found only when objects are built from them."""
 
     @model_validator(mode="after")
     def _license_is_a_name(self) -> Self:
         if not re.fullmatch(r"[A-Za-z0-9.+-]*", self.license):
-            raise ValueError(f"license {self.license!r} is no name: give an SPDX one, e.g. apache-2.0, or `other`")
+            raise ValueError(f"license {self.license!r}: must be an SPDX name, e.g. apache-2.0, or `other`")
         return self
 
 
 Stage = TypeVar("Stage", bound=RunConfig)
 
 
-def on_squares(config: Stage) -> Stage:
-    """Check that a stage without cached latents uses neither buckets nor kept crops; return its configuration."""
+def require_squares(config: Stage) -> Stage:
+    """Return the configuration of stage 0 or 1. Raises ValueError for buckets or cached crops, which need stage 2."""
     for name in ("buckets", "crops"):
         if value := getattr(config.input, name):
-            raise ValueError(f"input.{name} {value} is for stage 2 alone: leave it out")
+            raise ValueError(f"input.{name} {value}: only stage 2 has this setting; leave it out")
     return config

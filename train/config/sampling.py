@@ -26,20 +26,21 @@ class SamplingOptions:
     """Sampling options shared by all commands that generate images."""
 
     steps: int = 25
-    """Sampler steps."""
+    """Number of sampler steps."""
     guidance_scale: float = 3.0
-    """Guidance scale: 1 is the conditional prediction alone; larger values follow the prompt more closely."""
+    """Guidance scale: 1 is no guidance; larger values follow the prompt more closely."""
     guidance_rescale: float = 0.0
-    """Share, 0 to 1, of the excess contrast of a large guidance scale that is removed (Lin et al. 2024)."""
+    """Share, 0 to 1, of the excess contrast from a large guidance scale that is removed (Lin et al. 2024)."""
     guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
-    """Range of noise levels sigma / alpha with guidance, e.g. 0.5 4; outside it, half the work is saved."""
+    """Range of noise levels sigma / alpha in which guidance is used, e.g. 0.5 4. Default: all levels.
+    Steps outside the range take half the time."""
     sampler: SamplerKind = "dpmpp_2m"
-    """Sampler; docs/mathematics.md compares the number of steps that each one needs."""
+    """Sampler; docs/mathematics.md describes the samplers and compares the number of steps that they need."""
     spacing: Spacing | None = None
-    """Spacing of the steps over the noise levels. Default: the model's own. With linspace, ddim leaves noise in the
-    image; karras can't be used with ddim, ddpm, a flow or zero terminal SNR."""
+    """Spacing of the steps over the noise levels (Lin et al. 2024; Karras et al. 2022). Default: the model's own.
+    With linspace, ddim leaves noise in the image; karras can't be used with ddim, ddpm, a flow or zero terminal SNR."""
     eta: float = 0.0
-    """Share of noise that ddim adds at each step, 0 to 1."""
+    """Amount of noise that ddim adds at each step, 0 (none) to 1 (as much as ddpm)."""
 
     def sampling(self) -> Sampling:
         """Return the options as arguments of the pipeline."""

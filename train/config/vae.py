@@ -8,8 +8,8 @@ from pydantic.dataclasses import dataclass
 from autoencoder import AdversarialKind, ReconstructionKind
 from ldm.errors import UserError
 from train.config.optimizer import strict
-from train.config.resumable import Place, Resumable
-from train.config.run import RunConfig, on_squares
+from train.config.resumable import Location, Resumable
+from train.config.run import RunConfig, require_squares
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class AutoencoderConfig:
-    """Shape of the AutoencoderKL. Each side of a latent is 2^(levels - 1) times smaller than the image's."""
+    """Shape of the AutoencoderKL. A latent's sides are 2^(levels − 1) times shorter than the image's."""
 
     channels: tuple[int, ...] = (64, 128, 128)
-    """Feature maps of each level, finest first."""
+    """Number of channels of each level, finest level first."""
     layers: int = Field(default=1, gt=0)
-    """Residual blocks per level (the decoder has one more)."""
+    """Number of residual blocks per level (the decoder has one more)."""
     latent_channels: int = Field(default=4, gt=0)
-    """Channels of the latents."""
+    """Number of channels of the latents."""
     groups: int = Field(default=32, gt=0)
-    """Groups of the group normalisation; the channels of every level must be divisible by it."""
+    """Number of groups of the group normalisation; must divide the channels of every level."""
     attention: bool = True
     """Self-attention in the middle block."""
 
     def build(self, resolution: int) -> "AutoencoderKL":
-        """Return the network with random weights, for images of this side."""
+        """Return the network with random weights, for images with sides of `resolution` pixels."""
         from autoencoder.model import build_autoencoder
 
         return build_autoencoder(
@@ -61,21 +61,26 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class PerceptualConfig:
-    """Distance in the features of a frozen network, added to the reconstruction error."""
+    """Perceptual loss: a distance in the features of a frozen network, added to the reconstruction error."""
 
     kind: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
-    """Distance: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet; `clip`: the image tower of a CLIP, e.g. stage 0's."""
-    model: Place = ""
-    """Folder (or hub id) of the CLIP, or file of torchvision's VGG16 or AlexNet weights; empty: downloaded."""
+    """Distance: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet, or `clip`: in features of a CLIP's image tower."""
+    model: Location = ""
+    """Folder or hub id of the CLIP, e.g. model/ of a stage 0 run, or file of torchvision's VGG16 or AlexNet weights.
+    Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
     weight: float = Field(default=1.0, gt=0)
-    """Weight relative to the reconstruction error."""
+    """Weight of the perceptual loss; the reconstruction error has weight 1."""
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:
         if self.kind == "clip" and not self.model:
-            raise ValueError("perceptual.kind clip needs perceptual.model, e.g. a stage 0 run's model/")
+            raise ValueError(
+                "perceptual.kind clip needs perceptual.model: the folder or hub id of a CLIP, e.g. runs/clip/model"
+            )
         if self.kind == "none" and self.model:
-            raise ValueError(f"perceptual.model {self.model!r} without perceptual.kind: lpips_vgg, lpips_alex or clip")
+            raise ValueError(
+                f"perceptual.model {self.model!r} without perceptual.kind: set it to lpips_vgg, lpips_alex or clip"
+            )
         return self
 
     def build(self) -> "nn.Module | None":
@@ -97,83 +102,92 @@ class PerceptualConfig:
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class AdversarialConfig:
-    """Patch discriminator (Isola et al. 2017) that is trained together with the autoencoder."""
+    """Adversarial loss from a patch discriminator (Isola et al. 2017), which is trained with the autoencoder."""
 
     kind: Literal["none", AdversarialKind] = "none"
-    """Losses: `hinge` (Lim & Ye 2017), or cross-entropy with either generator loss of Goodfellow et al. 2014."""
+    """Kind of adversarial loss; `none`: no discriminator. `hinge`: Lim & Ye 2017.
+    `saturating`, `non_saturating`: cross-entropy, with either generator loss of Goodfellow et al. 2014."""
     weight: float = Field(default=0.5, gt=0)
-    """Weight of the autoencoder's adversarial loss."""
+    """Weight of the adversarial loss in the autoencoder's loss."""
     adaptive: bool = True
     """Multiply the weight by ‖∇ reconstruction‖ / ‖∇ adversarial‖ at the decoder's last layer (Esser et al. 2021)."""
     start: int = Field(default=1000, ge=0)
-    """Step at which the discriminator and the adversarial loss start."""
+    """First step with the adversarial loss, from which the discriminator is trained too."""
     channels: int = Field(default=32, gt=0)
-    """Feature maps of the discriminator's first layer."""
+    """Number of channels of the discriminator's first layer."""
     layers: int = Field(default=2, gt=0)
-    """Strided layers of the discriminator."""
+    """Number of strided layers of the discriminator; more layers compare larger patches."""
     lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of the discriminator, with the same schedule."""
+    """Peak learning rate of the discriminator; it follows the schedule of the optimizer settings."""
     spectral_norm: bool = False
-    """Normalise the largest singular value of each discriminator layer to 1 (Miyato et al. 2018)."""
+    """Keep the largest singular value of each discriminator layer at 1 (spectral normalisation, Miyato et al. 2018)."""
     r1: float = Field(default=0.0, ge=0)
-    """R1 penalty: weight of half the squared gradient of the mean logit at images (Mescheder et al. 2018); 0: off."""
+    """Weight of the R1 penalty of the discriminator (Mescheder et al. 2018); 0: no penalty.
+    The penalty is half the squared gradient of the mean logit with respect to original images."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class EquivarianceConfig:
-    """Equivariance of latents to rotation and scaling (EQ-VAE, Kouzelis et al. 2025): smoother and easier to learn."""
+    """Equivariance of the latents to rotation and scaling, for easier diffusion (EQ-VAE, Kouzelis et al. 2025)."""
 
     share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps whose latents are transformed before decoding; 0 turns it off, the paper uses 0.5."""
+    """Share of the steps, 0 to 1, in which latents are transformed before decoding; 0: none; the paper uses 0.5."""
     smallest: float = Field(default=0.25, gt=0, le=1)
-    """Smallest scale factor; each side is scaled by a factor between this and 1."""
+    """Smallest factor, at most 1, by which a side is scaled; factors are drawn between this and 1."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class VaeConfig(RunConfig):
-    """Stage 1: an autoencoder from random weights or a given one; its latents are normalised to mean 0, variance 1."""
+    """Stage 1: train an autoencoder, new or pretrained, and normalise its latents to mean 0 and variance 1."""
 
     stage: ClassVar = "vae"
-    init: Place = ""
-    """Folder (or hub id) of an AutoencoderKL to start from, instead of random weights; its shape replaces `model`."""
+    init: Location = ""
+    """Folder or hub id of an AutoencoderKL to train further; its shape replaces `model`. Empty: random weights."""
     decoder_only: bool = False
-    """Train only the decoder: the latents don't change, so a UNet trained on them still works. Needs `init`."""
+    """Train only the decoder, so that latents don't change and a UNet trained on them still works. Needs `init`."""
     model: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
-    """The network."""
+    """Shape of the autoencoder."""
     reconstruction: ReconstructionKind = "l1"
-    """Error of the pixel values: absolute, squared, or squared below and absolute above 0.1 (of a range of 2)."""
+    """Error of each pixel value: `l1` (absolute), `l2` (squared) or `huber` (squared below 0.1, absolute above).
+    Pixel values are in [−1, 1]."""
     kl_weight: float = Field(default=1e-6, ge=0)
-    """Weight of the KL divergence to N(0, 1), in nats per pixel value (summed over a latent, divided by 3·h·w)."""
+    """Weight of the KL divergence from N(0, 1), in nats: its sum over a latent, divided by the image's 3·h·w values."""
     learn_logvar: bool = False
-    """Learn the scale s of the reconstruction error and perceptual distance: divide both by exp(s), and add s."""
+    """Learn a scale s for the sum of reconstruction and perceptual loss: divide it by exp(s), and add s to the loss."""
     perceptual: PerceptualConfig = Field(default_factory=PerceptualConfig)
-    """Perceptual term."""
+    """Perceptual loss."""
     adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
-    """Adversarial term."""
+    """Adversarial loss."""
     equivariance: EquivarianceConfig = Field(default_factory=EquivarianceConfig)
-    """Equivariance term."""
+    """Equivariance of the latents."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, much less memory."""
+    """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
-    """Largest number of held-out images reconstructed in a validation."""
-    validation_features: Place = ""
-    """Features of the Fréchet distance of reconstructions: `inception`, `dinov2`, `clip`, or a folder or hub id; empty:
-    not measured."""
+    """Largest number of held-out images that a validation reconstructs."""
+    validation_features: Location = ""
+    """Network whose features the Fréchet distance of reconstructions uses: `inception`, `dinov2`, `clip`.
+    Or the folder or hub id of another CLIP or DINOv2. Empty: the distance isn't measured."""
 
     @model_validator(mode="after")
-    def _sees_squares(self) -> Self:
-        return on_squares(self)
+    def _requires_squares(self) -> Self:
+        return require_squares(self)
 
     @model_validator(mode="after")
-    def _has_an_encoder(self) -> Self:
+    def _decoder_only_fits(self) -> Self:
         if self.decoder_only and not self.init:
-            raise ValueError("decoder_only needs an autoencoder whose encoder is kept: give init")
+            raise ValueError("decoder_only needs init: the folder or hub id of the autoencoder whose encoder is kept")
         if self.decoder_only and self.equivariance.share:
-            raise ValueError("decoder_only with equivariance.share: the latents, which it is about, aren't trained")
+            raise ValueError(
+                f"decoder_only with equivariance.share {self.equivariance.share}: the latents aren't trained; "
+                "set equivariance.share to 0"
+            )
         return self
 
     def build(self) -> "AutoencoderKL":
-        """Return the autoencoder to start from. This run normalises its latents, unless only the decoder is trained."""
+        """Return the autoencoder to start from.
+
+        Its scaling factor is that of normalised latents, unless only the decoder is trained.
+        """
         import torch
 
         from autoencoder.model import SCALING_FACTOR, Autoencoder
@@ -182,8 +196,10 @@ class VaeConfig(RunConfig):
         if not self.init:
             return self.model.build(self.input.resolution)
         vae = Autoencoder.load(self.init).vae.float().train().requires_grad_(True)
-        if self.model not in (given := AutoencoderConfig.of(vae), AutoencoderConfig()):
-            raise UserError(f"init {self.init!r} has another shape, {given}: leave `model` out of the configuration")
+        if self.model not in (shape := AutoencoderConfig.of(vae), AutoencoderConfig()):
+            raise UserError(
+                f"init {self.init!r} has another shape than the configuration's model: {shape}; leave `model` out"
+            )
         if not self.decoder_only:
             vae.register_to_config(scaling_factor=SCALING_FACTOR)
         return vae
@@ -201,7 +217,7 @@ class VaeConfig(RunConfig):
         side = factor * draw((0, 0, 0), self.input.resolution // factor, smallest).height
         if side < discriminator.smallest:
             raise UserError(
-                f"adversarial.layers {shape.layers} needs images of {discriminator.smallest} pixels a side, not {side}: "
-                "take fewer layers, or a larger resolution or equivariance.smallest"
+                f"adversarial.layers {shape.layers} needs images of {discriminator.smallest} pixels per side, "
+                f"but the smallest have {side}; use fewer layers, a larger resolution or a larger equivariance.smallest"
             )
         return discriminator

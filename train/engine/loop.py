@@ -103,7 +103,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
                 logged = means.read()
                 seconds = watch.seconds
                 figures = {
-                    "lr": config.optimizer.lr * config.optimizer.share(done - 1, config.steps),
+                    "lr": config.optimizer.lr * config.optimizer.lr_share(done - 1, config.steps),
                     "images_per_second": means.steps * config.batch_size / seconds,
                     "loading": watch.waited / seconds,
                     "skipped": int(trainer.health.skipped),

@@ -52,7 +52,7 @@ class Trainer:
     def step(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
         """Run every phase once. Returns the metrics as tensors on the device."""
         parts = self.hooks.begin_step(step, self.stage.prepare(step, parts))
-        share = self.run.config.optimizer.share(step, self.run.config.steps)
+        share = self.run.config.optimizer.lr_share(step, self.run.config.steps)
         metrics: dict[str, Tensor] = {}
         bad = torch.zeros((), device=self.run.accelerator.device)
         for phase, module in zip(self.stage.phases, self.wrapped, strict=True):

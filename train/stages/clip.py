@@ -67,7 +67,7 @@ class ClipStage:
         self.cut = CutCaptions(run.print, "--text.max-length")
         self.training = inputs.images(config.input.framing(), config.seed)
         self.held_out = ImageDataset(
-            inputs.held_out, config.input.plain(config.input.resolution), config.seed, shuffle=False
+            inputs.held_out, config.input.center_framing(config.input.resolution), config.seed, shuffle=False
         )
 
     def with_tokens(self, part: ImageBatch) -> ClipBatch:

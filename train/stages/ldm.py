@@ -128,7 +128,7 @@ class LdmStage:
     def _inpainted(self) -> Image.Image:
         """Held-out images without what is under a mask, each beside what is generated there by its caption."""
         config, rows = self.config, list(islice(self.inputs.held_out, _SHEET // 2))
-        framing = config.input.plain(config.input.resolution)
+        framing = config.input.center_framing(config.input.resolution)
         draws = partial(masking, shape=(1, 1, 1))
         batch = ImageDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
             range(len(rows))

@@ -40,7 +40,7 @@ def open_examples(
         factor=parts.autoencoder.factor,
         masks=config.task == "inpaint",
     )
-    plain = config.input.plain(config.input.resolution)
+    plain = config.input.center_framing(config.input.resolution)
     return (
         inputs.images(config.input.framing(), config.seed, draws(noising)),
         ImageDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(PLAIN)),
@@ -56,7 +56,7 @@ def cached(
     if not training:
         noising, buckets = PLAIN, None
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
-    framing = config.input.framing() if training else config.input.plain(config.input.resolution)
+    framing = config.input.framing() if training else config.input.center_framing(config.input.resolution)
     latents = LatentCache.open(
         run.cache,
         source,

@@ -107,7 +107,9 @@ class VaeStage:
         self.training = inputs.images(config.input.framing(), config.seed, draws)
         # In order, each image once, without random crops: for the statistics and for validation.
         self.plain, self.held_out = (
-            ImageDataset(source, config.input.plain(config.input.resolution), config.seed, draws=draws, shuffle=False)
+            ImageDataset(
+                source, config.input.center_framing(config.input.resolution), config.seed, draws=draws, shuffle=False
+            )
             for source in (inputs.source, inputs.held_out)
         )
 
