@@ -394,7 +394,7 @@ def test_nothing_but_damage_is_an_error_in_words(tmp_path):
     source = source_of(tmp_path, 4, bad=(0, 1, 2, 3))
     with pytest.raises(RunError, match="no readable image"):
         ImageDataset(source, PLAIN, 0).__getitems__([0])
-    with pytest.raises(RunError, match=r"not one image .* can be read"):
+    with pytest.raises(RunError, match=r"none of the images .* can be read"):
         latents_of(tmp_path, source, Encoder())
     listed = []
     source = source_of(tmp_path / "again", 30, bad=(2, 9))

@@ -54,9 +54,9 @@ def test_every_stage_hands_over_a_card(start: Start, tmp_path: Path, monkeypatch
     assert front["library_name"] == ("transformers", "diffusers", "diffusers")[stage]
     assert front.get("pipeline_tag") == (None, None, "text-to-image")[stage]
     assert "license" not in front
-    assert "nobody may assume" in page
+    assert "No licence is stated" in page
     assert "Step 8 of 8: the run is finished." in page
-    assert "64 images to train on, 24 held out" in page
+    assert "64 training images, 24 held-out images" in page
     for file in (file for file in model.rglob("*") if file.suffix in (".md", ".json", ".txt")):
         assert str(tmp_path) not in file.read_text(), file
     # The last validation of three, and all of it.
@@ -81,7 +81,7 @@ def test_a_card_survives_being_continued(start: Start, tmp_path: Path) -> None:
         start(tmp_path / "run", Crash(3), steps=4, validate_every=9, checkpoint_every=2)
     page = (tmp_path / "run/model/README.md").read_text()
     assert "Step 2 of 4: the run is **not finished**" in page
-    assert "Nothing yet." in page
+    assert "Not measured yet." in page
     assert "![" not in page
     assert not (tmp_path / "run/model/sample.png").exists()
     start(tmp_path / "run", steps=4, validate_every=9, checkpoint_every=2)
@@ -160,7 +160,7 @@ def test_what_users_write_is_no_markup(
         "## Use",
         "## Data",
         "## Training",
-        "## Measured",
+        "## Metrics",
         "## Licence",
     ]
     assert "`` da`ta | <b> --- set ``" in card.text

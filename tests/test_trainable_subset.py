@@ -75,7 +75,7 @@ def test_a_part_is_continued_exactly_where_the_rest_is_as_it_was(shapes: Path, p
     changed = partly_frozen()
     with torch.no_grad():
         changed.module.conv_in.bias[0] += 1e-3
-    with pytest.raises(UserError, match=r"^the \d+ frozen weights aren't those that this run was trained with"):
+    with pytest.raises(UserError, match=r"^the \d+ frozen weights differ from those that this run was trained with"):
         start(shapes, parts, tmp_path / "cut", changed)
     start(shapes, parts, tmp_path / "cut")
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
@@ -98,7 +98,7 @@ def test_checkpoints_that_hold_frozen_weights_too_are_read(shapes: Path, parts: 
     assert final_state(tmp_path / "old") == final_state(tmp_path / "whole")
     phase["module"]["unet.conv_in.bias"] = phase["module"]["unet.conv_in.bias"] + 1
     checkpoints.save(9, state)
-    with pytest.raises(UserError, match=r"the frozen weight unet\.conv_in\.bias isn't the one"):
+    with pytest.raises(UserError, match=r"the frozen weight unet\.conv_in\.bias differs from the one"):
         start(shapes, parts, tmp_path / "old", steps=10)
 
 
@@ -130,9 +130,9 @@ def test_a_state_goes_into_a_network_with_the_same_frozen_weights_alone() -> Non
         subsets[1].load_state_dict(state)
         assert torch.equal(same[2].weight, one[2].weight)
     subsets[1].require(subsets[0].digest)
-    with pytest.raises(UserError, match="the 4 frozen weights aren't those"):
+    with pytest.raises(UserError, match="the 4 frozen weights differ from those"):
         subsets[2].require(subsets[0].digest)
-    with pytest.raises(UserError, match=r"frozen weight \S+ isn't the one that this run was trained with"):
+    with pytest.raises(UserError, match=r"frozen weight \S+ differs from the one that this run was trained with"):
         subsets[2].load_state_dict(one.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         subsets[2].load_state_dict({})

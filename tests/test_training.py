@@ -179,7 +179,7 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(
 def test_other_settings_are_refused_by_name(start: Start, tmp_path: Path, shapes: Path) -> None:
     start(tmp_path / "run", steps=3)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=r"batch-size 8, not 4"):
+    with pytest.raises(UserError, match=r"--batch-size 4: the run in .* was started with 8"):
         start(tmp_path / "run", steps=3, batch_size=4)
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         start(tmp_path / "run", steps=3, optimizer=OptimizerConfig(lr=1e-2, schedule="cosine", warmup=3))
@@ -260,9 +260,9 @@ def test_too_many_in_a_row_go_back_and_then_give_up(
     with pytest.raises(RunError, match="finite"):
         train.stages.clip.train(replace(config, checkpoint_every=100), hooks=poison)  # no checkpoint to go back to
     config = replace(config, out=str(tmp_path / "second"))
-    with pytest.raises(RunError, match="not helped"):
+    with pytest.raises(RunError, match="did not help"):
         train.stages.clip.train(replace(config, checkpoint_every=4, steps=200, roll_back_after=2), hooks=poison)
-    assert "back to the weights of step 4" in capsys.readouterr().out
+    assert "continues with the weights of step 4" in capsys.readouterr().out
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path) -> None:

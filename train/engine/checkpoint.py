@@ -1,6 +1,6 @@
 """Checkpoints: folders that are either complete or absent, in formats that can't carry code.
 
-    checkpoints/step-00001000/state.safetensors   the tensors, named by their place in the tree
+    checkpoints/step-00001000/state.safetensors   the tensors, named by their path in the tree
                               state.json          the tree: everything else, and where each tensor belongs
                               manifest.json       the step; SHA-256 and size of the two other files
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ldm.errors import RunError
 from train.data.store.atomic import atomic_folder, plain_errors, recover_all, retire, sweep, write_new
 
-Sums = dict[str, dict[str, str | int]]  # name of a file → its "sha256" and "size"
+Checksums = dict[str, dict[str, str | int]]  # name of a file → its "sha256" and "size"
 
 _log = logging.getLogger(__name__)
 _TENSORS, _TREE, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -51,7 +51,7 @@ _DTYPES = {
     torch.uint16: "U16",
     torch.uint8: "U8",
 }
-# Errors that reading a foreign or damaged file can raise.
+# Errors that can be raised while a foreign or damaged file is read.
 _UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, struct.error)
 
 
@@ -60,7 +60,7 @@ _UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, Att
 
 @dataclass(frozen=True, slots=True)
 class PackedTree:
-    """A tree in the form in which its two files hold it."""
+    """A tree in the form in which its two files store it."""
 
     state: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -70,7 +70,7 @@ class PackedTree:
         """Size of the tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
 
-    def write(self, folder: Path) -> Sums:
+    def write(self, folder: Path) -> Checksums:
         """Write the tree into an existing folder, without fsync. Returns the checksums of the intended content."""
         text = json.dumps(self.state, allow_nan=False, separators=(",", ":")).encode()
         return {
@@ -83,9 +83,9 @@ def pack_tree(tree: Any) -> PackedTree:
     """Prepare a tree for writing.
 
     A tree is None, a bool, int, float, str or strided tensor, or a list, tuple or dict (keys str or int) of trees.
-    `load_tree` restores it bit for bit: types, dtypes, strides of dense tensors, NaN bits, and shared tensors. But
-    tensors come back on the CPU and without gradient, and subclasses of dict as dict. Raises TypeError with the place
-    of any other value.
+    `load_tree` restores it bit for bit: types, dtypes, strides of dense tensors, NaN bits, and shared tensors. Two
+    things change: tensors are on the CPU without gradient, and subclasses of dict become dict. Raises TypeError for any
+    other value, with its path in the tree.
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(tree, "state", tensors, {})
@@ -101,15 +101,15 @@ def load_tree(folder: Path) -> Any:
         state = json.loads((folder / _TREE).read_bytes())
         with safe_open(folder / _TENSORS, framework="pt") as file:
             for name, stride in state["strides"].items():
-                read = file.get_tensor(name)  # a view of the file: copied, so that pruning can free the disk space
-                tensors[name] = torch.empty_strided(read.shape, stride, dtype=read.dtype).copy_(read)
+                view = file.get_tensor(name)  # of the file: copied, so that pruning can free the disk space
+                tensors[name] = torch.empty_strided(view.shape, stride, dtype=view.dtype).copy_(view)
         return _unpack(state["tree"], tensors)
     except _UNREADABLE as error:
-        raise RunError(f"{folder} does not hold a saved state: {error}") from error
+        raise RunError(f"{folder} does not contain a valid saved state: {error}") from error
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[Any, ...], str]) -> Any:
-    """Convert a value to JSON, where an object has one key, its type. `names` finds tensors that were seen before."""
+    """Convert a value to JSON, where an object has one key, its type. `names` has the tensors already packed."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -122,19 +122,19 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[A
         if wrong := [key for key in value if type(key) not in (str, int)]:
             raise TypeError(f"{path} has the key {wrong[0]!r}: only str and int keys can be saved")
         return {"dict": [[key, _pack(item, f"{path}/{key}", tensors, names)] for key, item in value.items()]}
-    plain = kind in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
-    if plain and value.dtype in _DTYPES:
-        same = (value.device, value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
-        name = names.setdefault(same, _unused(path, tensors))
+    dense = kind in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
+    if dense and value.dtype in _DTYPES:
+        identity = (value.device, value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
+        name = names.setdefault(identity, _unused_name(path, tensors))
         tensors[name] = value.detach()
         return {"tensor": name}
-    about = f" ({value.dtype}, {value.layout}, {value.device})" if isinstance(value, Tensor) else ""
-    raise TypeError(f"{path} is a {kind.__name__}{about}, which cannot be saved")
+    details = f" ({value.dtype}, {value.layout}, {value.device})" if isinstance(value, Tensor) else ""
+    raise TypeError(f"{path} is a {kind.__name__}{details}, which cannot be saved (see pack_tree for what can)")
 
 
-def _unused(path: str, tensors: dict[str, Tensor]) -> str:
+def _unused_name(path: str, tensors: dict[str, Tensor]) -> str:
     name = path.encode("utf-8", "backslashreplace").decode()
-    return _unused(name + "'", tensors) if name in tensors else name  # happens for the keys 1 and "1"
+    return _unused_name(name + "'", tensors) if name in tensors else name  # the keys 1 and "1" have the same path
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -151,12 +151,12 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
             return [_unpack(item, tensors) for item in value]
         case None | bool() | int() | float() | str():
             return value
-    raise ValueError(f"unknown entry {str(value)[:80]}")
+    raise ValueError(f"{_TREE} contains the unknown entry {str(value)[:80]}")
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """Yield the content of a safetensors file, one tensor at a time: a second copy of all would cost memory."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: aligned
+    """Yield the content of a safetensors file, one tensor at a time: a copy of all would double the memory."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # widest types first: keeps all aligned
     header, end = {}, 0
     for name, t in tensors.items():
         begin, end = end, end + t.nbytes
@@ -173,7 +173,7 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True)
 class LatestCheckpoint:
-    """A valid checkpoint."""
+    """The newest valid checkpoint of a run."""
 
     step: int
     folder: Path
@@ -186,7 +186,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 2:
-            raise ValueError(f"keep is {keep}: at least 2 checkpoints are kept")
+            raise ValueError(f"keep is {keep}: must be at least 2")
         self.folder, self.keep = Path(folder), keep
 
     def save(self, step: int, tree: Any) -> Path:
@@ -196,19 +196,22 @@ class Checkpoints:
         intact.
         """
         if step < 0:
-            raise ValueError(f"step is {step}: a step is 0 or more")
+            raise ValueError(f"step is {step}: must be at least 0")
         packed = pack_tree(tree)
         final = self.folder / f"step-{step:08d}"
         with plain_errors(final):
             recover_all(self.folder, "step-*")
             sweep(self.folder, "step-*")
             if os.path.lexists(final) and (fault := _fault(step, final)):
-                _log.warning("%s is replaced: it was not valid (%s)", final, fault)
+                _log.warning("checkpoint %s was not valid (%s) and is replaced", final, fault)
             with atomic_folder(final, needed=packed.nbytes) as folder:
                 manifest = {"step": step, "files": packed.write(folder)}
                 write_new(folder / _MANIFEST, [json.dumps(manifest).encode()])
             if fault := _known_fault(step, final, _stamp(final)):
-                raise RunError(f"{final} could not be read back as it was written: {fault}")
+                raise RunError(
+                    f"checkpoint {final} can't be read back as it was written ({fault}): check the disk, then run the "
+                    "same command again; earlier checkpoints are intact"
+                )
             self._prune(final)
         return final
 
@@ -224,16 +227,17 @@ class Checkpoints:
             if fault is None:
                 return LatestCheckpoint(step, folder, tuple(invalid))
             invalid.append(f"{folder.name}: {fault}")
-            _log.warning("%s is passed over: it is not valid (%s)", folder, fault)
+            _log.warning("checkpoint %s is not valid (%s) and is skipped", folder, fault)
         if invalid:
             raise RunError(
-                f"no checkpoint in {self.folder} is valid ({'; '.join(invalid)}): to start over, move it away"
+                f"no checkpoint in {self.folder} is valid ({'; '.join(invalid)}): move this folder away to start from "
+                "step 0"
             )
         return None
 
-    def load(self, found: LatestCheckpoint) -> Any:
-        """Return the saved tree, with tensors on the CPU. Raises RunError if the files don't hold one."""
-        return load_tree(found.folder)
+    def load(self, checkpoint: LatestCheckpoint) -> Any:
+        """Return the saved tree, with tensors on the CPU. Raises RunError if the files don't contain one."""
+        return load_tree(checkpoint.folder)
 
     def _committed(self) -> list[tuple[int, Path]]:
         """Return step and folder of each checkpoint, newest first."""
@@ -253,13 +257,13 @@ def _fault(step: int, folder: Path) -> str | None:
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return "not a plain folder"
-        _sum(folder / _MANIFEST, limit=2**16)
+        _checksum(folder / _MANIFEST, limit=2**16)
         manifest = json.loads((folder / _MANIFEST).read_bytes())
         if manifest["step"] != step or set(manifest["files"]) != {_TENSORS, _TREE}:
-            return f"{_MANIFEST} is not one of step {step}"
+            return f"{_MANIFEST} does not belong to step {step}"
         for name, expected in manifest["files"].items():
-            if _sum(folder / name) != expected:
-                return f"{name} is not as it was written"
+            if _checksum(folder / name) != expected:
+                return f"{name} has changed since it was written"
         json.loads((folder / _TREE).read_bytes())
         with safe_open(folder / _TENSORS, framework="pt"):
             return None
@@ -276,18 +280,19 @@ def _known_fault(step: int, folder: Path, stamp: object) -> str | None:
 
 
 def _stamp(folder: Path) -> object:
+    """Return names, inodes, sizes and times of a folder's files: if a file changes, so does the result."""
     with suppress(OSError), os.scandir(folder) as entries:
         stats = ((entry.name, entry.stat(follow_symlinks=False)) for entry in entries)
         return frozenset((name, s.st_ino, s.st_size, s.st_ctime_ns) for name, s in stats)
     return None
 
 
-def _sum(path: Path, limit: float = math.inf) -> dict[str, str | int]:
+def _checksum(path: Path, limit: float = math.inf) -> dict[str, str | int]:
     """Return SHA-256 and size of a plain file, read from the disk, not the page cache, if the system allows."""
-    about = path.lstat()
-    if not stat.S_ISREG(about.st_mode) or about.st_size > limit:
-        raise ValueError(f"{path.name} is not a plain file of the size expected")
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        raise ValueError(f"{path.name} is not a plain file, or is larger than expected")
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": about.st_size}
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": status.st_size}

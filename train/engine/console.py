@@ -1,4 +1,4 @@
-"""Console output for the person who watches a run."""
+"""Console output of a run."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Writer of lines, above the progress bar if there is one. Only the main process writes."""
+    """Printer of lines, above the progress bar if there is one. Only the main process prints."""
 
     def __init__(self, main: bool = True) -> None:
         self.main = main

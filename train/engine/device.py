@@ -12,14 +12,14 @@ from train.config.run import RunConfig
 def open_accelerator(config: RunConfig) -> Accelerator:
     """Set up the device and the process group. The trainer handles precision and gradient accumulation itself."""
     if not config.out:
-        raise UserError("--out is missing: the folder for the run, e.g. --out runs/mine")
+        raise UserError("--out is missing: give a folder for the run, e.g. --out runs/mine")
     if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
+        raise UserError("--precision bf16: this GPU does not support bfloat16; use fp16 or fp32")
     for name in config.trackers:
         if find_spec(name) is None:
-            raise UserError(f"--trackers {name} isn't installed: pip install {name.replace('_', '-')}")
+            raise UserError(f"--trackers {name}: not installed; run: pip install {name.replace('_', '-')}")
     try:
-        # "no": accelerate's own autocast would wrap only the forward of a distributed module
+        # "no", because accelerate's own autocast would wrap only the forward pass of a distributed module
         return Accelerator(mixed_precision="no", log_with=list(config.trackers) or None, project_dir=config.out)
     except (ImportError, ValueError) as error:
         raise UserError(f"--trackers {' '.join(config.trackers)}: {error}") from None

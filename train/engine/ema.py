@@ -1,7 +1,7 @@
 """Exponential moving average of the weights: a_{t+1} = d_t a_t + (1 − d_t) w_{t+1}.
 
 d_t = min(decay, (1 + t) / (10 + t)): the warm-up of TensorFlow's ExponentialMovingAverage. During the warm-up, the
-share of the first, random weights falls as 1 / C(n + 9, 9) after n updates, rather than as decay^n.
+share of the initial weights falls as 1 / C(n + 9, 9) after n updates, rather than as decay^n.
 """
 
 import copy
@@ -19,13 +19,13 @@ Module = TypeVar("Module", bound=nn.Module)
 class Ema(Generic[Module]):
     """Moving average of a module: `module` is a copy with averaged parameters and the current buffers, all fp32.
 
-    The copy is in eval mode and takes no gradient; it shares the parameters that are frozen. Create it after the module
-    has been moved to its device and its fixed parameters have been frozen.
+    The copy is in eval mode, takes no gradient, and shares the frozen parameters with the module. Create it after the
+    module has been moved to its device and its parameters have been frozen as needed.
     """
 
     def __init__(self, module: Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}: it must be at least 0 and less than 1")
+            raise ValueError(f"decay is {decay}: must be at least 0 and less than 1")
         self.decay = decay
         shared = {id(p): p for p in module.parameters() if not p.requires_grad and p.dtype == torch.float32}
         self.module: Module = copy.deepcopy(module, shared).float().eval().requires_grad_(False)
@@ -37,14 +37,14 @@ class Ema(Generic[Module]):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the module's current weights to the average. The result depends on `step` and the weights alone."""
+        """Add the module's current weights to the average. The decay depends only on `step`."""
         pairs = zip(self.module.parameters(), self._source.parameters(), strict=True)
-        learned = [(average, weight) for average, weight in pairs if average is not weight]
-        if learned:
-            averages: list[Tensor] = [average for average, _ in learned]
-            torch._foreach_lerp_(averages, [w.to(a) for a, w in learned], 1 - self.decay_at(step))
-        for mine, buffer in zip(self.module.buffers(), self._source.buffers(), strict=True):
-            mine.copy_(buffer)
+        trainable = [(average, weight) for average, weight in pairs if average is not weight]
+        if trainable:
+            averages: list[Tensor] = [average for average, _ in trainable]
+            torch._foreach_lerp_(averages, [w.to(a) for a, w in trainable], 1 - self.decay_at(step))
+        for copied, buffer in zip(self.module.buffers(), self._source.buffers(), strict=True):
+            copied.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages of the trainable parameters, and the buffers, by their names in the module."""

@@ -1,4 +1,4 @@
-"""Estimate of a run's time and memory: one part of a batch is tried twice before training starts."""
+"""Estimate of a run's time and memory, from two trial passes over one part of a batch before training starts."""
 
 import resource
 import time
@@ -12,7 +12,7 @@ from train.engine.stage import Batch, Stage
 
 
 def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
-    """Print the cost of one step on these parts, and of `steps` steps. The first try warms up; no weight changes."""
+    """Print the cost of one step on these parts, and of `steps` steps. The first pass warms up; no weight changes."""
     config, device = run.config, run.accelerator.device
     phases = [p for p in stage.phases if p.start < config.steps]
     for _ in range(2):
@@ -25,19 +25,19 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
             output.loss.backward()
             phase.module.zero_grad(set_to_none=True)
             part = output.batch
-        preparing, seconds = (len(parts) * (then - started) for then in (prepared, _clock(device)))
+        preparing, seconds = (len(parts) * (end - started) for end in (prepared, _clock(device)))
     weights = sum(p.numel() for q in stage.phases for p in q.module.parameters())
     trained = sum(p.numel() for q in stage.phases for p in q.module.parameters() if p.requires_grad)
-    held = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, moving average
+    known = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, moving average
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _resident_mib()
     run.print(
-        f"{trained / 1e6:.2f} M parameters train; weights, gradient, optimizer and average take {held:,.0f} MiB, "
-        f"about {max(peak, held):,.0f} MiB in all; a step takes about {seconds:.3g} s (without the optimizer), "
-        f"{steps} steps about {duration(seconds * steps)}"
+        f"{trained / 1e6:.2f} M trainable parameters; memory: about {max(peak, known):,.0f} MiB, of which weights, "
+        f"gradient, optimizer and moving average take {known:,.0f} MiB; time: about {seconds:.3g} s per step (without "
+        f"the optimizer), {duration(seconds * steps)} for {steps} steps"
     )
     if preparing > 0.01 * seconds:
         images = config.batch_size / run.accelerator.num_processes
-        run.print(f"encoding takes {1000 * preparing / images:.3g} ms of each image's time")
+        run.print(f"frozen networks take {1000 * preparing / images:.3g} ms of this time per image")
 
 
 def _clock(device: torch.device) -> float:

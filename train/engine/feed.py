@@ -1,4 +1,4 @@
-"""Batches for one process: its parts of each step's batch, on its device."""
+"""Batches of one process: its parts of each step's batch, on its device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Feed:
     ) -> Iterator[list[Batch]]:
         """Yield this process's parts of each step's batch, from step `start` on."""
         config, accelerator = self.config, self.accelerator
-        read = loader(
+        batches = loader(
             dataset,
             start_step=start,
             steps=config.steps,
@@ -37,5 +37,5 @@ class Feed:
             pin_memory=accelerator.device.type == "cuda",
             damage=damage,
         )
-        for parts in read:
+        for parts in batches:
             yield [part.to(accelerator.device) for part in parts]

@@ -58,27 +58,29 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and lock it against other processes. Removes a folder that it created if the input is bad.
+        """Create and lock the folder. Removes a new folder again if a UserError is raised inside.
 
-        Raises UserError if the folder holds something other than a run, or if another process has locked it.
+        Raises UserError if the folder contains something other than a run, or if another process has locked it.
         """
         new = not self.settings.is_file()
         if new and self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"--out {str(self)!r} holds something that isn't a run (no config.yaml): choose another")
+            raise UserError(
+                f"--out {str(self)!r}: contains files that aren't a run (no config.yaml); choose another folder"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"--out {str(self)!r} can't be a folder: {error.strerror}: {error.filename}") from None
+            raise UserError(f"--out {str(self)!r}: can't be created: {error.strerror}: {error.filename}") from None
         with open(self.path / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(
-                    f"another process is training in {str(self)!r}: wait for it, or choose another --out"
+                    f"--out {str(self)!r}: another process is training there; wait until it ends, or use another"
                 ) from None
             try:
                 yield
             except UserError:
                 if new and not self.checkpoints.exists():
-                    shutil.rmtree(self.path, ignore_errors=True)  # leave nothing that would stop the next try
+                    shutil.rmtree(self.path, ignore_errors=True)  # else the next attempt would find the folder in use
                 raise

@@ -1,4 +1,4 @@
-"""The training loop of every stage: logging, validation, checkpoints, and a clean stop, around the stage's steps."""
+"""The training loop of all stages: steps, logging, validation, checkpoints, and a clean stop."""
 
 import itertools
 import math
@@ -35,12 +35,12 @@ class Means:
 
     def read(self) -> dict[str, float]:
         """Return the mean of each metric by name. A metric that was never finite is left out."""
-        read = {name: entry.tolist() for name, entry in self.sums.items()}
-        return {name: total / count for name, (total, count) in read.items() if count}
+        sums = {name: entry.tolist() for name, entry in self.sums.items()}
+        return {name: total / count for name, (total, count) in sums.items() if count}
 
 
-class Watch:
-    """Timer: seconds of training since the last reading, and how many of them were spent waiting for batches."""
+class Stopwatch:
+    """Timer of training since the last restart, and of the part that was spent waiting for batches."""
 
     def __init__(self) -> None:
         self.restart()
@@ -77,12 +77,12 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
     if start >= config.steps:
         conclude(run, stage, publish, start)
         return
-    run.metrics.forget_after(start)
-    watch, means = Watch(), Means()
-    batches = watch.waiting(stage.batches(start))
+    run.metrics.remove_after(start)
+    stopwatch, means = Stopwatch(), Means()
+    batches = stopwatch.waiting(stage.batches(start))
     first = next(batches)
     estimate(run, stage, first, config.steps - start)
-    watch.restart()
+    stopwatch.restart()
     with (
         Stop(run.accelerator) as stop,
         tqdm(
@@ -100,31 +100,31 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
             bar.update(config.batch_size)
             last = done == config.steps
             if done % config.log_every == 0 or last:
-                logged = means.read()
-                seconds = watch.seconds
-                figures = {
+                averages = means.read()
+                seconds = stopwatch.seconds
+                progress = {
                     "lr": config.optimizer.lr * config.optimizer.lr_share(done - 1, config.steps),
                     "images_per_second": means.steps * config.batch_size / seconds,
-                    "loading": watch.waited / seconds,
-                    "skipped": int(trainer.health.skipped),
+                    "loading": stopwatch.waited / seconds,
+                    "skipped": int(trainer.skipped.total),
                 }
-                run.metrics.log(done, logged | figures)
-                bar.set_postfix(step=done, loss=f"{logged.get('loss', math.nan):.4g}")
-                trainer.check_health(done)
+                run.metrics.log(done, averages | progress)
+                bar.set_postfix(step=done, loss=f"{averages.get('loss', math.nan):.4g}")
+                trainer.roll_back_if_needed(done)
                 means = Means()
-                watch.restart()
+                stopwatch.restart()
             if done % config.validate_every == 0 or last:
-                with watch.paused():
+                with stopwatch.paused():
                     validate(run, stage, done)
             stopped = stop.agreed(done)
             if done % config.checkpoint_every == 0 or last or stopped:
-                with watch.paused():
+                with stopwatch.paused():
                     trainer.save(done)
                     export(run, stage, publish, done, final=last)
             if last:
                 return
             if stopped:
-                run.print(f"stopped at step {done} of {config.steps}; run the same command to go on")
+                run.print(f"stopped at step {done} of {config.steps}; run the same command again to continue")
                 raise SystemExit(128 + stopped)
 
 
@@ -135,11 +135,11 @@ def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:
         return
     if run.main:
         publish(run.folder.model, step, final=True)
-    run.print(f"{run.folder} is finished ({step} steps); give more --steps to go on, or another --out")
+    run.print(f"{run.folder} is finished ({step} steps): give a larger --steps to continue it, or another --out")
 
 
 def validate(run: AnyRun, stage: Stage, step: int) -> None:
-    """Measure the averaged weights on held-out data, and write a sheet of samples."""
+    """Measure the averaged weights on held-out data, and write a sample sheet."""
     run.metrics.log(step, stage.validate(step))
     if run.main:
         sheet = run.folder.sheet(step)
@@ -152,10 +152,10 @@ def export(run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: boo
     """Update model/ with the averaged weights."""
     if run.main:
         with atomic_folder(run.folder.model) as folder:
-            figures = stage.export(folder, final=final)
+            metrics = stage.export(folder, final=final)
             publish(folder, step, final=final)
     else:
-        figures = stage.export(run.folder.model, final=final)
-    if figures:
-        run.metrics.log(step, figures)
+        metrics = stage.export(run.folder.model, final=final)
+    if metrics:
+        run.metrics.log(step, metrics)
     run.accelerator.wait_for_everyone()

@@ -16,26 +16,26 @@ class Metrics:
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add a line."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a line to the file, and send the metrics to the trackers."""
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
-            self.accelerator.log(dict(figures), step=step)
+                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+            self.accelerator.log(dict(metrics), step=step)
 
-    def forget_after(self, step: int) -> None:
+    def remove_after(self, step: int) -> None:
         """Remove the lines of steps that will be repeated."""
         kept = self._until(step)
         if self.accelerator.is_main_process and kept != self._lines():
             with atomic_file(self.path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
 
-    def validated(self, step: int) -> tuple[int, dict[str, float]]:
+    def last_validation(self, step: int) -> tuple[int, dict[str, float]]:
         """Return the step and the metrics of the last validation up to this step, or (0, {}) if there was none."""
         for line in reversed(self._until(step)):
             logged = json.loads(line)
-            if figures := {k.removeprefix("val_"): v for k, v in logged.items() if k.startswith("val_")}:
-                return logged["step"], figures
+            if metrics := {k.removeprefix("val_"): v for k, v in logged.items() if k.startswith("val_")}:
+                return logged["step"], metrics
         return 0, {}
 
     def _lines(self) -> list[str]:
@@ -49,4 +49,4 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a crash
+        return float("inf")  # a crash can cut a line short

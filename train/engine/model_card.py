@@ -1,7 +1,7 @@
-"""The model card: README.md in model/, with the newest sheet beside it, as hubs and editors show it.
+"""The model card: README.md in model/, as hubs and editors show it, and the newest sample sheet.
 
-The card states only what was given, counted or measured. Text from users stands in code spans and in Python literals of
-one line, where markup, line breaks and rows of dashes have no effect.
+The card contains only settings, counts and measurements. Text from users appears only in code spans and in one-line
+Python literals, where markup, line breaks and rows of dashes have no effect.
 """
 
 import json
@@ -25,17 +25,17 @@ class About:
     """A stage's description of its model."""
 
     name: str
-    what: str
+    summary: str
     """One sentence that describes the model."""
     library: str
-    """Library that can load this format."""
+    """Library that can load the model, by the hub's name for it."""
     task: str | None = None
-    """The hub's name for the model's task."""
+    """Task of the model, by the hub's name for it."""
     tags: tuple[str, ...]
     use: str
-    """Example code that works in the model's folder."""
+    """Example code in Markdown that works in the model's folder."""
     sheet: str
-    """Description of the validation sheet."""
+    """Description of the sample sheet."""
     settings: dict[str, str]
 
 
@@ -50,42 +50,44 @@ def write_card(
     samples: Path,
     step: int,
     final: bool,
-    measured: int,
-    figures: dict[str, float],
+    measured_at: int,
+    metrics: dict[str, float],
 ) -> None:
-    """Write README.md into a model's folder, and the run's newest sheet as sample.png.
+    """Write README.md into a model's folder, and the run's newest sample sheet as sample.png.
 
-    name: the run's. fingerprint: the data's. samples: the folder of sheets. figures: metrics of the last validation, at
-    step `measured`.
+    name: name of the run. fingerprint: fingerprint of the data. samples: folder of the sample sheets. metrics: metrics
+    of the last validation, which was at step `measured_at`.
     """
-    progress = "the run is finished." if final else "the run is **not finished**, and this not its result yet."
+    progress = "the run is finished." if final else "the run is **not finished**, so these are not its final weights."
     blocks = [
         f"# {code_span(name or 'model')}: {about.name}",
-        f"{about.what} Step {step:,} of {config.steps:,}: {progress}",
+        f"{about.summary} Step {step:,} of {config.steps:,}: {progress}",
     ]
     sheets = [path for path in samples.glob("step-*.png") if path.stem <= f"step-{step:08d}"]
     if sheets:
         newest = max(sheets)
         shutil.copyfile(newest, folder / "sample.png")
         blocks += ["![Samples](sample.png)", f"*{about.sheet} At step {int(newest.stem[5:]):,}.*"]
-    many = "" if inputs.stream is not None else f"{len(inputs.source):,} images to train on, "
-    rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items()]
+    training = "" if inputs.stream is not None else f"{len(inputs.source):,} training images, "
+    rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metrics.items()]
     blocks += [
         "## Use",
-        "In this folder, or with its path in place of `.`:",
+        "Run this in the model's folder, or replace `.` by the path of the folder:",
         about.use,
         "## Data",
-        f"{source_span(config.data)}: {many}{len(inputs.held_out):,} held out; fingerprint `{fingerprint}`.",
+        f"{source_span(config.data)}: {training}{len(inputs.held_out):,} held-out images; fingerprint `{fingerprint}`.",
         "## Training",
         "\n".join(f"- {name}: {value}" for name, value in (about.settings | _settings(config)).items()),
         "All settings are in `training.json`.",
-        "## Measured",
-        f"On held-out images, with the averaged weights, at step {measured:,}:" if rows else "Nothing yet.",
-        "\n".join(["| figure | value |", "|---|---|", *rows]) if rows else "",
+        "## Metrics",
+        f"Measured on held-out images, with the averaged weights, at step {measured_at:,}:"
+        if rows
+        else "Not measured yet.",
+        "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "",
         _LICENCE.strip(),
         f"`{config.license}`"
         if config.license
-        else "Its maker hasn't stated a licence, so nobody may assume any: ask before you use or share this model.",
+        else "No licence is stated, so do not assume one: ask the author before you use or share this model.",
     ]
     page = "\n\n".join(filter(None, blocks))
     hub = ModelCardData(
@@ -96,38 +98,38 @@ def write_card(
 
 def state_license(folder: Path, license: str) -> None:
     """Write a licence into the card and the training.json of a finished model, and change nothing else."""
-    page, about = folder / "README.md", folder / "training.json"
+    page, provenance = folder / "README.md", folder / "training.json"
     if not page.is_file():
         return
     card = ModelCard.load(page)
     card.data.license = license.lower()
     card.text = card.text[: card.text.rindex(_LICENCE)] + f"{_LICENCE}`{license}`\n"
-    stated = json.loads(about.read_text(encoding="utf-8"))
-    stated["config"]["license"] = license
-    for path, text in ((page, str(card)), (about, json.dumps(stated, indent=2) + "\n")):
+    content = json.loads(provenance.read_text(encoding="utf-8"))
+    content["config"]["license"] = license
+    for path, text in ((page, str(card)), (provenance, json.dumps(content, indent=2) + "\n")):
         with atomic_file(path) as file:
             file.write(text.encode())
 
 
 def _settings(config: RunConfig) -> dict[str, str]:
-    """Return the settings that every stage has."""
+    """Return the settings that are the same in every stage, by name."""
     optimizer, side = config.optimizer, config.input.resolution
     return {
-        "images": f"{'about ' * bool(config.input.buckets)}{side} × {side} pixels, {config.batch_size} a step",
+        "images": f"{'about ' * bool(config.input.buckets)}{side} × {side} pixels, {config.batch_size} per step",
         "optimizer": f"{optimizer.kind}, learning rate {optimizer.lr:g} ({optimizer.schedule}), {config.precision}",
-        "average of the weights": f"decay {config.ema_decay:g}",
+        "weight averaging": f"decay {config.ema_decay:g}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
 
 
-def source_span(given: str) -> str:
+def source_span(source: str) -> str:
     """Return a path or address as a code span, without private parts (see `redacted`)."""
-    return "the output of a command" if given.startswith("pipe:") else code_span(redacted(given))
+    return "the output of a command" if source.startswith("pipe:") else code_span(redacted(source))
 
 
 def code_span(text: str) -> str:
     """Return text as a code span of one line."""
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    pad = " " * (len(fence) > 1)  # separates the line's own backticks from the fence
+    pad = " " * (len(fence) > 1)  # separates backticks of the text from the fence
     return f"{fence}{pad}{line}{pad}{fence}"

@@ -1,4 +1,4 @@
-"""The images of a run: which there are, which of them are used, and as what they are trained on."""
+"""The images of a run: open the dataset, leave out images that are too small, and assign the others to buckets."""
 
 import re
 from dataclasses import replace
@@ -16,38 +16,44 @@ from train.data.sources.streams import Stream, is_stream
 from train.engine.run import AnyRun
 
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-_CAPTIONS_SEARCHED = 10_000  # images whose captions are looked through for words
+_CAPTIONS_SEARCHED = 10_000  # images whose captions are searched for "left" and "right"
 
 
 def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> Inputs:
-    """What --data names; captioned False accepts images without captions. Raises UserError as `find_splits` does."""
+    """Open the training and held-out images of --data. Raises the errors of `find_splits`.
+
+    captioned: whether images without captions are an error.
+    """
     columns = config.columns(captioned)
     if is_stream(data):
         stream = Stream(data, columns, held_out=config.validation_fraction, buffer=config.stream_buffer)
         return Inputs(Source(stream.training), Source(stream.held_out, "test"), stream)
     splits = find_splits(data, columns, (config.train_split, config.validation_split))
-    how: dict[str, Any] = {
-        "name": config.validation_split,
-        "train": config.train_split,
-        "fraction": config.validation_fraction,
-    }
-    return Inputs(take(splits, "train", **how), take(splits, "test", **how))
+    names: dict[str, Any] = {"name": config.validation_split, "train": config.train_split}
+    share = config.validation_fraction
+    return Inputs(take(splits, "train", **names, fraction=share), take(splits, "test", **names, fraction=share))
 
 
 def select_images(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
-    """What is used of them, told to the person who watches: images that are large enough, in buckets where these are wanted.
+    """Leave out images below --input.min-size, and assign the others to buckets if --input.buckets is set.
 
-    multiple: what the networks need the sides of images to be a multiple of.
+    Prints what is left out, the buckets, and captions that don't suit the settings. multiple: number of which the
+    networks need the sides of images to be a multiple. Raises UserError if no image is left or a setting can't be used.
     """
     config = run.config.input
     if config.flip and (found := next(filter(LEFT_OR_RIGHT.search, inputs.source.captions(_CAPTIONS_SEARCHED)), None)):
-        run.print(f"input.flip mirrors half of the images, but captions speak of left and right, e.g. {found[:100]!r}")
+        run.print(
+            f"--input.flip mirrors half of the images, but some captions contain left or right, e.g. {found[:100]!r}: "
+            "these captions become wrong; leave --input.flip off"
+        )
     if without := inputs.source.catalogue.uncaptioned:
         run.print(f"{without:,} of {len(inputs.source.catalogue):,} images have no caption")
     if config.min_size and inputs.stream is not None:
-        raise UserError(f"input.min_size {config.min_size}: the sizes of a stream's images aren't known; leave it out")
+        raise UserError(
+            f"--input.min-size {config.min_size}: the sizes of a stream's images aren't known; leave this option out"
+        )
     if config.buckets % multiple:
-        raise UserError(f"input.buckets {config.buckets} isn't a multiple of {multiple}, which these networks need")
+        raise UserError(f"--input.buckets {config.buckets}: must be a multiple of {multiple} for these networks")
     if not (config.min_size or config.buckets):
         return inputs
     sizes = bucket_sizes(config.resolution, config.buckets, config.bucket_ratio) if config.buckets else []
@@ -61,20 +67,25 @@ def select_images(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
 
 
 def select_by_size(source: Source, run: AnyRun) -> tuple[Source, NDArray[np.int64]]:
-    """The images of a source that can be read and that input.min_size lets in, and their width and height, (n, 2)."""
+    """Return a source's readable images of at least --input.min-size, and their width and height (n, 2).
+
+    Prints how many are too small. Raises UserError if none is left.
+    """
     config = run.config.input
     shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
     run.damage.of(source.left_out).note(len(source) - len(unreadable), unreadable, whole=True)
-    stays = shapes.min(1) >= max(1, config.min_size)
-    if not stays.any():
+    kept = shapes.min(1) >= max(1, config.min_size)
+    if not kept.any():
         raise UserError(
-            f"input.min_size {config.min_size}: none of the {len(source):,} images ({source.split}) is as large"
+            f"--input.min-size {config.min_size}: none of the {len(source):,} images ({source.split}) is as large; "
+            "give a smaller number"
             if config.min_size
-            else f"not one image of {source.place} can be read, e.g. {': '.join(unreadable[0])}"
+            else f"none of the images of {source.place} can be read, e.g. {': '.join(unreadable[0])}"
         )
     if config.min_size:
-        small = len(source) - int(stays.sum()) - len(unreadable)
+        small = len(source) - int(kept.sum()) - len(unreadable)
         run.print(
-            f"{small:,} of {len(source):,} images ({source.split}) have fewer than {config.min_size} pixels a side: left out"
+            f"{small:,} of {len(source):,} images ({source.split}) are smaller than --input.min-size {config.min_size} "
+            "and are left out"
         )
-    return source if stays.all() else source.only_where(stays, unreadable), shapes[stays]
+    return source if kept.all() else source.only_where(kept, unreadable), shapes[kept]

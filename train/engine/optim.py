@@ -8,19 +8,19 @@ from torch import Tensor, nn
 
 
 def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
-    """Return a module's trainable weights as parameter groups, with weight decay for two or more dimensions only.
+    """Return a module's trainable weights as parameter groups; weights of one dimension get no weight decay.
 
-    orthogonal: mark matrices and kernels for Muon; embedding modules, biases and normalisation weights stay with AdamW.
+    orthogonal: mark matrices and kernels for Muon; AdamW still trains embeddings, biases and normalisation weights.
     """
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {
-            "params": [p for p in weights if p.ndim > 1 and id(p) not in tables],
+            "params": [p for p in weights if p.ndim > 1 and id(p) not in embeddings],
             "weight_decay": decay,
             "orthogonal": orthogonal,
         },
-        {"params": [p for p in weights if p.ndim > 1 and id(p) in tables], "weight_decay": decay},
+        {"params": [p for p in weights if p.ndim > 1 and id(p) in embeddings], "weight_decay": decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
@@ -29,10 +29,10 @@ def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> li
 class Muon(torch.optim.AdamW):
     """Optimizer: momentum with orthogonalised matrices (Jordan et al. 2024), and AdamW for all other weights.
 
-    Groups marked `orthogonal` hold weights of two or more dimensions; a kernel (out, in, h, w) is treated as the matrix
-    (out, in·h·w). Their step is 0.2 √max(rows, columns) · UVᵀ of the Nesterov momentum USVᵀ. Its elements are then as
-    large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, sec. 2.2). Like the
-    fused AdamW, it leaves weights and momenta unchanged when `found_inf` is 1, without waiting for the device.
+    Groups marked `orthogonal` contain weights of two or more dimensions; a kernel (out, in, h, w) is treated as the
+    matrix (out, in·h·w). Their step is 0.2 √max(rows, columns) · UVᵀ of the Nesterov momentum USVᵀ. Its elements are
+    then as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, sec. 2.2). Like
+    the fused AdamW, it leaves weights and momenta unchanged when `found_inf` is 1, without waiting for the device.
     """
 
     def __init__(
@@ -45,20 +45,20 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             if group.get("orthogonal"):
-                same = defaultdict(list)  # matrices of one shape, which are orthogonalised together
+                by_shape = defaultdict(list)  # matrices of one shape are orthogonalised together
                 for p in group["params"]:
                     if p.grad is not None:
-                        same[p.flatten(1).shape].append(p)
-                for weights in same.values():
+                        by_shape[p.flatten(1).shape].append(p)
+                for weights in by_shape.values():
                     self._orthogonal_step(weights, group["lr"], group["weight_decay"])
                     for p in weights:
                         p.grad = None  # AdamW skips weights without a gradient
         super().step()
 
     def _orthogonal_step(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        found = getattr(self, "found_inf", None)
-        good = torch.ones((), device=weights[0].device) if found is None else 1 - found.to(weights[0].device)
-        mixed = []
+        found_inf = getattr(self, "found_inf", None)
+        finite = torch.ones((), device=weights[0].device) if found_inf is None else 1 - found_inf.to(weights[0].device)
+        nesterov = []
         for p in weights:
             assert p.grad is not None
             gradient = p.grad.nan_to_num_(0, 0, 0)  # no effect in a finite step; a skipped step multiplies it by 0
@@ -66,14 +66,14 @@ class Muon(torch.optim.AdamW):
             if not state:  # AdamW needs a step in every state when it is loaded
                 state |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
             momentum = state["momentum"]
-            momentum.lerp_(gradient, (1 - self.momentum) * good)
-            mixed.append(gradient.lerp(momentum, self.momentum).flatten(1).bfloat16())
-        changes = orthogonal(torch.stack(mixed))
-        changes *= lr * good * 0.2 * max(changes.shape[1:]) ** 0.5
-        for p, change in zip(weights, changes, strict=True):
+            momentum.lerp_(gradient, (1 - self.momentum) * finite)
+            nesterov.append(gradient.lerp(momentum, self.momentum).flatten(1).bfloat16())
+        updates = orthogonal(torch.stack(nesterov))
+        updates *= lr * finite * 0.2 * max(updates.shape[1:]) ** 0.5
+        for p, update in zip(weights, updates, strict=True):
             if weight_decay:
-                p.mul_(1 - lr * weight_decay * good)
-            p.sub_(change.view_as(p))
+                p.mul_(1 - lr * weight_decay * finite)
+            p.sub_(update.view_as(p))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

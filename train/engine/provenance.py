@@ -1,4 +1,4 @@
-"""training.json: what the weights beside it were trained with, in a form that may be published."""
+"""training.json: the settings and library versions of the weights beside it, in a form that may be published."""
 
 import json
 import platform
@@ -16,7 +16,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", 
 
 
 def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool) -> None:
-    """Write training.json, which may be published with the weights."""
+    """Write training.json into a folder of weights. It contains no private paths or credentials."""
     about = {
         "step": step,
         "final": final,
@@ -37,7 +37,7 @@ def is_result(folder: Path, step: int) -> bool:
 
 
 def redacted(place: str) -> str:
-    """Return a path or address fit for publication: without parent folders of an absolute path, or credentials."""
+    """Return a path or address without its private parts: parent folders of an absolute path, credentials, queries."""
     if place.startswith("pipe:"):
         return "pipe:"
     if "://" in place and not place.startswith("file:"):
@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout that this code is in, or nothing."""
+    """Return the commit of the checkout that contains this code, or an empty text if there is none."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

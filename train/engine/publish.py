@@ -10,7 +10,7 @@ from train.engine.run import AnyRun
 from train.engine.stage import Publish
 
 
-class Published(Protocol):
+class DescribedStage(Protocol):
     """A stage that can describe its model."""
 
     inputs: Inputs
@@ -18,8 +18,8 @@ class Published(Protocol):
     def about(self) -> About: ...
 
 
-def publisher(run: AnyRun, stage: Published) -> Publish:
-    """Return the function that writes these files beside a stage's weights; for a finished result, only the licence."""
+def publisher(run: AnyRun, stage: DescribedStage) -> Publish:
+    """Return the function that writes these files beside a stage's weights; in a finished model/, only the licence."""
     license = run.config.license
 
     def publish(folder: Path, step: int, *, final: bool) -> None:
@@ -28,7 +28,7 @@ def publisher(run: AnyRun, stage: Published) -> Publish:
                 state_license(folder, license)
             return
         write_provenance(folder, run.config, step=step, final=final)
-        measured, figures = run.metrics.validated(step)
+        measured_at, metrics = run.metrics.last_validation(step)
         write_card(
             folder,
             stage.about(),
@@ -39,13 +39,13 @@ def publisher(run: AnyRun, stage: Published) -> Publish:
             samples=run.folder.samples,
             step=step,
             final=final,
-            measured=measured,
-            figures=figures,
+            measured_at=measured_at,
+            metrics=metrics,
         )
         if final and not license:
             run.print(
-                f"{run.folder.model / 'README.md'} states no licence, so nobody may assume any: the same command with, for "
-                "one, --license apache-2.0 adds it"
+                f"{run.folder.model / 'README.md'} states no licence, so others may not use or share the model: to add "
+                "one, run the same command with e.g. --license apache-2.0"
             )
 
     return publish

@@ -1,4 +1,4 @@
-"""The run of a stage: its configuration, folder, device and logs, opened together as small objects."""
+"""The run of a stage: its configuration, folder, device and logs, each as a small object."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class Run(Generic[Config]):
-    """Run of a stage."""
+    """A stage's run in its folder."""
 
     config: Config
     inputs: Mapping[str, str]
@@ -37,9 +37,9 @@ class Run(Generic[Config]):
 
     @property
     def cache(self) -> Path:
-        """Folder for what is computed once from the data: the configured one, or else one beside the run's folder."""
-        given = self.config.cache
-        return Path(given) if given not in ("", "off") else self.folder.path.parent / "cache"
+        """Folder of what is computed once from the data: the configured one, or else one beside the run's folder."""
+        configured = self.config.cache
+        return Path(configured) if configured not in ("", "off") else self.folder.path.parent / "cache"
 
     @property
     def main(self) -> bool:
@@ -52,23 +52,28 @@ AnyRun = Run[Any]
 
 @contextmanager
 def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> Iterator[Run[Config]]:
-    """Begin or continue the run in `config.out`, and keep other processes from training in it.
+    """Start or continue the run in `config.out`, and keep other processes from training in it.
 
     Raises UserError if the folder was made with other settings or inputs.
     """
     main, folder = accelerator.is_main_process, RunFolder(Path(config.out))
-    say, metrics = Console(main), Metrics(folder.metrics, accelerator)
+    console, metrics = Console(main), Metrics(folder.metrics, accelerator)
     processes = Processes(
-        rank=accelerator.process_index, world=accelerator.num_processes, barrier=accelerator.wait_for_everyone, say=say
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        barrier=accelerator.wait_for_everyone,
+        say=console,
     )
     with folder.locked() if main else nullcontext():
         if main:
             config = write_settings(folder.settings, config, inputs)
-            # A tracker with a missing package would fail at the first log: fail at the start instead.
+            # A tracker whose package is missing should fail now, not at the first log.
             accelerator.init_trackers(folder.name)
         accelerator.wait_for_everyone()
-        damage = DamageReport(folder.damaged, config.input.max_damaged, say, main)
+        damage = DamageReport(folder.damaged, config.input.max_damaged, console, main)
         try:
-            yield Run(config, inputs, accelerator, folder, say, metrics, Feed(config, accelerator), damage, processes)
+            yield Run(
+                config, inputs, accelerator, folder, console, metrics, Feed(config, accelerator), damage, processes
+            )
         finally:
             accelerator.end_training()

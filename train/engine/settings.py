@@ -20,37 +20,39 @@ Config = TypeVar("Config", bound=RunConfig)
 def write_settings(path: Path, config: Config, inputs: Mapping[str, str]) -> Config:
     """Write the settings of a new or continued run. Returns them, with the licence that was stated earlier, if any.
 
-    inputs: fingerprint of each input of the run, by name, e.g. {"data": fingerprint}. Raises UserError if the run was
-    made with other inputs, or with other settings than those that may differ.
+    inputs: fingerprint of each input of the run, by name, e.g. {"data": fingerprint}. Raises UserError if the inputs of
+    the existing run were different, or if a setting differs that must not change (`train.config.resumable`).
     """
-    settled, out = config, str(path.parent)
+    final, out = config, str(path.parent)
     if path.is_file():
-        before = read_yaml(path)
-        about = before.pop("about", {})
-        _refuse_other_inputs(out, about.get("inputs", {}), inputs)
+        saved = read_yaml(path)
+        about = saved.pop("about", {})
+        _require_same_inputs(out, about.get("inputs", {}), inputs)
         try:
-            was = validate(type(config), before)  # settings that the old file lacks get their defaults
+            old_config = validate(type(config), saved)  # settings that the old file doesn't have get their defaults
         except UserError as error:
-            raise UserError(f"{out!r} holds a run of another stage or version ({error}): take another --out") from None
-        settled = replace(config, license=config.license or was.license)
-        for name, old, new in differences(was, config):
             raise UserError(
-                f"{out!r} was made with --{name.replace('_', '-')} {_shown(old)}, not {_shown(new)}: "
-                "give the same to continue it, or another --out"
+                f"--out {out!r}: contains a run of another stage or version ({error}); choose another folder"
+            ) from None
+        final = replace(config, license=config.license or old_config.license)
+        for name, old, new in differences(old_config, config):
+            raise UserError(
+                f"--{name.replace('_', '-')} {_shown(new)}: the run in {out!r} was started with {_shown(old)}; give "
+                "that to continue the run, or choose another --out"
             )
     about = {"inputs": dict(inputs), "versions": versions(), "commit": commit()}
-    text = yaml.safe_dump(plain(settled) | {"about": about}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain(final) | {"about": about}, sort_keys=False, allow_unicode=True)
     with atomic_file(path) as file:
         file.write(text.encode())
-    return settled
+    return final
 
 
-def _refuse_other_inputs(out: str, before: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+def _require_same_inputs(out: str, saved: Mapping[str, str], inputs: Mapping[str, str]) -> None:
     for name, value in inputs.items():
-        if (was := before.get(name, "")) != value:
+        if (old := saved.get(name, "")) != value:
             raise UserError(
-                f"--{name.replace('_', '-')} holds something else than what {out!r} was trained on "
-                f"({was[:12] or 'nothing'}…, now {value[:12] or 'nothing'}…): use the same, or another --out"
+                f"--{name.replace('_', '-')}: not the same as in the run in {out!r} (fingerprint {old[:12] or 'none'}, "
+                f"now {value[:12] or 'none'}); give the same to continue the run, or choose another --out"
             )
 
 

@@ -21,12 +21,12 @@ class StepOutput(NamedTuple):
     metrics: dict[str, Tensor]
     """Detached scalars, logged beside the loss."""
     batch: Batch
-    """Input of the later phases in place of the part; detached."""
+    """Input of the later phases, which replaces the part; detached."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One network's update in a step: its module's `forward(part)` gives a StepOutput, then its optimizer steps."""
+    """One network's update in a step: its module's `forward(part)` returns a StepOutput, then its optimizer steps."""
 
     name: str
     """Name in checkpoints."""
@@ -51,11 +51,11 @@ class Stage(Protocol):
         ...
 
     def prepare(self, step: int, parts: list[Batch]) -> list[Batch]:
-        """Return the parts with all that the phases need: outputs of frozen networks, and draws for the whole step."""
+        """Return the parts with all that the phases need: outputs of frozen networks, and random draws for the step."""
         ...
 
     def finish(self, step: int) -> None:
-        """Finish a step after its last phase; every process calls it."""
+        """Do what the stage needs after the last phase of a step; every process calls it."""
         ...
 
     def validate(self, step: int) -> dict[str, float]:
@@ -63,7 +63,7 @@ class Stage(Protocol):
         ...
 
     def sheet(self, path: Path) -> None:
-        """Write a sheet of samples; the main process calls it."""
+        """Write a sample sheet; the main process calls it."""
         ...
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
@@ -81,10 +81,10 @@ class Publish(Protocol):
 
 
 class Hooks:
-    """Calls around each step, for tests and benchmarks. They do nothing by default: override the ones you need."""
+    """Calls around each step, for tests and benchmarks. They do nothing by default: override as needed."""
 
     def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
-        """Return the prepared parts that the phases receive in place of `parts`."""
+        """Return the parts that the phases receive; `parts` are the prepared ones."""
         return parts
 
     def end_step(self, step: int, metrics: dict[str, Tensor]) -> None:

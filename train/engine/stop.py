@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 
 class Stop:
-    """Handler that records SIGTERM or SIGINT, so that the loop can end after a step. A second one acts as usual."""
+    """Handler that records SIGTERM or SIGINT, so that the loop can end after a step. The next signal isn't handled."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.signal = accelerator, 0
@@ -20,7 +20,10 @@ class Stop:
     def _note(self, number: int, frame: object) -> None:
         self.signal = number
         self._restore()
-        print(f"\n{signal.Signals(number).name}: stopping after this step with a checkpoint", flush=True)
+        print(
+            f"\n{signal.Signals(number).name} received: training will save a checkpoint after this step and stop",
+            flush=True,
+        )
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -35,5 +38,5 @@ class Stop:
             return self.signal
         if step % 10:
             return 0
-        mine = torch.tensor([self.signal], device=self.accelerator.device)
-        return int(self.accelerator.gather(mine).max())
+        own = torch.tensor([self.signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).max())

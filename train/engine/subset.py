@@ -11,7 +11,7 @@ from ldm.errors import UserError
 
 
 def frozen_names(module: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that take no gradient."""
+    """Return the names of the frozen parameters, which take no gradient."""
     return frozenset(n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad)
 
 
@@ -33,7 +33,10 @@ class Subset:
         kept = {name: value for name, value in self.module.state_dict().items() if name in self.frozen}
         for name in kept.keys() & state.keys():
             if not torch.equal(kept[name].cpu(), state[name].cpu()):
-                raise UserError(f"the frozen weight {name} isn't the one that this run was trained with: give the same")
+                raise UserError(
+                    f"the frozen weight {name} differs from the one that this run was trained with: give the same "
+                    "--init"
+                )
         self.module.load_state_dict(kept | dict(state))
 
     @cached_property
@@ -49,6 +52,6 @@ class Subset:
         """Raise UserError if the digest of the frozen parameters differs from that in a checkpoint."""
         if digest and digest != self.digest:
             raise UserError(
-                f"the {len(self.frozen)} frozen weights aren't those that this run was trained with "
-                f"({digest[:12]}…, now {self.digest[:12] or 'none'}…): give the same, or another --out"
+                f"the {len(self.frozen)} frozen weights differ from those that this run was trained with (SHA-256 "
+                f"{digest[:12]}, now {self.digest[:12] or 'none'}): give the same --init, or choose another --out"
             )

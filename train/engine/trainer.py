@@ -22,15 +22,18 @@ from train.engine.subset import Subset, frozen_names
 
 
 @dataclass
-class Health:
-    """Counts of steps skipped for a non-finite loss or gradient, kept on the device so that nothing waits for it."""
+class SkippedSteps:
+    """Counts of steps skipped because of a non-finite loss or gradient, kept on the device so that nothing waits."""
 
-    skipped: Tensor
+    total: Tensor
     in_a_row: Tensor
+    """Skipped steps since the last step that wasn't skipped."""
     rolled_back: int = 0
+    """Value of `Trainer.checkpoints_saved` plus 1 at the last roll-back."""
 
-    def note(self, bad: Tensor) -> None:
-        self.skipped += bad
+    def add(self, bad: Tensor) -> None:
+        """Count a step. bad: 1 if it was skipped, else 0."""
+        self.total += bad
         self.in_a_row = (self.in_a_row + bad) * bad
 
 
@@ -41,11 +44,11 @@ class Trainer:
         self.run, self.stage, self.hooks = run, stage, hooks or Hooks()
         device = run.accelerator.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.config.precision == "fp16")
-        self.health = Health(torch.zeros((), device=device), torch.zeros((), device=device))
+        self.skipped = SkippedSteps(torch.zeros((), device=device), torch.zeros((), device=device))
         self.wrapped = [run.accelerator.prepare_model(p.module) for p in stage.phases]
         self.subsets = {p.name: Subset(p.module, frozen_names(p.module)) for p in stage.phases}
         self.checkpoints = Checkpoints(run.folder.checkpoints, keep=run.config.keep_checkpoints)
-        self.generation = 0  # checkpoints written, to detect a second roll-back without progress
+        self.checkpoints_saved = 0  # to detect a second roll-back without a new checkpoint
 
     # -- one step ---------------------------------------------------------------------------------------------
 
@@ -59,12 +62,12 @@ class Trainer:
             if step >= phase.start:
                 outputs = self._backward(module, parts)
                 parts = [output.batch for output in outputs]
-                read = self._means(outputs)
-                norm, skipped = self._update(phase, phase.lr * share, read["loss"])
+                means = self._means(outputs)
+                norm, skipped = self._update(phase, phase.lr * share, means["loss"])
                 bad = torch.maximum(bad, skipped)
-                metrics |= {f"{phase.prefix}loss": read.pop("loss"), f"{phase.prefix}grad_norm": norm} | read
+                metrics |= {f"{phase.prefix}loss": means.pop("loss"), f"{phase.prefix}grad_norm": norm} | means
         self.scaler.update()
-        self.health.note(bad)
+        self.skipped.add(bad)
         self.stage.ema.update(step)
         self.stage.finish(step)
         self.hooks.end_step(step, metrics)
@@ -83,18 +86,16 @@ class Trainer:
 
     def _means(self, outputs: list[StepOutput]) -> dict[str, Tensor]:
         """Return the mean loss and metrics over all parts and processes."""
-        each = [{"loss": o.loss} | o.metrics for o in outputs]
-        means = torch.stack([torch.stack([one[name] for one in each]).detach().float().mean() for name in each[0]])
-        return dict(zip(each[0], self.run.accelerator.reduce(means, "mean"), strict=True))
+        values = [{"loss": o.loss} | o.metrics for o in outputs]
+        means = torch.stack([torch.stack([v[name] for v in values]).detach().float().mean() for name in values[0]])
+        return dict(zip(values[0], self.run.accelerator.reduce(means, "mean"), strict=True))
 
     def _update(self, phase: Phase, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the gradient and step. Returns the gradient's norm, and 1 if the step was skipped, else 0.
 
-        A step is skipped if the loss or the gradient of any process isn't finite; nothing waits for the device to know
-        it.
-
-        The optimizer leaves weights and moments unchanged when its `found_inf` is 1. We set `found_inf` rather than
-        leave it to the scaler, which sees only gradients. Gradients are already averages over all processes here, so a
+        A step is skipped if the loss or the gradient of any process isn't finite. The device decides this, so the CPU
+        doesn't wait: an optimizer leaves weights and moments unchanged when its `found_inf` is 1. We set `found_inf`
+        ourselves because the scaler sees only gradients. Gradients are already averages over all processes here, so a
         NaN in one process reaches all of them, and all skip together.
         """
         optimizer = phase.optimizer
@@ -109,20 +110,22 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return norm, bad
 
-    def check_health(self, step: int) -> None:
-        """Return to the last checkpoint's weights after too many skipped steps in a row; the data continues."""
-        if int(self.health.in_a_row) < self.run.config.roll_back_after:
+    def roll_back_if_needed(self, step: int) -> None:
+        """Restore the last checkpoint's weights after too many skipped steps in a row; the step number isn't reset.
+
+        Raises RunError if there is no checkpoint, or if none was saved since the last roll-back.
+        """
+        if int(self.skipped.in_a_row) < self.run.config.roll_back_after:
             return
-        found = self.checkpoints.latest()
-        if found is None or self.health.rolled_back > self.generation:
-            raise RunError(
-                f"the last {int(self.health.in_a_row)} steps gave no finite loss and gradient, and going back has not "
-                "helped: try a lower --optimizer.lr, or --precision bf16 or fp32"
-            )
-        self.run.print(f"step {step}: too many steps were not finite; back to the weights of step {found.step}")
-        self.restore(self.checkpoints.load(found), weights_only=True)
-        self.health.in_a_row.zero_()
-        self.health.rolled_back = self.generation + 1
+        checkpoint = self.checkpoints.latest()
+        problem = f"the loss or gradient was not finite in the last {int(self.skipped.in_a_row)} steps"
+        if checkpoint is None or self.skipped.rolled_back > self.checkpoints_saved:
+            tried = "there is no checkpoint" if checkpoint is None else "restoring the last checkpoint did not help"
+            raise RunError(f"{problem}, and {tried}: try a lower --optimizer.lr, or --precision bf16 or fp32")
+        self.run.print(f"step {step}: {problem}; training continues with the weights of step {checkpoint.step}")
+        self.restore(self.checkpoints.load(checkpoint), weights_only=True)
+        self.skipped.in_a_row.zero_()
+        self.skipped.rolled_back = self.checkpoints_saved + 1
 
     # -- state ------------------------------------------------------------------------------------------------
 
@@ -138,11 +141,15 @@ class Trainer:
             "phases": phases,
             "ema": self.stage.ema.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "skipped": int(self.health.skipped),
-            "in_a_row": int(self.health.in_a_row),
+            "skipped": int(self.skipped.total),
+            "in_a_row": int(self.skipped.in_a_row),
         }
 
     def restore(self, state: Mapping[str, Any], *, weights_only: bool = False) -> None:
+        """Restore the result of `state`. weights_only: without the gradient scale and the counts of skipped steps.
+
+        Raises UserError if the frozen weights differ.
+        """
         for p in self.stage.phases:
             saved, subset = state["phases"][p.name], self.subsets[p.name]
             subset.require(saved.get("frozen", ""))
@@ -151,23 +158,26 @@ class Trainer:
         self.stage.ema.load_state_dict(state["ema"])
         if not weights_only:
             self.scaler.load_state_dict(state["scaler"])
-            self.health.skipped.fill_(state["skipped"])
-            self.health.in_a_row.fill_(state["in_a_row"])
+            self.skipped.total.fill_(state["skipped"])
+            self.skipped.in_a_row.fill_(state["in_a_row"])
 
     def resume(self) -> int:
-        """Restore the newest valid checkpoint. Returns the step to begin with, 0 if there is no checkpoint."""
-        found = self.checkpoints.latest()
-        if found is None:
+        """Restore the newest valid checkpoint. Returns the step to start with, 0 if there is no checkpoint."""
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is None:
             return 0
-        self.restore(self.checkpoints.load(found))
-        self.run.print(f"continuing from step {found.step} ({found.folder})")
-        return found.step
+        self.restore(self.checkpoints.load(checkpoint))
+        self.run.print(f"continuing from step {checkpoint.step} ({checkpoint.folder})")
+        return checkpoint.step
 
     def save(self, step: int) -> None:
         """Commit a checkpoint."""
-        if int(self.health.in_a_row):
-            self.run.print(f"step {step}: the last {int(self.health.in_a_row)} steps were not finite and were skipped")
+        if int(self.skipped.in_a_row):
+            self.run.print(
+                f"step {step}: the last {int(self.skipped.in_a_row)} steps were skipped, because the loss or gradient "
+                "was not finite"
+            )
         if self.run.main:
             self.checkpoints.save(step, self.state())
         self.run.accelerator.wait_for_everyone()
-        self.generation += 1
+        self.checkpoints_saved += 1

@@ -81,7 +81,7 @@ def about_clip(config: ClipConfig, clip: CLIPModel, inputs: Inputs) -> About:
     shape: Any = clip.config
     return About(
         name="CLIP",
-        what="A text and an image encoder, trained to condition a diffusion model.",
+        summary="A text and an image encoder, trained to condition a diffusion model.",
         library="transformers",
         tags=("clip", "text-encoder"),
         use=_USE_CLIP.format(prompt=_prompt(inputs)),
@@ -102,7 +102,7 @@ def about_vae(config: VaeConfig, vae: AutoencoderKL) -> About:
     loss += [f"{adversarial.kind} discriminator × {adversarial.weight:g}"] * (adversarial.kind != "none")
     return About(
         name="autoencoder",
-        what=f"An AutoencoderKL: images to latents of {shape.latent_channels} channels, {factor} times smaller a side, "
+        summary=f"An AutoencoderKL: images to latents of {shape.latent_channels} channels, {factor} times smaller a side, "
         "and back.",
         library="diffusers",
         tags=("autoencoder", "latent-diffusion"),
@@ -128,7 +128,7 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
     task = "image-to-image" if inpaints else "text-to-image"
     return About(
         name="inpainting model" if inpaints else "text-to-image model",
-        what=f"A latent diffusion model that paints {'under a mask ' * inpaints}what a prompt says.",
+        summary=f"A latent diffusion model that paints {'under a mask ' * inpaints}what a prompt says.",
         library="diffusers",
         task=task,
         tags=("latent-diffusion", "inpainting" if inpaints else "text-to-image"),
