@@ -147,7 +147,7 @@ class ClipTextEncoder(nn.Module):
         if self.chunks > 1:
             return (
                 f"prompts have up to {self.chunks} chunks: stock diffusers reads only the first {self.max_length} "
-                "tokens of a prompt, txt2img.py and this project's pipeline read all of them"
+                "tokens of a prompt, ldm-txt2img and this project's pipeline read all of them"
             )
         return None
 

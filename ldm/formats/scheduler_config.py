@@ -127,7 +127,7 @@ class Process:
     def stock_limits(self) -> str | None:
         """Return one line that says what stock diffusers can't do with this process; None if it can do everything."""
         if isinstance(self.schedule, RectifiedFlow) or self.target == "flow":
-            return "a flow: stock diffusers' StableDiffusionPipeline can't sample this model; txt2img.py and our pipeline can"
+            return "a flow: stock diffusers' StableDiffusionPipeline can't sample this model; ldm-txt2img and our pipeline can"
         if self.variance == "learned":
             return (
                 "a learned variance: stock diffusers samples this model with DDPMScheduler only, which is the one saved"

@@ -255,7 +255,7 @@ def load_single_file(path: str | Path, config: str | Path) -> Parts:
     """
     path = Path(path)
     if path.suffix in PICKLED:
-        raise UserError(f"{str(path)!r} is a pickle, which isn't loaded: make a folder of it with scripts/convert.py")
+        raise UserError(f"{str(path)!r} is a pickle, which isn't loaded: convert it to a folder with ldm-convert")
     try:
         with safe_open(path, framework="pt") as file:
             said = (file.metadata() or {}).get("modelspec.prediction_type")

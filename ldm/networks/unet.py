@@ -62,7 +62,7 @@ class UNet(Backbone):
             return None
         return (
             f"a UNet of {self.in_channels} channels to inpaint with: stock diffusers' StableDiffusionInpaintPipeline takes "
-            f"{_STOCK_INPAINTS}; inpaint.py and our pipeline take any"
+            f"{_STOCK_INPAINTS}; ldm-inpaint and our pipeline take any"
         )
 
     def describe(self) -> str:
