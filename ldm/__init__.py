@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
 
 __all__ = ["LatentDiffusionPipeline"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:

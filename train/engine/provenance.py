@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from ldm import __version__
 from train.config.resumable import published
 from train.config.run import RunConfig
 
@@ -49,20 +50,23 @@ def redacted(place: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that results depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+    """Return the versions of Python, of ldm and of the libraries that results depend on."""
+    return {"python": platform.python_version(), "ldm": __version__} | {name: version(name) for name in _LIBRARIES}
 
 
 def commit() -> str:
-    """Return the commit of the checkout that contains this code, or an empty text if there is none."""
+    """Return the commit of the checkout that this code belongs to, or an empty text for an installed copy."""
+    file = Path(__file__).name
+    if _git("ls-files", file) != file:  # an environment may be inside the checkout of another project
+        return ""
+    return _git("describe", "--always", "--dirty")
+
+
+def _git(*arguments: str) -> str:
+    """Return the output of a git command in this folder, or an empty text if it fails."""
+    folder = Path(__file__).parent
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return described.stdout.strip() if described.returncode == 0 else ""
+    return done.stdout.strip() if done.returncode == 0 else ""
