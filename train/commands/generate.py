@@ -246,17 +246,17 @@ class ImageGenerator:
                 folder.mkdir(parents=True, exist_ok=True)  # not before all settings are known to be valid
                 for w, image in zip(batch, images, strict=True):
                     sha256 = {option: file_sha256(path) for option, path in w.files.items()}
-                    metadata = metadata | {
+                    saved = metadata | {
                         "prompt": w.prompt,
                         "seed": w.seed,
                         **w.metadata,
                         "sha256": metadata["sha256"] | sha256,
                     }
                     path = folder / w.file
-                    save_png(image, path, metadata)
+                    save_png(image, path, saved)
                     yield path
                     if o.grid:
-                        made.append((image, metadata))
+                        made.append((image, saved))
         finally:
             if o.preview:
                 (folder / _PREVIEW).unlink(missing_ok=True)
