@@ -41,7 +41,7 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     try:
         import open_clip
     except ImportError as error:
-        raise UserError("open_clip isn't installed: pip install -e '.[openclip]'") from error
+        raise UserError("open_clip isn't installed: pip install open-clip-torch") from error
     place = name.removeprefix(PREFIX).removeprefix("local-dir:")
     if place.startswith(_HUB):
         return _read_folder(fetch(place.removeprefix(_HUB), [_CONFIG, _WEIGHTS]))

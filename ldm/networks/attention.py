@@ -90,7 +90,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[int], gradients: bool) -> Attend:
     """Return xformers' attention after a test on heads of these widths. Raises UserError if it doesn't work."""
     if find_spec("xformers") is None:
-        raise UserError("attention xformers isn't installed (pip install -e '.[xformers]'); sdpa needs nothing more")
+        raise UserError("attention xformers isn't installed (pip install xformers); sdpa needs nothing more")
     if device.type != _XFORMERS_DEVICE:
         raise UserError(f"attention xformers runs on a CUDA GPU only, not on the device {device}; sdpa runs anywhere")
     if not torch.get_device_module(device).is_available():

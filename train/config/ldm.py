@@ -215,7 +215,7 @@ class LdmConfig(RunConfig):
     """Share of examples, 0 to 1, with an empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
     attention: Annotated[AttentionBackend, Resumable()] = "sdpa"
     """Attention implementation: `sdpa` (torch), `xformers` or `auto` (xformers if it works, else sdpa).
-    `xformers` needs a GPU and pip install -e '.[xformers]'."""
+    `xformers` needs a GPU and `pip install xformers`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)

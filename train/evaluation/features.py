@@ -63,7 +63,7 @@ class InceptionFeatures(Features):
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=path, antialias=False
             )
         except ModuleNotFoundError:
-            raise UserError("features 'inception' need torch-fidelity: pip install -e '.[inception]'") from None
+            raise UserError("features 'inception' need torch-fidelity: pip install torch-fidelity") from None
         except pickle.UnpicklingError:  # whose own message advises to trust the file
             raise UserError(f"features 'inception': {path!r} holds something else than tensors") from None
         except (OSError, RuntimeError, EOFError, TypeError) as error:
