@@ -71,7 +71,7 @@ def tiny_pipeline(
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Shapes set of 64 training and 24 test images."""
+    """A Shapes dataset of 64 training and 24 test images."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     write_shapes(folder, 32, 64, 24, 0)
     return folder

@@ -47,7 +47,7 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stream(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The training images of the Shapes set as a stream of two shards."""
+    """The training images of the Shapes dataset as a stream of two shards."""
     folder = tmp_path_factory.mktemp("shards")
     rows = [json.loads(line) for line in (shapes / "train/metadata.jsonl").read_text().splitlines()]
     for k in range(2):

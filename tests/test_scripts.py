@@ -91,7 +91,7 @@ def road(run: Callable[[str], Ended], kind: str, data: Path, runs: Path, unet: s
 
 @pytest.fixture(scope="module")
 def shapes_road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/ and runs/ of a Shapes set."""
+    """data/ and runs/ of a Shapes dataset."""
     root = tmp_path_factory.mktemp("shapes")
     made = command(f"scripts/make_dataset.py shapes --out {root}/data --size 32 --train 32 --test 8 --seed 3")
     assert made.status == 0, made.err

@@ -1,11 +1,11 @@
-"""The Emoji set: every emoji of an installed colour font on white, captioned by its names and keywords.
+"""The Emoji dataset: every emoji of an installed colour font on white, with its names and keywords as captions.
 
 The font is Noto Color Emoji (Debian's fonts-noto-color-emoji). Names, keywords and the list of sequences come from
 Unicode's CLDR (Debian's unicode-cldr-core) if it is installed, else from Python's table of character names. An emoji
-counts if the font draws it as one glyph. Two kinds are left out: swatches of skin and parts of hair, which aren't emoji
-by themselves, and couples of two skin tones, which are many and nearly the same. Variants of one emoji (skin, hair,
-gender) and families that differ in a colour, a digit or a direction (hearts, clocks, keycaps) are all in train or all
-in test, so that no test image is a recoloured training image. Faces still resemble faces, and flags resemble flags.
+is used if the font draws it as one glyph. Two kinds are left out: skin-tone swatches and hair components, which aren't
+emoji by themselves, and couples of two skin tones, which are many and nearly the same. Variants of one emoji (skin,
+hair, gender) and families that differ in a colour, a digit or a direction (hearts, clocks, keycaps) are all in train or
+all in test, so that no test image is a recoloured training image. Faces still resemble faces, and flags resemble flags.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")
 SMALLEST_SIDE, LARGEST_SIDE = 16, 128  # the font's images are 136 × 128
 
-Render = Callable[[str], Image.Image | None]  # an emoji → its square RGB image on white, or None if there is none
+Render = Callable[[str], Image.Image | None]  # emoji → its square RGB image on white, or None if there is none
 
 # Names and captions
 
@@ -55,8 +55,8 @@ def read_annotations(path: Path) -> list[Named]:
             annotations = list(ElementTree.parse(file).iter("annotation"))
         except OSError as error:
             raise UserError(
-                f"can't read the annotations {file}: {error.strerror}; accepted is CLDR's folder "
-                "common, as Debian's unicode-cldr-core installs it, or one of its files"
+                f"--annotations: {file} can't be read: {error.strerror}; must be CLDR's folder common, "
+                "as Debian's unicode-cldr-core installs it, or one of its files"
             ) from None
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise UserError(f"{file} is not well-formed XML: {error}") from None
@@ -67,28 +67,32 @@ def read_annotations(path: Path) -> list[Named]:
             else:
                 keywords[text] = words.split("|")
     texts = names | keywords
-    every = [Named(text, compose_captions(text, names.get(text, ""), keywords.get(text, ()))) for text in texts]
-    if not any(named.captions for named in every):
-        raise UserError(f'{path} names nothing: expected is <annotation cp="😀" type="tts">grinning face</annotation>')
-    return [named for named in every if named.captions]
+    captions = ((text, compose_captions(text, names.get(text, ""), keywords.get(text, ()))) for text in texts)
+    named = [Named(text, found) for text, found in captions if found]
+    if not named:
+        raise UserError(
+            f"--annotations: {path} contains no names; must contain elements like "
+            '<annotation cp="😀" type="tts">grinning face</annotation>'
+        )
+    return named
 
 
 def character_names() -> list[Named]:
-    """Return the numbers, signs and symbols in Python's Unicode table: names only, no sequences; few are emoji."""
+    """Return the numbers, punctuation and symbols in Python's Unicode table, with names; few of them are emoji."""
     signs = (c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] in "NPS")
-    every = (Named(c, compose_captions(c, "", ())) for c in signs)
-    return [named for named in every if named.captions]
+    candidates = (Named(c, compose_captions(c, "", ())) for c in signs)
+    return [named for named in candidates if named.captions]
 
 
 def compose_captions(text: str, name: str, keywords: Iterable[str]) -> tuple[str, ...]:
-    """Return captions: the name, its natural word order, Unicode's own name, and the keywords in one line.
+    """Return captions: the name, the name in natural word order, Unicode's own name, and the keywords in one line.
 
-    A keyword alone isn't a caption, as hundreds of emoji share "face"; and five skin tones need no list each, as it
-    repeats that of the plain emoji. Black and white in Unicode's names mean filled and outlined ("heavy black heart" is
-    red), so such a name is left out unless the first name has the word too.
+    A single keyword isn't a caption, because hundreds of emoji share one such as "face". An emoji with a skin tone has
+    no line of keywords, because they repeat those of the plain emoji. In Unicode's names, black and white mean filled
+    and outlined ("heavy black heart" is red), so such a name is left out unless the first name has the word too.
     """
     name = _clean(name)
-    found = [name, _spoken(name)]
+    found = [name, _natural_order(name)]
     formal = unicodedata.name(text, "").lower() if len(text) == 1 else ""
     if not name or not {"black", "white"} & (set(formal.split()) - set(name.split())):
         found.append(formal)
@@ -97,20 +101,20 @@ def compose_captions(text: str, name: str, keywords: Iterable[str]) -> tuple[str
     return _distinct(found)
 
 
-def _spoken(name: str) -> str:
+def _natural_order(name: str) -> str:
     """Convert "flag: France" to "flag of France", "man: red hair" to "man with red hair", and join traits by "and"."""
-    kind, colon, which = name.partition(": ")
+    kind, colon, details = name.partition(": ")
     if kind in ("flag", "keycap") and colon:
-        return f"flag of {which}" if kind == "flag" else f"keycap {which}"
-    parts = which.split(", ")
+        return f"flag of {details}" if kind == "flag" else f"keycap {details}"
+    parts = details.split(", ")
     traits = [part for part in parts if part.endswith(("skin tone", "hair", "beard"))]
     people = ", ".join(part for part in parts if part not in traits)
-    whole = f"{kind}: {people}" if people else kind
-    return f"{whole} with {' and '.join(traits)}" if traits else name
+    subject = f"{kind}: {people}" if people else kind
+    return f"{subject} with {' and '.join(traits)}" if traits else name
 
 
 def _clean(text: str) -> str:
-    """Return one line of printable characters, with the typewriter apostrophe."""
+    """Return the text as one line of printable characters, with straight apostrophes."""
     spaced = " ".join(text.split()).replace("’", "'")
     return "".join(c for c in spaced if c.isprintable())
 
@@ -127,8 +131,10 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 # Variants
 
 _TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
-_PART = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3]")  # a skin tone, or hair
-_ASIDE = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3♀♂➡\u200d\ufe0e\ufe0f]")  # skin, hair, gender, joiners
+_COMPONENT = re.compile("[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3]")  # a skin tone, or hair
+_MODIFIERS = re.compile(
+    "[\U0001f3fb-\U0001f3ff\U0001f9b0-\U0001f9b3♀♂➡\u200d\ufe0e\ufe0f]"
+)  # skin, hair, gender, joiners
 _FAMILIES = (
     "❤🧡💛💚💙💜🤎🖤🤍🩷🩵🩶",
     "🔴🟠🟡🟢🔵🟣🟤⚫⚪",
@@ -159,7 +165,7 @@ _FAMILIES = (
     "🙁☹😕",
     "".join(map(chr, range(0x1F550, 0x1F568))),
 )
-_SAME_CAPTION = str.maketrans(
+_REPRESENTATIVE = str.maketrans(
     {member: family[0] for family in _FAMILIES for member in family}
     | {
         "👨": "🧑",
@@ -180,31 +186,31 @@ _SAME_CAPTION = str.maketrans(
         "👭": "👫",
     }
 )
-_AS_ONE = {"🧑❤🧑": "💑", "🧑❤💋🧑": "💏", "🧑🤝🧑": "👫", "🫱🫲": "🤝", "🧑🎄": "🎅"}
+_EQUIVALENT_SEQUENCES = {"🧑❤🧑": "💑", "🧑❤💋🧑": "💏", "🧑🤝🧑": "👫", "🫱🫲": "🤝", "🧑🎄": "🎅"}
 
 
 def base(text: str) -> str:
-    """Return an emoji without its skin, hair and gender; the result is the same for all its variants and its family."""
-    plain = (_ASIDE.sub("", text) or text).translate(_SAME_CAPTION)
-    return "👪" if re.fullmatch("🧑+🧒+", plain) else _AS_ONE.get(plain, plain)
+    """Return an emoji without skin tone, hair and gender: the same base for all its variants and its family."""
+    plain = (_MODIFIERS.sub("", text) or text).translate(_REPRESENTATIVE)
+    return "👪" if re.fullmatch("🧑+🧒+", plain) else _EQUIVALENT_SEQUENCES.get(plain, plain)
 
 
 def is_usable(text: str) -> bool:
-    """Return whether an emoji is more than a part, and has one skin tone at most."""
-    return not _PART.fullmatch(text) and len(set(_TONE.findall(text))) < 2
+    """Return whether an emoji is more than a component, and has at most one skin tone."""
+    return not _COMPONENT.fullmatch(text) and len(set(_TONE.findall(text))) < 2
 
 
 def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
-    """Return the bases whose variants are for testing, at least one. They are the first by seeded hashes.
+    """Return the bases whose variants are test images, at least one: those with the lowest seeded hashes.
 
-    The share is the same among bases with one image, with six, with 18 and so on, as one base can have a hundred.
+    Bases with equally many images (1, 6, 18, …) are split separately, because one base can have a hundred images.
     """
     variants = Counter(map(base, texts))
     shuffled = sorted(variants, key=lambda b: hashlib.blake2b(f"{seed} {b}".encode()).digest())
     chosen: set[str] = set()
     for count in set(variants.values()):
-        alike = [b for b in shuffled if variants[b] == count]
-        chosen.update(alike[: round(fraction * len(alike))])
+        group = [b for b in shuffled if variants[b] == count]
+        chosen.update(group[: round(fraction * len(group))])
     return chosen or set(shuffled[:1])
 
 
@@ -212,20 +218,23 @@ def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
 
 
 class Font:
-    """A colour font as a `Render`: the whole glyph, centred, at the font's own resolution."""
+    """A colour font as a `Render`: the complete glyph, centred, at the font's own resolution."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise UserError(f"no font at {path}: install Debian's fonts-noto-color-emoji, or give its file as --font")
+            raise UserError(
+                f"--font {path}: there is no such file; install Debian's fonts-noto-color-emoji, "
+                "or give the file of Noto Color Emoji"
+            )
         if not features.check("raqm"):
             raise UserError(
-                "this Pillow lacks raqm, which joins sequences to one glyph: install Debian's libfribidi0, "
-                "and Pillow from PyPI"
+                "this Pillow has no raqm library, which renders emoji sequences as one glyph: "
+                "install Debian's libfribidi0, and Pillow from PyPI"
             )
         try:  # the only size that the font has
             self.font = ImageFont.truetype(path, 109, layout_engine=ImageFont.Layout.RAQM)
         except OSError as error:
-            raise UserError(f"can't use the font {path} ({error}): accepted is Noto Color Emoji") from None
+            raise UserError(f"--font {path} can't be used ({error}): must be Noto Color Emoji") from None
         self.advance = self.font.getlength("😀")
         self.ascent, descent = self.font.getmetrics()
         self.side = max(math.ceil(self.advance), self.ascent + descent)  # with a margin: all glyphs are narrower
@@ -233,17 +242,17 @@ class Font:
         self.unknown = {self._draw(text).tobytes() for text in ("\U0010fffd", "🇿🇿")}  # no character, and no country
         face = self("😀")
         if face is None or face.convert("HSV").getextrema()[1] == (0, 0):
-            raise UserError(f"the font {path} has no 😀 in colour: accepted is Noto Color Emoji")
+            raise UserError(f"--font {path} has no 😀 in colour: must be Noto Color Emoji")
 
     def __call__(self, text: str) -> Image.Image | None:
-        """Draw `text`, or return None if it has no single glyph, or one that shows only its first character."""
+        """Return an emoji's image, or None if it has no single glyph, or one that shows only its first character."""
         if "\n" in text or self.font.getlength(text) != self.advance:
             return None
         image = self._draw(text)
-        seen = image.tobytes()
-        if seen in self.unknown or image.getextrema() == ((255, 255),) * 3:
+        pixels = image.tobytes()
+        if pixels in self.unknown or image.getextrema() == ((255, 255),) * 3:
             return None
-        return None if len(text) > 1 and seen == self._draw(text[0]).tobytes() else image
+        return None if len(text) > 1 and pixels == self._draw(text[0]).tobytes() else image
 
     def _draw(self, text: str) -> Image.Image:
         image = Image.new("RGB", (self.side, self.side), "white")
@@ -254,7 +263,7 @@ class Font:
 
 @dataclass
 class Rendered:
-    """An image as in its file, with the first emoji that looks so and the captions of all that do."""
+    """An image's file, the first emoji that is rendered as this image, and the captions of all such emoji."""
 
     text: str
     png: bytes
@@ -266,17 +275,17 @@ class Rendered:
 
 
 def render_all(named: Iterable[Named], render: Render, side: int) -> list[Rendered]:
-    """Render the usable emoji that `render` has, in order, reduced to `side`; equal-looking ones are one image."""
+    """Render the usable emoji that `render` supports, in order, downsized to `side`; equal images are merged."""
     found: dict[bytes, Rendered] = {}
     for text, captions in named:
-        if not is_usable(text) or (whole := render(text)) is None:
+        if not is_usable(text) or (image := render(text)) is None:
             continue
-        looks = hashlib.sha256(whole.tobytes()).digest()
-        if looks not in found:
+        digest = hashlib.sha256(image.tobytes()).digest()
+        if digest not in found:
             file = io.BytesIO()
-            whole.resize((side, side), Image.Resampling.LANCZOS).save(file, "PNG")
-            found[looks] = Rendered(text, file.getvalue())
-        found[looks].captions[:] = _distinct([*found[looks].captions, *captions])
+            image.resize((side, side), Image.Resampling.LANCZOS).save(file, "PNG")
+            found[digest] = Rendered(text, file.getvalue())
+        found[digest].captions[:] = _distinct([*found[digest].captions, *captions])
     return list(found.values())
 
 
@@ -294,33 +303,33 @@ class Written(NamedTuple):
 def write_emoji(out: Path, named: list[Named], render: Render, side: int, test_fraction: float, seed: int) -> Written:
     """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl (`text` is a list), with the images.
 
-    Raises UserError for a number out of range, for an `out` that isn't empty, and if there is too little to render. The
-    dataset appears completely or not at all; the same arguments write the same bytes.
+    Raises UserError for a number out of range, for an `out` that isn't empty, and if fewer than two emoji can be
+    rendered. The dataset appears completely or not at all; the same arguments write the same bytes.
     """
-    for what, value, least, most in (
+    for option, value, least, most in (
         ("size", side, SMALLEST_SIDE, LARGEST_SIDE),
         ("test-fraction", test_fraction, 0.001, 0.5),
         ("seed", seed, 0, 2**64 - 1),
     ):
         if not least <= value <= most:
-            raise UserError(f"{what} {value} is out of range: accepted is {least} to {most}")
+            raise UserError(f"--{option} {value}: must be from {least} to {most}")
     out = Path(os.path.realpath(out))  # a link is followed, because a folder can't replace it
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder: choose another --out, or remove it")
+        raise UserError(f"--out {out}: must be a new or empty folder; choose another, or remove it")
     images = render_all(tqdm(named, unit=" names", disable=None), render, side)
-    tests = held_out((image.text for image in images), test_fraction, seed)
+    test_bases = held_out((image.text for image in images), test_fraction, seed)
     parts = {
-        "train": [image for image in images if base(image.text) not in tests],
-        "test": [image for image in images if base(image.text) in tests],
+        "train": [image for image in images if base(image.text) not in test_bases],
+        "test": [image for image in images if base(image.text) in test_bases],
     }
     if not parts["train"]:
         raise UserError(
-            f"of {len(named):,} emoji named the font has {len(images)}: at least two are needed, "
-            "one to train with and one that is no variant of it to test with"
+            f"the font has only {len(images)} of the {len(named):,} named emoji: at least two that aren't variants of "
+            "each other are needed, one for training and one for testing"
         )
-    with new_folder(out) as whole:
+    with new_folder(out) as folder:
         for split, part in parts.items():
-            _write_split(whole / split, part)
+            _write_split(folder / split, part)
     return Written(len(parts["train"]), len(parts["test"]), sum(len(image.captions) for image in images))
 
 

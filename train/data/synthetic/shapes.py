@@ -1,9 +1,9 @@
-"""The Shapes set: one or two plain objects on a plain background, each image with an exact caption.
+"""The Shapes dataset: one or two plain objects on a plain background, each image with an exact caption.
 
-A scene is words only; `render` adds the geometry (position and size jitter, in fractions of the side) from a generator,
-so the same scene and generator give the same image at every size. Every example is a pure function of (seed, split,
-index): NumPy's Philox keyed by (seed, purpose), with the index as its counter. Some (colour, shape) pairs, `HELD_OUT`,
-never occur in training, so prompts with them test composition rather than memory.
+A scene contains only words; `render` adds the geometry (position and size jitter, in fractions of the side) from a
+generator, so the same scene and generator give the same image at every size. Every example is a pure function of (seed,
+split, index): NumPy's Philox keyed by (seed, purpose), with the index as its counter. Some (colour, shape) pairs,
+`HELD_OUT`, never occur in training, so prompts with them test composition and not memory.
 """
 
 import itertools
@@ -61,9 +61,9 @@ HELD_OUT: frozenset[tuple[Colour, Shape]] = frozenset(
     }
 )
 
-SIZE_JITTER = 0.03  # a diameter varies by this much either way
+SIZE_JITTER = 0.03  # largest relative change of a diameter
 MARGIN, GAP = 1 / 32, 2 / 32  # between an object and the border, and between two objects
-SLANT = 0.5  # displacement across a relation's axis is at most this share of that along it
+SLANT = 0.5  # largest displacement across a relation's axis, as a share of that along it
 SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
 FILES_PER_FOLDER = 1000
 _PURPOSES: dict[Split | Literal["prompts"], int] = {"train": 0x5AE0, "test": 0x5AE1, "prompts": 0x5AE2}
@@ -80,7 +80,7 @@ class Object:
     def __post_init__(self) -> None:
         for value, allowed in ((self.shape, SHAPES), (self.colour, COLOURS), (self.size, DIAMETERS)):
             if value not in allowed:
-                raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+                raise ValueError(f"{value!r} must be one of {', '.join(allowed)}")
 
     def __str__(self) -> str:
         return f"a {self.size} {self.colour} {self.shape}"
@@ -88,7 +88,7 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One object on a background, or two, where the first stands in `relation` to the second."""
+    """One or two objects on a background. With two, `relation` is the relation of the first to the second."""
 
     objects: tuple[Object, ...]
     relation: Relation | None
@@ -97,13 +97,13 @@ class Scene:
     def __post_init__(self) -> None:
         if len(self.objects) != (1 if self.relation is None else 2):
             raise ValueError(
-                f"{len(self.objects)} objects with relation {self.relation!r}: accepted are one object "
-                "with relation None, or two with a relation"
+                f"{len(self.objects)} objects with relation {self.relation!r}: must be one object with relation None, "
+                "or two with a relation"
             )
         if self.relation not in (None, *RELATIONS):
-            raise ValueError(f"relation {self.relation!r} is none of {', '.join(RELATIONS)}")
+            raise ValueError(f"relation {self.relation!r} must be one of {', '.join(RELATIONS)}")
         if self.background not in BACKGROUNDS:
-            raise ValueError(f"background {self.background!r} is none of {', '.join(BACKGROUNDS)}")
+            raise ValueError(f"background {self.background!r} must be one of {', '.join(BACKGROUNDS)}")
 
     @property
     def caption(self) -> str:
@@ -114,7 +114,7 @@ class Scene:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Scene":
-        """Return the scene of `to_dict`'s fields. Raises ValueError that names what is wrong with `fields`."""
+        """Return the scene with the fields of `to_dict`. Raises ValueError for invalid fields."""
         try:
             things = tuple(Object(**thing) for thing in fields["objects"])
             return cls(things, fields["relation"], fields["background"])
@@ -131,7 +131,7 @@ def parse_caption(text: str) -> Scene:
     match = _CAPTION.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"not a caption of the Shapes set: {text!r}; accepted is, say, "
+            f"{text!r} is not a caption of the Shapes dataset; an example of one is "
             "'a small blue star above a large yellow square on a black background'"
         )
     words: tuple[Any, ...] = match.groups()
@@ -147,7 +147,7 @@ def is_unseen(scene: Scene) -> bool:
 
 @cache
 def all_scenes(count: int, unseen: bool) -> tuple[Scene, ...]:
-    """Return every scene of `count` (1 or 2) objects, without repeats, with a held-out pair or without."""
+    """Return all scenes of `count` (1 or 2) objects, either those with a held-out pair or those without."""
     things = [Object(*words) for words in itertools.product(SHAPES, COLOURS, DIAMETERS)]
     relations = RELATIONS if count == 2 else (None,)
     parts = itertools.product(itertools.permutations(things, count), relations, BACKGROUNDS)
@@ -155,16 +155,16 @@ def all_scenes(count: int, unseen: bool) -> tuple[Scene, ...]:
 
 
 def random_scene(rng: Generator, *, unseen: bool) -> Scene:
-    """Return a random scene of one object (a third of the time) or of two, uniform given their number."""
+    """Return a random scene: with probability 1/3 any scene of one object, else any scene of two, uniformly."""
     pool = all_scenes(1 if rng.integers(3) == 0 else 2, unseen)
     return pool[rng.integers(len(pool))]
 
 
 def prompts(kind: Kind, count: int, seed: int) -> list[Scene]:
-    """Return `count` scenes to ask for: every third of one object, the others of two. None repeats before all are used.
+    """Return `count` scenes for prompts: every third has one object, the others have two.
 
-    Both kinds have the same mix, so that their scores are comparable. There are 192 seen and 48 unseen scenes of one
-    object.
+    No scene is repeated before all are used. Both kinds have the same mix, so that their scores are comparable. There
+    are 192 seen and 48 unseen scenes of one object.
     """
     rng = generator(seed, "prompts", 0)
     pools = [all_scenes(1, kind == "unseen"), all_scenes(2, kind == "unseen")]
@@ -173,12 +173,12 @@ def prompts(kind: Kind, count: int, seed: int) -> list[Scene]:
 
 
 def generator(seed: int, purpose: Split | Literal["prompts"], index: int) -> Generator:
-    """Return the generator of one example; `seed` is at least 0 and below 2^64."""
+    """Return the generator of one example. seed: 0 … 2^64 − 1."""
     return Generator(Philox(key=[seed, _PURPOSES[purpose]], counter=[0, 0, index, 0]))
 
 
 def example(seed: int, split: Split, index: int) -> tuple[Scene, Generator]:
-    """Return scene `index` of a split, and the generator with which `render` paints it. Odd test scenes are unseen."""
+    """Return scene `index` of a split, and the generator for rendering it. Test scenes of odd index are unseen."""
     rng = generator(seed, split, index)
     return random_scene(rng, unseen=split == "test" and index % 2 == 1), rng
 
@@ -192,13 +192,13 @@ class Placed(NamedTuple):
 
 
 def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
-    """Place the objects of a scene: inside the image, apart, and in their relation."""
+    """Place the objects of a scene inside the image, apart from each other, and in their relation."""
     radii = [DIAMETERS[thing.size] / 2 * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER) for thing in scene.objects]
     if scene.relation is None:
         room = MARGIN + radii[0]
         centre = rng.uniform(room, 1 - room, size=2)
         return (Placed(centre[0], centre[1], radii[0]),)
-    swapped = scene.relation in ("below", "right of")  # then the second object comes first along the axis
+    swapped = scene.relation in ("below", "right of")  # the second object comes first along the axis
     first, second = radii[::-1] if swapped else radii
     # Along the axis: border, first, gap, second, border; the remaining length is split randomly between the spaces.
     spaces = np.array([MARGIN, GAP, MARGIN])
@@ -214,7 +214,7 @@ def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
 
 
 def outline(shape: Shape, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return the signed distance to the outline of a shape of radius 1 round the origin (y downwards), negative inside.
+    """Return the signed distance to the outline of a shape of radius 1 at the origin (y downwards), negative inside.
 
     It is exact near straight edges, and a lower bound near corners.
     """
@@ -242,7 +242,7 @@ def outline(shape: Shape, x: NDArray[np.floating], y: NDArray[np.floating]) -> N
 
 
 class Box(NamedTuple):
-    """A window of an image, in whole pixels; right and bottom are outside."""
+    """A rectangle in an image, in whole pixels; right and bottom are exclusive."""
 
     left: int
     top: int
@@ -263,7 +263,7 @@ def coverage(shape: Shape, placed: Placed, box: Box, samples: int = 4) -> NDArra
 
 
 def render(scene: Scene, side: int, rng: Generator) -> NDArray[np.uint8]:
-    """Paint a scene, (side, side, 3), with its geometry drawn from `rng`."""
+    """Render a scene, (side, side, 3), with random geometry from `rng`."""
     image = np.empty((side, side, 3))
     image[:] = BACKGROUNDS[scene.background]
     for thing, placed in zip(scene.objects, place(scene, rng), strict=True):
@@ -278,16 +278,16 @@ def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool
     """Write the dataset as an imagefolder: out/{train,test}/metadata.jsonl with the images, and out/shapes.json.
 
     Returns True if written, False if `out` already is this exact dataset. Raises UserError for a number out of range,
-    and if `out` holds anything else. The dataset appears completely or not at all.
+    and if `out` contains anything else. The dataset appears completely or not at all.
     """
-    for name, value, least, most in (
+    for option, value, least, most in (
         ("size", side, SMALLEST_SIDE, LARGEST_SIDE),
         ("train", train, 0, 10**8),
         ("test", test, 0, 10**8),
         ("seed", seed, 0, 2**64 - 1),
     ):
         if not least <= value <= most:
-            raise UserError(f"{name} {value} is out of range: accepted is {least} to {most}")
+            raise UserError(f"--{option} {value}: must be from {least} to {most}")
     about = {
         "kind": "shapes",
         "version": 1,
@@ -298,29 +298,34 @@ def write_shapes(out: Path, side: int, train: int, test: int, seed: int) -> bool
         "palette": {name: list(rgb) for name, rgb in (COLOURS | BACKGROUNDS).items()},
         "held_out": sorted(map(list, HELD_OUT)),
     }
-    if _holds(out, about):
+    if _is_written(out, about):
         return False
-    with new_folder(out) as whole, tqdm(total=train + test, unit=" images", disable=None) as bar:
+    with new_folder(out) as folder, tqdm(total=train + test, unit=" images", disable=None) as bar:
         counts: dict[Split, int] = {"train": train, "test": test}
         for split, count in counts.items():
             if count:
-                _write_split(whole / split, split, side, count, seed, bar)
-        (whole / "shapes.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                _write_split(folder / split, split, side, count, seed, bar)
+        (folder / "shapes.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return True
 
 
-def _holds(out: Path, about: Mapping[str, Any]) -> bool:
+def _is_written(out: Path, about: Mapping[str, Any]) -> bool:
     """Return whether `out` is the described dataset; False if it is missing or empty. Raises UserError for others."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
         found = json.loads((out / "shapes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{out} exists and is not a Shapes set: choose another --out, or remove it") from None
+        raise UserError(
+            f"--out {out}: the folder exists and is not a Shapes dataset; choose another, or remove it"
+        ) from None
     if found == about:
         return True
     differing = [name for name in about if not isinstance(found, dict) or found.get(name) != about[name]]
-    raise UserError(f"{out} is a Shapes set with another {', '.join(differing)}: choose another --out, or remove it")
+    raise UserError(
+        f"--out {out}: the folder contains a Shapes dataset that differs in {', '.join(differing)}; "
+        "choose another, or remove it"
+    )
 
 
 def _write_split(folder: Path, split: Split, side: int, count: int, seed: int, bar: tqdm) -> None:

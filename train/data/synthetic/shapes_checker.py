@@ -1,7 +1,7 @@
-"""Checker of the Shapes set: it reads an image back into words without any learning, and scores it.
+"""Checker of the Shapes dataset: it describes an image in words with fixed rules, without learning, and scores it.
 
-The renderer is known, so reading an image inverts it: near the line from the background's colour to an object's
-colour, a pixel's place along the line is how much of it the object covers. The covered area and its centroid give each
+The rules invert the known renderer. A pixel near the line from the background's colour to an object's colour is partly
+covered by the object, and its position along the line is the covered share. The covered area and its centroid give each
 shape's radius and centre in closed form, and the best-fitting mask of the renderer gives the shape's name.
 """
 
@@ -32,10 +32,10 @@ from train.data.synthetic.shapes import (
 
 LARGEST_READ = 64  # a larger image is first averaged down to this side
 SMALLEST_AREA = 0.012  # share of the image; the smallest object covers 0.026
-LARGEST_MISFIT = 0.25  # an object with a misfit above this share of its area has no shape
-BLURS = (0, 0.5 / 32, 1 / 32)  # of the side: possible softness of an image, as an autoencoder leaves it
-ODD_SIZE = 0.05  # a shape that has neither size must fit better by this much
-VISIBLE = 45  # a difference in colour, in levels: well above noise, well below the least in the palette (89)
+LARGEST_MISFIT = 0.25  # share of an object's area; with a larger misfit, its shape is unknown
+BLURS = (0, 0.5 / 32, 1 / 32)  # shares of the side: tried widths of the blur that an autoencoder causes
+NO_SIZE_PENALTY = 0.05  # added to the misfit of a shape that has neither size
+VISIBLE = 45  # smallest visible colour difference, in levels; well above noise, well below the palette's smallest (89)
 ATTRIBUTES = ("colour", "shape", "size")
 _SQUARE = np.ones((3, 3), dtype=bool)
 _PALETTE = COLOURS | BACKGROUNDS
@@ -45,7 +45,7 @@ _RGB = np.array(list(_PALETTE.values()), dtype=np.float32)  # (names, 3), object
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """An object read from an image. A colour may be a background's; None is a shape or size that fits none.
+    """An object found in an image. The colour may be a background's; shape and size are None if none fits.
 
     x, y (centroid, y downwards) and diameter are in fractions of the side; misfit is the absolute difference to the
     shape's mask, as a share of its area.
@@ -62,16 +62,16 @@ class FoundObject:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Content of an image. The background may have an object's colour, which no prompt asks for."""
+    """Content of an image. The background may have an object's colour, although no prompt requests this."""
 
     background: str
     objects: tuple[FoundObject, ...]
 
 
 def read_scene(image: NDArray[np.uint8]) -> Reading:
-    """Read a square image, (side, side, 3) uint8 with side at least 32. Raises ValueError for any other."""
+    """Read a square image, (side, side, 3) uint8 with side at least 32. Raises ValueError for other shapes or types."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-        raise ValueError(f"image of {image.dtype} {image.shape}: accepted is uint8 (side, side, 3)")
+        raise ValueError(f"image of type {image.dtype} and shape {image.shape}: must be uint8 (side, side, 3)")
     if len(image) > LARGEST_READ:
         image = np.asarray(Image.fromarray(image).resize((LARGEST_READ, LARGEST_READ), Image.Resampling.BOX))
     pixels = image.astype(np.float32)
@@ -86,23 +86,25 @@ def read_scene(image: NDArray[np.uint8]) -> Reading:
 
 
 def _nearest(pixels: NDArray[np.floating]) -> NDArray[np.intp]:
-    """Return the place in the palette of each pixel's nearest colour. (..., 3) → (...)"""
+    """Return the index of each pixel's nearest colour in the palette, (..., 3) → (...)."""
     return np.square(pixels[..., None, :] - _RGB).sum(-1).argmin(-1)
 
 
 def _segment(offset: NDArray[np.floating], rays: NDArray[np.floating]) -> list[NDArray[np.bool_]]:
-    """Return one mask per object, from differences to the background: pixels' (h, w, 3), colours' (colours, 3)."""
+    """Return one mask per object.
+
+    offset: (h, w, 3), pixels minus the background. rays: (colours, 3), object colours minus the background."""
     along = np.clip(offset @ (rays / np.maximum(np.square(rays).sum(-1, keepdims=True), 1)).T, 0, 1)  # (h, w, colours)
     residual = np.square(offset[..., None, :] - along[..., None] * rays).sum(-1)
     residual[..., np.square(rays).sum(-1) < VISIBLE**2] = np.inf  # the background itself has this colour
     colour = residual.argmin(-1)
     solid = np.take_along_axis(along, colour[..., None], -1)[..., 0] >= 0.5
-    # Pixels that have no object's colour but aren't background either, away from the soft edges of objects.
+    # Pixels with neither an object's colour nor the background's, away from the soft edges of objects.
     solid |= (np.square(offset).sum(-1) > VISIBLE**2) & ~ndimage.binary_dilation(solid, _SQUARE, iterations=2)
     least = SMALLEST_AREA * solid.size
     masks = []
     for part in _parts(solid, least):
-        # Colours that fill an area here; a mixed edge may resemble a third colour, but has no interior.
+        # Colours that fill an area; a mixed edge may resemble a third colour, but has no interior.
         bulk = [k for k in np.unique(colour[part]) if _is_bulk(part & (colour == k), least)]
         if len(bulk) < 2:
             masks.append(part)
@@ -152,16 +154,16 @@ def _identify(
     for blur in BLURS:
         soft = ndimage.gaussian_filter(templates, (0, blur * side, blur * side)) if blur else templates
         misfits = np.abs(cover - soft).sum((1, 2)) / area
-        fits += [(m + ODD_SIZE * (sizes[k] is None), float(m), k) for k, m in enumerate(misfits)]
+        fits += [(m + NO_SIZE_PENALTY * (sizes[k] is None), float(m), k) for k, m in enumerate(misfits)]
     _, misfit, k = min(fits)
     shape, size = (SHAPES[k], sizes[k]) if misfit <= LARGEST_MISFIT else (None, None)
     return FoundObject(shape, colour, size, x / side, y / side, 2 * radii[k] / side, misfit)
 
 
 def _size(diameter: float) -> Size | None:
-    """Return the size nearest to a diameter (a share of the side), or None if both are too far.
+    """Return the size nearest to a diameter (a share of the side), or None if both are too far away.
 
-    A ratio of up to half a step between the sizes is accepted.
+    The largest accepted ratio between diameter and size is the square root of large / small.
     """
     half = (DIAMETERS["large"] / DIAMETERS["small"]) ** 0.5
     return next((name for name, middle in DIAMETERS.items() if middle / half <= diameter < middle * half), None)
@@ -187,7 +189,7 @@ def score(reading: Reading, scene: Scene) -> dict[str, Any]:
 
     background: bool; colour, shape, size: a bool for each object of the scene; relation: bool, or None for a scene of
     one object; all: bool, true if all of these are right and there is no other object. Objects are matched so that the
-    fewest attributes differ and, among equal matches, so that the relation holds. A missing object has nothing right.
+    fewest attributes differ and, among equal matches, so that the relation is right. A missing object is all wrong.
     """
     misses = np.array(
         [
@@ -197,7 +199,7 @@ def score(reading: Reading, scene: Scene) -> dict[str, Any]:
         dtype=float,
     ).reshape(len(scene.objects), len(reading.objects))
     if scene.relation is not None:
-        # Weighs less than any attribute; smallest if the first object lies farthest in its direction.
+        # Weighs less than any attribute; smallest if the first object is farthest in its direction.
         right, down = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}[scene.relation]
         misses += [[side * 0.1 * (right * f.x + down * f.y) for f in reading.objects] for side in (-1, 1)]
     pairs = dict(zip(*linear_sum_assignment(misses), strict=True))
@@ -221,14 +223,14 @@ def score(reading: Reading, scene: Scene) -> dict[str, Any]:
 def score_images(
     images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], scenes: Sequence[Scene]
 ) -> dict[str, float | None]:
-    """Return the shares that are right in images (n, side, side, 3) painted for scenes.
+    """Return the shares that are right in images (n, side, side, 3) generated for scenes.
 
-    The keys are "background", "colour", "shape", "size", "relation" and "all". Shares are over images, but for
-    colour, shape and size over the scenes' objects, and for relation over the scenes of two objects. A share is None if
-    there is nothing to count. Raises ValueError if the numbers differ.
+    The keys are "background", "colour", "shape", "size", "relation" and "all". The shares of colour, shape and size are
+    over the scenes' objects, that of relation is over the scenes of two objects, and the others are over images. A
+    share is None if there is nothing to count. Raises ValueError if the numbers of images and scenes differ.
     """
     if len(images) != len(scenes):
-        raise ValueError(f"{len(images)} images for {len(scenes)} scenes: accepted is one a scene")
+        raise ValueError(f"{len(images)} images for {len(scenes)} scenes: must be one image per scene")
     scores = [score(read_scene(image), scene) for image, scene in zip(images, scenes, strict=True)]
     shares: dict[str, float | None] = {}
     for name in ("background", *ATTRIBUTES, "relation", "all"):
