@@ -25,7 +25,7 @@ from train.commands.main import command
 from train.config.load import overlay
 from train.data.order.permutation import index_at
 from train.data.sources.catalogue import MOST_HELD_OUT, Columns
-from train.data.sources.tar_index import RECORD, Segment, Writer, checksum, look
+from train.data.sources.tar_index import RECORD, Segment, Writer, checksum, stat_parts
 from train.data.sources.tars import find_tars, index_folder
 
 SIZE = 40_000  # bytes per image
@@ -67,14 +67,14 @@ def write(folder: Path, tars: int, rows: int) -> None:
     records["length"] = length
     started = [checksum(int(r["line"]), int(r["image"]), b"") for r in records]
     with Writer(index) as writer:
-        for part in tqdm(look(paths), "writing"):
+        for part in tqdm(stat_parts(paths), "writing"):
             lines[:, places] = np.tile(digits(part.path, rows), 2)
             data = lines.tobytes()
             at = range(0, len(data), length)
             records["crc"] = [zlib.crc32(data[a : a + length], crc) for a, crc in zip(at, started, strict=True)]
             writer.rows.write(records.tobytes())
             writer.lines.write(data)
-            writer.seal(Segment(part, rows, len(data), 0, []))
+            writer.finish_part(Segment(part, rows, len(data), 0, []))
         writer.commit([(k / tars / rows, k) for k in range(MOST_HELD_OUT + 1)])
 
 

@@ -22,13 +22,13 @@ from train.data.sources.catalogue import Catalogue, Row
 from train.data.sources.splits import Source
 from train.data.store.shards import Processes
 
-QUIET = Processes(say=lambda _: None)
+QUIET = Processes(print=lambda _: None)
 
 
 class Made(Catalogue):
     """Images of given shapes, each of one colour; one of no size can't be read."""
 
-    place = "memory"
+    location = "memory"
 
     def __init__(self, shapes) -> None:
         self.shapes = list(shapes)
@@ -72,7 +72,7 @@ def test_rectangles_have_the_area_of_the_square(resolution, step, ratio):
 
 
 def test_a_square_that_is_no_multiple_is_refused():
-    with pytest.raises(UserError, match=r"input.resolution 100 isn't a multiple of input.buckets 64"):
+    with pytest.raises(UserError, match=r"--input.resolution 100: must be a multiple of --input.buckets 64"):
         bucket_sizes(100, 64, 2.0)
 
 
@@ -101,9 +101,9 @@ def test_a_batch_has_one_shape_and_an_epoch_every_image():
         epochs.append(found)
         np.testing.assert_array_equal(buckets.at(at[17:40]), found.ravel()[17:40])  # from any position on
     assert not (epochs[0] == epochs[1]).all()
-    first = [[buckets.of[b[0]] for b in epoch] for epoch in epochs]
+    first = [[buckets.bucket_of[b[0]] for b in epoch] for epoch in epochs]
     assert first[0] != first[1]  # buckets come in another order
-    assert f"in an epoch of {batches} batches, {buckets.repeats} places are filled by repeats" in str(buckets)
+    assert f"an epoch has {batches} batches, in which {buckets.repeats} images are repeats" in str(buckets)
 
 
 def test_every_order_of_a_bucket_is_equally_likely():
@@ -209,14 +209,14 @@ def test_a_bucket_of_damaged_images_alone_is_an_error_in_words(tmp_path):
         CachedDataset(latents, text, 5),
         ImageDataset(source, Framing(resolution=32), 5, buckets=buckets),
     ):
-        with pytest.raises(RunError, match="found no readable image"):
+        with pytest.raises(RunError, match="no readable image found"):
             list(loader(dataset, start_step=0, steps=3, batch_size=6))
 
 
 def test_a_damaged_image_is_replaced_from_its_own_bucket(tmp_path):
     shapes = shapes_of(60)
     source, buckets = Source(Made(shapes)), buckets_of(shapes)
-    broken = [k for k in range(60) if k % 5 == 0 and len(buckets.members[buckets.of[k]]) > 1]
+    broken = [k for k in range(60) if k % 5 == 0 and len(buckets.members[buckets.bucket_of[k]]) > 1]
     for k in broken:
         source.catalogue.shapes[k] = (0, 0)
     dataset, seen = ImageDataset(source, Framing(resolution=32), 5, buckets=buckets), 0
@@ -224,6 +224,6 @@ def test_a_damaged_image_is_replaced_from_its_own_bucket(tmp_path):
         wanted = buckets.at(batch.position.numpy())
         for k, index in zip(wanted, batch.index.tolist(), strict=True):
             assert index not in broken
-            assert buckets.of[index] == buckets.of[k]
+            assert buckets.bucket_of[index] == buckets.bucket_of[k]
             seen += k in broken
     assert seen > 10

@@ -31,7 +31,7 @@ from train.data.batches.latent_cache import LatentCache, stored_place
 from train.data.batches.loading import loader
 from train.data.batches.records import Record
 from train.data.batches.text_cache import TextCache
-from train.data.batches.unreadable import Damage
+from train.data.batches.unreadable import UnreadableCounter
 from train.data.images.crop import Framing
 from train.data.images.decode import load_image, to_tensor
 from train.data.order.permutation import index_at, substitute
@@ -101,7 +101,7 @@ def never(*_):
 
 
 def latents_of(tmp_path, source, encode, digest="one", said=None, **options):
-    processes = options.pop("processes", Processes(say=(said if said is not None else []).append))
+    processes = options.pop("processes", Processes(print=(said if said is not None else []).append))
     return LatentCache.open(
         tmp_path / "cache",
         source,
@@ -117,7 +117,7 @@ def latents_of(tmp_path, source, encode, digest="one", said=None, **options):
 
 
 def text_of(tmp_path, source, encode, **options):
-    processes = options.pop("processes", Processes(say=lambda _: None))
+    processes = options.pop("processes", Processes(print=lambda _: None))
     return TextCache.open(
         tmp_path / "cache", source, encode, digest="text", shape=TEXT, batch_size=4, processes=processes, **options
     )
@@ -326,12 +326,12 @@ def test_a_damaged_image_has_its_substitute_and_is_listed_once(tmp_path):
     report = tmp_path / "run" / "damaged.jsonl"
     images = both_kinds(tmp_path / "again", bad)[0]
     for workers in (0, 2):
-        damage = Damage(report, most=0.2, say=said.append)
-        for parts in loader(images, start_step=0, steps=15, batch_size=8, workers=workers, damage=damage):
+        damage = UnreadableCounter(report, limit=0.2, print=said.append)
+        for parts in loader(images, start_step=0, steps=15, batch_size=8, workers=workers, counter=damage):
             assert len(parts) == 1
         tried = sum(int(i) in bad for i in index_at(np.arange(120), 30, 5))
-        assert tried <= damage.bad <= 2 * tried
-        assert damage.seen == 120 + damage.bad
+        assert tried <= damage.unreadable <= 2 * tried
+        assert damage.images == 120 + damage.unreadable
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert sorted(line["file"] for line in lines) == ["003.png", "004.png", "011.png"]
     assert all("truncated" in line["reason"] or "broken" in line["reason"] for line in lines)
@@ -340,30 +340,30 @@ def test_a_damaged_image_has_its_substitute_and_is_listed_once(tmp_path):
 
 def test_too_many_damaged_images_stop_the_run_and_a_few_do_not(tmp_path):
     dataset = ImageDataset(source_of(tmp_path, bad=tuple(range(10))), PLAIN, 0)
-    damage = Damage(tmp_path / "damaged.jsonl", most=0.1, say=lambda _: None)
-    with pytest.raises(RunError, match=r"of .* images can't be read, more than the share of 0.1"):
-        list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
-    assert 19 < damage.bad <= 19 + 8  # not before a tenth of a hundred, and what chance may add
-    damage = Damage(tmp_path / "damaged.jsonl", most=0.5, say=lambda _: None)
-    list(loader(dataset, start_step=0, steps=50, batch_size=8, damage=damage))
-    assert 90 < damage.bad < 300
+    damage = UnreadableCounter(tmp_path / "damaged.jsonl", limit=0.1, print=lambda _: None)
+    with pytest.raises(RunError, match=r"of .* images can't be read, but --input.max-damaged 0.1"):
+        list(loader(dataset, start_step=0, steps=50, batch_size=8, counter=damage))
+    assert 19 < damage.unreadable <= 19 + 8  # not before a tenth of a hundred, and what chance may add
+    damage = UnreadableCounter(tmp_path / "damaged.jsonl", limit=0.5, print=lambda _: None)
+    list(loader(dataset, start_step=0, steps=50, batch_size=8, counter=damage))
+    assert 90 < damage.unreadable < 300
 
 
 def test_the_share_is_exact_of_all_and_beyond_chance_of_some(tmp_path):
     def bad(count):
         return [(f"{k}.png", "x") for k in range(count)]
 
-    Damage(tmp_path / "one.jsonl", most=0.1, say=lambda _: None).note(45, bad(5), whole=True)
+    UnreadableCounter(tmp_path / "one.jsonl", limit=0.1, print=lambda _: None).count(45, bad(5), complete=True)
     with pytest.raises(RunError, match=r"^6 of 50 images"):
-        Damage(tmp_path / "two.jsonl", most=0.1, say=lambda _: None).note(44, bad(6), whole=True)
+        UnreadableCounter(tmp_path / "two.jsonl", limit=0.1, print=lambda _: None).count(44, bad(6), complete=True)
     rng, stopped = np.random.default_rng(0), 0
     for run in range(100):
-        damage = Damage(tmp_path / f"{run}.jsonl", most=0.1, say=lambda _: None)
-        damage.list(bad(16))  # so that the report is written once
+        damage = UnreadableCounter(tmp_path / f"{run}.jsonl", limit=0.1, print=lambda _: None)
+        damage.add_to_report(bad(16))  # so that the report is written once
         try:
             for _ in range(200):
                 count = rng.binomial(16, 0.08)
-                damage.note(16 - count, bad(count))
+                damage.count(16 - count, bad(count))
         except RunError:
             stopped += 1
     assert stopped <= 2
@@ -372,10 +372,10 @@ def test_the_share_is_exact_of_all_and_beyond_chance_of_some(tmp_path):
 def test_a_report_cut_short_is_continued(tmp_path):
     report = tmp_path / "damaged.jsonl"
     report.write_text('{"file": "a.png", "reason": "x"}\n{"file": "b.p')
-    damage = Damage(report, say=lambda _: None)
-    damage.note(8, [("a.png", "x"), ("b.png", "y")])
-    damage.note(8, [("c.png", "z"), ("b.png", "y")])
-    Damage(report, say=lambda _: None).note(8, [("b.png", "y"), ("c.png", "z")])
+    damage = UnreadableCounter(report, print=lambda _: None)
+    damage.count(8, [("a.png", "x"), ("b.png", "y")])
+    damage.count(8, [("c.png", "z"), ("b.png", "y")])
+    UnreadableCounter(report, print=lambda _: None).count(8, [("b.png", "y"), ("c.png", "z")])
     lines = report.read_text().splitlines()
     assert [json.loads(line)["file"] for line in lines if line.endswith("}")] == ["a.png", "b.png", "c.png"]
     assert len(lines) == 4
@@ -385,8 +385,8 @@ def test_missing_files_are_reported(tmp_path):
     folder = folder_of(tmp_path)
     with open(folder / "train" / "metadata.jsonl", "a") as file:
         file.write(json.dumps({"file_name": "gone.png", "text": "t"}) + "\n")
-    damage = Damage(tmp_path / "damaged.jsonl", say=lambda _: None)
-    damage.list(open_source(folder, "train").left_out)
+    damage = UnreadableCounter(tmp_path / "damaged.jsonl", print=lambda _: None)
+    damage.add_to_report(open_source(folder, "train").left_out)
     assert json.loads((tmp_path / "damaged.jsonl").read_text())["file"] == "gone.png"
 
 
@@ -394,12 +394,12 @@ def test_nothing_but_damage_is_an_error_in_words(tmp_path):
     source = source_of(tmp_path, 4, bad=(0, 1, 2, 3))
     with pytest.raises(RunError, match="no readable image"):
         ImageDataset(source, PLAIN, 0).__getitems__([0])
-    with pytest.raises(RunError, match=r"none of the images .* can be read"):
+    with pytest.raises(RunError, match=r"none of the images in .* can be read"):
         latents_of(tmp_path, source, Encoder())
     listed = []
     source = source_of(tmp_path / "again", 30, bad=(2, 9))
     for encode in (Encoder(), never):
-        latents_of(tmp_path, source, encode, note=lambda *reported: listed.append(reported))
+        latents_of(tmp_path, source, encode, count=lambda *reported: listed.append(reported))
         count, names = listed.pop()
         assert count == 28
         assert [name for name, _ in names] == ["002.png", "009.png"]
@@ -425,7 +425,7 @@ def expected_of(source) -> torch.Tensor:
 def test_a_complete_cache_needs_no_encoder(tmp_path):
     source, said = source_of(tmp_path), []
     first, text = latents_of(tmp_path, source, Encoder(), said=said), text_of(tmp_path, source, TextEncoder())
-    assert ": 30 rows to make, 0.0 MiB, about " in said[0]
+    assert ": 30 rows to compute, 0.0 MiB, about " in said[0]
     again, text_again = latents_of(tmp_path, source, never, said=said), text_of(tmp_path, source, never)
     assert len(said) == 1
     rows = np.arange(30)
@@ -476,8 +476,8 @@ def test_a_damaged_shard_is_made_anew_and_the_others_kept(tmp_path, where):
     encode = Encoder()
     latents = latents_of(tmp_path, source, encode, said=said)
     assert encode.rows == 8
-    assert ": 8 rows to make, 0.0 MiB" in said[-1]
-    assert ("shards that aren't as they were written: 1;" in said[0]) == (where not in ("records gone", "json gone"))
+    assert ": 8 rows to compute, 0.0 MiB" in said[-1]
+    assert ("damaged shards: 1;" in said[0]) == (where not in ("records gone", "json gone"))
     assert torch.equal(latents.gather(np.arange(30)), expected)
     assert latents.damaged.nonzero()[0].tolist() == [9]
     assert others.items() <= stamps(tmp_path).items()
@@ -529,7 +529,7 @@ def test_added_touched_and_copied_images_are_taken_over(tmp_path):
     before = stamps(tmp_path)
     latents = latents_of(tmp_path, source, encode, said=said)
     assert encode.rows == 1
-    assert ": 1 rows to make, 0.0 MiB" in said[0]
+    assert ": 1 rows to compute, 0.0 MiB" in said[0]
     assert before.items() <= stamps(tmp_path).items()
     assert len(stamps(tmp_path)) == len(before) + 3
     images = torch.stack([shown(source, i) for i in range(31) if i != 10])
@@ -602,7 +602,7 @@ def test_sets_that_look_alike_have_their_own_latents(tmp_path):
 class Tars(Catalogue):
     """Images that are numbered anew every three, all of one size and time."""
 
-    place = "tars"
+    location = "tars"
 
     def __init__(self, count: int = 9) -> None:
         self.count = count
@@ -641,15 +641,15 @@ def test_images_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, int
         assert torch.equal(latents.gather(np.arange(9)), expected_of(source))
     some = source.only_where(np.arange(9) < 3)  # each has a name of its own now
     assert torch.equal(latents_of(tmp_path, some, never).gather(np.arange(3)), expected_of(some))
-    shapes, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(say=lambda _: None))
-    again, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(say=never))
+    shapes, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(print=lambda _: None))
+    again, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(print=never))
     assert shapes[:, 1].tolist() == again[:, 1].tolist() == list(range(SIDE, SIDE + 9))
 
 
 def test_a_key_of_two_contents_is_not_trusted(tmp_path):
     """Two runs at once may leave this state, if an image was replaced between them."""
     one, two = twins(tmp_path)
-    two.catalogue.place = one.place
+    two.catalogue.location = one.location
     for source, cache in ((one, tmp_path), (two, tmp_path / "other")):
         latents_of(cache, source, Encoder())
     shutil.copytree(tmp_path / "other" / "cache", tmp_path / "cache", dirs_exist_ok=True)
@@ -664,10 +664,10 @@ def test_the_time_is_told_before_it_is_spent(tmp_path):
             return super().__call__(pixels)
 
     said, source, encode = [], source_of(tmp_path), Slow()
-    processes = Processes(say=lambda line: said.append((line, encode.rows, shard_files(tmp_path))))
+    processes = Processes(print=lambda line: said.append((line, encode.rows, shard_files(tmp_path))))
     latents_of(tmp_path, source, encode, processes=processes)
     [(line, made, written)] = said
-    assert ": 30 rows to make, 0.0 MiB, about " in line
+    assert ": 30 rows to compute, 0.0 MiB, about " in line
     assert 2 <= int(line.split()[-2]) <= 5  # 22 rows in batches of three, or less
     assert made == 8  # of the first shard
     assert not written
@@ -705,7 +705,7 @@ def test_a_batch_is_as_large_as_memory_allows(tmp_path):
             framing=framing,
             channels=2,
             factor=min(side, 256),
-            processes=Processes(say=lambda _: None),
+            processes=Processes(print=lambda _: None),
         )
         assert max(seen) == most
 
@@ -755,7 +755,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     encode, said = Encoder(), []
     latents = latents_of(tmp_path, source, encode, said=said)
     assert encode.rows == 30 - 16
-    assert ": 14 rows to make" in said[0]
+    assert ": 14 rows to compute" in said[0]
     images = torch.stack([shown(source, i) for i in range(30)])
     assert torch.equal(latents.gather(np.arange(30))[:, 0], Encoder()(images)[0])
 
@@ -828,7 +828,7 @@ def together(world, folder, source):
     def work(rank):
         torch.set_num_threads(1)  # a forked process has none of its parent's threads
         encode = Encoder()
-        processes = Processes(rank=rank, world=world, barrier=barrier.wait, say=lambda _: None)
+        processes = Processes(rank=rank, world=world, barrier=barrier.wait, print=lambda _: None)
         try:
             latents = latents_of(folder(rank), source, encode, processes=processes)
             queue.put((encode.rows, latents.gather(np.arange(len(source))).numpy(), latents.damaged))
@@ -849,11 +849,13 @@ def together(world, folder, source):
 def test_processes_without_a_shared_folder_are_refused(tmp_path):
     """Whatever they see in theirs, none goes on with rows that aren't right."""
     source = source_of(tmp_path)
-    with pytest.raises(RunError, match=r"lacks 15 of 30 rows: the processes of a run must share the folder"):
-        latents_of(tmp_path, source, Encoder(), processes=Processes(rank=1, world=2, say=lambda _: None))
+    with pytest.raises(
+        RunError, match=r"15 of 30 rows are missing after the build: all processes of a run must share this folder"
+    ):
+        latents_of(tmp_path, source, Encoder(), processes=Processes(rank=1, world=2, print=lambda _: None))
     results = together(2, lambda rank: tmp_path / f"own-{rank}", source)
     assert all(isinstance(result, RunError) for result in results)
-    assert all("must share the folder" in str(result) for result in results)
+    assert all("must share this folder" in str(result) for result in results)
 
 
 def test_a_folder_seen_differently_is_an_error_and_not_wrong_rows(tmp_path, monkeypatch):
@@ -885,14 +887,14 @@ def test_workers_decode_the_same_latents(tmp_path):
 
 def test_an_encoder_that_gives_something_else_is_refused(tmp_path):
     source = source_of(tmp_path)
-    with pytest.raises(RunError, match=r"gave \(2, 1, 4, 4\) where \(2, 2, 4, 4\) was expected"):
+    with pytest.raises(RunError, match=r"returned the shape \(2, 1, 4, 4\), but \(2, 2, 4, 4\) was expected"):
         latents_of(tmp_path, source, lambda x: tuple(y[:, :1] for y in Encoder()(x)))
     for value, dtype in ((float("nan"), "float32"), (1e30, "float16")):
-        with pytest.raises(RunError, match=f"not finite in {dtype}, in the batch that begins with 000.png"):
+        with pytest.raises(RunError, match=f"finite in {dtype}, in the batch that starts with 000.png"):
             latents_of(
                 tmp_path, source, lambda x, value=value: (torch.full((len(x), *LATENT), value),) * 2, dtype=dtype
             )
-    with pytest.raises(RunError, match=r"gave .* where"):
+    with pytest.raises(RunError, match=r"returned the shape .*, but"):
         text_of(tmp_path, source, lambda captions: torch.zeros(len(captions), 2, 2))
 
 
@@ -935,7 +937,7 @@ def test_a_shard_cut_short_in_use_is_an_error_in_words(tmp_path, workers):
     dataset = cached(tmp_path, source_of(tmp_path))
     for path in shard_files(tmp_path):
         os.truncate(path, path.stat().st_size - 4)
-    with pytest.raises(RunError, match=r"^\S*npy was cut short while in use: run the same command again$"):
+    with pytest.raises(RunError, match=r"^\S*npy was truncated while in use: run the same command again$"):
         list(loader(dataset, start_step=0, steps=5, batch_size=8, workers=workers))
     for path in shard_files(tmp_path):
         path.unlink()

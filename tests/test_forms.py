@@ -24,7 +24,7 @@ from train.data.batches.draws import LatentNoise, Noising
 from train.data.batches.images import ImageDataset, Inputs
 from train.data.batches.loading import loader
 from train.data.batches.records import Record
-from train.data.batches.unreadable import Damage
+from train.data.batches.unreadable import UnreadableCounter
 from train.data.images.crop import Framing
 from train.engine.open_data import open_inputs
 
@@ -220,10 +220,10 @@ def test_a_thousand_odd_images_among_a_thousand_good_ones(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for source in (inputs.source, inputs.held_out):
-            damage = Damage(report, most=1.0, say=lambda _: None)
+            damage = UnreadableCounter(report, limit=1.0, print=lambda _: None)
             dataset = ImageDataset(source, Framing(resolution=16), 0)
             steps = -(-len(source) // 8)
-            for (batch,) in loader(dataset, start_step=0, steps=steps, batch_size=8, damage=damage):
+            for (batch,) in loader(dataset, start_step=0, steps=steps, batch_size=8, counter=damage):
                 seen |= {source[k].name for k in batch.index.tolist()}
     listed = [json.loads(line)["file"] for line in report.read_text().splitlines()]
     assert len(set(listed)) == len(listed)
@@ -238,10 +238,10 @@ def test_a_thousand_odd_images_among_a_thousand_good_ones(tmp_path):
 
 
 def test_flags_that_do_not_fit_are_refused_in_words(forms, tmp_path):
-    with pytest.raises(UserError, match=r"is no folder, no .parquet or .tar file"):
+    with pytest.raises(UserError, match=r"must be an existing folder, .parquet or .tar file"):
         open_inputs(str(tmp_path / "nowhere"), CONFIG)
-    with pytest.raises(UserError, match="no split 'dev' for validation: there is"):
-        open_inputs(str(Path(forms["jsonl"].source.place).parent), DataConfig(validation_split="dev"))
+    with pytest.raises(UserError, match="'dev': there is no such split"):
+        open_inputs(str(Path(forms["jsonl"].source.location).parent), DataConfig(validation_split="dev"))
     with pytest.raises(ValueError, match=r"must contain \{\}"):
         DataConfig(caption_template="a photo")
     with pytest.raises(ValueError, match="only random crops can be cached several times"):

@@ -31,7 +31,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from train.config.data import DataConfig
 from train.config.ldm import DiffusionConfig, UnetConfig
 from train.data.batches.cached import CachedDataset, Originals
-from train.data.batches.draws import PLAIN, LatentNoise
+from train.data.batches.draws import DEFAULT_NOISING, LatentNoise
 from train.data.batches.images import ImageDataset
 from train.data.batches.latent_cache import LatentCache
 from train.data.batches.loading import loader
@@ -164,7 +164,7 @@ def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Pat
     source = open_source(wide, "train")
     framing = Framing(resolution=32)
     for dataset in (
-        ImageDataset(source, framing, 3, draws=LatentNoise(PLAIN, 4, 2, masks=True)),
+        ImageDataset(source, framing, 3, draws=LatentNoise(DEFAULT_NOISING, 4, 2, masks=True)),
         cached_images(source, framing, tmp_path),
     ):
         (whole,) = next(iter(loader(dataset, start_step=5, steps=6, batch_size=8)))

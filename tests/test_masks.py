@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from train.data.images.masks import BOXES, WHOLE, draw_masks
+from train.data.images.masks import BOX_SHARE, FULL_SHARE, draw_masks
 
 SIZE = (48, 32)  # width, height
 
@@ -25,8 +25,8 @@ def test_masks_are_of_all_kinds_and_none_is_empty():
     rows, columns = masks.any(2).sum(1), masks.any(1).sum(1)
     box = (rows * columns == masks.sum((1, 2))) & ~whole
     error = 3 * (0.25 / 3000) ** 0.5
-    assert abs(whole.mean() - WHOLE) < error
-    assert BOXES - error < box.mean() < BOXES + 0.05  # a short thick stroke can be a box
+    assert abs(whole.mean() - FULL_SHARE) < error
+    assert BOX_SHARE - error < box.mean() < BOX_SHARE + 0.05  # a short thick stroke can be a box
     assert 0.02 < cover[~whole & ~box].mean() < 0.5
     assert (cover[~whole & ~box] < 0.02).any()  # thin strokes are among them
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import RunError, UserError
-from train.data.sources.catalogue import Columns, Row, lowest
+from train.data.sources.catalogue import Columns, Row, lowest_hashes
 from train.data.sources.streams import Example, Stream, is_stream
 from train.data.sources.tars import find_tars
 
@@ -68,11 +68,11 @@ def names(taken) -> list[str]:
 
 @pytest.mark.parametrize("buffer", [1, 7, 1000])
 def test_every_epoch_has_each_example_once_but_the_held_out(shards, buffer):
-    stream = Stream(shards, CAPTIONED, held_out=0.2, buffer=buffer)
+    stream = Stream(shards, CAPTIONED, fraction=0.2, buffer_size=buffer)
     held = {row.name for row in stream.held_out}
     n = 60 - len(held)
     assert len(stream.training) == n
-    assert held == {f"{k:04d}.png" for _, k in lowest(map(row_of, range(60)))[: len(held)]}
+    assert held == {f"{k:04d}.png" for _, k in lowest_hashes(map(row_of, range(60)))[: len(held)]}
     assert 1 < len(held) < 30
     taken = take(stream, 3 * n)
     expected = sorted(example(k) for k in range(60) if f"{k:04d}.png" not in held)
@@ -92,10 +92,10 @@ def row_of(k: int) -> Row:
 @pytest.mark.parametrize("buffer", [1, 7, 1000])
 def test_any_start_continues_exactly(shards, buffer):
     """Examples and stand-ins, in another process's stream, over the ends of epochs."""
-    stream = Stream(shards, CAPTIONED, held_out=0.1, buffer=buffer)
+    stream = Stream(shards, CAPTIONED, fraction=0.1, buffer_size=buffer)
     whole = take(stream, 140, seed=5)
     for start in (0, 1, 6, 7, len(stream.training) - 1, len(stream.training), 100, 139):
-        again = Stream(shards, CAPTIONED, held_out=0.1, buffer=buffer)
+        again = Stream(shards, CAPTIONED, fraction=0.1, buffer_size=buffer)
         assert take(again, 140 - start, seed=5, start=start) == whole[start:]
 
 
@@ -103,7 +103,7 @@ def test_held_out_is_an_example_of_a_shard_not_a_name(tmp_path):
     """Shards that number their images from 0 each."""
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", range(900))
-    stream = Stream(f"file://{tmp_path}/{{0..2}}.tar", CAPTIONED, held_out=0.01, buffer=50)
+    stream = Stream(f"file://{tmp_path}/{{0..2}}.tar", CAPTIONED, fraction=0.01, buffer_size=50)
     counted = Counter(names(take(stream, 2700 - len(stream.held_out))))
     held = Counter(row.name for row in stream.held_out)
     assert counted + held == Counter({f"{k:04d}.png": 3 for k in range(900)})
@@ -113,7 +113,7 @@ def test_held_out_is_an_example_of_a_shard_not_a_name(tmp_path):
 @pytest.mark.parametrize("buffer", [10, 1000])
 def test_a_buffer_mixes_what_shards_keep_together(shards, buffer):
     """Shuffled well within the buffer's reach: of all pairs that follow one another in a shard, few still do."""
-    stream = Stream(shards, CAPTIONED, held_out=0.01, buffer=buffer)
+    stream = Stream(shards, CAPTIONED, fraction=0.01, buffer_size=buffer)
     order = [int(name[:4]) for name in names(take(stream, len(stream.training)))]
     assert sum(b == a + 1 for a, b in itertools.pairwise(order)) < 15
     firsts = {names(take(stream, 1, seed=seed))[0] for seed in range(60)}
@@ -121,7 +121,7 @@ def test_a_buffer_mixes_what_shards_keep_together(shards, buffer):
 
 
 def test_stand_ins_are_eight_others(shards):
-    stream = Stream(shards, CAPTIONED, held_out=0.1, buffer=20)
+    stream = Stream(shards, CAPTIONED, fraction=0.1, buffer_size=20)
     held = {row.name for row in stream.held_out}
     for position, (_, *others) in enumerate(take(stream, 130)):
         assert len(others) == (8 if position or len(stream.training) > 1 else 0)
@@ -132,7 +132,7 @@ def test_stand_ins_are_eight_others(shards):
 
 def test_one_example_to_train_on(tmp_path):
     write_tar(tmp_path / "a.tar", range(2))
-    stream = Stream(f"pipe:cat {tmp_path}/a.tar", CAPTIONED, held_out=0.9)
+    stream = Stream(f"pipe:cat {tmp_path}/a.tar", CAPTIONED, fraction=0.9)
     assert (len(stream.training), len(stream.held_out)) == (1, 1)
     taken = take(stream, 3)
     assert [len(t) for t in taken] == [1, 9, 9]
@@ -147,8 +147,8 @@ def test_the_head_is_what_the_same_tars_on_disk_begin_with(tmp_path, shards, mon
     splits = find_tars(str(tmp_path), CAPTIONED, ())
     assert splits is not None
     disk = splits[""]()
-    stream = Stream(shards, CAPTIONED, held_out=0.1)
-    held = [k for _, k in disk.lowest[: len(stream.held_out)]]
+    stream = Stream(shards, CAPTIONED, fraction=0.1)
+    held = [k for _, k in disk.lowest_hashes[: len(stream.held_out)]]
     for side, ks in ((stream.held_out, sorted(held)), (stream.training, [k for k in range(60) if k not in held])):
         assert [(r.name, r.size, r.captions) for r in side] == [(r.name, r.size, r.captions) for r in map(disk.row, ks)]
         assert [side.read(k) for k in range(len(side))] == [disk.read(k) for k in ks]
@@ -159,17 +159,17 @@ def test_only_the_head_is_read_for_it(tmp_path):
     log = tmp_path / "log"
     for k in range(3):
         write_tar(tmp_path / f"{k}.tar", range(2000 * k, 2000 * k + (2000 if k < 2 else 1)))
-    stream = Stream(f"pipe:f={tmp_path}/{{0..2}}.tar; echo $f >> {log}; cat $f", CAPTIONED, held_out=0.05)
+    stream = Stream(f"pipe:f={tmp_path}/{{0..2}}.tar; echo $f >> {log}; cat $f", CAPTIONED, fraction=0.05)
     assert len(stream.training) + len(stream.held_out) == 2048
     assert [Path(line).name for line in log.read_text().split()] == ["0.tar", "1.tar"]
     assert len(stream.training) == len(list(stream.training))
 
 
 def test_fingerprints_are_of_addresses_and_columns(shards):
-    first = Stream(shards, CAPTIONED, held_out=0.1).fingerprint
-    assert first == Stream(shards, CAPTIONED, held_out=0.1).fingerprint
-    assert first != Stream(shards, Columns(caption="alt"), held_out=0.1).fingerprint
-    assert first != Stream(shards.replace("4", "3"), CAPTIONED, held_out=0.1).fingerprint
+    first = Stream(shards, CAPTIONED, fraction=0.1).fingerprint
+    assert first == Stream(shards, CAPTIONED, fraction=0.1).fingerprint
+    assert first != Stream(shards, Columns(caption="alt"), fraction=0.1).fingerprint
+    assert first != Stream(shards.replace("4", "3"), CAPTIONED, fraction=0.1).fingerprint
 
 
 # -- what carries it --------------------------------------------------------------------------------------------------
@@ -182,17 +182,17 @@ def test_what_is_a_stream(tmp_path):
     for data in ("data/a.tar", "owner/name", "", str(tmp_path), "a{0..1}.tar", "owner/name:config", "C:\\data"):
         assert not is_stream(data), data
     for data in ("-", str(tmp_path / "fifo"), "/dev/null"):
-        with pytest.raises(UserError, match="write 'pipe:COMMAND'"):
-            Stream(data, CAPTIONED, held_out=0.1)
+        with pytest.raises(UserError, match="give --data 'pipe:COMMAND'"):
+            Stream(data, CAPTIONED, fraction=0.1)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, bytes])
 def test_compressed(tmp_path, pack):
     plain = write_tar(tmp_path / "a.tar", range(30)).read_bytes()
     (tmp_path / "packed").write_bytes(pack(plain))
-    expected = take(Stream(f"pipe:cat {tmp_path}/a.tar", CAPTIONED, held_out=0.1), 70)
+    expected = take(Stream(f"pipe:cat {tmp_path}/a.tar", CAPTIONED, fraction=0.1), 70)
     for data in (f"pipe:cat {tmp_path}/packed", f"file://{tmp_path}/packed"):
-        assert take(Stream(data, CAPTIONED, held_out=0.1), 70) == expected
+        assert take(Stream(data, CAPTIONED, fraction=0.1), 70) == expected
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -222,14 +222,14 @@ def server(tmp_path):
 
 
 def test_over_http(tmp_path, shards, server):
-    there = Stream(f"{server}/{{0..4}}.tar", CAPTIONED, held_out=0.1, buffer=10)
-    assert take(there, 130) == take(Stream(shards, CAPTIONED, held_out=0.1, buffer=10), 130)
+    there = Stream(f"{server}/{{0..4}}.tar", CAPTIONED, fraction=0.1, buffer_size=10)
+    assert take(there, 130) == take(Stream(shards, CAPTIONED, fraction=0.1, buffer_size=10), 130)
     with pytest.raises(RunError, match=r"none\.tar can't be opened: HTTP Error 404"):
-        take(Stream(f"{server}/none.tar", CAPTIONED, held_out=0.1), 1)
-    with pytest.raises(RunError, match=r"cut/3\.tar broke off after [\d,]+ of [\d,]+ bytes"):
-        take(Stream(f"{server}/cut/3.tar", CAPTIONED, held_out=0.1), 100)
+        take(Stream(f"{server}/none.tar", CAPTIONED, fraction=0.1), 1)
+    with pytest.raises(RunError, match=r"cut/3\.tar ended after [\d,]+ of [\d,]+ bytes"):
+        take(Stream(f"{server}/cut/3.tar", CAPTIONED, fraction=0.1), 100)
     with pytest.raises(RunError, match=r"can't be opened: .*refused"):
-        take(Stream("http://127.0.0.1:9/a.tar", CAPTIONED, held_out=0.1), 1)
+        take(Stream("http://127.0.0.1:9/a.tar", CAPTIONED, fraction=0.1), 1)
 
 
 def test_other_protocols():
@@ -243,34 +243,34 @@ def test_other_protocols():
             tar.addfile(info, io.BytesIO(content(k)))
     with fsspec.open("memory://stream/a.tar", "wb") as there:
         there.write(file.getvalue())
-    stream = Stream("memory://stream/a.tar", Columns(captioned=False), held_out=0.1)
+    stream = Stream("memory://stream/a.tar", Columns(captioned=False), fraction=0.1)
     assert sorted(names(take(stream, 3))) == sorted(row.name for row in stream.training)
     with pytest.raises(UserError, match=r"nonsense://a can't be opened: .*nonsense"):
-        take(Stream("nonsense://a", CAPTIONED, held_out=0.1), 1)
+        take(Stream("nonsense://a", CAPTIONED, fraction=0.1), 1)
     with pytest.raises(RunError, match="can't be opened"):
-        take(Stream("memory://stream/none.tar", CAPTIONED, held_out=0.1), 1)
+        take(Stream("memory://stream/none.tar", CAPTIONED, fraction=0.1), 1)
 
 
 def test_commands_that_fail(tmp_path):
     path = write_tar(tmp_path / "a.tar", range(20))
     for command, reported in {
-        f"cat {path}; echo why not >&2; exit 3": "ended with status 3: why not",
-        f"head -c 10240 {path}; exit 4": "ended with status 4: no error message",
-        "exit 5": "ended with status 5",
-        "no-such-command": "ended with status 127",
-        f"cat {path}; kill -9 $$": "ended with status -9",
+        f"cat {path}; echo why not >&2; exit 3": "failed with status 3: why not",
+        f"head -c 10240 {path}; exit 4": "failed with status 4: no error message",
+        "exit 5": "failed with status 5",
+        "no-such-command": "failed with status 127",
+        f"cat {path}; kill -9 $$": "failed with status -9",
     }.items():
         with pytest.raises(RunError, match=reported):
-            take(Stream(f"pipe:{command}", CAPTIONED, held_out=0.1), 100)
+            take(Stream(f"pipe:{command}", CAPTIONED, fraction=0.1), 100)
     for command in ("echo hello", "true", "yes"):
-        with pytest.raises(UserError, match="gives no tar"):
-            take(Stream(f"pipe:{command}", CAPTIONED, held_out=0.1), 1)
+        with pytest.raises(UserError, match="is not a tar"):
+            take(Stream(f"pipe:{command}", CAPTIONED, fraction=0.1), 1)
 
 
 def test_a_command_that_isnt_read_to_its_end_is_stopped(tmp_path):
     path = write_tar(tmp_path / "a.tar", range(3000))
     command = f"pipe:echo $$ >> {tmp_path}/pids; sleep 1000 & cat {path}; wait"
-    stream = Stream(command, CAPTIONED, held_out=0.1)
+    stream = Stream(command, CAPTIONED, fraction=0.1)
     started = time.perf_counter()
     take(stream, 3)
     assert time.perf_counter() - started < 10
@@ -298,14 +298,14 @@ def test_damage_is_passed_over_and_told(tmp_path):
         link = tarfile.TarInfo("evil.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    stream = Stream(f"pipe:cat {tmp_path}/{{0..2}}.tar", CAPTIONED, held_out=0.01)
+    stream = Stream(f"pipe:cat {tmp_path}/{{0..2}}.tar", CAPTIONED, fraction=0.01)
     n = len(stream.training)
     assert n + len(stream.held_out) == 24
     first, second = names(take(stream, n)), names(take(stream, 2 * n))[n:]
     assert sorted(first) == sorted(second)
     (one, why), (two, because) = stream.left_out
     assert "1.tar" in one
-    assert "cut short after 4 images" in why
+    assert "truncated after 4 images" in why
     assert two.endswith("2.tar: evil")
     assert "is a link" in because
 
@@ -315,14 +315,14 @@ def test_nothing_to_train_on(tmp_path):
     write_tar(tmp_path / "one.tar", [1])
     write_tar(tmp_path / "bare.tar", range(5), captioned=False)
     for name, error, reported in (
-        ("none", RunError, "gave no image"),
+        ("none", RunError, "contains no usable image"),
         ("one", UserError, "has one image"),
         ("bare", UserError, "none of the first 5 images has a caption"),
     ):
         with pytest.raises(error, match=reported):
-            take(Stream(f"pipe:cat {tmp_path}/{name}.tar", CAPTIONED, held_out=0.1), 1)
-    assert take(Stream(f"pipe:cat {tmp_path}/bare.tar", Columns(captioned=False), held_out=0.1), 9)
+            take(Stream(f"pipe:cat {tmp_path}/{name}.tar", CAPTIONED, fraction=0.1), 1)
+    assert take(Stream(f"pipe:cat {tmp_path}/bare.tar", Columns(captioned=False), fraction=0.1), 9)
     write_tar(tmp_path / "some.tar", range(5))
     once = f"pipe:cat {tmp_path}/some.tar; cp {tmp_path}/none.tar {tmp_path}/some.tar"
-    with pytest.raises(RunError, match="gave no image to train on in a whole epoch"):
-        take(Stream(once, CAPTIONED, held_out=0.1), 1)
+    with pytest.raises(RunError, match="a full epoch contained no image to train on"):
+        take(Stream(once, CAPTIONED, fraction=0.1), 1)

@@ -74,7 +74,7 @@ def contact_sheet(images: Images) -> Image.Image:
     count = min(_SHOWN, len(images.readable))
     shown = [int(images.readable[k * len(images.readable) // count]) for k in range(count)]
     loaded = (framing.load(chosen.read(k), chosen.name(k)) for k in shown)
-    pixels = torch.stack([framing.cut(image, framing.square, (0.5, 0.5), False) for image in loaded])
+    pixels = torch.stack([framing.apply(image, framing.square, (0.5, 0.5), False) for image in loaded])
     return sheet(in_rows(list(to_uint8(pixels)), _COLUMNS), [chosen.row(k).captions[0] for k in shown])
 
 

@@ -12,7 +12,7 @@ from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_a
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Images of one object, or of two in a relation, with exact captions (docs: the Shapes set)."""
+    """Images of one object, or of two in a relation, with exact captions (docs: the Shapes dataset)."""
 
     out: str = "data/shapes"
     """Output folder; a folder that holds exactly this dataset is kept, any other content is rejected."""

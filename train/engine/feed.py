@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from train.config.run import RunConfig
 from train.data.batches.images import StreamDataset
 from train.data.batches.loading import Batch, loader
-from train.data.batches.unreadable import Damage
+from train.data.batches.unreadable import UnreadableCounter
 from train.data.store.prefetch import Batched
 
 
@@ -21,7 +21,7 @@ class Feed:
     accelerator: Accelerator
 
     def batches(
-        self, dataset: Batched[Batch] | StreamDataset[Any], start: int, damage: Damage | None = None
+        self, dataset: Batched[Batch] | StreamDataset[Any], start: int, counter: UnreadableCounter | None = None
     ) -> Iterator[list[Batch]]:
         """Yield this process's parts of each step's batch, from step `start` on."""
         config, accelerator = self.config, self.accelerator
@@ -35,7 +35,7 @@ class Feed:
             accumulation=config.accumulation,
             workers=config.workers,
             pin_memory=accelerator.device.type == "cuda",
-            damage=damage,
+            counter=counter,
         )
         for parts in batches:
             yield [part.to(accelerator.device) for part in parts]

@@ -26,7 +26,7 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     """
     columns = config.columns(captioned)
     if is_stream(data):
-        stream = Stream(data, columns, held_out=config.validation_fraction, buffer=config.stream_buffer)
+        stream = Stream(data, columns, fraction=config.validation_fraction, buffer_size=config.stream_buffer)
         return Inputs(Source(stream.training), Source(stream.held_out, "test"), stream)
     splits = find_splits(data, columns, (config.train_split, config.validation_split))
     names: dict[str, Any] = {"name": config.validation_split, "train": config.train_split}
@@ -73,14 +73,14 @@ def select_by_size(source: Source, run: AnyRun) -> tuple[Source, NDArray[np.int6
     """
     config = run.config.input
     shapes, unreadable = measure(source, run.cache, config.max_pixels, run.config.workers, run.processes)
-    run.damage.of(source.left_out).note(len(source) - len(unreadable), unreadable, whole=True)
+    run.damage.counter(source.left_out).count(len(source) - len(unreadable), unreadable, complete=True)
     kept = shapes.min(1) >= max(1, config.min_size)
     if not kept.any():
         raise UserError(
             f"--input.min-size {config.min_size}: none of the {len(source):,} images ({source.split}) is as large; "
             "give a smaller number"
             if config.min_size
-            else f"none of the images of {source.place} can be read, e.g. {': '.join(unreadable[0])}"
+            else f"none of the images in {source.location} can be read, e.g. {': '.join(unreadable[0])}"
         )
     if config.min_size:
         small = len(source) - int(kept.sum()) - len(unreadable)

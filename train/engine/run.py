@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from accelerate import Accelerator
 
 from train.config.run import RunConfig
-from train.data.batches.unreadable import DamageReport
+from train.data.batches.unreadable import UnreadableReport
 from train.data.store.shards import Processes
 from train.engine.console import Console
 from train.engine.feed import Feed
@@ -32,7 +32,7 @@ class Run(Generic[Config]):
     print: Console
     metrics: Metrics
     feed: Feed
-    damage: DamageReport
+    damage: UnreadableReport
     processes: Processes
 
     @property
@@ -62,7 +62,7 @@ def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         barrier=accelerator.wait_for_everyone,
-        say=console,
+        print=console,
     )
     with folder.locked() if main else nullcontext():
         if main:
@@ -70,7 +70,7 @@ def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]
             # A tracker whose package is missing should fail now, not at the first log.
             accelerator.init_trackers(folder.name)
         accelerator.wait_for_everyone()
-        damage = DamageReport(folder.damaged, config.input.max_damaged, console, main)
+        damage = UnreadableReport(folder.damaged, config.input.max_damaged, console, main)
         try:
             yield Run(
                 config, inputs, accelerator, folder, console, metrics, Feed(config, accelerator), damage, processes

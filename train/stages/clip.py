@@ -79,7 +79,7 @@ class ClipStage:
         )
 
     def batches(self, start: int) -> Iterator[list[ImageBatch]]:
-        return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
+        return self.run.feed.batches(self.training, start, self.run.damage.counter(self.inputs.source.left_out))
 
     def prepare(self, step: int, parts: list[ImageBatch]) -> list[ClipBatch]:
         return [self.with_tokens(part) for part in parts]

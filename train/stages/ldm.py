@@ -17,7 +17,7 @@ from ldm.networks.backbone import Backbone
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import uniform
 from train.config.ldm import LdmConfig
-from train.data.batches.draws import masking
+from train.data.batches.draws import draw_masking
 from train.data.batches.images import ImageDataset, Inputs, StreamDataset
 from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch
 from train.engine.device import open_accelerator
@@ -70,7 +70,7 @@ class LdmStage:
     def batches(self, start: int) -> Iterator[list[ImageBatch[DrawnNoise] | CachedBatch]]:
         read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
         return self.run.feed.batches(
-            self.training, start, self.run.damage.of(self.inputs.source.left_out) if read else None
+            self.training, start, self.run.damage.counter(self.inputs.source.left_out) if read else None
         )
 
     def prepare(self, step: int, parts: list[ImageBatch[DrawnNoise] | CachedBatch]) -> list[DiffusionBatch]:
@@ -129,7 +129,7 @@ class LdmStage:
         """Held-out images without what is under a mask, each beside what is generated there by its caption."""
         config, rows = self.config, list(islice(self.inputs.held_out, _SHEET // 2))
         framing = config.input.center_framing(config.input.resolution)
-        draws = partial(masking, shape=(1, 1, 1))
+        draws = partial(draw_masking, shape=(1, 1, 1))
         batch = ImageDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
             range(len(rows))
         )

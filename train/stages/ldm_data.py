@@ -5,7 +5,7 @@ from functools import partial
 from train.config.ldm import LdmConfig
 from train.data.batches.buckets import Buckets
 from train.data.batches.cached import CachedDataset, Originals
-from train.data.batches.draws import PLAIN, LatentNoise, Noising
+from train.data.batches.draws import DEFAULT_NOISING, LatentNoise, Noising
 from train.data.batches.images import ImageDataset, Inputs, StreamDataset
 from train.data.batches.latent_cache import LatentCache
 from train.data.batches.records import DrawnNoise
@@ -43,7 +43,7 @@ def open_examples(
     plain = config.input.center_framing(config.input.resolution)
     return (
         inputs.images(config.input.framing(), config.seed, draws(noising)),
-        ImageDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(PLAIN)),
+        ImageDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(DEFAULT_NOISING)),
     )
 
 
@@ -54,7 +54,7 @@ def cached(
     config, autoencoder, text_encoder = run.config, parts.autoencoder, parts.text_encoder
     training = source.split == "train"
     if not training:
-        noising, buckets = PLAIN, None
+        noising, buckets = DEFAULT_NOISING, None
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
     framing = config.input.framing() if training else config.input.center_framing(config.input.resolution)
     latents = LatentCache.open(
@@ -70,7 +70,7 @@ def cached(
         dtype=dtype,
         workers=config.workers,
         processes=run.processes,
-        note=partial(run.damage.of(source.left_out).note, whole=True),
+        count=partial(run.damage.counter(source.left_out).count, complete=True),
     )
     cut = CutCaptions(run.print, "--text-chunks")
     with cut.counted():

@@ -120,7 +120,7 @@ class VaeStage:
         return self.run.accelerator.reduce(x, "sum")
 
     def batches(self, start: int) -> Iterator[list[ImageBatch[Tensor]]]:
-        return self.run.feed.batches(self.training, start, self.run.damage.of(self.inputs.source.left_out))
+        return self.run.feed.batches(self.training, start, self.run.damage.counter(self.inputs.source.left_out))
 
     def adversarial_at(self, step: int) -> bool:
         """Return whether the discriminator takes part in this step."""

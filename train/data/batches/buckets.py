@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: rectangles of equal area for images of similar shape, so that crops lose little.
+"""Aspect-ratio buckets: rectangles of about equal area, so that crops remove little of an image.
 
-An image goes to the rectangle nearest in aspect ratio, and a batch holds one bucket's images (NovelAI 2022,
-"Improvements on Stable Diffusion"). This requires every image's size, which is read once and cached.
+Each image belongs to the rectangle nearest in aspect ratio, and a batch contains the images of one bucket (NovelAI
+2022, "Improvements on Stable Diffusion"). This requires every image's size, which is read once and cached.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,22 +19,20 @@ from train.data.order.permutation import permute, substitute
 from train.data.order.rng import Positions, Purpose, fork
 from train.data.sources.splits import Source
 from train.data.store.prefetch import read_ahead
-from train.data.store.row_index import Digests, digests, image_keys, repeated
-from train.data.store.shards import Made, Processes, open_shards
+from train.data.store.row_index import Digests, digests, duplicated, image_keys
+from train.data.store.shards import ComputedRows, Processes, open_shards
 
-_AT_ONCE = 256  # images whose sizes are read in one batch
+_BATCH_SIZE = 256  # images whose sizes are read in one batch
 
 
 def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
     """Return rectangles with sides that are multiples of `step`, each as large as resolution² allows.
 
-    The longer side is at most `ratio` × the shorter one. The square is included. Raises UserError if that is
-    impossible.
+    The longer side is at most `ratio` × the shorter one. The square is included. Raises UserError if the resolution
+    isn't a multiple of `step`.
     """
     if resolution % step:
-        raise UserError(
-            f"input.resolution {resolution} isn't a multiple of input.buckets {step}, the step of the sides"
-        )
+        raise UserError(f"--input.resolution {resolution}: must be a multiple of --input.buckets {step}")
     area, wide = resolution**2, []
     for height in range(step, resolution + 1, step):
         width = area // height // step * step
@@ -44,33 +42,37 @@ def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
 
 
 class Buckets:
-    """Each image's rectangle, and an `Order` whose batches each hold images of one rectangle.
+    """Rectangle of each image, and an `Order` whose batches each contain images of one rectangle.
 
-    An epoch holds every image at least once. A bucket's last batch is filled by starting the bucket again, so some of
-    its images appear twice. The images of a bucket smaller than a batch would repeat many times: move them to a
-    neighbour first (`assign`).
+    An epoch contains every image at least once. A bucket's last batch is filled with images from the start of the
+    bucket, which therefore appear twice. In a bucket smaller than a batch they would repeat more often, so merge such
+    buckets with a neighbour first (`assign`).
     """
 
     def __init__(
-        self, sizes: Sequence[Size], of: NDArray[np.int64], batch_size: int, seed: int, joined: int = 0
+        self, sizes: Sequence[Size], bucket_of: NDArray[np.int64], batch_size: int, seed: int, merged: int = 0
     ) -> None:
-        """of: (n,) index into `sizes` for each image. batch_size: over all processes. joined: number of sizes left out."""
-        self.sizes, self.of, self.batch_size, self.seed, self.joined = list(sizes), of, batch_size, seed, joined
-        counts = np.bincount(of, minlength=len(sizes))
-        self.members = np.split(np.argsort(of, kind="stable"), np.cumsum(counts)[:-1])
-        self.batches = -(-counts // batch_size)  # of each bucket, per epoch
+        """bucket_of: (n,) index in `sizes` per image. batch_size: of all processes. merged: count of merged sizes."""
+        self.sizes, self.bucket_of, self.batch_size, self.seed = list(sizes), bucket_of, batch_size, seed
+        self.merged = merged
+        counts = np.bincount(bucket_of, minlength=len(sizes))
+        self.members = np.split(np.argsort(bucket_of, kind="stable"), np.cumsum(counts)[:-1])
+        self.batches = -(-counts // batch_size)  # number of batches of each bucket in an epoch
         self.repeats = int((self.batches * batch_size - counts).sum())
 
     @classmethod
     def assigned(cls, shapes: NDArray[np.int64], sizes: Sequence[Size], batch_size: int, seed: int) -> Self:
-        """Give each image the nearest of the sizes that a batch of them share. shapes: width and height of each, (n, 2)."""
-        of = assign(shapes, sizes, least=batch_size)
-        joined = len(set(assign(shapes, sizes).tolist())) - len(set(of.tolist()))
-        return cls(sizes, of, batch_size, seed, joined)
+        """Assign each image to the nearest of the sizes that have at least a batch of images.
+
+        shapes: width and height of each image, (n, 2).
+        """
+        bucket_of = assign(shapes, sizes, least=batch_size)
+        merged = len(set(assign(shapes, sizes).tolist())) - len(set(bucket_of.tolist()))
+        return cls(sizes, bucket_of, batch_size, seed, merged)
 
     @cached_property
     def _first(self) -> NDArray[np.int64]:
-        """Number of each bucket's first batch."""
+        """Index of each bucket's first batch."""
         return np.cumsum(self.batches) - self.batches
 
     def at(self, positions: Positions) -> NDArray[np.int64]:
@@ -80,58 +82,58 @@ class Buckets:
             epoch, place = divmod(int(step), int(self.batches.sum()))
             batch = int(permute([place], int(self.batches.sum()), fork(self.seed, Purpose.BUCKET), epoch)[0])
             bucket = int(np.searchsorted(self._first, batch, side="right")) - 1
-            members, now = self.members[bucket], steps == step
-            places = ((batch - self._first[bucket]) * self.batch_size + slots[now]) % len(members)
-            indices[now] = members[permute(places, len(members), self.seed, epoch)]
+            members, in_step = self.members[bucket], steps == step
+            places = ((batch - self._first[bucket]) * self.batch_size + slots[in_step]) % len(members)
+            indices[in_step] = members[permute(places, len(members), self.seed, epoch)]
         return indices
 
     def substitute(self, position: int, attempt: int) -> int:
-        members = self.members[self.of[self.at([position])[0]]]
+        members = self.members[self.bucket_of[self.at([position])[0]]]
         return int(members[substitute(position, attempt, len(members), self.seed)])
 
     def size(self, index: int) -> Size:
-        return self.sizes[self.of[index]]
+        return self.sizes[self.bucket_of[index]]
 
     def __str__(self) -> str:
-        filled = sorted(
+        used = sorted(
             ((len(m), size) for m, size in zip(self.members, self.sizes, strict=True) if len(m)), reverse=True
         )
-        listed = ", ".join(f"{w}×{h}: {count:,}" for count, (w, h) in filled[:12]) + (", …" if len(filled) > 12 else "")
-        few = f"; {self.joined} shapes with less than a batch of images joined others" if self.joined else ""
+        listed = ", ".join(f"{w}×{h}: {count:,}" for count, (w, h) in used[:12]) + (", …" if len(used) > 12 else "")
+        merged = f"; {self.merged} shapes with fewer images than a batch were merged with others" if self.merged else ""
         return (
-            f"{len(filled)} bucket{'s' * (len(filled) > 1)} ({listed}); in an epoch of {int(self.batches.sum()):,} batches, "
-            f"{self.repeats:,} places are filled by repeats{few}"
+            f"{len(used)} bucket{'s' * (len(used) > 1)} ({listed}); an epoch has {int(self.batches.sum()):,} batches, "
+            f"in which {self.repeats:,} images are repeats{merged}"
         )
 
 
 def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> NDArray[np.int64]:
     """Return the nearest of the sizes, (n,), for each image's width and height, (n, 2).
 
-    The sizes must be in ascending order of width / height. Sizes with fewer than `least` images are dropped, the
-    emptiest first.
+    The sizes must be in ascending order of width / height. While a size has fewer than `least` images, the size with
+    the fewest is removed.
     """
     ratios = np.log([width / height for width, height in sizes])
-    mine = np.log(shapes[:, 0] / shapes[:, 1])
+    image_ratios = np.log(shapes[:, 0] / shapes[:, 1])
     kept = np.arange(len(sizes))
     while True:
         between = (ratios[kept][1:] + ratios[kept][:-1]) / 2
-        of = np.searchsorted(between, mine)
-        counts = np.bincount(of, minlength=len(kept))
+        nearest = np.searchsorted(between, image_ratios)
+        counts = np.bincount(nearest, minlength=len(kept))
         if len(kept) == 1 or counts.min() >= least:
-            return kept[of]
+            return kept[nearest]
         kept = np.delete(kept, counts.argmin())
 
 
 def measure(
     source: Source, folder: Path, max_pixels: int, workers: int, processes: Processes
 ) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
-    """Return each image's upright width and height, (n, 2), and the (name, reason) of each that can't be read.
+    """Return each image's width and height after EXIF rotation, (n, 2), and the (name, reason) of unreadable images.
 
-    The sizes are cached under `folder`. An image that can't be read has size 0.
+    The sizes are cached under `folder`. An unreadable image has width and height 0.
     """
     rows = _Shapes(source, max_pixels, workers)
-    how = {"max_pixels": max_pixels}
-    shards, bad = open_shards(folder, "sizes", how, rows, (2,), "float32", processes, _AT_ONCE)
+    depends_on = {"max_pixels": max_pixels}
+    shards, bad = open_shards(folder, "sizes", depends_on, rows, (2,), "float32", processes, _BATCH_SIZE)
     shapes = shards.gather(np.arange(len(source))).numpy().astype(np.int64)
     return shapes, [(source[k].name, reason) for k, reason in bad]
 
@@ -142,19 +144,19 @@ class _Shapes:
     def __init__(self, source: Source, max_pixels: int, workers: int) -> None:
         self.headers, self.workers = _Headers(source, max_pixels), workers
         self.keys = image_keys(source)
-        self.ambiguous = repeated(self.keys)
+        self.ambiguous = duplicated(self.keys)
 
     def weak_keys(self, rows: NDArray[np.int64]) -> Digests:
-        return self.keys[rows]  # reading a header is cheaper than comparing files
+        return self.keys[rows]  # no search by content: reading a header is cheaper than hashing the file
 
     def contents(self, rows: NDArray[np.int64]) -> Digests:
         return digests(map(str, self.headers.__getitems__(rows.tolist())))
 
-    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
+    def compute(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[ComputedRows]:
         for shapes in read_ahead(self.headers, (rows.tolist() for rows in batches), self.workers):
             values = np.array([(0, 0) if isinstance(shape, str) else shape for shape in shapes], np.float32)
             bad = [shape if isinstance(shape, str) else "" for shape in shapes]
-            yield Made(values, digests(map(str, shapes)), bad)
+            yield ComputedRows(values, digests(map(str, shapes)), bad)
 
 
 class _Headers:

@@ -18,8 +18,8 @@ Drawn_co = TypeVar("Drawn_co", covariant=True)
 class Draws(Protocol[Drawn_co]):
     """Source of random numbers that accompany images."""
 
-    def __call__(self, seed: int, at: NDArray[np.int64], size: Size, /) -> Drawn_co:
-        """Draw for positions (b,) and images of this size."""
+    def __call__(self, seed: int, positions: NDArray[np.int64], size: Size, /) -> Drawn_co:
+        """Return the random numbers for positions (b,) and images of this size."""
         ...
 
 
@@ -30,13 +30,13 @@ class PosteriorNoise(NamedTuple):
     factor: int
     """Side of an image divided by the side of its latent."""
 
-    def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> Tensor:
+    def __call__(self, seed: int, positions: NDArray[np.int64], size: Size) -> Tensor:
         shape = (self.channels, size[1] // self.factor, size[0] // self.factor)
-        return torch.from_numpy(normal(seed, Purpose.POSTERIOR, at, shape))
+        return torch.from_numpy(normal(seed, Purpose.POSTERIOR, positions, shape))
 
 
 class Noising(NamedTuple):
-    """Settings for the random numbers of diffusion training, the same for images and caches."""
+    """Settings of the random numbers of diffusion training, the same with and without caches."""
 
     dropout: float = 0.0
     """Share of examples whose condition is the null condition."""
@@ -47,43 +47,45 @@ class Noising(NamedTuple):
     shift an image's mean (Guttenberg 2023, "Diffusion with offset noise")."""
 
     def draw(
-        self, seed: int, at: NDArray[np.int64], shape: tuple[int, ...], masks: DrawnMasks | None = None
+        self, seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], masks: DrawnMasks | None = None
     ) -> DrawnNoise:
-        """Draw for latents of shape (c, h, w)."""
-        noise = normal(seed, Purpose.NOISE, at, shape)
+        """Return the random numbers for positions (b,) and latents of shape (c, h, w)."""
+        noise = normal(seed, Purpose.NOISE, positions, shape)
         if self.offset:
-            noise += self.offset * normal(seed, Purpose.OFFSET, at, (shape[0], 1, 1))
+            noise += self.offset * normal(seed, Purpose.OFFSET, positions, (shape[0], 1, 1))
         return DrawnNoise(
-            timestep=_below_one((at % self.strata + uniform(seed, Purpose.TIMESTEP, at)) / self.strata),
+            timestep=_below_one((positions % self.strata + uniform(seed, Purpose.TIMESTEP, positions)) / self.strata),
             noise=torch.from_numpy(noise),
-            posterior_noise=torch.from_numpy(normal(seed, Purpose.POSTERIOR, at, shape)),
-            dropped=torch.from_numpy(uniform(seed, Purpose.DROPOUT, at) < self.dropout),
+            posterior_noise=torch.from_numpy(normal(seed, Purpose.POSTERIOR, positions, shape)),
+            dropped=torch.from_numpy(uniform(seed, Purpose.DROPOUT, positions) < self.dropout),
             masks=masks,
         )
 
 
-PLAIN = Noising()
+DEFAULT_NOISING = Noising()
 
 
 class LatentNoise(NamedTuple):
-    """`Draws` of diffusion training on images that are encoded during training."""
+    """`Draws` for diffusion training on images that are encoded during training."""
 
     noising: Noising
     channels: int
     factor: int
     masks: bool = False
-    """Whether the images are to be inpainted."""
+    """Whether masks for inpainting are drawn."""
 
-    def __call__(self, seed: int, at: NDArray[np.int64], size: Size) -> DrawnNoise:
+    def __call__(self, seed: int, positions: NDArray[np.int64], size: Size) -> DrawnNoise:
         shape = (self.channels, size[1] // self.factor, size[0] // self.factor)
-        return self.noising.draw(seed, at, shape, masking(seed, at, size, shape) if self.masks else None)
+        masks = draw_masking(seed, positions, size, shape) if self.masks else None
+        return self.noising.draw(seed, positions, shape, masks)
 
 
-def masking(seed: int, at: NDArray[np.int64], size: Size, shape: tuple[int, ...]) -> DrawnMasks:
-    """Draw masks for images of this size, whose latents have shape (c, h, w)."""
-    return DrawnMasks(draw_masks(seed, at, size), torch.from_numpy(normal(seed, Purpose.MASKED, at, shape)))
+def draw_masking(seed: int, positions: NDArray[np.int64], size: Size, shape: tuple[int, ...]) -> DrawnMasks:
+    """Draw masks for images of this size, and noise for latents of shape (c, h, w)."""
+    noise = normal(seed, Purpose.MASKED, positions, shape)
+    return DrawnMasks(draw_masks(seed, positions, size), torch.from_numpy(noise))
 
 
 def _below_one(u: NDArray[np.float64]) -> Tensor:
-    """Convert to float32 in [0, 1): rounding must not give 1."""
+    """Convert numbers in [0, 1) to float32; those that would round to 1 become the largest float32 below 1."""
     return torch.from_numpy(np.minimum(u.astype(np.float32), np.float32(1 - 2**-24)))

@@ -30,14 +30,14 @@ from train.data.order.rng import Positions, Purpose, uniform, uniforms
 from train.data.sources.splits import Source
 from train.data.sources.streams import Example, Stream
 
-ATTEMPTS = 1000  # substitutes tried for one position before giving up
+ATTEMPTS = 1000  # largest number of substitutes tried for one position
 
 
 class ImageDataset(Generic[Drawn]):
     """Images and captions by position.
 
-    Images are squares or, with buckets, rectangles. With shuffle False, position p is example p mod n, for
-    evaluation. Raises RunError if no readable image is found.
+    Images are squares or, with buckets, rectangles. shuffle: False for evaluation, where position p is example p mod n.
+    Raises RunError if no readable image is found.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class ImageDataset(Generic[Drawn]):
         draws: Draws[Drawn] | None = None,
     ) -> None:
         self.source, self.buckets = source, buckets
-        self.framer = _Framer(framing, seed, draws)
+        self.builder = _BatchBuilder(framing, seed, draws)
         self.order: Order = buckets or (Shuffled if shuffle else InOrder)(len(source), seed)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, where: Positions, /) -> ImageBatch[Drawn]:
-        at = np.asarray(where, np.int64)
-        indices = self.order.at(at)
-        size = self.buckets.size(int(indices[0])) if self.buckets else self.framer.framing.square
-        candidates = [self._candidates(int(p), int(k)) for p, k in zip(at, indices, strict=True)]
-        return self.framer.batch(at, candidates, size, self.source.place)
+    def __getitems__(self, positions: Positions, /) -> ImageBatch[Drawn]:
+        positions = np.asarray(positions, np.int64)
+        indices = self.order.at(positions)
+        size = self.buckets.size(int(indices[0])) if self.buckets else self.builder.framing.square
+        candidates = [self._candidates(int(p), int(k)) for p, k in zip(positions, indices, strict=True)]
+        return self.builder.batch(positions, candidates, size, self.source.location)
 
     def _candidates(self, position: int, index: int) -> Iterator["_Candidate"]:
         """Yield the example of a position, then its substitutes."""
@@ -73,50 +73,51 @@ class ImageDataset(Generic[Drawn]):
 
 
 class StreamDataset(Generic[Drawn]):
-    """Images and captions of a stream, from any position on, but only forwards. An example's index is its position.
+    """Images and captions of a stream, in order from any start position. An example's index is its position.
 
-    Every process reads the whole stream and decodes its own share of it, in threads.
+    Every process reads the full stream and decodes its own share of it, in threads.
     """
 
     def __init__(self, stream: Stream, framing: Framing, seed: int, *, draws: Draws[Drawn] | None = None) -> None:
-        self.stream, self.seed, self.passed_on = stream, seed, 0
-        self.framer = _Framer(framing, seed, draws)
+        self.stream, self.seed, self.reported = stream, seed, 0
+        self.builder = _BatchBuilder(framing, seed, draws)
 
     def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[ImageBatch[Drawn]]:
-        """Yield a batch for each part. Positions must be consecutive within a part and from one part to the next."""
+        """Yield a batch for each part. The positions of a part must be consecutive, and later than the last part's."""
         examples: Iterator[tuple[Example, ...]] | None = None
-        begin, pending = 0, deque[Future[ImageBatch[Drawn]]]()
+        following, pending = 0, deque[Future[ImageBatch[Drawn]]]()
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for part in parts:
                 if examples is None:
-                    examples, begin = self.stream.examples(self.seed, part[0]), part[0]
-                mine = list(itertools.islice(examples, part[0] - begin, part[-1] + 1 - begin))
-                begin = part[-1] + 1
-                pending.append(pool.submit(self._batch, part, mine))
+                    examples, following = self.stream.examples(self.seed, part[0]), part[0]
+                own = list(itertools.islice(examples, part[0] - following, part[-1] + 1 - following))
+                following = part[-1] + 1
+                pending.append(pool.submit(self._batch, part, own))
                 if len(pending) > ahead * workers:
                     yield self._with_left_out(pending.popleft().result())
             while pending:
                 yield self._with_left_out(pending.popleft().result())
 
     def _with_left_out(self, batch: ImageBatch[Drawn]) -> ImageBatch[Drawn]:
-        """Add to a batch what the stream has left out since the last batch."""
-        found, before = self.stream.left_out, self.passed_on
-        self.passed_on = len(found)
-        return replace(batch, left_out=found[before:])
+        """Return a batch with the list of what the stream has left out since the last batch."""
+        left_out, before = self.stream.left_out, self.reported
+        self.reported = len(left_out)
+        return replace(batch, left_out=left_out[before:])
 
     def _batch(self, part: Sequence[int], examples: Sequence[tuple[Example, ...]]) -> ImageBatch[Drawn]:
-        candidates = [self._candidates(*each) for each in zip(part, examples, strict=True)]
-        return self.framer.batch(np.asarray(part, np.int64), candidates, self.framer.framing.square, self.stream.place)
+        candidates = [self._candidates(*example) for example in zip(part, examples, strict=True)]
+        positions, square = np.asarray(part, np.int64), self.builder.framing.square
+        return self.builder.batch(positions, candidates, square, self.stream.location)
 
     def _candidates(self, position: int, examples: tuple[Example, ...]) -> Iterator["_Candidate"]:
-        """Yield the example of a position, then its possible substitutes."""
+        """Yield the example of a position, then its substitutes."""
         for example in examples:
             yield _Candidate(position, example.name, example.captions, partial(bytes, example.image))
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """An example to decode."""
+    """An example that may be used at a position."""
 
     index: int
     name: str
@@ -124,22 +125,23 @@ class _Candidate:
     read: Callable[[], bytes]
 
 
-class _Framer:
-    """Builder of batches: it takes each position's first candidate that can be decoded."""
+class _BatchBuilder:
+    """Builder of batches, from each position's first candidate that can be decoded."""
 
     def __init__(self, framing: Framing, seed: int, draws: Draws[Any] | None) -> None:
         self.framing, self.seed, self.draws = framing, seed, draws
 
     def batch(
-        self, at: NDArray[np.int64], each: Sequence[Iterator[_Candidate]], size: Size, place: str
+        self, positions: NDArray[np.int64], examples: Sequence[Iterator[_Candidate]], size: Size, location: str
     ) -> ImageBatch[Any]:
         framing, seed = self.framing, self.seed
-        places = uniforms(seed, Purpose.CROP, at, 2) if framing.crop == "random" else np.full((len(at), 2), 0.5)
-        flips = uniform(seed, Purpose.FLIP, at) < 0.5 if framing.flip else np.zeros(len(at), bool)
+        n = len(positions)
+        places = uniforms(seed, Purpose.CROP, positions, 2) if framing.crop == "random" else np.full((n, 2), 0.5)
+        flips = uniform(seed, Purpose.FLIP, positions) < 0.5 if framing.flip else np.zeros(n, bool)
         pixels: list[Tensor] = []
         chosen: list[_Candidate] = []
         damaged: list[tuple[str, str]] = []
-        for k, candidates in enumerate(each):
+        for k, candidates in enumerate(examples):
             for candidate in candidates:
                 try:
                     image = framing.load(candidate.read(), candidate.name)
@@ -147,29 +149,32 @@ class _Framer:
                 except DamagedImage as error:
                     damaged.append((candidate.name, error.reason))
             else:
-                raise RunError(f"found no readable image in {place}, e.g. {': '.join(damaged[-1])}")
-            pixels.append(framing.cut(image, size, places[k], bool(flips[k])))
+                raise RunError(f"no readable image found in {location}, e.g. {': '.join(damaged[-1])}")
+            pixels.append(framing.apply(image, size, places[k], bool(flips[k])))
             chosen.append(candidate)
-        which = (uniform(seed, Purpose.CAPTION, at) * [len(c.captions) for c in chosen]).astype(np.int64)
+        caption = (uniform(seed, Purpose.CAPTION, positions) * [len(c.captions) for c in chosen]).astype(np.int64)
         return ImageBatch(
-            position=torch.from_numpy(at),
+            position=torch.from_numpy(positions),
             index=torch.tensor([c.index for c in chosen]),
             pixels=torch.stack(pixels),
-            captions=[c.captions[k] for c, k in zip(chosen, which, strict=True)],
-            drawn=self.draws(seed, at, size) if self.draws else None,
+            captions=[c.captions[k] for c, k in zip(chosen, caption, strict=True)],
+            drawn=self.draws(seed, positions, size) if self.draws else None,
             damaged=damaged,
         )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Training and held-out images. Of a stream, `source` are the first images of it, for what needs some at hand."""
+    """Training and held-out images."""
 
     source: Source
+    """Training images; those of a stream's head if the data is a stream."""
     held_out: Source
+    """Images for validation and test."""
     stream: Stream | None = None
+    """Training images if the data is a stream."""
     buckets: Buckets | None = None
-    """Buckets of the training images; None where these are squares."""
+    """Buckets of the training images; None if these are squares."""
 
     @property
     def fingerprint(self) -> str:
@@ -179,7 +184,7 @@ class Inputs:
     def images(
         self, framing: Framing, seed: int, draws: Draws[Drawn] | None = None
     ) -> ImageDataset[Drawn] | StreamDataset[Drawn]:
-        """What is trained on."""
+        """Return the dataset of the training images."""
         if self.stream is None:
             return ImageDataset(self.source, framing, seed, buckets=self.buckets, draws=draws)
         return StreamDataset(self.stream, framing, seed, draws=draws)

@@ -1,11 +1,11 @@
-"""Training batches in order: this process's parts of each step, prefetched, with damaged images counted."""
+"""Training batches in order: this process's parts of each step, prefetched. Unreadable images are counted."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from train.data.batches.images import StreamDataset
 from train.data.batches.records import Examples
-from train.data.batches.unreadable import Damage
+from train.data.batches.unreadable import UnreadableCounter
 from train.data.order.permutation import positions
 from train.data.store.prefetch import Batched, read_ahead
 
@@ -23,7 +23,7 @@ def loader(
     accumulation: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
-    damage: Damage | None = None,
+    counter: UnreadableCounter | None = None,
 ) -> Iterator[list[Batch]]:
     """Prefetch this rank's `accumulation` parts of the batch of each step start_step … steps − 1, in workers.
 
@@ -38,15 +38,15 @@ def loader(
         batches = dataset.read(plan, workers, ahead=2 * accumulation)
     else:
         batches = read_ahead(dataset, plan, workers, ahead=2 * accumulation, pin_memory=pin_memory)
-    return _steps(batches, accumulation, damage)
+    return _steps(batches, accumulation, counter)
 
 
-def _steps(batches: Iterator[Batch], accumulation: int, damage: Damage | None) -> Iterator[list[Batch]]:
+def _steps(batches: Iterator[Batch], accumulation: int, counter: UnreadableCounter | None) -> Iterator[list[Batch]]:
     parts = []
     for batch in batches:
-        if damage is not None:
-            damage.list(batch.left_out)
-            damage.note(len(batch.position), batch.damaged)
+        if counter is not None:
+            counter.add_to_report(batch.left_out)
+            counter.count(len(batch.position), batch.damaged)
         parts.append(batch)
         if len(parts) == accumulation:
             yield parts

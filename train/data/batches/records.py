@@ -12,9 +12,10 @@ Drawn = TypeVar("Drawn", default=None)
 
 
 class Record:
-    """Base class of frozen dataclasses whose tensors, and records of tensors, move together."""
+    """Base class of frozen dataclasses whose tensors and nested records move together."""
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Self:
+        """Return a copy whose tensors are on a device."""
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
@@ -38,7 +39,7 @@ class Examples(Record):
     damaged: Sequence[tuple[str, str]] = ()
     """Name and reason of every unreadable image that was replaced by another."""
     left_out: Sequence[tuple[str, str]] = ()
-    """Name and reason of everything that a stream has left out since the last batch."""
+    """Name and reason of each example that a stream has left out since the last batch."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,7 +50,7 @@ class ImageBatch(Examples, Generic[Drawn]):
     """Pixels, (b, 3, h, w) in [−1, 1]."""
     captions: list[str]
     drawn: Drawn
-    """Random numbers that accompany the images."""
+    """Random numbers drawn for the images, e.g. `DrawnNoise`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class DrawnMasks(Record):
     """Masks and noise for inpainting."""
 
     mask: Tensor
-    """Masks, (b, 1, H, W), 1 where to paint."""
+    """Masks, (b, 1, H, W), 1 in the masked area."""
     noise: Tensor
     """Noise with which the posterior of a masked image is sampled, (b, c, h, w)."""
 
@@ -67,7 +68,7 @@ class DrawnNoise(Record):
     """Random numbers of diffusion training, float32."""
 
     timestep: Tensor
-    """Random numbers from which the timesteps follow, (b,), uniform in [0, 1)."""
+    """Random numbers that determine the timesteps, (b,), uniform in [0, 1)."""
     noise: Tensor
     """Noise added to the latents, (b, c, h, w)."""
     posterior_noise: Tensor

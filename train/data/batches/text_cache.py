@@ -16,7 +16,7 @@ from torch import Tensor
 from train.data.batches.latent_cache import storable
 from train.data.sources.splits import Source
 from train.data.store.row_index import Digests, digests
-from train.data.store.shards import Made, Processes, Shards, Stored, open_shards
+from train.data.store.shards import ComputedRows, Processes, Shards, Stored, open_shards
 
 
 class CaptionEncoder(Protocol):
@@ -29,7 +29,7 @@ class TextCache:
     """Features (L, d) of each distinct caption; row 0 is the null condition, the encoding of "" (no text)."""
 
     def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """captions: row of each caption. first: (n + 1,), index into `captions` at which each image's begin."""
+        """captions: row of each caption. first: (n + 1,), index in `captions` of each image's first caption."""
         self.shards, self.captions, self.first = shards, captions, first
 
     def __len__(self) -> int:
@@ -64,13 +64,13 @@ class TextCache:
         captions = sorted({"", *source.captions()})  # "" sorts first
         row = {caption: k for k, caption in enumerate(captions)}
         rows = _Texts(captions, encode, shape, dtype)
-        how = {"encoder": digest}
-        shards, _ = open_shards(folder, "text", how, rows, shape, dtype, processes or Processes(), batch_size)
-        each, first = array("q"), array("q", [0])
+        depends_on = {"encoder": digest}
+        shards, _ = open_shards(folder, "text", depends_on, rows, shape, dtype, processes or Processes(), batch_size)
+        caption_rows, first = array("q"), array("q", [0])
         for image in source:
-            each.extend(row[text] for text in image.captions)
-            first.append(len(each))
-        return cls(shards, np.array(each), np.array(first))
+            caption_rows.extend(row[text] for text in image.captions)
+            first.append(len(caption_rows))
+        return cls(shards, np.array(caption_rows), np.array(first))
 
 
 class _Texts:
@@ -84,11 +84,11 @@ class _Texts:
         return self.keys[rows]
 
     def contents(self, rows: NDArray[np.int64]) -> Digests:
-        return np.zeros((len(rows), 2), np.uint64)  # the key identifies the content completely
+        return np.zeros((len(rows), 2), np.uint64)  # a key is a digest of the caption, which is the content
 
-    def make(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Made]:
+    def compute(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[ComputedRows]:
         for rows in batches:
             texts = [self.captions[k] for k in rows]
             with torch.no_grad():
                 values = storable(self.encode(texts), self.shape, self.dtype, repr(texts[0][:80]))
-            yield Made(values, self.contents(rows), [""] * len(rows))
+            yield ComputedRows(values, self.contents(rows), [""] * len(rows))

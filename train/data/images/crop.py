@@ -22,6 +22,7 @@ class Framing:
     """Side of a square image, or the square root of a rectangle's area."""
     crop: Crop = "center"
     flip: bool = False
+    """Whether images are mirrored at random."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Background behind transparent images."""
     max_pixels: int = MAX_PIXELS
@@ -31,9 +32,12 @@ class Framing:
         return self.resolution, self.resolution
 
     def load(self, file: bytes, name: str) -> Image.Image:
-        """Load the whole image in mode RGB. Raises DamagedImage."""
+        """Load an image, uncropped, in mode RGB. Raises DamagedImage, or OSError if the machine failed."""
         return load_image(file, name=name, max_pixels=self.max_pixels, background=self.background)
 
-    def cut(self, image: Image.Image, size: Size, place: Sequence[float], flip: bool) -> Tensor:
-        """Crop and resize an image, (3, height, width) in [−1, 1]. place: of a random crop, in [0, 1) each."""
+    def apply(self, image: Image.Image, size: Size, place: Sequence[float], flip: bool) -> Tensor:
+        """Crop and resize an image: (3, height, width) in [−1, 1].
+
+        place: position of a random crop, across and down, two numbers in [0, 1). flip: mirror left and right.
+        """
         return to_tensor(image, size, crop=self.crop, place=place, flip=flip)

@@ -1,8 +1,8 @@
-"""Decoding of any image file to an 8-bit RGB image and a tensor, or to a reason why that fails.
+"""Decoding of image files to 8-bit RGB images and tensors; a damaged file gives the reason why it can't be decoded.
 
 Alpha is composed over a background, EXIF rotation is applied, 16-bit grey is scaled to 8 bits, colours are converted
 from the file's colour profile to sRGB, and the first frame of an animation is used. Only the formats in FORMATS are
-tried, and nothing is decoded before its size is known to be within the limit.
+tried, and nothing is decoded before its size has been checked against the limit.
 """
 
 import errno
@@ -24,11 +24,11 @@ from ldm.formats import MAX_PIXELS
 from ldm.formats.images import sideways, to_rgb
 from train.data.images import Crop
 
-# JPEG's reader also reads MPO, several JPEGs in a file, as some cameras write them
+# JPEG's reader also reads MPO, a file of several JPEGs that some cameras write.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []))
 
 Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces this limit; it is checked after the header
-_MACHINE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
+_SYSTEM_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
 
 
 class DamagedImage(Exception):
@@ -51,7 +51,7 @@ def load_image(
 ) -> Image.Image:
     """Return the image in a file, mode RGB.
 
-    name: for messages; empty: the path. Raises DamagedImage, or OSError if the machine failed rather than the file.
+    name: for messages; empty: the path. Raises DamagedImage, or OSError if the machine failed and not the file.
     """
     with _open(file, name, max_pixels) as image:
         image.load()
@@ -77,12 +77,13 @@ def to_tensor(
 
     The crop is as large as possible. size: width and height, or the side of a square. place: two numbers in [0, 1) that
     set the position of a "random" crop, across and down; a "center" crop is centred within half a pixel. Resizing is
-    Lanczos, with the filter widened when it shrinks (no aliasing); an image of the right size is copied bit for bit.
+    Lanczos, with a wider filter for downsizing (no aliasing); an image that already has this size is copied unchanged.
     """
     target = (size, size) if isinstance(size, int) else size
-    least = min(length * other for length, other in zip(image.size, reversed(target), strict=True))
-    window = [least / other for other in reversed(target)]  # exact proportions: not always whole pixels
-    covered = [-(-least // other) for other in reversed(target)]  # the whole pixels that the crop needs
+    # Crop width × target height = crop height × target width; the largest crop that fits has the smaller product.
+    product = min(length * other for length, other in zip(image.size, reversed(target), strict=True))
+    exact = [product / other for other in reversed(target)]  # crop of exact proportions, not always in whole pixels
+    covered = [-(-product // other) for other in reversed(target)]  # number of whole pixels that this crop touches
     match crop:
         case "center":
             left, top = ((length - n) // 2 for length, n in zip(image.size, covered, strict=True))
@@ -95,8 +96,8 @@ def to_tensor(
     if image.size != tuple(covered):
         image = image.crop((left, top, left + covered[0], top + covered[1]))
     if image.size != target:
-        x, y = ((n - length) / 2 for n, length in zip(covered, window, strict=True))
-        image = image.resize(target, Image.Resampling.LANCZOS, box=(x, y, x + window[0], y + window[1]))
+        x, y = ((n - length) / 2 for n, length in zip(covered, exact, strict=True))
+        image = image.resize(target, Image.Resampling.LANCZOS, box=(x, y, x + exact[0], y + exact[1]))
     pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)  # (3, h, w)
     return (pixels.flip(2) if flip else pixels).float().div_(127.5).sub_(1).contiguous()
 
@@ -107,7 +108,7 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Imag
     name = name or (str(file) if isinstance(file, Path) else "image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for a damaged file, the exception is enough
+            warnings.simplefilter("ignore")  # a damaged file raises an exception; warnings add nothing
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     reason = f"{image.width} × {image.height} pixels; up to {max_pixels:,} are accepted"
@@ -118,7 +119,7 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Imag
     except UnidentifiedImageError:
         raise DamagedImage(name, f"not an image of an accepted format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception
-        if isinstance(error, OSError) and error.errno in _MACHINE:
+        if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
             raise
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DamagedImage(name, one_line(message, 200)) from error

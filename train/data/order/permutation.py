@@ -1,10 +1,11 @@
 """Order of examples in training: a permutation that is computed, not stored.
 
-position = epoch · n + place, example = permutation(seed, epoch)[place]. The permutation is a Feistel network (Luby &
-Rackoff 1988) over the smallest power of four that holds n, with the round function splitmix64 (Steele et al. 2014). A
-value outside [0, n) passes through the network again until it is inside ("cycle walking", Black & Rogaway 2002), which
-keeps the map a bijection. Memory is constant and any place can be computed directly, so resuming needs one number. For
-few examples, such a small Feistel network doesn't reach all orders equally often, so the order is drawn directly.
+Training position epoch · n + place has the example permutation(seed, epoch)[place]. The permutation is a Feistel
+network (Luby & Rackoff 1988) over the smallest power of four that is at least n, with the round function splitmix64
+(Steele et al. 2014). A value outside [0, n) passes through the network again until it is inside ("cycle walking",
+Black & Rogaway 2002), which keeps the map a bijection. Memory is constant and any place can be computed directly, so
+resuming needs one number. For few examples, such a small Feistel network doesn't reach all orders equally often, so
+the order is drawn directly.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ldm.errors import UserError
 from train.data.order.rng import Positions, Purpose, generator
 
 _ROUNDS = 8
-_FEW = 1024
+_DIRECT_LIMIT = 1024  # up to this many examples, the order is drawn directly
 
 
 class Order(Protocol):
@@ -63,15 +64,15 @@ class InOrder:
 def permute(places: ArrayLike, n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the examples at these places of an epoch: a bijection of 0 … n − 1, in the shape of `places`."""
     places = np.asarray(places, np.int64)
-    if odd := places[(places < 0) | (places >= n)].tolist():
-        raise ValueError(f"place {odd[0]} of {n} examples: accepted is 0 ≤ place < {n}")
+    if invalid := places[(places < 0) | (places >= n)].tolist():
+        raise ValueError(f"place {invalid[0]} of {n} examples: must be from 0 to {n - 1}")
     order = generator(seed, Purpose.ORDER, epoch)
-    if n <= _FEW:
+    if n <= _DIRECT_LIMIT:
         return order.permutation(n)[places]
-    half = np.uint64(((n - 1).bit_length() + 1) // 2)  # half the bits of a place
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)  # half the number of bits of a place
     keys = order.integers(2**64, size=_ROUNDS, dtype=np.uint64)
     x = _feistel(places.ravel().astype(np.uint64), half, keys)
-    while (outside := x >= n).any():  # at most 3 in 4 each time, on average
+    while (outside := x >= n).any():  # on average, at most 3 of 4 remaining values
         x[outside] = _feistel(x[outside], half, keys)
     return x.astype(np.int64).reshape(places.shape)
 
@@ -81,8 +82,8 @@ def index_at(positions: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
     epochs, places = np.divmod(np.asarray(positions, np.int64), n)
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
-        now = epochs == epoch
-        indices[now] = permute(places[now], n, seed, int(epoch))
+        in_epoch = epochs == epoch
+        indices[in_epoch] = permute(places[in_epoch], n, seed, int(epoch))
     return indices
 
 
@@ -91,14 +92,14 @@ def positions(
 ) -> list[NDArray[np.int64]]:
     """Return this rank's parts of a step's batch: `accumulation` arrays of positions.
 
-    The batch is positions [step · batch_size, (step + 1) · batch_size), cut into accumulation × world runs: part a of
-    rank r is run a · world + r. Raises UserError if the batch isn't divisible.
+    The batch is positions [step · batch_size, (step + 1) · batch_size), split into accumulation × world chunks: part a
+    of rank r is chunk a · world + r. Raises UserError if the batch isn't divisible.
     """
     parts = world * accumulation
     if batch_size % parts:
         raise UserError(
-            f"batch_size {batch_size} can't be split over {world} process(es) × accumulation {accumulation}: "
-            f"choose a multiple of {parts}"
+            f"batch_size {batch_size} can't be split evenly over {world} process(es) × accumulation {accumulation}: "
+            f"must be a multiple of {parts}"
         )
     size = batch_size // parts
     starts = [step * batch_size + (part * world + rank) * size for part in range(accumulation)]

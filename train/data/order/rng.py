@@ -2,7 +2,7 @@
 
 Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a keyed bijection of a counter. The key is
 (seed, purpose). The position, which counts examples since the start of training, is the counter's third word. So each
-position has its own 2^128 blocks, independent of the process, worker, batch or restart.
+position has its own 2^128 blocks, whatever the process, worker, batch or restart.
 """
 
 import math
@@ -30,8 +30,8 @@ class Purpose(IntEnum):
     VALIDATION = 9
     SUBSTITUTE = 10
     OFFSET = 11
-    TRANSFORM = 12  # its position counts steps
-    STREAM = 13  # its position counts draws from a stream's buffer
+    TRANSFORM = 12  # here, a position is a step
+    STREAM = 13  # here, a position is a draw from a stream's buffer
     BUCKET = 14
     MASK = 15
     MASKED = 16  # the posterior of a masked image
@@ -64,14 +64,14 @@ def normal(seed: int, purpose: Purpose, positions: Positions, shape: tuple[int, 
 
 
 def fork(seed: int, purpose: Purpose) -> int:
-    """Return another seed that depends on this one, e.g. for validation, whose positions also start at 0."""
+    """Return another seed that depends on this one, e.g. for validation, whose positions start at 0 too."""
     return int(generator(seed, purpose, 0).integers(2**63))
 
 
 def _streams(seed: int, purpose: Purpose, positions: Positions) -> Iterator[Generator]:
     """Yield one generator, moved to the start of each position in turn: a quarter of the cost of a new one each."""
     bits = Philox(key=_words(seed, purpose))
-    stream, state = Generator(bits), bits.state  # fresh state: nothing is buffered
+    stream, state = Generator(bits), bits.state  # a fresh state: no buffered numbers
     for position in positions:
         state["state"]["counter"][2] = position
         bits.state = state

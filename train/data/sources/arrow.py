@@ -18,7 +18,7 @@ from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row
 _IMAGES = ("image", "jpg", "png", "img", "picture")
 _CAPTIONS = ("text", "caption")
 _LABELS = ("label", *_CAPTIONS)  # if captions are made from labels
-_PER_NAME = 10  # with more rows per name, row numbers are used instead
+_MAX_ROWS_PER_NAME = 10  # with more rows per name on average, row numbers are used instead
 
 
 class Table(Catalogue):
@@ -27,10 +27,12 @@ class Table(Catalogue):
     A row's name is its image's path in the table if all rows have a safe one, else its number.
     """
 
-    def __init__(self, dataset: Any, columns: Columns, place: str, mtime_ns: int, caches: Sequence[str] = ()) -> None:
+    def __init__(
+        self, dataset: Any, columns: Columns, location: str, mtime_ns: int, caches: Sequence[str] = ()
+    ) -> None:
         """caches: folders whose files may be used in place of an image's bytes."""
-        self.place, self.columns, self.mtime_ns, self.caches = place, columns, mtime_ns, caches
-        self.image, self.caption = choose_columns(dataset.features, columns, place)
+        self.location, self.columns, self.mtime_ns, self.caches = location, columns, mtime_ns, caches
+        self.image, self.caption = choose_columns(dataset.features, columns, location)
         self.labels: list[str] | None = getattr(_element(dataset.features.get(self.caption)), "names", None)
         self.dataset = dataset.select_columns([c for c in (self.image, self.caption) if c])
         self._check()
@@ -39,10 +41,10 @@ class Table(Catalogue):
         self.sizes, self.left_out = sizes[sizes >= 0], tuple(left_out)
         self.numbers = np.flatnonzero(sizes >= 0) if left_out else None  # table numbers of the kept rows
         if not len(self):
-            why = f", e.g. {': '.join(left_out[0])}" if left_out else ""
-            raise UserError(f"{place} has no images: none of its {len(sizes):,} rows has one{why}")
+            reason = f", e.g. {': '.join(left_out[0])}" if left_out else ""
+            raise UserError(f"{location} has no images: none of its {len(sizes):,} rows has one{reason}")
         paths = [_safe_path(path) for path, size in zip(self.paths, sizes.tolist(), strict=True) if size >= 0]
-        self.named = "" not in paths and len(set(paths)) * _PER_NAME >= len(paths)
+        self.named = "" not in paths and len(set(paths)) * _MAX_ROWS_PER_NAME >= len(paths)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -57,7 +59,7 @@ class Table(Catalogue):
         if (data := self.bytes[number]) is not None:
             return data
         if (file := self._cached(self.paths[number])) is None:
-            raise DamagedImage(self.row(k).name, "no longer in the cache of its library")
+            raise DamagedImage(self.row(k).name, "its file is no longer in the cache of the datasets library")
         return file.read_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,35 +75,39 @@ class Table(Catalogue):
         import pyarrow.compute as pc
 
         table = self.dataset.data.table
-        nothing = pa.chunked_array([pa.nulls(len(table))])
+        nulls = pa.chunked_array([pa.nulls(len(table))])
         images = table[self.image]
-        parts = {"bytes": nothing, "path": nothing}
+        parts = {"bytes": nulls, "path": nulls}
         if pa.types.is_struct(images.type):
             parts |= {f.name: pc.struct_field(images, f.name) for f in images.type if f.name in parts}
         else:
             parts["path" if _is_text(images.type) else "bytes"] = images
         self.bytes, self.paths = Cells(parts["bytes"]), Cells(parts["path"])
-        self.texts = Cells(table[self.caption] if self.caption else nothing)
+        self.texts = Cells(table[self.caption] if self.caption else nulls)
 
     def _check(self) -> None:
-        """Raise errors for offsets outside the file and for text that isn't UTF-8 here rather than during training."""
+        """Raise UserError for offsets outside the file and for text that isn't UTF-8, before training starts."""
         import pyarrow as pa
 
         for column in filter(None, (self.image, self.caption)):
             try:
                 self.dataset.data.table[column].validate(full=True)
             except pa.ArrowInvalid as error:
-                raise UserError(f"{self.place}: column {column!r} is damaged: {one_line(error, 300)}") from None
+                raise UserError(f"{self.location}: column {column!r} is damaged: {one_line(error, 300)}") from None
 
     def _sizes(self) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
-        """Return the bytes of each image in the table, −1 for those to leave out, and the (name, reason) of these."""
+        """Return the size of each image in bytes, −1 for those left out, and the (name, reason) of these."""
         sizes, left_out = self.bytes.sizes(), []
         for number in np.flatnonzero(sizes < 0).tolist():
             if file := self._cached(self.paths[number]):
                 sizes[number] = file.stat().st_size
         for number in np.flatnonzero((sizes < 0) | (sizes > MAX_BYTES)).tolist():
             path = self.paths[number]
-            reason = "the table has a path in the image's place, which isn't followed" if path else "no image"
+            reason = (
+                "the table contains a path instead of the image's bytes, and paths aren't opened"
+                if path
+                else "no image"
+            )
             if sizes[number] > MAX_BYTES:
                 reason = f"{sizes[number]:,} bytes; up to {MAX_BYTES:,} are accepted"
             sizes[number] = -1
@@ -109,7 +115,7 @@ class Table(Catalogue):
         return sizes, left_out
 
     def _cached(self, path: str | None) -> Path | None:
-        """Return the file at a path if it lies in one of the libraries' caches, else None."""
+        """Return the file at a path if it is in one of the libraries' caches, else None."""
         if not path or not self.caches or not os.path.isabs(path):
             return None
         real = Path(os.path.realpath(path))
@@ -129,7 +135,7 @@ class Table(Catalogue):
 
 
 class Cells:
-    """Values of a column, None where there is none."""
+    """Values of a column; None for a missing value."""
 
     def __init__(self, column: Any) -> None:
         """column: pyarrow.ChunkedArray"""
@@ -138,13 +144,13 @@ class Cells:
 
     def __getitem__(self, row: int) -> Any:
         k = bisect_right(self.ends, row)
-        return self.chunks[k][row - self.ends[k]].as_py()  # relative to the chunk's end
+        return self.chunks[k][row - self.ends[k]].as_py()  # a negative index, counted from the chunk's end
 
     def __iter__(self) -> Iterator[Any]:
         return (value for chunk in self.chunks for value in chunk.to_pylist())
 
     def sizes(self) -> NDArray[np.int64]:
-        """Return the bytes of each value, from the offsets alone; −1 where there is none."""
+        """Return the size of each value in bytes, computed from the offsets only; −1 for a missing value."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -153,28 +159,34 @@ class Cells:
         return np.concatenate(sizes or [[]]).astype(np.int64)
 
 
-def choose_columns(features: Any, columns: Columns, place: str) -> tuple[str, str]:
-    """Return the columns of images and captions among datasets.Features; "" for captions if absent and not needed.
+def choose_columns(features: Any, columns: Columns, location: str) -> tuple[str, str]:
+    """Return the columns of images and captions among datasets.Features; "" for no captions, if they aren't required.
 
     Raises UserError if a column is missing or has the wrong type.
     """
     types = {field.name: field.type for field in features.arrow_schema}
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    wanted = (columns.image,) if columns.image else tuple(images) if len(images) == 1 else _IMAGES
-    image = next((name for name in wanted if name in types), None)
-    wanted_captions = (columns.caption,) if columns.caption else _LABELS if columns.template else _CAPTIONS
-    caption = next((name for name in wanted_captions if name in types), None)
-    absent = ["/".join(wanted)] if image is None else []
-    absent += [" or ".join(wanted_captions)] if caption is None and (columns.captioned or columns.caption) else []
-    if absent:
+    image_names = (columns.image,) if columns.image else tuple(images) if len(images) == 1 else _IMAGES
+    image = next((name for name in image_names if name in types), None)
+    caption_names = (columns.caption,) if columns.caption else _LABELS if columns.template else _CAPTIONS
+    caption = next((name for name in caption_names if name in types), None)
+    missing = [" or ".join(image_names)] if image is None else []
+    missing += [" or ".join(caption_names)] if caption is None and (columns.captioned or columns.caption) else []
+    if missing:
         labels = [name for name, feature in features.items() if hasattr(_element(feature), "names")]
-        hint = f" (labels in {labels[0]} can be captions: see --input.caption-template)" if labels and image else ""
-        raise UserError(f"{place} has no column {', '.join(absent)}; it has: {', '.join(types)[:300]}{hint}")
+        hint = "choose other columns with --input.image-column and --input.caption-column"
+        if labels and image:
+            hint = f"to make captions from the labels in {labels[0]}, set --input.caption-template 'a photo of a {{}}'"
+        raise UserError(
+            f"{location} has no column {', '.join(missing)}; its columns are: {', '.join(types)[:300]}; {hint}"
+        )
     assert image is not None
     if not _is_image(types[image]):
-        raise UserError(f"{place}: column {image!r} holds {types[image]!s:.80}, not the bytes of images")
+        raise UserError(
+            f"{location}: column {image!r} has the type {types[image]!s:.80}; must contain the bytes of images"
+        )
     if caption is not None:
-        _check_captions(types[caption], _element(features[caption]), columns, f"{place}: column {caption!r}")
+        _check_captions(types[caption], _element(features[caption]), columns, f"{location}: column {caption!r}")
     return image, caption or ""
 
 
@@ -184,17 +196,17 @@ def _check_captions(kind: Any, element: Any, columns: Columns, where: str) -> No
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise UserError(f"{where} holds {kind!s:.80}; captions are texts, lists of texts, or labels")
+        raise UserError(f"{where} has the type {kind!s:.80}; must contain texts, lists of texts, or labels")
     if pa.types.is_integer(kind) and not columns.template:
         example = f", e.g. {element.names[0][:80]!r}" if getattr(element, "names", None) else ""
         raise UserError(
-            f"{where} holds labels{example}, not captions: say how to speak of one, "
-            "e.g. --input.caption-template 'a photo of a {}'"
+            f"{where} contains labels{example}, not captions: "
+            "to make captions from them, set --input.caption-template 'a photo of a {}'"
         )
 
 
 def _element(feature: Any) -> Any:
-    """Return the type of a list's elements."""
+    """Return the type of a list's elements, or the type itself if it isn't a list."""
     return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-MOST_HELD_OUT = 1000
+MOST_HELD_OUT = 1000  # largest number of images held out of a training split
 MAX_BYTES = 2**30  # largest accepted file of an image
 
 
@@ -37,11 +37,11 @@ class Columns:
     """Location of a row's image and captions."""
 
     image: str = ""
-    """Column that names or holds the image (in tars: extension of the image); empty: the format's usual ones."""
+    """Column of the image or its file name (in tars: extension of the image); empty: the format's usual ones."""
     caption: str = ""
-    """Column of the caption (in tars: extension, or key in the sample's .json); empty: text, then caption."""
+    """Column of the caption (in tars: extension, or key in the sample's .json); empty: text, else caption."""
     template: str = ""
-    """Template of a caption from a class label, with {} for the label; empty: captions are texts, not labels."""
+    """Template that turns a class label into a caption, with {} for the label; empty: the captions are texts."""
     captioned: bool = True
     """Whether captions are required."""
 
@@ -52,9 +52,9 @@ class Columns:
 
 
 class Catalogue(ABC):
-    """Rows in the order of the dataset. A catalogue holds no open files, so workers may share it."""
+    """Rows in the order of the dataset. A catalogue has no open files, so workers may share it."""
 
-    place: str
+    location: str
     """Location of the dataset, for messages."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Entries that aren't rows: (name, reason)."""
@@ -84,9 +84,9 @@ class Catalogue(ABC):
         return fingerprint(self)
 
     @cached_property
-    def lowest(self) -> list[tuple[float, int]]:
-        """(place, row) of the rows whose names have the lowest places, at most MOST_HELD_OUT + 1 of them, ascending."""
-        return lowest(self)
+    def lowest_hashes(self) -> list[tuple[float, int]]:
+        """(hash, row) of the rows whose names have the lowest hashes, at most MOST_HELD_OUT + 1 of them, ascending."""
+        return lowest_hashes(self)
 
 
 Opener = Callable[[], Catalogue]
@@ -94,8 +94,8 @@ Splits = Mapping[str, Opener]
 """Openers by name of split; the name is "" for a dataset without splits."""
 
 
-def text_of(data: bytes) -> str:
-    """Decode a text file: UTF-8, UTF-16 if it begins with its byte order mark, or else Windows-1252."""
+def decode_text(data: bytes) -> str:
+    """Decode a text file: UTF-16 if it begins with its byte order mark, else UTF-8 or, if that fails, Windows-1252."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace")
     try:
@@ -105,16 +105,18 @@ def text_of(data: bytes) -> str:
 
 
 def fingerprint(rows: Iterator[Row] | Catalogue) -> str:
-    total = hashlib.sha256()
+    """Return the fingerprint of rows; see `Catalogue.fingerprint`."""
+    digest = hashlib.sha256()
     for row in rows:
-        total.update(os.fsencode(json.dumps([row.name, row.size, row.captions])) + b"\n")
-    return total.hexdigest()
+        digest.update(os.fsencode(json.dumps([row.name, row.size, row.captions])) + b"\n")
+    return digest.hexdigest()
 
 
-def lowest(rows: Iterator[Row] | Catalogue) -> list[tuple[float, int]]:
-    return heapq.nsmallest(MOST_HELD_OUT + 1, ((place(row.name), k) for k, row in enumerate(rows)))
+def lowest_hashes(rows: Iterator[Row] | Catalogue) -> list[tuple[float, int]]:
+    """Return (hash, row) of the rows with the lowest hashes; see `Catalogue.lowest_hashes`."""
+    return heapq.nsmallest(MOST_HELD_OUT + 1, ((name_hash(row.name), k) for k, row in enumerate(rows)))
 
 
-def place(name: str) -> float:
-    """Return a name's place in [0, 1), the same in every dataset."""
+def name_hash(name: str) -> float:
+    """Return the hash of a name, in [0, 1); it is the same in every dataset."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") / 2.0**64

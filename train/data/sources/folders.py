@@ -1,7 +1,7 @@
 """Images in an untrusted folder, with metadata.jsonl or metadata.csv, .txt files, or one folder per class.
 
-Only metadata.jsonl, metadata.csv and .txt files are opened. Paths in a row must lie inside the folder after links are
-followed; so must the target of every link to an image or a .txt.
+Besides images, only metadata.jsonl, metadata.csv and .txt files are opened. After links are followed, every path in
+the metadata and the target of every link to an image or a .txt must be inside the folder.
 """
 
 import csv
@@ -18,11 +18,11 @@ import numpy as np
 
 from ldm.errors import UserError
 from train.data.images.decode import DamagedImage
-from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits, text_of
+from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits, decode_text
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _FILE_NAME = "file_name"
-_MOST_TEXT = 2**20  # bytes of the caption file beside an image
+_MAX_TEXT_BYTES = 2**20  # largest caption file beside an image
 _CAPTIONS = ("text", "caption")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
@@ -47,7 +47,7 @@ class Folder(Catalogue):
 
     def __init__(self, folder: Path, rows: Iterable[Row], left_out: Iterable[tuple[str, str]] = ()) -> None:
         rows = sorted(rows)
-        self.folder, self.place, self.left_out = folder, str(folder), tuple(left_out)
+        self.folder, self.location, self.left_out = folder, str(folder), tuple(left_out)
         self.names = Strings(r.name for r in rows)
         self.sizes = np.array([r.size for r in rows], np.int64)
         self.mtimes_ns = np.array([r.mtime_ns for r in rows], np.int64)
@@ -70,15 +70,15 @@ class Folder(Catalogue):
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise DamagedImage(self.names[k], str(error.strerror)) from None
 
-    def part(self, inside: str) -> "Folder":
+    def subfolder(self, name: str) -> "Folder":
         """Return the images of one subfolder; their names don't change."""
-        begins = f"{inside}/"
-        rows = (row for row in self if row.name.startswith(begins))
-        return Folder(self.folder, rows, [lost for lost in self.left_out if lost[0].startswith(begins)])
+        prefix = f"{name}/"
+        rows = (row for row in self if row.name.startswith(prefix))
+        return Folder(self.folder, rows, [entry for entry in self.left_out if entry[0].startswith(prefix)])
 
 
 def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
-    """Return the splits of a folder of images: those of `names` that are subfolders, or are in its metadata's paths.
+    """Return the splits of a folder of images: those of `names` that are subfolders or, with metadata, begin its paths.
 
     Raises UserError, at once or from the returned openers, for a folder without images (with a list of what was
     searched for), for unreadable metadata, and for a row or a link that leads out of the folder.
@@ -87,21 +87,21 @@ def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
     present = [name for name in names if (root / name).is_dir()]
     if find_metadata(root) is None and present:
         return {name: partial(_split_folder, root, name, columns) for name in present}
-    whole = list_folder(root, columns)
-    parts = {row.name.partition("/")[0] for row in whole}
-    found: dict[str, Opener] = {name: partial(whole.part, name) for name in present if name in parts}
-    return found if found and parts <= set(found) else found | {"": lambda: whole}
+    folder = list_folder(root, columns)
+    first_parts = {row.name.partition("/")[0] for row in folder}
+    found: dict[str, Opener] = {name: partial(folder.subfolder, name) for name in present if name in first_parts}
+    return found if found and first_parts <= set(found) else found | {"": lambda: folder}
 
 
 def _split_folder(root: Path, name: str, columns: Columns) -> Folder:
     folder = Path(os.path.realpath(root / name))
     if not folder.is_relative_to(root):
-        raise UserError(f"{root / name} is a link that leads out of {root}: give --data the folder it leads to")
+        raise UserError(f"{root / name} is a link to a folder outside {root}: give the target of the link as --data")
     return list_folder(folder, columns)
 
 
 def list_folder(folder: Path, columns: Columns) -> Folder:
-    """List the images of a resolved folder. Several rows of one image are its captions. Errors as above."""
+    """List the images of a resolved folder. Several rows of one image are its captions. Raises as `find_folder`."""
     metadata = find_metadata(folder)
     if metadata is None:
         return Folder(folder, *_list_texts(folder, columns))
@@ -110,50 +110,60 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
         captions.setdefault(name, []).extend(texts)
     if not captions:
         raise UserError(
-            f"{metadata} has no rows: a row an image is expected, with {columns.image or _FILE_NAME!r} and a caption"
+            f"{metadata} has no rows: must have one row per image, with the columns "
+            f"{columns.image or _FILE_NAME!r} and {columns.caption or ' or '.join(_CAPTIONS)!r}"
         )
     files = dict(_scan(folder))
     rows, missing = [], []
     for name, texts in captions.items():
-        found = files.get(name) or _look(folder, name)
+        found = files.get(name) or _stat_link(folder, name)
         if found is None:
-            missing.append((name, "the metadata names it, but there is no such file"))
+            missing.append((name, "listed in the metadata, but the file doesn't exist"))
         else:
             rows.append(Row(name, *found, tuple(t for t in texts if t) or ("",)))
     if not rows:
-        named = f"none of the {len(missing):,} files that {metadata} names"
-        raise UserError(f"{named} is in {folder}, e.g. {missing[0][0][:200]!r}")
+        example = repr(missing[0][0][:200])
+        raise UserError(f"{metadata} lists {len(missing):,} files, but none of them is in {folder}, e.g. {example}")
     return Folder(folder, rows, missing)
 
 
 def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[str, str]]]:
     """List images with a .txt beside them or, if captions are made from labels, in one folder per class.
 
-    Returns what is left out too.
+    Returns the rows, and (name, reason) of what is left out.
     """
     if column := columns.image or (columns.caption if not columns.template else ""):
-        raise UserError(f"{folder} has no {' or '.join(_METADATA)} in which there could be a column {column!r}")
-    files = {name: found or _look(folder, name) for name, found in _scan(folder)}
+        option = "image" if columns.image else "caption"
+        raise UserError(
+            f"--input.{option}-column {column!r}: {folder} has no {' or '.join(_METADATA)} with columns; "
+            "add one, or leave out the option"
+        )
+    files = {name: found or _stat_link(folder, name) for name, found in _scan(folder)}
     names = [name for name, found in files.items() if found and name.lower().endswith(_SUFFIXES)]
-    looked_for = "metadata.jsonl, metadata.csv, or a .txt beside each image"
     if not names:
-        raise UserError(f"no images in {folder}: looked for {looked_for} ({', '.join(s[1:] for s in _SUFFIXES)})")
+        raise UserError(
+            f"no images in {folder}: looked for metadata.jsonl, metadata.csv, and {', '.join(_SUFFIXES)} files"
+        )
 
     def captions(name: str) -> list[str]:
         if columns.template:
             label = os.path.basename(os.path.dirname(name))
             return [columns.of_label(label)] if label else []
-        beside = f"{os.path.splitext(name)[0]}.txt"
-        text = text_of((folder / beside).read_bytes()) if files.get(beside) else ""
+        text_file = f"{os.path.splitext(name)[0]}.txt"
+        text = decode_text((folder / text_file).read_bytes()) if files.get(text_file) else ""
         return [line.strip() for line in text.splitlines()]
 
-    long = [name for name in names if (files.get(f"{os.path.splitext(name)[0]}.txt") or (0, 0))[0] > _MOST_TEXT]
-    left_out = [(name, f"its .txt has more than {_MOST_TEXT:,} bytes") for name in long]
-    names = [name for name in names if name not in set(long)]
+    too_long = {
+        name for name in names if (files.get(f"{os.path.splitext(name)[0]}.txt") or (0, 0))[0] > _MAX_TEXT_BYTES
+    }
+    left_out = [(name, f"its .txt file has more than {_MAX_TEXT_BYTES:,} bytes") for name in names if name in too_long]
+    names = [name for name in names if name not in too_long]
     rows = [Row(name, *(files[name] or (0, 0)), tuple(filter(None, captions(name))) or ("",)) for name in names]
     if columns.captioned and not any(any(row.captions) for row in rows):
-        looked_for += ", or a folder a class with --input.caption-template 'a photo of a {}'"
-        raise UserError(f"{folder} has {len(names):,} images but no captions: looked for {looked_for}")
+        raise UserError(
+            f"{folder} has {len(names):,} images but no captions: looked for metadata.jsonl, metadata.csv, and a .txt "
+            "beside each image; for one folder per class, set --input.caption-template 'a photo of a {}'"
+        )
     return rows, left_out
 
 
@@ -162,7 +172,7 @@ def find_metadata(folder: Path) -> Path | None:
     for name in _METADATA:
         if (folder / name).is_file():
             if not (path := Path(os.path.realpath(folder / name))).is_relative_to(folder):
-                raise UserError(f"{folder / name} is a link that leads out of {folder}: copy the file into it")
+                raise UserError(f"{folder / name} is a link to a file outside {folder}: copy the file into the folder")
             return path
     return None
 
@@ -173,14 +183,14 @@ def _read_metadata(path: Path, columns: Columns) -> Iterator[tuple[str, list[str
     for number, row in enumerate(_rows(path), 1):
         where = f"{path}, row {number}"
         if number == 1:
-            wanted = (columns.caption,) if columns.caption else _CAPTIONS
-            column = next((c for c in wanted if c in row), "")
-            absent = [image] if image not in row else []
-            absent += [" or ".join(wanted)] if columns.captioned and not column else []
-            if absent:
+            candidates = (columns.caption,) if columns.caption else _CAPTIONS
+            column = next((c for c in candidates if c in row), "")
+            missing = [image] if image not in row else []
+            missing += [" or ".join(candidates)] if columns.captioned and not column else []
+            if missing:
                 raise UserError(
-                    f"{where} has no column {', '.join(absent)}; it has: {', '.join(map(str, row))[:300]} "
-                    "(--input.image-column and --input.caption-column name others)"
+                    f"{where} has no column {', '.join(missing)}; its columns are: {', '.join(map(str, row))[:300]}; "
+                    "choose other columns with --input.image-column and --input.caption-column"
                 )
         yield _safe_name(row.get(image), where, image), _captions(row.get(column), where, columns)
 
@@ -190,7 +200,7 @@ def _captions(value: Any, where: str, columns: Columns) -> list[str]:
     if columns.template:
         return [columns.of_label(str(label)) for label in texts if label not in ("", None)]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: caption {str(value)[:80]!r} is not text (nor a list of texts)")
+        raise UserError(f"{where}: caption {str(value)[:80]!r} must be a text or a list of texts")
     return [text.encode(errors="replace").decode().strip() for text in texts]
 
 
@@ -198,9 +208,9 @@ def _safe_name(name: Any, where: str, column: str) -> str:
     """Return a normalised path inside the folder."""
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: {column} {str(name)[:80]!r} is not a file name")
-    rooted = name[0] in "/\\" or name[1:2] == ":"  # on POSIX or on Windows
-    if rooted or "\0" in name or (".." in name and ".." in re.split(r"[/\\]", name)):
-        raise UserError(f"{where}: {column} {name[:200]!r} leads out of the folder; names inside it are accepted")
+    absolute = name[0] in "/\\" or name[1:2] == ":"  # on POSIX or on Windows
+    if absolute or "\0" in name or (".." in name and ".." in re.split(r"[/\\]", name)):
+        raise UserError(f"{where}: {column} {name[:200]!r} is outside the folder; must be a path inside it")
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -220,7 +230,10 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise UserError(f"{path}, line {number} holds a {type(row).__name__}, not an object of columns")
+                        raise UserError(
+                            f"{path}, line {number}: must be a JSON object with the columns of a row, "
+                            f"but is a {type(row).__name__}"
+                        )
                     yield row
     except UserError:
         raise
@@ -229,12 +242,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def has_images(folder: Path) -> bool:
-    """Return whether an image's file is anywhere in a folder."""
+    """Return whether a folder or any of its subfolders contains an image file."""
     return any(name.lower().endswith(_SUFFIXES) for name, _ in _scan(folder))
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Return name → (size, mtime_ns) of each file inside the folder that isn't hidden, and name → None for links.
+    """Yield (name, (size, mtime_ns)) for each file in the folder that isn't hidden, and (name, None) for each link.
 
     Links aren't followed.
     """
@@ -250,17 +263,20 @@ def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
                 elif entry.is_dir():
                     pending.append(f"{under}{entry.name}/")
                 elif entry.is_file():
-                    about = entry.stat()
-                    yield under + entry.name, (about.st_size, about.st_mtime_ns)
+                    info = entry.stat()
+                    yield under + entry.name, (info.st_size, info.st_mtime_ns)
 
 
-def _look(folder: Path, name: str) -> tuple[int, int] | None:
-    """Return (size, mtime_ns) of a file that is a link or behind one; None if there is no such file."""
+def _stat_link(folder: Path, name: str) -> tuple[int, int] | None:
+    """Return (size, mtime_ns) of a file whose path contains links; None if there is no such file.
+
+    Raises UserError if it is outside the folder.
+    """
     real = Path(os.path.realpath(folder / name))
     if not real.is_relative_to(folder):
-        raise UserError(f"{(folder / name)!s:.300} is a link that leads out of {folder}: copy the file into it")
+        raise UserError(f"{(folder / name)!s:.300} is a link to a file outside {folder}: copy the file into the folder")
     try:
-        about = real.stat()
+        info = real.stat()
     except OSError:
         return None
-    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else None
+    return (info.st_size, info.st_mtime_ns) if stat.S_ISREG(info.st_mode) else None

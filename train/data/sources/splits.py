@@ -1,4 +1,4 @@
-"""Resolution of `--data`: the dataset's format, the wanted split of it, and the images that are held out.
+"""Resolution of `--data`: the dataset's format, its splits, and the images that are held out.
 
     data/metadata.jsonl (or .csv)      one row per image: file_name, text; further rows add captions to it
     data/cat.png, data/cat.txt         no metadata: each non-empty line of the .txt is a caption
@@ -6,8 +6,8 @@
     data/*.parquet, hub ids            a column of images, one of captions; also what datasets' save_to_disk writes
     data/{000..099}.tar                WebDataset: 0001.jpg, 0001.txt or 0001.json, …
 
-Splits are subfolders (train, validation or val, test), beginnings of file names (train-00000.parquet), or the splits of
-a hub dataset.
+Splits are subfolders (train, validation or val, test), prefixes of file names (train-00000.parquet), or the splits of a
+hub dataset.
 """
 
 import hashlib
@@ -29,8 +29,10 @@ from train.data.sources.tars import find_tars
 
 Split = Literal["train", "validation", "test"]
 
-_FORMS: tuple[Callable[[str, Columns, Sequence[str]], Splits | None], ...] = (find_tars, find_tables)
-"""Finders, tried in this order; each returns None for another format. If all do, a folder is one of images."""
+_FINDERS: tuple[Callable[[str, Columns, Sequence[str]], Splits | None], ...] = (find_tars, find_tables)
+"""Functions that find the splits of a format, tried in this order. Each returns None for another format.
+
+If all return None and `--data` is a folder, it is read as a folder of images."""
 _NAMES = ("train", "validation", "valid", "val", "dev", "test")
 _HELD_OUT: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev", "test"),
@@ -39,9 +41,9 @@ _HELD_OUT: dict[str, tuple[str, ...]] = {
 
 
 class Source:
-    """Images of one split, by index; the order is the catalogue's.
+    """Images of one split, by index, in the catalogue's order.
 
-    The selection of rows takes no memory, unless they were chosen one by one.
+    Only the rows in `without` or `only` take memory.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Source:
         only: NDArray[np.int64] | None = None,
         left_out: Sequence[tuple[str, str]] | None = None,
     ) -> None:
-        """without: rows left out, ascending. only: rows kept, in this order. At most one of the two is given.
+        """without: rows left out, ascending. only: rows kept, in this order. Give at most one of the two.
 
         left_out: (name, reason) of entries that aren't rows; by default the catalogue's.
         """
@@ -82,110 +84,117 @@ class Source:
         """Return the content of an image's file. Raises OSError, or DamagedImage if there is nothing to read."""
         return self.catalogue.read(self._row(index))
 
-    def captions(self, most: int | None = None) -> Iterator[str]:
-        """Yield the captions of all images in turn, or of `most` images that are spread evenly."""
+    def captions(self, limit: int | None = None) -> Iterator[str]:
+        """Yield the captions of all images in turn, or of `limit` evenly spaced images."""
         n = len(self)
-        count = n if most is None else min(most, n)
+        count = n if limit is None else min(limit, n)
         return (text for k in range(count) for text in self[k * n // count].captions)
 
-    def only_where(self, stays: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
-        """Return a source of the images where `stays` (n,) is true. left_out: (name, reason) of reported removals."""
-        rows = np.array([self._row(int(k)) for k in np.flatnonzero(stays)], np.int64)
+    def only_where(self, keep: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
+        """Return a source of the images where `keep` (n,) is true. left_out: (name, reason) of removals to report."""
+        rows = np.array([self._row(int(k)) for k in np.flatnonzero(keep)], np.int64)
         return Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Location of the dataset, for messages."""
-        return self.catalogue.place
+        return self.catalogue.location
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and captions: equal for copies of a dataset at different locations."""
         rows = self.without if self.only is None else self.only
-        which = [self.only is None, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]
-        return hashlib.sha256(json.dumps([self.catalogue.fingerprint, which]).encode()).hexdigest()
+        selection = [self.only is None, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]
+        return hashlib.sha256(json.dumps([self.catalogue.fingerprint, selection]).encode()).hexdigest()
 
     def __str__(self) -> str:
-        notes = [f"{len(self.left_out):,} can't be had"] if self.left_out else []
+        notes = [f"{len(self.left_out):,} left out"] if self.left_out else []
         notes += [f"{self.catalogue.uncaptioned:,} without a caption"] if self.catalogue.uncaptioned else []
-        return ", ".join([f"{len(self):,} images ({self.split}) in {self.place}", *notes])
+        return ", ".join([f"{len(self):,} images ({self.split}) in {self.location}", *notes])
 
 
 def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Splits:
     """Return openers for the splits of `--data`, by name; "" if it has no splits. A split is opened once, on demand.
 
-    names: of splits, besides the usual ones. Raises UserError if there is no dataset of a known format (with a list of
-    what was searched for), for unreadable files, and for paths that lead out of the folder.
+    names: names of splits besides the usual ones. Raises UserError if there is no dataset of a known format (with a
+    list of what was searched for), for unreadable files, and for paths outside the folder.
     """
     if not data:
-        raise UserError("--data is missing: a folder of captioned images, parquet or tar files, or a hub id")
-    wanted = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
+        raise UserError(
+            "--data is missing: give a folder of captioned images, parquet or tar files, or the id of a hub dataset"
+        )
+    split_names = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
     is_folder = os.path.isdir(data)
     found: Splits | None = None
     if not (is_folder and find_metadata(Path(data).resolve())):
-        tried = (find(data, columns, wanted) for find in _FORMS)
+        tried = (find(data, columns, split_names) for find in _FINDERS)
         found = next((splits for splits in tried if splits is not None), None)
     if found and is_folder and has_images(Path(data)):
         raise UserError(
-            f"{data} holds images, and tar or parquet files too: give one of them as --data, e.g. '{data}/*.tar'"
+            f"--data {data}: the folder contains images and also tar or parquet files; choose one, e.g. '{data}/*.tar'"
         )
     if found is None and not is_folder:
         raise UserError(
-            f"--data {data!r} is no folder, no .parquet or .tar file (nor a pattern of such) and no hub id (owner/name)"
+            f"--data {data!r}: must be an existing folder, .parquet or .tar file, a pattern that matches such files, "
+            "or the id of a hub dataset (owner/name)"
         )
     if found is None:
-        found = find_folder(data, columns, wanted)
+        found = find_folder(data, columns, split_names)
     return {name: cache(partial(_opened, opener, columns)) for name, opener in found.items()}
 
 
 def _opened(opener: Opener, columns: Columns) -> Catalogue:
     catalogue = opener()
     if columns.captioned and len(catalogue) and catalogue.uncaptioned == len(catalogue):
-        raise UserError(f"{catalogue.place}: the captions of all {len(catalogue):,} images are empty")
+        raise UserError(f"{catalogue.location}: the captions of all {len(catalogue):,} images are empty")
     return catalogue
 
 
 def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", fraction: float = 0.05) -> Source:
-    """Return one split. If there is only one for training, a share of it is held out for validation and test.
+    """Return one split. If there is only a training split, a share of it is held out for validation and test.
 
     The held-out images are those whose names have the lowest hashes, 1 to 1000 of them, so that an image keeps its
-    side when others are added (until there are 1000). name: of the split for validation and test; train: of that for
-    training; both replace the usual names.
+    side when others are added (until 1000 are held out). name: name of the split for validation and test. train: name
+    of the training split. Both replace the usual names.
     """
     if "" in splits and len(splits) > 1:
         raise UserError(
-            f"some of the files belong to a split by their names ({_list(splits)}), others to none: name all"
+            f"--data: the names of some files or folders give their split ({_list(splits)}), others don't: "
+            "rename them so that all do or none does"
         )
     held_out = (name,) if name else _HELD_OUT["validation" if split == "train" else split]
     own = next((n for n in held_out if n in splits and n != train), None)
     if split != "train" and own is not None:
         return Source(splits[own](), split)
     if name and name == train:
-        raise UserError(f"the split {name!r} can't be for validation: it is the one to train on")
+        raise UserError(f"--input.validation-split {name!r}: must not be the training split")
     if name and own is None:
-        raise UserError(f"no split {name!r} for validation: there is {_list(splits)}; without one, a share is held out")
+        raise UserError(
+            f"--input.validation-split {name!r}: there is no such split; the splits are: {_list(splits)}; "
+            "without the option, some training images are held out"
+        )
     if train in splits:
         catalogue = splits[train]()
     elif "" in splits and train == "train":
         catalogue = splits[""]()
     else:
         raise UserError(
-            f"no split {train!r} to train on: there is {_list(splits)}; --input.train-split takes another's name"
+            f"no split {train!r} to train on; the splits are: {_list(splits)}; choose one with --input.train-split"
         )
     if not len(catalogue):
-        raise UserError(f"{catalogue.place}: no images for {split}")
+        raise UserError(f"{catalogue.location} has no images for {split}")
     if own is not None:
         return Source(catalogue, split)
     if len(catalogue) < 2:
-        raise UserError(f"{catalogue.place} has one image: at least two are needed, as one is held out")
-    below = sum(place < fraction for place, _ in catalogue.lowest[:MOST_HELD_OUT])
+        raise UserError(f"{catalogue.location} has one image: at least two are needed, because one is held out")
+    below = sum(value < fraction for value, _ in catalogue.lowest_hashes[:MOST_HELD_OUT])
     count = min(max(below, 1), len(catalogue) - 1)
-    rows = np.sort(np.array([row for _, row in catalogue.lowest[:count]], np.int64))
+    rows = np.sort(np.array([row for _, row in catalogue.lowest_hashes[:count]], np.int64))
     return Source(catalogue, split, without=rows) if split == "train" else Source(catalogue, split, only=rows)
 
 
 def open_source(data: str | Path, split: Split, columns: Columns | None = None, *, fraction: float = 0.05) -> Source:
-    """Open one split of `data`. Errors as in `find_splits`."""
+    """Open one split of `data`; see `take`. Raises as `find_splits`."""
     return take(find_splits(str(data), columns or Columns()), split, fraction=fraction)
 
 

@@ -1,16 +1,15 @@
-"""Tars that are read sequentially: remote ones by address, or the output of a command.
+"""Tars that can only be read sequentially: from a remote address, or from the output of a command.
 
-    https://host/data/{000..099}.tar       http and https by Python's own client, others (s3://, gs://) by fsspec
+    https://host/data/{000..099}.tar       http and https through Python's client, others (s3://, gs://) through fsspec
     pipe:zstd -dc /disk/{000..099}.tar.zst one command per shard, run by the shell; braces are expanded first
 
-gzip, bzip2 and xz are recognised. Samples in a shard are those of train/data/sources/webdataset.py. The content of a
-stream isn't known before it is read, so its fingerprint is that of its addresses. Where rows must be known, the head is
-used: the first examples, some of which are held out.
+gzip, bzip2 and xz are recognised. The samples of a shard are described in train/data/sources/webdataset.py. The content
+of a stream isn't known before it is read, so its fingerprint is computed from its addresses. The held-out examples, and
+the examples for everything that needs some before training, come from the stream's first examples, its head.
 
-An epoch visits the shards in its own order and draws from a buffer of examples read and not yet drawn, until the buffer
-is empty: each example once. Each draw is a function of (seed, position) and of the buffer, which is a function of the
-draws before. So the examples from any position on are always the same, and to reach a position, those before it are
-read again.
+An epoch reads the shards in its own order into a buffer, and draws examples from the buffer until it is empty: each
+example once. A draw depends on (seed, position) and on the buffer, which depends on the earlier draws. So the examples
+from any position on are always the same. To reach a position, all examples before it are read again.
 """
 
 import contextlib
@@ -34,16 +33,16 @@ import numpy as np
 from ldm.errors import RunError, UserError, one_line
 from train.data.order.permutation import permute
 from train.data.order.rng import Purpose, generator
-from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, lowest
-from train.data.sources.tars import REMOTE, expand
+from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, lowest_hashes
+from train.data.sources.tars import CAPTION_FILES, REMOTE, expand
 from train.data.sources.webdataset import DAMAGE, Header, read_samples
 
-_HEAD = 2048
-_STAND_INS = 8
-_RECENT = 64  # examples that may be substitutes besides the buffer's, when it runs low
-_LISTED = 10_000  # examples left out, by name
+_HEAD_SIZE = 2048  # examples
+_SUBSTITUTES = 8  # per example
+_RECENT = 64  # recent examples that may be substitutes too when the buffer is nearly empty
+_MOST_LISTED = 10_000  # examples left out that are listed by name
 _TIMEOUT = 60  # seconds without data
-_REST = 2**26  # bytes that a command may write after the end of its tar
+_MOST_TRAILING = 2**26  # bytes that a command may write after the end of its tar
 
 
 class Example(NamedTuple):
@@ -57,11 +56,11 @@ class Example(NamedTuple):
 Examples = Generator[Example, None, None]
 
 
-class Memory(Catalogue):
-    """Examples kept in memory."""
+class InMemory(Catalogue):
+    """Catalogue of examples that are kept in memory."""
 
-    def __init__(self, place: str, examples: Sequence[Example]) -> None:
-        self.place, self.examples = place, list(examples)
+    def __init__(self, location: str, examples: Sequence[Example]) -> None:
+        self.location, self.examples = location, list(examples)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -75,14 +74,14 @@ class Memory(Catalogue):
 
 
 class _Head(NamedTuple):
-    training: Memory
-    held_out: Memory
+    training: InMemory
+    held_out: InMemory
     skipped: frozenset[tuple[int, str]]
     """(shard, name) of the held-out examples."""
 
 
 def is_stream(data: str) -> bool:
-    """Return whether `--data` names something that can only be read sequentially."""
+    """Return whether `--data` names a stream, which can only be read sequentially."""
     return bool(REMOTE.match(data)) or data == "-" or _is_pipe(data)
 
 
@@ -90,121 +89,127 @@ class Stream:
     """Endless, shuffled examples of a stream.
 
     Raises UserError for input that can't be read more than once or isn't a tar. Reading the head raises UserError if it
-    has fewer than two images, or no caption although `columns.captioned`. Raises RunError for failures while reading.
+    has fewer than two images, or if captions are required and it has none. Failures while reading raise RunError.
     """
 
-    def __init__(self, data: str, columns: Columns, *, held_out: float, buffer: int = 1000) -> None:
-        """held_out: share of the head. buffer: number of examples in memory from which the next one is drawn."""
+    def __init__(self, data: str, columns: Columns, *, fraction: float, buffer_size: int = 1000) -> None:
+        """fraction: share of the head that is held out. buffer_size: number of examples from which one is drawn."""
         if not REMOTE.match(data):
-            raise UserError(f"--data {data!r} can be read only once: write 'pipe:COMMAND', which is run every epoch")
-        self.place, self.columns, self.share, self.buffer = data, columns, held_out, buffer
+            raise UserError(
+                f"--data {data!r} can be read only once: give --data 'pipe:COMMAND', which is run every epoch"
+            )
+        self.location, self.columns, self.fraction, self.buffer_size = data, columns, fraction, buffer_size
         self.urls = expand(data)
-        about = [self.urls, columns.image, columns.caption, columns.template]
-        self.fingerprint = hashlib.sha256(os.fsencode(json.dumps(about))).hexdigest()
+        identity = [self.urls, columns.image, columns.caption, columns.template]
+        self.fingerprint = hashlib.sha256(os.fsencode(json.dumps(identity))).hexdigest()
         self._left_out: dict[str, str] = {}
 
     @property
     def training(self) -> Catalogue:
-        """The head's examples that are trained on."""
+        """The head's training examples."""
         return self.head.training
 
     @property
     def held_out(self) -> Catalogue:
-        """The head's other examples, never among `examples`."""
+        """The head's held-out examples, which `examples` never yields."""
         return self.head.held_out
 
     @property
     def left_out(self) -> tuple[tuple[str, str], ...]:
-        """(name, reason) of what was left out so far, at most 10,000."""
+        """(name, reason) of what has been left out so far, at most 10,000."""
         return tuple(self._left_out.items())
 
     def examples(self, seed: int, start: int = 0) -> Generator[tuple[Example, ...], None, None]:
-        """Yield an example and 8 substitutes for it if it is damaged, from position `start` on and without end.
+        """Yield each example from position `start` on, with 8 substitutes in case it is damaged; never ends.
 
-        (In a stream with a single training example, the first has no substitutes.) To reach `start`, everything before
-        it is read again, because an epoch's length isn't known otherwise.
+        If the stream has only one training example, the first example has no substitutes. To reach `start`, everything
+        before it is read again, because an epoch's length isn't known otherwise.
         """
         position, recent = 0, deque[Example](maxlen=_RECENT)
         for epoch in itertools.count():
             epoch_start = position
             shards = permute(np.arange(len(self.urls)), len(self.urls), seed, epoch)
-            with contextlib.closing(self._epoch(shards.tolist())) as incoming:
-                waiting = list(itertools.islice(incoming, self.buffer))
-                while waiting:
+            with contextlib.closing(self._training_examples(shards.tolist())) as incoming:
+                buffer = list(itertools.islice(incoming, self.buffer_size))
+                while buffer:
                     random = generator(seed, Purpose.STREAM, position)
-                    k = int(random.integers(len(waiting)))
-                    drawn, last = waiting[k], waiting.pop()
-                    if k < len(waiting):
-                        waiting[k] = last
-                    waiting.extend(itertools.islice(incoming, 1))
+                    k = int(random.integers(len(buffer)))
+                    drawn, last = buffer[k], buffer.pop()
+                    if k < len(buffer):
+                        buffer[k] = last
+                    buffer.extend(itertools.islice(incoming, 1))
                     if position >= start:
-                        pool = waiting if len(waiting) >= _RECENT else [*waiting, *recent]
-                        others = random.integers(len(pool), size=_STAND_INS).tolist() if pool else []
-                        yield drawn, *(pool[j] for j in others)
+                        pool = buffer if len(buffer) >= _RECENT else [*buffer, *recent]
+                        substitutes = random.integers(len(pool), size=_SUBSTITUTES).tolist() if pool else []
+                        yield drawn, *(pool[j] for j in substitutes)
                     recent.append(drawn)
                     position += 1
             if position == epoch_start:
-                raise RunError(f"{self.place} gave no image to train on in a whole epoch{self._why()}")
+                raise RunError(f"{self.location}: a full epoch contained no image to train on{self._first_reason()}")
 
     @cached_property
     def head(self) -> _Head:
-        """First 2,048 examples, with shards in the order given."""
-        with contextlib.closing(self._all(range(len(self.urls)))) as examples:
-            numbered = list(itertools.islice(examples, _HEAD))
+        """First 2,048 examples, from the shards in their given order."""
+        with contextlib.closing(self._read_shards(range(len(self.urls)))) as examples:
+            numbered = list(itertools.islice(examples, _HEAD_SIZE))
         shards, first = [shard for shard, _ in numbered], [example for _, example in numbered]
-        whole = Memory(self.place, first)
+        head = InMemory(self.location, first)
         if not first:
-            raise RunError(f"{self.place} gave no image{self._why()}")
+            raise RunError(f"{self.location} contains no usable image{self._first_reason()}")
         if len(first) < 2:
-            raise UserError(f"{self.place} has one image: at least two are needed, as one is held out")
-        if self.columns.captioned and whole.uncaptioned == len(first):
-            raise UserError(f"{self.place}: none of the first {len(first):,} images has a caption beside it")
-        nearest = lowest(whole)[:MOST_HELD_OUT]
-        count = min(max(sum(place < self.share for place, _ in nearest), 1), len(first) - 1)
-        held = {k for _, k in nearest[:count]}
-        skipped = frozenset((shards[k], first[k].name) for k in held)
+            raise UserError(f"{self.location} has one image: at least two are needed, because one is held out")
+        if self.columns.captioned and head.uncaptioned == len(first):
+            raise UserError(
+                f"{self.location}: none of the first {len(first):,} images has a caption: looked for {CAPTION_FILES}"
+            )
+        lowest = lowest_hashes(head)[:MOST_HELD_OUT]
+        count = min(max(sum(value < self.fraction for value, _ in lowest), 1), len(first) - 1)
+        held_out = {k for _, k in lowest[:count]}
+        skipped = frozenset((shards[k], first[k].name) for k in held_out)
         return _Head(
-            Memory(self.place, [e for shard, e in zip(shards, first, strict=True) if (shard, e.name) not in skipped]),
-            Memory(self.place, [first[k] for k in sorted(held)]),
+            InMemory(
+                self.location, [e for shard, e in zip(shards, first, strict=True) if (shard, e.name) not in skipped]
+            ),
+            InMemory(self.location, [first[k] for k in sorted(held_out)]),
             skipped,
         )
 
-    def _epoch(self, shards: Sequence[int]) -> Examples:
+    def _training_examples(self, shards: Sequence[int]) -> Examples:
         skipped = self.head.skipped
-        for shard, example in self._all(shards):
+        for shard, example in self._read_shards(shards):
             if (shard, example.name) not in skipped:
                 yield example
 
-    def _all(self, shards: Sequence[int]) -> Generator[tuple[int, Example], None, None]:
-        """Yield (shard, example) of these shards in turn."""
+    def _read_shards(self, shards: Sequence[int]) -> Generator[tuple[int, Example], None, None]:
+        """Yield (shard, example) for all examples of these shards in turn."""
         for shard in shards:
-            with contextlib.closing(self._read(self.urls[shard])) as examples:
+            with contextlib.closing(self._read_url(self.urls[shard])) as examples:
                 yield from ((shard, example) for example in examples)
 
-    def _read(self, url: str) -> Examples:
+    def _read_url(self, url: str) -> Examples:
         def leave_out(name: str, reason: str) -> None:
-            if len(self._left_out) < _LISTED:
+            if len(self._left_out) < _MOST_LISTED:
                 self._left_out.setdefault(f"{url}: {name}" if name else url, reason)
 
-        given, refused = 0, ""
+        count, not_a_tar = 0, ""
         tar: tarfile.TarFile | None = None
-        with _opened(url) as file:
+        with _open(url) as file:
             try:
-                tar = tarfile.open(  # noqa: SIM115  closed with what it reads
+                tar = tarfile.open(  # noqa: SIM115  `file` is closed instead
                     fileobj=file, mode="r|*", tarinfo=Header, encoding="utf-8", errors="surrogateescape"
                 )
                 for sample in read_samples(tar, self.columns, leave_out, images=True):
-                    given += 1
+                    count += 1
                     yield Example(sample.name, sample.image, sample.captions)
             except DAMAGE as error:
                 if tar is None:
-                    refused = str(error)
+                    not_a_tar = str(error)
                 else:
-                    leave_out("", f"damaged or cut short after {given:,} images: {error}")
-        if refused:  # raised only now, as a failed command gives a better message
-            raise UserError(f"{url} gives no tar ({refused}): a .tar, .tar.gz, .tar.bz2 or .tar.xz is accepted")
+                    leave_out("", f"damaged or truncated after {count:,} images: {error}")
+        if not_a_tar:  # raised only now, because a failed command has raised a better message before
+            raise UserError(f"{url} is not a tar ({not_a_tar}): must be a .tar, .tar.gz, .tar.bz2 or .tar.xz")
 
-    def _why(self) -> str:
+    def _first_reason(self) -> str:
         return f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
 
 
@@ -212,23 +217,25 @@ class _Reader:
     """Reader of a stream for tarfile; its errors name the stream."""
 
     def __init__(self, url: str, file: Any, length: int | None = None) -> None:
-        self.url, self.file, self.length, self.got = url, file, length, 0
+        self.url, self.file, self.length, self.bytes_read = url, file, length, 0
 
     def read(self, count: int) -> bytes:
         try:
             data: bytes = self.file.read(count)
         except Exception as error:  # each protocol has its own exceptions
-            raise RunError(f"{self.url} broke off after {self.got:,} bytes: {one_line(error, 300)}") from error
-        self.got += len(data)
-        if not data and self.length is not None and self.got < self.length:
-            raise RunError(f"{self.url} broke off after {self.got:,} of {self.length:,} bytes")
+            raise RunError(
+                f"reading {self.url} failed after {self.bytes_read:,} bytes: {one_line(error, 300)}"
+            ) from error
+        self.bytes_read += len(data)
+        if not data and self.length is not None and self.bytes_read < self.length:
+            raise RunError(f"{self.url} ended after {self.bytes_read:,} of {self.length:,} bytes")
         return data
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[Any]:
+def _open(url: str) -> Iterator[Any]:
     if url.startswith("pipe:"):
-        with _running(url) as output:
+        with _run_command(url) as output:
             yield _Reader(url, output)
         return
     try:
@@ -248,7 +255,7 @@ def _opened(url: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _running(url: str) -> Iterator[Any]:
+def _run_command(url: str) -> Iterator[Any]:
     """Yield the output of a command. Raises RunError if it fails; a command that isn't read to its end is stopped."""
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
@@ -263,17 +270,17 @@ def _running(url: str) -> Iterator[Any]:
         status = 0
         try:
             yield output
-            if any(not output.read(2**16) for _ in range(_REST // 2**16)):
+            if any(not output.read(2**16) for _ in range(_MOST_TRAILING // 2**16)):
                 status = process.wait()
         finally:
-            if process.poll() is None:  # including every process that the shell has started
+            if process.poll() is None:  # kill the shell and every process that it has started
                 os.killpg(process.pid, signal.SIGKILL)
             output.close()
             process.wait()
         stderr.seek(0)
-        last = stderr.read()[-300:].decode(errors="replace").strip().splitlines()[-1:]
+        last_line = stderr.read()[-300:].decode(errors="replace").strip().splitlines()[-1:]
     if status:
-        raise RunError(f"{url} ended with status {status}: {''.join(last) or 'no error message'}")
+        raise RunError(f"{url}: the command failed with status {status}: {''.join(last_line) or 'no error message'}")
 
 
 def _is_pipe(data: str) -> bool:

@@ -1,8 +1,8 @@
 """Images in tables: parquet files, folders saved by `datasets`, and datasets on the Hugging Face hub.
 
-The `datasets` library reads them into memory-mapped Arrow files. It receives the list of files to read (parquet, or
-what a saved folder lists, all inside the folder): instructions in a folder's README or scripts are never followed.
-Nothing is decoded. Images must be bytes in the table: paths and addresses aren't opened, except for files that the
+The `datasets` library reads them into memory-mapped Arrow files. It receives a list of files (parquet files, or those
+listed in a saved folder, all inside the folder), so instructions in a folder's README or scripts are never followed.
+Nothing is decoded. Images must be bytes in the table. Paths and addresses aren't opened, except for files that the
 libraries have put into their own caches.
 """
 
@@ -28,7 +28,7 @@ _HUB_ID = re.compile(
     re.ASCII,
 )
 _BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset", "json", "csv", "cache")  # readers of the hub's files
-_LONG = 2**29  # bytes above which the library's progress bars are shown
+_PROGRESS_BYTES = 2**29  # above this size, the library's progress bars are shown
 
 
 def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | None:
@@ -36,11 +36,11 @@ def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | N
 
     data: a .parquet file, a glob of such files, a folder that has some (in it, in its data/, or in folders named after
     splits), a folder written by save_to_disk, or a name on the hub: owner/name, owner/name:config, owner/name@revision,
-    with hf://datasets/ before it if there is a local folder `owner`. names: of the possible splits. A parquet file
-    belongs to the split whose folder contains it, or whose name begins its own (train-00000-of-00002.parquet).
+    with hf://datasets/ before it if there is a local folder `owner`. names: names of the possible splits. A parquet
+    file belongs to the split whose folder contains it, or whose name begins its name (train-00000-of-00002.parquet).
 
-    Raises UserError for input that can't be read, lacks the columns, or leads out of its folder; RunError for a full
-    disk. So do the splits' openers.
+    This function and the openers that it returns raise UserError for input that can't be read, for missing columns and
+    for files outside the folder, and RunError for a full disk.
     """
     path = Path(data)
     if path.is_dir():
@@ -55,7 +55,9 @@ def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | N
         root = Path(os.path.commonpath([str(f.parent) for f in files])) if files else Path()
         return _parquet_splits(root, files, columns, names)
     found = _HUB_ID.fullmatch(data)
-    if found and (found["hub"] or not os.path.isdir(found["id"].partition("/")[0])):  # else a misspelt path
+    if found and (
+        found["hub"] or not os.path.isdir(found["id"].partition("/")[0])
+    ):  # if the folder exists, `data` is a misspelt path
         return _hub_splits(found["id"], found["config"], found["revision"], columns)
     return None
 
@@ -71,38 +73,38 @@ def _parquet_files(root: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _parquet_splits(root: Path, files: Sequence[Path], columns: Columns, names: Sequence[str]) -> Splits | None:
-    begins = re.compile(rf"({'|'.join(map(re.escape, names))})(?![a-zA-Z])")
+    prefix = re.compile(rf"({'|'.join(map(re.escape, names))})(?![a-zA-Z])")
     splits: dict[str, list[Path]] = {}
     for file in files:
-        above = [part for part in file.parent.relative_to(root).parts if part in names]
-        found = begins.match(file.name) if names else None
-        splits.setdefault(above[-1] if above else found[1] if found else "", []).append(file)
-    place = str(files[0] if len(files) == 1 else root)
-    return {split: partial(_open_parquet, splits[split], columns, place) for split in splits} or None
+        folders = [part for part in file.parent.relative_to(root).parts if part in names]
+        found = prefix.match(file.name) if names else None
+        splits.setdefault(folders[-1] if folders else found[1] if found else "", []).append(file)
+    location = str(files[0] if len(files) == 1 else root)
+    return {split: partial(_open_parquet, splits[split], columns, location) for split in splits} or None
 
 
-def _open_parquet(files: Sequence[Path], columns: Columns, place: str) -> Table:
+def _open_parquet(files: Sequence[Path], columns: Columns, location: str) -> Table:
     import datasets
     import pyarrow.parquet as pq
 
     chosen: list[str] = []
-    filled = []
+    non_empty = []
     for file in files:
         with _reading(str(file)), pq.ParquetFile(file) as parquet:
             schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
             features = datasets.Features.from_arrow_schema(schema)
-        chosen = chosen or [c for c in choose_columns(features, columns, place) if c]
-        if absent := [c for c in chosen if c not in schema.names]:
-            raise UserError(f"{file} has no column {', '.join(absent)}, which {files[0].name} has")
-        filled += [file] if rows else []
-    if not filled:
-        raise UserError(f"{place} has no images: it has no rows")
-    exact = [glob.escape(os.path.abspath(file)) for file in filled]
-    long = sum(file.stat().st_size for file in filled) > _LONG
-    with _reading(place, long):
-        # load_dataset("parquet") does the same, but notifies the hub first
-        dataset = datasets.Dataset.from_parquet(exact, columns=chosen, keep_in_memory=False)
-    return Table(dataset, columns, place, max(file.stat().st_mtime_ns for file in files))
+        chosen = chosen or [c for c in choose_columns(features, columns, location) if c]
+        if missing := [c for c in chosen if c not in schema.names]:
+            raise UserError(f"{file} has no column {', '.join(missing)}, but {files[0].name} has")
+        non_empty += [file] if rows else []
+    if not non_empty:
+        raise UserError(f"{location} has no images: it has no rows")
+    patterns = [glob.escape(os.path.abspath(file)) for file in non_empty]
+    progress = sum(file.stat().st_size for file in non_empty) > _PROGRESS_BYTES
+    with _reading(location, progress):
+        # load_dataset("parquet") does the same, but contacts the hub first.
+        dataset = datasets.Dataset.from_parquet(patterns, columns=chosen, keep_in_memory=False)
+    return Table(dataset, columns, location, max(file.stat().st_mtime_ns for file in files))
 
 
 # -- folders saved by datasets --------------------------------------------------------------------------------------
@@ -138,11 +140,11 @@ def _open_saved(root: Path, folder: Path, columns: Columns) -> Table:
 
 
 def _inside(root: Path, file: Path) -> Path:
-    """Return `file` if it lies inside `root`, else raise UserError. ("::" makes `datasets` look elsewhere.)"""
+    """Return `file` if it is inside `root`, else raise UserError. A path with "::" makes `datasets` look elsewhere."""
     if ".." in file.parts or "\0" in str(file) or "::" in str(file) or not file.is_relative_to(root):
-        raise UserError(f"{str(file)[:300]!r} leads out of {root}; names inside it are accepted")
+        raise UserError(f"{str(file)[:300]!r} is outside {root}; only paths inside it are accepted")
     if not Path(os.path.realpath(file)).is_relative_to(root):
-        raise UserError(f"{file!s:.300} is a link that leads out of {root}: copy the file into it")
+        raise UserError(f"{file!s:.300} is a link to a file outside {root}: copy the file into the folder")
     if not file.exists():
         raise UserError(f"{file!s:.300} is missing")
     return file
@@ -162,13 +164,16 @@ def _json(file: Path) -> dict[str, Any]:
 def _hub_splits(name: str, config: str | None, revision: str | None, columns: Columns) -> Splits:
     import datasets
 
-    with _reading(f"{name!r} is no file or folder here, and as a data set on the Hugging Face hub it", long=True):
+    with _reading(f"{name!r} is not a local file or folder, and the dataset of this name on the hub", progress=True):
         builder = datasets.load_dataset_builder(name, config, revision=revision)
     files = {split: list(files) for split, files in (builder.config.data_files or {}).items()}
-    strange = [str(f) for found in files.values() for f in found if not str(f).startswith("hf://datasets/")]
-    if strange or builder.name not in _BUILDERS:
-        what = f"names files elsewhere, e.g. {strange[0][:200]!r}" if strange else f"is of the kind {builder.name!r}"
-        raise UserError(f"{name} on the hub {what}; data sets of images in their own repository are accepted")
+    external = [str(f) for found in files.values() for f in found if not str(f).startswith("hf://datasets/")]
+    if external:
+        raise UserError(
+            f"{name} on the hub lists files outside its repository, which aren't read, e.g. {external[0][:200]!r}"
+        )
+    if builder.name not in _BUILDERS:
+        raise UserError(f"{name} on the hub has the format {builder.name!r}; accepted: {', '.join(_BUILDERS)}")
     splits = map(str, files or builder.info.splits)
     return {split: partial(_open_hub, builder, split, columns, name) for split in splits}
 
@@ -177,7 +182,7 @@ def _open_hub(builder: Any, split: str, columns: Columns, name: str) -> Table:
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    with _reading(name, long=True):
+    with _reading(name, progress=True):
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=split, in_memory=False)
     caches = [os.path.realpath(cache) for cache in (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
@@ -186,8 +191,8 @@ def _open_hub(builder: Any, split: str, columns: Columns, name: str) -> Table:
 
 
 @contextmanager
-def _reading(what: str, long: bool = False) -> Iterator[None]:
-    """Silence `datasets`, and convert its errors into an error of one line. long: keeps its progress bars."""
+def _reading(what: str, progress: bool = False) -> Iterator[None]:
+    """Silence `datasets`, and convert its errors into an error of one line. progress: keep its progress bars."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
@@ -195,7 +200,7 @@ def _reading(what: str, long: bool = False) -> Iterator[None]:
     verbosities, bars = [log.get_verbosity() for log in loggers], not datasets.are_progress_bars_disabled()
     for log in loggers:
         log.set_verbosity(logging.CRITICAL)
-    if bars and not long:
+    if bars and not progress:
         datasets.disable_progress_bars()
     try:
         yield
@@ -205,10 +210,12 @@ def _reading(what: str, long: bool = False) -> Iterator[None]:
             causes.append(cause)
         if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
             cache = datasets.config.HF_DATASETS_CACHE
-            raise RunError(f"no space is left in {cache} for {what}: make some, or set HF_DATASETS_CACHE") from error
+            raise RunError(
+                f"{what} can't be read: disk full in {cache}; free some space, or set HF_DATASETS_CACHE to another disk"
+            ) from error
         raise UserError(f"{what} can't be read: {one_line(error.__cause__ or error, 300)}") from error
     finally:
         for log, verbosity in zip(loggers, verbosities, strict=True):
             log.set_verbosity(verbosity)
-        if bars and not long:
+        if bars and not progress:
             datasets.enable_progress_bars()

@@ -1,14 +1,14 @@
 """On-disk index of rows: 100 million of them take no memory and open at once.
 
-A folder holds one or more generations G of:
+A folder contains one or more generations G of:
 
     G.rows     one record per row: offset of its line in its part's lines, offset of its image in the part, length of
                the line, and a CRC-32 over all of these and the line
     G.lines    one line per row, JSON of [name, size, captions]: their SHA-256 is the catalogue's fingerprint
-    G.parts    one JSON line per part (a tar): its path, size and time, its share of the two files, what it left out
-    about.json names the complete generation, with the statistics of all its rows
+    G.parts    one JSON line per part (a tar): its path, size and time, its share of the two files, what it leaves out
+    about.json name of the complete generation, with the statistics of all its rows
 
-about.json is written last and renamed into place, so an index is either complete or absent. A part's rows and lines
+about.json is written last and renamed into place, so an index is either complete or missing. A part's rows and lines
 don't refer to other parts. So rows of unchanged parts are reused from an older or unfinished generation, if their
 checksums are right. Rows are read with pread; docs/adr/0005 says why.
 """
@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.errors import RunError
-from train.data.sources.catalogue import Row, lowest
+from train.data.sources.catalogue import Row, lowest_hashes
 from train.data.store.atomic import atomic_file, sync
 
 _FORMAT = 1
@@ -44,15 +44,15 @@ RECORD = np.dtype([("line", "<u8"), ("image", "<u8"), ("length", "<u4"), ("crc",
 """NumPy type of a record."""
 _KINDS = ("rows", "lines", "parts")
 
-Placed = tuple[int, Row]
+LocatedRow = tuple[int, Row]
 """Offset of a row's image in its part, and the row."""
 LeftOut = list[tuple[str, str]]
-Read = Callable[["Part", LeftOut], Iterator[Placed]]
+Read = Callable[["Part", LeftOut], Iterator[LocatedRow]]
 """Reader of a part's rows, in its order; it adds (name, reason) of what it leaves out."""
 
 
 class Part(NamedTuple):
-    """A file that holds images."""
+    """A file that contains images, and its state."""
 
     path: str
     size: int
@@ -69,43 +69,43 @@ class Segment(NamedTuple):
     left_out: LeftOut
 
 
-class Unfit(Exception):
-    """Error: the folder has no complete index of these parts in their current state."""
+class NoValidIndex(Exception):
+    """Error for a folder without a complete index of these parts in their current state."""
 
 
-def look(paths: Iterable[str]) -> list[Part]:
+def stat_parts(paths: Iterable[str]) -> list[Part]:
     """Return the parts with their current size and time."""
-    return [Part(path, (about := os.stat(path)).st_size, about.st_mtime_ns) for path in paths]
+    return [Part(path, (info := os.stat(path)).st_size, info.st_mtime_ns) for path in paths]
 
 
-class Index:
-    """Rows of parts, in order. Open files stay in this process; a copy in another process opens its own."""
+class TarIndex:
+    """Rows of parts, in order. When it is copied to another process, the copy opens the files again."""
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        """Raises Unfit if the folder has no complete index of these parts."""
+        """Raises NoValidIndex if the folder has no complete index of these parts."""
         try:
             about = json.loads((folder / "about.json").read_bytes())
-            if about.pop("sum") != _sum(about) or about["format"] != _FORMAT:
-                raise Unfit
+            if about.pop("sum") != _about_hash(about) or about["format"] != _FORMAT:
+                raise NoValidIndex
             self.folder, self.generation = folder, str(about["generation"])
             listed = (folder / f"{self.generation}.parts").read_bytes()
             self.segments = list(map(_segment, listed.splitlines()))
             if about["parts"] != hashlib.sha256(listed).hexdigest() or [s.part for s in self.segments] != list(parts):
-                raise Unfit
+                raise NoValidIndex
             self.fingerprint: str = about["fingerprint"]
-            self.lowest = [(float(place), int(k)) for place, k in about["lowest"]]
+            self.lowest_hashes = [(float(value), int(k)) for value, k in about["lowest"]]
             self.uncaptioned = sum(s.uncaptioned for s in self.segments)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            raise Unfit from None
+            raise NoValidIndex from None
         self.rows = np.cumsum([0, *(s.rows for s in self.segments)], dtype=np.int64)  # number of rows before each part
         self.lines = np.cumsum([0, *(s.line_bytes for s in self.segments)], dtype=np.int64)
         self._files: tuple[int, ...] = ()
         try:
             sizes = [os.fstat(file).st_size for file in self._open()]
         except OSError:
-            raise Unfit from None
+            raise NoValidIndex from None
         if sizes != [int(self.rows[-1]) * _RECORD.size, int(self.lines[-1])]:
-            raise Unfit
+            raise NoValidIndex
 
     def __len__(self) -> int:
         return int(self.rows[-1])
@@ -119,14 +119,14 @@ class Index:
         try:
             rows, lines = self._files or self._open()
             record = os.pread(rows, _RECORD.size, k * _RECORD.size)
-            begin, length = _extent(record, segment)
-            line = os.pread(lines, length, int(self.lines[number]) + begin)
-            return segment.part, *_verified(record, line, begin, segment.part)
+            start, length = _extent(record, segment)
+            line = os.pread(lines, length, int(self.lines[number]) + start)
+            return segment.part, *_verified(record, line, start, segment.part)
         except FileNotFoundError:
-            raise RunError(f"the index {self.folder} was made anew meanwhile: run the same command again") from None
+            raise RunError(f"the index {self.folder} was replaced while in use: run the same command again") from None
         except ValueError:
             (self.folder / "about.json").unlink(missing_ok=True)
-            raise RunError(f"the index {self.folder} is damaged: run the same command again to mend it") from None
+            raise RunError(f"the index {self.folder} is damaged: run the same command again to rebuild it") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": ()}
@@ -143,14 +143,14 @@ class Index:
         return self._files
 
 
-def open_index(folder: Path, paths: Sequence[str], read: Read) -> Index:
+def open_index(folder: Path, paths: Sequence[str], read: Read) -> TarIndex:
     """Open the index of these parts; one process creates or updates it if needed, while others wait.
 
-    If the folder isn't writable, the index lies in a temporary one for this process, with a warning. Raises OSError for
-    parts that can't be read, RunError for a full disk, and the errors of `read`.
+    If the folder isn't writable, the index is built in a temporary folder for this process, with a warning. Raises
+    OSError for parts that can't be read, RunError for a full disk, and the errors of `read`.
     """
-    with contextlib.suppress(Unfit):
-        return Index(folder, look(paths))
+    with contextlib.suppress(NoValidIndex):
+        return TarIndex(folder, stat_parts(paths))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("ab")
@@ -159,22 +159,25 @@ def open_index(folder: Path, paths: Sequence[str], read: Read) -> Index:
         temporary = Path(tempfile.mkdtemp(prefix="ldm-index-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         warnings.warn(
-            f"can't write to {folder} ({error.strerror}): the index of {len(paths):,} files is made anew each time, in "
-            f"{temporary}; set XDG_CACHE_HOME to a folder that can be written to",
+            f"{folder} isn't writable ({error.strerror}): every run rebuilds the index of {len(paths):,} tar files, "
+            f"now in {temporary}; to keep it, set XDG_CACHE_HOME to a writable folder",
             stacklevel=2,
         )
         return open_index(temporary, paths, read)
     with lock:
-        parts = look(paths)
-        with contextlib.suppress(Unfit):
-            return Index(folder, parts)
+        parts = stat_parts(paths)
+        with contextlib.suppress(NoValidIndex):
+            return TarIndex(folder, parts)
         try:
             _build(folder, parts, read)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise RunError(f"no room for the index in {folder}: free some, or set XDG_CACHE_HOME") from None
+                raise RunError(
+                    f"disk full while writing the index {folder}: free some space, "
+                    "or set XDG_CACHE_HOME to a folder on another disk"
+                ) from None
             raise
-        return Index(folder, parts)
+        return TarIndex(folder, parts)
 
 
 class Writer:
@@ -192,12 +195,12 @@ class Writer:
         for file in (self.rows, self.lines, self.parts):
             file.close()
 
-    def add(self, part: Part, placed: Iterable[Placed], left_out: LeftOut) -> None:
-        """Add a part. If `placed` raises, the files are restored to their state before the call."""
+    def add(self, part: Part, located: Iterable[LocatedRow], left_out: LeftOut) -> None:
+        """Add a part. If `located` raises, the files are restored to their state before the call."""
         ends = self.rows.tell(), self.lines.tell()
         rows = length = uncaptioned = 0
         try:
-            for image, row in placed:
+            for image, row in located:
                 line = os.fsencode(json.dumps([row.name, row.size, row.captions])) + b"\n"
                 self.rows.write(_RECORD.pack(length, image, len(line), checksum(length, image, line)))
                 self.lines.write(line)
@@ -207,55 +210,57 @@ class Writer:
                 file.seek(end)
                 file.truncate()
             raise
-        self.seal(Segment(part, rows, length, uncaptioned, left_out))
+        self.finish_part(Segment(part, rows, length, uncaptioned, left_out))
 
-    def seal(self, segment: Segment) -> None:
-        """Record a part after its records and lines were written."""
+    def finish_part(self, segment: Segment) -> None:
+        """List a part as complete, after its records and lines have been written."""
         self.parts.write(json.dumps(segment).encode() + b"\n")
         for file in (self.rows, self.lines, self.parts):
             file.flush()
 
-    def commit(self, nearest: list[tuple[float, int]] | None = None) -> None:
-        """Make this generation the folder's index, and remove all others. nearest: Catalogue.lowest, if known."""
-        sums = []
+    def commit(self, lowest: list[tuple[float, int]] | None = None) -> None:
+        """Make this generation the folder's index, and remove all others. lowest: Catalogue.lowest_hashes, if known."""
+        hashes = []
         for file in (self.lines, self.parts):
             file.seek(0)
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-        if nearest is None:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        if lowest is None:
             self.lines.seek(0)
-            nearest = lowest(_row(line, 0) for line in self.lines)
+            lowest = lowest_hashes(_row(line, 0) for line in self.lines)
         about = {
             "format": _FORMAT,
             "generation": self.generation,
-            "fingerprint": sums[0],
-            "parts": sums[1],
-            "lowest": nearest,
+            "fingerprint": hashes[0],
+            "parts": hashes[1],
+            "lowest": lowest,
         }
         for file in (self.rows, self.lines, self.parts):
             sync(file.fileno())
         with atomic_file(self.folder / "about.json") as new:
-            new.write(json.dumps({**about, "sum": _sum(about)}).encode())
+            new.write(json.dumps({**about, "sum": _about_hash(about)}).encode())
         for path in self.folder.iterdir():
             if path.suffix[1:] in _KINDS and path.stem != self.generation:
                 path.unlink(missing_ok=True)
 
 
-def checksum(line_at: int, image: int, line: bytes | memoryview) -> int:
-    """Return the CRC-32 of a row's record and line."""
-    return zlib.crc32(line, zlib.crc32(struct.pack("<QQ", line_at, image)))
+def checksum(line_start: int, image: int, line: bytes | memoryview) -> int:
+    """Return the CRC-32 of a row: the offsets of its line and of its image, and the line."""
+    return zlib.crc32(line, zlib.crc32(struct.pack("<QQ", line_start, image)))
 
 
 def _build(folder: Path, parts: Sequence[Part], read: Read) -> None:
-    known = _known(folder)
+    reusable = _reusable_parts(folder)
     total = sum(part.size for part in parts)
     bar = tqdm(total=total, desc="reading tars", unit="B", unit_scale=True, leave=False, delay=2)
     with bar, Writer(folder) as writer:
         for part in parts:
             start, left_out = bar.n, LeftOut()
-            if part in known:
-                generation, rows_at, lines_at, segment = known[part]
+            if part in reusable:
+                generation, first_row, first_byte, segment = reusable[part]
                 with contextlib.suppress(OSError, ValueError):
-                    writer.add(part, _copied(folder / generation, rows_at, lines_at, segment), segment.left_out)
+                    writer.add(
+                        part, _copied_rows(folder / generation, first_row, first_byte, segment), segment.left_out
+                    )
                     bar.update(part.size)
                     continue
             writer.add(part, _with_progress(read(part, left_out), bar), left_out)
@@ -263,41 +268,41 @@ def _build(folder: Path, parts: Sequence[Part], read: Read) -> None:
         writer.commit()
 
 
-def _with_progress(placed: Iterator[Placed], bar: Any) -> Iterator[Placed]:
+def _with_progress(located: Iterator[LocatedRow], bar: Any) -> Iterator[LocatedRow]:
     start = bar.n
-    for image, row in placed:
+    for image, row in located:
         bar.update(start + image - bar.n)
         yield image, row
 
 
-def _known(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
+def _reusable_parts(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
     """Return the parts in the folder's generations: each part's generation, first row and first byte of lines there."""
-    known = {}
-    whole = ""
+    reusable = {}
+    complete = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        whole = json.loads((folder / "about.json").read_bytes())["generation"]
-    unfinished = sorted(folder.glob("*.parts"), key=lambda p: (p.stem == whole, p.stat().st_size))
-    for path in unfinished[:-2]:  # left by repeated crashes
+        complete = json.loads((folder / "about.json").read_bytes())["generation"]
+    generations = sorted(folder.glob("*.parts"), key=lambda p: (p.stem == complete, p.stat().st_size))
+    for path in generations[:-2]:  # left by repeated crashes
         for kind in _KINDS:
             path.with_suffix(f".{kind}").unlink(missing_ok=True)
-    for path in unfinished[-2:]:
+    for path in generations[-2:]:
         rows = lines = 0
-        with contextlib.suppress(ValueError, TypeError):  # the last line may be cut short
+        with contextlib.suppress(ValueError, TypeError):  # the last line may be incomplete
             for segment in map(_segment, path.read_bytes().splitlines()):
-                known[segment.part] = path.stem, rows, lines, segment
+                reusable[segment.part] = path.stem, rows, lines, segment
                 rows, lines = rows + segment.rows, lines + segment.line_bytes
-    return known
+    return reusable
 
 
-def _copied(generation: Path, rows_at: int, lines_at: int, segment: Segment) -> Iterator[Placed]:
+def _copied_rows(generation: Path, first_row: int, first_byte: int, segment: Segment) -> Iterator[LocatedRow]:
     with generation.with_suffix(".rows").open("rb") as rows, generation.with_suffix(".lines").open("rb") as lines:
-        rows.seek(rows_at * _RECORD.size)
-        lines.seek(lines_at)
+        rows.seek(first_row * _RECORD.size)
+        lines.seek(first_byte)
         end = 0
         for _ in range(segment.rows):
             record = rows.read(_RECORD.size)
-            begin, end = end, end + len(line := lines.readline(segment.line_bytes))
-            yield _verified(record, line, begin, segment.part)
+            start, end = end, end + len(line := lines.readline(segment.line_bytes))
+            yield _verified(record, line, start, segment.part)
         if end != segment.line_bytes:
             raise ValueError("lines are missing")
 
@@ -305,21 +310,22 @@ def _copied(generation: Path, rows_at: int, lines_at: int, segment: Segment) -> 
 def _extent(record: bytes, segment: Segment) -> tuple[int, int]:
     """Return the offset of a row's line in the lines of its part, and its length."""
     if len(record) != _RECORD.size:
-        raise ValueError("cut short")
-    begin, _, length, _ = _RECORD.unpack(record)
-    if begin + length > segment.line_bytes:
-        raise ValueError("beyond its part")
-    return begin, length
+        raise ValueError("truncated")
+    start, _, length, _ = _RECORD.unpack(record)
+    if start + length > segment.line_bytes:
+        raise ValueError("line outside its part")
+    return start, length
 
 
-def _verified(record: bytes, line: bytes, begin: int, part: Part) -> Placed:
+def _verified(record: bytes, line: bytes, start: int, part: Part) -> LocatedRow:
     """Return an image's offset and its row. Raises ValueError for a wrong checksum or an image outside its part."""
     if len(record) != _RECORD.size or line[-1:] != b"\n":
-        raise ValueError("cut short")
-    at, image, length, crc = _RECORD.unpack(record)
-    row = _row(line, part.mtime_ns) if (at, length, crc) == (begin, len(line), checksum(at, image, line)) else None
+        raise ValueError("truncated")
+    line_start, image, length, crc = _RECORD.unpack(record)
+    intact = (line_start, length, crc) == (start, len(line), checksum(line_start, image, line))
+    row = _row(line, part.mtime_ns) if intact else None
     if row is None or not 0 <= image <= image + row.size <= part.size:
-        raise ValueError("a wrong sum")
+        raise ValueError("wrong checksum")
     return image, row
 
 
@@ -330,8 +336,10 @@ def _row(line: bytes, mtime_ns: int) -> Row:
 
 def _segment(line: bytes) -> Segment:
     part, rows, line_bytes, uncaptioned, left_out = json.loads(line)
-    return Segment(Part(*part), int(rows), int(line_bytes), int(uncaptioned), [(name, why) for name, why in left_out])
+    return Segment(
+        Part(*part), int(rows), int(line_bytes), int(uncaptioned), [(name, reason) for name, reason in left_out]
+    )
 
 
-def _sum(about: dict[str, Any]) -> str:
+def _about_hash(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

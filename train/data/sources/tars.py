@@ -1,4 +1,4 @@
-"""Catalogue of WebDataset tars on local disks: the list of tars, and the place of each image in them."""
+"""Catalogue of WebDataset tars on local disks: the list of tars, and the offset of each image in its tar."""
 
 import glob
 import hashlib
@@ -13,14 +13,14 @@ from pathlib import Path
 from ldm.errors import RunError, UserError
 from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits
-from train.data.sources.tar_index import LeftOut, Part, Placed, open_index
+from train.data.sources.tar_index import LeftOut, LocatedRow, Part, open_index
 from train.data.sources.webdataset import DAMAGE, IMAGES, Header, read_samples
 
 REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 """Pattern of the beginning of a stream's address; see train/data/sources/streams.py."""
 
-_LISTED = 100  # samples left out of a tar, by name
-_LOOKED_FOR = "a .txt, .json or .cls beside each image"
+_MOST_LISTED = 100  # samples left out of a tar that are listed by name
+CAPTION_FILES = "a .txt, .json or .cls beside each image"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -31,21 +31,23 @@ class Tars(Catalogue):
     A row's name is its image's name in the tar: the same as in a folder into which the tars are unpacked.
     """
 
-    def __init__(self, place: str, paths: Sequence[str], columns: Columns, split: str = "") -> None:
+    def __init__(self, location: str, paths: Sequence[str], columns: Columns, split: str = "") -> None:
         """Raises UserError if a file isn't a tar, or if there is no image or no required caption."""
-        self.place = place
+        self.location = location
         try:
-            self.index = open_index(index_folder(place, columns, split), paths, partial(_rows, columns))
+            self.index = open_index(index_folder(location, columns, split), paths, partial(_rows, columns))
         except OSError as error:
-            raise RunError(f"{error.filename or place} can't be read: {error.strerror}") from None
-        self.left_out = tuple((name, why) for segment in self.index.segments for name, why in segment.left_out)
-        self.fingerprint, self.lowest = self.index.fingerprint, self.index.lowest
+            raise RunError(f"{error.filename or location} can't be read: {error.strerror}") from None
+        self.left_out = tuple(entry for segment in self.index.segments for entry in segment.left_out)
+        self.fingerprint, self.lowest_hashes = self.index.fingerprint, self.index.lowest_hashes
         self.uncaptioned = self.index.uncaptioned
         if not len(self):
             reason = f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
-            raise UserError(f"no images in {place}: looked for members {', '.join(IMAGES)}{reason}")
+            raise UserError(
+                f"no images in {location}: looked for members with the extensions {', '.join(IMAGES)}{reason}"
+            )
         if columns.captioned and self.uncaptioned == len(self):
-            raise UserError(f"{place} has {len(self):,} images but no captions: looked for {_LOOKED_FOR}")
+            raise UserError(f"{location} has {len(self):,} images but no captions: looked for {CAPTION_FILES}")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -57,41 +59,40 @@ class Tars(Catalogue):
         part, offset, row = self.index[k]
         if row.size > MAX_BYTES:
             raise DamagedImage(row.name, f"{row.size:,} bytes; up to {MAX_BYTES:,} are accepted")
-        with open(
-            part.path, "rb", buffering=0
-        ) as tar:  # opened for each read: a dataset may have more tars than a process may open
-            about = os.fstat(tar.fileno())
+        # Opened for each read, because a dataset may have more tars than a process may have open files.
+        with open(part.path, "rb", buffering=0) as tar:
+            info = os.fstat(tar.fileno())
             content = os.pread(tar.fileno(), row.size, offset)
-        if (about.st_size, about.st_mtime_ns, len(content)) != (part.size, part.mtime_ns, row.size):
-            raise RunError(f"{part.path} has changed since the run began: run the same command again")
+        if (info.st_size, info.st_mtime_ns, len(content)) != (part.size, part.mtime_ns, row.size):
+            raise RunError(f"{part.path} was changed while in use: run the same command again")
         return content
 
 
-def index_folder(place: str, columns: Columns, split: str = "") -> Path:
-    """Return the index folder of a split, named after the request, so that tars may be added or removed."""
-    about = [os.path.abspath(place), split, columns.image, columns.caption, columns.template]
+def index_folder(location: str, columns: Columns, split: str = "") -> Path:
+    """Return the index folder of a split. Its name is a hash of the request, so tars may be added or removed."""
+    request = [os.path.abspath(location), split, columns.image, columns.caption, columns.template]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ldm" / "index" / hashlib.sha256(os.fsencode(json.dumps(about))).hexdigest()[:32]
+    return cache / "ldm" / "index" / hashlib.sha256(os.fsencode(json.dumps(request))).hexdigest()[:32]
 
 
 def find_tars(data: str, columns: Columns, names: Sequence[str]) -> Splits | None:
     """Return the splits of tars: a .tar, a glob, a pattern with braces, or a folder with tars; None for anything else.
 
-    names: of the possible splits. A tar belongs to the split whose folder contains it, or whose name begins its own
-    ("train-0001.tar", not "training.tar"); others to "". Sorted by path. Raises UserError for files that don't exist or
-    are compressed; the returned openers raise the same errors as `Tars`.
+    names: names of the possible splits. A tar belongs to the split whose folder contains it, or whose name begins the
+    tar's name ("train-0001.tar", not "training.tar"); others belong to "". Sorted by path. Raises UserError for files
+    that don't exist or are compressed; the returned openers raise the same errors as `Tars`.
     """
     if REMOTE.match(data) or (paths := _paths(data, names)) is None:
         return None
     base = data if os.path.isdir(data) else os.path.commonpath([os.path.dirname(path) for path in paths])
-    begins = re.compile(f"({'|'.join(map(re.escape, names))})(?![A-Za-z])")
+    prefix = re.compile(f"({'|'.join(map(re.escape, names))})(?![A-Za-z])")
     splits: dict[str, list[str]] = {}
     for path in paths:
         inside = os.path.relpath(path, base).split(os.sep)
-        own = begins.match(inside[-1])
-        split = inside[0] if len(inside) > 1 and inside[0] in names else own[1] if own else ""
+        named = prefix.match(inside[-1])
+        split = inside[0] if len(inside) > 1 and inside[0] in names else named[1] if named else ""
         splits.setdefault(split, []).append(path)
-    return {split: partial(Tars, data, own, columns, split) for split, own in splits.items()}
+    return {split: partial(Tars, data, tars, columns, split) for split, tars in splits.items()}
 
 
 def _paths(data: str, names: Sequence[str]) -> list[str] | None:
@@ -104,16 +105,18 @@ def _paths(data: str, names: Sequence[str]) -> list[str] | None:
     patterns = [data] if os.path.lexists(data) else expand(data)
     if not all(pattern.lower().endswith(".tar") for pattern in patterns):
         if any(pattern.lower().endswith(_COMPRESSED) for pattern in patterns):
-            raise UserError(f"--data {data!r} is compressed: unpack it to .tar, or stream it with 'pipe:gzip -dc FILE'")
+            raise UserError(
+                f"--data {data!r} is compressed: unpack it to a .tar, or stream it with --data 'pipe:gzip -dc FILE'"
+            )
         return None
     paths = set()
     for pattern in patterns:
         matched = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
         if not matched:
-            raise UserError(f"--data {data!r}: there is no file {pattern!r}")
+            raise UserError(f"--data {data!r}: {pattern!r} doesn't exist")
         paths |= {os.path.abspath(path) for path in matched}
-    if odd := [path for path in sorted(paths) if not os.path.isfile(path)]:
-        raise UserError(f"--data {data!r}: {odd[0]!r} is not a file; a pipe is read with 'pipe:cat {odd[0]}'")
+    if others := [path for path in sorted(paths) if not os.path.isfile(path)]:
+        raise UserError(f"--data {data!r}: {others[0]!r} is not a file; read a pipe with --data 'pipe:cat {others[0]}'")
     return sorted(paths)
 
 
@@ -125,43 +128,44 @@ def expand(pattern: str) -> list[str]:
     if listed is None:
         a, b = int(first), int(last)
         if abs(a - b) >= 10**6:
-            raise UserError(f"{found[0]!r} stands for {abs(a - b) + 1:,} files; up to 1,000,000 are accepted")
+            raise UserError(f"{found[0]!r} expands to {abs(a - b) + 1:,} files; up to 1,000,000 are accepted")
         width = max(len(first), len(last)) if any(re.match("0.", n) for n in (first, last)) else 0
         choices = [f"{k:0{width}d}" for k in range(a, b + (1 if b >= a else -1), 1 if b >= a else -1)]
     else:
         choices = listed.split(",")
     before, after = pattern[: found.start()], pattern[found.end() :]
-    return list(dict.fromkeys(whole for choice in choices for whole in expand(before + choice + after)))
+    return list(dict.fromkeys(path for choice in choices for path in expand(before + choice + after)))
 
 
-def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[Placed]:
+def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRow]:
     """Yield a tar's rows for the index. Raises UserError for a file that isn't a tar."""
-    shard, more, given = os.path.basename(part.path), 0, 0
+    shard, unlisted, count = os.path.basename(part.path), 0, 0
 
     def leave_out(name: str, reason: str) -> None:
-        nonlocal more
-        if len(left_out) < _LISTED:
+        nonlocal unlisted
+        if len(left_out) < _MOST_LISTED:
             left_out.append((f"{shard}/{name}", reason))
         else:
-            more += 1
+            unlisted += 1
 
     with open(part.path, "rb") as file:
-        begins = file.read(6)
+        start = file.read(6)
         file.seek(0)
-        if form := next((name for magic, name in _MAGIC.items() if begins.startswith(magic)), ""):
+        if program := next((name for magic, name in _MAGIC.items() if start.startswith(magic)), ""):
             raise UserError(
-                f"{part.path} is compressed ({form}): unpack it, or stream it with 'pipe:{form} -dc {part.path}'"
+                f"{part.path} is compressed ({program}): unpack it, or stream it with "
+                f"--data 'pipe:{program} -dc {part.path}'"
             )
         try:
             tar = tarfile.TarFile(fileobj=file, tarinfo=Header, encoding="utf-8", errors="surrogateescape")
         except DAMAGE as error:
-            raise UserError(f"{part.path} is not a tar ({error}): WebDataset's .tar files are accepted") from None
+            raise UserError(f"{part.path} is not a tar file ({error}); WebDataset's .tar files are accepted") from None
         with tar:
             try:
                 for sample in read_samples(tar, columns, leave_out):
-                    given += 1
+                    count += 1
                     yield sample.offset, Row(sample.name, sample.size, part.mtime_ns, sample.captions)
             except DAMAGE as error:
-                left_out.append((shard, f"damaged or cut short after {given:,} images: {error}"))
-    if more:
-        left_out.append((shard, f"{more:,} more"))
+                left_out.append((shard, f"damaged or truncated after {count:,} images: {error}"))
+    if unlisted:
+        left_out.append((shard, f"{unlisted:,} more samples"))

@@ -1,7 +1,8 @@
-"""Files and folders that are either complete or absent. All fsyncs are here, and all renames but one (single files).
+"""Files and folders that are either complete or missing.
 
 Content is written beside its final place under a name that begins with a dot, synchronised, and renamed; then the
-parent folder is synchronised. A process that is killed at any moment leaves the old content or the new.
+parent folder is synchronised. A process that is killed at any moment leaves the old content or the new. All fsyncs of
+the project are here, and all renames except one (of single files).
 """
 
 import ctypes
@@ -27,7 +28,7 @@ def _do(call: Callable[..., Any], *arguments: Any) -> Any:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a new file for writing. On success it replaces `path`; on failure it is removed.
 
-    Raises RunError with one plain line for a full disk and for any other OSError; `path` is then unchanged.
+    Raises RunError with one line for a full disk and for any other OSError; `path` is then unchanged.
     """
     temporary = _beside(path, "tmp")
     with plain_errors(path):
@@ -48,8 +49,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def atomic_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
     """Create an empty folder beside `final` for writing. On success it replaces `final`; on failure it is removed.
 
-    needed: bytes, for the message if the disk is full. Raises RunError with one plain line for a full disk and for any
-    other OSError; `final` is then unchanged.
+    needed: bytes, for the message if the disk is full. Raises RunError with one line for a full disk and for any other
+    OSError; `final` is then unchanged.
     """
     final = Path(final)
     temporary, aside = _beside(final, "tmp"), _beside(final, "old")
@@ -78,18 +79,18 @@ def atomic_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
 def new_folder(final: Path) -> Iterator[Path]:
     """Create a folder for writing that becomes `final`, which must be missing or empty. There is no fsync.
 
-    Meant for content of many files that is easily made again. Raises UserError if the folder can't be created.
+    For many files that are easily made again. Raises UserError if the folder can't be created.
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        workplace = tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-")
+        temporary = tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-")
     except OSError as error:
-        raise UserError(f"can't make a folder in {final.parent}: {error.strerror}") from error
-    with workplace as folder:
-        whole = Path(folder, "whole")
-        whole.mkdir()
-        yield whole
-        _do(os.rename, whole, final)
+        raise UserError(f"can't create a folder in {final.parent}: {error.strerror}") from error
+    with temporary as folder:
+        content = Path(folder, "content")
+        content.mkdir()
+        yield content
+        _do(os.rename, content, final)
 
 
 def write_new(path: Path, parts: Iterable[Any]) -> dict[str, str | int]:
@@ -175,7 +176,7 @@ def plain_errors(path: Path, needed: int | None = None) -> Iterator[None]:
             free = shutil.disk_usage(path.parent).free / 1e6
             raise RunError(f"disk full while writing {path}: {need}{free:.1f} MB free") from error
         if isinstance(error, OSError):
-            raise RunError(f"could not write {path}: {error}") from error
+            raise RunError(f"{path} can't be written: {error}") from error
         raise
 
 

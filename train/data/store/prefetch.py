@@ -14,9 +14,9 @@ Batch = TypeVar("Batch")
 
 
 class Batched(Protocol[Batch_co]):
-    """A dataset that returns whole batches, as DataLoader requires, without an order."""
+    """A dataset that returns a full batch for a list of positions, as DataLoader requires."""
 
-    def __getitems__(self, at: Sequence[int], /) -> Batch_co: ...
+    def __getitems__(self, positions: Sequence[int], /) -> Batch_co: ...
 
 
 def read_ahead(
@@ -27,19 +27,19 @@ def read_ahead(
     ahead: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yield `dataset.__getitems__(part)` for each part; each worker prefetches `ahead` of them. 0 workers: no prefetch.
+    """Yield `dataset.__getitems__(part)` for each part; each worker prefetches `ahead` parts. 0 workers: no prefetch.
 
-    RunError and OSError from a worker are raised unchanged, without a traceback in their message.
+    RunError and OSError from a worker are raised unchanged here, without the worker's traceback in their message.
     """
     loader: Any = DataLoader(
         cast(Any, _ErrorsReturned(dataset)),
         batch_sampler=cast(Any, parts),
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # leaves torch's global generator unchanged
-        worker_init_fn=_outlast_signals,
+        worker_init_fn=_delay_signals,
     )
     for batch in loader:
         if isinstance(batch, Exception):
@@ -53,18 +53,18 @@ class _ErrorsReturned:
     def __init__(self, dataset: Batched[Any]) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, at: Sequence[int]) -> Any:
+    def __getitems__(self, positions: Sequence[int]) -> Any:
         try:
-            return self.dataset.__getitems__(at)
+            return self.dataset.__getitems__(positions)
         except (RunError, OSError) as error:
             return error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _outlast_signals(worker: int) -> None:
-    """Ignore Control-C and delay SIGTERM in a worker, as the process that trains needs its last batches."""
+def _delay_signals(worker: int) -> None:
+    """Ignore Control-C and delay SIGTERM in a worker, because the training process needs its last batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

@@ -1,4 +1,4 @@
-"""Index of the rows in a folder of shards, by digests of the content they are made from (see shards.py)."""
+"""Index of the rows in a folder of shards, by digests of what they are computed from (see shards.py)."""
 
 import hashlib
 import json
@@ -25,91 +25,98 @@ def digests(texts: Iterable[str]) -> Digests:
 
 
 def digest(content: bytes) -> Digests:
-    """Return the digest of one content, (2,)."""
+    """Return the digest of a file's content, (2,)."""
     return _from_bytes(hashlib.sha256(content).digest()[:16])[0]
 
 
 def image_keys(source: Source) -> Digests:
-    """Return the digest of each image's place, split, name, size and time. Other splits may have equal names."""
-    place = f"{os.path.abspath(source.place)}\0{source.split}"
-    return digests(f"{place}\0{row.size}\0{row.mtime_ns}\0{row.name}" for row in source)
+    """Return the digest of each image's location, split, name, size and time, (n, 2).
+
+    The split is included because two splits may have equal names.
+    """
+    location = f"{os.path.abspath(source.location)}\0{source.split}"
+    return digests(f"{location}\0{row.size}\0{row.mtime_ns}\0{row.name}" for row in source)
 
 
-def repeated(keys: Digests) -> NDArray[np.bool_]:
-    """Return which keys occur more than once, (n,)."""
+def duplicated(keys: Digests) -> NDArray[np.bool_]:
+    """Return whether each key occurs more than once, (n,)."""
     found = np.zeros(len(keys), bool)
-    for each in equal(keys):
-        found[each] = True
+    for places in equal_pairs(keys):
+        found[places] = True
     return found
 
 
-class Index:
-    """Index of a folder's shards: a record of each row, first the stored rows, then aliases of these."""
+class ShardIndex:
+    """Index of a folder's shards: a record per stored row, then a record per alias of a stored row."""
 
     def __init__(self, folder: Path) -> None:
         self.listing = listing(folder)
-        self.sums: dict[str, str] = {}  # by shard: checksum of its rows
-        self.unsound: list[str] = []  # shards with a wrong checksum
-        self.bad: dict[int, str] = {}  # reasons, by file << 32 | place
-        key, id, weak_keys, counts, aliases = bytearray(), bytearray(), bytearray(), [0], []
+        self.file_hashes: dict[str, str] = {}  # by shard: hash of its .npy
+        self.damaged: list[str] = []  # shards with a wrong hash
+        self.bad: dict[int, str] = {}  # reasons, by shard << 32 | slot
+        key, content_id, weak_keys, counts, aliases = bytearray(), bytearray(), bytearray(), [0], []
         for name in self.listing:
             try:
                 about = json.loads((folder / f"{name}.json").read_bytes())
                 raw = (folder / f"{name}.idx").read_bytes()
-                right = about["sum"] == sum_of(about) and about["index"] == hashlib.sha256(raw).hexdigest()
-            except OSError:  # another process may just be removing it
+                intact = about["sum"] == about_hash(about) and about["index"] == hashlib.sha256(raw).hexdigest()
+            except OSError:  # another process may be removing it now
                 continue
             except (ValueError, TypeError, KeyError):
-                right = False
-            if not right:
-                self.unsound.append(name)
+                intact = False
+            if not intact:
+                self.damaged.append(name)
                 continue
             records = np.frombuffer(raw, "<u8").reshape(-1, 3, 2)
             if not about["rows"]:
                 aliases.append(records)
                 continue
-            self.bad |= {len(self.sums) << 32 | place: reason for place, reason in about["bad"]}
-            self.sums[name] = about["rows"]
+            self.bad |= {len(self.file_hashes) << 32 | slot: reason for slot, reason in about["bad"]}
+            self.file_hashes[name] = about["rows"]
             counts.append(len(records))
             key += records[:, 0].tobytes()
-            id += (records[:, 1] ^ records[:, 2]).tobytes()
+            content_id += (records[:, 1] ^ records[:, 2]).tobytes()
             weak_keys += records[:, 1, 0].tobytes()
-        self.file = np.repeat(np.arange(-1, len(self.sums), dtype=np.int32), counts)  # (m,) shard of each row
-        self.place = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
+        self.shard = np.repeat(np.arange(-1, len(self.file_hashes), dtype=np.int32), counts)  # (m,) shard of each row
+        self.slot = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])  # (m,) row within the shard
         self.weak_keys = np.frombuffer(weak_keys, np.uint64)  # (m,) first half of each weak key
-        self.key, self.id = _from_bytes(key), _from_bytes(id)  # (m + aliases, 2); id: weak key ^ content
+        self.key, self.content_id = _from_bytes(key), _from_bytes(content_id)  # (m + aliases, 2) each
         for records in aliases:
             ids = records[:, 1] ^ records[:, 2]
-            there = self.find_content(ids) >= 0  # aliases of missing rows would hide the rows that replace them
-            self.key, self.id = np.concatenate([self.key, records[there, 0]]), np.concatenate([self.id, ids[there]])
+            stored = self.find_content(ids) >= 0  # an alias of a missing row would hide the row that replaces it
+            self.key = np.concatenate([self.key, records[stored, 0]])
+            self.content_id = np.concatenate([self.content_id, ids[stored]])
 
     def find(self, keys: Digests) -> NDArray[np.int64]:
         """Return the row of each key, or -1."""
         known = locate(self.key, keys)
-        aliased = np.flatnonzero(known >= len(self.file))
-        known[aliased] = self.find_content(self.id[known[aliased]])
+        aliased = np.flatnonzero(known >= len(self.shard))
+        known[aliased] = self.find_content(self.content_id[known[aliased]])
         return known
 
     def find_content(self, ids: Digests) -> NDArray[np.int64]:
-        """Return the row of each id (weak key ^ content), or -1."""
-        return locate(self.id[: len(self.file)], ids)
+        """Return the row of each content ID (weak key XOR digest of the content), or -1."""
+        return locate(self.content_id[: len(self.shard)], ids)
 
     def ambiguous(self, keys: Digests) -> NDArray[np.bool_]:
-        """Return which keys stand for several contents."""
-        one, other = equal(self.key)
-        several = (self.id[one] != self.id[other]).any(1)
+        """Return whether each key belongs to several contents, (n,)."""
+        one, other = equal_pairs(self.key)
+        several = (self.content_id[one] != self.content_id[other]).any(1)
         return np.isin(keys[:, 0], self.key[one[several], 0])
 
 
-def equal(keys: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places of equal keys, in pairs. Compares half of each digest: rarely, different keys seem equal."""
+def equal_pairs(keys: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of equal keys, in pairs.
+
+    Only the first half of each digest is compared, so in rare cases different keys are reported as equal.
+    """
     order = np.argsort(keys[:, 0])
     same = np.flatnonzero(keys[order[1:], 0] == keys[order[:-1], 0])
     return order[same], order[same + 1]
 
 
 def locate(table: Digests, requested: Digests) -> NDArray[np.int64]:
-    """Return the place in the table of each requested digest, or -1."""
+    """Return the index in the table of each requested digest, or -1."""
     found = np.full(len(requested), -1)
     order = np.argsort(table[:, 0])
     halves = table[order, 0]
@@ -121,6 +128,7 @@ def locate(table: Digests, requested: Digests) -> NDArray[np.int64]:
 
 
 def listing(folder: Path) -> list[str]:
+    """Return the names of a folder's shards and aliases, sorted."""
     return sorted(path.stem for path in folder.glob("*.json"))
 
 
@@ -128,5 +136,6 @@ def _from_bytes(raw: bytes | bytearray) -> Digests:
     return np.frombuffer(raw, np.uint64).reshape(-1, 2)
 
 
-def sum_of(about: dict[str, Any]) -> str:
+def about_hash(about: dict[str, Any]) -> str:
+    """Return the hash of a shard's .json, without its own entry `sum`."""
     return hashlib.sha256(json.dumps([about["rows"], about["index"], about["bad"]]).encode()).hexdigest()
