@@ -125,7 +125,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
     }
     assert report["left_out"] == {
         "count": 1,
-        "first": [["train/gone.png", "the metadata names it, but there is no such file"]],
+        "first": [["train/gone.png", "listed in the metadata, but the file doesn't exist"]],
     }
     assert report["damaged"]["count"] == 2
     assert [name for name, _ in report["damaged"]["first"]] == ["train/text.png", "train/torn.png"]
@@ -235,7 +235,7 @@ def test_images_without_captions(run: Run, tmp_path: Path) -> None:
     ("arguments", "error"),
     [
         ((), "--data is missing"),
-        (("--data", "{}/nowhere/at/all"), "is no folder"),
+        (("--data", "{}/nowhere/at/all"), "must be an existing folder"),
         (("--data", "{}", "--limit", "-1"), "--limit -1: at least 0"),
         (("--data", "{}", "--split", "half"), "split"),
         (("--data", "{}", "--text-encoder", "{}"), "no text encoder"),
