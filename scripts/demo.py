@@ -29,7 +29,7 @@ STAGES = {
 @command
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    clock = RUNS / "seconds.json"  # the time of an interrupted stage is summed over all calls
+    clock = RUNS / "seconds.json"  # an interrupted stage adds up the time of all calls
     seconds = json.loads(clock.read_text()) if clock.is_file() else {}
     for stage, line in STAGES.items():
         print(f"\n$ python {line}", flush=True)
@@ -38,7 +38,7 @@ def main() -> None:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
         clock.write_text(json.dumps(seconds))
         if status:
-            raise RunError(f"{stage} ended with status {status}; `make demo` again goes on from there")
+            raise RunError(f"{stage} ended with status {status}; run `make demo` again to continue from there")
     with atomic_folder(RUNS / "model") as folder:
         shutil.copytree(RUNS / "ldm" / "model", folder, dirs_exist_ok=True)
     shutil.copy(RUNS / "report" / "samples.png", RUNS / "samples.png")
@@ -47,11 +47,9 @@ def main() -> None:
     report = {"seconds": rounded | {"total": round(sum(seconds.values()), 1)}} | measured
     (RUNS / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(
-        f"\n{report['seconds']['total'] / 60:.1f} minutes. Look at {RUNS}/samples.png; figures in {RUNS}/report.json."
+        f"\nFinished in {report['seconds']['total'] / 60:.1f} minutes. Results: {RUNS}/samples.png, {RUNS}/report.json."
     )
-    print(
-        f'Now yours: python scripts/txt2img.py --model {RUNS}/model --prompt "a large red star on a black background"'
-    )
+    print(f'Next: python scripts/txt2img.py --model {RUNS}/model --prompt "a large red star on a black background"')
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from conditioning.tokenizer import PromptCut
 from ldm.editing import slerp
 from ldm.formats.png import file_name, read_png, save_png
 from ldm.pipeline import LatentDiffusionPipeline
-from train.commands.generate import in_rows, model_sha256
+from train.commands.generate import image_grid, model_sha256
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"negative_prompt": "", "steps": 5, "sampler": "ddim", "guidance_scale": 2.0, "seed": 7}
@@ -334,10 +334,10 @@ def test_inputs_that_are_gone_or_others_are_refused(model: Path, given: Path, tm
     (first,) = run("inpaint", *FEW, model, *how, tmp_path / "a").paths
     again = ("--like", first, "--out", tmp_path / "b")
     shutil.copy(given / "b.png", given / "a.png")
-    assert f"{str(given / 'a.png')!r} that it was made of has changed; give --image" in refused("inpaint", *again)
+    assert f"its input {str(given / 'a.png')!r} has changed; give --image" in refused("inpaint", *again)
     assert run("inpaint", *again, "--image", given / "b.png").paths
     (given / "mask.png").unlink()
-    assert "is gone; give --mask" in refused("inpaint", *again, "--image", given / "b.png")
+    assert "is missing; give --mask" in refused("inpaint", *again, "--image", given / "b.png")
     assert run("inpaint", *again, "--image", given / "b.png", "--mask", given / "odd.png").paths
 
 
@@ -355,10 +355,10 @@ def test_a_model_that_is_another_is_told(model: Path, tmp_path: Path) -> None:
     ended = run("txt2img", "--like", first, "--out", tmp_path / "b")
     assert ended.paths
     (line,) = (line for line in ended.err.splitlines() if line.startswith("warning: "))
-    assert f"the model at {str(own)!r} is another by now" in line
+    assert f"the model {str(own)!r} has changed" in line
     assert "warning" not in run("txt2img", "--like", first, "--model", own, "--out", tmp_path / "b").err
     shutil.rmtree(own)
-    assert "is no folder here; give --model" in refused("txt2img", "--like", first, "--out", tmp_path / "b")
+    assert "is not an existing folder; give --model" in refused("txt2img", "--like", first, "--out", tmp_path / "b")
 
 
 def with_text(path: Path, text: str, key: str = "ldm") -> Path:
@@ -371,11 +371,11 @@ def with_text(path: Path, text: str, key: str = "ldm") -> Path:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"out": "/tmp/x"}, "'out' is none of this command"),
+        ({"out": "/tmp/x"}, "this command has no setting 'out'"),
         ({"device": "cuda"}, "'device'"),
         ({"like": "a.png"}, "'like'"),
         ({"__class__": 1}, "'__class__'"),
-        ({"image": ["a.png"], "strength": 0.5}, "'image' is none of this command"),
+        ({"image": ["a.png"], "strength": 0.5}, "this command has no setting 'image'"),
         ({"x" * 100_000: 1}, "'xxxxx"),
         ({"steps": "many"}, "steps = 'many'"),
         ({"steps": 2.5}, "steps"),
@@ -394,9 +394,9 @@ def with_text(path: Path, text: str, key: str = "ldm") -> Path:
         ({"guidance_interval": [1]}, "guidance_interval"),
         ({"sampler": "os.system"}, "sampler"),
         ({"precision": "int8"}, "precision"),
-        ({"model": "../../nowhere"}, "no folder here"),
-        ({"model": "owner/name"}, "no folder here"),
-        ({"model": "\0"}, "no folder here"),
+        ({"model": "../../nowhere"}, "not an existing folder"),
+        ({"model": "owner/name"}, "not an existing folder"),
+        ({"model": "\0"}, "not an existing folder"),
         ({"model": 3}, "model"),
         ({"weak_model": "owner/name"}, "--weak-model"),
         ({"width": "wide"}, "width"),
@@ -562,7 +562,7 @@ def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previ
         generator=[torch.Generator().manual_seed(k) for k in range(3)],
         callback_on_step_end=lambda _pipe, _k, _t, tensors: seen.append(tensors["denoised"]),
     )
-    expected = in_rows([image.resize((32, 32)) for image in pipe.preview(seen[3])])
+    expected = image_grid([image.resize((32, 32)) for image in pipe.preview(seen[3])])
     assert np.abs(np.asarray(previews[1], int) - np.asarray(expected, int)).max() <= 1
     ended = run("img2img", *how, "--image", given / "odd.png", "--strength", 0.9)
     assert ended.status == 0, ended.err
@@ -576,7 +576,7 @@ def test_a_grid_is_not_written_over_what_it_is_made_of(model: Path, given: Path,
     image = tmp_path / "grid-x-0.png"
     image.write_bytes((given / "a.png").read_bytes())
     how = ("--image", image, "--prompt", "x", "--grid", "--out", tmp_path)
-    assert "written over" in refused("img2img", *FEW, model, *how)
+    assert "would be overwritten" in refused("img2img", *FEW, model, *how)
     assert image.read_bytes() == (given / "a.png").read_bytes()
 
 
@@ -657,14 +657,14 @@ def test_a_way_over_several_prompts_passes_each(model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ((), "nowhere to go"),
+        ((), "nothing to interpolate"),
         (("--to", "y", "--frames", 1), "--frames 1"),
         (("--to", "y", "--fps", 0), "--fps 0"),
         (("--to", "y", "--fps", "nan"), "--fps nan"),
         (("--to-seed", -1), "--to-seed -1"),
-        (("--to-seed", 1, "--sampler", "ddpm"), "no half way"),
-        (("--to-seed", 1, "--sampler", "ddim", "--eta", 0.1), "no half way"),
-        (("--to", "y", "--prompts", "none.txt"), "give one of them"),
+        (("--to-seed", 1, "--sampler", "ddpm"), "can't be interpolated"),
+        (("--to-seed", 1, "--sampler", "ddim", "--eta", 0.1), "can't be interpolated"),
+        (("--to", "y", "--prompts", "none.txt"), "give only one of them"),
         (("--to", "y", "--width", 33), "33"),
     ],
 )
@@ -716,7 +716,7 @@ BAD = [
     ("txt2img --seed 9223372036854775807 --num-images 2", "--seed 9223372036854775807"),
     ("txt2img --width -32", "-32"),
     ("txt2img --height 31", "31"),
-    ("txt2img --prompts {given}/none.txt", "give one of them"),
+    ("txt2img --prompts {given}/none.txt", "give only one of them"),
     ("img2img", "--image"),
     ("img2img --image {given}/text.png", "text.png"),
     ("img2img --image {given}/none.png", "none.png"),
@@ -736,8 +736,8 @@ BAD = [
     ("inpaint --image {given}/a.png --mask {given}/mask.png --feather nan", "--feather nan"),
     ("inpaint --image {given}/a.png --mask {given}/mask.png --feather inf", "--feather inf"),
     ("inpaint --image {given}/a.png --extend 0 0 0 -1", "--extend"),
-    ("inpaint --image {given}/a.png --extend 0 0 0 1000000000", "up to"),
-    ("inpaint --image {given}/a.png --mask {given}/odd.png --extend 0 0 0 1", "37×29"),
+    ("inpaint --image {given}/a.png --extend 0 0 0 1000000000", "the maximum is"),
+    ("inpaint --image {given}/a.png --mask {given}/odd.png --extend 0 0 0 1", "37 × 29"),
 ]
 
 
@@ -762,4 +762,4 @@ def test_files_without_prompts(model: Path, tmp_path: Path, content: bytes, says
         "img2img", *FEW, model, "--prompts", tmp_path, "--image", "a.png", "--out", tmp_path / "new"
     )
     path.write_text("x" * 4_000_001)
-    assert "up to 4000000" in refused("txt2img", *FEW, model, "--prompts", path, "--out", tmp_path / "new")
+    assert "the maximum is 4000000" in refused("txt2img", *FEW, model, "--prompts", path, "--out", tmp_path / "new")

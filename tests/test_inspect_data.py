@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from train.commands.inspect_data import difference_hash, equal, look_alikes
+from train.commands.inspect_data import difference_hash, equal_groups, look_alikes
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "inspect_data.py"
 ORIENTATION = 0x0112
@@ -139,14 +139,14 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
         "looks": {"groups": 1, "copies": 2, "leaks": 1, "first": same_looks},
     }
     assert report["advice"] == [
-        "can't be read: 2 images (13 %); training stops above 10 %, see --input.max-damaged",
-        "without a caption: 1 image (7 %); they teach the empty prompt",
-        "longer than 8 tokens: 2 captions (13 %), which will be cut; --text-chunks 2 reads them whole",
-        "left or right: said in 2 captions (13 %); leave --input.flip off, it mirrors images",
-        "smaller than 60: 5 images (38 %), which will be enlarged; --input.min-size 60 leaves them out",
-        "held out, but also in training: 2 images; what is measured on them flatters",
-        "copies: 4 images, seen more often than others; duplicates.jsonl lists them",
-        "few: 12 images to train on; from random weights a model will repeat them",
+        "unreadable images: 2 images (13 %); training stops above 10 %, see --input.max-damaged",
+        "no caption: 1 image (7 %); they are trained with the empty prompt",
+        "captions over 8 tokens: 2 captions (13 %); the rest of them is ignored; --text-chunks 2 in stage 2 avoids this",
+        "left or right: in 2 captions (13 %); leave --input.flip off, because it mirrors images",
+        "images below 60 pixels: 5 images (38 %); they are enlarged; --input.min-size 60 leaves them out",
+        "held-out images with a copy in training: 2; measurements on them are better than on new images",
+        "copies: 4 images; the model sees such images more often; see duplicates.jsonl",
+        "few images: 12 for training; a model trained from random weights will memorise them",
     ]
     assert all(f"  - {line}\n" in said for line in report["advice"])
     assert said.startswith(f"{known}: a folder with metadata.jsonl\n")
@@ -183,7 +183,7 @@ def test_good_images_need_no_advice_and_clear_old_lists(shapes: Path, run: Run, 
     status, said, _ = run("--data", shapes / "train", "--out", tmp_path, "--resolution", 32, "--workers", 0)
     assert status == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [line.partition(":")[0] for line in report["advice"]] == ["left or right", "few"]
+    assert [line.partition(":")[0] for line in report["advice"]] == ["left or right", "few images"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["contact_sheet.png", "report.json"]
     assert "all 32 × 32\n" in said
 
@@ -216,7 +216,7 @@ def test_of_a_stream_the_first_images_are_looked_at(known: Path, run: Run, tmp_p
                 tar.add(tmp_path / f"{k}.{suffix}", f"{k}.{suffix}")
     status, said, _ = run("--data", f"pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
-    assert "a stream, of which the first images are looked at" in said
+    assert "a stream, of which the first images are inspected" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["data"]["train"] + report["data"]["test"] == report["images"]["read"] == 6
 
@@ -228,7 +228,7 @@ def test_images_without_captions(run: Run, tmp_path: Path) -> None:
     status, said, _ = run("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
     assert "  captions    none\n" in said
-    assert "no captions: an autoencoder can be trained" in said
+    assert "no captions: you can train an autoencoder" in said
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_images_without_captions(run: Run, tmp_path: Path) -> None:
     [
         ((), "--data is missing"),
         (("--data", "{}/nowhere/at/all"), "must be an existing folder"),
-        (("--data", "{}", "--limit", "-1"), "--limit -1: at least 0"),
+        (("--data", "{}", "--limit", "-1"), "--limit -1: must be at least 0"),
         (("--data", "{}", "--split", "half"), "split"),
         (("--data", "{}", "--text-encoder", "{}"), "no text encoder"),
-        (("--data", "{}"), "not one of 2 images can be read, e.g. "),
+        (("--data", "{}"), "none of the 2 images can be read, e.g. "),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], error: str, run: Run, tmp_path: Path) -> None:
@@ -284,5 +284,5 @@ def test_look_alikes_are_found_however_they_are_stored() -> None:
 
 def test_equal_keys_are_found_together() -> None:
     keys = np.array([5, 1, 5, 2, 1, 5])
-    assert [group.tolist() for group in equal(keys)] == [[1, 4], [0, 2, 5]]
-    assert equal(np.arange(4)) == []
+    assert [group.tolist() for group in equal_groups(keys)] == [[1, 4], [0, 2, 5]]
+    assert equal_groups(np.arange(4)) == []

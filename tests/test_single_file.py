@@ -574,13 +574,13 @@ def test_the_command_refuses_in_one_line(made: Any, convert: Any, tmp_path: Path
     shutil.copytree(folder, torn)
     (torn / "tokenizer" / "tokenizer.json").write_text("{")
     for arguments, says in (
-        ((folder, file), "is there already"),
-        ((file, folder, folder), "is there already"),
-        ((folder, tmp_path / "model.ckpt"), "nothing is pickled"),
+        ((folder, file), "exists already"),
+        ((file, folder, folder), "exists already"),
+        ((folder, tmp_path / "model.ckpt"), "pickle files can't be written"),
         ((file, out), "--config"),
         ((file, out, tmp_path / "none"), "--config"),
         ((file, out, torn), "tokenizer"),
-        ((folder, out, folder), "a folder brings its own"),
+        ((folder, out, folder), "only for single-file models"),
         ((tmp_path / "none", out), "no such file or folder"),
         (("", out), "--model and --out are needed"),
         ((tmp_path / "evil.ckpt", out, folder), "isn't plain weights"),

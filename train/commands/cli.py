@@ -1,6 +1,6 @@
-"""The commands as users type them. Each function is an entry point, ldm-txt2img, and also scripts/txt2img.py.
+"""The entry points of all commands: txt2img is installed as ldm-txt2img, and is also run by scripts/txt2img.py.
 
-Modules that import torch are imported after the options are read: --help and wrong options get an immediate answer.
+Modules that import torch are imported after the options are read, so that --help and errors in options don't wait.
 """
 
 import json
@@ -89,29 +89,29 @@ def interpolate() -> None:
 
 @command
 def evaluate() -> None:
-    """Measure a trained model on a dataset, and write a report and a sheet of sample images."""
+    """Measure a trained model on a dataset, and write a report and a sample sheet."""
     o = overlay(EvaluateOptions, EvaluateOptions())
     from train.commands.evaluate import evaluate
 
-    _show(evaluate(o), ("task", "vae", "latents", "alignment"))
+    _print_report(evaluate(o), ("task", "vae", "latents", "alignment"))
     print(f"written to {o.out}/report.json and {o.out}/samples.png")
 
 
 @command
 def evaluate_vae() -> None:
-    """Measure an autoencoder on images: the quality of reconstructions, and whether its latents suit a diffusion model."""
+    """Measure an autoencoder on images: its reconstructions, and whether its latents suit a diffusion model."""
     o = overlay(EvaluateVaeOptions, EvaluateVaeOptions())
     from train.commands.evaluate_vae import evaluate
 
-    _show(evaluate(o), ("vae", "channels"))
+    _print_report(evaluate(o), ("vae", "channels"))
     print(f"written to {o.out}/report.json and {o.out}/reconstructions.png")
 
 
-def _show(report: Mapping[str, Any], parts: tuple[str, ...]) -> None:
-    """Print these parts of a report, as far as it has them, and the number of damaged images."""
+def _print_report(report: Mapping[str, Any], parts: tuple[str, ...]) -> None:
+    """Print those of these parts that a report has, and the number of damaged images."""
     print(json.dumps({part: report[part] for part in parts if part in report}, indent=2))
     if damaged := report["damaged"]:
-        print(f"{len(damaged)} images can't be read, others stood in, e.g. for {': '.join(damaged[0])}")
+        print(f"{len(damaged)} images can't be read and were replaced by other images, e.g. {': '.join(damaged[0])}")
 
 
 @command
@@ -133,7 +133,9 @@ def inspect_data() -> None:
 
     report = inspect(o)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the captions
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # captions may have characters that the terminal's encoding doesn't have
     print(describe(report))
     print(f"\nwritten to {o.out}: {', '.join(sorted(path.name for path in Path(o.out).iterdir()))}")
 

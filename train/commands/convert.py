@@ -9,16 +9,16 @@ from train.data.store.atomic import atomic_folder
 
 
 def convert(model: str, config: str, out: str) -> None:
-    """Write a model to `out`, a .safetensors file or a folder. config: folder that gives the shape of a single file."""
+    """Write a model to `out`, a .safetensors file or a folder. config: diffusers folder, for a single-file model."""
     if not model or not out:
         raise UserError(
-            "--model and --out are needed: the model to convert, and the .safetensors file or folder to make"
+            "--model and --out are needed: the model to convert, and the .safetensors file or folder to write"
         )
     target = Path(out)
     if target.exists():
-        raise UserError(f"--out {out!r} is there already: give another name")
+        raise UserError(f"--out {out!r}: exists already; give another name")
     if target.suffix in PICKLED:
-        raise UserError(f"--out {out!r}: nothing is pickled; give a .safetensors file, or a folder")
+        raise UserError(f"--out {out!r}: pickle files can't be written; give a .safetensors file or a folder")
     pipe = load(Path(model), config)
     if target.suffix == ".safetensors":
         pipe.save_single_file(target)
@@ -28,15 +28,19 @@ def convert(model: str, config: str, out: str) -> None:
 
 
 def load(model: Path, config: str) -> LatentDiffusionPipeline:
-    """Load a pipeline from a folder, or from a file and its configuration."""
+    """Load a pipeline from a folder, or from a single file and a diffusers folder of the same architecture."""
     if model.is_dir():
         if config:
-            raise UserError(f"--config {config!r}: a folder brings its own; it is for single files")
+            raise UserError(
+                f"--config {config!r}: only for single-file models; the folder --model has its own configuration"
+            )
         return LatentDiffusionPipeline.from_pretrained(model)
     if not model.is_file():
-        raise UserError(f"--model {str(model)!r}: there is no such file or folder")
+        raise UserError(f"--model {str(model)!r}: no such file or folder")
     if not config or not Path(config, "tokenizer").is_dir():
-        raise UserError(f"--config {config!r}: give a diffusers folder of the model's shape, with its tokenizer/")
+        raise UserError(
+            f"--config {config!r}: must be a diffusers folder of the model's architecture that contains tokenizer/"
+        )
     if model.suffix in PICKLED:
         return LatentDiffusionPipeline.from_parts(from_original(read_pickled(model), config), config)
     return LatentDiffusionPipeline.from_single_file(model, config=config)

@@ -1,4 +1,4 @@
-"""Measure a trained model on a dataset, and write a report and a sheet of sample images."""
+"""Measure a trained model on a dataset, and write a report and a sample sheet."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.commands.main import use_device
+from train.commands.main import require_at_least, use_device
 from train.config.reports import EvaluateOptions
 from train.data.batches.draws import PosteriorNoise
 from train.data.batches.images import ImageDataset
@@ -24,20 +24,17 @@ from train.evaluation.sheets import in_rows, sheet
 
 
 def evaluate(o: EvaluateOptions) -> dict[str, Any]:
-    """Measure a model and return the report, also written to `o.out` with a sheet."""
+    """Measure a model and return the report, which is also written to `o.out` with a sample sheet."""
     for name in ("model", "data"):
         if not getattr(o, name):
-            raise UserError(f"--{name} is missing")
-    if o.seed < 0:
-        raise UserError(f"--seed {o.seed}: at least 0")
-    for name in ("prompts", "images", "likelihoods", "batch_size"):
-        if getattr(o, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
+            raise UserError(f"--{name} is missing: see --help")
+    require_at_least(0, o, "seed")
+    require_at_least(1, o, "prompts", "images", "likelihoods", "batch_size")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     inputs = open_inputs(o.data, o.input)
     folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(pipe.autoencoder.latent_channels, pipe.autoencoder.factor)
     dataset = ImageDataset(source, o.input.center_framing(side), o.seed, shuffle=False, draws=draws)
@@ -53,25 +50,25 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
 
     pairs = ((batch.pixels, batch.drawn) for batch in batches(count))
     report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs, levels=(0.2,))}
-    few = batches(min(o.likelihoods, count))
-    bits, error = bits_per_dimension(pipe, ((batch.pixels, batch.captions) for batch in few), o.seed)
+    bounded = batches(min(o.likelihoods, count))
+    bits, error = bits_per_dimension(pipe, ((batch.pixels, batch.captions) for batch in bounded), o.seed)
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
-    how: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}
+    sampling: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}
     if (Path(o.data) / "shapes.json").is_file():
         report["alignment"] = {"prompts": o.prompts}
         images, captions = [], []
         for kind in ("seen", "unseen"):
             scenes = prompts(kind, o.prompts, o.seed)
-            report["alignment"][kind], generated = alignment(pipe, scenes, **how)
+            report["alignment"][kind], generated = alignment(pipe, scenes, **sampling)
             images += list(generated[:16])
             captions += [scene.caption for scene in scenes[:16]]
     else:
         captions = [row.captions[0] for row in islice(dataset.source, min(16, count))]
-        images = list(generate(pipe, captions, **how))
+        images = list(generate(pipe, captions, **sampling))
     if pipe.inpaints:
-        report["task"] = "text to image, by a model that inpaints, under a mask that is white all over"
+        report["task"] = "text to image by an inpainting model, with a mask that is white everywhere"
     report["damaged"] = [list(pair) for pair in sorted(damaged)]
-    report["settings"] = how | {"model": o.model, "data": o.data, "split": o.split, "images": count}
+    report["settings"] = sampling | {"model": o.model, "data": o.data, "split": o.split, "images": count}
     report["versions"] = versions()
     sheet(in_rows(images, 8), captions).save(folder / "samples.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Measure an autoencoder on images: the quality of reconstructions, and whether its latents suit a diffusion model."""
+"""Measure an autoencoder on images: its reconstructions, and whether its latents suit a diffusion model."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
-from train.commands.main import use_device
+from train.commands.main import require_at_least, use_device
 from train.config.reports import EvaluateVaeOptions
 from train.config.vae import PerceptualConfig
 from train.data.batches.draws import PosteriorNoise
@@ -24,30 +24,29 @@ from train.evaluation.sheets import reconstruction_sheet
 
 
 def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
-    """Measure an autoencoder and return the report, also written to `o.out` with a sheet."""
+    """Measure an autoencoder and return the report, which is also written to `o.out` with sample reconstructions."""
     for name in ("vae", "data"):
         if not getattr(o, name):
-            raise UserError(f"--{name} is missing")
-    if o.seed < 0:
-        raise UserError(f"--seed {o.seed}: at least 0")
-    for name in ("images", "batch_size"):
-        if getattr(o, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
+            raise UserError(f"--{name} is missing: see --help")
+    require_at_least(0, o, "seed")
+    require_at_least(1, o, "images", "batch_size")
     device = use_device(o.device)
     autoencoder = Autoencoder.load(o.vae)
     autoencoder.vae.to(device)
     autoencoder.tiles = None if o.tile is None else Tiles(o.tile, o.tile // 4)
     if o.resolution < 8 or o.resolution % autoencoder.factor:
         raise UserError(
-            f"--resolution {o.resolution}: at least 8, and a multiple of {autoencoder.factor} as latents are"
+            f"--resolution {o.resolution}: must be at least 8, and a multiple of {autoencoder.factor} for this model"
         )
-    if (o.perceptual == "clip" and not o.perceptual_model) or (o.perceptual == "none" and o.perceptual_model):
-        raise UserError("--perceptual clip needs --perceptual-model, and none has no use for one")
+    if o.perceptual == "clip" and not o.perceptual_model:
+        raise UserError("--perceptual clip: needs --perceptual-model, the folder of a CLIP model")
+    if o.perceptual == "none" and o.perceptual_model:
+        raise UserError(f"--perceptual-model {o.perceptual_model!r}: has no effect without --perceptual; give both")
     perceptual = PerceptualConfig(kind=o.perceptual, model=o.perceptual_model).build()
     features = load_features(o.features).to(device) if o.features else None
     inputs = open_inputs(o.data, o.input, captioned=False)
     folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
     images = ImageDataset(source, o.input.center_framing(o.resolution), o.seed, shuffle=False, draws=draws)
@@ -63,21 +62,27 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
 
     latents = LatentSums(autoencoder.latent_channels, device)
     scores = measure_reconstruction(
-        autoencoder, batches(), perceptual=None if perceptual is None else perceptual.to(device), features=features,
+        autoencoder,
+        batches(),
+        perceptual=None if perceptual is None else perceptual.to(device),
+        features=features,
         latents=latents,
-    )  # fmt: skip
+    )
     report: dict[str, Any] = {
-        "vae": scores, "channels": _channels(latents.health()), "settings": asdict(o) | {"images": count, "device": str(device)},
-        "damaged": [list(pair) for pair in sorted(damaged)], "versions": versions(),
-    }  # fmt: skip
+        "vae": scores,
+        "channels": _channels(latents.health()),
+        "settings": asdict(o) | {"images": count, "device": str(device)},
+        "damaged": [list(pair) for pair in sorted(damaged)],
+        "versions": versions(),
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    few = images.__getitems__(range(min(8, count, o.batch_size))).pixels
-    reconstruction_sheet(autoencoder, few).save(folder / "reconstructions.png")
+    shown = images.__getitems__(range(min(8, count, o.batch_size))).pixels
+    reconstruction_sheet(autoencoder, shown).save(folder / "reconstructions.png")
     return report
 
 
 def _channels(health: LatentHealth) -> list[dict[str, float]]:
-    """Return the statistics of each latent channel."""
+    """Return the statistics of each latent channel by name."""
     names = ("mean", "std", "signal", "noise", "kl", "skewness", "kurtosis", "w1")
     rows = zip(*(getattr(health, name).tolist() for name in names), strict=True)
     return [

@@ -18,35 +18,40 @@ def inpaint(o: InpaintOptions) -> Iterator[Path]:
     o = options_like(o)
     image = open_image(o.image, "--image")
     if not o.mask and not any(o.extend):
-        raise UserError("--mask is missing: an image that is white where to paint; or give --extend")
+        raise UserError("--mask is missing: give an image that is white in the area to inpaint; or give --extend")
     mask = open_image(o.mask, "--mask", (0, 0, 0)).convert("L") if o.mask else Image.new("L", image.size)
-    beyond = framed(image, Image.new("L", mask.size), o)[1]
-    image, mask = framed(image, mask, o)
+    extension = extend(image, Image.new("L", mask.size), o)[1]
+    image, mask = extend(image, mask, o)
     if not 0 <= o.feather <= max(image.size):
-        raise UserError(f"--feather {o.feather}: pixels, 0 to {max(image.size)} for this image")
+        raise UserError(f"--feather {o.feather}: must be 0 to {max(image.size)} pixels for this image")
     if o.feather:
-        mask = ImageChops.lighter(mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), beyond)  # extension: all white
+        mask = ImageChops.lighter(
+            mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), extension
+        )  # the extension stays white
     generator = ImageGenerator(o)
     files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
     name = f"{slug(Path(o.image).stem)}-"
-    jobs = [p for prompt in generator.prompts for p in generator.jobs(prompt, image=image, name=name, files=files)]
+    jobs = [j for prompt in generator.prompts for j in generator.jobs(prompt, image=image, name=name, files=files)]
     return generator.generate(jobs, mask_image=mask, strength=o.strength)
 
 
-def framed(image: Image.Image, mask: Image.Image, o: InpaintOptions) -> tuple[Image.Image, Image.Image]:
-    """Return the image and mask extended by --extend: the image's edge is repeated, and the new mask is white."""
+def extend(image: Image.Image, mask: Image.Image, o: InpaintOptions) -> tuple[Image.Image, Image.Image]:
+    """Return the image and mask extended by --extend: the image's edge is repeated, the new mask is white."""
     left, top, right, bottom = o.extend
     if min(o.extend) < 0:
-        raise UserError(f"--extend {' '.join(map(str, o.extend))}: pixels to add, none below 0")
+        raise UserError(f"--extend {' '.join(map(str, o.extend))}: each number of pixels must be at least 0")
     if not any(o.extend):
         return image, mask
     width, height = image.width + left + right, image.height + top + bottom
     if width * height > MAX_PIXELS:
-        raise UserError(f"--extend to {width}×{height} pixels: up to {MAX_PIXELS} in all are accepted")
+        raise UserError(
+            f"--extend: the image would have {width} × {height} pixels; the maximum is {MAX_PIXELS} in total"
+        )
     if mask.size != image.size:
         raise UserError(
-            f"--mask of {mask.width}×{mask.height} pixels with --extend: {image.width}×{image.height}, the image's"
+            f"--mask: has {mask.width} × {mask.height} pixels; with --extend it needs the size of the image, "
+            f"{image.width} × {image.height}"
         )
     sides = ((top, bottom), (left, right))
-    wide = Image.fromarray(np.pad(np.asarray(image), (*sides, (0, 0)), mode="edge"))
-    return wide, Image.fromarray(np.pad(np.asarray(mask), sides, constant_values=255))
+    extended = Image.fromarray(np.pad(np.asarray(image), (*sides, (0, 0)), mode="edge"))
+    return extended, Image.fromarray(np.pad(np.asarray(mask), sides, constant_values=255))

@@ -13,69 +13,73 @@ from conditioning.clip import ClipTextEncoder
 from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
 from train.commands.inspect_data import (
-    Chosen,
-    Images,
+    InspectedImages,
     Report,
+    Selection,
     caption_report,
     data_report,
     duplicate_report,
+    left_out_files,
     list_report,
-    names_left_out,
 )
 from train.commands.inspect_report import advice
+from train.commands.main import require_at_least
 from train.config.clip import TextTowerConfig
 from train.config.reports import InspectOptions
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 
-_SHOWN, _COLUMNS, _SIDE = 48, 8, 128
+_SHOWN, _COLUMNS, _SIDE = 48, 8, 128  # images, columns and side in pixels of the contact sheet
 
 
 def inspect(o: InspectOptions) -> Report:
-    """Inspect a dataset and return the report, also written to `o.out` with a contact sheet."""
+    """Inspect a dataset and return the report, which is also written to `o.out` with a contact sheet."""
     if not o.data:
-        raise UserError("--data is missing")
-    for name, least in (("resolution", 8), ("limit", 0), ("workers", 0)):
-        if getattr(o, name) < least:
-            raise UserError(f"--{name} {getattr(o, name)}: at least {least}")
+        raise UserError("--data is missing: see --help")
+    require_at_least(8, o, "resolution")
+    require_at_least(0, o, "limit", "workers")
     encoder = ClipTextEncoder.load(o.text_encoder) if o.text_encoder else None
     inputs = open_inputs(o.data, o.input, captioned=False)
     folder = Path(o.out)
-    folder.mkdir(parents=True, exist_ok=True)  # if this fails, it fails before the work
-    chosen = Chosen([s for s in (inputs.source, inputs.held_out) if o.split in ("all", s.split)], o.limit)
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
+    selection = Selection([s for s in (inputs.source, inputs.held_out) if o.split in ("all", s.split)], o.limit)
     if encoder is None:
-        tower, texts = TextTowerConfig(), Chosen([inputs.source], o.limit).texts()
+        tower, texts = TextTowerConfig(), Selection([inputs.source], o.limit).texts()
         tokenizer, chunks = train_tokenizer(texts, tower.vocab_size, tower.max_length), 1
     else:
         tokenizer, chunks = encoder.tokenizer, encoder.chunks
-    images = Images(chosen, o.input.center_framing(_SIDE), o.workers)
-    same, left_out = images.duplicates(), names_left_out(inputs)
-    counted_by = o.text_encoder or "the tokenizer that stage 0 would learn, with its default --text.max-length"
+    images = InspectedImages(selection, o.input.center_framing(_SIDE), o.workers)
+    duplicates, left_out = images.duplicates(), left_out_files(inputs)
+    tokenizer_name = (
+        o.text_encoder or "the one that stage 0 would train on these captions (with the default --text.max-length)"
+    )
     report: Report = {
-        "data": {"place": o.data, **data_report(inputs), "split": o.split, "looked_at": len(chosen)},
-        "captions": caption_report(chosen, tokenizer, chunks) | {"tokenizer": counted_by},
+        "data": {"place": o.data, **data_report(inputs), "split": o.split, "looked_at": len(selection)},
+        "captions": caption_report(selection, tokenizer, chunks) | {"tokenizer": tokenizer_name},
         "images": images.report(o.resolution),
         "left_out": list_report(left_out),
         "damaged": list_report(images.damaged),
-        "duplicates": {what: duplicate_report(groups) for what, groups in same.items()},
+        "duplicates": {kind: duplicate_report(groups) for kind, groups in duplicates.items()},
     }
     report |= {"advice": advice(report), "settings": asdict(o), "versions": versions()}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_lines(folder / "damaged.jsonl", [{"file": f, "reason": why} for f, why in (*left_out, *images.damaged)])
-    write_lines(folder / "duplicates.jsonl", [{"same": what} | group for what in same for group in same[what]])
+    write_lines(folder / "damaged.jsonl", [{"file": f, "reason": reason} for f, reason in (*left_out, *images.damaged)])
+    write_lines(
+        folder / "duplicates.jsonl", [{"same": kind} | group for kind, groups in duplicates.items() for group in groups]
+    )
     contact_sheet(images).save(folder / "contact_sheet.png")
     return report
 
 
-def contact_sheet(images: Images) -> Image.Image:
-    """Return a sheet of images, spread evenly over the readable ones, each above its first caption."""
-    chosen, framing = images.chosen, images.framing
+def contact_sheet(images: InspectedImages) -> Image.Image:
+    """Draw readable images, spread evenly over the dataset, each above its first caption."""
+    selection, framing = images.selection, images.framing
     count = min(_SHOWN, len(images.readable))
     shown = [int(images.readable[k * len(images.readable) // count]) for k in range(count)]
-    loaded = (framing.load(chosen.read(k), chosen.name(k)) for k in shown)
+    loaded = (framing.load(selection.read(k), selection.name(k)) for k in shown)
     pixels = torch.stack([framing.apply(image, framing.square, (0.5, 0.5), False) for image in loaded])
-    return sheet(in_rows(list(to_uint8(pixels)), _COLUMNS), [chosen.row(k).captions[0] for k in shown])
+    return sheet(in_rows(list(to_uint8(pixels)), _COLUMNS), [selection.row(k).captions[0] for k in shown])
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -1,8 +1,9 @@
 """Collect statistics of images and captions before training.
 
 Each image is decoded once, by prefetching processes; about 300 bytes per image stay in memory. Two images look alike if
-their difference hashes are close (Krawetz 2013: which of two neighbours is brighter, in a 9 × 8 grey thumbnail) and
-their 8 × 8 colour thumbnails are close too: the hash alone can't distinguish flat images, or one shape in two colours.
+their difference hashes are close (Krawetz 2013: each bit compares the brightness of two neighbouring pixels in a 9 × 8
+grey thumbnail) and their 8 × 8 colour thumbnails are close too. The hash alone can't distinguish flat images, or the
+same shape in two colours.
 """
 
 import contextlib
@@ -38,56 +39,55 @@ from train.engine.open_data import LEFT_OR_RIGHT
 Report = dict[str, Any]
 
 _SHAPES = ("3:1", "2:1", "3:2", "4:3", "1:1", "3:4", "2:3", "1:2", "1:3")  # width : height
-_BATCH = 64
-_READ = 1000  # captions tokenized at once
-_NOISE = 2  # of 255: smaller differences between neighbours may be compression artefacts
-_BITS = 4  # largest number of different hash bits between images that look alike
-_CLOSE = 8  # of 255: the largest difference between the thumbnails of images that look alike
+_IMAGE_BATCH = 64  # images read at once
+_CAPTION_BATCH = 1000  # captions tokenized at once
+_NOISE = 2  # of 255: smaller differences between neighbouring pixels may be compression artefacts
+_MAX_BITS = 4  # largest number of different hash bits between images that look alike
+_MAX_DIFFERENCE = 8  # of 255: the largest difference between the thumbnails of images that look alike
 _NEIGHBOURS = 32  # number of neighbours, in the order of hashes, with which an image is compared
 _ORIENTATION = 0x0112  # EXIF tag
+_EXAMPLES = 5  # names or groups listed in the report
 
-_LISTED = 5
 
-
-class Chosen:
+class Selection:
     """Images of several sources in order, at most `most` of them, spread evenly (0: all)."""
 
     def __init__(self, sources: Sequence[Source], most: int = 0) -> None:
         self.sources = sources
-        self.begins = np.cumsum([0, *map(len, sources)])
-        self.whole = int(self.begins[-1])
-        self.count = min(most or self.whole, self.whole)
+        self.starts = np.cumsum([0, *map(len, sources)])
+        self.total = int(self.starts[-1])
+        self.count = min(most or self.total, self.total)
 
     def __len__(self) -> int:
         return self.count
 
-    def at(self, k: int) -> tuple[Source, int]:
+    def locate(self, k: int) -> tuple[Source, int]:
         """Return the source of the k-th image, and the image's index in it."""
-        index = k * self.whole // self.count
-        side = int(np.searchsorted(self.begins, index, side="right")) - 1
-        return self.sources[side], index - int(self.begins[side])
+        index = k * self.total // self.count
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.sources[number], index - int(self.starts[number])
 
     def row(self, k: int) -> Row:
-        source, index = self.at(k)
+        source, index = self.locate(k)
         return source[index]
 
     def name(self, k: int) -> str:
         return self.row(k).name
 
     def read(self, k: int) -> bytes:
-        source, index = self.at(k)
+        source, index = self.locate(k)
         return source.read(index)
 
     def captions(self) -> Iterator[tuple[str, ...]]:
-        """Return the non-empty captions of each image."""
+        """Yield the non-empty captions of each image."""
         return (tuple(filter(None, self.row(k).captions)) for k in range(len(self)))
 
     def texts(self) -> Iterator[str]:
-        """Return all non-empty captions."""
+        """Yield all non-empty captions."""
         return itertools.chain.from_iterable(self.captions())
 
 
-class Inspected(NamedTuple):
+class ImageProperties(NamedTuple):
     """Properties of an image file."""
 
     reason: str
@@ -96,9 +96,9 @@ class Inspected(NamedTuple):
     """SHA-256 of the file."""
     size: Size = (0, 0)
     """Width and height of the upright image."""
-    looks: int = 0
+    hash: int = 0
     """Difference hash of the image."""
-    reduced: bytes = b""
+    thumbnail: bytes = b""
     """Bytes of the 8 × 8 colour thumbnail."""
     format: str = ""
     traits: tuple[str, ...] = ()
@@ -107,24 +107,31 @@ class Inspected(NamedTuple):
 class ImageInspector:
     """Reader of the properties of image files."""
 
-    def __init__(self, chosen: Chosen, framing: Framing) -> None:
-        self.chosen, self.framing = chosen, framing
+    def __init__(self, selection: Selection, framing: Framing) -> None:
+        self.selection, self.framing = selection, framing
 
-    def __getitems__(self, at: Sequence[int], /) -> list[Inspected]:
-        return [self.look(k) for k in at]
+    def __getitems__(self, at: Sequence[int], /) -> list[ImageProperties]:
+        return [self.inspect(k) for k in at]
 
-    def look(self, k: int) -> Inspected:
+    def inspect(self, k: int) -> ImageProperties:
         try:
-            file = self.chosen.read(k)
-            image = self.framing.load(file, self.chosen.name(k))
+            file = self.selection.read(k)
+            image = self.framing.load(file, self.selection.name(k))
         except DamagedImage as error:
-            return Inspected(error.reason)
+            return ImageProperties(error.reason)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(file), formats=FORMATS) as header:
-                about = str(header.format), tuple(_traits(header))
-        reduced = image.resize((8, 8), Image.Resampling.BOX).tobytes()
-        return Inspected("", hashlib.sha256(file).digest(), image.size, difference_hash(image), reduced, *about)
+                format, traits = str(header.format), tuple(_traits(header))
+        return ImageProperties(
+            reason="",
+            digest=hashlib.sha256(file).digest(),
+            size=image.size,
+            hash=difference_hash(image),
+            thumbnail=image.resize((8, 8), Image.Resampling.BOX).tobytes(),
+            format=format,
+            traits=traits,
+        )
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -148,35 +155,35 @@ def _traits(header: Image.Image) -> Iterator[str]:
             yield "turned by EXIF"
 
 
-class Images:
-    """Properties of all chosen image files. Raises UserError if none can be read."""
+class InspectedImages:
+    """Properties of all selected image files. Raises UserError if none can be read."""
 
-    def __init__(self, chosen: Chosen, framing: Framing, workers: int) -> None:
-        n = len(chosen)
-        self.chosen, self.framing = chosen, framing
+    def __init__(self, selection: Selection, framing: Framing, workers: int) -> None:
+        n = len(selection)
+        self.selection, self.framing = selection, framing
         self.digests, self.sizes = np.zeros(n, "S32"), np.zeros((n, 2), np.int32)
-        self.looks, self.reduced = np.zeros(n, np.uint64), np.zeros((n, 8 * 8 * 3), np.uint8)
+        self.hashes, self.thumbnails = np.zeros(n, np.uint64), np.zeros((n, 8 * 8 * 3), np.uint8)
         self.formats, self.traits = Counter[str](), Counter[str]()
         self.damaged: list[tuple[str, str]] = []
         """(name, reason) pairs."""
-        parts = [range(k, min(k + _BATCH, n)) for k in range(0, n, _BATCH)]
+        parts = [range(k, min(k + _IMAGE_BATCH, n)) for k in range(0, n, _IMAGE_BATCH)]
         with tqdm(total=n, unit=" images", leave=False, disable=None) as bar:
-            for part, batch in zip(parts, read_ahead(ImageInspector(chosen, framing), parts, workers), strict=True):
-                for k, seen in zip(part, batch, strict=True):
-                    self._note(k, seen)
+            for part, batch in zip(parts, read_ahead(ImageInspector(selection, framing), parts, workers), strict=True):
+                for k, properties in zip(part, batch, strict=True):
+                    self._add(k, properties)
                 bar.update(len(part))
         self.readable = np.flatnonzero(self.sizes[:, 0])
         if not len(self.readable):
-            raise UserError(f"not one of {n:,} images can be read, e.g. {': '.join(self.damaged[0])}")
+            raise UserError(f"none of the {n:,} images can be read, e.g. {': '.join(self.damaged[0])}")
 
-    def _note(self, k: int, seen: Inspected) -> None:
-        if seen.reason:
-            self.damaged.append((self.chosen.name(k), seen.reason))
+    def _add(self, k: int, properties: ImageProperties) -> None:
+        if properties.reason:
+            self.damaged.append((self.selection.name(k), properties.reason))
             return
-        self.digests[k], self.sizes[k] = seen.digest, seen.size
-        self.looks[k], self.reduced[k] = seen.looks, np.frombuffer(seen.reduced, np.uint8)
-        self.formats[seen.format] += 1
-        self.traits.update(seen.traits)
+        self.digests[k], self.sizes[k] = properties.digest, properties.size
+        self.hashes[k], self.thumbnails[k] = properties.hash, np.frombuffer(properties.thumbnail, np.uint8)
+        self.formats[properties.format] += 1
+        self.traits.update(properties.traits)
 
     def report(self, resolution: int) -> Report:
         """Return statistics of the readable images. smaller: images whose shorter side is below the resolution."""
@@ -201,9 +208,9 @@ class Images:
 
     def duplicates(self) -> dict[str, list[dict[str, list[str]]]]:
         """Return groups of equal files (bytes) and of different files that look alike (looks), as names by split."""
-        copies = [self.readable[group] for group in equal(self.digests[self.readable])]
-        others = np.setdiff1d(self.readable, [k for group in copies for k in group[1:]])
-        alike = [others[group] for group in look_alikes(self.looks[others], self.reduced[others])]
+        copies = [self.readable[group] for group in equal_groups(self.digests[self.readable])]
+        distinct = np.setdiff1d(self.readable, [k for group in copies for k in group[1:]])
+        alike = [distinct[group] for group in look_alikes(self.hashes[distinct], self.thumbnails[distinct])]
         return {"bytes": self._named(copies), "looks": self._named(alike)}
 
     def _named(self, groups: Sequence[NDArray[np.int64]]) -> list[dict[str, list[str]]]:
@@ -211,38 +218,38 @@ class Images:
         for group in sorted(group.tolist() for group in groups):
             named.append({"train": [], "test": []})
             for k in group:
-                named[-1][self.chosen.at(k)[0].split].append(self.chosen.name(k))
+                named[-1][self.selection.locate(k)[0].split].append(self.selection.name(k))
         return named
 
 
-def equal(keys: NDArray[Any]) -> list[NDArray[np.int64]]:
-    """Return the indices of each key that occurs more than once."""
+def equal_groups(keys: NDArray[Any]) -> list[NDArray[np.int64]]:
+    """Return the groups of indices that have the same key, without groups of one."""
     order = np.argsort(keys, kind="stable")
     changes = np.flatnonzero(keys[order][1:] != keys[order][:-1]) + 1
     return [group for group in np.split(order, changes) if len(group) > 1]
 
 
-def look_alikes(looks: NDArray[np.uint64], reduced: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
-    """Return the indices of images that look alike, by their hashes (n,) and thumbnails (n, 192).
+def look_alikes(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
+    """Return the groups of indices of images that look alike, from their hashes (n,) and thumbnails (n, 192).
 
-    Images are compared if they are near in the order of the hashes, rotated by each multiple of eight bits: if few bits
-    differ, two images are near in at least some of these orders.
+    The images are sorted eight times, by their hashes rotated by each multiple of eight bits. Only neighbours in one of
+    these orders are compared: if few bits differ, two images are neighbours in at least some orders.
     """
     found = []
-    for turn in range(0, 64, 8):
-        order = np.argsort(looks >> turn | looks << -turn % 64, kind="stable")
+    for rotation in range(0, 64, 8):
+        order = np.argsort(hashes >> rotation | hashes << -rotation % 64, kind="stable")
         for gap in range(1, _NEIGHBOURS + 1):
             pairs = np.stack((order[:-gap], order[gap:]))
-            pairs = pairs[:, np.bitwise_count(looks[pairs[0]] ^ looks[pairs[1]]) <= _BITS]
-            one, other = reduced[pairs].astype(np.int16)
-            found.append(pairs[:, np.abs(one - other).max(1, initial=0) <= _CLOSE])
+            pairs = pairs[:, np.bitwise_count(hashes[pairs[0]] ^ hashes[pairs[1]]) <= _MAX_BITS]
+            one, other = thumbnails[pairs].astype(np.int16)
+            found.append(pairs[:, np.abs(one - other).max(1, initial=0) <= _MAX_DIFFERENCE])
     edges = np.concatenate(found, 1)
-    graph = coo_array((np.ones(edges.shape[1]), edges), (len(looks), len(looks)))
-    return equal(connected_components(graph, directed=False)[1])
+    graph = coo_array((np.ones(edges.shape[1]), edges), (len(hashes), len(hashes)))
+    return equal_groups(connected_components(graph, directed=False)[1])
 
 
 def data_report(inputs: Inputs) -> Report:
-    """Return the dataset's form and the sizes of its splits."""
+    """Return the dataset's form and the numbers of images in its splits."""
     match inputs.source.catalogue:
         case Folder() as found:
             metadata = find_metadata(found.folder)
@@ -252,40 +259,43 @@ def data_report(inputs: Inputs) -> Report:
         case Tars():
             form = "tar files"
         case _:
-            form = "a stream, of which the first images are looked at"
+            form = "a stream, of which the first images are inspected"
     return {"form": form, "train": len(inputs.source), "test": len(inputs.held_out)}
 
 
-def names_left_out(inputs: Inputs) -> list[tuple[str, str]]:
-    """Return (name, reason) for each file that was found but is not used."""
+def left_out_files(inputs: Inputs) -> list[tuple[str, str]]:
+    """Return the (name, reason) of each file that is left out of the dataset."""
     if inputs.stream is not None:
         return list(inputs.stream.left_out)
     return list(dict.fromkeys((*inputs.source.left_out, *inputs.held_out.left_out)))
 
 
-def caption_report(chosen: Chosen, tokenizer: CLIPTokenizer, chunks: int = 1) -> Report:
-    """Return statistics of all captions. Token counts include begin and end. chunks: windows per caption."""
-    numbers = np.fromiter(map(len, chosen.captions()), np.int64, len(chosen))
+def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int = 1) -> Report:
+    """Return statistics of all captions. Token counts include begin and end. chunks: chunks per caption."""
+    numbers = np.fromiter(map(len, selection.captions()), np.int64, len(selection))
     n, size = int(numbers.sum()), tokenizer.model_max_length - 2
     report: Report = {
-        "count": n, "mean": n / len(chosen), "several": int((numbers > 1).sum()), "without": int((numbers == 0).sum())
-    }  # fmt: skip
+        "count": n,
+        "mean": n / len(selection),
+        "several": int((numbers > 1).sum()),
+        "without": int((numbers == 0).sum()),
+    }
     if not n:
         return report
-    hashes, tokens, sides, longest = np.zeros(n, np.int64), np.zeros(n, np.int64), 0, ""
-    texts = chosen.texts()
-    for first in range(0, n, _READ):
-        some = list(itertools.islice(texts, _READ))
-        whole = [text.encode(errors="replace").decode() for text in some]  # replaces lone surrogates
-        ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        place = slice(first, first + len(some))
-        hashes[place], tokens[place] = list(map(hash, some)), [len(row) + 2 for row in ids]
-        sides += sum(bool(LEFT_OR_RIGHT.search(text)) for text in some)
-        if tokens[place].max() > tokens[:first].max(initial=0):
-            longest = some[int(tokens[place].argmax())]
-    keys, times = np.unique(hashes, return_counts=True)
-    often = {int(keys[k]): int(times[k]) for k in np.argsort(-times, kind="stable")[:3] if times[k] > 1}
-    repeated = {text: often[hash(text)] for text in chosen.texts() if hash(text) in often}
+    hashes, tokens, left_or_right, longest = np.zeros(n, np.int64), np.zeros(n, np.int64), 0, ""
+    texts = selection.texts()
+    for first in range(0, n, _CAPTION_BATCH):
+        batch = list(itertools.islice(texts, _CAPTION_BATCH))
+        valid = [text.encode(errors="replace").decode() for text in batch]  # replaces lone surrogates
+        ids = tokenizer(valid, add_special_tokens=False, verbose=False)["input_ids"]
+        rows = slice(first, first + len(batch))
+        hashes[rows], tokens[rows] = list(map(hash, batch)), [len(caption) + 2 for caption in ids]
+        left_or_right += sum(bool(LEFT_OR_RIGHT.search(text)) for text in batch)
+        if tokens[rows].max() > tokens[:first].max(initial=0):
+            longest = batch[int(tokens[rows].argmax())]
+    keys, counts = np.unique(hashes, return_counts=True)
+    frequent = {int(keys[k]): int(counts[k]) for k in np.argsort(-counts, kind="stable")[:3] if counts[k] > 1}
+    repeated = {text: frequent[hash(text)] for text in selection.texts() if hash(text) in frequent}
     return report | {
         "distinct": len(keys),
         "most_frequent": dict(sorted(repeated.items(), key=lambda item: (-item[1], item[0]))),
@@ -296,20 +306,20 @@ def caption_report(chosen: Chosen, tokenizer: CLIPTokenizer, chunks: int = 1) ->
         "room": chunks * size + 2,
         "too_long": int((tokens > chunks * size + 2).sum()),
         "chunks_for_all": math.ceil((int(tokens.max()) - 2) / size),
-        "left_or_right": sides,
+        "left_or_right": left_or_right,
     }
 
 
 def duplicate_report(groups: Sequence[dict[str, list[str]]]) -> Report:
-    """Return statistics of groups of duplicates, given as names by split."""
+    """Return statistics of groups of duplicates, which are given as names by split."""
     return {
         "groups": len(groups),
         "copies": sum(len(group["train"]) + len(group["test"]) - 1 for group in groups),
         "leaks": sum(len(group["test"]) for group in groups if group["train"]),
-        "first": list(groups[:_LISTED]),
+        "first": list(groups[:_EXAMPLES]),
     }
 
 
 def list_report(names: Sequence[tuple[str, str]]) -> Report:
     """Return the number of (name, reason) pairs, and the first of them."""
-    return {"count": len(names), "first": [list(pair) for pair in names[:_LISTED]]}
+    return {"count": len(names), "first": [list(pair) for pair in names[:_EXAMPLES]]}

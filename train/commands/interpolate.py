@@ -2,7 +2,7 @@
 
 Noise is interpolated along an arc, because a straight line would make it shorter than noise of unit variance. Text
 features are interpolated linearly: the UNet reads them through linear maps (keys and values of its cross-attention), so
-half way it receives the mean of both prompts. Tokens that both prompts share, such as the begin token, don't change.
+halfway it receives the mean of both prompts. Tokens that both prompts share, such as the begin token, don't change.
 """
 
 from collections.abc import Iterator
@@ -18,59 +18,65 @@ from ldm.errors import UserError
 from ldm.formats.png import save_png, slug
 from ldm.samplers import make_sampler
 from train.commands.generate import check_seed, load, read_prompts, settings
+from train.commands.main import require_at_least
 from train.config.generation import InterpolateOptions
 
 
-class Way:
+class Interpolation:
     """Interpolation from the first prompt and seed to the last."""
 
     def __init__(self, o: InterpolateOptions) -> None:
         """Load the model and encode the prompts. Raises UserError for invalid options."""
         if o.to and o.prompts:
-            raise UserError("--to and --prompts: give one of them")
+            raise UserError("--to and --prompts: give only one of them")
         self.prompts = [*read_prompts(o), *o.to]
         self.seeds = (o.seed, o.seed if o.to_seed is None else o.to_seed)
         if len(self.prompts) == 1:
             if o.to_seed is None:
-                raise UserError("nowhere to go: give --to PROMPT, --prompts FILE with several, or --to-seed SEED")
+                raise UserError(
+                    "nothing to interpolate: give --to PROMPT, --prompts FILE with several prompts, or --to-seed SEED"
+                )
             self.prompts *= 2
-        if o.frames < 2 or o.batch_size < 1:
-            raise UserError(f"--frames {o.frames} --batch-size {o.batch_size}: at least 2 and 1 are accepted")
+        require_at_least(2, o, "frames")
+        require_at_least(1, o, "batch_size")
         if not 1 <= o.fps <= 50:
-            raise UserError(f"--fps {o.fps}: 1 to 50 are accepted")
+            raise UserError(f"--fps {o.fps}: must be 1 to 50")
         for option, seed in zip(("--seed", "--to-seed"), self.seeds, strict=True):
             check_seed(option, seed)
         if make_sampler(o.sampler, o.eta).draws_noise and self.seeds[0] != self.seeds[1]:
-            raise UserError(f"--sampler {o.sampler} draws noise on the way, which has no half way: take dpmpp_2m, say")
+            raise UserError(
+                f"--sampler {o.sampler}: draws new noise at each step, which can't be interpolated between seeds; use "
+                "e.g. dpmpp_2m"
+            )
         self.o, self.pipe = o, load(o, o.model)
-        of_the_way = ("to", "to_seed", "frames", "fps", "loop")
-        self.metadata = {name: value for name, value in settings(o).items() if name not in of_the_way}
+        own = ("to", "to_seed", "frames", "fps", "loop")  # saved in another form, see `frame_metadata`
+        self.metadata = {name: value for name, value in settings(o).items() if name not in own}
         self.features = [self.pipe.encode([prompt]) for prompt in self.prompts]  # encoded separately, as in txt2img.py
         size = self.pipe.latent_size(o.height, o.width)
         self.shape = (1, self.pipe.autoencoder.latent_channels, *size)
         self.last = (len(self.prompts) - 1) * (o.frames - 1)
 
-    def start(self, seed: int) -> tuple[Tensor, torch.Generator]:
-        """Return the initial noise of a seed (1, c, h, w), and the generator in its state after drawing it."""
+    def initial_noise(self, seed: int) -> tuple[Tensor, torch.Generator]:
+        """Return a seed's initial noise (1, c, h, w), and the generator in the state after it has drawn the noise."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(self.shape, generator=generator), generator
 
     def latents(self, k: int) -> Tensor:
         """Return the initial noise (1, c, h, w) of frame k."""
-        first, second = (self.start(seed)[0] for seed in self.seeds)
+        first, second = (self.initial_noise(seed)[0] for seed in self.seeds)
         return first if self.seeds[0] == self.seeds[1] else slerp(first, second, k / self.last)
 
     def condition(self, k: int) -> Tensor:
         """Return the text features (1, tokens, width) of frame k."""
-        place = k / (self.o.frames - 1)  # position among the prompts
-        first = min(int(place), len(self.prompts) - 2)
-        return torch.lerp(self.features[first], self.features[first + 1], place - first)
+        position = k / (self.o.frames - 1)  # among the prompts
+        first = min(int(position), len(self.prompts) - 2)
+        return torch.lerp(self.features[first], self.features[first + 1], position - first)
 
-    def story(self, k: int) -> dict[str, Any]:
-        """Return the settings saved with frame k: those of the nearer end, and the interpolation."""
+    def frame_metadata(self, k: int) -> dict[str, Any]:
+        """Return the settings saved with frame k: prompt and seed of the nearer end, and the interpolation."""
         near = {"prompt": self.prompts[round(k / (self.o.frames - 1))], "seed": self.seeds[round(k / self.last)]}
-        way = {"prompts": self.prompts, "seeds": self.seeds, "frames": self.o.frames, "frame": k}
-        return self.metadata | near | {"way": way}
+        interpolation = {"prompts": self.prompts, "seeds": self.seeds, "frames": self.o.frames, "frame": k}
+        return self.metadata | near | {"way": interpolation}
 
     def generate(self) -> Iterator[Image.Image]:
         """Yield the frames in order. Both ends are generated separately, so they equal the images of txt2img.py."""
@@ -79,31 +85,36 @@ class Way:
         batches = [between[i : i + o.batch_size] for i in range(0, len(between), o.batch_size)]
         for batch in ([0], *batches, [self.last]):
             yield from self.pipe(
-                negative_prompt=o.negative_prompt, prompt_embeds=torch.cat([self.condition(k) for k in batch]),
-                latents=torch.cat([self.latents(k) for k in batch]), generator=[self.start(o.seed)[1] for _ in batch],
-                width=o.width, height=o.height, progress=True, **o.sampling(),
-            ).images  # fmt: skip
+                negative_prompt=o.negative_prompt,
+                prompt_embeds=torch.cat([self.condition(k) for k in batch]),
+                latents=torch.cat([self.latents(k) for k in batch]),
+                generator=[self.initial_noise(o.seed)[1] for _ in batch],
+                width=o.width,
+                height=o.height,
+                progress=True,
+                **o.sampling(),
+            ).images
 
 
 def animate(frames: list[Image.Image], path: Path, fps: float, loop: bool) -> None:
     """Write a GIF. Each frame has its own palette and is not dithered.
 
-    A shared palette is 6 to 10 dB worse, and with dithering even worse; both flicker.
+    The PSNR of a shared palette is 6 to 10 dB lower, and with dithering even lower; both flicker.
     """
-    again = {"loop": 0} if loop else {}
-    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, **again)
+    repeat = {"loop": 0} if loop else {}
+    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, **repeat)
 
 
 def interpolate(o: InterpolateOptions) -> Iterator[Path]:
     """Generate and write the frames and the animation, and yield the path of each file."""
-    way = Way(o)
+    interpolation = Interpolation(o)
     folder, frames = Path(o.out), []
-    seeds = "-".join(map(str, dict.fromkeys(way.seeds)))
-    name = f"{slug(' to '.join(way.prompts))}-{seeds}"
-    for k, image in enumerate(way.generate()):
+    seeds = "-".join(map(str, dict.fromkeys(interpolation.seeds)))
+    name = f"{slug(' to '.join(interpolation.prompts))}-{seeds}"
+    for k, image in enumerate(interpolation.generate()):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}-{k:04}.png"
-        save_png(image, path, way.story(k))
+        save_png(image, path, interpolation.frame_metadata(k))
         yield path
         frames.append(image)
     animate(frames, folder / f"{name}.gif", o.fps, o.loop)

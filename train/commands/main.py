@@ -17,8 +17,10 @@ from train.config.load import first_error
 if TYPE_CHECKING:
     import torch
 
-_LESS = "lower --batch-size; in training --accumulation splits it, in painting --tile and a smaller image help"
-_EXPECTED = (
+_SAVE_MEMORY = (
+    "lower --batch-size; in training, a larger --accumulation also helps; in generation, --tile or smaller images"
+)
+_EXPECTED_ERRNOS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -32,7 +34,7 @@ _EXPECTED = (
 
 
 def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
-    """Make a function the main of a program: it exits, with a status and one line on standard error after a failure.
+    """Make a function the main function of a program: exit with a status, and print one line for an error.
 
     Exit status: 0 on success, 2 for bad input, 1 for a failure, 128 + n when stopped by signal n.
     """
@@ -45,45 +47,50 @@ def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
 
 
 def _run(main: Callable[[], None]) -> NoReturn:
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # about calls from other libraries
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # its warnings are about calls by other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()
     try:
         main()
     except UserError as error:
-        _leave(2, error)
+        _exit(2, error)
     except ValidationError as error:
-        _leave(2, first_error(error))
+        _exit(2, first_error(error))
     except RunError as error:
-        _leave(1, error)
+        _exit(1, error)
     except MemoryError:
-        _leave(1, f"out of memory: {_LESS}")
+        _exit(1, f"out of memory: {_SAVE_MEMORY}")
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's class; torch isn't imported just for its name
-            _leave(1, f"out of memory on the device: {_LESS}")
+        if (
+            type(error).__name__ == "OutOfMemoryError"
+        ):  # torch's class, compared by name because torch may not be imported
+            _exit(1, f"out of memory on the device: {_SAVE_MEMORY}")
         if "can't allocate memory" not in str(error):
             raise
-        _leave(1, f"out of memory: {_LESS}")
+        _exit(1, f"out of memory: {_SAVE_MEMORY}")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it flushes at exit
-        _leave(1, "the output was closed before all of it was written")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails again when it flushes at exit
+        _exit(1, "the output was closed before all of it was written")
     except OSError as error:
-        if error.errno not in _EXPECTED:
+        if error.errno not in _EXPECTED_ERRNOS:
             raise
-        _leave(1, f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} while writing")
+        _exit(1, f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} while writing")
     except KeyboardInterrupt:
-        _leave(130, "interrupted")
+        _exit(130, "interrupted")
     raise SystemExit(0)
 
 
 def _quieten() -> None:
-    """Turn off the messages of libraries: failures are reported by our errors; transformers lists unused weights.
+    """Turn off the messages of libraries, because our errors report the failures.
 
-    Environment variables apply to libraries that aren't imported yet: a command imports them after reading its options.
+    The environment variables apply to libraries that aren't imported yet; a command imports them after it has read its
+    options.
     """
     os.environ |= {
-        "DIFFUSERS_VERBOSITY": "critical", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"
-    }  # fmt: skip
+        "DIFFUSERS_VERBOSITY": "critical",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     if diffusers := sys.modules.get("diffusers"):
         diffusers.logging.set_verbosity(logging.CRITICAL)
     if transformers := sys.modules.get("transformers"):
@@ -91,10 +98,17 @@ def _quieten() -> None:
         transformers.logging.disable_progress_bar()
 
 
-def _leave(status: int, what: object) -> NoReturn:
+def _exit(status: int, message: object) -> NoReturn:
     if os.environ.get("RANK", "0") == "0" or status == 1:
-        print(f"error: {one_line(what)}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def require_at_least(least: int, options: object, *names: str) -> None:
+    """Raise UserError if one of these options, given by the names of their fields, is below `least`."""
+    for name in names:
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def use_device(name: str) -> "torch.device":
@@ -105,5 +119,5 @@ def use_device(name: str) -> "torch.device":
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name!r} can't be used: {one_line(error, 200)}") from None
+        raise UserError(f"--device {name!r}: can't be used: {one_line(error, 200)}") from None
     return device

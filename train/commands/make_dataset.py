@@ -12,49 +12,50 @@ from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_a
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Images of one object, or of two in a relation, with exact captions (docs: the Shapes dataset)."""
+    """Rendered images of one object, or of two objects in a relation, with exact captions."""
 
     out: str = "data/shapes"
-    """Output folder; a folder that holds exactly this dataset is kept, any other content is rejected."""
+    """Output folder. If it contains exactly this dataset already, it is kept; any other content is an error."""
     size: int = 32
-    """Side of the images in pixels, at least 32."""
+    """Side of the square images in pixels, at least 32."""
     train: int = 20000
     """Number of training images."""
     test: int = 1000
-    """Number of test images; half of them show a (colour, shape) pair that is absent from the training images."""
+    """Number of test images. Half of them show a pair of colour and shape that no training image has."""
     seed: int = 0
-    """Seed of the dataset."""
+    """Seed of the random scenes, an integer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
-    """All emoji of Noto Color Emoji on white, with their names and keywords as captions."""
+    """All emoji of the font Noto Color Emoji on white, with their names and keywords as captions."""
 
     out: str = "data/emoji"
-    """Output folder; a folder that isn't empty is rejected."""
+    """Output folder, which must be empty or not exist yet."""
     size: int = 64
-    """Side of the images in pixels, 16 to 128."""
+    """Side of the square images in pixels, 16 to 128."""
     font: str = str(FONT)
-    """Font file of Noto Color Emoji; the Debian package is fonts-noto-color-emoji."""
+    """Font file of Noto Color Emoji, in Debian from the package fonts-noto-color-emoji."""
     annotations: str = ""
-    """CLDR's folder common, or one XML file of annotations. Default: the folder of Debian's unicode-cldr-core. Without
-    annotations, only single characters are found, with one caption each."""
+    """Names and keywords of the emoji: the folder "common" of Unicode's CLDR, or one XML file from it. Default: the
+    folder of Debian's package unicode-cldr-core. Without it, only emoji of one character are found, with one caption
+    each."""
     test_fraction: float = 0.05
-    """Share of the emoji held out for testing, each with all its skin tones, hair styles and genders."""
+    """Share of the emoji that are test images. All skin tones, hair styles and genders of an emoji are in one split."""
     seed: int = 0
-    """Seed that selects the test emoji."""
+    """Seed of the random choice of test emoji, an integer."""
 
 
 def make_shapes(o: Shapes) -> None:
     from train.data.synthetic.shapes import write_shapes
 
     written = write_shapes(Path(o.out), o.size, o.train, o.test, o.seed)
-    state = "written" if written else "already there, left as it is"
+    state = "written" if written else "exists already, not changed"
     print(f"{o.out}: {o.train} training and {o.test} test images of {o.size} × {o.size}, seed {o.seed}: {state}")
 
 
 def make_emoji(o: Emoji) -> None:
-    began = time.perf_counter()
+    started = time.perf_counter()
     font = Font(Path(o.font))
     annotations = Path(o.annotations) if o.annotations else CLDR
     if o.annotations or annotations.exists():
@@ -62,15 +63,15 @@ def make_emoji(o: Emoji) -> None:
     else:
         named, source = character_names(), "Unicode's character names"
         print(
-            f"warning: no CLDR at {CLDR}, so the set will be less than half of the whole one, with a single caption an "
-            "image: no flags, skin tones or genders, no keywords; install Debian's unicode-cldr-core, or give "
+            f"warning: no annotations in {CLDR}: the dataset will have less than half of the emoji (no flags, skin "
+            "tones or genders) and one caption per image (no keywords); install Debian's unicode-cldr-core, or give "
             "--annotations",
             file=sys.stderr,
         )
     train, test, captions = write_emoji(Path(o.out), named, font, o.size, o.test_fraction, o.seed)
     print(
         f"{o.out}: {train} training and {test} test images of {o.size} × {o.size}, seed {o.seed}: written in "
-        f"{time.perf_counter() - began:.1f} s, {captions / (train + test):.2f} captions an image from {source}"
+        f"{time.perf_counter() - started:.1f} s, {captions / (train + test):.2f} captions per image from {source}"
     )
 
 
@@ -87,4 +88,4 @@ def make(arguments: list[str]) -> None:
             print(f"usage: {program} [-h] {{shapes,emoji}} [OPTIONS]\n\n{__doc__}")
             print(f"  shapes  {Shapes.__doc__}\n  emoji   {Emoji.__doc__}")
         case _:
-            raise UserError(f"say first which data set to make: shapes or emoji, not {kind!r}")
+            raise UserError(f"the first argument must be the dataset to make, shapes or emoji, not {kind!r}")

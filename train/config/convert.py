@@ -8,9 +8,10 @@ class ConvertOptions:
     """Convert a model from a folder to a file, or from a file to a folder."""
 
     model: str = ""
-    """Diffusers folder, .safetensors file with the original key names, or pickled .ckpt file, from which only plain
-    weights are loaded."""
+    """Model to convert: a diffusers folder, or a single .safetensors or .ckpt file with the original key names.
+    A .ckpt file is a pickle; only plain weights are loaded from it, never code."""
     config: str = ""
-    """Diffusers folder of the same shape as a single-file model; its JSON files and tokenizer are read."""
+    """Diffusers folder of a model with the same architecture, needed for a single-file --model.
+    Only its JSON files and its tokenizer are read."""
     out: str = ""
-    """Output: a .safetensors file, or else a folder. Existing files are not overwritten."""
+    """Output: a single file if the name ends in .safetensors, else a diffusers folder. It must not exist yet."""

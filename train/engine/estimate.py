@@ -37,7 +37,7 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], steps: int) -> None:
     )
     if preparing > 0.01 * seconds:
         images = config.batch_size / run.accelerator.num_processes
-        run.print(f"frozen networks take {1000 * preparing / images:.3g} ms of this time per image")
+        run.print(f"preparing a batch (e.g. encoding) takes {1000 * preparing / images:.3g} ms of this time per image")
 
 
 def _clock(device: torch.device) -> float:
