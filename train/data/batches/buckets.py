@@ -26,7 +26,7 @@ _BATCH_SIZE = 256  # images whose sizes are read in one batch
 
 
 def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
-    """Return rectangles with sides that are multiples of `step`, each as large as resolution² allows.
+    """Return the largest rectangles of at most resolution² pixels whose sides are multiples of `step`.
 
     The longer side is at most `ratio` × the shorter one. The square is included. Raises UserError if the resolution
     isn't a multiple of `step`.

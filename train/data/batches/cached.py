@@ -37,7 +37,7 @@ class Originals:
     buckets: Buckets | None = None
 
     def gather(self, indices: NDArray[np.int64], crop: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
-        """Return the pixels, (b, 3, h, w) in [−1, 1], for the arguments of `LatentCache.gather`.
+        """Return the pixels, (b, 3, h, w) in [−1, 1], of the crops whose latents `LatentCache.gather` returns.
 
         Raises NoLongerReadable.
         """

@@ -1,6 +1,6 @@
 """Batches of images and captions as pure functions of (seed, positions).
 
-A dataset answers `__getitems__(positions)` with a whole batch, as torch's DataLoader requests from its workers. A
+A dataset answers `__getitems__(positions)` with a full batch, as torch's DataLoader requests from its workers. A
 position determines an example (train/data/order/permutation.py) and all its random numbers (train/data/order/rng.py),
 so the number of workers, processes and restarts makes no difference.
 """

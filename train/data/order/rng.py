@@ -69,7 +69,7 @@ def fork(seed: int, purpose: Purpose) -> int:
 
 
 def _streams(seed: int, purpose: Purpose, positions: Positions) -> Iterator[Generator]:
-    """Yield one generator, moved to the start of each position in turn: a quarter of the cost of a new one each."""
+    """Yield the same generator, moved to the start of each position in turn; new ones would cost four times as much."""
     bits = Philox(key=_words(seed, purpose))
     stream, state = Generator(bits), bits.state  # a fresh state: no buffered numbers
     for position in positions:

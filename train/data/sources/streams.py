@@ -4,8 +4,8 @@
     pipe:zstd -dc /disk/{000..099}.tar.zst one command per shard, run by the shell; braces are expanded first
 
 gzip, bzip2 and xz are recognised. The samples of a shard are described in train/data/sources/webdataset.py. The content
-of a stream isn't known before it is read, so its fingerprint is computed from its addresses. The held-out examples, and
-the examples for everything that needs some before training, come from the stream's first examples, its head.
+of a stream isn't known before it is read, so its fingerprint is computed from its addresses. The stream's first
+examples are its head. Some of them are held out, and the head is read for whatever needs examples before training.
 
 An epoch reads the shards in its own order into a buffer, and draws examples from the buffer until it is empty: each
 example once. A draw depends on (seed, position) and on the buffer, which depends on the earlier draws. So the examples

@@ -76,7 +76,7 @@ def read_samples(
 ) -> Iterator[Sample]:
     """Yield the samples of an open tar, in order; `leave_out` receives (name, reason) of those that can't be used.
 
-    images: whether to include each image's bytes. Memory holds one sample at a time. Raises one of DAMAGE if the
+    images: whether to include each image's bytes. Only one sample at a time is in memory. Raises one of DAMAGE if the
     tar is damaged; the sample that is incomplete there isn't yielded.
     """
     for key, members in itertools.groupby(_members(tar), lambda member: member.key):

@@ -223,7 +223,7 @@ def _write_aliases(
 
 
 def _verify(folder: Path, kind: str, index: ShardIndex, found: NDArray[np.int64], processes: Processes) -> None:
-    """Remove damaged shards among those in use. A shard's name alone decides which process verifies it."""
+    """Remove damaged shards among those in use. Only a shard's name decides which process verifies it."""
     stored = index.content_id[: len(index.shard)]
     in_use = locate(index.content_id[found[found >= 0]], stored) >= 0  # all copies of a row: any may be read later
     used = set(np.unique(index.shard[in_use]).tolist())
