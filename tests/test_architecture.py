@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 PACKAGES = ("ldm", "autoencoder", "conditioning", "train", "scripts")
 
 
@@ -27,7 +28,7 @@ LEAVES = ("ldm.errors", "ldm.formats.hub", "ldm.formats.clip_layout")
 
 
 def layer(module: str) -> str:
-    """The layer of a module of ours: its package, but for the pipeline and the leaves. `module` may be a name in one."""
+    """The layer of a module: its package, except for the pipeline and the leaves. `module` may be a name in a module."""
     if any(f"{module}.".startswith(f"{leaf}.") for leaf in LEAVES):
         return "leaf"
     pipeline = ("ldm.pipeline", "ldm.model", "ldm.request", "ldm.preparation")
@@ -71,3 +72,10 @@ def test_the_mathematics_needs_no_network_library() -> None:
     for name in files:
         names = {module.split(".")[0] for module in imported(ROOT / "ldm" / f"{name}.py")}
         assert not names & {"diffusers", "transformers", "accelerate", "pydantic", "tyro"}, name
+
+
+def test_test_modules_import_no_other_test_module() -> None:
+    """They share helpers through tests/support and fixtures through tests/conftest.py."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        modules = {part for name in imported(path) for part in name.split(".")}
+        assert not {name for name in modules if name.startswith("test_") or name == "conftest"}, path

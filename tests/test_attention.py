@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.networks import attention as module
 from ldm.networks.attention import AttentionProcessor, require_attention, sdpa, use_attention
-from ldm.networks.unet import build_unet
+from support.models import small_unet, tiny_pipeline
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -38,23 +37,8 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, gradie
 
 
 def random_unet() -> UNet2DConditionModel:
-    """No weight is zero: all of the network speaks."""
     torch.manual_seed(0)
-    unet = build_unet(
-        channels=(32, 64),
-        layers=1,
-        attention=(True, True),
-        heads=(2, 4),
-        groups=16,
-        latent_channels=4,
-        latent_size=8,
-        text_width=24,
-    )
-    with torch.no_grad():
-        for weight in unet.parameters():
-            if not weight.any():
-                torch.nn.init.normal_(weight, std=0.1)
-    return unet
+    return small_unet(0.1, latent_size=8, text_width=24)
 
 
 def painted(unet: UNet2DConditionModel, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:

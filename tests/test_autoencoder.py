@@ -3,11 +3,12 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import nn
 
 from autoencoder.model import Autoencoder, Posterior, build_autoencoder, fold, latent_statistics, latent_sums, measure
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
+from support.images import smooth_pixels
 
 
 def small_vae() -> AutoencoderKL:
@@ -21,15 +22,9 @@ def small_vae() -> AutoencoderKL:
     return vae.eval()
 
 
-def images(n: int = 16, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n, 3, 4, 4, generator=generator) * 2 - 1
-    return nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
-
-
 @torch.no_grad()
 def test_folding_is_an_exact_change_of_coordinates() -> None:
-    vae, x = small_vae().double(), images().double()
+    vae, x = small_vae().double(), smooth_pixels(16).double()
     before = vae.encode(x).latent_dist
     z = before.mean + before.std * torch.randn(before.mean.shape, generator=torch.Generator().manual_seed(1)).double()
     decoded = vae.decode(z).sample
@@ -49,7 +44,7 @@ def test_shapes_of_latents(factor: int, latent_channels: int) -> None:
     channels = (8,) * factor.bit_length()
     torch.manual_seed(0)
     vae = build_autoencoder(channels=channels, layers=1, latent_channels=latent_channels, groups=4, attention=False)
-    x = images(2)
+    x = smooth_pixels(2)
     q = vae.encode(x).latent_dist
     assert q.mean.shape == (2, latent_channels, 32 // factor, 32 // factor)
     made = vae.decode(q.mean + q.std).sample
@@ -66,7 +61,7 @@ def test_shapes_of_latents(factor: int, latent_channels: int) -> None:
 
 @torch.no_grad()
 def test_measured_statistics_make_posterior_samples_standard() -> None:
-    vae, x = small_vae(), images(256)
+    vae, x = small_vae(), smooth_pixels(256)
     noise = torch.randn(256, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     batches = list(zip(x.split(64), noise.split(64), strict=True))
     statistics = latent_statistics(measure(vae, batches, 4))
@@ -120,7 +115,7 @@ def test_images_of_any_size_go_through_in_tiles() -> None:
     for name, module in vae.named_modules():
         if name.endswith(".conv2"):
             module.weight.copy_(0.02 * torch.randn(module.weight.shape))  # no branch is zero
-    x = nn.functional.interpolate(images(2), size=(45, 71), mode="bilinear")
+    x = nn.functional.interpolate(smooth_pixels(2), size=(45, 71), mode="bilinear")
     whole, tiles = Autoencoder(vae), Autoencoder(vae, Tiles(12, 6))
     posterior, tiled = whole.encode(x), tiles.encode(x)
     assert posterior.mean.shape == tiled.mean.shape == (2, 4, 23, 36)

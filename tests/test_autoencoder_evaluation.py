@@ -20,12 +20,13 @@ import torch.nn.functional as F
 import torchmetrics.image.fid
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from transformers import BertConfig, BertModel, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import BertConfig, BertModel, CLIPModel, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from autoencoder.model import Autoencoder, Posterior, build_autoencoder
-from conditioning.contrastive import build_clip, save_clip
-from conditioning.tokenizer import train_tokenizer
+from autoencoder.model import Posterior
 from ldm.errors import UserError
+from support.draws import draw
+from support.images import smooth_pixels
+from support.models import small_autoencoder
 from train.evaluation.autoencoder import (
     FrechetSums,
     LatentHealth,
@@ -38,16 +39,6 @@ from train.evaluation.autoencoder import (
 )
 from train.evaluation.features import Features, load_features
 
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def images(n: int, side: int = 32, seed: int = 0) -> Tensor:
-    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return F.interpolate(coarse, size=(side, side), mode="bilinear")
-
-
 # The Fréchet distance
 
 
@@ -59,16 +50,16 @@ def sums(features: Tensor) -> FrechetSums:
 
 def exactly(mean: Tensor, covariance: Tensor, n: int = 50) -> Tensor:
     """Features whose mean and unbiased covariance are these to the last digit."""
-    x = randn(n, len(mean))
+    x = draw(n, len(mean))
     x = x - x.mean(0)
     white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (n - 1))).T
     return white @ torch.linalg.cholesky(covariance).T + mean
 
 
 def test_frechet_distance_of_gaussians_that_commute() -> None:
-    q, _ = torch.linalg.qr(randn(4, 4, seed=1))
+    q, _ = torch.linalg.qr(draw(4, 4, seed=1))
     one, other = torch.tensor([4.0, 1.0, 0.25, 9.0]).double(), torch.tensor([1.0, 1.0, 4.0, 0.01]).double()
-    mean_one, mean_other = randn(4, seed=2), randn(4, seed=3)
+    mean_one, mean_other = draw(4, seed=2), draw(4, seed=3)
     a, b = exactly(mean_one, q * one @ q.T), exactly(mean_other, q * other @ q.T)
     expected = (mean_one - mean_other).square().sum() + (one.sqrt() - other.sqrt()).square().sum()
     assert frechet(sums(a), sums(b)) == pytest.approx(float(expected), rel=1e-10)
@@ -78,7 +69,7 @@ def test_frechet_distance_of_gaussians_that_commute() -> None:
 
 def test_frechet_distance_of_two_pairs() -> None:
     """Covariances of rank 1, v vᵀ and w wᵀ in 64 dimensions: tr (S₁ S₂)^½ = |v · w|."""
-    a, b = randn(2, 64, seed=1), randn(2, 64, seed=2)
+    a, b = draw(2, 64, seed=1), draw(2, 64, seed=2)
     v, w = (a[0] - a[1]) / 2**0.5, (b[0] - b[1]) / 2**0.5
     expected = (a.mean(0) - b.mean(0)).square().sum() + v @ v + w @ w - 2 * (v @ w).abs()
     assert frechet(sums(a), sums(b)) == pytest.approx(float(expected), rel=1e-9)
@@ -88,7 +79,7 @@ def test_frechet_distance_agrees_with_torchmetrics() -> None:
     network = nn.Flatten()
     network.num_features = 12
     reference = FrechetInceptionDistance(network, normalize=True).set_dtype(torch.float64)
-    a, b = randn(90, 3, 2, 2, seed=1), randn(70, 3, 2, 2, seed=2) ** 2
+    a, b = draw(90, 3, 2, 2, seed=1), draw(70, 3, 2, 2, seed=2) ** 2
     reference.update(a, real=True)
     reference.update(b, real=False)
     assert frechet(sums(a.flatten(1)), sums(b.flatten(1))) == pytest.approx(float(reference.compute()), rel=1e-9)
@@ -96,12 +87,12 @@ def test_frechet_distance_agrees_with_torchmetrics() -> None:
 
 def test_frechet_distance_of_a_set_to_itself_is_zero_even_with_fewer_images_than_features() -> None:
     for n in (20, 400):
-        x = randn(n, 100)
+        x = draw(n, 100)
         assert frechet(sums(x), sums(x.flip(0))) == pytest.approx(0, abs=1e-10)
 
 
 def test_features_add_up_and_too_few_or_broken_ones_are_told() -> None:
-    x = randn(30, 5).float()
+    x = draw(30, 5).float()
     parts = FrechetSums(5)
     for part in (x[:7], x[7:7], x[7:8], x[8:]):
         parts.add(part)
@@ -142,9 +133,9 @@ class Plain:
 
 @pytest.mark.parametrize("level", [0.1, 0.2])
 def test_noise_robustness_of_an_autoencoder_that_passes_noise_on(level) -> None:
-    x = images(8) * 0.1  # far from where clipping would hide noise
+    x = smooth_pixels(8) * 0.1  # far from where clipping would hide noise
     q = Posterior(x, torch.full_like(x, 3.0))  # the posterior's own deviation has no part in it
-    noise = randn(*x.shape).float()
+    noise = draw(*x.shape).float()
     noise /= noise.square().mean((1, 2, 3), keepdim=True).sqrt()
     # Noise of `level` in [−1, 1], and 8-bit rounding of both images, each of variance 1/12 a step.
     error = (level / 2) ** 2 + 2 / 12 / 255**2
@@ -166,9 +157,9 @@ def test_moments_of_latents() -> None:
     shape = (400, 3, 12, 12)
     m, s = torch.tensor([0.0, 2.0, -0.5]).double(), torch.tensor([1.0, 0.5, 1.4]).double()
     signal, noise = s * 0.8, s * 0.6  # 0.8² + 0.6² = 1
-    mean = randn(*shape) * signal.view(3, 1, 1) + m.view(3, 1, 1)
+    mean = draw(*shape) * signal.view(3, 1, 1) + m.view(3, 1, 1)
     std = noise.view(3, 1, 1).expand(shape).contiguous()
-    found = health(mean, std, randn(*shape, seed=1))
+    found = health(mean, std, draw(*shape, seed=1))
     torch.testing.assert_close(found.mean, m, atol=0.03, rtol=0)
     torch.testing.assert_close(found.std, s, rtol=0.02, atol=0)
     torch.testing.assert_close(found.signal, signal, rtol=0.02, atol=0)
@@ -222,7 +213,7 @@ def test_spatial_autocorrelation() -> None:
     def factor(rho: float, side: int) -> Tensor:
         return torch.from_numpy(scipy.linalg.cholesky(scipy.linalg.toeplitz(rho ** np.arange(side)), lower=True))
 
-    white = randn(n, seeds, h, w)
+    white = draw(n, seeds, h, w)
     z = torch.stack([factor(v, h) @ white[:, c] @ factor(u, w).T for c, (v, u) in enumerate(along)], 1)
     found = health(z + torch.tensor([1.0, -2.0, 3.0]).view(3, 1, 1)).autocorrelation
     # Both sides' pairs count alike, and there are (h − lag) w of the one and h (w − lag) of the other.
@@ -237,7 +228,7 @@ def test_spatial_autocorrelation() -> None:
 
 def test_autocorrelation_is_about_the_mean_of_all_places() -> None:
     """A slope across the latent: the places that have a neighbour have means of their own."""
-    z = randn(3, 1, 4, 6) + torch.arange(6) ** 2
+    z = draw(3, 1, 4, 6) + torch.arange(6) ** 2
     centred = (z - z.mean()) / z.std(unbiased=False)
     for found, lag in zip(health(z, 1e-9).autocorrelation, (1, 2), strict=True):
         across, down = centred[..., lag:] * centred[..., :-lag], centred[..., lag:, :] * centred[..., :-lag, :]
@@ -245,31 +236,31 @@ def test_autocorrelation_is_about_the_mean_of_all_places() -> None:
 
 
 def test_latents_too_small_for_a_neighbour() -> None:
-    found = health(randn(50, 2, 2, 1)).autocorrelation
+    found = health(draw(50, 2, 2, 1)).autocorrelation
     assert found.isnan().tolist() == [[False, False], [True, True]]
 
 
 def test_correlated_and_dead_channels() -> None:
-    z = randn(200, 4, 10, 10)
+    z = draw(200, 4, 10, 10)
     z[:, 1] = 0.6 * z[:, 0] + 0.8 * z[:, 1]
     z[:, 2] = -3 * z[:, 0] + 1
     z[:, 3] = 0.5  # all noise
     std = torch.full_like(z, 1e-3)
     std[:, 3] = 1.0
-    found = health(z, std, randn(*z.shape, seed=1))
+    found = health(z, std, draw(*z.shape, seed=1))
     expected = torch.eye(4).double()
     for (i, j), r in {(0, 1): 0.6, (0, 2): -1.0, (1, 2): -0.6}.items():
         expected[i, j] = expected[j, i] = r
     torch.testing.assert_close(found.correlation, expected, atol=0.02, rtol=0)
     assert found.dead == [3]
     z[:, 3], std[:, 3] = 0.25, 1e-9  # a constant: nothing to standardise by, yet every number is one
-    constant = health(z, std, randn(*z.shape, seed=1))
+    constant = health(z, std, draw(*z.shape, seed=1))
     assert constant.dead == [3]
     assert all(torch.as_tensor(value, dtype=torch.float64).isfinite().all() for value in constant)
 
 
 def test_latents_add_up_over_any_split() -> None:
-    q, noise = Posterior(randn(12, 3, 5, 4), randn(12, 3, 5, 4, seed=1).exp()), randn(12, 3, 5, 4, seed=2)
+    q, noise = Posterior(draw(12, 3, 5, 4), draw(12, 3, 5, 4, seed=1).exp()), draw(12, 3, 5, 4, seed=2)
     parts, whole = [LatentSums(3) for _ in range(3)], LatentSums(3)
     for part, where in zip(parts, (slice(0, 5), slice(5, 5), slice(5, 12)), strict=True):
         part.add(Posterior(q.mean[where], q.std[where]), noise[where])
@@ -296,11 +287,6 @@ def distance(made: Tensor, pixels: Tensor) -> Tensor:
     return (made - pixels).square().mean()
 
 
-def small() -> Autoencoder:
-    torch.manual_seed(0)
-    return Autoencoder(build_autoencoder(channels=(16, 32), layers=1, latent_channels=4, groups=8, attention=False))
-
-
 Part = tuple[Tensor, Tensor]
 
 
@@ -321,7 +307,7 @@ def in_processes(shares: list[list[Part]], measured: Callable[..., dict[str, flo
 
 
 def test_everything_of_a_small_autoencoder_in_one_process_and_in_three() -> None:
-    autoencoder, x, noise = small(), images(14), randn(14, 4, 16, 16).float()
+    autoencoder, x, noise = small_autoencoder(), smooth_pixels(14), draw(14, 4, 16, 16).float()
     parts = [(x[where], noise[where]) for where in (slice(0, 6), slice(6, 12), slice(12, 14))]
     measured = partial(measure_reconstruction, autoencoder, perceptual=distance, features=Colours())
     latents = LatentSums(4)
@@ -359,56 +345,36 @@ def test_everything_of_a_small_autoencoder_in_one_process_and_in_three() -> None
 
 def test_nothing_to_measure_is_said() -> None:
     with pytest.raises(UserError, match="no held-out images"):
-        measure_reconstruction(small(), [])
+        measure_reconstruction(small_autoencoder(), [])
 
 
 # Feature networks
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(["a red star"], 600, 8)
-    clip = build_clip(
-        tokenizer,
-        text_width=16,
-        text_layers=1,
-        text_heads=2,
-        vision_width=24,
-        vision_layers=2,
-        vision_heads=2,
-        patch_size=8,
-        image_size=16,
-        projection_dim=16,
-    )
-    save_clip(clip, tokenizer, folder := tmp_path_factory.mktemp("clip"))
-    return folder, clip.eval()
 
 
 def in_bytes(pixels: Tensor) -> Tensor:
     return (pixels.clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
 
 
-def test_features_of_our_own_clip(clip_folder) -> None:
-    folder, clip = clip_folder
+def test_features_of_our_own_clip(small_clip) -> None:
+    folder, clip = small_clip, CLIPModel.from_pretrained(small_clip).eval()
     features = load_features(str(folder))
     assert (features.name, features.dim) == (str(folder), 16)
     assert not features.tower.training
     assert not any(p.requires_grad for p in features.parameters())
-    x = images(3, 16) * 1.2  # some of it out of range
+    x = smooth_pixels(3, 16) * 1.2  # some of it out of range
     expected = clip.visual_projection(clip.vision_model(pixel_values=in_bytes(x)).pooler_output)
     torch.testing.assert_close(features(x), expected, rtol=1e-4, atol=1e-5)
-    resized = F.interpolate(in_bytes(images(3, 32)), size=(16, 16), mode="bicubic", antialias=True)
+    resized = F.interpolate(in_bytes(smooth_pixels(3, 32)), size=(16, 16), mode="bicubic", antialias=True)
     expected = clip.visual_projection(clip.vision_model(pixel_values=resized).pooler_output)
-    torch.testing.assert_close(features(images(3, 32)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features(smooth_pixels(3, 32)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_clip_tower_alone_gives_its_pooled_output(clip_folder, tmp_path) -> None:
-    folder, clip = clip_folder
+def test_a_clip_tower_alone_gives_its_pooled_output(small_clip, tmp_path) -> None:
+    folder, clip = small_clip, CLIPModel.from_pretrained(small_clip).eval()
     CLIPVisionModel.from_pretrained(folder).save_pretrained(tmp_path)  # without the preprocessor's constants
     features = load_features(str(tmp_path))
     assert features.dim == 24
-    x = images(3, 16)
+    x = smooth_pixels(3, 16)
     mean, std = (
         torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1),
         torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1),
@@ -426,7 +392,7 @@ def test_features_of_a_dinov2(tmp_path) -> None:
     dino.half().save_pretrained(tmp_path)
     dino.float()
     features = load_features(str(tmp_path))
-    x = images(3, 28)
+    x = smooth_pixels(3, 28)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     expected = dino((in_bytes(x) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
     assert (features.dim, features(x).dtype) == (24, torch.float32)
@@ -443,7 +409,7 @@ def test_features_of_a_dinov2(tmp_path) -> None:
         load_features(str(tmp_path))
 
 
-def test_features_that_cannot_be_are_refused(clip_folder, tmp_path) -> None:
+def test_features_that_cannot_be_are_refused(small_clip, tmp_path) -> None:
     for nowhere in ("resnet", "./no/such/folder", "/no/such"):
         with pytest.raises(UserError, match="accepted are 'inception'"):
             load_features(nowhere)
@@ -453,7 +419,7 @@ def test_features_that_cannot_be_are_refused(clip_folder, tmp_path) -> None:
     bert.save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match=r"model_type 'bert': accepted are clip, clip_vision_model, dinov2"):
         load_features(str(tmp_path / "bert"))
-    tower = CLIPVisionModel.from_pretrained(clip_folder[0])
+    tower = CLIPVisionModel.from_pretrained(small_clip)
     weights = {k: v for k, v in tower.state_dict().items() if not k.endswith("patch_embedding.weight")}
     tower.save_pretrained(tmp_path / "part", state_dict=weights)
     with pytest.raises(UserError, match="lack weights"):

@@ -8,11 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from safetensors.torch import load_file, save_file
-from test_editing import PROMPTS, box, images, seeds
-from test_training import final_state, ldm_config
-from test_training import parts as parts
 from torch import Tensor, nn
 
 import train.stages.ldm
@@ -21,6 +17,10 @@ from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.samplers import SamplerKind
+from support.draws import generators
+from support.images import box_mask, smooth_images
+from support.models import PROMPTS, tiny_pipeline
+from support.runs import final_state, ldm_config
 from train.config.ldm import DiffusionConfig, LdmConfig
 from train.config.optimizer import OptimizerConfig
 
@@ -118,10 +118,12 @@ def test_a_transformer_trains_and_paints(
     for sampler in samplers:
         how: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 4, "output_type": "np"}
         if task == "inpaint":
-            how |= {"image": images(2), "mask_image": box()}
-        made[sampler] = pipe(PROMPTS, generator=seeds(2), **how).images
+            how |= {"image": smooth_images(2), "mask_image": box_mask()}
+        made[sampler] = pipe(PROMPTS, generator=generators(2), **how).images
         assert np.isfinite(made[sampler]).all()
-        assert not np.array_equal(made[sampler], pipe(PROMPTS, generator=seeds(2), guidance_scale=1.0, **how).images)
+        assert not np.array_equal(
+            made[sampler], pipe(PROMPTS, generator=generators(2), guidance_scale=1.0, **how).images
+        )
     assert not np.array_equal(made["ddim"], made["ddpm"])
 
 
@@ -131,7 +133,7 @@ def test_a_weaker_transformer_guides_and_the_way_back_is_found() -> None:
         LatentDiffusionPipeline(transformer(seed=k), tiny.autoencoder, tiny.text_encoder, tiny.process) for k in (0, 1)
     )
     how: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 1.0, "output_type": "latent", "sampler": "ddim"}
-    plain, away = (pipe(PROMPTS, generator=seeds(2), **how, **more).images for more in ({}, {"weak": weak}))
+    plain, away = (pipe(PROMPTS, generator=generators(2), **how, **more).images for more in ({}, {"weak": weak}))
     assert isinstance(plain, Tensor) and isinstance(away, Tensor)  # noqa: PT018
     assert not torch.equal(plain, away)
     back = pipe.invert(plain, PROMPTS, num_inference_steps=10, refinements=5)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cache import flat, joined, same
 
 from ldm.errors import RunError, UserError
+from support.batches import flat, joined, same
 from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure
 from train.data.batches.cached import CachedDataset
 from train.data.batches.draws import LatentNoise, Noising

@@ -1,7 +1,6 @@
 """Batches are functions of (seed, positions); caches give exactly what the encoders gave, or are made anew."""
 
 import contextlib
-import dataclasses
 import errno
 import io
 import json
@@ -23,13 +22,13 @@ from PIL import Image
 import train.data.store.row_index as row_index
 import train.data.store.shards as shards_module
 from ldm.errors import RunError, UserError
+from support.batches import flat, joined, same
 from train.data.batches.buckets import measure
 from train.data.batches.cached import CachedDataset
 from train.data.batches.draws import LatentNoise, Noising, PosteriorNoise
 from train.data.batches.images import ImageDataset
 from train.data.batches.latent_cache import LatentCache, stored_place
 from train.data.batches.loading import loader
-from train.data.batches.records import Record
 from train.data.batches.text_cache import TextCache
 from train.data.batches.unreadable import UnreadableCounter
 from train.data.images.crop import Framing
@@ -131,30 +130,6 @@ def cached(tmp_path, source, seed=5, **noising):
 def shown(source, index) -> torch.Tensor:
     """A whole image as the encoder is given it."""
     return to_tensor(load_image(source.read(index)), SIDE)
-
-
-def same(a, b) -> bool:
-    """Bit for bit."""
-    a, b = flat(a), flat(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
-
-
-def flat(batch) -> dict:
-    """A batch's fields by name, those of the records in it too."""
-    if isinstance(batch, dict):
-        return batch
-    found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return {k: v for k, v in found.items() if not isinstance(v, Record)} | {
-        f"{name}.{k}": v for name, part in found.items() if isinstance(part, Record) for k, v in flat(part).items()
-    }
-
-
-def joined(parts):
-    parts = [{k: v for k, v in flat(part).items() if v is not None} for part in parts]
-    return {
-        k: torch.cat([p[k] for p in parts]) if torch.is_tensor(parts[0][k]) else [x for p in parts for x in p[k]]
-        for k in parts[0]
-    }
 
 
 def both_kinds(tmp_path, bad=(3, 4, 11)):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,8 @@ from conditioning.tokenizer import tokenize
 from ldm.errors import UserError
 from ldm.model import _warn_once
 from ldm.pipeline import LatentDiffusionPipeline
+from support.draws import generators
+from support.models import tiny_pipeline
 
 SHORT = "a small blue star"
 WORDS = [
@@ -129,10 +130,6 @@ def test_no_other_number_is_taken(pipe, tmp_path: Path, wrong) -> None:
         ClipTextEncoder.load(tmp_path, chunks=0)
 
 
-def seeds() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-
-
 def test_stock_diffusers_reads_the_folder_and_paints_short_prompts(pipe, tmp_path: Path, capfd) -> None:
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 2), pipe.process)
     long.save_pretrained(tmp_path)
@@ -142,10 +139,10 @@ def test_stock_diffusers_reads_the_folder_and_paints_short_prompts(pipe, tmp_pat
     stock = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert "prompt_chunks" not in capfd.readouterr().err
     stock.set_progress_bar_config(disable=True)
-    how = {"num_inference_steps": 5, "guidance_scale": 3.0, "generator": seeds()}
+    how = {"num_inference_steps": 5, "guidance_scale": 3.0, "generator": generators(2, 5)}
     theirs = torch.from_numpy(stock([SHORT, "a red star"], output_type="np", **how).images).permute(0, 3, 1, 2)
     first = LatentDiffusionPipeline.from_pretrained(tmp_path, chunks=1)  # what stock reads
-    how["generator"] = seeds()
+    how["generator"] = generators(2, 5)
     ours = first([SHORT, "a red star"], sampler="ddim", output_type="pt", **how).images
     assert (ours - theirs).abs().max() <= 1 / 255
 
@@ -160,7 +157,7 @@ def test_every_prompt_of_a_image_has_as_many_chunks(pipe) -> None:
             negative,
             num_inference_steps=3,
             guidance_scale=scale,
-            generator=seeds()[: len(prompts)],
+            generator=generators(2, 5)[: len(prompts)],
             output_type="latent",
             **more,
         ).images

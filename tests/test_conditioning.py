@@ -22,10 +22,11 @@ from torch import Tensor, distributed, multiprocessing, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from conditioning.clip import ClipTextEncoder
-from conditioning.contrastive import Contrastive, build_clip, contrastive_loss, retrieval_accuracy, save_clip
+from conditioning.contrastive import Contrastive, contrastive_loss, retrieval_accuracy, save_clip
 from conditioning.token_tasks import Echo, Sketch, TokenTasks
 from conditioning.tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 from ldm.errors import UserError
+from support.models import small_clip_model
 from train.stages.caption_warnings import CutCaptions
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -41,21 +42,10 @@ LENGTH = 24
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
-def small_clip(tokenizer: CLIPTokenizer, **changes) -> CLIPModel:
-    shape = {
-        "text_width": 32,
-        "text_layers": 2,
-        "text_heads": 2,
-        "vision_width": 32,
-        "vision_layers": 1,
-        "vision_heads": 2,
-        "patch_size": 8,
-        "image_size": 16,
-        "projection_dim": 16,
-    }
+def small_clip(tokenizer: CLIPTokenizer, **change: int) -> CLIPModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_clip(tokenizer, **shape | changes)
+        return small_clip_model(tokenizer, **change)
 
 
 @pytest.fixture(scope="module")

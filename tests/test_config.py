@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
 from ldm.networks.unet import widen
+from support import ROOT
+from support.commands import run_command
 from train.config.clip import ClipConfig
 from train.config.generation import Txt2ImgOptions
 from train.config.ldm import LdmConfig
@@ -27,7 +29,6 @@ from train.config.run import RunConfig
 from train.config.shipped import shipped
 from train.config.vae import AutoencoderConfig, VaeConfig
 
-ROOT = Path(__file__).parent.parent
 KINDS = {"clip": ClipConfig, "vae": VaeConfig, "ldm": LdmConfig}
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -325,11 +326,9 @@ def test_any_mapping_is_a_configuration_or_a_plain_refusal(given: dict) -> None:
 
 
 def test_help_lists_every_field_with_its_meaning() -> None:
-    reported = subprocess.run(
-        [sys.executable, "scripts/train_ldm.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert reported.returncode == 0
-    said = " ".join(reported.stdout.split())
+    ended = run_command("scripts/train_ldm.py", "--help")
+    assert ended.status == 0
+    said = " ".join(ended.out.split())
     for option in ("--optimizer.lr", "--unet.channels", "--diffusion.target", "--precision", "--input.caption-column"):
         assert option in said
     assert "Peak learning rate" in said

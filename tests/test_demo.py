@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from ldm.pipeline import LatentDiffusionPipeline
+from support import ROOT
 from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 from train.evaluation.autoencoder import reconstruction_quality
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
@@ -14,8 +13,9 @@ from ldm.editing import Blended, filled, inpaint_masks, on_latents, steps_of, to
 from ldm.errors import UserError
 from ldm.formats.images import to_rgb
 from ldm.schedule import Schedule
-
-PROMPTS = ["a small red star on a blue background", "a large green circle"]
+from support.draws import generators
+from support.images import box_mask, smooth_images
+from support.models import PROMPTS, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +28,6 @@ def saved(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     pipe.save_pretrained(folder)
     return folder
-
-
-def images(count: int, size=(32, 32), seed: int = 0):
-    """Smooth ones."""
-    made = []
-    for k in range(count):
-        coarse = np.random.default_rng(seed + k).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        made.append(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
-    return made
-
-
-def box(size=(32, 32), where=(8, 4, 23, 19)) -> Image.Image:
-    """White inside; PIL's box holds its right and lower end."""
-    mask = Image.new("L", size)
-    ImageDraw.Draw(mask).rectangle(where, 255)
-    return mask
-
-
-def seeds(count: int):
-    return [torch.Generator().manual_seed(k) for k in range(count)]
 
 
 # -- stock diffusers ------------------------------------------------------------------------------------------------
@@ -63,8 +43,8 @@ def test_from_a_image_stock_diffusers_paints_the_same(pipe, saved, sampler, stre
     if sampler == "dpmpp_2m":
         stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     how = {"strength": strength, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
-    theirs = stock(PROMPTS, image=images(2), generator=seeds(2), **how).images
-    ours = pipe(PROMPTS, image=images(2), generator=seeds(2), sampler=sampler, **how).images
+    theirs = stock(PROMPTS, image=smooth_images(2), generator=generators(2), **how).images
+    ours = pipe(PROMPTS, image=smooth_images(2), generator=generators(2), sampler=sampler, **how).images
     assert np.abs(ours - theirs).max() <= 2 / 255
     assert ours.std() > 0.05
 
@@ -75,8 +55,12 @@ def test_inside_a_mask_stock_diffusers_paints_the_same(pipe, saved, strength):
     stock = StableDiffusionInpaintPipeline.from_pretrained(saved)
     stock.set_progress_bar_config(disable=True)
     how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
-    theirs = stock(PROMPTS, image=images(2), mask_image=box(), generator=seeds(2), height=32, width=32, **how).images
-    ours = pipe(PROMPTS, image=images(2), mask_image=box(), generator=seeds(2), sampler="ddim", **how).images
+    theirs = stock(
+        PROMPTS, image=smooth_images(2), mask_image=box_mask(), generator=generators(2), height=32, width=32, **how
+    ).images
+    ours = pipe(
+        PROMPTS, image=smooth_images(2), mask_image=box_mask(), generator=generators(2), sampler="ddim", **how
+    ).images
     ours, theirs = (pipe.decode(z.to(torch.float32) / s) for z, s in ((ours, 1), (theirs, 1)))
     assert (ours - theirs).abs().max() <= 2 / 255
 
@@ -93,18 +77,18 @@ def test_strength_is_the_share_of_the_steps():
 
 
 def test_at_1_it_is_text_to_image_and_at_0_the_autoencoder(pipe):
-    given = images(2)
+    given = smooth_images(2)
     how = {"num_inference_steps": 4, "output_type": "np"}
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    one = pipe(PROMPTS, image=given, strength=1.0, latents=noise, generator=seeds(2), **how).images
+    one = pipe(PROMPTS, image=given, strength=1.0, latents=noise, generator=generators(2), **how).images
     np.testing.assert_array_equal(one, pipe(PROMPTS, latents=noise, **how).images)
-    seeded = pipe(PROMPTS, image=given, strength=1.0, generator=seeds(2), **how).images
-    np.testing.assert_array_equal(seeded, pipe(PROMPTS, generator=seeds(2), **how).images)
-    none = pipe(PROMPTS, image=given, strength=0.0, generator=seeds(2), **how).images
+    seeded = pipe(PROMPTS, image=given, strength=1.0, generator=generators(2), **how).images
+    np.testing.assert_array_equal(seeded, pipe(PROMPTS, generator=generators(2), **how).images)
+    none = pipe(PROMPTS, image=given, strength=0.0, generator=generators(2), **how).images
     pixels = torch.from_numpy(np.stack([np.asarray(p) for p in given])).movedim(-1, 1) / 127.5 - 1
     z = [
         pipe.autoencoder.encode(x[None]).sample(torch.randn(1, 4, 16, 16, generator=g))
-        for x, g in zip(pixels, seeds(2), strict=True)
+        for x, g in zip(pixels, generators(2), strict=True)
     ]
     expected = pipe.decode(torch.cat(z)).movedim(1, -1).numpy()
     np.testing.assert_allclose(none, expected, atol=1e-5)
@@ -118,7 +102,7 @@ def test_outside_the_mask_nothing_changes(pipe):
     rng = np.random.default_rng(0)
     for k in range(100):
         size = tuple(int(n) for n in rng.integers(17, 45, 2))
-        (given,), mask = images(1, size, k), Image.new("L", size)
+        (given,), mask = smooth_images(1, size, k), Image.new("L", size)
         draw = ImageDraw.Draw(mask)
         for _ in range(3):
             ends = [int(rng.integers(0, size[i % 2])) for i in range(4)]
@@ -126,7 +110,7 @@ def test_outside_the_mask_nothing_changes(pipe):
                 draw.line(ends, int(rng.integers(8, 256)), 1)
             else:
                 draw.ellipse([*map(min, ends[:2], ends[2:]), *map(max, ends[:2], ends[2:])], 255)
-        (made,) = pipe(PROMPTS[0], image=given, mask_image=mask, num_inference_steps=1, generator=seeds(1)).images
+        (made,) = pipe(PROMPTS[0], image=given, mask_image=mask, num_inference_steps=1, generator=generators(1)).images
         assert made.size == size
         outside = np.asarray(mask) == 0
         np.testing.assert_array_equal(np.asarray(made)[outside], np.asarray(given)[outside])
@@ -167,12 +151,12 @@ def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(
 
 def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
     """Also where the mask covers no latent wholly: a thin line, a soft spot, the noise of a JPEG file."""
-    (given,) = images(1)
+    (given,) = smooth_images(1)
     line, spot, jpeg = np.zeros((3, 32, 32), np.float32)
     line[7], spot[9, 9], jpeg[8:20, 8:20] = 1, 0.1, 0.98
     for mask, sampler in itertools.product((line, spot, jpeg), ("dpmpp_2m", "dpmpp_2m_sde")):
         how = {"mask_image": mask[None, :, :, None], "num_inference_steps": 3, "sampler": sampler, "output_type": "np"}
-        made = pipe("a star", image=given, generator=seeds(1), **how).images[0]
+        made = pipe("a star", image=given, generator=generators(1), **how).images[0]
         changed = (made != np.asarray(given, np.float32) / 255).any(-1)
         assert not changed[mask == 0].any()
         assert changed[mask > 0].all()
@@ -225,11 +209,11 @@ def test_what_is_made_up_under_a_mask_is_of_what_is_round_it():
 
 
 def test_black_is_black_but_for_noise(pipe):
-    (given,), mask = images(1), np.asarray(box())
+    (given,), mask = smooth_images(1), np.asarray(box_mask())
     noisy = np.maximum(mask, np.random.default_rng(0).integers(0, 8, mask.shape)).astype(np.uint8)
     how = {"image": given, "num_inference_steps": 3}
     one, other = (
-        np.asarray(pipe("a star", mask_image=Image.fromarray(m), generator=seeds(1), **how).images[0])
+        np.asarray(pipe("a star", mask_image=Image.fromarray(m), generator=generators(1), **how).images[0])
         for m in (mask, noisy)
     )
     np.testing.assert_array_equal(one, other)
@@ -242,41 +226,44 @@ def test_a_image_is_encoded_once_for_all_that_are_painted_of_it(monkeypatch):
         pipe, encoded = tiny_pipeline(inpaints=inpaints), []
         encode = pipe.autoencoder.encode
         monkeypatch.setattr(pipe.autoencoder, "encode", lambda x, f=encode, n=encoded: (n.append(len(x)), f(x))[1])
-        how = {"mask_image": box(), "strength": 0.5, "num_inference_steps": 2, "num_images_per_prompt": 5}
-        made = pipe("a star", image=images(1), generator=seeds(5), **how).images
+        how = {"mask_image": box_mask(), "strength": 0.5, "num_inference_steps": 2, "num_images_per_prompt": 5}
+        made = pipe("a star", image=smooth_images(1), generator=generators(5), **how).images
         assert encoded == [1] * times
-        alone = pipe("a star", image=images(1), generator=seeds(5)[3:4], **how | {"num_images_per_prompt": 1}).images
+        alone = pipe(
+            "a star", image=smooth_images(1), generator=generators(5)[3:4], **how | {"num_images_per_prompt": 1}
+        ).images
         assert np.abs(np.asarray(alone[0], int) - np.asarray(made[3], int)).max() <= 1
 
 
 def test_batches_are_as_images_alone(pipe):
-    given = images(3)
+    given = smooth_images(3)
     how = {"num_inference_steps": 3, "output_type": "np", "strength": 0.7}
-    together = pipe("a star", image=given, generator=seeds(3), **how).images
+    together = pipe("a star", image=given, generator=generators(3), **how).images
     for k in range(3):
-        alone = pipe("a star", image=given[k], generator=seeds(3)[k : k + 1], **how).images
+        alone = pipe("a star", image=given[k], generator=generators(3)[k : k + 1], **how).images
         assert np.abs(together[k] - alone[0]).max() <= 1 / 255
-    one_for_all = pipe(PROMPTS, image=given[0], generator=seeds(2), **how).images
+    one_for_all = pipe(PROMPTS, image=given[0], generator=generators(2), **how).images
     assert (
-        np.abs(one_for_all[0] - pipe(PROMPTS[0], image=given[0], generator=seeds(1), **how).images[0]).max() <= 1 / 255
+        np.abs(one_for_all[0] - pipe(PROMPTS[0], image=given[0], generator=generators(1), **how).images[0]).max()
+        <= 1 / 255
     )
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"mask_image": box()}, "speak of an image: give image too"),
+        ({"mask_image": box_mask()}, "speak of an image: give image too"),
         ({"strength": 0.5}, "speak of an image: give image too"),
-        ({"image": images(1), "strength": 1.5}, "strength 1.5"),
-        ({"image": images(3)}, "3 images for 2 prompts"),
-        ({"image": [images(1)[0], *images(1, (40, 32))]}, "give one size"),
+        ({"image": smooth_images(1), "strength": 1.5}, "strength 1.5"),
+        ({"image": smooth_images(3)}, "3 images for 2 prompts"),
+        ({"image": [smooth_images(1)[0], *smooth_images(1, (40, 32))]}, "give one size"),
         ({"image": []}, "PIL images"),
         ({"image": ["cat.png"]}, "PIL images"),
         ({"image": torch.zeros(1, 4, 32, 32)}, r"shape \(1, 4, 32, 32\)"),
         ({"image": torch.full((1, 3, 32, 32), 2.0)}, "values from 2 to 2"),
         ({"image": torch.full((1, 3, 32, 32), float("nan"))}, "values from nan"),
-        ({"image": images(1), "mask_image": Image.new("L", (32, 32))}, "mask_image is black"),
-        ({"image": images(1), "width": 64}, "its own size holds"),
+        ({"image": smooth_images(1), "mask_image": Image.new("L", (32, 32))}, "mask_image is black"),
+        ({"image": smooth_images(1), "width": 64}, "its own size holds"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(pipe, how, said):

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -15,6 +13,7 @@ from PIL import Image
 
 import train.data.synthetic.emoji as emoji_module
 from ldm.errors import UserError
+from support.commands import Ended, run_command
 from train.data.sources.splits import open_source
 from train.data.synthetic.emoji import (
     FONT,
@@ -310,15 +309,14 @@ def test_other_fonts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_command_names_the_package_of_a_missing_font(tmp_path: Path) -> None:
     refused = make_emoji("--out", str(tmp_path / "set"), "--font", str(tmp_path / "absent.ttf"))
-    assert refused.returncode == 2
-    assert "fonts-noto-color-emoji" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+    assert refused.status == 2
+    assert "fonts-noto-color-emoji" in refused.err
+    assert len(refused.err.splitlines()) == 1
     assert not (tmp_path / "set").exists()
 
 
-def make_emoji(*words: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, str(Path(__file__).parent.parent / "scripts" / "make_dataset.py"), "emoji", *words]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+def make_emoji(*words: str) -> Ended:
+    return run_command("scripts/make_dataset.py", "emoji", *words)
 
 
 if FONT.is_file():  # nothing to test elsewhere
@@ -386,9 +384,9 @@ if FONT.is_file():  # nothing to test elsewhere
 
     def test_the_command(tmp_path: Path, annotations: Path) -> None:
         made = make_emoji("--out", str(tmp_path / "set"), "--annotations", str(annotations), "--size", "32")
-        assert (made.returncode, len(made.stdout.splitlines())) == (0, 1)
-        assert "4 training and 1 test images of 32 × 32" in made.stdout
-        assert str(annotations) in made.stdout
+        assert (made.status, len(made.out.splitlines())) == (0, 1)
+        assert "4 training and 1 test images of 32 × 32" in made.out
+        assert str(annotations) in made.out
         again = make_emoji("--out", str(tmp_path / "set"), "--annotations", str(annotations))
-        assert again.returncode == 2
-        assert "must be a new or empty folder" in again.stderr
+        assert again.status == 2
+        assert "must be a new or empty folder" in again.err

@@ -14,6 +14,7 @@ from ldm.samplers import make_sampler
 from ldm.schedule import Level, RectifiedFlow, Schedule
 from ldm.spacing import Leg, plan
 from ldm.steps import DDPM, Heun, Multistep, PredictorCorrector, UniPC, invert, sample
+from support.draws import draw
 
 SCHEDULE = Schedule.build("scaled_linear")
 FLOW = RectifiedFlow(1000, shift=2.0)
@@ -35,10 +36,6 @@ SAMPLER = {kind: kind for kind in MAKE} | {"ddpm_large": "ddpm", "ddim_0.4": "dd
 ON_PATHS = [(kind, SCHEDULE) for kind in MAKE] + [(kind, FLOW) for kind in MAKE if kind != "heun"]
 """Karras' Heun begins at a finite noise level, which a flow doesn't."""
 ODE = ("ddim", "heun", "heun_flow", "dpmpp_2m", "unipc")
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def no_noise():

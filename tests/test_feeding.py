@@ -11,25 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import Crash, clip_config, final_state, ldm_config, losses, vae_config
 
 import train.stages.clip
 import train.stages.ldm
 import train.stages.vae
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
+from support.openclip import SMALL, create_model, write_model
+from support.runs import Crash, clip_config, final_state, ldm_config, losses, vae_config
 from train.config.data import DataConfig
 from train.data.batches.latent_cache import LatentCache
 from train.data.batches.text_cache import TextCache
-
-
-@pytest.fixture(scope="session")
-def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished stage 0 and stage 1."""
-    runs = tmp_path_factory.mktemp("runs")
-    train.stages.clip.train(clip_config(shapes, runs / "clip", steps=2, validate_every=2))
-    train.stages.vae.train(vae_config(shapes, runs / "vae", steps=2, validate_every=2))
-    return runs
 
 
 @pytest.fixture(scope="session")
@@ -127,14 +119,10 @@ def test_a_text_encoder_of_either_kind_trains_and_stock_diffusers_paints_the_sam
     shapes: Path, parts: Path, tmp_path: Path, kind: str
 ) -> None:
     """Random weights, clip skip; handed over as an ordinary pipeline."""
-    import open_clip
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from test_openclip import SMALL, shaken, write
 
     if kind == "openclip":
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL}))
-        model = shaken(open_clip.create_model(f"local-dir:{tmp_path}"))
-        encoder = f"openclip:{write(model, SMALL, tmp_path / 'clip')}"
+        encoder = f"openclip:{write_model(create_model(SMALL, tmp_path), SMALL, tmp_path / 'clip')}"
     else:
         encoder = str(parts / "clip/model")
     config = ldm_config(shapes, tmp_path / "run", parts, steps=4)

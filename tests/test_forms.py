@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
-from test_odd_images import write_odd_images
 
 from ldm.errors import UserError
+from support.batches import same
+from support.odd_images import write_odd_images
 from train.config.data import DataConfig
 from train.data.batches.draws import LatentNoise, Noising
 from train.data.batches.images import ImageDataset, Inputs
@@ -137,13 +137,6 @@ def forms(tmp_path_factory) -> dict[str, Inputs]:
 
 def batches(inputs: Inputs, start: int = 0, steps: int = 80, **how):
     return loader(inputs.images(CONFIG.framing(), 7, DRAWS), start_step=start, steps=steps, batch_size=8, **how)
-
-
-def same(a, b) -> bool:
-    """Whether two batches, or parts of them, are equal bit by bit."""
-    if isinstance(a, Record):
-        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def cut(part, rows: slice):

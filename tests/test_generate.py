@@ -3,22 +3,17 @@
 The commands run in this process, on a model of random weights.
 """
 
-import contextlib
-import io
 import json
 import random
 import re
-import runpy
 import shutil
-import sys
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
@@ -27,50 +22,17 @@ from conditioning.tokenizer import PromptCut
 from ldm.editing import slerp
 from ldm.formats.png import file_name, read_png, save_png
 from ldm.pipeline import LatentDiffusionPipeline
+from support.commands import run_script
+from support.models import tiny_pipeline
 from train.commands.generate import image_grid, model_sha256
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {"negative_prompt": "", "steps": 5, "sampler": "ddim", "guidance_scale": 2.0, "seed": 7}
 FEW = ("--steps", "3", "--model")
 
 
-class Ended(NamedTuple):
-    """A command that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def paths(self) -> list[Path]:
-        assert self.status == 0, self.err
-        return [Path(line) for line in self.out.splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def _formats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the commands set their own
-
-
-def run(script: str, *arguments: object) -> Ended:
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, arguments)]
-    try:
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            warnings.catch_warnings(),
-            pytest.raises(SystemExit) as exit,
-        ):
-            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
-    finally:
-        sys.argv = before
-    return Ended(int(exit.value.code or 0), out.getvalue(), err.getvalue())
-
-
 def refused(script: str, *arguments: object) -> str:
     """The one plain line of a command that doesn't take what it is given."""
-    ended = run(script, *arguments)
+    ended = run_script(script, *arguments)
     assert ended.status == 2, ended
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1, ended.err
@@ -105,7 +67,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def painted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image that it has painted."""
-    (path,) = run("txt2img", *FEW, model, "--prompt", "x", "--out", tmp_path_factory.mktemp("painted")).paths
+    (path,) = run_script("txt2img", *FEW, model, "--prompt", "x", "--out", tmp_path_factory.mktemp("painted")).paths
     return path
 
 
@@ -246,7 +208,7 @@ def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
 
 
 def test_one_of_seven_is_painted_again_alone(model: Path, tmp_path: Path) -> None:
-    seven = run(
+    seven = run_script(
         "txt2img",
         *FEW,
         model,
@@ -269,7 +231,7 @@ def test_one_of_seven_is_painted_again_alone(model: Path, tmp_path: Path) -> Non
         "--out",
         tmp_path / "a",
     ).paths
-    (again,) = run("txt2img", "--like", seven[4], "--out", tmp_path / "b").paths
+    (again,) = run_script("txt2img", "--like", seven[4], "--out", tmp_path / "b").paths
     assert again.name == seven[4].name == file_name("a red star, no?", 7)
     assert np.abs(pixels(again) - pixels(seven[4])).max() <= 1
     assert read_png(again) == read_png(seven[4])
@@ -277,7 +239,7 @@ def test_one_of_seven_is_painted_again_alone(model: Path, tmp_path: Path) -> Non
 
 
 def test_options_beside_it_win(model: Path, tmp_path: Path) -> None:
-    (first,) = run(
+    (first,) = run_script(
         "txt2img",
         *FEW,
         model,
@@ -292,13 +254,13 @@ def test_options_beside_it_win(model: Path, tmp_path: Path) -> None:
         "--out",
         tmp_path / "a",
     ).paths
-    (other,) = run("txt2img", "--like", first, "--eta", 0.0, "--prompt", "box", "--out", tmp_path / "b").paths
+    (other,) = run_script("txt2img", "--like", first, "--eta", 0.0, "--prompt", "box", "--out", tmp_path / "b").paths
     assert read_png(other) == read_png(first) | {"eta": 0.0, "prompt": "box"}
     assert "another --out" in refused("txt2img", "--like", first, "--steps", 2, "--out", tmp_path / "a")
 
 
 def test_images_from_images_are_painted_again(model: Path, given: Path, tmp_path: Path) -> None:
-    made = run(
+    made = run_script(
         "img2img",
         *FEW,
         model,
@@ -316,47 +278,47 @@ def test_images_from_images_are_painted_again(model: Path, given: Path, tmp_path
     ).paths
     assert [p.name for p in made] == ["a-x-0.png", "a-x-1.png", "odd-x-0.png", "odd-x-1.png"]
     for path in made[1::2]:
-        (again,) = run("img2img", "--like", path, "--out", tmp_path / "b").paths
+        (again,) = run_script("img2img", "--like", path, "--out", tmp_path / "b").paths
         assert np.abs(pixels(again) - pixels(path)).max() <= 1
     assert "Denoising strength: 0.7" in Image.open(made[0]).info["parameters"].split("\n")[-1]
     inside = ("--mask", given / "mask.png", "--feather", 3, "--extend", 3, 0, 0, 2, "--strength", 0.8)
-    (first,) = run(
+    (first,) = run_script(
         "inpaint", *FEW, model, "--image", given / "a.png", *inside, "--prompt", "x", "--out", tmp_path / "c"
     ).paths
     assert Image.open(first).size == (35, 34)
-    (again,) = run("inpaint", "--like", first, "--out", tmp_path / "d").paths
+    (again,) = run_script("inpaint", "--like", first, "--out", tmp_path / "d").paths
     assert np.abs(pixels(again) - pixels(first)).max() <= 1
     assert read_png(again) == read_png(first)
 
 
 def test_inputs_that_are_gone_or_others_are_refused(model: Path, given: Path, tmp_path: Path) -> None:
     how = ("--image", given / "a.png", "--mask", given / "mask.png", "--prompt", "x", "--out")
-    (first,) = run("inpaint", *FEW, model, *how, tmp_path / "a").paths
+    (first,) = run_script("inpaint", *FEW, model, *how, tmp_path / "a").paths
     again = ("--like", first, "--out", tmp_path / "b")
     shutil.copy(given / "b.png", given / "a.png")
     assert f"its input {str(given / 'a.png')!r} has changed; give --image" in refused("inpaint", *again)
-    assert run("inpaint", *again, "--image", given / "b.png").paths
+    assert run_script("inpaint", *again, "--image", given / "b.png").paths
     (given / "mask.png").unlink()
     assert "is missing; give --mask" in refused("inpaint", *again, "--image", given / "b.png")
-    assert run("inpaint", *again, "--image", given / "b.png", "--mask", given / "odd.png").paths
+    assert run_script("inpaint", *again, "--image", given / "b.png", "--mask", given / "odd.png").paths
 
 
 def test_a_model_that_is_another_is_told(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "model"
     shutil.copytree(model, own)
-    (first,) = run("txt2img", *FEW, own, "--prompt", "x", "--out", tmp_path / "a").paths
+    (first,) = run_script("txt2img", *FEW, own, "--prompt", "x", "--out", tmp_path / "a").paths
     assert read_png(first)["sha256"] == {"model": model_sha256(own)}
-    assert "warning" not in run("txt2img", "--like", first, "--out", tmp_path / "b").err
+    assert "warning" not in run_script("txt2img", "--like", first, "--out", tmp_path / "b").err
     pipe = LatentDiffusionPipeline.from_pretrained(own)
     pipe.unet.conv_in.bias += 1
     pipe.unet.save_pretrained(str(own / "unet"), max_shard_size="200KB")
     (own / "unet/diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
     assert len(list(own.glob("unet/*.safetensors"))) > 1
-    ended = run("txt2img", "--like", first, "--out", tmp_path / "b")
+    ended = run_script("txt2img", "--like", first, "--out", tmp_path / "b")
     assert ended.paths
     (line,) = (line for line in ended.err.splitlines() if line.startswith("warning: "))
     assert f"the model {str(own)!r} has changed" in line
-    assert "warning" not in run("txt2img", "--like", first, "--model", own, "--out", tmp_path / "b").err
+    assert "warning" not in run_script("txt2img", "--like", first, "--model", own, "--out", tmp_path / "b").err
     shutil.rmtree(own)
     assert "is not an existing folder; give --model" in refused("txt2img", "--like", first, "--out", tmp_path / "b")
 
@@ -453,7 +415,7 @@ def test_a_hostile_prompt_is_painted_again(model: Path, tmp_path: Path) -> None:
     for k, prompt in enumerate(("%(prog)s {0} --out /", "--steps", "x\ny\0\ud800", "\u202e🏳️‍🌈" * 50, "y " * 500_000)):
         reported = {**SETTINGS, "prompt": prompt, "steps": 2, "model": str(model)}
         path = with_text(tmp_path / f"{k}.png", json.dumps(reported))
-        (made,) = run("txt2img", "--like", path, "--out", tmp_path / "new").paths
+        (made,) = run_script("txt2img", "--like", path, "--out", tmp_path / "new").paths
         assert read_png(made)["prompt"] == prompt
 
 
@@ -464,11 +426,11 @@ def test_a_file_of_prompts(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red star\r\n\r\n  \nשלום\u2028x, y\n!!!\n???\n".encode())
     how = ("--prompts", path, "--num-images", 2, "--seed", 4, "--batch-size", 3)
-    made = run("txt2img", *FEW, model, *how, "--out", tmp_path / "a").paths
+    made = run_script("txt2img", *FEW, model, *how, "--out", tmp_path / "a").paths
     reported = [(read_png(p)["prompt"], read_png(p)["seed"]) for p in made]
     assert reported == [(p, s) for p in ("a red star", "שלום\u2028x, y", "!!!", "???") for s in (4, 5)]
     assert len(set(made)) == 8
-    (alone,) = run("txt2img", *FEW, model, "--prompt", "???", "--seed", 5, "--out", tmp_path / "b").paths
+    (alone,) = run_script("txt2img", *FEW, model, "--prompt", "???", "--seed", 5, "--out", tmp_path / "b").paths
     assert alone.name == made[-1].name
     assert np.abs(pixels(alone) - pixels(made[-1])).max() <= 1
 
@@ -477,7 +439,9 @@ def test_a_megabyte_comes_in_by_a_file_and_is_told_in_one_line(model: Path, tmp_
     prompt = 'a red star\\ "\t' * 80_000
     (tmp_path / "prompts.txt").write_text(prompt + "\n")
     with pytest.warns(PromptCut) as caught:
-        (made,) = run("txt2img", *FEW, model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "a").paths
+        (made,) = run_script(
+            "txt2img", *FEW, model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "a"
+        ).paths
     assert read_png(made)["prompt"] == prompt
     (cut,) = caught
     reported = warnings.formatwarning(cut.message, cut.category, cut.filename, cut.lineno)  # as the command has it
@@ -491,20 +455,20 @@ def test_images_and_prompts_agree_in_number(model: Path, given: Path, tmp_path: 
     how = ("img2img", *FEW, model, "--prompts", path, "--out", tmp_path / "a", "--image")
     (tmp_path / "c").mkdir()
     shutil.copy(given / "b.png", tmp_path / "c/a.png")
-    names = [p.name for p in run(*how, given / "a.png", given / "odd.png").paths]
+    names = [p.name for p in run_script(*how, given / "a.png", given / "odd.png").paths]
     assert names == ["a-one-0.png", "odd-two-0.png"]
-    assert [p.name for p in run(*how, given / "a.png").paths] == ["a-one-0.png", "a-two-0.png"]
-    assert [p.name for p in run(*how, given / "a.png", tmp_path / "c/a.png").paths] == [
+    assert [p.name for p in run_script(*how, given / "a.png").paths] == ["a-one-0.png", "a-two-0.png"]
+    assert [p.name for p in run_script(*how, given / "a.png", tmp_path / "c/a.png").paths] == [
         "0-a-one-0.png",
         "1-a-two-0.png",
     ]
     assert "3 images for 2 prompts" in refused(*how, *(given / f"{n}.png" for n in ("a", "b", "odd")))
-    both = run("inpaint", *how[1:-1], "--image", given / "a.png", "--mask", given / "mask.png").paths
+    both = run_script("inpaint", *how[1:-1], "--image", given / "a.png", "--mask", given / "mask.png").paths
     assert [read_png(p)["prompt"] for p in both] == ["one", "two"]
 
 
 def test_a_grid_has_them_all(model: Path, given: Path, tmp_path: Path) -> None:
-    *made, grid = run(
+    *made, grid = run_script(
         "txt2img", *FEW, model, "--prompt", "x", "--num-images", 5, "--grid", "--out", tmp_path / "a"
     ).paths
     assert grid.name == "grid-x-0.png"
@@ -515,7 +479,7 @@ def test_a_grid_has_them_all(model: Path, given: Path, tmp_path: Path) -> None:
         row, column = divmod(k, 3)
         np.testing.assert_array_equal(sheet[row * 32 :, column * 32 :][:32, :32], pixels(path))
     how = ("--image", given / "a.png", given / "odd.png", "--prompt", "x", "--grid", "--out", tmp_path / "b")
-    assert Image.open(run("img2img", *FEW, model, *how).paths[-1]).size == (2 * 37, 32)
+    assert Image.open(run_script("img2img", *FEW, model, *how).paths[-1]).size == (2 * 37, 32)
 
 
 # -- on the way, and in little memory ---------------------------------------------------------------------------------
@@ -551,7 +515,7 @@ def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previ
         "--out",
         tmp_path / "a",
     )
-    made = run("txt2img", *how).paths
+    made = run_script("txt2img", *how).paths
     assert files(tmp_path / "a") == sorted(p.name for p in made)
     assert [image.size for image in previews] == [(64, 64)] * 2  # after steps 2 and 4
     pipe = LatentDiffusionPipeline.from_pretrained(coloured)
@@ -564,7 +528,7 @@ def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previ
     )
     expected = image_grid([image.resize((32, 32)) for image in pipe.preview(seen[3])])
     assert np.abs(np.asarray(previews[1], int) - np.asarray(expected, int)).max() <= 1
-    ended = run("img2img", *how, "--image", given / "odd.png", "--strength", 0.9)
+    ended = run_script("img2img", *how, "--image", given / "odd.png", "--strength", 0.9)
     assert ended.status == 0, ended.err
     assert "preview.png" not in files(tmp_path / "a")
     (tmp_path / "a/preview.png").write_text("mine")
@@ -588,14 +552,14 @@ def test_an_interrupted_command_leaves_no_preview(
 
     monkeypatch.setattr(LatentDiffusionPipeline, "decode", interrupted)
     how = ("--prompt", "x", "--preview", 1, *FEW, coloured, "--out", tmp_path / "a")
-    assert run("txt2img", *how).status == 130
+    assert run_script("txt2img", *how).status == 130
     assert len(previews) == 3
     assert files(tmp_path / "a") == []
 
 
 def test_slices_change_nothing(model: Path, tmp_path: Path) -> None:
     how = ("txt2img", *FEW, model, "--prompt", "x", "--num-images", 3, "--out")
-    whole, sliced = run(*how, tmp_path / "a").paths, run(*how, tmp_path / "b", "--slice").paths
+    whole, sliced = run_script(*how, tmp_path / "a").paths, run_script(*how, tmp_path / "b", "--slice").paths
     for a, b in zip(whole, sliced, strict=True):
         assert np.abs(pixels(a) - pixels(b)).max() <= 1
 
@@ -618,10 +582,10 @@ def test_the_way_begins_and_ends_as_txt2img_paints(model: Path, tmp_path: Path) 
         "--batch-size",
         3,
     )
-    *frames, gif = run("interpolate", *FEW, model, *between, "--out", tmp_path / "a").paths
+    *frames, gif = run_script("interpolate", *FEW, model, *between, "--out", tmp_path / "a").paths
     assert [p.name[-9:] for p in frames] == [f"-{k:04}.png" for k in range(6)]
     for path, prompt, seed in ((frames[0], "a red star", 3), (frames[-1], "box, so!", 11)):
-        (alone,) = run("txt2img", *FEW, model, "--prompt", prompt, "--seed", seed, "--out", tmp_path / "b").paths
+        (alone,) = run_script("txt2img", *FEW, model, "--prompt", prompt, "--seed", seed, "--out", tmp_path / "b").paths
         np.testing.assert_array_equal(pixels(path), pixels(alone))
         reported = read_png(path)
         assert (reported["prompt"], reported["seed"], reported["sha256"]) == (prompt, seed, read_png(alone)["sha256"])
@@ -644,10 +608,10 @@ def test_a_way_over_several_prompts_passes_each(model: Path, tmp_path: Path) -> 
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     how = ("--sampler", "euler_ancestral", "--seed", 5, *FEW, model)
     way = ("--prompts", tmp_path / "prompts.txt", "--frames", 3, "--fps", 50, "--no-loop")
-    *frames, gif = run("interpolate", *how, *way, "--out", tmp_path / "a").paths
+    *frames, gif = run_script("interpolate", *how, *way, "--out", tmp_path / "a").paths
     assert len(frames) == 5
     for path, prompt in zip(frames[::2], ("one", "two", "three"), strict=True):
-        (alone,) = run("txt2img", *how, "--prompt", prompt, "--out", tmp_path / "b").paths
+        (alone,) = run_script("txt2img", *how, "--prompt", prompt, "--out", tmp_path / "b").paths
         assert np.abs(pixels(path) - pixels(alone)).max() <= 1
         assert read_png(path)["prompt"] == prompt
     assert (pixels(frames[1]) != pixels(frames[0])).any()

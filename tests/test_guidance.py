@@ -16,6 +16,7 @@ from ldm.samplers import make_sampler
 from ldm.schedule import RectifiedFlow, Schedule
 from ldm.spacing import plan
 from ldm.steps import sample
+from support.draws import draw
 
 TARGETS = ("eps", "x0", "v", "flow")
 VP, FLOW = Schedule.build("scaled_linear"), RectifiedFlow(shift=3.0)
@@ -30,10 +31,6 @@ CASES = {
 in_every_target = pytest.mark.parametrize("kind", TARGETS)
 at_every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 in_every_target_at_every_level = pytest.mark.parametrize(("kind", "level"), CASES.values(), ids=CASES)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def network(x_t, index, condition):

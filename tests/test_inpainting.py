@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from pydantic import ValidationError
-from test_editing import PROMPTS, box, images, seeds
-from test_training import COMMON, Crash, clip_config, final_state, ldm_config, losses, vae_config
 from torch import Tensor
 
 import train.stages.clip
@@ -28,6 +25,10 @@ from ldm.errors import UserError
 from ldm.guidance import ClassifierFree
 from ldm.networks.unet import widen
 from ldm.pipeline import LatentDiffusionPipeline
+from support.draws import generators
+from support.images import box_mask, smooth_images
+from support.models import PROMPTS, tiny_pipeline
+from support.runs import COMMON, Crash, clip_config, final_state, ldm_config, losses, vae_config
 from train.config.data import DataConfig
 from train.config.ldm import DiffusionConfig, UnetConfig
 from train.data.batches.cached import CachedDataset, Originals
@@ -111,7 +112,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide")
     for k in range(32):
         size = (64, 40) if k % 2 else (36, 36)
-        images(1, size, k)[0].save(folder / f"{k:02d}.png")
+        smooth_images(1, size, k)[0].save(folder / f"{k:02d}.png")
         (folder / f"{k:02d}.txt").write_text(f"image {k}")
     return folder
 
@@ -309,11 +310,13 @@ def test_stock_diffusers_paints_the_same(pipe, saved, strength, sampler):
     if sampler == "dpmpp_2m":
         stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
-    given = {"image": images(2), "mask_image": box()}
-    theirs = stock(PROMPTS, **given, generator=seeds(2), height=32, width=32, **how).images
-    ours = pipe(PROMPTS, **given, generator=seeds(2), sampler=sampler, **how).images
+    given = {"image": smooth_images(2), "mask_image": box_mask()}
+    theirs = stock(PROMPTS, **given, generator=generators(2), height=32, width=32, **how).images
+    ours = pipe(PROMPTS, **given, generator=generators(2), sampler=sampler, **how).images
     assert (pipe.decode(ours) - pipe.decode(theirs)).abs().max() <= 2 / 255
-    other = pipe(PROMPTS, image=images(2, seed=9), mask_image=box(), generator=seeds(2), sampler=sampler, **how).images
+    other = pipe(
+        PROMPTS, image=smooth_images(2, seed=9), mask_image=box_mask(), generator=generators(2), sampler=sampler, **how
+    ).images
     assert (pipe.decode(ours) - pipe.decode(other)).abs().max() > 2 / 255  # it does see the image
 
 
@@ -321,41 +324,41 @@ def test_it_is_loaded_and_saved_as_it_is(pipe, saved):
     again = LatentDiffusionPipeline.from_pretrained(saved)
     assert again.inpaints
     assert json.loads((saved / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
-    how = {"image": images(1), "mask_image": box(), "num_inference_steps": 2, "output_type": "np"}
-    one, other = (p("a star", generator=seeds(1), **how).images for p in (pipe, again))
+    how = {"image": smooth_images(1), "mask_image": box_mask(), "num_inference_steps": 2, "output_type": "np"}
+    one, other = (p("a star", generator=generators(1), **how).images for p in (pipe, again))
     np.testing.assert_array_equal(one, other)
 
 
 def test_outside_the_mask_nothing_changes_and_what_is_inside_is_not_looked_at(pipe):
-    (given,), mask = images(1, (45, 35)), box((45, 35), (7, 6, 22, 20))
+    (given,), mask = smooth_images(1, (45, 35)), box_mask((45, 35), (7, 6, 22, 20))
     how = {"mask_image": mask, "num_inference_steps": 2, "generator": None}
     hidden = np.asarray(mask) > 0
     other = np.asarray(given).copy()
     other[hidden] = 255 - other[hidden]
     made = [
-        np.asarray(pipe("a star", image=image, **how | {"generator": seeds(1)}).images[0])
-        for image in (given, images(1, (45, 35))[0])
+        np.asarray(pipe("a star", image=image, **how | {"generator": generators(1)}).images[0])
+        for image in (given, smooth_images(1, (45, 35))[0])
     ]
     np.testing.assert_array_equal(made[0][~hidden], np.asarray(given)[~hidden])
-    again = np.asarray(pipe("a star", image=Image.fromarray(other), **how | {"generator": seeds(1)}).images[0])
+    again = np.asarray(pipe("a star", image=Image.fromarray(other), **how | {"generator": generators(1)}).images[0])
     np.testing.assert_array_equal(again[hidden], made[0][hidden])
 
 
 def test_it_paints_from_text_and_from_images_too(pipe):
     """The image is that under an all-white mask, except for the noise with which a grey image's posterior is sampled."""
     how = {"num_inference_steps": 3, "output_type": "np"}
-    text = pipe(PROMPTS, generator=seeds(2), **how).images
+    text = pipe(PROMPTS, generator=generators(2), **how).images
     assert text.shape == (2, 32, 32, 3)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    white = {"image": images(2), "mask_image": Image.new("L", (32, 32), 255), "latents": noise}
-    under = pipe(PROMPTS, generator=seeds(2), **white, **how).images
+    white = {"image": smooth_images(2), "mask_image": Image.new("L", (32, 32), 255), "latents": noise}
+    under = pipe(PROMPTS, generator=generators(2), **white, **how).images
     assert np.abs(under - pipe(PROMPTS, latents=noise, **how).images).max() <= 0.05
-    other = pipe(PROMPTS, generator=seeds(2), **white | {"image": images(2, seed=7)}, **how).images
+    other = pipe(PROMPTS, generator=generators(2), **white | {"image": smooth_images(2, seed=7)}, **how).images
     np.testing.assert_allclose(under, other, atol=1e-5)
-    alone = pipe(PROMPTS[1], generator=seeds(2)[1:], **how).images
+    alone = pipe(PROMPTS[1], generator=generators(2)[1:], **how).images
     assert np.abs(alone[0] - text[1]).max() <= 1 / 255
-    near = pipe(PROMPTS, image=images(2), strength=0.3, generator=seeds(2), **how).images
-    far = pipe(PROMPTS, image=images(2), strength=0.9, generator=seeds(2), **how).images
+    near = pipe(PROMPTS, image=smooth_images(2), strength=0.3, generator=generators(2), **how).images
+    far = pipe(PROMPTS, image=smooth_images(2), strength=0.9, generator=generators(2), **how).images
     assert np.abs(near - far).max() > 1 / 255
     noise = torch.randn(2, 4, 16, 16)
     z = pipe.invert(noise, "", num_inference_steps=3)
@@ -366,35 +369,35 @@ def test_it_paints_from_text_and_from_images_too(pipe):
 @pytest.mark.parametrize("inpaints", [False, True])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
 def test_a_batch_of_seven_is_the_same_twice_and_as_each_image_alone(inpaints, task, sampler):
-    pipe, given = tiny_pipeline(inpaints=inpaints), images(7, (29, 35))
+    pipe, given = tiny_pipeline(inpaints=inpaints), smooth_images(7, (29, 35))
     prompts = [
         f"a small red star above a {word} circle"
         for word in ["red", "green", "blue", "yellow", "purple", "orange", "grey"]
     ]
-    masks = [box((29, 35), (k, 2 * k, k + 9, 2 * k + 11)) for k in range(7)]
+    masks = [box_mask((29, 35), (k, 2 * k, k + 9, 2 * k + 11)) for k in range(7)]
     how: dict[str, Any] = {"num_inference_steps": 3, "sampler": sampler, "output_type": "np"}
     of_each = {"text": {}, "image": {"image": given, "strength": 0.7}, "mask": {"image": given, "mask_image": masks}}[
         task
     ]
-    one, other = (pipe(prompts, generator=seeds(7), **of_each, **how).images for _ in range(2))
+    one, other = (pipe(prompts, generator=generators(7), **of_each, **how).images for _ in range(2))
     np.testing.assert_array_equal(one, other)
     for k in (0, 4, 6):
         mine = {name: value[k : k + 1] if isinstance(value, list) else value for name, value in of_each.items()}
-        alone = pipe(prompts[k], generator=seeds(7)[k : k + 1], **mine, **how).images
+        alone = pipe(prompts[k], generator=generators(7)[k : k + 1], **mine, **how).images
         assert np.abs(alone[0] - one[k]).max() <= 1 / 255
 
 
 def test_a_weaker_model_sees_the_context_too(pipe):
     """Guided away from itself, a model paints what it would; from another, something else."""
-    given = {"image": images(2), "mask_image": box()}
+    given = {"image": smooth_images(2), "mask_image": box_mask()}
     other = tiny_pipeline(inpaints=True)
-    torch.nn.init.normal_(other.unet.conv_in.weight[:, 4:].detach(), std=1, generator=seeds(1)[0])
+    torch.nn.init.normal_(other.unet.conv_in.weight[:, 4:].detach(), std=1, generator=generators(1)[0])
     for how in (given, {}):
         how = how | {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
-        plain = pipe(PROMPTS, generator=seeds(2), **how).images
-        itself = pipe(PROMPTS, generator=seeds(2), weak=pipe, weak_scale=2.0, **how).images
+        plain = pipe(PROMPTS, generator=generators(2), **how).images
+        itself = pipe(PROMPTS, generator=generators(2), weak=pipe, weak_scale=2.0, **how).images
         np.testing.assert_allclose(itself, plain, atol=2e-4)
-        away = pipe(PROMPTS, generator=seeds(2), weak=other, weak_scale=2.0, **how).images
+        away = pipe(PROMPTS, generator=generators(2), weak=other, weak_scale=2.0, **how).images
         assert np.abs(away - plain).max() > 1 / 255
 
 

@@ -2,10 +2,8 @@
 
 import io
 import json
-import runpy
-import sys
 import tarfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from PIL import Image, ImageOps
 
 from train.commands.inspect_data import difference_hash, equal_groups, look_alikes
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "inspect_data.py"
+inspect = partial(run_script, "inspect_data")
 ORIENTATION = 0x0112
 
 
@@ -57,29 +55,13 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(arguments…) → exit status, what it printed, its errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return run
-
-
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, tmp_path: Path) -> None:
+def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: Path) -> None:
     """The small CLIP's tokenizer has learned no merges: a letter is a token; it has room for 8 with begin and end."""
-    status, said, errors = run(
+    status, said, errors = inspect(
         "--data", known, "--out", tmp_path, "--resolution", 60, "--text-encoder", small_clip, "--workers", 0
     )
     assert (status, errors) == (0, "")
@@ -167,20 +149,20 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, run: Run, t
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_make_no_difference(known: Path, run: Run, tmp_path: Path) -> None:
+def test_workers_make_no_difference(known: Path, tmp_path: Path) -> None:
     reports = []
     for workers in (0, 2):
-        assert run("--data", known, "--out", tmp_path, "--workers", workers)[0] == 0
+        assert inspect("--data", known, "--out", tmp_path, "--workers", workers)[0] == 0
         reports.append(json.loads((tmp_path / "report.json").read_text()))
         del reports[-1]["settings"]
     assert reports[0] == reports[1]
     assert reports[0]["captions"]["room"] == 77
 
 
-def test_good_images_need_no_advice_and_clear_old_lists(shapes: Path, run: Run, tmp_path: Path) -> None:
+def test_good_images_need_no_advice_and_clear_old_lists(shapes: Path, tmp_path: Path) -> None:
     for name in ("damaged.jsonl", "duplicates.jsonl"):
         (tmp_path / name).write_text("of another folder\n")
-    status, said, _ = run("--data", shapes / "train", "--out", tmp_path, "--resolution", 32, "--workers", 0)
+    status, said, _ = inspect("--data", shapes / "train", "--out", tmp_path, "--resolution", 32, "--workers", 0)
     assert status == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [line.partition(":")[0] for line in report["advice"]] == ["left or right", "few images"]
@@ -188,9 +170,9 @@ def test_good_images_need_no_advice_and_clear_old_lists(shapes: Path, run: Run, 
     assert "all 32 × 32\n" in said
 
 
-def test_a_limit_takes_images_evenly_of_one_split(shapes: Path, run: Run, tmp_path: Path) -> None:
+def test_a_limit_takes_images_evenly_of_one_split(shapes: Path, tmp_path: Path) -> None:
     options = ("--limit", 10, "--split", "train")
-    assert run("--data", shapes, "--out", tmp_path, *options, "--workers", 0)[0] == 0
+    assert inspect("--data", shapes, "--out", tmp_path, *options, "--workers", 0)[0] == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"] | {"place": ""} == {
         "place": "",
@@ -207,25 +189,25 @@ def test_a_limit_takes_images_evenly_of_one_split(shapes: Path, run: Run, tmp_pa
     assert report["captions"]["longest_caption"] in texts
 
 
-def test_of_a_stream_the_first_images_are_looked_at(known: Path, run: Run, tmp_path: Path) -> None:
+def test_of_a_stream_the_first_images_are_looked_at(known: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for k in range(6):
             image(k).save(tmp_path / f"{k}.png")
             (tmp_path / f"{k}.txt").write_text(f"number {k}")
             for suffix in ("png", "txt"):
                 tar.add(tmp_path / f"{k}.{suffix}", f"{k}.{suffix}")
-    status, said, _ = run("--data", f"pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "out", "--workers", 0)
+    status, said, _ = inspect("--data", f"pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
     assert "a stream, of which the first images are inspected" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["data"]["train"] + report["data"]["test"] == report["images"]["read"] == 6
 
 
-def test_images_without_captions(run: Run, tmp_path: Path) -> None:
+def test_images_without_captions(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for k in range(4):
         image(k).save(tmp_path / "data" / f"{k}.png")
-    status, said, _ = run("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0)
+    status, said, _ = inspect("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
     assert "  captions    none\n" in said
     assert "no captions: you can train an autoencoder" in said
@@ -242,10 +224,10 @@ def test_images_without_captions(run: Run, tmp_path: Path) -> None:
         (("--data", "{}"), "none of the 2 images can be read, e.g. "),
     ],
 )
-def test_errors_are_one_line(arguments: tuple[str, ...], error: str, run: Run, tmp_path: Path) -> None:
+def test_errors_are_one_line(arguments: tuple[str, ...], error: str, tmp_path: Path) -> None:
     for k in range(2):
         (tmp_path / f"{k}.png").write_bytes(b"nothing")
-    status, said, errors = run(
+    status, said, errors = inspect(
         *(a.replace("{}", str(tmp_path)) for a in arguments), "--out", tmp_path / "out", "--workers", 0
     )
     assert (status, said) == (2, "")

@@ -24,15 +24,11 @@ from autoencoder.losses import (
 )
 from autoencoder.perceptual import ClipPerceptual, Lpips
 from ldm.errors import UserError
+from support.images import smooth_pixels
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images(n: int = 4, side: int = 32, seed: int = 0) -> Tensor:
-    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return F.interpolate(coarse, size=(side, side), mode="bilinear")
 
 
 def gradients(module: nn.Module) -> float:
@@ -159,7 +155,7 @@ def tower(small_clip) -> ClipPerceptual:
 @pytest.mark.parametrize("judge", ["lpips", "tower"])
 def test_perceptual_losses_move_the_image_and_not_their_judge(judge: str, request) -> None:
     perceptual = request.getfixturevalue(judge)
-    x = images()
+    x = smooth_pixels(4)
     made = (x + 0.1 * noise(*x.shape)).requires_grad_()
     loss = perceptual(made, x)
     loss.backward()
@@ -177,7 +173,7 @@ def test_perceptual_losses_move_the_image_and_not_their_judge(judge: str, reques
 @pytest.mark.parametrize("judge", ["lpips", "tower"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_perceptual_gradients_are_finite_in_half_precision(judge: str, dtype: torch.dtype, request) -> None:
-    perceptual, x = request.getfixturevalue(judge), images()
+    perceptual, x = request.getfixturevalue(judge), smooth_pixels(4)
     grey = torch.zeros_like(x)  # where LPIPS has features that are zero altogether
     for made in (x + 0.1 * noise(*x.shape), grey):
         exact = known(lambda y: perceptual(y, x), made)
@@ -191,7 +187,7 @@ def test_perceptual_gradients_are_finite_in_half_precision(judge: str, dtype: to
 
 
 def test_small_images_are_enlarged_for_lpips(lpips: Lpips) -> None:
-    x, y = images(side=16), images(side=16, seed=1)
+    x, y = smooth_pixels(4, 16), smooth_pixels(4, 16, seed=1)
     larger = [F.interpolate(p, scale_factor=4, mode="bilinear") for p in (x, y)]
     torch.testing.assert_close(lpips(x, y), lpips(*larger))
 
@@ -249,7 +245,7 @@ def test_the_generator_is_rewarded_for_fooling(kind: str) -> None:
 
 
 def test_a_frozen_critic_passes_gradients_on() -> None:
-    critic, made = PatchDiscriminator(8, 2), images().requires_grad_()
+    critic, made = PatchDiscriminator(8, 2), smooth_pixels(4).requires_grad_()
     with frozen(critic):
         generator_loss("hinge", critic(made)).backward()
     assert made.grad.abs().sum() > 0
@@ -262,7 +258,7 @@ def test_a_verdict_is_the_images_own(layers: int) -> None:
     """No statistics over the batch: an image is judged alone as in company."""
     torch.manual_seed(0)
     critic = PatchDiscriminator(12, layers)
-    x = images(4, critic.smallest)
+    x = smooth_pixels(4, critic.smallest)
     assert critic(x).shape == (4, 1, 1, 1)
     with pytest.raises(RuntimeError):
         critic(x[..., : critic.smallest - 2**layers])
@@ -272,7 +268,7 @@ def test_a_verdict_is_the_images_own(layers: int) -> None:
 @pytest.mark.parametrize(("layers", "side"), [(1, 16), (2, 34), (3, 70)])
 def test_patches_are_those_of_isola_et_al(layers: int, side: int) -> None:
     """A logit in the middle looks at 16, 34 or 70 pixels a side: the rows of the image that it has a gradient for."""
-    critic, x = PatchDiscriminator(4, layers).double(), images(1, 128).double().requires_grad_()
+    critic, x = PatchDiscriminator(4, layers).double(), smooth_pixels(1, 128).double().requires_grad_()
     for part in critic.body:
         if isinstance(part, nn.GroupNorm):
             part.forward = lambda y: y  # which looks at the whole image
@@ -283,7 +279,7 @@ def test_patches_are_those_of_isola_et_al(layers: int, side: int) -> None:
 
 def test_r1_of_a_linear_critic_is_its_weight() -> None:
     critic = nn.Conv2d(3, 1, 8)  # one patch: D(x) = w·x + b
-    penalty = r1_penalty(critic, images(4, 8))
+    penalty = r1_penalty(critic, smooth_pixels(4, 8))
     torch.testing.assert_close(penalty, 0.5 * critic.weight.square().sum())
     penalty.backward()
     torch.testing.assert_close(critic.weight.grad, critic.weight.detach())
@@ -292,7 +288,7 @@ def test_r1_of_a_linear_critic_is_its_weight() -> None:
 def test_spectral_norm_follows_the_weights_when_refreshed_and_only_then() -> None:
     torch.manual_seed(0)
     critic = PatchDiscriminator(8, 3, spectral=True)
-    x, before = images(4, 64), {k: v.clone() for k, v in critic.state_dict().items()}
+    x, before = smooth_pixels(4, 64), {k: v.clone() for k, v in critic.state_dict().items()}
     first = critic(x)
     assert torch.equal(critic(x), first)
     with frozen(critic):
@@ -339,7 +335,7 @@ def test_the_adaptive_weight_is_clamped_or_says_that_it_cannot_be_had(dtype: tor
 
 def test_a_transform_does_the_same_to_latents_and_images() -> None:
     """Pooling commutes with turning exactly, and with shrinking up to the filter."""
-    x = images(2, 64)
+    x = smooth_pixels(2, 64)
     for turns in range(4):
         t = Transform(16, 16, turns)
         torch.testing.assert_close(F.avg_pool2d(t(x, 4), 4), t(F.avg_pool2d(x, 4)))

@@ -7,23 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_training
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_training import Crash, Start, clip_config, ldm_config, vae_config
 
 import train.stages.clip
 import train.stages.ldm
 import train.stages.vae
 from ldm.errors import UserError
+from support.runs import Crash, Start, clip_config, ldm_config, logged, vae_config
 from train.config.clip import ClipConfig
 from train.config.ldm import DiffusionConfig
 from train.config.load import validate
 from train.config.vae import AutoencoderConfig
 from train.engine.model_card import code_span, source_span
 
-parts, start = test_training.parts, test_training.start  # fixtures
 HOSTILE = (
     "a \"red\" 'star'\n---\nlicense: mit\n```\n# owned\n<script>alert(1)</script> | {prompt} \\ \u202e\u2028\x00 ``"
 )
@@ -61,8 +59,8 @@ def test_every_stage_hands_over_a_card(start: Start, tmp_path: Path, monkeypatch
         assert str(tmp_path) not in file.read_text(), file
     # The last validation of three, and all of it.
     assert (model / "sample.png").read_bytes() == (tmp_path / "my run/samples/step-00000008.png").read_bytes()
-    logged = [json.loads(line) for line in (tmp_path / "my run/metrics.jsonl").read_text().splitlines()]
-    last = [line for line in logged if any(name.startswith("val_") for name in line)][-1]
+    lines = logged(tmp_path / "my run")
+    last = [line for line in lines if any(name.startswith("val_") for name in line)][-1]
     figures = {k.removeprefix("val_").replace("_", " "): f"{v:.4g}" for k, v in last.items() if k.startswith("val_")}
     assert dict(re.findall(r"^\| (.+) \| (.+) \|$", page, re.MULTILINE)[1:]) == figures
     assert "at step 8:" in page

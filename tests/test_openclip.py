@@ -8,7 +8,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
@@ -19,15 +18,9 @@ from conditioning.clip import ClipTextEncoder
 from conditioning.openclip import convert, tokenizer_of
 from conditioning.tokenizer import tokenize
 from ldm.errors import UserError
-from ldm.networks.unet import build_unet
 from ldm.pipeline import LatentDiffusionPipeline
-
-SMALL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
-}
-
+from support.models import small_unet, tiny_pipeline
+from support.openclip import SMALL, create_model, perturbed, write_model
 
 WORDS = ("photograph", "an", "extraordinarily", "small", "teal", "hippopotamus", "riding", "past", "12", "astronauts,")
 PROMPTS = [
@@ -37,32 +30,14 @@ PROMPTS = [
 ]  # a hundred, of every length up to one that is cut
 
 
-def shaken(model: nn.Module) -> nn.Module:
-    """Biases and norms that aren't 0 and 1, so that each counts."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 1:
-                weight += 0.1 * torch.randn_like(weight)
-    return model.eval()
-
-
-def write(model: nn.Module, config: dict, folder: Path) -> Path:
-    """In the layout of open_clip's own hub repositories."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["gelu", "quick_gelu"])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     """A small OpenCLIP and its folder."""
     folder, config = tmp_path_factory.mktemp("small"), SMALL | {"quick_gelu": request.param}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = shaken(open_clip.create_model(f"local-dir:{folder}"))
-    return model, write(model, config, folder)
+        model = create_model(config, folder)
+    return model, write_model(model, config, folder)
 
 
 def compare(model: nn.Module, encoder: ClipTextEncoder, prompts: list[str]) -> None:
@@ -94,7 +69,7 @@ def test_a_tower_of_full_size_is_open_clip_s() -> None:
     config = open_clip.get_model_config("ViT-B-32")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = shaken(open_clip.CLIP(config["embed_dim"], SMALL["vision_cfg"], config["text_cfg"]))
+        model = perturbed(open_clip.CLIP(config["embed_dim"], SMALL["vision_cfg"], config["text_cfg"]))
     encoder = ClipTextEncoder(convert(model.state_dict(), config).eval(), tokenizer_of(config))
     assert (encoder.width, encoder.model.config.num_hidden_layers) == (512, 12)
     compare(model, encoder, PROMPTS[::7])
@@ -105,7 +80,9 @@ def test_every_way_to_name_it_gives_the_same(small, tmp_path: Path, monkeypatch)
     digest = ClipTextEncoder.load(f"openclip:{folder}").digest
     assert ClipTextEncoder.load(f"openclip:local-dir:{folder}").digest == digest
     repository = tmp_path / "models--someone--model"
-    write(model, json.loads((folder / "open_clip_config.json").read_text())["model_cfg"], repository / "snapshots/0123")
+    write_model(
+        model, json.loads((folder / "open_clip_config.json").read_text())["model_cfg"], repository / "snapshots/0123"
+    )
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -148,20 +125,7 @@ def test_stock_diffusers_paints_the_same_from_it(small, tmp_path: Path, skip: in
     """The cases have the last layer, or leave it out as Stable Diffusion 2 does."""
     encoder = ClipTextEncoder.load(f"openclip:{small[1]}", skip=skip)
     tiny = tiny_pipeline()
-    unet = build_unet(
-        channels=(32, 64),
-        layers=1,
-        attention=(True, True),
-        heads=(2, 4),
-        groups=16,
-        latent_channels=4,
-        latent_size=16,
-        text_width=encoder.width,
-    )
-    with torch.no_grad():
-        for weight in unet.parameters():
-            if not weight.any():
-                nn.init.normal_(weight, std=0.05)
+    unet = small_unet(text_width=encoder.width)
     pipe = LatentDiffusionPipeline(unet.eval().requires_grad_(False), tiny.autoencoder, encoder, tiny.process)
     pipe.save_pretrained(tmp_path)
     stock = DiffusionPipeline.from_pretrained(tmp_path)

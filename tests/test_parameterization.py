@@ -15,6 +15,7 @@ from ldm.parameterization import (
     to_x0,
 )
 from ldm.schedule import RectifiedFlow, Schedule
+from support.draws import draw
 
 TARGETS = ("eps", "x0", "v", "flow")
 SCHEDULE = Schedule.build("scaled_linear")
@@ -25,10 +26,6 @@ PATHS = {
     "zero snr": Schedule.build("scaled_linear", zero_terminal_snr=True),
 }
 on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def levels(kind, path, *indices):

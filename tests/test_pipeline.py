@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -34,6 +33,8 @@ from ldm.formats.png import file_name, read_png, save_png
 from ldm.formats.scheduler_config import Process
 from ldm.model import _warn_once
 from ldm.pipeline import LatentDiffusionPipeline
+from support.draws import generators
+from support.models import tiny_pipeline
 
 STOCK = {
     "ddim": DDIMScheduler,
@@ -58,10 +59,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def seeds() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(s) for s in (5, 6)]
-
-
 def stock(folder: Path, sampler: str) -> StableDiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(str(folder))
     assert type(pipe) is StableDiffusionPipeline
@@ -80,7 +77,7 @@ def difference(folder: Path, sampler: str, steps: int, scale: float, negative: s
         guidance_scale=scale,
         guidance_rescale=rescale,
         sampler=sampler,
-        generator=seeds(),
+        generator=generators(2, 5),
         output_type="np",
     ).images
     theirs = stock(folder, sampler)(
@@ -89,7 +86,7 @@ def difference(folder: Path, sampler: str, steps: int, scale: float, negative: s
         num_inference_steps=steps,
         guidance_scale=scale,
         guidance_rescale=rescale,
-        generator=seeds(),
+        generator=generators(2, 5),
         output_type="np",
     ).images
     assert np.asarray(mine).std() > 0.01  # an image, not a flat field
@@ -155,7 +152,7 @@ def test_a_process_is_saved_with_the_model_and_honoured(tmp_path: Path, process:
     assert torch.equal(second.process.schedule.alpha, first.process.schedule.alpha)
     sampler = "euler" if process.get("spacing") == "karras" else "ddpm"
     a, b = (
-        p(PROMPTS, num_inference_steps=4, sampler=sampler, generator=seeds(), output_type="pt").images
+        p(PROMPTS, num_inference_steps=4, sampler=sampler, generator=generators(2, 5), output_type="pt").images
         for p in (first, second)
     )
     assert torch.equal(a, b)
@@ -200,7 +197,7 @@ def test_wrappers_reach_the_image(folder: Path) -> None:
     pipe, other = LatentDiffusionPipeline.from_pretrained(folder), tiny_pipeline()
 
     def painted(**how: Any) -> Tensor:
-        how = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": seeds()} | how
+        how = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": generators(2, 5)} | how
         return pipe(PROMPTS, output_type="latent", **how).images
 
     plain = painted()
@@ -232,7 +229,9 @@ def test_wrappers_reach_the_image(folder: Path) -> None:
 )
 def test_inversion_leads_back_to_the_latents(process: dict[str, Any]) -> None:
     pipe = tiny_pipeline(**process)
-    z = pipe(PROMPTS, num_inference_steps=20, guidance_scale=1.0, generator=seeds(), output_type="latent").images
+    z = pipe(
+        PROMPTS, num_inference_steps=20, guidance_scale=1.0, generator=generators(2, 5), output_type="latent"
+    ).images
     errors = []
     for refinements in (0, 4):
         noise = pipe.invert(z, PROMPTS, num_inference_steps=20, refinements=refinements)
@@ -275,14 +274,16 @@ def test_round_trip_paints_the_same(folder: Path, tmp_path: Path) -> None:
     first = LatentDiffusionPipeline.from_pretrained(folder)
     first.save_pretrained(tmp_path)
     second = LatentDiffusionPipeline.from_pretrained(tmp_path)
-    a, b = (p(PROMPTS, num_inference_steps=3, generator=seeds(), output_type="pt").images for p in (first, second))
+    a, b = (
+        p(PROMPTS, num_inference_steps=3, generator=generators(2, 5), output_type="pt").images for p in (first, second)
+    )
     assert torch.equal(a, b)
 
 
 def test_a_image_does_not_depend_on_its_batch(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
-    both = pipe(PROMPTS, num_inference_steps=5, generator=seeds(), output_type="pt").images
-    alone = pipe(PROMPTS[1], num_inference_steps=5, generator=seeds()[1], output_type="pt").images
+    both = pipe(PROMPTS, num_inference_steps=5, generator=generators(2, 5), output_type="pt").images
+    alone = pipe(PROMPTS[1], num_inference_steps=5, generator=generators(2, 5)[1], output_type="pt").images
     assert (both[1:] - alone).abs().max() <= 1 / 255
     assert (both[0] - both[1]).abs().max() > 0.05
 
@@ -290,8 +291,8 @@ def test_a_image_does_not_depend_on_its_batch(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_stay_close(folder: Path, dtype: torch.dtype) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
-    full = pipe(PROMPTS, num_inference_steps=5, generator=seeds(), output_type="pt").images
-    half = pipe.to(dtype=dtype)(PROMPTS, num_inference_steps=5, generator=seeds(), output_type="pt").images
+    full = pipe(PROMPTS, num_inference_steps=5, generator=generators(2, 5), output_type="pt").images
+    half = pipe.to(dtype=dtype)(PROMPTS, num_inference_steps=5, generator=generators(2, 5), output_type="pt").images
     assert pipe.unet.dtype == dtype
     assert pipe.autoencoder.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     assert half.dtype == torch.float32
@@ -386,7 +387,7 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         {"num_inference_steps": 1001},
         {"height": 33},
         {"negative_prompt": ["a", "b", "c"]},
-        {"generator": seeds()[:1]},
+        {"generator": generators(2, 5)[:1]},
         {"latents": torch.zeros(1, 4, 8, 8)},
         {"sampler": "dpm"},
         {"spacing": "even"},
@@ -451,8 +452,8 @@ def test_the_callback_sees_what_stock_diffusers_shows_its_own(folder: Path) -> N
         return callback
 
     how: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
-    stock(PROMPTS, generator=seeds(), callback_on_step_end=note("theirs"), **how)
-    z = pipe(PROMPTS, generator=seeds(), sampler="ddim", callback_on_step_end=note("ours"), **how).images
+    stock(PROMPTS, generator=generators(2, 5), callback_on_step_end=note("theirs"), **how)
+    z = pipe(PROMPTS, generator=generators(2, 5), sampler="ddim", callback_on_step_end=note("ours"), **how).images
     for (k, t, theirs), (step, index, ours) in zip(seen["theirs"], seen["ours"], strict=True):
         assert (k, t) == (step, index)
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -468,11 +469,13 @@ def test_the_callback_may_change_the_latents_and_sees_what_was_made_out(folder: 
         return {"latents": torch.zeros_like(given["latents"])} if step == 2 else None
 
     how: dict[str, Any] = {"num_inference_steps": 3, "sampler": "ddim", "output_type": "latent"}
-    z = pipe(PROMPTS, generator=seeds(), callback_on_step_end=callback, **how).images
+    z = pipe(PROMPTS, generator=generators(2, 5), callback_on_step_end=callback, **how).images
     assert isinstance(z, Tensor)
     assert not z.any()
     assert [m.shape for m in made] == [z.shape] * 3
-    plain = pipe(PROMPTS, generator=seeds(), **how | {"num_inference_steps": 1}, callback_on_step_end=callback).images
+    plain = pipe(
+        PROMPTS, generator=generators(2, 5), **how | {"num_inference_steps": 1}, callback_on_step_end=callback
+    ).images
     scale = pipe.process.schedule.level(0).alpha  # a single step ends at the first level, nearly what was made out
     assert (plain - made[3]).abs().max() < 0.1 + (1 - scale)
 
@@ -480,9 +483,12 @@ def test_the_callback_may_change_the_latents_and_sees_what_was_made_out(folder: 
 def test_features_of_prompts_take_their_place(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     how: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
-    said = pipe(PROMPTS, "a circle", generator=seeds(), **how).images
+    said = pipe(PROMPTS, "a circle", generator=generators(2, 5), **how).images
     given = pipe(
-        prompt_embeds=pipe.encode(PROMPTS), negative_prompt_embeds=pipe.encode(["a circle"]), generator=seeds(), **how
+        prompt_embeds=pipe.encode(PROMPTS),
+        negative_prompt_embeds=pipe.encode(["a circle"]),
+        generator=generators(2, 5),
+        **how,
     ).images
     np.testing.assert_array_equal(said, given)
     for wrong, says in (
@@ -521,12 +527,12 @@ def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPa
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     given = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     how: dict[str, Any] = {"image": given, "num_inference_steps": 3, "output_type": "np"}
-    whole = pipe(PROMPTS, generator=seeds(), **how).images
+    whole = pipe(PROMPTS, generator=generators(2, 5), **how).images
     at_once: list[int] = []
     decode = pipe.autoencoder.vae.decode
     monkeypatch.setattr(pipe.autoencoder.vae, "decode", lambda z: at_once.append(len(z)) or decode(z))
     pipe.enable_vae_slicing()
-    sliced = pipe(PROMPTS, generator=seeds(), **how).images
+    sliced = pipe(PROMPTS, generator=generators(2, 5), **how).images
     assert np.abs(sliced - whole).max() <= 1e-5
     assert at_once == [1, 1]
     pipe.disable_vae_slicing()
@@ -541,13 +547,13 @@ def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPa
     pipe.enable_model_cpu_offload("cpu")
     pipe.model.offload = torch.device("cpu", 0)  # by its name told from where the networks stay
     monkeypatch.setattr(torch.nn.Module, "to", spy)
-    np.testing.assert_array_equal(pipe(PROMPTS, generator=seeds(), **how).images, whole)
+    np.testing.assert_array_equal(pipe(PROMPTS, generator=generators(2, 5), **how).images, whole)
     networks = ["CLIPTextModel", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
     assert moved == [(name, device) for name in networks for device in ("cpu:0", "cpu")]
 
     weak = LatentDiffusionPipeline.from_pretrained(folder)
     weak.model.offload, moved[:] = pipe.model.offload, []
-    pipe(PROMPTS, generator=seeds(), weak=weak, **how)
+    pipe(PROMPTS, generator=generators(2, 5), weak=weak, **how)
     assert moved.count(("UNet2DConditionModel", "cpu:0")) == 2
     first = moved.index(("UNet2DConditionModel", "cpu:0"))
     assert moved[first + 1] == ("UNet2DConditionModel", "cpu:0")  # both are there while it samples

@@ -1,8 +1,6 @@
 """Colours of latents: least squares that is exact where the decoder is linear, over any batches and processes."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from test_training import ROOT, vae_config
 
 import train.stages.vae
-from autoencoder.model import Autoencoder, Posterior, build_autoencoder
+from autoencoder.model import Autoencoder, Posterior
 from autoencoder.preview import Colours, fit_colours
 from ldm.errors import RunError, UserError
+from support import draws
+from support.models import small_autoencoder
+from support.runs import train_in_processes, vae_config
+from train.config.optimizer import OptimizerConfig
 from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
@@ -24,8 +25,7 @@ WEIGHT = torch.tensor([[0.5, 0.1, -0.2], [0.0, -0.3, 0.1], [0.2, 0.2, 0.4]])
 BIAS = torch.tensor([0.1, -0.2, 0.05])
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+draw = partial(draws.draw, dtype=torch.float32)
 
 
 def codec(encode, channels, factor=2):
@@ -46,11 +46,6 @@ def linear(std=0.0):
 def painted(z):
     colours = torch.einsum("kc,bchw->bkhw", WEIGHT, z) + BIAS.view(3, 1, 1)
     return colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-
-def small_autoencoder():
-    torch.manual_seed(0)
-    return Autoencoder(build_autoencoder(channels=(8, 16), layers=1, latent_channels=4, groups=2, attention=False))
 
 
 def test_a_linear_decoder_is_found():
@@ -164,19 +159,9 @@ def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):
 
 
 def test_two_processes_fit_as_one(shapes: Path, tmp_path: Path):
-    script = tmp_path / "worker.py"
-    script.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-import test_training as t, train.stages.vae
-train.stages.vae.train(t.vae_config(Path({str(shapes)!r}), Path(sys.argv[1]), steps=1, optimizer=t.OptimizerConfig(lr=1e-9)))
-""")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for before, out in (([sys.executable], "one"), (launch, "two")):
-        command = [*before, str(script), str(tmp_path / out)]
-        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
+    for count, name in ((1, "one"), (2, "two")):
+        config = vae_config(shapes, tmp_path / name, steps=1, optimizer=OptimizerConfig(lr=1e-9))
+        train_in_processes(config, count)
     one, two = (Colours.load(tmp_path / out / "model", 4) for out in ("one", "two"))
     assert one is not None
     assert two is not None

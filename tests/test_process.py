@@ -21,6 +21,7 @@ from ldm.process import (
     transition,
 )
 from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule
+from support.draws import draw
 
 PATHS = {
     "linear": Schedule.build("linear", 200, 0.0005, 0.1),
@@ -35,10 +36,6 @@ MIXTURES = {
     "gaussian": ([1.0], [0.7], [0.4]),
     "mixture": ([0.3, 0.7], [-1.2, 0.8], [0.3, 0.6]),
 }
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def log_density(x, g):

@@ -30,6 +30,7 @@ from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import RectifiedFlow, Schedule
 from ldm.spacing import plan
 from ldm.steps import sample
+from support.draws import draw
 
 SCHEDULE = Schedule.build("scaled_linear")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -56,10 +57,6 @@ SCHEDULERS = {
     "unipc": UniPCMultistepScheduler,
 }
 ON_KARRAS_ODE = ("euler", "euler_ancestral", "heun")  # their state there is x / alpha
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def fake_network(x_t, index, condition, channels=4):

@@ -14,36 +14,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from ldm.formats.png import read_png
+from support import ROOT
+from support.commands import OFFLINE, Ended, run_command
 
-ROOT = Path(__file__).parent.parent
-OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TRAIN = "--steps 4 --batch-size 8 --optimizer.warmup 0 --log-every 1 --checkpoint-every 2"
 CLIP = f"{TRAIN} --text.width 32 --text.layers 1 --text.heads 2 --image.width 32 --image.layers 1 --image.heads 2"
 VAE = f"{TRAIN} --model.channels 16 16 16"
 LDM = f"{TRAIN} --sample-steps 2"
 
 
-class Ended(NamedTuple):
-    """A command that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-
 def command(line: str) -> Ended:
-    """A command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, *line.split()], cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=120
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return run_command(*line.split())
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from scipy import ndimage
 
 import train.data.synthetic.shapes as shapes_module
 from ldm.errors import UserError
+from support.commands import run_command
 from train.data.synthetic.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -262,17 +261,15 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_command(tmp_path: Path) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess:
-        line = [sys.executable, str(Path(__file__).parent.parent / "scripts" / "make_dataset.py"), *words]
-        return subprocess.run(line, capture_output=True, text=True, timeout=120)
-
-    made = run("shapes", "--out", str(tmp_path / "set"), "--train", "5", "--test", "2")
-    assert (made.returncode, len(made.stdout.splitlines())) == (0, 1)
+    made = run_command(
+        "scripts/make_dataset.py", "shapes", "--out", str(tmp_path / "set"), "--train", "5", "--test", "2"
+    )
+    assert (made.status, len(made.out.splitlines())) == (0, 1)
     assert (tmp_path / "set" / "shapes.json").is_file()
-    refused = run("shapes", "--out", str(tmp_path / "other"), "--size", "16")
-    assert refused.returncode == 2
-    assert "16" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+    refused = run_command("scripts/make_dataset.py", "shapes", "--out", str(tmp_path / "other"), "--size", "16")
+    assert refused.status == 2
+    assert "16" in refused.err
+    assert len(refused.err.splitlines()) == 1
     assert not (tmp_path / "other").exists()
 
 

@@ -3,9 +3,7 @@
 import json
 import os
 import pickle
-import runpy
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -39,11 +36,11 @@ from ldm.formats.single_file import (
     save_single_file,
     to_original,
 )
-from ldm.networks.unet import build_unet
 from ldm.pipeline import LatentDiffusionPipeline
+from support.commands import Ended, run_script
+from support.models import small_unet, tiny_pipeline
 
 PROMPTS = ["a red star", "a small blue circle"]
-ROOT = Path(__file__).parent.parent
 SD1: dict[str, dict[str, Any]] = {
     "unet": {
         "sample_size": 64,
@@ -403,17 +400,7 @@ def test_half_precision_is_widened_and_leans_on_no_file(made: Any, tmp_path: Pat
 
 def test_what_the_original_has_no_counterpart_of_is_named() -> None:
     pipe = tiny_pipeline()
-    unet = build_unet(
-        channels=(32, 64),
-        layers=1,
-        attention=(True, True),
-        heads=(2, 4),
-        groups=16,
-        latent_channels=4,
-        latent_size=16,
-        text_width=32,
-        modulation=True,
-    )
+    unet = small_unet(modulation=True)
     with pytest.raises(UserError, match=r"unet\.modulation .* has no counterpart"):
         to_original(LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process))
 
@@ -538,21 +525,11 @@ def test_pickles_are_converted_only_when_told_to_and_never_run(made: Any, tmp_pa
         assert not canary.exists()
 
 
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """convert(model, out, config) → exit status, and what it said where it failed."""
-
-    def run(model: Path | str, out: Path | str, config: Path | str = "") -> tuple[int, str]:
-        line = ["convert.py", "--model", str(model), "--out", str(out), "--config", str(config)]
-        monkeypatch.setattr(sys, "argv", line)
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "scripts" / "convert.py"), run_name="__main__")
-        return ended.value.code, capsys.readouterr().err
-
-    return run
+def convert(model: Path | str, out: Path | str, config: Path | str = "") -> Ended:
+    return run_script("convert", "--model", model, "--out", out, "--config", config)
 
 
-def test_the_command_converts_all_three_ways(made: Any, convert: Any, tmp_path: Path) -> None:
+def test_the_command_converts_all_three_ways(made: Any, tmp_path: Path) -> None:
     folder, file = made("sd1")
     assert convert(folder, tmp_path / "new" / "a.safetensors")[0] == 0
     assert equal(load_file(file), load_file(tmp_path / "new" / "a.safetensors"))
@@ -566,7 +543,7 @@ def test_the_command_converts_all_three_ways(made: Any, convert: Any, tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.ckpt", "b.safetensors", "folder", "new"]
 
 
-def test_the_command_refuses_in_one_line(made: Any, convert: Any, tmp_path: Path) -> None:
+def test_the_command_refuses_in_one_line(made: Any, tmp_path: Path) -> None:
     folder, file = made("sd1")
     before = file.read_bytes()
     torch.save({"state_dict": Malice(tmp_path / "canary")}, tmp_path / "evil.ckpt")
@@ -586,7 +563,7 @@ def test_the_command_refuses_in_one_line(made: Any, convert: Any, tmp_path: Path
         ((tmp_path / "evil.ckpt", out, folder), "isn't plain weights"),
         ((file, out, made("ours")[0]), "the file lacks"),
     ):
-        status, said = convert(*arguments)
+        status, _, said = convert(*arguments)
         assert status == 2, said
         assert said.startswith("error: ")
         assert said.count("\n") == 1

@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 pytestmark = pytest.mark.slow
 
 

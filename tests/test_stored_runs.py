@@ -4,22 +4,18 @@ tests/stored/README.md says what is there. Nothing of it is ever made anew to pl
 people's disks.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
-import runpy
 import shutil
-import sys
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from support.commands import run_script
+from support.runs import logged
+
 STORED = Path(__file__).parent / "stored"
 PINNED = json.loads((STORED / "pinned.json").read_text())
 EXPECTED = json.loads((STORED / "expected.json").read_text())
@@ -29,13 +25,13 @@ ALL = (
     "--input.resolution 16 --optimizer.kind muon --optimizer.lr 1e-3 --optimizer.warmup 2"
 )
 LINES = {
-    "clip": f"scripts/train_clip.py --data data --out clip {ALL} --text.vocab-size 600 --text.max-length 8 --text.width 4 "
+    "clip": f"train_clip --data data --out clip {ALL} --text.vocab-size 600 --text.max-length 8 --text.width 4 "
     "--text.layers 1 --text.heads 2 --image.width 4 --image.layers 1 --image.heads 2 --image.patch-size 4 "
     "--projection 8 --tokens.echo 0",
-    "vae": f"scripts/train_vae.py --data data --out vae {ALL} --model.channels 4 4 --model.layers 1 "
+    "vae": f"train_vae --data data --out vae {ALL} --model.channels 4 4 --model.layers 1 "
     "--model.latent-channels 2 --model.groups 2 --model.attention False --learn-logvar True --adversarial.kind hinge "
     "--adversarial.start 1 --adversarial.channels 4 --adversarial.layers 1 --adversarial.spectral-norm True",
-    "ldm": f"scripts/train_ldm.py --data data --out ldm {ALL} --vae vae/model --text-encoder clip/model "
+    "ldm": f"train_ldm --data data --out ldm {ALL} --vae vae/model --text-encoder clip/model "
     "--unet.channels 4 --unet.attention False --unet.heads 2 --unet.groups 2 --diffusion.timesteps 8 "
     "--diffusion.timestep-sampling importance --sample-steps 2",
 }
@@ -50,26 +46,14 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for k, image in enumerate(sorted((folder / "data").rglob("*.png"))):
         os.utime(image, ns=(10**18 + k, 10**18 + k))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the commands set their own
     return folder
 
 
 def command(line: str, status: int = 0) -> str:
-    """Runs one as a user would, but in this process, which has loaded the libraries. What it said."""
-    script, *arguments = line.split()
-    said, before = io.StringIO(), sys.argv
-    sys.argv = [script, *arguments]
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    finally:
-        sys.argv = before
-    assert (ended.value.code or 0) == status, said.getvalue()
-    return said.getvalue()
-
-
-def logged(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Run a command and return what it printed."""
+    ended = run_script(*line.split())
+    assert ended.status == status, ended
+    return ended.out + ended.err
 
 
 def tensors(checkpoint: Path) -> set[str]:

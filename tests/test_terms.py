@@ -1,9 +1,5 @@
 """Auxiliary losses: a term on an intermediate feature trains the network in both stages, and one without weight changes nothing."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,65 +8,34 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import ROOT, clip_config, final_state, ldm_config, losses, vae_config
-from test_vae_step import batch, distance, gradient, small_vae
-from torch import Tensor, nn
+from torch import Tensor
 
-import train.stages.clip
-import train.stages.ldm
-import train.stages.vae
+from support.batches import vae_batch
+from support.gradients import gradient, relative_distance
+from support.models import small_vae
+from support.runs import final_state, logged, losses, stage_config, train_in_processes, train_stage
+from support.terms import MIDDLE, Predict, predict
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import VaeConfig
 from train.stages.ldm_step import Denoising
 from train.stages.terms import Term, Terms
 from train.stages.vae_step import Reconstruct, Reconstruction
 
-MIDDLE = {"vae": "decoder.mid_block.resnets.0", "ldm": "mid_block.resnets.0"}
-"""Inside what gradient checkpointing computes again."""
 
-
-@pytest.fixture(scope="module")
-def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished stage 0 and stage 1."""
-    runs = tmp_path_factory.mktemp("runs")
-    train.stages.clip.train(clip_config(shapes, runs / "clip"))
-    train.stages.vae.train(vae_config(shapes, runs / "vae"))
-    return runs
-
-
-class Predict(nn.Module):
-    """Fits a linear map, its own, from the mean of an intermediate feature to the mean of x0 or of the latents."""
-
-    def __init__(self, stage: str) -> None:
-        super().__init__()
-        self.name, self.calls = MIDDLE[stage], 0
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(4, {"vae": 16, "ldm": 32}[stage], generator=generator) / 4)
-
-    def forward(self, seen: Reconstruction | Denoising) -> Tensor:
-        self.calls += 1
-        latents = seen.batch.x0 if isinstance(seen, Denoising) else seen.latents
-        return (seen.features[self.name].float().mean((2, 3)) @ self.weight.T - latents.mean((2, 3))).square().mean()
-
-
-def predict(stage: str, weight: float = 1.0) -> Term[Any]:
-    return Term("toy", weight, Predict(stage), (MIDDLE[stage],))
-
-
-def start(
-    stage: str, shapes: Path, parts: Path | None, out: Path, terms: Sequence[Term[Any]] = (), **change: Any
+def run(
+    stage: str, shapes: Path, parts: Path, out: Path, terms: Sequence[Term[Any]] = (), processes: int = 0, **change: Any
 ) -> None:
-    steady = {"optimizer": OptimizerConfig(lr=1e-3, warmup=0), "log_every": 1} | change
-    if stage == "vae":
-        train.stages.vae.train(vae_config(shapes, out, **steady), terms=terms)
+    """Train a stage, in this process or in `processes` new ones."""
+    steady = {"optimizer": OptimizerConfig(lr=1e-3, warmup=0), "log_every": 1}
+    config = stage_config(stage, shapes, out, parts, **steady | change)
+    if processes:
+        train_in_processes(config, processes, terms=terms)
     else:
-        assert parts is not None
-        train.stages.ldm.train(ldm_config(shapes, out, parts, **steady), terms=terms)
+        train_stage(config, terms=terms)
 
 
-def logged(out: Path, name: str) -> list[float]:
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [line[name] for line in lines if name in line]
+def logged_values(out: Path, name: str) -> list[float]:
+    return [line[name] for line in logged(out) if name in line]
 
 
 def state(out: Path) -> dict[str, Tensor]:
@@ -83,7 +48,7 @@ def state(out: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_of_a_term_reaches_the_network(checkpointing: bool) -> None:
     """It is what plain autograd gives; the term is computed once, even where the feature is computed twice."""
-    vae, b = small_vae(), replace(batch(), adversarial=False)
+    vae, b = small_vae(), replace(vae_batch(), adversarial=False)
     plain, term = Reconstruct(vae, VaeConfig(), None, None), predict("vae", 0.3)
     plain(b).loss.backward()
     without = gradient(vae)
@@ -111,7 +76,7 @@ def test_the_gradient_of_a_term_reaches_the_network(checkpointing: bool) -> None
     assert module.calls == 1
     torch.testing.assert_close(out.metrics["toy"], expected.detach())
     assert alone.norm() > 1e-3
-    assert distance(gradient(vae), without + alone) < 1e-5
+    assert relative_distance(gradient(vae), without + alone) < 1e-5
     assert module.weight.grad is not None
     assert module.weight.grad.norm() > 0
 
@@ -127,7 +92,7 @@ def test_a_feature_that_the_network_does_not_have_is_an_error() -> None:
         small_vae(), VaeConfig(), None, None, terms=[Term("toy", 1.0, lambda _: torch.zeros(()), ("x",))]
     )
     with pytest.raises(AttributeError, match="x"):
-        step(batch())
+        step(vae_batch())
 
 
 # -- whole runs -----------------------------------------------------------------------------------------------
@@ -140,24 +105,24 @@ def test_a_term_is_trained_logged_and_saved_and_without_weight_changes_nothing(
     def toy(seen: Reconstruction | Denoising) -> Tensor:
         return seen.features[MIDDLE[stage]].float().square().mean()
 
-    start(stage, shapes, parts, tmp_path / "none")
-    start(stage, shapes, parts, tmp_path / "weightless", [Term("toy", 0.0, toy, (MIDDLE[stage],))])
+    run(stage, shapes, parts, tmp_path / "none")
+    run(stage, shapes, parts, tmp_path / "weightless", [Term("toy", 0.0, toy, (MIDDLE[stage],))])
     assert final_state(tmp_path / "none") == final_state(tmp_path / "weightless")
     assert losses(tmp_path / "none") == losses(tmp_path / "weightless")
-    assert not logged(tmp_path / "none", "toy")
-    assert len(logged(tmp_path / "weightless", "toy")) == 8
+    assert not logged_values(tmp_path / "none", "toy")
+    assert len(logged_values(tmp_path / "weightless", "toy")) == 8
     term = predict(stage, 10.0)
-    start(stage, shapes, parts, tmp_path / "toy", [term])
+    run(stage, shapes, parts, tmp_path / "toy", [term])
     with_term, plain = state(tmp_path / "toy"), state(tmp_path / "none")
     (own,) = with_term.keys() - plain.keys() - {k for k in with_term if "/optimizer/" in k}
     assert own.endswith("module/terms.losses.toy.weight")
     assert not torch.equal(with_term[own], Predict(stage).weight.detach())
-    values = logged(tmp_path / "toy", "toy")
+    values = logged_values(tmp_path / "toy", "toy")
     assert values[-1] < values[0]
     # Continued, it is the same run; its parameters are no part of what is handed over.
     with pytest.raises(KeyboardInterrupt):
-        start(stage, shapes, parts, tmp_path / "cut", [replace(predict(stage, 10.0), loss=Stops(stage, 6))])
-    start(stage, shapes, parts, tmp_path / "cut", [predict(stage, 10.0)])
+        run(stage, shapes, parts, tmp_path / "cut", [replace(predict(stage, 10.0), loss=Stops(stage, 6))])
+    run(stage, shapes, parts, tmp_path / "cut", [predict(stage, 10.0)])
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "toy")
 
 
@@ -179,29 +144,19 @@ def test_gradient_checkpointing_gives_the_same_run_with_a_term(
     stage: str, shapes: Path, parts: Path, tmp_path: Path
 ) -> None:
     for name, checkpointing in (("plain", False), ("again", True)):
-        start(stage, shapes, parts, tmp_path / name, [predict(stage)], gradient_checkpointing=checkpointing)
+        run(stage, shapes, parts, tmp_path / name, [predict(stage)], gradient_checkpointing=checkpointing)
     assert final_state(tmp_path / "plain") == final_state(tmp_path / "again")
 
 
 @pytest.mark.parametrize("stage", ["vae", "ldm"])
 def test_two_processes_train_as_one_with_a_term(stage: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
     """2 Gloo processes and 1: the same losses, and the same parameter of the term's own."""
-    script = tmp_path / "worker.py"
-    script.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-import test_terms as t
-t.start({stage!r}, Path({str(shapes)!r}), Path({str(parts)!r}), Path(sys.argv[1]), [t.predict({stage!r})])
-""")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for before, out in (([sys.executable], "one"), (launch, "two")):
-        subprocess.run([*before, str(script), str(tmp_path / out)], check=True, timeout=300, cwd=ROOT, env=environment)
+    for count, name in ((1, "one"), (2, "two")):
+        run(stage, shapes, parts, tmp_path / name, [predict(stage)], processes=count)
     assert [loss for _, loss in losses(tmp_path / "one")] == pytest.approx(
         [loss for _, loss in losses(tmp_path / "two")], rel=1e-4
     )
-    assert logged(tmp_path / "one", "toy") == pytest.approx(logged(tmp_path / "two", "toy"), rel=1e-3)
+    assert logged_values(tmp_path / "one", "toy") == pytest.approx(logged_values(tmp_path / "two", "toy"), rel=1e-3)
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     (own,) = (k for k in one if k.endswith("module/terms.losses.toy.weight"))
     torch.testing.assert_close(one[own], two[own], rtol=1e-3, atol=1e-4)

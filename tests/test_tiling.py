@@ -11,18 +11,15 @@ from torch.nn import functional as F
 from autoencoder.model import build_autoencoder
 from autoencoder.tiling import Span, Tile, Tiles, pad_to_multiple, spans, tiled, windows
 from ldm.errors import UserError
+from support.draws import draw
 
 SIDES = [1, 3, 7, 8, 9, 12, 13, 17, 29, 40]
 TILES = [Tiles(8, 4), Tiles(8, 3), Tiles(8, 0), Tiles(5, 2), Tiles(1, 0), Tiles(2, 1)]
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def smooth(*shape: int) -> Tensor:
     """A random field that changes over a quarter of a side."""
-    coarse = noise(*shape[:2], 5, 5)
+    coarse = draw(*shape[:2], 5, 5)
     return F.interpolate(coarse, size=shape[2:], mode="bicubic", align_corners=True)
 
 
@@ -91,7 +88,7 @@ def test_any_size_comes_back_and_no_run_exceeds_a_tile(size: tuple[int, int], ti
         seen.append(tuple(n // 3 for n in x.shape[-2:]))
         return F.avg_pool2d(x, 3)
 
-    z = noise(2, 3, *size)
+    z = draw(2, 3, *size)
     x = enlarge(z)
     seen.clear()
     torch.testing.assert_close(tiled(enlarge, z, tiles, up=3), x, rtol=1e-14, atol=1e-14)
@@ -109,7 +106,7 @@ def test_constants_and_slopes_survive_in_float32() -> None:
 
 
 def test_half_precision_is_added_up_in_float32() -> None:
-    x = noise(1, 2, 20, 20).bfloat16()
+    x = draw(1, 2, 20, 20).bfloat16()
     assert tiled(lambda t: t, x, Tiles(8, 4)).dtype == tiled(lambda t: t, x, Tiles(32, 8)).dtype == torch.float32
     torch.testing.assert_close(tiled(lambda t: t, x, Tiles(8, 4)), x.float())
 
@@ -121,7 +118,7 @@ def test_a_network_that_sees_no_further_than_the_rim_is_exact() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 5, padding=2)
     ).double()
-    z = noise(1, 3, 23, 40)
+    z = draw(1, 3, 23, 40)
     whole = network(z)
     torch.testing.assert_close(tiled(network, z, Tiles(16, 8), up=2), whole, rtol=0, atol=1e-13)
     assert (tiled(network, z, Tiles(16, 4), up=2) - whole).abs().max() > 1e-3  # a rim of 1
@@ -135,7 +132,7 @@ def test_an_autoencoder_in_tiles_is_the_autoencoder(attention: bool) -> None:
     The attention of the parametrised case has a group norm of its own, but adds nothing yet.
     """
     network, tiles = vae(attention=attention), Tiles(108, 54)
-    z, x = noise(2, 4, 3, 150), noise(2, 3, 6, 300, seed=1)
+    z, x = draw(2, 4, 3, 150), draw(2, 3, 6, 300, seed=1)
     whole = network.decode(z).sample
     exact = tiled(decode(network), z, tiles, up=2, network=network.decoder)
     torch.testing.assert_close(exact, whole, rtol=0, atol=1e-11)
@@ -146,7 +143,7 @@ def test_an_autoencoder_in_tiles_is_the_autoencoder(attention: bool) -> None:
 
 def test_the_own_part_of_an_activation() -> None:
     tile = Tile(Span(0, 6, slice(0, 4)), Span(4, 8, slice(1, 4)))
-    x = noise(2, 3, 12, 8)  # two elements a latent
+    x = draw(2, 3, 12, 8)  # two elements a latent
     assert torch.equal(tile.own(x), x[..., :8, 2:8])
     assert torch.equal(tile.own(x.flatten(2)), x[..., :8, 2:8])
 
@@ -182,7 +179,7 @@ def test_statistics_of_the_whole_remove_tones_and_seams() -> None:
 
 @torch.no_grad()
 def test_the_network_is_left_as_it_was() -> None:
-    network, z = vae(), noise(1, 4, 12, 12)
+    network, z = vae(), draw(1, 4, 12, 12)
     before = network.decode(z).sample
     tiled(decode(network), z, Tiles(8, 4), up=2, network=network.decoder)
     assert torch.equal(network.decode(z).sample, before)
@@ -193,13 +190,13 @@ def test_the_network_is_left_as_it_was() -> None:
 
 @torch.no_grad()
 def test_a_image_no_larger_than_a_tile_is_run_once() -> None:
-    network, z = vae(attention=True), noise(1, 4, 7, 12)
+    network, z = vae(attention=True), draw(1, 4, 7, 12)
     assert torch.equal(tiled(decode(network), z, Tiles(12, 4), up=2, network=network.decoder), network.decode(z).sample)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8), (9, 31)])
 def test_padding_repeats_the_last_row_and_column(size: tuple[int, int]) -> None:
-    x = noise(2, 3, *size)
+    x = draw(2, 3, *size)
     padded = pad_to_multiple(x, 8)
     height, width = size
     assert padded.shape[-2:] == (-(-height // 8) * 8, -(-width // 8) * 8)
@@ -216,4 +213,4 @@ def test_refusals_name_the_value() -> None:
     with pytest.raises(UserError, match="-1"):
         Tiles(16, -1)
     with pytest.raises(UserError, match=r"30 × 17.*multiples of 4"):
-        tiled(lambda t: t, noise(1, 3, 17, 30), Tiles(16, 4), down=4)
+        tiled(lambda t: t, draw(1, 3, 17, 30), Tiles(16, 4), down=4)

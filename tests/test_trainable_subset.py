@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_training import Crash, final_state, ldm_config
-from test_training import parts as parts
 from torch import nn
 
 import train.stages.ldm
 from ldm.errors import UserError
-from ldm.networks.unet import UNet, build_unet
+from ldm.networks.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
+from support.models import small_unet
+from support.runs import Crash, final_state, ldm_config
 from train.engine.checkpoint import Checkpoints
 from train.engine.ema import Ema
 from train.engine.subset import Subset, frozen_names
@@ -22,19 +22,7 @@ from train.engine.subset import Subset, frozen_names
 def partly_frozen() -> UNet:
     """A UNet of which 1 % is trained: what the attention in its middle asks, and how it answers."""
     torch.manual_seed(0)
-    unet = build_unet(
-        channels=(16, 32),
-        layers=1,
-        attention=(True, True),
-        heads=(2, 2),
-        groups=8,
-        latent_channels=4,
-        latent_size=16,
-        text_width=32,
-    )
-    for weight in unet.parameters():
-        if not weight.any():  # layers of zeros would keep those before them from learning
-            torch.nn.init.normal_(weight, std=0.05)
+    unet = small_unet(channels=(16, 32), heads=(2, 2), groups=8)
     unet.requires_grad_(False)
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     attention.to_q.requires_grad_(True)

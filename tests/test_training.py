@@ -1,11 +1,8 @@
 """A run is a function of its configuration: cut and continued, on one process or two, it is the same run."""
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,114 +17,22 @@ import train.stages.ldm
 import train.stages.vae
 from ldm.errors import RunError, UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.config.clip import ClipConfig, ImageTowerConfig, TextTowerConfig
-from train.config.data import DataConfig
-from train.config.ldm import DiffusionConfig, LdmConfig, UnetConfig
+from support.runs import (
+    COMMON,
+    Crash,
+    Start,
+    clip_config,
+    final_state,
+    ldm_config,
+    logged,
+    losses,
+    stage_config,
+    train_in_processes,
+)
+from train.config.ldm import DiffusionConfig
 from train.config.optimizer import OptimizerConfig
-from train.config.vae import AdversarialConfig, AutoencoderConfig, VaeConfig
 from train.data.sources.splits import open_source
 from train.engine.stage import Batch, Hooks
-
-ROOT = Path(__file__).parent.parent
-COMMON = {
-    "steps": 8,
-    "batch_size": 8,
-    "checkpoint_every": 3,
-    "validate_every": 8,
-    "log_every": 2,
-    "ema_decay": 0.9,
-    "trackers": (),
-    "keep_checkpoints": 9,
-    "optimizer": OptimizerConfig(lr=1e-3, schedule="cosine", warmup=3),
-    "input": DataConfig(resolution=32),
-}
-
-
-def clip_config(shapes: Path, out: Path, **change: object) -> ClipConfig:
-    small = {"width": 32, "layers": 1, "heads": 2}
-    return ClipConfig(
-        data=str(shapes),
-        out=str(out),
-        text=TextTowerConfig(vocab_size=700, max_length=16, **small),
-        image=ImageTowerConfig(patch_size=8, **small),
-        projection=16,
-        **COMMON | change,
-    )
-
-
-def vae_config(shapes: Path, out: Path, **change: object) -> VaeConfig:
-    # Two groups, not one a channel: there a convolution's bias is taken out by the normalisation after it, its gradient
-    # is rounding error alone, and Adam makes whole steps of that.
-    model = AutoencoderConfig(channels=(8, 16), layers=1, groups=2, attention=False)
-    adversarial = AdversarialConfig(kind="hinge", start=4, channels=8, layers=2)
-    return VaeConfig(data=str(shapes), out=str(out), **COMMON | {"model": model, "adversarial": adversarial} | change)
-
-
-@pytest.fixture(scope="session")
-def parts(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished stage 0 and stage 1."""
-    runs = tmp_path_factory.mktemp("runs")
-    train.stages.clip.train(clip_config(shapes, runs / "clip"))
-    train.stages.vae.train(vae_config(shapes, runs / "vae"))
-    return runs
-
-
-def ldm_config(shapes: Path, out: Path, parts: Path, **change: object) -> LdmConfig:
-    unet = UnetConfig(channels=(16, 32), attention=(True, True), heads=(2, 2), groups=8)
-    settings = COMMON | {"cache": str(parts / "cache"), "validation_examples": 8, "sample_steps": 2} | change
-    return LdmConfig(
-        data=str(shapes),
-        out=str(out),
-        vae=str(parts / "vae/model"),
-        text_encoder=str(parts / "clip/model"),
-        unet=unet,
-        caption_dropout=0.3,
-        **settings,
-    )
-
-
-Start = Callable[..., None]
-
-
-@pytest.fixture(params=["clip", "vae", "ldm"])
-def start(request: pytest.FixtureRequest, shapes: Path) -> Start:
-    """Starts a stage: start(out, hooks, **changed settings)."""
-    match request.param:
-        case "clip":
-            return lambda out, hooks=None, **change: train.stages.clip.train(
-                clip_config(shapes, out, **change), hooks=hooks
-            )
-        case "vae":
-            return lambda out, hooks=None, **change: train.stages.vae.train(
-                vae_config(shapes, out, **change), hooks=hooks
-            )
-        case _:
-            parts = request.getfixturevalue("parts")
-            return lambda out, hooks=None, **change: train.stages.ldm.train(
-                ldm_config(shapes, out, parts, **change), hooks=hooks
-            )
-
-
-@dataclass
-class Crash(Hooks):
-    """Ends a run just before its step number `at` (from 0)."""
-
-    at: int
-
-    def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
-        if step == self.at:
-            raise KeyboardInterrupt
-        return parts
-
-
-def final_state(out: Path, step: int = 8) -> tuple[bytes, bytes]:
-    folder = out / f"checkpoints/step-{step:08d}"
-    return (folder / "state.safetensors").read_bytes(), (folder / "state.json").read_bytes()
-
-
-def losses(out: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "kind"), [(1, 0, "muon"), (4, 2, "adamw")])
@@ -218,7 +123,7 @@ def test_an_overflow_in_fp16_is_skipped_and_survived(
     train.stages.ldm.train(
         ldm_config(shapes, tmp_path / "run", parts, precision="fp16", steps=40, log_every=1, optimizer=optimizer)
     )
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     skipped = [line["skipped"] for line in lines if "skipped" in line]
     assert 0 < skipped[-1] < 35
     assert skipped[-1] == skipped[-5]  # the scale has come down, and training goes on
@@ -248,7 +153,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(start: Start, tmp_path: Pat
     last = load_file(tmp_path / "run/checkpoints/step-00000008/state.safetensors")
     assert all(torch.isfinite(v).all() for v in last.values() if v.is_floating_point())
     assert any(not torch.equal(before[name], value) for name, value in last.items())
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     assert max(line.get("skipped", 0) for line in lines) >= 1
 
 
@@ -372,23 +277,11 @@ def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
 def test_two_processes_train_as_one(stage: str, kind: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
     """Same examples, same losses: on two Gloo processes and on one, the same global batch."""
-    worker = f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-import test_training as t, train.stages.{stage}
-args = (Path({str(shapes)!r}), Path(sys.argv[1])) + ((Path({str(parts)!r}),) if {stage!r} == "ldm" else ())
-more = {{"diffusion": t.DiffusionConfig(timesteps=6, timestep_sampling="importance")}} if {stage!r} == "ldm" else {{}}
-optimizer = t.OptimizerConfig(kind={kind!r}, lr=1e-4, warmup=0)
-train.stages.{stage}.train(t.{stage}_config(*args, steps=5, log_every=1, optimizer=optimizer, **more))
-"""
-    script = tmp_path / "worker.py"
-    script.write_text(worker)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for before, out in (([sys.executable], "one"), (launch, "two")):
-        command = [*before, str(script), str(tmp_path / out)]
-        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
+    change: dict[str, Any] = {"steps": 5, "log_every": 1, "optimizer": OptimizerConfig(kind=kind, lr=1e-4, warmup=0)}
+    if stage == "ldm":
+        change["diffusion"] = DiffusionConfig(timesteps=6, timestep_sampling="importance")
+    for count, name in ((1, "one"), (2, "two")):
+        train_in_processes(stage_config(stage, shapes, tmp_path / name, parts, **change), count)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [s for s, _ in one] == [s for s, _ in two] == [1, 2, 3, 4, 5]
     for (_, a), (_, b) in zip(one, two, strict=True):

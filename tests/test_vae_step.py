@@ -1,10 +1,7 @@
 """Stage 1's step: the loss is the sum of its terms, each network moves itself alone, and no split of a batch changes it."""
 
-import json
 import math
-import os
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
-from test_training import ROOT, Crash, final_state, losses, vae_config
 from torch import Tensor, nn
 
 import train.engine.loop
@@ -24,29 +20,17 @@ import train.stages.vae_step
 from autoencoder.discriminator import PatchDiscriminator, generator_loss
 from autoencoder.equivariance import Transform
 from autoencoder.losses import LARGEST_WEIGHT, kl_loss
-from autoencoder.model import Autoencoder, build_autoencoder
+from autoencoder.model import Autoencoder
 from ldm.errors import UserError
+from support.batches import vae_batch
+from support.gradients import gradient, relative_distance
+from support.models import small_vae
+from support.runs import Crash, final_state, logged, losses, train_in_processes, vae_config
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, AutoencoderConfig, EquivarianceConfig, PerceptualConfig, VaeConfig
-from train.stages.vae_step import Discriminate, Reconstruct, VaeBatch
+from train.stages.vae_step import Discriminate, Reconstruct
 
 ADAPTIVE = AdversarialConfig(kind="hinge", start=0, channels=8, layers=2)
-
-
-def small_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    vae = build_autoencoder(channels=(8, 16), layers=1, latent_channels=4, groups=2, attention=False)
-    with torch.no_grad():
-        for p in vae.parameters():
-            p += 0.05 * torch.randn(p.shape)  # no branch is zero
-    return vae
-
-
-def batch(n: int = 4) -> VaeBatch:
-    g = torch.Generator().manual_seed(0)
-    coarse = torch.rand(n, 3, 4, 4, generator=g) * 2 - 1
-    pixels = nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
-    return VaeBatch(pixels, torch.randn(n, 4, 16, 16, generator=g), adversarial=True)
 
 
 class Contrast(nn.Module):
@@ -54,14 +38,6 @@ class Contrast(nn.Module):
 
     def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
         return (made.diff(dim=-1) - pixels.diff(dim=-1)).square().mean()
-
-
-def gradient(module: nn.Module) -> Tensor:
-    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in module.parameters()])
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 # -- one step -------------------------------------------------------------------------------------------------
@@ -72,7 +48,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("learn_logvar", [False, True])
 def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, transform: Transform | None) -> None:
     """Against plain autograd through everything at once: gradients worked out ahead change nothing."""
-    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=True), batch()
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=True), vae_batch()
     config = VaeConfig(
         reconstruction="l2",
         kl_weight=1e-3,
@@ -106,13 +82,13 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
     loss = compared + 1e-3 * kl_loss(q.mean, q.logvar, 3072) + weight.detach() * generator
     loss.backward()
     torch.testing.assert_close(out.loss, loss)
-    assert distance(ours, gradient(step)) < 1e-5
+    assert relative_distance(ours, gradient(step)) < 1e-5
     assert float(out.metrics["adversarial_weight"]) == pytest.approx(float(weight), rel=1e-4)
 
 
 def test_the_weights_of_rombach_et_al_carry_over() -> None:
     """Their loss (sums over an image) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
-    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), batch()
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), vae_batch()
     step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), discriminator)
     step(b).loss.backward()
     ours = gradient(vae)
@@ -125,13 +101,13 @@ def test_the_weights_of_rombach_et_al_carry_over() -> None:
     generator, last = -discriminator(made).mean(), vae.decoder.conv_out.weight
     norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, generator)]
     (nll + 1e-6 * kl + 0.5 * (norms[0] / norms[1]).detach() * generator).backward()
-    assert distance(ours * 3 * 32 * 32, gradient(vae)) < 1e-4
+    assert relative_distance(ours * 3 * 32 * 32, gradient(vae)) < 1e-4
 
 
 @pytest.mark.parametrize("r1", [0.0, 1.0])
 @pytest.mark.parametrize("spectral", [False, True])
 def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
-    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), batch()
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), vae_batch()
     settings = AdversarialConfig(kind="hinge", spectral_norm=spectral, r1=r1)
     step = Reconstruct(vae, VaeConfig(adversarial=settings), None, discriminator)
     state = {k: v.clone() for k, v in discriminator.state_dict().items()}
@@ -149,7 +125,7 @@ def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
 
 
 def test_the_discriminator_sees_the_target_images() -> None:
-    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), batch()
+    vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), vae_batch()
     step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE), None, discriminator)
     t = Transform(8, 8, 3)
     given = step(replace(b, transform=t)).batch
@@ -180,7 +156,7 @@ def distances(a: Path, b: Path, step: int) -> dict[str, float]:
     for name in ("vae", "discriminator"):
         mine = [k for k in states[0] if k.startswith(f"state/phases/{name}/module/")]
         one, two = (torch.cat([s[k].flatten().double() for k in mine]) for s in states)
-        found[name] = distance(one, two)
+        found[name] = relative_distance(one, two)
     return found
 
 
@@ -193,33 +169,20 @@ def test_accumulation_changes_nothing(shapes: Path, tmp_path: Path) -> None:
 
 def test_two_processes_train_as_one(shapes: Path, tmp_path: Path) -> None:
     """2 Gloo processes with 4 images each, and 1 with 8: five steps of both networks lead to the same weights."""
-    script = tmp_path / "worker.py"
-    script.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-import test_vae_step as t, train.stages.vae
-change = t.EVERYTHING | {{"adversarial": t.AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True, r1=0.5)}}
-change |= {{"optimizer": t.OptimizerConfig(lr=1e-4, warmup=0), "steps": 5, "checkpoint_every": 5, "log_every": 1}}
-train.stages.vae.train(t.config(Path({str(shapes)!r}), Path(sys.argv[1]), **change))
-""")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for before, out in (([sys.executable], "one"), (launch, "two")):
-        command = [*before, str(script), str(tmp_path / out)]
-        subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
+    change = EVERYTHING | {
+        "adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True, r1=0.5),
+        "optimizer": OptimizerConfig(lr=1e-4, warmup=0),
+        "steps": 5,
+        "checkpoint_every": 5,
+        "log_every": 1,
+    }
+    for count, name in ((1, "one"), (2, "two")):
+        train_in_processes(config(shapes, tmp_path / name, **change), count)
     assert max(distances(tmp_path / "one", tmp_path / "two", 5).values()) < 1e-5
     for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     # Validation is shared out, and adds up to the same.
-    one, two = (
-        [
-            line
-            for line in map(json.loads, (tmp_path / n / "metrics.jsonl").read_text().splitlines())
-            if "val_psnr" in line
-        ]
-        for n in ("one", "two")
-    )
+    one, two = ([line for line in logged(tmp_path / name) if "val_psnr" in line] for name in ("one", "two"))
     for name, value in one[0].items():
         if name.startswith("val_"):
             assert value == pytest.approx(two[0][name], rel=1e-3, abs=1e-3), name
@@ -273,7 +236,7 @@ def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
     """The generator's loss times a factor: vanishing, ordinary, exploding, infinite."""
     monkeypatch.setattr(train.stages.vae_step, "generator_loss", lambda kind, fake: factor * generator_loss(kind, fake))
     train.stages.vae.train(config(shapes, tmp_path / "run", precision=precision, steps=4, log_every=1))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     weights = [line["adversarial_weight"] for line in lines if "adversarial_weight" in line]
     state = load_file(tmp_path / "run/checkpoints/step-00000004/state.safetensors")
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
@@ -311,7 +274,7 @@ def test_training_the_decoder_alone_leaves_the_latents_as_they_are(shapes: Path,
     )
     before, after = Autoencoder.load(trained), Autoencoder.load(tmp_path / "run/model")
     assert after.scale == 0.5
-    x = batch().pixels
+    x = vae_batch().pixels
     assert torch.equal(before.encode(x).mean, after.encode(x).mean)
     assert torch.equal(before.encode(x).std, after.encode(x).std)
     z = before.encode(x).mean
@@ -328,7 +291,7 @@ def test_training_goes_on_from_a_given_autoencoder(shapes: Path, trained: Path, 
     assert after.vae.config.block_out_channels == [8, 16]
     raw = load_file(tmp_path / "run/checkpoints/step-00000001/state.safetensors")
     weight = small_vae().encoder.conv_in.weight
-    assert distance(raw["state/phases/vae/module/vae.encoder.conv_in.weight"], weight.detach()) < 0.05
+    assert relative_distance(raw["state/phases/vae/module/vae.encoder.conv_in.weight"], weight.detach()) < 0.05
     # Another starting point isn't the same run, nor is none.
     with pytest.raises(UserError, match="--init"):
         train.stages.vae.train(config(shapes, tmp_path / "run", steps=2))
@@ -379,12 +342,12 @@ def test_another_perceptual_network_is_another_run(shapes: Path, tmp_path: Path,
     train.stages.vae.train(
         config(shapes, tmp_path / "run", steps=1, perceptual=perceptual, validation_features=str(small_clip))
     )
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     measured = next(line for line in lines if "val_psnr" in line)
     assert measured["val_perceptual"] > 0
     assert measured["val_frechet"] > 0
     moved = tmp_path / "moved"
-    subprocess.run(["cp", "-r", str(small_clip), str(moved)], check=True)
+    shutil.copytree(small_clip, moved)
     elsewhere = PerceptualConfig(kind="clip", model=str(moved))
     train.stages.vae.train(config(shapes, tmp_path / "run", steps=1, perceptual=elsewhere))  # the same wherever it lies
     weights = moved / "model.safetensors"
