@@ -19,6 +19,7 @@ from PIL import Image
 
 import train.data.sources.tars as tars_module
 from ldm.errors import RunError, UserError
+from support import ROOT
 from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import MAX_BYTES, Columns, fingerprint, lowest_hashes
 from train.data.sources.folders import find_folder
@@ -562,7 +563,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, cache, reads, monkeypatch
         tars.find_tars(sys.argv[1], Columns(), ())[""]()
     """
     for _ in range(4):  # again and again: what they leave doesn't pile up
-        killed = subprocess.run([sys.executable, "-c", code, str(data)], cwd=Path(__file__).parent.parent)
+        killed = subprocess.run([sys.executable, "-c", code, str(data)], cwd=ROOT)
         assert killed.returncode == -signal.SIGKILL
     assert not (index_folder(cache) / "about.json").exists()
     assert len(list(index_folder(cache).glob("*.parts"))) <= 3

@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 
 import ldm
+from support import ROOT
 from train.engine import provenance
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("ldm", "autoencoder", "conditioning", "train")
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 
