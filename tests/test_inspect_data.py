@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from support.commands import run_script
 from train.commands.inspect_data import difference_hash, equal_groups, look_alikes
 
 inspect = partial(run_script, "inspect_data")
