@@ -73,7 +73,10 @@ def weightings() -> None:
     ):
         axes.semilogy(log_snr, weight, label=name)
     axes.set(
-        xlabel="log SNR", ylabel="weight of the squared error of x0", ylim=(1e-3, 1e3), title="Weight of the error in each loss"
+        xlabel="log SNR",
+        ylabel="weight of the squared error of x0",
+        ylim=(1e-3, 1e3),
+        title="Weight of the error in each loss",
     )
     axes.legend(fontsize=7)
     save(figure, "weightings")
