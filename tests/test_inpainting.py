@@ -284,7 +284,7 @@ def test_what_does_not_fit_what_is_given_is_refused(
         train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), task="txt2img", steps=1))
     with pytest.raises(UserError, match=r"--vae is missing: .* or --init with a pipeline"):
         train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "none", begun), init="", vae=""))
-    with pytest.raises(UserError, match="--init: not the same as in the run"):
+    with pytest.raises(UserError, match="--init: not the same content as in the run"):
         start(init=str(tmp_path / "again/model"), diffusion=DiffusionConfig())
 
 

@@ -25,9 +25,9 @@ from train.evaluation.sheets import reconstruction_sheet
 
 def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     """Measure an autoencoder and return the report, which is also written to `o.out` with sample reconstructions."""
-    for name in ("vae", "data"):
+    for name, example in (("vae", "runs/vae/model"), ("data", "data/shapes")):
         if not getattr(o, name):
-            raise UserError(f"--{name} is missing: see --help")
+            raise UserError(f"--{name} is missing: give it, e.g. --{name} {example}")
     require_at_least(0, o, "seed")
     require_at_least(1, o, "images", "batch_size")
     device = use_device(o.device)

@@ -103,7 +103,9 @@ def _check_input(name: str, path: str, sha256: str | None, like: str) -> None:
         if not Path(path).is_file():
             raise UserError(f"--like {like!r}: its input {path!r} is missing; give {option}")
         if sha256 not in (None, file_sha256(path)):
-            raise UserError(f"--like {like!r}: its input {path!r} has changed; give {option} to use it or another")
+            raise UserError(
+                f"--like {like!r}: its input {path!r} has changed; give {option} to use this or another file"
+            )
 
 
 def model_sha256(folder: Path) -> str:

@@ -36,7 +36,7 @@ _SHOWN, _COLUMNS, _SIDE = 48, 8, 128  # images, columns and side in pixels of th
 def inspect(o: InspectOptions) -> Report:
     """Inspect a dataset and return the report, which is also written to `o.out` with a contact sheet."""
     if not o.data:
-        raise UserError("--data is missing: see --help")
+        raise UserError("--data is missing: give the images to inspect, e.g. --data data/shapes")
     require_at_least(8, o, "resolution")
     require_at_least(0, o, "limit", "workers")
     encoder = ClipTextEncoder.load(o.text_encoder) if o.text_encoder else None

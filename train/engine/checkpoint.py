@@ -156,7 +156,9 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[Any]:
     """Yield the content of a safetensors file, one tensor at a time: a copy of all would double the memory."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # widest types first: keeps all aligned
+    tensors = dict(
+        sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    )  # widest types first, which keeps all tensors aligned
     header, end = {}, 0
     for name, t in tensors.items():
         begin, end = end, end + t.nbytes

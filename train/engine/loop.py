@@ -64,7 +64,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time spent inside, so that the speed is that of training alone."""
+        """Exclude the time spent inside, so that the speed is that of training only."""
         started = time.perf_counter()
         yield
         self.started += time.perf_counter() - started
