@@ -1,7 +1,7 @@
-"""Metrics of an autoencoder on held-out images: its reconstructions, and the latents that diffusion will model.
+"""Metrics of an autoencoder on held-out images: quality of its reconstructions, and statistics of its latents.
 
-Every metric is a sum over images, in float64, so it adds up over batches and processes; a process without images
-has zeros. `reduce` returns the sum of a tensor over all processes.
+Every metric is computed from sums over images, in float64, which are added up over batches and processes. A process
+without images has zeros. `reduce` returns the sum of a tensor over all processes.
 """
 
 import math
@@ -19,23 +19,23 @@ from train.evaluation.features import Features, eight_bits
 
 Reduce = Callable[[Tensor], Tensor]
 NOISE_LEVELS = (0.1, 0.2, 0.5)  # in standard deviations of a normalised latent
-LAGS = (1, 2)
-_BINS, _REACH = 4096, 8.0  # number of bins, and reach: the histogram of latents covers [−reach, reach]
+LAGS = (1, 2)  # distances of neighbours, in latent pixels
+_BINS, _REACH = 4096, 8.0  # the histogram of latents has _BINS bins over [−_REACH, _REACH]
 
 
-def psnr(made: Tensor, pixels: Tensor) -> Tensor:
+def psnr(decoded: Tensor, pixels: Tensor) -> Tensor:
     """Return the PSNR (dB) of each 8-bit image, (b,). Both inputs: (b, 3, h, w) in [−1, 1]."""
-    a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
+    a, b = eight_bits(decoded) / 255, eight_bits(pixels) / 255
     each = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
-    # A perfect reconstruction's infinite PSNR would dominate the mean: it counts as half a grey level off everywhere.
+    # The infinite PSNR of a perfect reconstruction would dominate the mean: use that of half a grey level of error.
     return each.clamp(max=20 * math.log10(2 * 255))
 
 
-def reconstruction_quality(made: Tensor, pixels: Tensor) -> tuple[float, float]:
-    """Return PSNR (dB) and SSIM, each a mean over 8-bit images. Both inputs: (b, 3, h, w) in [−1, 1]."""
-    a, b = eight_bits(made) / 255, eight_bits(pixels) / 255
+def reconstruction_quality(decoded: Tensor, pixels: Tensor) -> tuple[float, float]:
+    """Return PSNR (dB) and SSIM of 8-bit images, each a mean over the images. Both inputs: (b, 3, h, w) in [−1, 1]."""
+    a, b = eight_bits(decoded) / 255, eight_bits(pixels) / 255
     ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
-    return float(psnr(made, pixels).mean()), float(torch.as_tensor(ssim).mean())
+    return float(psnr(decoded, pixels).mean()), float(torch.as_tensor(ssim).mean())
 
 
 class FrechetSums:
@@ -53,9 +53,9 @@ class FrechetSums:
         self.sums = reduce(self.sums)
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Return the mean (d,) and the unbiased covariance (d, d). Raises UserError below two features.
+        """Return the mean (d,) and the unbiased covariance (d, d). Raises UserError for fewer than two images.
 
-        Σ f fᵀ − n μ μᵀ cancels, but float64 has enough digits while the mean is below about 10⁵ standard deviations.
+        Σ f fᵀ − n μ μᵀ loses digits, but float64 has enough of them if the mean is below 10⁵ standard deviations.
         """
         n = self.sums[0, 0]
         if n < 2:
@@ -67,8 +67,9 @@ class FrechetSums:
 def frechet(a: FrechetSums, b: FrechetSums) -> float:
     """Return the squared Fréchet distance of two Gaussians (arXiv 1706.08500): ‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½).
 
-    tr (S₁ S₂)^½ is the sum of the singular values of S₁^½ S₂^½. This avoids the root of a product's rounding error, so
-    covariances without full rank (fewer images than features) lose no digits. Returns nan if a feature isn't finite.
+    tr (S₁ S₂)^½ is computed as the sum of the singular values of S₁^½ S₂^½. A root of the product would magnify
+    rounding errors if a covariance doesn't have full rank (fewer images than features). Returns nan if a feature isn't
+    finite.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a.gaussian(), b.gaussian()
     if not (cov_a + cov_b).isfinite().all():
@@ -78,17 +79,21 @@ def frechet(a: FrechetSums, b: FrechetSums) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
+    """Return the symmetric square root of a covariance (d, d)."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 class LatentHealth(NamedTuple):
-    """Statistics of latents per channel, float64 on the CPU. Distances from normal use posterior samples."""
+    """Statistics of each channel of the latents, float64 on the CPU.
+
+    Those of the distribution (std, skewness, kurtosis, w1 and correlations) use posterior samples.
+    """
 
     mean: Tensor
     """Mean, (c,)."""
     std: Tensor
-    """Standard deviation, (c,), floored as in `latent_statistics`; the unit of the numbers below."""
+    """Standard deviation, (c,), with the lower bound of `latent_statistics`."""
     signal: Tensor
     """Standard deviation of the posterior's mean, (c,)."""
     noise: Tensor
@@ -102,57 +107,56 @@ class LatentHealth(NamedTuple):
     kurtosis: Tensor
     """Excess kurtosis, (c,): 0 if normal."""
     w1: Tensor
-    """Wasserstein-1 distance of the standardised channel to N(0, 1), (c,)."""
+    """Wasserstein-1 distance between the standardised channel and N(0, 1), (c,)."""
     correlation: Tensor
-    """Correlation between channels at the same place, (c, c)."""
+    """Correlation between channels at the same position, (c, c)."""
     autocorrelation: Tensor
-    """Correlation with the neighbours at 1 and 2 places, horizontally and vertically, (lags, c); nan if there are none.
-    """
+    """Correlation with neighbours at distances 1 and 2, horizontal and vertical, (lags, c); nan without neighbours."""
 
 
 class LatentSums:
     """Sums from which `LatentHealth` is computed.
 
-    Latents should be roughly normalised: the histogram counts those beyond ±8 as ±8, in steps of 1/256.
+    Latents should be roughly normalised: the histogram has steps of 1/256 and counts values beyond ±8 as ±8.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.channels = channels
         shapes = {
             "statistics": (channels, 5),  # from `latent_sums`
-            "more": (channels, 4),  # Σ sample³, Σ sample⁴, Σ posterior deviation, Σ KL
-            "products": (channels, channels),  # products of samples at the same place
-            "pairs": (len(LAGS), channels, 3),  # neighbours: count, Σ product, Σ of both
+            "moments": (channels, 4),  # Σ sample³, Σ sample⁴, Σ posterior deviation, Σ KL
+            "products": (channels, channels),  # Σ products of samples at the same position
+            "pairs": (len(LAGS), channels, 3),  # neighbours: count, Σ product, Σ sum
             "histogram": (channels, _BINS),
         }
         self.sums = {k: torch.zeros(s, dtype=torch.float64, device=device) for k, s in shapes.items()}
 
     def add(self, posterior: Posterior, noise: Tensor) -> None:
-        """Add a posterior over normalised latents, sampled with the noise (b, c, h, w)."""
+        """Add a posterior of normalised latents. noise: (b, c, h, w), with which it is sampled."""
         mean, std = posterior.mean.double(), posterior.std.double()
         z = Posterior(mean, std).sample(noise.double())  # (b, c, h, w)
         kl = 0.5 * (mean**2 + std**2 - 1) - std.log()
         self.sums["statistics"] += latent_sums(Posterior(mean, std), noise.double())
-        self.sums["more"] += torch.stack([z**3, z**4, std, kl]).sum(dim=(1, 3, 4)).T
+        self.sums["moments"] += torch.stack([z**3, z**4, std, kl]).sum(dim=(1, 3, 4)).T
         rows = z.movedim(1, 0).flatten(1)  # (c, b h w)
         self.sums["products"] += rows @ rows.T
         for sums, lag in zip(self.sums["pairs"], LAGS, strict=True):
             for one, other in ((z[..., lag:], z[..., :-lag]), (z[..., lag:, :], z[..., :-lag, :])):
                 sums += torch.stack([torch.ones_like(one), one * other, one + other]).sum(dim=(1, 3, 4)).T
-        place = ((rows.clamp(-_REACH, _REACH) + _REACH) * (_BINS / (2 * _REACH))).long().clamp(0, _BINS - 1)
-        place += _BINS * torch.arange(self.channels, device=z.device)[:, None]
-        self.sums["histogram"] += place.flatten().bincount(minlength=_BINS * self.channels).view(self.channels, _BINS)
+        bins = ((rows.clamp(-_REACH, _REACH) + _REACH) * (_BINS / (2 * _REACH))).long().clamp(0, _BINS - 1)
+        bins += _BINS * torch.arange(self.channels, device=z.device)[:, None]
+        self.sums["histogram"] += bins.flatten().bincount(minlength=_BINS * self.channels).view(self.channels, _BINS)
 
     def reduce(self, reduce: Reduce) -> None:
         self.sums = {name: reduce(sums) for name, sums in self.sums.items()}
 
     def health(self) -> LatentHealth:
-        """Return the statistics; nan throughout if nothing was added."""
+        """Return the statistics; all are nan if nothing was added."""
         sums = {name: value.cpu() for name, value in self.sums.items()}
         mean, std, dead = latent_statistics(sums["statistics"])
         n = sums["statistics"][:, :1]  # (c, 1)
         _, _, square, mu, mu_square = (sums["statistics"] / n).unbind(1)
-        cube, fourth, noise, kl = (sums["more"] / n).unbind(1)
+        cube, fourth, noise, kl = (sums["moments"] / n).unbind(1)
         pairs, product, both = sums["pairs"].unbind(2)  # (lags, c) each
         edges = torch.linspace(-_REACH, _REACH, _BINS + 1, dtype=torch.float64)
         x = (edges - mean[:, None]) / std[:, None]  # (c, bins + 1)
@@ -181,8 +185,8 @@ def noise_robustness(
 ) -> list[float]:
     """Return the PSNR (dB) of decode(posterior mean + level × noise) against the images, for each level.
 
-    A sampler's latents are never exact. A decoder that reconstructs well but scores low here turns such errors into
-    noise.
+    A sampler's latents always have errors. If the PSNR is low here but that of reconstructions is high, the decoder
+    amplifies such errors.
     """
     return [float(psnr(autoencoder.decode(posterior.mean + s * noise), pixels).mean()) for s in levels]
 
@@ -201,10 +205,10 @@ def measure_reconstruction(
     """Measure reconstructions and latents over batches of (images, noise).
 
     Images are (b, 3, h, w) in [−1, 1]; the noise has their latents' shape.
-    Reconstructions use the posterior mean. `perceptual` returns a batch's mean distance of (made, images); `features`
-    returns features for the Fréchet distance; both are on the autoencoder's device. Every process must call this, with
-    or without images. For statistics per channel, pass empty `latents` and call their `health` afterwards. Raises
-    UserError if no process has an image.
+    Reconstructions use the posterior mean. `perceptual` returns the mean distance between reconstructions and images of
+    a batch. `features` returns features for the Fréchet distance. Both are on the autoencoder's device. Every process
+    must call this, with or without images. For statistics of each channel, pass empty `latents` and call their `health`
+    afterwards. Raises UserError if no process has an image.
     """
     device = autoencoder.vae.device
     names = ["psnr", "ssim", *(f"noise_psnr_{level:g}" for level in levels)]
@@ -212,31 +216,31 @@ def measure_reconstruction(
     quality = torch.zeros(1 + len(names), dtype=torch.float64, device=device)  # count, and Σ of each metric
     latents = LatentSums(autoencoder.latent_channels, device) if latents is None else latents
     dim = features.dim if features is not None else 0
-    real, made_up = FrechetSums(dim, device), FrechetSums(dim, device)
+    originals, reconstructed = FrechetSums(dim, device), FrechetSums(dim, device)
     for pixels, noise in batches:
         pixels = pixels.to(device)
         posterior = autoencoder.encode(pixels)
         noise = noise.to(posterior.mean)
-        made = autoencoder.decode(posterior.mean)
-        row = [1.0, *reconstruction_quality(made, pixels)]
+        decoded = autoencoder.decode(posterior.mean)
+        row = [1.0, *reconstruction_quality(decoded, pixels)]
         row += noise_robustness(autoencoder, pixels, posterior, noise, levels)
-        row += [float(perceptual(made, pixels))] if perceptual is not None else []
+        row += [float(perceptual(decoded, pixels))] if perceptual is not None else []
         quality += len(pixels) * torch.tensor(row, dtype=torch.float64, device=device)
         latents.add(posterior, noise)
         if features is not None:
-            real.add(features(pixels))
-            made_up.add(features(made))
+            originals.add(features(pixels))
+            reconstructed.add(features(decoded))
     quality = reduce(quality)
-    for sums in (latents, real, made_up):
+    for sums in (latents, originals, reconstructed):
         sums.reduce(reduce)
     if not (count := float(quality[0])):
-        raise UserError("no held-out images to measure: at least one is needed, two for a Fréchet distance")
+        raise UserError("no held-out images to measure: at least 1 is needed, and 2 for a Fréchet distance")
     scores = dict(zip(names, (quality[1:] / count).tolist(), strict=True)) | _latent_scores(latents.health())
-    return scores | ({"frechet": frechet(real, made_up)} if features is not None else {})
+    return scores | ({"frechet": frechet(originals, reconstructed)} if features is not None else {})
 
 
 def _latent_scores(health: LatentHealth) -> dict[str, float]:
-    """Return the worst channel's statistics, but means for KL and autocorrelation (lag 1)."""
+    """Return the statistics of the worst channel; for KL and autocorrelation (distance 1), the mean of all channels."""
     scores = {
         "kl": health.kl.mean(),
         "latent_mean_max": health.mean.abs().max(),

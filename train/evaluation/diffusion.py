@@ -1,6 +1,7 @@
-"""Evaluation of a finished model: the bound on its latents' likelihood, and how well its images match Shapes prompts.
+"""Evaluation of a finished model: bound on the likelihood of latents, and accuracy of images of Shapes prompts.
 
-The match is exact: a checker without any learning reads each image back (train/data/synthetic/shapes_checker.py).
+The accuracy is exact: a rule-based checker without learned parts reads each image
+(train/data/synthetic/shapes_checker.py).
 """
 
 import math
@@ -27,9 +28,9 @@ def bits_per_dimension(
     """Return the variational bound on -log2 p(latent | caption) per latent dimension, and its standard error.
 
     Batches are images (b, 3, h, w) in [−1, 1] with their captions; seed + k seeds image k's noise. The standard
-    error is over images. The sum over the timesteps above index 0 is estimated from `strata` timesteps, one in each
-    of equal parts of the logarithm, because the terms are largest near the data. This takes strata + 1 network
-    evaluations per image.
+    error is over images. The sum over the timesteps above index 0 is estimated from `strata` timesteps: one in each of
+    `strata` intervals of equal length in log(index), because the terms are largest near the data. This takes strata + 1
+    network evaluations per image.
     """
     schedule = pipe.process.schedule
     objective = Objective(schedule, pipe.process.target, kind="vlb", variance=pipe.process.variance)
@@ -60,22 +61,25 @@ def bits_per_dimension(
 def generate(
     pipe: LatentDiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64, **sampling: Any
 ) -> np.ndarray:
-    """Generate one image per prompt, (n, h, w, 3) uint8. seed + k seeds image k's noise, whatever the batch size.
+    """Generate one image per prompt, (n, h, w, 3) uint8. seed + k seeds image k's noise, for any batch size.
 
     `sampling` are arguments of the pipeline: num_inference_steps, guidance_scale, sampler, …
     """
     generated = []
-    for first in tqdm(range(0, len(prompts), batch_size), desc="generating", unit="batch", dynamic_ncols=True):
-        part = list(prompts[first : first + batch_size])
-        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(part))]
+    for start in tqdm(range(0, len(prompts), batch_size), desc="generating", unit="batch", dynamic_ncols=True):
+        part = list(prompts[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(part))]
         array = pipe(part, generator=generators, output_type="np", **sampling).images
         generated.append((np.asarray(array) * 255).round().astype(np.uint8))
     return np.concatenate(generated)
 
 
 def alignment(
-    pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **how: Any
+    pipe: LatentDiffusionPipeline, scenes: Sequence[Scene], **options: Any
 ) -> tuple[dict[str, float | None], np.ndarray]:
-    """Return the shares of correct backgrounds, colours, shapes, sizes, relations and scenes, and the images."""
-    images = generate(pipe, [scene.caption for scene in scenes], **how)
+    """Generate images of the scenes' captions. Return the shares of correct backgrounds, colours, …, and the images.
+
+    options: arguments of `generate`. The shares are those of `score_images`.
+    """
+    images = generate(pipe, [scene.caption for scene in scenes], **options)
     return score_images(images, scenes), images

@@ -1,7 +1,7 @@
-"""Feature networks of Fréchet distances: Inception (Heusel et al. 2017, arXiv 1706.08500), CLIP and DINOv2.
+"""Feature networks for Fréchet distances: Inception (Heusel et al. 2017, arXiv 1706.08500), CLIP and DINOv2.
 
-Papers report Inception's distance; DINOv2's agrees best with people (Stein et al. 2023, arXiv 2306.04675). Distances in
-different features aren't comparable, nor are distances over different numbers of images.
+Papers usually report the distance in Inception's features; the one in DINOv2's agrees best with human judgement (Stein
+et al. 2023, arXiv 2306.04675). Distances in different features, or over different numbers of images, can't be compared.
 """
 
 import pickle
@@ -19,12 +19,12 @@ from ldm.errors import UserError, one_line
 from ldm.formats.hub import is_hub_id
 
 ALIASES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
-ACCEPTED = "'inception', 'inception:WEIGHTS.pth', 'dinov2', 'clip', or a folder or hub id of a CLIP or a DINOv2"
+ACCEPTED = "'inception', 'inception:WEIGHTS.pth', 'dinov2', 'clip', or the folder or hub id of a CLIP or DINOv2"
 _PROJECTION = "visual_projection.weight"
 
 
 def eight_bits(pixels: Tensor) -> Tensor:
-    """Convert images in [−1, 1] to whole numbers in [0, 255], as in a file; float32, clipped."""
+    """Convert images in [−1, 1] to the 8-bit values of an image file: whole numbers in [0, 255], float32, clipped."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
 
 
@@ -40,10 +40,11 @@ class Features(nn.Module):
 
 
 class InceptionFeatures(Features):
-    """The 2048 features of FID's original Inception, through torch-fidelity.
+    """The 2048 features of the original Inception of FID, computed by torch-fidelity.
 
-    Images are resized as in TensorFlow 1, without antialiasing, to give the distance of the literature. Raises
-    UserError without torch-fidelity, or if the weights can't be loaded (it downloads them unless given a file).
+    Images are resized as in TensorFlow 1, without antialiasing, so that distances can be compared with published ones.
+    weights: file of the weights; None: downloaded. Raises UserError if torch-fidelity isn't installed or the weights
+    can't be loaded.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -57,18 +58,18 @@ class InceptionFeatures(Features):
 
                 torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
                 path = str(Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name)
-            # torch-fidelity loads it as a pickle, which can run any code: only plain weights may reach it.
+            # torch-fidelity loads the file as a pickle, which can run any code: check that it contains only tensors.
             torch.load(path, map_location="cpu", weights_only=True)
             network = NoTrainInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=path, antialias=False
             )
         except ModuleNotFoundError:
-            raise UserError("features 'inception' need torch-fidelity: pip install torch-fidelity") from None
-        except pickle.UnpicklingError:  # whose own message advises to trust the file
-            raise UserError(f"features 'inception': {path!r} holds something else than tensors") from None
+            raise UserError("features 'inception' need torch-fidelity: run pip install torch-fidelity") from None
+        except pickle.UnpicklingError:  # its own message advises to trust the file
+            raise UserError(f"features 'inception': {path!r} contains something other than tensors") from None
         except (OSError, RuntimeError, EOFError, TypeError) as error:
-            source = "its download" if weights is None else repr(weights)
-            raise UserError(f"features 'inception' can't be loaded from {source}: {one_line(error)}") from None
+            problem = "can't be downloaded" if weights is None else f"can't be loaded from {weights!r}"
+            raise UserError(f"features 'inception' {problem}: {one_line(error)}") from None
         self.network = network
         self.eval().requires_grad_(False)
 
@@ -78,13 +79,13 @@ class InceptionFeatures(Features):
 
 
 class TowerFeatures(Features):
-    """Features of a whole image from a CLIP image tower or a DINOv2, resized to its side (bicubic, antialiased)."""
+    """Features from a CLIP image tower or a DINOv2. Images are resized (bicubic, antialiased), not cropped."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, name: str, tower: nn.Module, output: str, dim: int, side: int, processing: dict) -> None:
-        """`output` names the field of the tower's output; `processing` has image_mean and image_std, 3 numbers each."""
+        """output: field of the tower's output. side: of its input. processing: has image_mean and image_std."""
         super().__init__(name, dim)
         self.tower, self.output, self.side = tower, output, side
         self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))
@@ -102,46 +103,46 @@ class TowerFeatures(Features):
 def load_features(name: str) -> Features:
     """Load a frozen network: inception, inception:WEIGHTS.pth, dinov2, clip, or a folder or hub id of a CLIP or DINOv2.
 
-    A transformers model must have safetensors weights and one of the model_types clip, clip_vision_model (its image
-    embedding, or the pooled output if the weights have no projection) or dinov2 (the CLS token). Raises UserError
-    otherwise.
+    A transformers model must have safetensors weights and model_type clip, clip_vision_model or dinov2. The features
+    are a CLIP's image embedding (its pooled output if it has no projection) or a DINOv2's CLS token. Raises UserError
+    for other models.
     """
     if name == "inception" or name.startswith("inception:"):
         return InceptionFeatures(name.partition(":")[2] or None)
-    where = ALIASES.get(name, name)
-    if not (name in ALIASES or Path(where).is_dir() or is_hub_id(where)):
-        raise UserError(f"no features {name!r}: accepted are {ACCEPTED}")
+    model = ALIASES.get(name, name)
+    if not (name in ALIASES or Path(model).is_dir() or is_hub_id(model)):
+        raise UserError(f"unknown features {name!r}: use {ACCEPTED}")
     try:
-        return _load_tower(name, where)
+        return _load_tower(name, model)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"can't load features {name!r}: {one_line(error)}; accepted are {ACCEPTED}") from None
+        raise UserError(f"features {name!r} can't be loaded: {one_line(error)}; use {ACCEPTED}") from None
 
 
-def _load_tower(name: str, where: str) -> TowerFeatures:
-    match PreTrainedConfig.get_config_dict(where)[0].get("model_type"):
+def _load_tower(name: str, model: str) -> TowerFeatures:
+    match PreTrainedConfig.get_config_dict(model)[0].get("model_type"):
         case "clip" | "clip_vision_model":
-            tower, missing = load_tower(CLIPVisionModelWithProjection, where)
+            tower, missing = load_tower(CLIPVisionModelWithProjection, model)
             config = tower.config
             output, dim, side = "image_embeds", config.projection_dim, config.image_size
-            processing = preprocessing(where, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+            processing = preprocessing(model, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
             if _PROJECTION in missing:
                 tower, output, dim = tower.vision_model, "pooler_output", config.hidden_size
                 missing.remove(_PROJECTION)
         case "dinov2":
-            tower, missing = load_tower(Dinov2Model, where)
+            tower, missing = load_tower(Dinov2Model, model)
             output, dim = "pooler_output", tower.config.hidden_size
-            processing = preprocessing(where, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-            # Its positions adapt to any side: the published models were trained at 518, and are used at 224.
+            processing = preprocessing(model, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            # Position embeddings adapt to any side: the published models were trained at 518, and are used at 224.
             crop = processing.get("crop_size", tower.config.image_size)
             side = crop["height"] if isinstance(crop, dict) else crop
         case None:
-            raise UserError(f"features {name!r} have no config.json that says a model_type: accepted are {ACCEPTED}")
+            raise UserError(f"features {name!r}: no config.json with a model_type; use {ACCEPTED}")
         case kind:
             raise UserError(
-                f"features {name!r} are of model_type {kind!r}: accepted are clip, clip_vision_model, dinov2"
+                f"features {name!r}: config.json has model_type {kind!r}; must be clip, clip_vision_model or dinov2"
             )
     if missing:
-        raise UserError(f"features {name!r} lack weights ({len(missing)}), among them {min(missing)}")
+        raise UserError(f"features {name!r}: {len(missing)} weights are missing, e.g. {min(missing)}")
     return TowerFeatures(name, tower, output, dim, side, processing)

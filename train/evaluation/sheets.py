@@ -11,7 +11,7 @@ from torch import Tensor
 from autoencoder.model import Autoencoder
 from train.evaluation.features import eight_bits
 
-_TILE = 128  # small images are enlarged to about this side, without interpolation
+_TILE = 128  # side in pixels to which small images are enlarged, approximately and without interpolation
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -20,14 +20,14 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) -> Image.Image:
-    """Draw rows of equally large uint8 images (h, w, 3), with an optional caption under each image in row order."""
+    """Draw rows of uint8 images (h, w, 3) of one size, with optional captions below them, in row order."""
     h, w = rows[0][0].shape[:2]
     scale = max(1, _TILE // max(h, w))
     font = ImageFont.load_default(11)
     wrapped = [textwrap.wrap(c, max(8, w * scale // 6))[:4] for c in captions]
-    foot = 14 * max(map(len, wrapped), default=0) + (4 if wrapped else 0)
+    caption_h = 14 * max(map(len, wrapped), default=0) + (4 if wrapped else 0)
     gap = 4
-    cell_w, cell_h = w * scale + gap, h * scale + foot + gap
+    cell_w, cell_h = w * scale + gap, h * scale + caption_h + gap
     canvas = Image.new("RGB", (cell_w * max(map(len, rows)) + gap, cell_h * len(rows) + gap), (245, 245, 245))
     draw = ImageDraw.Draw(canvas)
     number = 0
@@ -42,14 +42,14 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) ->
 
 
 def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Image:
-    """Draw images (b, 3, h, w), reconstructions, four times the difference, and each latent channel in grey."""
+    """Draw rows of images (b, 3, h, w), reconstructions, four times the difference, and each latent channel in grey."""
     z = autoencoder.encode(pixels).mean  # (b, c, h / f, w / f)
-    made = autoencoder.decode(z).to(pixels.device)
+    decoded = autoencoder.decode(z).to(pixels.device)
     std, mean = torch.std_mean(z.to(pixels), dim=(0, 2, 3), correction=0, keepdim=True)
     grey = ((z.to(pixels) - mean) / (2 * std + 1e-8)).repeat_interleave(autoencoder.factor, 2)
     channels = grey.repeat_interleave(autoencoder.factor, 3).unbind(1)
-    shown = [pixels, made, (made - pixels) * 4, *(c[:, None].expand(-1, 3, -1, -1) for c in channels)]
-    return sheet([list(to_uint8(x)) for x in shown])
+    rows = [pixels, decoded, (decoded - pixels) * 4, *(c[:, None].expand(-1, 3, -1, -1) for c in channels)]
+    return sheet([list(to_uint8(x)) for x in rows])
 
 
 def in_rows(images: Sequence[np.ndarray], columns: int) -> list[list[np.ndarray]]:
