@@ -34,7 +34,7 @@ from train.config.run import Precision
 from train.config.vae import AdversarialConfig, VaeConfig
 from train.engine.precision import autocast
 from train.engine.provenance import versions
-from train.stages.vae_step import Discriminate, Reconstruct, VaeBatch
+from train.stages.vae_step import AutoencoderLoss, DiscriminatorLoss, VaeBatch
 
 Step = Callable[[VaeBatch], float]
 
@@ -45,8 +45,8 @@ def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) 
     config = VaeConfig(adversarial=AdversarialConfig(kind="hinge", channels=64, layers=3))
     vae, discriminator = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
     modules = (
-        Reconstruct(vae, config, Lpips("vgg", vgg).to(device), discriminator),
-        Discriminate(discriminator, config.adversarial),
+        AutoencoderLoss(vae, config, Lpips("vgg", vgg).to(device), discriminator),
+        DiscriminatorLoss(discriminator, config.adversarial),
     )
     phases = [(m, OptimizerConfig().build(m)) for m in modules]
 

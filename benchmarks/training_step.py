@@ -46,7 +46,7 @@ from train.engine.provenance import versions
 from train.engine.run import open_run
 from train.engine.trainer import Trainer
 from train.stages.ldm import LdmStage
-from train.stages.ldm_init import Parts
+from train.stages.ldm_init import Components
 
 SHAPES = {  # UNet, side of the latents, tokens, width of the text features
     "demo": (UnetConfig(channels=(64, 128), attention=(False, True), heads=(4, 4)), 8, 16, 96),
@@ -117,9 +117,11 @@ def ours(shape: str, b: int, precision: Precision, device: torch.device, how: se
     if "cl" in how:
         unet.to(memory_format=torch.channels_last)
     text_encoder = ClipTextEncoder(clip.text_model, tokenizer)
-    parts = Parts(UNet.of(unet, 4), autoencoder, text_encoder.to(device), config.build_objective(), {}, "sdpa", ())
+    components = Components(
+        UNet.of(unet, 4), autoencoder, text_encoder.to(device), config.build_objective(), {}, "sdpa", ()
+    )
     run = contextlib.ExitStack().enter_context(open_run(config, open_accelerator(config), {}))
-    stage = LdmStage(run, parts, None, None, None)  # type: ignore[arg-type]  # its batches are made here
+    stage = LdmStage(run, components, None, None, None)  # type: ignore[arg-type]  # its batches are made here
     if "compile" in how:
         unet.compile()
     trainer, batch, count = Trainer(run, stage), batch_of(shape, b, device), 0

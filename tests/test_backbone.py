@@ -107,7 +107,7 @@ def test_a_transformer_trains_and_paints(
     assert (once / "model/transformer/weights.safetensors").is_file()
     assert not (once / "model/unet").exists()
     limits = "a learned variance" if out == 8 else "a Transformer: stock diffusers can't load it"
-    assert f"It has {limits}" in (once / "model/README.md").read_text()
+    assert f"This model has {limits}" in (once / "model/README.md").read_text()
     assert final_state(once, 4) == final_state(twice, 4)
 
     backbone = TransformerBackbone.load(once / "model/transformer")
@@ -150,11 +150,11 @@ def test_a_weaker_transformer_guides_and_the_way_back_is_found() -> None:
 
 def test_a_network_that_does_not_fit_is_refused(shapes: Path, parts: Path, tmp_path: Path) -> None:
     for backbone, change, says in (
-        (transformer(condition=16), {}, "has condition_width 16, this run needs 32"),
-        (transformer(out=8), {}, "has out_channels 8, this run needs 4"),
-        (transformer(channels=9), {}, "has in_channels 9, this run needs 4"),
-        (transformer(), {"task": "inpaint"}, "has in_channels 4, this run needs 9"),
-        (transformer(), {"init": "anything"}, "init 'anything' with a backbone given"),
+        (transformer(condition=16), {}, "has condition_width 16, but this run needs 32"),
+        (transformer(out=8), {}, "has out_channels 8, but this run needs 4"),
+        (transformer(channels=9), {}, "has in_channels 9, but this run needs 4"),
+        (transformer(), {"task": "inpaint"}, "has in_channels 4, but this run needs 9"),
+        (transformer(), {"init": "anything"}, "init 'anything' with a backbone"),
         (transformer(), {"gradient_checkpointing": True}, "has no gradient checkpointing"),
     ):
         with pytest.raises(UserError, match=says):

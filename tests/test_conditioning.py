@@ -27,7 +27,7 @@ from conditioning.token_tasks import Echo, Sketch, TokenTasks
 from conditioning.tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 from ldm.errors import UserError
 from support.models import small_clip_model
-from train.stages.caption_warnings import CutCaptions
+from train.stages.caption_warnings import TruncatedCaptions
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 CAPTIONS = [
@@ -821,10 +821,10 @@ def test_the_echo_teaches_the_tower(tokenizer):
 
 def test_of_captions_that_are_cut_the_first_is_quoted_and_all_are_counted():
     tokenizer, said = train_tokenizer(["a red star"], 600, 6), []
-    cut = CutCaptions(said.append, "--more")
+    truncated = TruncatedCaptions(said.append, "--more")
 
     def read():
-        with cut.counted():
+        with truncated.counted():
             tokenize(tokenizer, ["a", "a red star on a blue ground", "a red star and more"])
             warnings.warn("something else", stacklevel=1)
 
@@ -832,7 +832,7 @@ def test_of_captions_that_are_cut_the_first_is_quoted_and_all_are_counted():
         read()
     with pytest.warns(UserWarning, match="^something else$"):
         read()
-    assert cut.count == 4
+    assert truncated.count == 4
     assert len(said) == 1
     assert 'this part of it is ignored: "' in said[0]
     assert "ground" in said[0]

@@ -168,7 +168,7 @@ def test_a_stream_trains_every_stage_and_is_continued_exactly(stream: str, parts
         start(tmp_path / f"{name}-cut")
         assert final_state(tmp_path / f"{name}-cut") == final_state(tmp_path / name)
     for change in ({"cache": ""}, {"input": DataConfig(resolution=32, buckets=8)}):
-        with pytest.raises(UserError, match="is a stream, of which nothing can be kept"):
+        with pytest.raises(UserError, match="is a stream, which has no cache"):
             stages["ldm"](tmp_path / "no", **change)
     with pytest.raises(UserError, match="the sizes of a stream's images aren't known"):
         stages["vae"](tmp_path / "no", input=DataConfig(resolution=32, min_size=8))

@@ -242,14 +242,14 @@ def test_what_does_not_fit_what_is_given_is_refused(
         start(init="nowhere")
     with pytest.raises(UserError, match=r"lacks unet/"):
         start(init=str(begun / "vae/model"))
-    with pytest.raises(UserError, match="has out_channels 4, this run needs 8"):
+    with pytest.raises(UserError, match="has out_channels 4, but this run needs 8"):
         start(diffusion=DiffusionConfig(variance="learned", objective="hybrid"))
     wide = UnetConfig(channels=(32, 32), attention=(True, True), heads=(2, 2), groups=8)
     with pytest.raises(UserError, match="another shape than the configuration's unet"):
         train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), unet=wide))
     assert not (tmp_path / "run").exists()
     start()
-    with pytest.raises(UserError, match="has in_channels 9, this run needs 4"):
+    with pytest.raises(UserError, match="has in_channels 9, but this run needs 4"):
         start("other", task="txt2img", init=str(tmp_path / "run/model"))
     start("again", init=str(tmp_path / "run/model"), diffusion=DiffusionConfig(target="v", beta_end=0.02))
     said = capsys.readouterr().out
@@ -282,7 +282,7 @@ def test_what_does_not_fit_what_is_given_is_refused(
         )
     with pytest.raises(UserError, match=r"--task txt2img: the run in .* was started with inpaint"):
         train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), task="txt2img", steps=1))
-    with pytest.raises(UserError, match=r"--vae is missing: .* or --init with a pipeline"):
+    with pytest.raises(UserError, match=r"--vae is missing: .* or give --init with a pipeline"):
         train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "none", begun), init="", vae=""))
     with pytest.raises(UserError, match="--init: not the same content as in the run"):
         start(init=str(tmp_path / "again/model"), diffusion=DiffusionConfig())

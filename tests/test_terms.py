@@ -19,7 +19,7 @@ from train.config.optimizer import OptimizerConfig
 from train.config.vae import VaeConfig
 from train.stages.ldm_step import Denoising
 from train.stages.terms import Term, Terms
-from train.stages.vae_step import Reconstruct, Reconstruction
+from train.stages.vae_step import AutoencoderLoss, Reconstruction
 
 
 def run(
@@ -49,7 +49,7 @@ def state(out: Path) -> dict[str, Tensor]:
 def test_the_gradient_of_a_term_reaches_the_network(checkpointing: bool) -> None:
     """It is what plain autograd gives; the term is computed once, even where the feature is computed twice."""
     vae, b = small_vae(), replace(vae_batch(), adversarial=False)
-    plain, term = Reconstruct(vae, VaeConfig(), None, None), predict("vae", 0.3)
+    plain, term = AutoencoderLoss(vae, VaeConfig(), None, None), predict("vae", 0.3)
     plain(b).loss.backward()
     without = gradient(vae)
     vae.zero_grad()
@@ -68,7 +68,7 @@ def test_the_gradient_of_a_term_reaches_the_network(checkpointing: bool) -> None
     if checkpointing:
         vae.train()
         vae.enable_gradient_checkpointing()
-    step = Reconstruct(vae, VaeConfig(), None, None, terms=[term])
+    step = AutoencoderLoss(vae, VaeConfig(), None, None, terms=[term])
     module.calls = 0
     module.zero_grad()
     out = step(b)
@@ -88,7 +88,7 @@ def test_terms_are_added_in_their_order() -> None:
 
 
 def test_a_feature_that_the_network_does_not_have_is_an_error() -> None:
-    step = Reconstruct(
+    step = AutoencoderLoss(
         small_vae(), VaeConfig(), None, None, terms=[Term("toy", 1.0, lambda _: torch.zeros(()), ("x",))]
     )
     with pytest.raises(AttributeError, match="x"):

@@ -28,7 +28,7 @@ from support.models import small_vae
 from support.runs import Crash, final_state, logged, losses, train_in_processes, vae_config
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, AutoencoderConfig, EquivarianceConfig, PerceptualConfig, VaeConfig
-from train.stages.vae_step import Discriminate, Reconstruct
+from train.stages.vae_step import AutoencoderLoss, DiscriminatorLoss
 
 ADAPTIVE = AdversarialConfig(kind="hinge", start=0, channels=8, layers=2)
 
@@ -56,7 +56,7 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
         perceptual=PerceptualConfig(weight=0.7),
         adversarial=AdversarialConfig(kind="non_saturating", weight=0.3, adaptive=adaptive),
     )
-    step = Reconstruct(vae, config, Contrast(), discriminator)
+    step = AutoencoderLoss(vae, config, Contrast(), discriminator)
     b = replace(b, transform=transform)
     s = torch.tensor(-2.0)
     if step.logvar is not None:
@@ -89,7 +89,9 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
 def test_the_weights_of_rombach_et_al_carry_over() -> None:
     """Their loss (sums over an image) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), vae_batch()
-    step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), discriminator)
+    step = AutoencoderLoss(
+        vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), discriminator
+    )
     step(b).loss.backward()
     ours = gradient(vae)
     vae.zero_grad()
@@ -109,7 +111,7 @@ def test_the_weights_of_rombach_et_al_carry_over() -> None:
 def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), vae_batch()
     settings = AdversarialConfig(kind="hinge", spectral_norm=spectral, r1=r1)
-    step = Reconstruct(vae, VaeConfig(adversarial=settings), None, discriminator)
+    step = AutoencoderLoss(vae, VaeConfig(adversarial=settings), None, discriminator)
     state = {k: v.clone() for k, v in discriminator.state_dict().items()}
     out = step(b)
     out.loss.backward()
@@ -118,7 +120,7 @@ def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
     assert all(torch.equal(v, state[k]) for k, v in discriminator.state_dict().items())
     vae.zero_grad()
     state = {k: v.clone() for k, v in vae.state_dict().items()}
-    Discriminate(discriminator, settings)(out.batch).loss.backward()
+    DiscriminatorLoss(discriminator, settings)(out.batch).loss.backward()
     assert gradient(discriminator).norm() > 0
     assert all(p.grad is None for p in vae.parameters())
     assert all(torch.equal(v, state[k]) for k, v in vae.state_dict().items())
@@ -126,7 +128,7 @@ def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
 
 def test_the_discriminator_sees_the_target_images() -> None:
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), vae_batch()
-    step = Reconstruct(vae, VaeConfig(adversarial=ADAPTIVE), None, discriminator)
+    step = AutoencoderLoss(vae, VaeConfig(adversarial=ADAPTIVE), None, discriminator)
     t = Transform(8, 8, 3)
     given = step(replace(b, transform=t)).batch
     torch.testing.assert_close(given.real, t(b.pixels, 2))

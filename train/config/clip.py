@@ -51,7 +51,7 @@ class TokenTasksConfig:
     sketch: float = Field(default=100.0, ge=0)
     """Weight of the task to predict the image from the tokens, so that they encode positions of objects; 0: no task."""
     echo: float = Field(default=10.0, ge=0)
-    """Weight of the task to predict, at each token, the words before it, so that no word is lost; 0: no task."""
+    """Weight of the task to predict, at each token, the last words up to it, so that no word is lost; 0: no task."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)

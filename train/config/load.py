@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the configuration can't be read: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: isn't plain YAML: {one_line(error)}") from None
+        raise UserError(f"{path} isn't plain YAML: {one_line(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -54,7 +54,7 @@ class RunConfig:
     workers: Annotated[int, Resumable()] = Field(default=0, ge=0)
     """Number of processes that read ahead; 0: the training process reads. The batches are the same for any number."""
     roll_back_after: Annotated[int, Resumable()] = Field(default=25, gt=0)
-    """Number of consecutive steps with a non-finite loss or gradient after which the last checkpoint is restored."""
+    """Number of steps in a row with non-finite loss or gradient before the last checkpoint's weights are restored."""
     trackers: Annotated[tuple[Tracker, ...], Resumable()] = ("tensorboard",)
     """Experiment trackers that receive the metrics, through accelerate; metrics.jsonl is always written."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)

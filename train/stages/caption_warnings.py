@@ -1,4 +1,4 @@
-"""Warnings about captions that are too long for the text encoder: the first is quoted, the rest are counted."""
+"""Warnings about captions that are too long for the text encoder: the first is printed, all are counted."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from conditioning.tokenizer import PromptCut
 
 
-class CutCaptions:
-    """Counter of truncated captions, which may be thousands; only the first is printed."""
+class TruncatedCaptions:
+    """Counter of truncated captions. There may be thousands, so only the first is printed."""
 
-    def __init__(self, say: Callable[[str], object], more: str) -> None:
-        """more: the option that allows longer captions."""
-        self.say, self.more, self.count = say, more, 0
+    def __init__(self, report: Callable[[str], object], option: str) -> None:
+        """report: prints a line. option: the command-line option that allows longer captions."""
+        self.report, self.option, self.count = report, option, 0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the captions that are truncated inside."""
+        """Count the captions that are truncated within the context. Other warnings are passed on."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptCut)
             yield
@@ -26,4 +26,7 @@ class CutCaptions:
                 continue
             self.count += 1
             if self.count == 1:
-                self.say(f"caption too long: {warning.message!s:.250} ({self.more} makes room; others aren't told)")
+                self.report(
+                    f"caption too long: {warning.message!s:.250} (a larger {self.option} allows longer captions; "
+                    "this warning is printed once)"
+                )

@@ -14,22 +14,23 @@ from train.config.vae import VaeConfig
 from train.data.batches.images import Inputs
 from train.engine.model_card import About, source_span
 
-_LONGEST = 200  # characters of a prompt in an example
+_LONGEST = 200  # largest number of characters of a prompt in example code
 _USE_CLIP = """```python
 from conditioning.clip import ClipTextEncoder
 
 features = ClipTextEncoder.load(".").encode([{prompt}])  # (1, tokens, width)
 ```
 
-or with transformers alone:
+or with transformers only:
 
 ```python
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 clip, processor = CLIPModel.from_pretrained("."), CLIPProcessor.from_pretrained(".")
-image, how = Image.open("sample.png"), {{"padding": "max_length", "truncation": True, "return_tensors": "pt"}}
-print(clip(**processor(text=[{prompt}], images=image, **how)).logits_per_image)
+image = Image.open("sample.png")
+options = {{"padding": "max_length", "truncation": True, "return_tensors": "pt"}}
+print(clip(**processor(text=[{prompt}], images=image, **options)).logits_per_image)
 ```"""
 _USE_VAE = """```python
 import torch
@@ -39,10 +40,10 @@ autoencoder = Autoencoder.load(".")
 pixels = torch.zeros(1, 3, {side}, {side})  # images in [−1, 1]
 latents = autoencoder.encode(pixels).mean  # normalised
 images = autoencoder.decode(latents)
-previews = autoencoder.colours(latents)  # a pixel a latent, without the decoder
+previews = autoencoder.colours(latents)  # one pixel per latent pixel, without the decoder
 ```
 
-or with diffusers alone:
+or with diffusers only:
 
 ```python
 import torch
@@ -53,7 +54,7 @@ pixels = torch.zeros(1, 3, {side}, {side})  # images in [−1, 1]
 latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
 images = vae.decode(latents / vae.config.scaling_factor).sample
 ```"""
-_PAINT = """```python
+_GENERATE = """```python
 from {package} import {pipeline}
 
 pipe = {pipeline}.from_pretrained(".")
@@ -63,16 +64,16 @@ _INPAINT = """```python
 from PIL import Image
 from {package} import {pipeline}
 
-image, mask = Image.open("image.png"), Image.open("mask.png")  # what is white is painted
+image, mask = Image.open("image.png"), Image.open("mask.png")  # white: the area to inpaint
 pipe = {pipeline}.from_pretrained(".")
-made = pipe(
+output = pipe(
     {prompt},
     image=image,
     mask_image=mask,
     num_inference_steps={steps},
     guidance_scale={guidance:g},
 )
-made.images[0].save("generated.png")
+output.images[0].save("generated.png")
 ```"""
 
 
@@ -81,15 +82,16 @@ def about_clip(config: ClipConfig, clip: CLIPModel, inputs: Inputs) -> About:
     shape: Any = clip.config
     return About(
         name="CLIP",
-        summary="A text and an image encoder, trained to condition a diffusion model.",
+        summary="A text encoder for a diffusion model, trained together with an image encoder.",
         library="transformers",
         tags=("clip", "text-encoder"),
         use=_USE_CLIP.format(prompt=_prompt(inputs)),
-        sheet="Held-out images, each over the caption found nearest to it.",
+        sheet="Held-out images, each above the held-out caption that is nearest to it in the embedding space.",
         settings={
-            "network": f"{_size(clip)}; projections of {config.projection}",
-            "text": f"{text.layers} layers of {text.width}, {text.max_length} tokens out of {shape.text_config.vocab_size}",
-            "image": f"{image.layers} layers of {image.width}, patches of {image.patch_size}",
+            "network": f"{_size(clip)}; embeddings of {config.projection} dimensions",
+            "text": f"{text.layers} layers of {text.width} features, {text.max_length} tokens, "
+            f"vocabulary of {shape.text_config.vocab_size}",
+            "image": f"{image.layers} layers of {image.width} features, patches of {image.patch_size} pixels per side",
         },
     )
 
@@ -102,13 +104,13 @@ def about_vae(config: VaeConfig, vae: AutoencoderKL) -> About:
     loss += [f"{adversarial.kind} discriminator × {adversarial.weight:g}"] * (adversarial.kind != "none")
     return About(
         name="autoencoder",
-        summary=f"An AutoencoderKL: images to latents of {shape.latent_channels} channels, {factor} times smaller a side, "
-        "and back.",
+        summary=f"An AutoencoderKL. It encodes images as latents with {shape.latent_channels} channels and sides "
+        f"{factor} times shorter, and decodes them.",
         library="diffusers",
         tags=("autoencoder", "latent-diffusion"),
         use=_USE_VAE.format(side=config.input.resolution),
-        sheet="Held-out images, their reconstructions, four times the difference, and the latents' channels.",
-        settings=_initialised_from(config.init, ", the decoder alone trained" * config.decoder_only)
+        sheet="In rows: held-out images, reconstructions, four times the difference, and each channel of the latents.",
+        settings=_initialised_from(config.init, ", only the decoder is trained" * config.decoder_only)
         | {"network": f"{_size(vae)}; channels {_list(shape.block_out_channels)}", "loss": ", ".join(loss)},
     )
 
@@ -121,27 +123,31 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
         "steps": config.sample_steps,
         "guidance": config.guidance_scale,
     }
-    code = _INPAINT if inpaints else _PAINT
+    code = _INPAINT if inpaints else _GENERATE
     ours = code.format(package="ldm", pipeline="LatentDiffusionPipeline", **example)
     stock = code.format(package="diffusers", pipeline="DiffusionPipeline", **example)
-    shown = "Held-out images without what is under a mask, each beside what is painted there"
+    shown = "Held-out images without the masked area, each beside the image inpainted from its caption"
     task = "image-to-image" if inpaints else "text-to-image"
+    purpose = (
+        "fills the masked area of an image from a text prompt" if inpaints else "generates images from text prompts"
+    )
     return About(
         name="inpainting model" if inpaints else "text-to-image model",
-        summary=f"A latent diffusion model that paints {'under a mask ' * inpaints}what a prompt says.",
+        summary=f"A latent diffusion model that {purpose}.",
         library="diffusers",
         task=task,
         tags=("latent-diffusion", "inpainting" if inpaints else "text-to-image"),
-        use=f"{ours}\n\n" + (f"It has {limits}." if limits else f"or with diffusers alone:\n\n{stock}"),
-        sheet=f"{shown if inpaints else 'Images over their prompts'}; {config.sample_steps} steps, guidance "
+        use=f"{ours}\n\n" + (f"This model has {limits}." if limits else f"or with diffusers only:\n\n{stock}"),
+        sheet=f"{shown if inpaints else 'Images, each above its prompt'}; {config.sample_steps} steps, guidance "
         f"{config.guidance_scale:g}.",
         settings=_initialised_from(config.init)
         | {
             "network": f"{_size(backbone.module)}; {backbone.describe()}",
             "autoencoder": source_span(config.vae or config.init),
             "text encoder": source_span(config.text_encoder or config.init),
-            "noise": f"{d.schedule}, {d.timesteps} timesteps ({d.timestep_sampling}); predicts {d.target}",
-            "loss": f"{d.objective}, {d.loss}, {d.weighting} weights",
+            "noise schedule": f"{d.schedule}, {d.timesteps} timesteps ({d.timestep_sampling} in training)",
+            "prediction target": d.target,
+            "loss": f"objective {d.objective}, error {d.loss}, weighting {d.weighting}",
             "caption dropout": f"{config.caption_dropout:g}",
         },
     )
@@ -156,8 +162,8 @@ def _prompt(inputs: Inputs) -> str:
     return repr(next(filter(None, inputs.held_out.captions(100)), "a caption")[:_LONGEST])
 
 
-def _initialised_from(init: str, how: str = "") -> dict[str, str]:
-    return {"begun with": source_span(init) + how} if init else {}
+def _initialised_from(init: str, note: str = "") -> dict[str, str]:
+    return {"initialised from": source_span(init) + note} if init else {}
 
 
 def _list(numbers: Iterable[int]) -> str:

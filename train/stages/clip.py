@@ -24,11 +24,11 @@ from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase, StepOutput
 from train.evaluation.sheets import in_rows, sheet, to_uint8
-from train.stages.caption_warnings import CutCaptions
+from train.stages.caption_warnings import TruncatedCaptions
 from train.stages.cards import about_clip
 
-_READ = 1_000_000  # images whose captions train the tokenizer, spread evenly
-_VALIDATION = 1000  # held-out images among which the matching caption is searched
+_TOKENIZER_IMAGES = 1_000_000  # most images whose captions train the tokenizer; spread evenly over the dataset
+_VALIDATION = 1000  # most held-out images among whose captions the matching one is searched
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ class ClipBatch(Record):
     """Ids of the captions, (b,), equal for equal captions."""
 
 
-class Pair(nn.Module):
-    """Contrastive step of CLIP: images against captions."""
+class ContrastiveLoss(nn.Module):
+    """The CLIP and its contrastive loss, the module of the phase that trains it."""
 
     def __init__(self, contrastive: Contrastive) -> None:
         super().__init__()
@@ -56,23 +56,23 @@ class Pair(nn.Module):
 
 
 class ClipStage:
-    """Stage 0 as the training loop sees it."""
+    """Stage 0 for the training loop: batches, loss, validation and export."""
 
     def __init__(self, run: Run[ClipConfig], inputs: Inputs, tokenizer: CLIPTokenizer) -> None:
         self.run, self.config, self.inputs, self.tokenizer = run, run.config, inputs, tokenizer
         config = run.config
-        pair = Pair(config.build(tokenizer).to(run.accelerator.device))
-        self.phases = [Phase("clip", pair, config.optimizer.build(pair), config.optimizer.lr)]
-        self.ema = Ema(pair.contrastive.clip, config.ema_decay)
-        self.cut = CutCaptions(run.print, "--text.max-length")
+        loss = ContrastiveLoss(config.build(tokenizer).to(run.accelerator.device))
+        self.phases = [Phase("clip", loss, config.optimizer.build(loss), config.optimizer.lr)]
+        self.ema = Ema(loss.contrastive.clip, config.ema_decay)
+        self.truncated = TruncatedCaptions(run.print, "--text.max-length")
         self.training = inputs.images(config.input.framing(), config.seed)
         self.held_out = ImageDataset(
             inputs.held_out, config.input.center_framing(config.input.resolution), config.seed, shuffle=False
         )
 
-    def with_tokens(self, part: ImageBatch) -> ClipBatch:
-        """Return the images on the device, with their captions as ids."""
-        with self.cut.counted():
+    def tokenised(self, part: ImageBatch) -> ClipBatch:
+        """Return the images and their tokenised captions, on the device."""
+        with self.truncated.counted():
             ids = tokenize(self.tokenizer, part.captions)
         return ClipBatch(part.pixels, ids, torch.tensor([_id(c) for c in part.captions])).to(
             self.run.accelerator.device
@@ -82,7 +82,7 @@ class ClipStage:
         return self.run.feed.batches(self.training, start, self.run.damage.counter(self.inputs.source.left_out))
 
     def prepare(self, step: int, parts: list[ImageBatch]) -> list[ClipBatch]:
-        return [self.with_tokens(part) for part in parts]
+        return [self.tokenised(part) for part in parts]
 
     def finish(self, step: int) -> None:
         pass
@@ -92,7 +92,7 @@ class ClipStage:
         """Return image features, caption features and caption ids of held-out examples, and their batches."""
         towers, b = Contrastive(self.ema.module), self.config.batch_size
         raw = [self.held_out.__getitems__(list(range(k, min(k + b, count)))) for k in range(0, count, b)]
-        batches = [self.with_tokens(batch) for batch in raw]
+        batches = [self.tokenised(batch) for batch in raw]
         image = torch.cat([towers.image_features(batch.pixels) for batch in batches])
         text = torch.cat([towers.text_features(batch.input_ids) for batch in batches])
         return image, text, torch.cat([batch.caption_ids for batch in batches]), raw
@@ -100,12 +100,13 @@ class ClipStage:
     def validate(self, step: int) -> dict[str, float]:
         count = min(len(self.held_out.source), _VALIDATION)
         image, text, ids, _ = self.held_out_features(count)
-        found = {name: float(share) for name, share in retrieval_accuracy(image, text, ids).items()}
-        self.run.print(f"step {step}: among {count} held-out, " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-        return {f"val_{name}": share for name, share in found.items()}
+        accuracy = {name: float(share) for name, share in retrieval_accuracy(image, text, ids).items()}
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in accuracy.items())
+        self.run.print(f"step {step}: retrieval accuracy among {count} held-out images: {shares}")
+        return {f"val_{name}": share for name, share in accuracy.items()}
 
     def sheet(self, path: Path) -> None:
-        """Write held-out images, each above the caption with the nearest features."""
+        """Write a sheet of held-out images, each above the held-out caption with the nearest features."""
         count = min(len(self.held_out.source), _VALIDATION)
         image, text, _, raw = self.held_out_features(count)
         nearest = (nn.functional.normalize(image[:16], dim=-1) @ nn.functional.normalize(text, dim=-1).T).argmax(1)
@@ -125,6 +126,7 @@ class ClipStage:
 
 
 def _id(caption: str) -> int:
+    """Return a 56-bit hash of a caption, so that equal captions have equal ids in all processes."""
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=7).digest())
 
 
@@ -132,12 +134,13 @@ def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
     """Train stage 0 into `config.out`, or continue the run in it."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input)
-    if config.input.resolution % config.image.patch_size:
-        raise UserError(
-            f"input.resolution {config.input.resolution} isn't a multiple of image.patch_size {config.image.patch_size}"
-        )
+    resolution, patch = config.input.resolution, config.image.patch_size
+    if resolution % patch:
+        raise UserError(f"input.resolution {resolution}: must be a multiple of image.patch_size {patch}")
     with open_run(config, accelerator, {"data": inputs.fingerprint}) as run:
         inputs = select_images(inputs, run)
-        tokenizer = train_tokenizer(inputs.source.captions(_READ), config.text.vocab_size, config.text.max_length)
+        tokenizer = train_tokenizer(
+            inputs.source.captions(_TOKENIZER_IMAGES), config.text.vocab_size, config.text.max_length
+        )
         stage = ClipStage(run, inputs, tokenizer)
         fit(run, stage, publisher(run, stage), hooks)

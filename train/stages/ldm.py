@@ -1,4 +1,4 @@
-"""Stage 2: train the UNet on latents and text features, cached or made anew, and hand over a whole pipeline."""
+"""Stage 2: train the UNet on latents and text features, cached or computed in each step, and export a pipeline."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -31,10 +31,10 @@ from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase
 from train.evaluation.diffusion import generate
 from train.evaluation.sheets import in_rows, sheet, to_uint8
-from train.stages.caption_warnings import CutCaptions
+from train.stages.caption_warnings import TruncatedCaptions
 from train.stages.cards import about_ldm
 from train.stages.ldm_data import Examples, open_examples
-from train.stages.ldm_init import Parts, load_parts
+from train.stages.ldm_init import Components, load_components
 from train.stages.ldm_step import Completion, Denoising, DiffusionBatch, DiffusionLoss
 from train.stages.terms import Term
 
@@ -42,35 +42,35 @@ _SHEET = 16  # images of a sample sheet
 
 
 class LdmStage:
-    """What the loop asks of stage 2."""
+    """Stage 2 for the training loop: batches, loss, validation and export."""
 
     def __init__(
         self,
         run: Run[LdmConfig],
-        parts: Parts,
+        components: Components,
         inputs: Inputs,
         training: Examples | StreamDataset[DrawnNoise],
         held_out: Examples,
         terms: Sequence[Term[Denoising]] = (),
     ) -> None:
-        self.run, self.config, self.parts, self.inputs = run, run.config, parts, inputs
+        self.run, self.config, self.components, self.inputs = run, run.config, components, inputs
         self.training, self.held_out = training, held_out
-        config, backbone = run.config, parts.backbone
+        config, backbone = run.config, components.backbone
         if config.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         self.ema = Ema(backbone.module, config.ema_decay)
         self.network = replace(backbone, module=self.ema.module)
-        cut = CutCaptions(run.print, "--text-chunks")
-        self.complete = Completion(parts.autoencoder, parts.text_encoder, cut, config.precision)
-        loss = DiffusionLoss(backbone, parts.objective, terms).to(run.accelerator.device)
+        truncated = TruncatedCaptions(run.print, "--text-chunks")
+        self.complete = Completion(components.autoencoder, components.text_encoder, truncated, config.precision)
+        loss = DiffusionLoss(backbone, components.objective, terms).to(run.accelerator.device)
         self.importance = loss.importance
         self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
-        self.averaged = DiffusionLoss(self.network, replace(parts.objective, timesteps=uniform))
+        self.validation_loss = DiffusionLoss(self.network, replace(components.objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[ImageBatch[DrawnNoise] | CachedBatch]]:
-        read = self.config.cache == "off" or self.config.task == "inpaint"  # else the caches alone are
+        reads_images = self.config.cache == "off" or self.config.task == "inpaint"  # else only the caches are read
         return self.run.feed.batches(
-            self.training, start, self.run.damage.counter(self.inputs.source.left_out) if read else None
+            self.training, start, self.run.damage.counter(self.inputs.source.left_out) if reads_images else None
         )
 
     def prepare(self, step: int, parts: list[ImageBatch[DrawnNoise] | CachedBatch]) -> list[DiffusionBatch]:
@@ -84,7 +84,7 @@ class LdmStage:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """The loss on held-out examples, whose timesteps (stratified), noise and captions are the same at each call."""
+        """Return the loss of held-out examples, with the same timesteps (stratified), noise and captions each time."""
         b = self.config.batch_size
         count = min(len(self.held_out), self.config.validation_examples)
         device = self.run.accelerator.device
@@ -94,18 +94,18 @@ class LdmStage:
             batch = self.complete(self.held_out.__getitems__(places).to(device))
             batch = replace(batch, timestep=(torch.tensor(places, device=device) + 0.5) / count)
             with autocast(device, self.config.precision):
-                out = self.averaged(batch)
+                out = self.validation_loss(batch)
             total += len(places) * torch.stack([out.loss, out.metrics["error"]]).double()
         loss, error = (total / count).tolist()
         self.run.print(f"step {step}: validation loss {loss:.5f} on {count} held-out examples")
         return {"val_loss": loss, "val_error": error}
 
     def pipeline(self) -> LatentDiffusionPipeline:
-        """The averaged network with everything else it needs."""
+        """Return a pipeline with the averaged network."""
         return LatentDiffusionPipeline(
             self.network,
-            self.parts.autoencoder,
-            self.parts.text_encoder,
+            self.components.autoencoder,
+            self.components.text_encoder,
             self.config.diffusion.build_process(),
             self.config.task,
         )
@@ -126,14 +126,14 @@ class LdmStage:
         sheet(in_rows(list(images), 4), prompts).save(path)
 
     def _inpainted(self) -> Image.Image:
-        """Held-out images without what is under a mask, each beside what is generated there by its caption."""
+        """Return a sheet of held-out images without a masked area, each beside the image inpainted from its caption."""
         config, rows = self.config, list(islice(self.inputs.held_out, _SHEET // 2))
         framing = config.input.center_framing(config.input.resolution)
         draws = partial(draw_masking, shape=(1, 1, 1))
         batch = ImageDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
             range(len(rows))
         )
-        made = self.pipeline()(
+        output = self.pipeline()(
             batch.captions,
             image=batch.pixels / 2 + 0.5,
             mask_image=batch.drawn.mask,
@@ -142,8 +142,8 @@ class LdmStage:
             output_type="pt",
             generator=[torch.Generator().manual_seed(config.seed + k) for k in range(len(rows))],
         ).images
-        assert isinstance(made, Tensor)
-        pairs = torch.stack([without(batch.pixels, batch.drawn.mask), made.cpu() * 2 - 1], 1).flatten(0, 1)
+        assert isinstance(output, Tensor)
+        pairs = torch.stack([without(batch.pixels, batch.drawn.mask), output.cpu() * 2 - 1], 1).flatten(0, 1)
         captions = [text for caption in batch.captions for text in ("", caption)]
         return sheet(in_rows(list(to_uint8(pairs)), 8), captions)
 
@@ -163,25 +163,25 @@ def train(
     *,
     backbone: Backbone | None = None,
 ) -> None:
-    """Train stage 2 into `config.out`, or continue what stands there.
+    """Train stage 2 into `config.out`, or continue the run in it.
 
-    terms: added to the loss. backbone: the network to train, in place of the configuration's `unet` and `init`.
+    terms: additional terms of the loss. backbone: network to train instead of the configuration's `unet` or `init`.
     """
     objective = config.build_objective()
     accelerator = open_accelerator(config)
     require_attention(config.attention)
-    parts = load_parts(config, objective, accelerator.device, backbone)
+    components = load_components(config, objective, accelerator.device, backbone)
     inputs = open_inputs(config.data, config.input)
     if inputs.stream is not None and (config.cache != "off" or config.input.buckets):
         raise UserError(
-            f"--data {config.data!r} is a stream, of which nothing can be kept and no sizes are known: "
-            "give --cache off and no input.buckets, or copy it to a disk"
+            f"--data {config.data!r} is a stream, which has no cache and no known image sizes: "
+            "set --cache off and no input.buckets, or download the data"
         )
-    with open_run(config, accelerator, {"data": inputs.fingerprint, **parts.made_from}) as run:
-        for change in parts.changes:
+    with open_run(config, accelerator, {"data": inputs.fingerprint, **components.digests}) as run:
+        for change in components.changes:
             run.print(change)
         if config.attention == "auto":
-            run.print(f"attention: {parts.attention}")
-        inputs = select_images(inputs, run, parts.autoencoder.factor * parts.backbone.size_multiple)
-        stage = LdmStage(run, parts, inputs, *open_examples(run, parts, inputs), terms)
+            run.print(f"attention auto: {components.attention} is used")
+        inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)
+        stage = LdmStage(run, components, inputs, *open_examples(run, components, inputs), terms)
         fit(run, stage, publisher(run, stage), hooks)

@@ -1,4 +1,4 @@
-"""What stage 2 is trained and measured on: latents and text features from the caches, or images that are encoded anew."""
+"""Examples of stage 2: latents and text features from the caches, or images and captions to encode in each step."""
 
 from functools import partial
 
@@ -13,16 +13,19 @@ from train.data.batches.text_cache import TextCache
 from train.data.sources.splits import Source
 from train.data.store.shards import Stored
 from train.engine.run import Run
-from train.stages.caption_warnings import CutCaptions
-from train.stages.ldm_init import Parts
+from train.stages.caption_warnings import TruncatedCaptions
+from train.stages.ldm_init import Components
 
 Examples = CachedDataset | ImageDataset[DrawnNoise]
 
 
 def open_examples(
-    run: Run[LdmConfig], parts: Parts, inputs: Inputs
+    run: Run[LdmConfig], components: Components, inputs: Inputs
 ) -> tuple[Examples | StreamDataset[DrawnNoise], Examples]:
-    """What is trained on, and the held-out examples: squares whatever the others are, so that measures can be compared."""
+    """Return the training and the held-out examples.
+
+    Held-out images are always squares, so that metrics can be compared between runs.
+    """
     config = run.config
     noising = Noising(
         dropout=config.caption_dropout,
@@ -31,27 +34,30 @@ def open_examples(
     )
     if config.cache != "off":
         training, held_out = (
-            cached(run, parts, source, noising, inputs.buckets) for source in (inputs.source, inputs.held_out)
+            cached(run, components, source, noising, inputs.buckets) for source in (inputs.source, inputs.held_out)
         )
         return training, held_out
     draws = partial(
         LatentNoise,
-        channels=parts.autoencoder.latent_channels,
-        factor=parts.autoencoder.factor,
+        channels=components.autoencoder.latent_channels,
+        factor=components.autoencoder.factor,
         masks=config.task == "inpaint",
     )
-    plain = config.input.center_framing(config.input.resolution)
+    center = config.input.center_framing(config.input.resolution)
     return (
         inputs.images(config.input.framing(), config.seed, draws(noising)),
-        ImageDataset(inputs.held_out, plain, config.seed, shuffle=False, draws=draws(DEFAULT_NOISING)),
+        ImageDataset(inputs.held_out, center, config.seed, shuffle=False, draws=draws(DEFAULT_NOISING)),
     )
 
 
 def cached(
-    run: Run[LdmConfig], parts: Parts, source: Source, noising: Noising, buckets: Buckets | None
+    run: Run[LdmConfig], components: Components, source: Source, noising: Noising, buckets: Buckets | None
 ) -> CachedDataset:
-    """Latents and text features of a source, from the cache or computed into it now. noising, buckets: for training."""
-    config, autoencoder, text_encoder = run.config, parts.autoencoder, parts.text_encoder
+    """Return the latents and text features of a source from the cache; compute and store those that are missing.
+
+    noising, buckets: used for the training split only.
+    """
+    config, autoencoder, text_encoder = run.config, components.autoencoder, components.text_encoder
     training = source.split == "train"
     if not training:
         noising, buckets = DEFAULT_NOISING, None
@@ -72,8 +78,8 @@ def cached(
         processes=run.processes,
         count=partial(run.damage.counter(source.left_out).count, complete=True),
     )
-    cut = CutCaptions(run.print, "--text-chunks")
-    with cut.counted():
+    truncated = TruncatedCaptions(run.print, "--text-chunks")
+    with truncated.counted():
         text = TextCache.open(
             run.cache,
             source,
@@ -83,7 +89,7 @@ def cached(
             dtype=dtype,
             processes=run.processes,
         )
-    if cut.count > 1:
-        run.print(f"{cut.count:,} captions were cut")
+    if truncated.count > 1:
+        run.print(f"{truncated.count:,} captions were truncated")
     originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
     return CachedDataset(latents, text, config.seed, noising, shuffle=training, originals=originals)

@@ -1,4 +1,4 @@
-"""What stage 2 begins with: a network from random weights, or another pipeline's, widened for its task."""
+"""Networks with which stage 2 starts: random weights or those of another pipeline, widened for the task."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,30 +22,30 @@ from train.engine.precision import DTYPES
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What stage 2 stands on: the network that is trained, the frozen ones on either side of it, and what it is to learn."""
+class Components:
+    """Components of stage 2: the network to train, the frozen autoencoder and text encoder, and the objective."""
 
     backbone: Backbone
     autoencoder: Autoencoder
     text_encoder: ClipTextEncoder
     objective: Objective
-    made_from: Mapping[str, str]
-    """Digests of what was given, by the names of the options."""
+    digests: Mapping[str, str]
+    """Digests of the networks that were loaded, by option name."""
     attention: str
-    """What computes the attention."""
+    """Attention implementation in use: sdpa or xformers."""
     changes: tuple[str, ...]
-    """Where this run isn't what the pipeline begun with has learned: it may be meant, and then has to be learned."""
+    """Differences from the training of `init`, one sentence each. They may be intended; the network has to adapt."""
 
 
-def load_parts(
+def load_components(
     config: LdmConfig, objective: Objective, device: torch.device, backbone: Backbone | None = None
-) -> Parts:
-    """Load what the configuration names onto a device: the backbone from random weights or of `init`, unless it is given.
+) -> Components:
+    """Load the networks that the configuration names onto a device. backbone: network to train instead of its own.
 
-    Raises UserError where something is missing or doesn't fit.
+    Raises UserError if something is missing or doesn't fit.
     """
     if backbone is not None and config.init:
-        raise UserError(f"init {config.init!r} with a backbone given: one of them is what to begin with")
+        raise UserError(f"init {config.init!r} with a backbone: both are networks to start from; give only one")
     init = find_pipeline(config.init) if config.init else None
     unet = load_unet(init).float().train().requires_grad_(True) if init else None
     autoencoder = Autoencoder.load(config.vae or init or _missing("vae"))
@@ -56,31 +56,30 @@ def load_parts(
     )
     if config.input.resolution % autoencoder.factor:
         raise UserError(
-            f"input.resolution {config.input.resolution} isn't a multiple of {autoencoder.factor}, the autoencoder's factor"
+            f"input.resolution {config.input.resolution}: must be a multiple of {autoencoder.factor}, "
+            "the autoencoder's factor"
         )
-    made_from = {"vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": digest(unet) if unet else ""}
+    digests = {"vae": autoencoder.digest, "text_encoder": text_encoder.digest, "init": digest(unet) if unet else ""}
     changes: tuple[str, ...] = ()
     if init:
-        theirs, was = (
-            {
-                "vae": Autoencoder.load(init).digest if config.vae else made_from["vae"],
-                "text_encoder": ClipTextEncoder.load(init).digest if config.text_encoder else made_from["text_encoder"],
-            },
-            Process.load(init),
-        )
-        changes = tuple(changes_since(config, was, objective, theirs, made_from))
+        init_digests = {
+            "vae": Autoencoder.load(init).digest if config.vae else digests["vae"],
+            "text_encoder": ClipTextEncoder.load(init).digest if config.text_encoder else digests["text_encoder"],
+        }
+        changes = tuple(changes_since_init(config, Process.load(init), objective, init_digests, digests))
     backbone = choose_backbone(config, backbone, unet, autoencoder, text_encoder.width)
     backbone.module.to(device)
     attention = backbone.set_attention(config.attention, DTYPES[config.precision])
     autoencoder.vae.to(device)
     text_encoder.to(device)
-    return Parts(backbone, autoencoder, text_encoder, objective, made_from, attention, changes)
+    return Components(backbone, autoencoder, text_encoder, objective, digests, attention, changes)
 
 
 def _missing(name: str) -> NoReturn:
+    run = "clip" if name == "text_encoder" else name
     raise UserError(
-        f"--{name.replace('_', '-')} is missing: a folder such as runs/{name.split('_')[0]}/model or a hub id, or "
-        "--init with a pipeline, which has one"
+        f"--{name.replace('_', '-')} is missing: give a folder, e.g. runs/{run}/model, or a hub id; or give --init "
+        "with a pipeline that has one"
     )
 
 
@@ -91,14 +90,14 @@ def choose_backbone(
     autoencoder: Autoencoder,
     width: int,
 ) -> Backbone:
-    """Return the network to begin with: the one given, else around the UNet of `init`, else from random weights.
+    """Return the network to train: `backbone` if given, else one with the UNet of `init`, else one with random weights.
 
-    width: of the condition. Raises UserError where one that is given doesn't fit.
+    width: width of the condition. Raises UserError if a given network doesn't fit.
     """
     c, side = autoencoder.latent_channels, config.input.resolution // autoencoder.factor
     context, learned = context_channels(config.task, c), config.diffusion.variance == "learned"
-    what = f"the UNet of init {config.init!r}" if unet else "the backbone given"
-    torch.manual_seed(config.seed)  # the only use of torch's global generator: initial weights
+    source = f"the UNet of init {config.init!r}" if unet else "the given backbone"
+    torch.manual_seed(config.seed)  # torch's global generator is used for the initial weights only
     match config.unet:
         case UnetConfig() as shape:
             build = partial(
@@ -110,19 +109,17 @@ def choose_backbone(
         backbone = UNet.of(unet or build(), c).adapted(context, side)
         if unet is None:
             return backbone
-    wanted = {
+    required = {
         "condition_width": width,
         "latent_channels": c,
         "out_channels": c * (1 + learned),
         "in_channels": c + context,
     }
-    for name, value in wanted.items():
-        if (found := getattr(backbone, name)) != value:
-            raise UserError(f"{what} has {name} {found}, this run needs {value}")
+    for name, value in required.items():
+        if (actual := getattr(backbone, name)) != value:
+            raise UserError(f"{source} has {name} {actual}, but this run needs {value}")
     if config.input.resolution % (multiple := autoencoder.factor * backbone.size_multiple):
-        raise UserError(
-            f"input.resolution {config.input.resolution} isn't a multiple of {multiple}, which {what} needs"
-        )
+        raise UserError(f"input.resolution {config.input.resolution}: must be a multiple of {multiple} for {source}")
     if unet and shape != UnetConfig():
         with torch.device("meta"):
             require_same_shape(
@@ -131,20 +128,25 @@ def choose_backbone(
     return backbone
 
 
-def changes_since(
-    config: LdmConfig, was: Process, now: Objective, theirs: Mapping[str, str], ours: Mapping[str, str]
+def changes_since_init(
+    config: LdmConfig,
+    before: Process,
+    now: Objective,
+    init_digests: Mapping[str, str],
+    digests: Mapping[str, str],
 ) -> Iterator[str]:
-    """What a run changes of what the pipeline it begins with has learned, a sentence each.
+    """Yield a sentence for each difference between a run and the training of the pipeline that it starts from.
 
-    theirs, ours: digests of the frozen networks, by the names of the options.
+    before: the pipeline's process. now: the run's objective. init_digests, digests: of the frozen networks of the
+    pipeline and of the run, by option name.
     """
-    what = f"init {config.init!r}"
-    if theirs["vae"] != ours["vae"]:
-        yield f"{what} has learned another autoencoder's latents than those of --vae {config.vae!r}"
-    if theirs["text_encoder"] != ours["text_encoder"]:
-        yield f"{what} has learned to read another text encoder than {config.text_encoder!r}"
-    if was.target != now.target:
-        yield f"{what} predicts {was.target}, this run {now.target} (--diffusion.target)"
-    a, b = was.schedule.alpha, now.schedule.alpha
+    source = f"init {config.init!r}"
+    if init_digests["vae"] != digests["vae"]:
+        yield f"{source} was trained on another autoencoder's latents than those of --vae {config.vae!r}"
+    if init_digests["text_encoder"] != digests["text_encoder"]:
+        yield f"{source} was trained with another text encoder than --text-encoder {config.text_encoder!r}"
+    if before.target != now.target:
+        yield f"{source} predicts {before.target}, this run {now.target} (--diffusion.target)"
+    a, b = before.schedule.alpha, now.schedule.alpha
     if a.shape != b.shape or not torch.allclose(a, b, atol=1e-6):
-        yield f"{what} has another noise schedule than this run (--diffusion.schedule, beta_start, …)"
+        yield f"{source} was trained with another noise schedule than this run's (--diffusion.schedule, beta_start, …)"

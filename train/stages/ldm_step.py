@@ -19,33 +19,38 @@ from train.config.run import Precision
 from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch, Record
 from train.engine.precision import autocast
 from train.engine.stage import StepOutput
-from train.stages.caption_warnings import CutCaptions
+from train.stages.caption_warnings import TruncatedCaptions
 from train.stages.terms import Term, Terms
 
 
 @dataclass(frozen=True, eq=False)
 class DiffusionBatch(Record):
-    """Complete input of the objective."""
+    """Input of the objective: latents, noise and condition."""
 
     x0: Tensor
     """Latents, (b, c, h, w)."""
     timestep: Tensor
-    """Random numbers from which the timesteps follow, (b,), uniform in [0, 1)."""
+    """Random numbers that determine the timesteps, (b,), uniform in [0, 1)."""
     noise: Tensor
     """Noise added to the latents, (b, c, h, w)."""
     condition: Tensor
     """Text features, (b, L, d)."""
     context: Tensor | None = None
-    """Mask and latents of the unmasked part, for a network that inpaints, (b, 1 + c, h, w)."""
+    """Mask and latents of the masked image, (b, 1 + c, h, w), for a network that inpaints."""
 
 
 class Completion:
-    """Completion of batches with the outputs of the frozen networks for images, captions and masked images."""
+    """Function that adds the outputs of the frozen networks to a batch: latents, text features and masked latents."""
 
     def __init__(
-        self, autoencoder: Autoencoder, text_encoder: ClipTextEncoder, cut: CutCaptions, precision: Precision
+        self,
+        autoencoder: Autoencoder,
+        text_encoder: ClipTextEncoder,
+        truncated: TruncatedCaptions,
+        precision: Precision,
     ) -> None:
-        self.autoencoder, self.text_encoder, self.cut, self.precision = autoencoder, text_encoder, cut, precision
+        self.autoencoder, self.text_encoder = autoencoder, text_encoder
+        self.truncated, self.precision = truncated, precision
 
     @torch.no_grad()
     def __call__(self, part: ImageBatch[DrawnNoise] | CachedBatch) -> DiffusionBatch:
@@ -55,8 +60,8 @@ class Completion:
         else:
             mean, std = self._posterior(part.pixels)
             dropped = drawn.dropped.tolist()
-            captions = ["" if gone else c for c, gone in zip(part.captions, dropped, strict=True)]
-            with self.cut.counted():
+            captions = ["" if drop else caption for caption, drop in zip(part.captions, dropped, strict=True)]
+            with self.truncated.counted():
                 condition = self.text_encoder.encode(captions).float()
         if drawn.masks is not None:
             assert part.pixels is not None
@@ -66,7 +71,7 @@ class Completion:
         return DiffusionBatch(mean + std * drawn.posterior_noise, drawn.timestep, drawn.noise, condition, context)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation, (b, c, h, w) each. The autoencoder computes in fp32 or bf16, never fp16."""
+        """Return the latents' mean and standard deviation, (b, c, h, w) each; computed in fp32 or bf16, never fp16."""
         with autocast(self.autoencoder.vae.device, "bf16") if self.precision == "bf16" else nullcontext():
             mean, std = self.autoencoder.encode(pixels)
         return mean.float(), std.float()
@@ -78,15 +83,15 @@ class Denoising:
 
     batch: DiffusionBatch
     index: Tensor
-    """Noise levels, (b,) int64."""
+    """Indices of the noise levels, (b,) int64."""
     prediction: Prediction
-    """The network's output, and the x0 that follows from it."""
+    """The network's output, and the estimate of x0 computed from it."""
     features: dict[str, Any]
     """Outputs of the network's submodules, by name."""
 
 
 class DiffusionLoss(nn.Module):
-    """The network and the objective: weighted error of the prediction on noised latents, plus further terms."""
+    """The network and its loss: the objective on noised latents, plus additional terms."""
 
     def __init__(self, backbone: Backbone, objective: Objective, terms: Sequence[Term[Denoising]] = ()) -> None:
         super().__init__()
@@ -101,6 +106,6 @@ class DiffusionLoss(nn.Module):
             losses = self.objective(network, batch.x0, batch.timestep, batch.noise, batch.condition)
         if self.importance is not None:
             self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
-        seen = Denoising(batch, losses.index, losses.prediction, features)
-        loss, metrics = self.terms(losses.weighted.mean(), seen)
+        inputs = Denoising(batch, losses.index, losses.prediction, features)
+        loss, metrics = self.terms(losses.weighted.mean(), inputs)
         return StepOutput(loss, {"error": losses.unweighted.detach().mean(), **metrics}, batch)

@@ -1,4 +1,4 @@
-"""A stage's loss as a list of weighted terms, and the network features that the terms read."""
+"""Additional terms of a stage's loss, with their weights and the network features that they read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class Term(Generic[Inputs]):
     weight: float
     """Weight in the stage's loss."""
     loss: Callable[[Inputs], Tensor]
-    """Function that returns a scalar. If it is a module, its parameters are trained and saved with the network's."""
+    """Function that returns a scalar. If it is a module, its parameters are trained and saved like the network's."""
     features: tuple[str, ...] = ()
     """Dotted names of the network's submodules whose outputs the term reads."""
 
@@ -44,9 +44,9 @@ class Terms(nn.Module, Generic[Inputs]):
 
     @contextmanager
     def captured(self, network: nn.Module) -> Iterator[dict[str, Any]]:
-        """Capture the outputs of the submodules that the terms read, by name and in the graph, during a network call.
+        """Record the outputs of the submodules that the terms read, by name and with gradients, within the context.
 
-        Outputs that gradient checkpointing recomputes in the backward pass aren't captured again.
+        Outputs that gradient checkpointing recomputes in the backward pass aren't recorded again.
         """
         features: dict[str, Any] = {}
         names = {name for term in self.terms for name in term.features}

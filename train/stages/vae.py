@@ -1,4 +1,4 @@
-"""Stage 1: train the autoencoder, measure its latents, and fold their normalisation into the exported weights."""
+"""Stage 1: train the autoencoder, and fold the normalisation of its latents into the exported weights."""
 
 import copy
 import math
@@ -41,16 +41,16 @@ from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet
 from train.stages.cards import about_vae
 from train.stages.terms import Term
-from train.stages.vae_step import Discriminate, Reconstruct, Reconstruction, VaeBatch
+from train.stages.vae_step import AutoencoderLoss, DiscriminatorLoss, Reconstruction, VaeBatch
 
-_REFRESH = 2048  # images, at most, that normalise the model/ of an unfinished run
-_COLOURS = 512  # images, at most, to fit the few numbers of the preview colours: 2,048 give the same
-_SHEET = 8  # images in a sheet
+_REFRESH = 2048  # most images whose latents determine the normalisation of an unfinished run's model/
+_COLOURS = 512  # most images to which the preview colours are fitted; 2,048 give the same
+_SHEET = 8  # number of images in a sheet
 _NOISE = (0.2,)  # noise levels added to latents in validation; scripts/evaluate_vae.py has more
 
 
 class VaeStage:
-    """Stage 1 as the training loop sees it."""
+    """Stage 1 for the training loop: batches, losses, validation and export."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class VaeStage:
         self.latent_side = resolution // self.factor
         if resolution % self.factor:
             raise UserError(
-                f"input.resolution {resolution} isn't a multiple of {self.factor}, the autoencoder's factor"
+                f"input.resolution {resolution}: must be a multiple of the autoencoder's factor {self.factor}"
             )
         if config.decoder_only:
             for part in (vae.encoder, vae.quant_conv):
@@ -75,8 +75,8 @@ class VaeStage:
                     part.requires_grad_(False)
         elif vae.quant_conv is None or vae.post_quant_conv is None:
             raise UserError(
-                f"init {config.init!r} has no quant convolutions, without which new latents can't be normalised exactly: "
-                "train its decoder_only, or take another"
+                f"init {config.init!r} has no quant convolutions, so new latents can't be normalised exactly: "
+                "set decoder_only, or use another autoencoder"
             )
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
@@ -88,15 +88,19 @@ class VaeStage:
             discriminator.to(device)
             if adversarial.start >= config.steps:
                 run.print(
-                    f"the discriminator would begin at step {adversarial.start}, after the last of {config.steps}"
+                    f"adversarial.start {adversarial.start}: the discriminator isn't trained, "
+                    f"because the run ends at step {config.steps}"
                 )
         self.features = load_features(config.validation_features).to(device) if config.validation_features else None
         if self.features is not None and min(len(inputs.held_out), config.validation_examples) < 2:
-            raise UserError("validation_features: a Fréchet distance needs at least 2 held-out images")
-        self.reconstruct = Reconstruct(vae, config, self.perceptual, discriminator, self._mean, terms).to(device)
+            raise UserError(
+                f"validation_features {config.validation_features!r}: a Fréchet distance needs at least 2 held-out "
+                "images; leave it out, or raise input.validation_fraction or validation_examples"
+            )
+        self.reconstruct = AutoencoderLoss(vae, config, self.perceptual, discriminator, self._mean, terms).to(device)
         self.phases = [Phase("vae", self.reconstruct, config.optimizer.build(self.reconstruct), config.optimizer.lr)]
         if discriminator is not None:
-            module = Discriminate(discriminator, adversarial)
+            module = DiscriminatorLoss(discriminator, adversarial)
             optimizer = config.optimizer.build(module, lr=adversarial.lr)
             self.phases.append(
                 Phase("discriminator", module, optimizer, adversarial.lr, adversarial.start, "discriminator_")
@@ -105,8 +109,8 @@ class VaeStage:
         self.latent_channels: int = vae.config.latent_channels
         draws = PosteriorNoise(self.latent_channels, self.factor)
         self.training = inputs.images(config.input.framing(), config.seed, draws)
-        # In order, each image once, without random crops: for the statistics and for validation.
-        self.plain, self.held_out = (
+        # Each image once, in order and without random crops: for statistics and for validation.
+        self.unshuffled, self.held_out = (
             ImageDataset(
                 source, config.input.center_framing(config.input.resolution), config.seed, draws=draws, shuffle=False
             )
@@ -123,7 +127,7 @@ class VaeStage:
         return self.run.feed.batches(self.training, start, self.run.damage.counter(self.inputs.source.left_out))
 
     def adversarial_at(self, step: int) -> bool:
-        """Return whether the discriminator takes part in this step."""
+        """Return whether this step has the adversarial loss."""
         return self.discriminator is not None and step >= self.config.adversarial.start
 
     def prepare(self, step: int, parts: list[ImageBatch[Tensor]]) -> list[VaeBatch]:
@@ -134,7 +138,7 @@ class VaeStage:
         adversarial = self.adversarial_at(step)
         batches = [VaeBatch(part.pixels, part.drawn, transform, adversarial) for part in parts]
         if adversarial and c.adversarial.adaptive and len(parts) > 1:
-            # The weight depends on the whole batch, so all parts are processed before the first part's loss.
+            # The weight depends on the whole batch, so it is computed before the first part's loss.
             with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
                 weight = self.reconstruct.balance(map(self.reconstruct.image_losses, batches))
             batches = [replace(batch, adversarial_weight=weight) for batch in batches]
@@ -144,20 +148,25 @@ class VaeStage:
         if self.discriminator is not None and self.adversarial_at(step) and self.config.adversarial.spectral_norm:
             self.discriminator.refresh()
 
-    def _shares(self, images: ImageDataset[Tensor], places: range) -> Iterator[ImageBatch[Tensor]]:
-        """Yield this process's batches of the images at these places, in order."""
+    def _own_batches(self, images: ImageDataset[Tensor], indices: range) -> Iterator[ImageBatch[Tensor]]:
+        """Yield this process's share of the images with these indices, in batches and in order."""
         accelerator = self.run.accelerator
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
-        firsts = range(accelerator.process_index * b, len(places), accelerator.num_processes * b)
-        parts = [places[first : first + b] for first in firsts]
+        starts = range(accelerator.process_index * b, len(indices), accelerator.num_processes * b)
+        parts = [indices[start : start + b] for start in starts]
         return (batch.to(accelerator.device) for batch in read_ahead(images, parts, self.config.workers))
 
-    def _normalised(self, images: ImageDataset[Tensor], places: range) -> tuple[AutoencoderKL, LatentStatistics | None]:
-        """Return the averaged weights; latents are normalised over these images unless only the decoder trains."""
+    def _normalised(
+        self, images: ImageDataset[Tensor], indices: range
+    ) -> tuple[AutoencoderKL, LatentStatistics | None]:
+        """Return a copy of the averaged network whose latents are normalised over these images, and their statistics.
+
+        If only the decoder is trained, latents aren't normalised again, and the statistics are None.
+        """
         vae = copy.deepcopy(self.ema.module)
         if self.config.decoder_only:
             return vae, None
-        batches = ((part.pixels, part.drawn) for part in self._shares(images, places))
+        batches = ((part.pixels, part.drawn) for part in self._own_batches(images, indices))
         sums = measure(vae, batches, channels=self.latent_channels)
         statistics = latent_statistics(self._sum(sums).cpu())
         fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
@@ -166,18 +175,18 @@ class VaeStage:
     def validate(self, step: int) -> dict[str, float]:
         count = min(len(self.held_out.source), self.config.validation_examples)
         vae, _ = self._normalised(self.held_out, range(count))
-        figures = measure_reconstruction(
+        metrics = measure_reconstruction(
             Autoencoder(vae),
-            ((p.pixels, p.drawn) for p in self._shares(self.held_out, range(count))),
+            ((p.pixels, p.drawn) for p in self._own_batches(self.held_out, range(count))),
             perceptual=self.perceptual,
             features=self.features,
             levels=_NOISE,
             reduce=self._sum,
         )
         self.run.print(
-            f"step {step}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} on {count} held-out images"
+            f"step {step}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {count} held-out images"
         )
-        return {f"val_{name}": value for name, value in figures.items()}
+        return {f"val_{name}": value for name, value in metrics.items()}
 
     def sheet(self, path: Path) -> None:
         images = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))
@@ -186,12 +195,12 @@ class VaeStage:
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         """Export the averaged weights and preview colours.
 
-        Latents are normalised over the training set; before the end of the run, over a part of it.
+        Latents are normalised over all training images at the end of the run, and over a part of them before.
         """
-        count = len(self.plain.source)
-        vae, statistics = self._normalised(self.plain, range(count) if final else _spread(count, _REFRESH))
+        count = len(self.unshuffled.source)
+        vae, statistics = self._normalised(self.unshuffled, range(count) if final else _spread(count, _REFRESH))
         autoencoder = Autoencoder(vae)
-        images = (part.pixels for part in self._shares(self.plain, _spread(count, _COLOURS)))
+        images = (part.pixels for part in self._own_batches(self.unshuffled, _spread(count, _COLOURS)))
         autoencoder.colours = fit_colours(autoencoder, images, reduce=self._sum)
         if self.run.main:
             autoencoder.save(folder)
@@ -199,7 +208,8 @@ class VaeStage:
             return {}
         if statistics.dead:
             self.run.print(
-                f"latent channels {statistics.dead} carry nothing: fewer latent channels, or a lower --kl-weight"
+                f"latent channels {statistics.dead} hardly depend on the image: "
+                "reduce --model.latent-channels or --kl-weight"
             )
         return {"dead_channels": len(statistics.dead)}
 
@@ -208,21 +218,21 @@ class VaeStage:
 
 
 def _spread(count: int, most: int) -> range:
-    """Return up to `most` places, spread evenly over the dataset, as it may be sorted."""
+    """Return at most `most` of the indices 0 to count − 1, spread evenly, because a dataset may be sorted."""
     return range(0, count, math.ceil(count / most))
 
 
 def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Reconstruction]] = ()) -> None:
-    """Train stage 1 into `config.out`, or continue the run in it. terms: added to the loss."""
+    """Train stage 1 into `config.out`, or continue the run in it. terms: additional terms of the loss."""
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input, captioned=False)
     vae, perceptual = config.build(), config.perceptual.build()
-    made_from = {
+    digests = {
         "data": inputs.fingerprint,
         "init": digest(vae, str(vae.config.scaling_factor)) if config.init else "",
         "perceptual.model": "" if perceptual is None else digest(perceptual),
     }
-    with open_run(config, accelerator, made_from) as run:
+    with open_run(config, accelerator, digests) as run:
         inputs = select_images(inputs, run)
         stage = VaeStage(run, vae, perceptual, inputs, terms)
         fit(run, stage, publisher(run, stage), hooks)

@@ -1,4 +1,4 @@
-"""Stage 1's two networks in a step: the autoencoder, and the discriminator that judges its reconstructions."""
+"""Losses of stage 1's two networks: the autoencoder, and the discriminator of its reconstructions."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,23 +27,23 @@ from train.stages.terms import Term, Terms
 
 @dataclass(frozen=True, eq=False)
 class VaeBatch(Record):
-    """Images, and options of the step."""
+    """Images, and the settings of the step."""
 
     pixels: Tensor
     """Pixels, (b, 3, H, W) in [−1, 1]."""
     posterior_noise: Tensor
-    """Noise with which the posterior is sampled, (b, c, h, w)."""
+    """Noise for the sample of the posterior, (b, c, h, w)."""
     transform: Transform | None = None
     """Transform of the latents before they are decoded."""
     adversarial: bool = False
     """Whether the adversarial loss is part of the step."""
     adversarial_weight: Tensor | None = None
-    """Weight of the adversarial loss if it is known already; else it is computed from this batch."""
+    """Weight of the adversarial loss, a scalar; None: computed from this batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class DiscriminatorBatch(Record):
-    """Original and reconstructed images for the discriminator, (b, 3, H, W) each."""
+    """Original and reconstructed images, (b, 3, H, W) each."""
 
     real: Tensor
     fake: Tensor
@@ -51,7 +51,7 @@ class DiscriminatorBatch(Record):
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """The autoencoder's outputs for a batch, in the graph: the input of the terms of stage 1's loss."""
+    """The autoencoder's outputs for a batch, with gradients: the input of the terms of stage 1's loss."""
 
     pixels: Tensor
     """Original images, (b, 3, H, W)."""
@@ -61,16 +61,16 @@ class Reconstruction:
     """Log variance of the posterior, (b, c, h, w)."""
     latents: Tensor
     """A sample of the posterior, before any transform, (b, c, h, w)."""
-    made: Tensor
+    decoded: Tensor
     """Images decoded from the latents, (b, 3, H, W)."""
     target: Tensor
-    """Target of `made`: the images, transformed if the latents were."""
+    """Target of `decoded`, (b, 3, H, W): the original images, transformed if the latents were."""
     features: dict[str, Any]
     """Outputs of the autoencoder's submodules, by name."""
 
 
 class ImageLosses(NamedTuple):
-    """A reconstruction with its image losses, whose gradients are computed before the backward pass."""
+    """A reconstruction and the losses of its images, with gradients that are computed before the backward pass."""
 
     reconstruction: Reconstruction
     distance: Known
@@ -79,11 +79,11 @@ class ImageLosses(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Reconstruct(nn.Module):
-    """The autoencoder's phase: images through a posterior sample and back, and every term of the loss.
+class AutoencoderLoss(nn.Module):
+    """The autoencoder and its loss, the module of the phase that trains it.
 
     The discriminator and the perceptual network aren't submodules: their weights aren't trained here. mean: averages a
-    tensor over all processes. terms: added to the loss after the KL divergence.
+    tensor over all processes. terms: additional terms of the loss, after the KL divergence.
     """
 
     def __init__(
@@ -100,40 +100,45 @@ class Reconstruct(nn.Module):
         self.logvar = nn.Parameter(torch.zeros((), device=vae.device)) if config.learn_logvar else None
         self.distances = Terms(_distances(config, perceptual))
         self.terms = Terms([*_latent_terms(config), *terms])
-        self._beside = {"discriminator": discriminator}
+        self._not_trained = {"discriminator": discriminator}  # in a dict, so that it isn't a submodule
 
     def reconstruct(self, batch: VaeBatch) -> Reconstruction:
+        """Encode the images, sample the posterior, transform the sample if the step does, and decode it."""
         pixels, transform = batch.pixels, batch.transform
         with self.terms.captured(self.vae) as features:
             q = self.vae.encode(pixels).latent_dist
             z = q.mean + q.std * batch.posterior_noise  # (b, c, h, w)
             if transform is None:
-                decoded, target = z, pixels
+                latents, target = z, pixels
             else:
-                decoded, target = transform(z), transform(pixels, pixels.shape[-1] // z.shape[-1])
-            made = self.vae.decode(decoded).sample.float()
-        return Reconstruction(pixels, q.mean, q.logvar, z, made, target, features)
+                latents, target = transform(z), transform(pixels, pixels.shape[-1] // z.shape[-1])
+            decoded = self.vae.decode(latents).sample.float()
+        return Reconstruction(pixels, q.mean, q.logvar, z, decoded, target, features)
 
     def image_losses(self, batch: VaeBatch) -> ImageLosses:
+        """Reconstruct a batch and compute the losses of its images, and their gradients."""
         kind, metrics = self.config.adversarial.kind, {}
-        seen, discriminator = self.reconstruct(batch), self._beside["discriminator"]
+        reconstruction, discriminator = self.reconstruct(batch), self._not_trained["discriminator"]
 
-        def distance(made: Tensor) -> Tensor:
-            loss, found = self.distances(torch.zeros((), device=made.device), replace(seen, made=made))
-            metrics.update(found)
+        def distance(decoded: Tensor) -> Tensor:
+            inputs = replace(reconstruction, decoded=decoded)
+            loss, values = self.distances(torch.zeros((), device=decoded.device), inputs)
+            metrics.update(values)
             return loss
 
-        distance_known, adversarial = known(distance, seen.made), None
+        distance_known, adversarial = known(distance, reconstruction.decoded), None
         if batch.adversarial and discriminator is not None and kind != "none":
             with frozen(discriminator):
-                adversarial = known(lambda made: generator_loss(kind, discriminator(made)), seen.made)
+                adversarial = known(
+                    lambda decoded: generator_loss(kind, discriminator(decoded)), reconstruction.decoded
+                )
             metrics["adversarial"] = adversarial.value
-        return ImageLosses(seen, distance_known, adversarial, metrics)
+        return ImageLosses(reconstruction, distance_known, adversarial, metrics)
 
     def balance(self, parts: Iterable[ImageLosses]) -> Tensor:
         """Return the weight of the adversarial loss: constant, or adapted to the gradients of all parts and processes.
 
-        Only each part's gradient at the last layer is needed.
+        The gradients are those at the decoder's last layer.
         """
         adversarial = self.config.adversarial
         if not adversarial.adaptive:
@@ -142,12 +147,12 @@ class Reconstruct(nn.Module):
         gradients = []
         for part in parts:
             assert part.adversarial is not None
-            made = part.reconstruction.made
-            scale = underflow_scale(made)
+            decoded = part.reconstruction.decoded
+            scale = underflow_scale(decoded)
             for loss in (part.distance, part.adversarial):
-                (gradient,) = torch.autograd.grad(made, last, loss.gradient * scale, retain_graph=True)
+                (gradient,) = torch.autograd.grad(decoded, last, loss.gradient * scale, retain_graph=True)
                 gradients.append(gradient.float() / scale)
-            del part, made  # frees this part's graph before the generator makes the next
+            del part, decoded  # frees this part's graph before the next one is computed
         distance, generator = self.mean(torch.stack([sum(gradients[0::2]), sum(gradients[1::2])]))
         if self.logvar is not None:
             distance = distance * torch.exp(-self.logvar.detach())
@@ -155,37 +160,36 @@ class Reconstruct(nn.Module):
 
     def forward(self, batch: VaeBatch) -> StepOutput:
         losses = self.image_losses(batch)
-        seen, metrics = losses.reconstruction, losses.metrics
-        loss = losses.distance.attach(seen.made)
+        reconstruction, metrics = losses.reconstruction, losses.metrics
+        loss = losses.distance.attach(reconstruction.decoded)
         if self.logvar is not None:
             loss = likelihood_loss(loss, self.logvar)
             metrics["logvar"] = self.logvar.detach()
-        loss, found = self.terms(loss, seen)
+        loss, values = self.terms(loss, reconstruction)
         if losses.adversarial is not None:
             weight = self.balance([losses]) if batch.adversarial_weight is None else batch.adversarial_weight
-            loss = loss + weight * losses.adversarial.attach(seen.made)
+            loss = loss + weight * losses.adversarial.attach(reconstruction.decoded)
             metrics["adversarial_weight"] = weight
-        return StepOutput(loss, metrics | found, DiscriminatorBatch(seen.target, seen.made.detach()))
+        images = DiscriminatorBatch(reconstruction.target, reconstruction.decoded.detach())
+        return StepOutput(loss, metrics | values, images)
 
 
 def _distances(config: VaeConfig, perceptual: nn.Module | None) -> list[Term[Reconstruction]]:
-    """Return the terms that compare images; the adaptive weight balances their gradient with the discriminator's."""
+    """Return the terms that compare images. The adaptive weight relates the adversarial gradient to theirs."""
     kind = config.reconstruction
-    terms = [
-        Term[Reconstruction]("reconstruction", 1.0, lambda seen: reconstruction_loss(kind, seen.made, seen.target))
-    ]
+    terms = [Term[Reconstruction]("reconstruction", 1.0, lambda r: reconstruction_loss(kind, r.decoded, r.target))]
     if perceptual is not None:
-        terms.append(Term("perceptual", config.perceptual.weight, lambda seen: perceptual(seen.made, seen.target)))
+        terms.append(Term("perceptual", config.perceptual.weight, lambda r: perceptual(r.decoded, r.target)))
     return terms
 
 
 def _latent_terms(config: VaeConfig) -> list[Term[Reconstruction]]:
     """Return the terms that depend on the latents."""
-    return [Term("kl", config.kl_weight, lambda seen: kl_loss(seen.mean, seen.logvar, seen.pixels[0].numel()))]
+    return [Term("kl", config.kl_weight, lambda r: kl_loss(r.mean, r.logvar, r.pixels[0].numel()))]
 
 
-class Discriminate(nn.Module):
-    """The discriminator's phase, on the images that the autoencoder has just reconstructed."""
+class DiscriminatorLoss(nn.Module):
+    """The discriminator and its loss on the step's reconstructions, the module of the phase that trains it."""
 
     def __init__(self, discriminator: PatchDiscriminator, config: AdversarialConfig) -> None:
         super().__init__()
