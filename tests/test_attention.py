@@ -54,7 +54,7 @@ def painted(unet: UNet2DConditionModel, device: str = "cpu", dtype: torch.dtype 
 # -- against the definition ---------------------------------------------------------------------------------------
 
 
-def test_sdpa_and_its_gradient_are_the_definition_s() -> None:
+def test_sdpa_and_its_gradient_equal_the_definition() -> None:
     inputs = tensors((2, 6, 3, 8), (2, 9, 3, 8), (2, 9, 3, 8))
     ours, theirs = sdpa(*inputs), definition(*inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -65,7 +65,7 @@ def test_sdpa_and_its_gradient_are_the_definition_s() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gradient", [True, False])
-def test_sixteen_bits_are_as_near_as_their_rounding(dtype: torch.dtype, gradient: bool) -> None:
+def test_half_precision_errors_are_within_rounding(dtype: torch.dtype, gradient: bool) -> None:
     inputs = tensors((2, 6, 3, 8), (2, 9, 3, 8), (2, 9, 3, 8), dtype=dtype, gradient=gradient)
     out = sdpa(*inputs)
     assert out.dtype == dtype
@@ -74,7 +74,7 @@ def test_sixteen_bits_are_as_near_as_their_rounding(dtype: torch.dtype, gradient
 
 
 @pytest.mark.parametrize("context", [None, (2, 5, 20)], ids=["self", "cross"])
-def test_a_layer_is_diffusers_plain_one(context: tuple[int, ...] | None) -> None:
+def test_a_layer_equals_diffusers_attention(context: tuple[int, ...] | None) -> None:
     torch.manual_seed(0)
     layer = Attention(query_dim=16, cross_attention_dim=context and context[-1], heads=4, dim_head=3).double()
     x, text = tensors((2, 6, 16), context or (0,))
@@ -99,7 +99,7 @@ def install(monkeypatch: pytest.MonkeyPatch, attention: Callable[..., Tensor] | 
 
 
 @pytest.mark.parametrize("backend", ["xformers", "auto"])
-def test_xformers_is_given_what_the_definition_takes(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_xformers_receives_the_arguments_of_the_definition(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     seen: set[tuple[int, ...]] = set()
 
     def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def test_xformers_is_given_what_the_definition_takes(monkeypatch: pytest.MonkeyP
     assert not seen
 
 
-def test_the_trial_is_of_the_arithmetic_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_has_the_dtype_and_gradients_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, torch.dtype, bool]] = []
 
     def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def refused(unet: UNet2DConditionModel, *words: str) -> None:
     assert use_attention(unet, "auto") == "sdpa"
 
 
-def test_where_xformers_cannot_be_had_one_line_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_xformers_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError(
             "No operator found for `memory_efficient_attention_forward` with inputs:\n  query: …\n"
@@ -194,7 +194,7 @@ def test_where_xformers_cannot_be_had_one_line_says_why(monkeypatch: pytest.Monk
         use_attention(unet, "flash")
 
 
-def test_a_pipeline_paints_the_same_with_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_generates_the_same_with_either_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline()
 
     def image() -> Tensor:
@@ -214,7 +214,7 @@ def test_a_pipeline_paints_the_same_with_either(monkeypatch: pytest.MonkeyPatch)
     not torch.cuda.is_available() or find_spec("xformers") is None, reason="needs a CUDA GPU and xformers"
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_xformers_is_sdpa_on_a_gpu(dtype: torch.dtype) -> None:
+def test_xformers_equals_sdpa_on_a_gpu(dtype: torch.dtype) -> None:
     """Each is as near to float64 as the other, forwards and backwards."""
     unet = random_unet().double()
     exact = painted(unet)

@@ -84,7 +84,7 @@ def test_sums_add_up_over_any_split() -> None:
     torch.testing.assert_close(statistics.std, z.std((0, 2, 3), unbiased=False))
 
 
-def test_channels_that_carry_nothing_are_reported_and_floored() -> None:
+def test_channels_without_information_are_reported_and_floored() -> None:
     g = torch.Generator().manual_seed(0)
     mean = torch.randn(64, 3, 4, 4, generator=g)
     std = torch.full_like(mean, 0.1)
@@ -130,7 +130,7 @@ def test_images_of_any_size_go_through_in_tiles() -> None:
     )
 
 
-def test_loading_says_what_is_wrong(tmp_path) -> None:
+def test_loading_errors_name_the_problem(tmp_path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         Autoencoder.load(tmp_path)
     with pytest.raises(UserError, match="no autoencoder"):

@@ -85,13 +85,13 @@ def test_frechet_distance_agrees_with_torchmetrics() -> None:
     assert frechet(sums(a.flatten(1)), sums(b.flatten(1))) == pytest.approx(float(reference.compute()), rel=1e-9)
 
 
-def test_frechet_distance_of_a_set_to_itself_is_zero_even_with_fewer_images_than_features() -> None:
+def test_frechet_distance_of_a_dataset_to_itself_is_zero_even_with_fewer_images_than_features() -> None:
     for n in (20, 400):
         x = draw(n, 100)
         assert frechet(sums(x), sums(x.flip(0))) == pytest.approx(0, abs=1e-10)
 
 
-def test_features_add_up_and_too_few_or_broken_ones_are_told() -> None:
+def test_features_add_up_and_too_few_or_non_finite_ones_give_no_distance() -> None:
     x = draw(30, 5).float()
     parts = FrechetSums(5)
     for part in (x[:7], x[7:7], x[7:8], x[8:]):
@@ -306,7 +306,7 @@ def in_processes(shares: list[list[Part]], measured: Callable[..., dict[str, flo
         return [run.result() for run in runs]
 
 
-def test_everything_of_a_small_autoencoder_in_one_process_and_in_three() -> None:
+def test_all_metrics_of_a_small_autoencoder_agree_in_one_process_and_in_three() -> None:
     autoencoder, x, noise = small_autoencoder(), smooth_pixels(14), draw(14, 4, 16, 16).float()
     parts = [(x[where], noise[where]) for where in (slice(0, 6), slice(6, 12), slice(12, 14))]
     measured = partial(measure_reconstruction, autoencoder, perceptual=distance, features=Colours())
@@ -343,7 +343,7 @@ def test_everything_of_a_small_autoencoder_in_one_process_and_in_three() -> None
     assert set(measure_reconstruction(autoencoder, parts)) == set(scores) - {"perceptual", "frechet"}
 
 
-def test_nothing_to_measure_is_said() -> None:
+def test_nothing_to_measure_is_an_error() -> None:
     with pytest.raises(UserError, match="no held-out images"):
         measure_reconstruction(small_autoencoder(), [])
 
@@ -369,7 +369,7 @@ def test_features_of_our_own_clip(small_clip) -> None:
     torch.testing.assert_close(features(smooth_pixels(3, 32)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_clip_tower_alone_gives_its_pooled_output(small_clip, tmp_path) -> None:
+def test_a_clip_tower_without_projection_gives_its_pooled_output(small_clip, tmp_path) -> None:
     folder, clip = small_clip, CLIPModel.from_pretrained(small_clip).eval()
     CLIPVisionModel.from_pretrained(folder).save_pretrained(tmp_path)  # without the preprocessor's constants
     features = load_features(str(tmp_path))
@@ -409,7 +409,7 @@ def test_features_of_a_dinov2(tmp_path) -> None:
         load_features(str(tmp_path))
 
 
-def test_features_that_cannot_be_are_refused(small_clip, tmp_path) -> None:
+def test_unusable_feature_networks_are_refused(small_clip, tmp_path) -> None:
     for nowhere in ("resnet", "./no/such/folder", "/no/such"):
         with pytest.raises(UserError, match="use 'inception'"):
             load_features(nowhere)

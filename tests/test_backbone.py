@@ -91,7 +91,7 @@ def config(shapes: Path, out: Path, parts: Path, **change: Any) -> LdmConfig:
 @pytest.mark.parametrize(
     ("task", "channels", "out"), [("txt2img", 4, 4), ("txt2img", 4, 8), ("inpaint", 9, 4)], ids=str
 )
-def test_a_transformer_trains_and_paints(
+def test_a_transformer_trains_and_generates(
     shapes: Path, parts: Path, tmp_path: Path, task: str, channels: int, out: int
 ) -> None:
     """It is trained, saved by its own code, loaded, and samples; cut and continued, it is the same run."""
@@ -127,7 +127,7 @@ def test_a_transformer_trains_and_paints(
     assert not np.array_equal(made["ddim"], made["ddpm"])
 
 
-def test_a_weaker_transformer_guides_and_the_way_back_is_found() -> None:
+def test_a_weaker_transformer_guides_and_inversion_recovers_the_noise() -> None:
     tiny = tiny_pipeline()
     pipe, weak = (
         LatentDiffusionPipeline(transformer(seed=k), tiny.autoencoder, tiny.text_encoder, tiny.process) for k in (0, 1)
@@ -176,7 +176,7 @@ def said(folder: Path, name: str | None) -> LatentDiffusionPipeline:
 
 
 @pytest.mark.parametrize("inpaints", [False, True])
-def test_a_folder_says_its_task(tmp_path: Path, inpaints: bool) -> None:
+def test_the_task_is_read_from_the_folder(tmp_path: Path, inpaints: bool) -> None:
     task = "inpaint" if inpaints else "txt2img"
     folder = tmp_path / "model"
     tiny_pipeline(inpaints=inpaints).save_pretrained(folder)
@@ -192,7 +192,7 @@ def test_a_folder_says_its_task(tmp_path: Path, inpaints: bool) -> None:
         assert said(folder, name).model.task == task
 
 
-def test_the_unet_states_its_facts() -> None:
+def test_the_unet_reports_its_properties() -> None:
     pipe = tiny_pipeline(variance="learned", inpaints=True)
     unet = pipe.backbone
     facts = unet.latent_channels, unet.context_channels, unet.out_channels, unet.condition_width, unet.sample_size

@@ -182,7 +182,7 @@ def test_with_the_true_variance_the_bound_is_the_entropy(name, target):
 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize(("name", "target"), CASES)
-def test_nothing_is_better_than_the_entropy(name, target, variance):
+def test_no_network_is_below_the_entropy(name, target, variance):
     schedule = PATHS[name]
     for share in (0.0, 0.5, 1.0) if variance == "learned" else (None,):
         fraction = None if share is None else torch.full((schedule.T,), share, dtype=torch.float64)
@@ -209,7 +209,7 @@ def gaps(family, variance, sizes):
 
 
 @pytest.mark.parametrize("family", ["linear", "flow"])
-def test_many_steps_close_the_gap(family):
+def test_the_gap_to_the_entropy_falls_with_the_number_of_steps(family):
     # A step of large variance costs the square of how much the marginal variance changes in it, of order 1 / T^2: the whole
     # is of order 1 / T, the last decoder's share included (its variance too is large's, sigma_0^2).
     gap = gaps(family, "fixed_large", (500, 1000, 2000))
@@ -259,7 +259,7 @@ def training(kind, variance, schedule, output, target="v"):
 
 
 @pytest.mark.parametrize(("name", "target"), [("linear", "eps"), ("zero", "v"), ("flow", "flow")])
-def test_hybrid_teaches_the_variance_and_leaves_the_mean_alone(name, target):
+def test_hybrid_trains_the_variance_and_keeps_the_gradient_of_the_mean(name, target):
     schedule = PATHS[name]
     said = torch.rand(schedule.T, 4, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
 
@@ -301,6 +301,6 @@ def test_a_network_must_have_the_channels_of_its_variance():
         ("shifted", {"target": "eps", "kind": "vlb"}, "eps"),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused(path, parts, names):
+def test_incompatible_settings_are_refused(path, parts, names):
     with pytest.raises(UserError, match=names):
         Objective(PATHS[path], **parts)

@@ -71,7 +71,7 @@ def test_rectangles_have_the_area_of_the_square(resolution, step, ratio):
         assert width * height <= resolution**2 < (max(width, height) + step) * min(width, height)  # none longer fits
 
 
-def test_a_square_that_is_no_multiple_is_refused():
+def test_a_resolution_that_is_not_a_multiple_is_refused():
     with pytest.raises(UserError, match=r"--input.resolution 100: must be a multiple of --input.buckets 64"):
         bucket_sizes(100, 64, 2.0)
 
@@ -116,7 +116,7 @@ def test_every_order_of_a_bucket_is_equally_likely():
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected.max())
 
 
-def test_sizes_are_read_once_and_upright(tmp_path):
+def test_sizes_are_measured_once_and_unreadable_images_are_reported(tmp_path):
     source = Source(Made([*shapes_of(20), (0, 0)]))
     shapes, unreadable = measure(source, tmp_path, 10**6, 0, QUIET)
     np.testing.assert_array_equal(shapes[:20], source.catalogue.shapes[:20])
@@ -171,7 +171,7 @@ def test_caches_and_images_give_the_same_batches(tmp_path):
         assert same(joined(parts), joined([whole]))
 
 
-def test_sizes_with_less_than_a_batch_are_done_without():
+def test_sizes_with_less_than_a_batch_are_not_used():
     shapes = np.array([*shapes_of(200), (60, 15), (15, 60)])
     sizes = bucket_sizes(32, 8, 4.0)
     assert np.bincount(assign(shapes, sizes)).min() < 20
@@ -186,7 +186,7 @@ def test_sizes_with_less_than_a_batch_are_done_without():
     assert (counts > 0).sum() == 1
 
 
-def test_a_bucket_of_damaged_images_alone_is_an_error_in_words(tmp_path):
+def test_a_bucket_of_only_damaged_images_is_an_error(tmp_path):
     shapes = [(32, 32)] * 12 + [(64, 16)] * 6
     source, buckets = Source(Made(shapes)), buckets_of(shapes)
     for k in range(12, 18):

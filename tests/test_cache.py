@@ -176,7 +176,7 @@ def test_workers_leave_the_global_generators_alone(tmp_path):
     assert (np.random.rand(3) == expected[1]).all()
 
 
-def test_a_image_batch_is_what_its_parts_say(tmp_path):
+def test_an_image_batch_follows_from_its_positions_and_draws(tmp_path):
     source = source_of(tmp_path)
     draws = LatentNoise(Noising(dropout=0.5), 2, 4)
     dataset, at = ImageDataset(source, CHANCE, 5, draws=draws), np.arange(100, 140)
@@ -198,7 +198,7 @@ def test_a_image_batch_is_what_its_parts_say(tmp_path):
     assert torch.equal(plain.pixels[7], shown(source, 7))
 
 
-def test_each_caption_has_its_share(tmp_path):
+def test_an_images_captions_are_drawn_equally_often(tmp_path):
     source = source_of(tmp_path, 3)  # with one, two and three captions
     dataset = ImageDataset(source, PLAIN, 2)
     batch = dataset.__getitems__(range(1800))
@@ -209,7 +209,7 @@ def test_each_caption_has_its_share(tmp_path):
         assert np.abs(counts - 600 / (index + 1)).max() < 4.5 * np.sqrt(600 / 4)
 
 
-def test_a_cached_batch_is_what_the_encoders_gave(tmp_path):
+def test_a_cached_batch_equals_the_outputs_of_the_encoders(tmp_path):
     source, at = source_of(tmp_path), np.arange(64)
     batch = cached(tmp_path, source, dropout=0.3).__getitems__(at)
     index = index_at(at, 30, 5)
@@ -228,7 +228,7 @@ def test_a_cached_batch_is_what_the_encoders_gave(tmp_path):
     assert [k for k, dtype in found.items() if dtype != torch.float32] == ["position", "index", "drawn.dropped"]
 
 
-def test_the_null_condition_has_its_share_and_is_exact(tmp_path):
+def test_the_null_condition_has_its_probability_and_is_exact(tmp_path):
     source, n = source_of(tmp_path), 4000
     null = TextEncoder()([""])[0]
     for dropout in (0.0, 0.1, 0.5):
@@ -266,7 +266,7 @@ def test_a_batch_size_that_does_not_divide_is_refused_at_once(tmp_path):
         loader(dataset, start_step=0, steps=1, batch_size=9, world=2)
 
 
-def test_signals_to_the_whole_group_do_not_cost_batches(tmp_path):
+def test_signals_to_the_process_group_lose_no_batches(tmp_path):
     dataset = ImageDataset(source_of(tmp_path), PLAIN, 0)
     steps = loader(dataset, start_step=0, steps=40, batch_size=4, workers=2)
     seen = [next(steps), next(steps)]  # one of each worker: both are ready
@@ -287,7 +287,7 @@ def test_signals_to_the_whole_group_do_not_cost_batches(tmp_path):
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_image_has_its_substitute_and_is_listed_once(tmp_path):
+def test_a_damaged_image_is_substituted_and_listed_once(tmp_path):
     bad = (3, 4, 11)
     said: list[str] = []
     for dataset in both_kinds(tmp_path, bad):
@@ -324,7 +324,7 @@ def test_too_many_damaged_images_stop_the_run_and_a_few_do_not(tmp_path):
     assert 90 < damage.unreadable < 300
 
 
-def test_the_share_is_exact_of_all_and_beyond_chance_of_some(tmp_path):
+def test_the_limit_on_damage_is_exact_for_all_images_and_allows_for_chance_in_a_sample(tmp_path):
     def bad(count):
         return [(f"{k}.png", "x") for k in range(count)]
 
@@ -344,7 +344,7 @@ def test_the_share_is_exact_of_all_and_beyond_chance_of_some(tmp_path):
     assert stopped <= 2
 
 
-def test_a_report_cut_short_is_continued(tmp_path):
+def test_a_truncated_report_is_continued(tmp_path):
     report = tmp_path / "damaged.jsonl"
     report.write_text('{"file": "a.png", "reason": "x"}\n{"file": "b.p')
     damage = UnreadableCounter(report, print=lambda _: None)
@@ -365,7 +365,7 @@ def test_missing_files_are_reported(tmp_path):
     assert json.loads((tmp_path / "damaged.jsonl").read_text())["file"] == "gone.png"
 
 
-def test_nothing_but_damage_is_an_error_in_words(tmp_path):
+def test_only_damaged_images_are_an_error(tmp_path):
     source = source_of(tmp_path, 4, bad=(0, 1, 2, 3))
     with pytest.raises(RunError, match="no readable image"):
         ImageDataset(source, PLAIN, 0).__getitems__([0])
@@ -420,7 +420,7 @@ def test_each_caption_is_encoded_once(tmp_path):
     "where",
     ["values", "header", "records", "json", "list of the damaged", "cut", "values gone", "records gone", "json gone"],
 )
-def test_a_damaged_shard_is_made_anew_and_the_others_kept(tmp_path, where):
+def test_only_a_damaged_shard_is_built_again(tmp_path, where):
     source, said = source_of(tmp_path, bad=(9,)), []
     expected = latents_of(tmp_path, source, Encoder()).gather(np.arange(30))
     path = shard_files(tmp_path)[1]
@@ -476,7 +476,7 @@ def test_another_encoder_or_transform_has_another_folder(tmp_path, change):
     latents_of(tmp_path, source, never)  # the first is still there
 
 
-def test_a_changed_image_and_a_changed_caption_are_made_anew(tmp_path):
+def test_a_changed_image_and_a_changed_caption_are_encoded_again(tmp_path):
     folder = folder_of(tmp_path)
     source = open_source(folder, "train")
     latents_of(tmp_path, source, Encoder())
@@ -493,7 +493,7 @@ def test_a_changed_image_and_a_changed_caption_are_made_anew(tmp_path):
     assert torch.equal(text.gather(rows), TextEncoder()([source[k].captions[0] for k in range(30)]))
 
 
-def test_added_touched_and_copied_images_are_taken_over(tmp_path):
+def test_touched_and_copied_images_keep_their_latents(tmp_path):
     """By name, size and time without reading them; else by content; and a changed one of the same size isn't."""
     folder = folder_of(tmp_path, bad=(9,))
     latents_of(tmp_path, open_source(folder, "train"), Encoder())
@@ -526,7 +526,7 @@ def test_added_touched_and_copied_images_are_taken_over(tmp_path):
     assert latents.damaged.nonzero()[0].tolist() == [10]
 
 
-def test_a_copied_set_is_compared_once(tmp_path, monkeypatch):
+def test_a_copied_dataset_is_compared_once(tmp_path, monkeypatch):
     """It costs an alias file; the next start reads no image. Flips and crops cost no further reading."""
     folder = folder_of(tmp_path, bad=(9,))
     how = {"framing": CHANCE, "crops": 2}
@@ -566,7 +566,7 @@ def twins(tmp_path, count=6):
     return [open_source(tmp_path / name, "train") for name in ("one", "two")]
 
 
-def test_sets_that_look_alike_have_their_own_latents(tmp_path):
+def test_datasets_with_equal_names_sizes_and_times_have_their_own_latents(tmp_path):
     one, two = twins(tmp_path)
     assert [row[:3] for row in one] == [row[:3] for row in two]
     for source, encode in ((one, Encoder()), (two, Encoder()), (one, never), (two, never)):
@@ -595,7 +595,7 @@ class Tars(Catalogue):
 
 
 @pytest.mark.parametrize("interrupted_at", range(9))
-def test_images_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, interrupted_at):
+def test_images_with_equal_names_in_a_dataset_are_not_mixed_up(tmp_path, monkeypatch, interrupted_at):
     monkeypatch.setattr(shards_module, "_SHARD_ROWS", 2)
     source, encode = Source(Tars()), Encoder()
 
@@ -621,7 +621,7 @@ def test_images_of_one_name_in_a_set_are_not_mixed_up(tmp_path, monkeypatch, int
     assert shapes[:, 1].tolist() == again[:, 1].tolist() == list(range(SIDE, SIDE + 9))
 
 
-def test_a_key_of_two_contents_is_not_trusted(tmp_path):
+def test_a_key_with_two_contents_is_not_trusted(tmp_path):
     """Two runs at once may leave this state, if an image was replaced between them."""
     one, two = twins(tmp_path)
     two.catalogue.location = one.location
@@ -632,7 +632,7 @@ def test_a_key_of_two_contents_is_not_trusted(tmp_path):
         assert torch.equal(latents_of(tmp_path, source, never).gather(np.arange(len(source))), expected_of(source))
 
 
-def test_the_time_is_told_before_it_is_spent(tmp_path):
+def test_the_duration_is_estimated_after_the_first_shard(tmp_path):
     class Slow(Encoder):
         def __call__(self, pixels):
             time.sleep(0.3)
@@ -685,7 +685,7 @@ def test_a_batch_is_as_large_as_memory_allows(tmp_path):
         assert max(seen) == most
 
 
-def test_windows_of_a_image_are_kept_and_chosen_from(tmp_path):
+def test_crops_of_an_image_are_cached_and_drawn_from(tmp_path):
     source = source_of(tmp_path, bad=(4,))
     latents = latents_of(tmp_path, source, Encoder(), framing=CHANCE, crops=3)
     dataset = CachedDataset(latents, text_of(tmp_path, source, TextEncoder()), 5)
@@ -721,7 +721,7 @@ def _killed(tmp_path, source):
     latents_of(tmp_path, source, Deadly())
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path):
+def test_a_killed_build_is_continued(tmp_path):
     source = source_of(tmp_path)
     child = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, source))
     child.start()
@@ -736,7 +736,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("fails_at", range(9))
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, fails_at):
+def test_a_full_disk_leaves_no_partial_files(tmp_path, monkeypatch, fails_at):
     source, calls = source_of(tmp_path), []
     write = shards_module.atomic_file
 
@@ -833,7 +833,7 @@ def test_processes_without_a_shared_folder_are_refused(tmp_path):
     assert all("must share this folder" in str(result) for result in results)
 
 
-def test_a_folder_seen_differently_is_an_error_and_not_wrong_rows(tmp_path, monkeypatch):
+def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch):
     """One process doesn't see a shard yet that another does, so that their shares don't fit."""
     source = source_of(tmp_path)
     latents_of(tmp_path, source, Encoder())
@@ -860,7 +860,7 @@ def test_workers_decode_the_same_latents(tmp_path):
     assert (one.damaged == two.damaged).all()
 
 
-def test_an_encoder_that_gives_something_else_is_refused(tmp_path):
+def test_an_encoder_output_of_another_shape_or_not_finite_is_refused(tmp_path):
     source = source_of(tmp_path)
     with pytest.raises(RunError, match=r"returned the shape \(2, 1, 4, 4\), but \(2, 2, 4, 4\) was expected"):
         latents_of(tmp_path, source, lambda x: tuple(y[:, :1] for y in Encoder()(x)))
@@ -881,7 +881,7 @@ def test_a_pickled_cache_reads_the_same(tmp_path):
     assert same(pickle.loads(copy).__getitems__(range(20)), before)
 
 
-def test_what_is_gathered_is_a_copy(tmp_path):
+def test_gathered_rows_are_a_copy(tmp_path):
     latents = latents_of(tmp_path, source_of(tmp_path), Encoder())
     rows = latents.gather(np.arange(5))
     kept = rows.clone()
@@ -908,7 +908,7 @@ def test_a_shard_is_a_plain_numpy_file(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_cut_short_in_use_is_an_error_in_words(tmp_path, workers):
+def test_a_shard_truncated_in_use_is_an_error(tmp_path, workers):
     dataset = cached(tmp_path, source_of(tmp_path))
     for path in shard_files(tmp_path):
         os.truncate(path, path.stat().st_size - 4)

@@ -202,7 +202,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, fused, memory_format):
     ],
     ids=lambda v: f"{type(v).__name__}-{v}"[:24],
 )
-def test_what_cannot_come_back_is_refused_by_its_place(tmp_path, value):
+def test_unsupported_values_are_refused_by_their_path(tmp_path, value):
     with pytest.raises(TypeError, match=r"state/a/1\b"):
         Checkpoints(tmp_path / "c").save(1, {"a": [0, value]})
     assert not (tmp_path / "c").exists()
@@ -279,7 +279,7 @@ def memory(tmp_path):
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
 @pytest.mark.parametrize("case", ["first", "next", "again", "over a damaged one"])
-def test_killed_anywhere_in_a_save(memory, case, exchange, monkeypatch, record_property):
+def test_a_save_killed_at_any_operation_loses_no_checkpoint(memory, case, exchange, monkeypatch, record_property):
     use_exchange(exchange, memory, monkeypatch)
     start, new = memory / "start", small_tree(9)
     start.mkdir()
@@ -316,7 +316,7 @@ def test_killed_anywhere_in_a_save(memory, case, exchange, monkeypatch, record_p
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
-def test_a_result_folder_is_the_old_or_the_new_one_at_any_moment(tmp_path, exchange, monkeypatch):
+def test_a_result_folder_is_replaced_atomically(tmp_path, exchange, monkeypatch):
     use_exchange(exchange, tmp_path, monkeypatch)
 
     def refresh(final, text):
@@ -342,7 +342,7 @@ def test_a_result_folder_is_the_old_or_the_new_one_at_any_moment(tmp_path, excha
     assert not leftovers(tmp_path)
 
 
-def test_a_file_is_the_old_or_the_new_one_at_any_moment(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "metrics.jsonl"
 
     def refresh(text):
@@ -361,7 +361,7 @@ def test_a_file_is_the_old_or_the_new_one_at_any_moment(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_killed_at_random_moments_of_a_run(tmp_path):
+def test_a_run_killed_at_random_times_loses_no_checkpoint(tmp_path):
     """Twenty kills of one run that saves without pause; each start goes on from what the last one reported."""
     rng, folder, kills, committed = random.Random(0), tmp_path / "c", 0, 0
     while kills < 20:
@@ -427,7 +427,7 @@ def test_the_order_of_operations_survives_a_power_cut(tmp_path, monkeypatch):
 # -- errors of the system --
 
 
-def test_an_error_at_any_operation_leaves_what_was(tmp_path, monkeypatch):
+def test_an_error_at_any_operation_loses_no_checkpoint(tmp_path, monkeypatch):
     folder, before, count, failed = tmp_path / "c", {1: small_tree(1), 2: small_tree(2)}, 0, True
     while failed:
         shutil.rmtree(folder, ignore_errors=True)
@@ -459,7 +459,7 @@ def test_an_error_at_any_operation_leaves_what_was(tmp_path, monkeypatch):
     assert count > 10
 
 
-def test_disk_full_at_any_offset(tmp_path, monkeypatch):
+def test_a_disk_full_at_any_offset_loses_no_checkpoint(tmp_path, monkeypatch):
     checkpoints, tree = Checkpoints(tmp_path / "c"), small_tree(3)
     checkpoints.save(1, small_tree(1))
     checkpoints.save(2, small_tree(2))
@@ -489,7 +489,7 @@ def test_disk_full_at_any_offset(tmp_path, monkeypatch):
     assert same(valid(tmp_path / "c"), {2: small_tree(2), 3: tree})
 
 
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_full_file_system_is_an_error_in_one_line(tmp_path):
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
     mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode:
@@ -562,7 +562,7 @@ def passed_over(checkpoints, reason=""):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_anywhere_is_noticed(two, name):
+def test_a_flipped_bit_anywhere_is_detected(two, name):
     path = two.folder / "step-00000002" / name
     size = path.stat().st_size
     for at in range(0, size, 3):
@@ -574,7 +574,7 @@ def test_a_flipped_bit_anywhere_is_noticed(two, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_truncated_missing_linked_or_strange_files_are_noticed(two, name, tmp_path, caplog):
+def test_truncated_missing_linked_or_unknown_files_are_detected(two, name, tmp_path, caplog):
     path = two.folder / "step-00000002" / name
     raw = path.read_bytes()
     for size in range(0, len(raw), 11):
@@ -599,7 +599,7 @@ def test_truncated_missing_linked_or_strange_files_are_noticed(two, name, tmp_pa
     assert "step-00000002 is not valid" in caplog.text
 
 
-def test_a_folder_that_is_a_link_a_file_empty_or_another_step_is_passed_over(two, tmp_path):
+def test_a_folder_that_is_a_link_a_file_empty_or_of_another_step_is_skipped(two, tmp_path):
     folder = two.folder / "step-00000002"
     folder.rename(tmp_path / "moved")
     folder.symlink_to(tmp_path / "moved")
@@ -648,7 +648,7 @@ def test_forged_manifests_are_refused(two, tmp_path):
         assert passed_over(two)
 
 
-def test_never_starts_over_silently(two):
+def test_a_run_without_a_valid_checkpoint_is_an_error(two):
     for step in (1, 2):
         damage(two.folder / f"step-0000000{step}" / "state.json")
     with pytest.raises(RunError, match=r"no checkpoint .* is valid \(step-00000002: state.json .*step-00000001: state"):
@@ -677,7 +677,7 @@ def pickles(canary, folder):
 
 @pytest.mark.parametrize("forged", [False, True], ids=["sums as they were", "sums forged"])
 @pytest.mark.parametrize("slot", FILES)
-def test_pickles_are_never_run(two, tmp_path, slot, forged):
+def test_pickles_are_never_executed(two, tmp_path, slot, forged):
     canary, folder = tmp_path / "canary", two.folder / "step-00000002"
     attacks = pickles(canary, tmp_path)
     pickle.loads(attacks[1])  # the weapon is loaded
@@ -722,7 +722,7 @@ def test_a_forged_tree_is_refused(tmp_path, state):
 # -- what is kept --
 
 
-def test_the_newest_valid_ones_stay(tmp_path):
+def test_pruning_keeps_the_newest_valid_checkpoints(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (5, 10, 15, 20):
         checkpoints.save(step, step)
@@ -741,14 +741,14 @@ def test_the_newest_valid_ones_stay(tmp_path):
         checkpoints.save(-1, 0)
 
 
-def test_replacing_a_damaged_one_is_said(two, caplog):
+def test_replacing_a_damaged_checkpoint_is_reported(two, caplog):
     damage(two.folder / "step-00000002" / "state.json")
     two.save(2, small_tree(9))
     assert "step-00000002 was not valid" in caplog.text
     assert same(valid(two.folder), {1: small_tree(1), 2: small_tree(9)})
 
 
-def test_a_disk_that_lies_is_noticed_before_anything_is_pruned(two, monkeypatch):
+def test_a_checkpoint_that_reads_back_wrong_prunes_nothing(two, monkeypatch):
     def lying(call, *arguments):
         if call.__name__ == "write":
             call(bytes(len(arguments[0])))
@@ -761,7 +761,7 @@ def test_a_disk_that_lies_is_noticed_before_anything_is_pruned(two, monkeypatch)
     assert same(valid(two.folder), {1: small_tree(1), 2: small_tree(2)})
 
 
-def test_a_loaded_tree_does_not_hold_its_file(tmp_path):
+def test_a_loaded_tree_does_not_keep_its_file_open(tmp_path):
     """Else a pruned checkpoint would keep its disk space until the process ends."""
     tree = there_and_back({"a": torch.arange(10.0)}, tmp_path / "a")
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -39,7 +39,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_one_chunk_is_what_it_was(pipe) -> None:
+def test_one_chunk_equals_the_plain_encoding(pipe) -> None:
     one, prompts = chunked(pipe, 1), [SHORT, "", "a red star"]
     with torch.no_grad():
         hidden = one.model(input_ids=tokenize(one.tokenizer, prompts)).last_hidden_state
@@ -49,7 +49,7 @@ def test_one_chunk_is_what_it_was(pipe) -> None:
     assert one.tokens == one.max_length == 16
 
 
-def test_a_short_prompt_is_followed_by_empty_ones(pipe) -> None:
+def test_a_short_prompt_is_padded_with_empty_chunks(pipe) -> None:
     one, three = chunked(pipe, 1), chunked(pipe, 3)
     encoded = three.encode([SHORT, "a red star"])
     assert encoded.shape == (2, three.tokens, 32) == (2, 48, 32)
@@ -60,7 +60,7 @@ def test_a_short_prompt_is_followed_by_empty_ones(pipe) -> None:
     assert len({one.digest, chunked(pipe, 2).digest, three.digest}) == 3
 
 
-def test_a_long_prompt_is_read_window_by_window(pipe) -> None:
+def test_a_long_prompt_is_encoded_chunk_by_chunk(pipe) -> None:
     one, three = chunked(pipe, 1), chunked(pipe, 3)
     words = LONG.split()
     assert [len(one.tokenizer.tokenize(word)) for word in words] == [1] * 30
@@ -71,7 +71,7 @@ def test_a_long_prompt_is_read_window_by_window(pipe) -> None:
     close(encoded, torch.cat([one.encode([part]) for part in parts], 1))
 
 
-def test_what_no_chunk_holds_is_quoted(pipe) -> None:
+def test_text_beyond_the_last_chunk_is_quoted(pipe) -> None:
     two = chunked(pipe, 2)
     with pytest.warns(UserWarning, match='30 tokens and 28 fit; this part of it is ignored: "black star"') as caught:
         cut = two.encode([LONG])
@@ -81,7 +81,7 @@ def test_what_no_chunk_holds_is_quoted(pipe) -> None:
 
 @settings(deadline=None)
 @given(prompt=st.text(st.sampled_from("ab é1\U0001f600.'"), max_size=80), chunks=st.integers(1, 4))
-def test_chunks_hold_the_tokens_in_order(pipe, prompt: str, chunks: int) -> None:
+def test_chunks_contain_the_tokens_in_order(pipe, prompt: str, chunks: int) -> None:
     tokenizer = pipe.text_encoder.tokenizer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +119,7 @@ def test_the_number_is_saved_with_the_model_and_can_be_overridden(pipe, tmp_path
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "2", 1.5, True, None])
-def test_no_other_number_is_taken(pipe, tmp_path: Path, wrong) -> None:
+def test_other_numbers_of_chunks_are_refused(pipe, tmp_path: Path, wrong) -> None:
     pipe.text_encoder.save(tmp_path)
     file = tmp_path / "text_encoder/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prompt_chunks": wrong}))
@@ -130,7 +130,7 @@ def test_no_other_number_is_taken(pipe, tmp_path: Path, wrong) -> None:
         ClipTextEncoder.load(tmp_path, chunks=0)
 
 
-def test_stock_diffusers_reads_the_folder_and_paints_short_prompts(pipe, tmp_path: Path, capfd) -> None:
+def test_stock_diffusers_reads_the_folder_and_generates_from_short_prompts(pipe, tmp_path: Path, capfd) -> None:
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 2), pipe.process)
     long.save_pretrained(tmp_path)
     _, report = CLIPTextModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
@@ -148,7 +148,7 @@ def test_stock_diffusers_reads_the_folder_and_paints_short_prompts(pipe, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:a prompt has 30 tokens and 14 fit")  # in the weak model
-def test_every_prompt_of_a_image_has_as_many_chunks(pipe) -> None:
+def test_all_prompts_of_an_image_have_the_same_number_of_chunks(pipe) -> None:
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 3), pipe.process)
 
     def painted(*prompts: str, negative: str = "", scale: float = 3.0, **more) -> torch.Tensor:

@@ -129,7 +129,7 @@ def plain_ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def test_ids_run_as_openai_s(tokenizer):
+def test_token_ids_are_numbered_like_openais(tokenizer):
     vocabulary = tokenizer.get_vocab()
     letters = list(byte_letters().values())
     assert [vocabulary[b] for b in letters] == list(range(256))
@@ -169,7 +169,7 @@ def test_names_of_special_tokens_in_a_prompt_are_text(tokenizer, tmp_path, name)
 
 @settings(deadline=None, max_examples=200)
 @given(text=TEXTS)
-def test_vocab_and_merges_read_slowly_give_the_same_ids(tmp_path_factory, tokenizer, text):
+def test_the_published_algorithm_gives_the_same_ids(tmp_path_factory, tokenizer, text):
     folder = tmp_path_factory.getbasetemp() / "slow"
     if not folder.exists():
         save_tokenizer(tokenizer, folder)
@@ -220,7 +220,7 @@ def test_tokens_are_those_of_a_stock_pipeline(tokenizer):
     assert torch.equal(ids, stock.input_ids)
 
 
-def test_tokens_are_openai_s_on_openai_s_vocabulary():
+def test_tokens_equal_openais_on_openais_vocabulary():
     """OpenAI's merges in our layout give the ids of OpenAI's own tokenizer (as open_clip ships it)."""
     reference = pytest.importorskip("open_clip").SimpleTokenizer()
     merges = sorted(reference.bpe_ranks, key=reference.bpe_ranks.get)
@@ -240,7 +240,7 @@ def test_tokens_are_openai_s_on_openai_s_vocabulary():
     pieces=st.lists(st.sampled_from(["x", "Q", "7", "É", "e\u0301", "İ", "\U0001f600", "\ud800"]), min_size=1),
     spaces=st.lists(st.sampled_from([" ", "  ", "\n", "\u3000"]), min_size=1),
 )
-def test_what_is_lost_is_quoted_exactly(tokenizer, pieces, spaces):
+def test_truncated_text_is_quoted_exactly(tokenizer, pieces, spaces):
     """Words are single characters here, so that a cut falls between characters."""
     pieces = pieces * 6
     prompt = "".join(p + spaces[i % len(spaces)] for i, p in enumerate(pieces))
@@ -263,7 +263,7 @@ def test_what_is_lost_is_quoted_exactly(tokenizer, pieces, spaces):
     assert len(kept_ids) <= LENGTH - 2 < len(kept_ids) + len(first_lost)
 
 
-def test_a_prompt_that_just_fits_is_not_cut(tokenizer):
+def test_a_prompt_that_just_fits_is_not_truncated(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ids = tokenize(tokenizer, ["x " * (LENGTH - 2)])
@@ -272,7 +272,7 @@ def test_a_prompt_that_just_fits_is_not_cut(tokenizer):
     assert torch.equal(ids, cut)
 
 
-def test_a_megabyte_is_cut_like_any_other(tokenizer):
+def test_a_prompt_of_a_megabyte_is_truncated(tokenizer):
     with pytest.warns(UserWarning, match=r"ignored: \"y{500}\" and 1048076 more characters$") as caught:
         assert tokenize(tokenizer, ["x " * (LENGTH - 2) + "y" * 2**20]).shape == (1, LENGTH)
     assert len(str(caught[0].message)) < 700
@@ -347,7 +347,7 @@ def test_saved_weights_carry_the_prefix_and_load_everywhere(encoder, tmp_path):
     assert all(torch.equal(weight, stored["text_model." + name]) for name, weight in read.items())
 
 
-def test_stock_pipeline_feeds_its_unet_the_same_numbers(encoder, tmp_path):
+def test_a_stock_pipeline_gives_its_unet_the_same_condition(encoder, tmp_path):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     encoder.save(tmp_path)
@@ -460,7 +460,7 @@ def test_every_form_of_folder_loads(encoder, clip, tokenizer, tmp_path, form):
     assert loaded.digest == encoder.digest
 
 
-def test_a_hub_id_loads_from_the_hub_s_cache(encoder, tmp_path, monkeypatch):
+def test_a_hub_id_loads_from_the_hubs_cache(encoder, tmp_path, monkeypatch):
     repository = tmp_path / "models--someone--model"
     encoder.save(repository / "snapshots" / "0123")
     (repository / "refs").mkdir()
@@ -472,7 +472,7 @@ def test_a_hub_id_loads_from_the_hub_s_cache(encoder, tmp_path, monkeypatch):
         ClipTextEncoder.load("someone/else")
 
 
-def test_what_cannot_be_read_is_refused_with_a_reason(encoder, clip, tokenizer, tmp_path):
+def test_unreadable_folders_are_refused_with_a_reason(encoder, clip, tokenizer, tmp_path):
     def refused(why: str, source: Path | str) -> None:
         with pytest.raises(UserError, match=why) as caught:
             ClipTextEncoder.load(source)
@@ -575,7 +575,7 @@ def features(n: int, d: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(2, n, d, generator=generator, dtype=torch.float64))
 
 
-def test_loss_without_repeats_is_clip_s(clip, tokenizer):
+def test_loss_without_repeated_captions_equals_clips(clip, tokenizer):
     pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ids = tokenize(tokenizer, CAPTIONS[:4])
     loss, metrics = Contrastive(clip)(pixels, ids, torch.arange(4))
@@ -623,7 +623,7 @@ def test_permuting_the_batch_changes_nothing():
     )
 
 
-def test_temperature_stops_at_a_hundred_and_can_come_back(tokenizer):
+def test_temperature_is_clamped_at_a_hundred_and_can_fall_again(tokenizer):
     """Untrained, the best scale is small: at the limit and set beyond it, the gradient pulls it down."""
     module = Contrastive(small_clip(tokenizer))
     pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -660,7 +660,7 @@ def contrast_on(rank: int, ranks: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
-def test_two_processes_are_one(clip, tokenizer, tmp_path):
+def test_two_processes_give_the_gradients_of_one(clip, tokenizer, tmp_path):
     """Twins (here of unlike text, so that they count) stand on both processes: features and ids must be gathered."""
     save_clip(clip, tokenizer, tmp_path)
     contrast_on(0, 1, str(tmp_path))
@@ -723,7 +723,7 @@ def test_shapes_that_do_not_fit_are_refused(tokenizer, wrong):
         small_clip(tokenizer, **wrong)
 
 
-def test_it_learns_to_tell_captions_apart(tokenizer):
+def test_training_learns_to_distinguish_captions(tokenizer):
     """Plain colours: after a few dozen steps every image finds its caption, and twins do no harm."""
     colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [1, 1, 1], [-1, -1, -1]]).float()
     module = Contrastive(small_clip(tokenizer))
@@ -756,7 +756,7 @@ def test_a_patch_of_the_sketch_has_its_own_query():
     assert gradient.abs().sum(1).nonzero().tolist() == [[1 * 3 + 2]]
 
 
-def test_the_sketch_is_the_mean_image_and_hears_the_order_of_words(tokenizer):
+def test_the_sketch_is_the_mean_image_and_depends_on_the_order_of_words(tokenizer):
     """Two captions of the same words; the first goes with two images, of which the least squares are the mean."""
     ids = tokenize(tokenizer, ["a red star above a blue circle"] * 2 + ["a blue circle above a red star"] * 2)
     pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -776,7 +776,7 @@ def test_the_sketch_is_the_mean_image_and_hears_the_order_of_words(tokenizer):
     assert F.mse_loss(drawn, means) < 0.05 * means.var()
 
 
-def test_the_echo_counts_the_words_up_to_the_end_alone():
+def test_the_echo_loss_counts_only_words_up_to_the_end():
     """Against the definition; and a decoder that knows the codes has no error."""
     echo = Echo(width=8, vocab_size=9, words=2, code=8)
     ids = torch.tensor([[1, 2, 3, 8, 0], [1, 8, 8, 8, 8]])  # 8 ends; after it, padding
@@ -800,7 +800,7 @@ def test_the_echo_counts_the_words_up_to_the_end_alone():
     assert alone(echo.codes[ids], ids, 8) == 0
 
 
-def test_the_echo_teaches_the_tower(tokenizer):
+def test_the_echo_loss_trains_the_tower(tokenizer):
     """The last words can be read from a token far better when the tower learns with the decoder than when it doesn't."""
     ids = tokenize(tokenizer, CAPTIONS[::3])
     pixels, caption_ids, error = torch.zeros(len(ids), 3, 16, 16), torch.arange(len(ids)), {}
@@ -819,7 +819,7 @@ def test_the_echo_teaches_the_tower(tokenizer):
     assert error[True] < 0.6 * error[False] < 0.6
 
 
-def test_of_captions_that_are_cut_the_first_is_quoted_and_all_are_counted():
+def test_truncated_captions_are_counted_and_the_first_is_quoted():
     tokenizer, said = train_tokenizer(["a red star"], 600, 6), []
     truncated = TruncatedCaptions(said.append, "--more")
 

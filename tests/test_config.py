@@ -86,7 +86,7 @@ def test_shapes_128_has_heads_of_64() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
-def test_dump_reads_back(kind: type[RunConfig]) -> None:
+def test_a_dumped_configuration_is_read_back(kind: type[RunConfig]) -> None:
     assert validate(kind, yaml.safe_load(dump(kind()))) == kind()
 
 
@@ -134,7 +134,7 @@ def test_which_settings_a_continued_run_may_change(kind: type[RunConfig]) -> Non
         assert list(differences(config, now)) == expected
 
 
-def test_a_cache_is_neither_turned_off_nor_on() -> None:
+def test_a_continued_run_cannot_turn_its_cache_on_or_off() -> None:
     kept, elsewhere, off = RunConfig(), RunConfig(cache="elsewhere"), RunConfig(cache="off")
     assert not list(differences(kept, elsewhere))
     assert list(differences(kept, off)) == [("cache", "", "off")]
@@ -142,7 +142,7 @@ def test_a_cache_is_neither_turned_off_nor_on() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
-def test_only_places_are_shortened_when_published(kind: type[RunConfig]) -> None:
+def test_only_paths_are_shortened_when_published(kind: type[RunConfig]) -> None:
     was, now = plain(kind()), published(kind(), lambda place: f"<{place}>")
     names = {name for name in leaves(kind()) if dotted(was, name) != dotted(now, name)}
     assert names == PLACES & leaves(kind()).keys()
@@ -155,7 +155,7 @@ def dotted(tree: dict[str, Any], name: str) -> Any:
     return tree
 
 
-def test_the_command_line_lies_over_the_file(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("steps: 7\noptimizer: {lr: 1e-3, warmup: 3}\nunet: {channels: [32, 64], heads: [1, 2]}\n")
     config = parse(LdmConfig, [str(file), "--optimizer.lr", "2e-4", "--batch-size", "8", "--unet.heads", "2", "4"])
@@ -258,7 +258,7 @@ finally:
 
 @pytest.mark.parametrize("script", sorted({p.name for p in (ROOT / "scripts").glob("*.py")} - {"demo.py"}))
 @pytest.mark.parametrize("argument", ["--help", "--nope"])
-def test_help_and_wrong_options_wait_for_no_library(script: str, argument: str) -> None:
+def test_help_and_wrong_options_load_no_heavy_library(script: str, argument: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, f"scripts/{script}", argument], cwd=ROOT, capture_output=True, text=True
     )
@@ -344,7 +344,7 @@ def test_help_lists_every_field_with_its_meaning() -> None:
         ("--diffusion.shift 2", "shift 2.0 with schedule scaled_linear"),
     ],
 )
-def test_parts_that_do_not_agree_are_refused(line: str, words: str) -> None:
+def test_contradictory_settings_are_refused(line: str, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         parse(LdmConfig, line.split())
 

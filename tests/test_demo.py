@@ -32,7 +32,7 @@ def run(folder: Path, line: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_paints_what_it_is_asked(demo: Path) -> None:
+def test_the_demo_model_follows_its_prompts(demo: Path) -> None:
     report = json.loads((demo / "runs/demo/report.json").read_text())
     seen, unseen = report["alignment"]["seen"], report["alignment"]["unseen"]
     assert report["vae"]["psnr"] > 34
@@ -44,7 +44,7 @@ def test_the_demo_paints_what_it_is_asked(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_images_are_led_back_to_their_noise(demo: Path) -> None:
+def test_inverted_images_are_generated_again(demo: Path) -> None:
     """Held-out images, inverted and generated again, come out as the autoencoder alone would have them."""
     pipe = LatentDiffusionPipeline.from_pretrained(demo / "runs/demo/model")
     held_out = open_source(demo / "data/shapes", "test")
@@ -59,7 +59,7 @@ def test_images_are_led_back_to_their_noise(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_discriminator_joins_without_harm(demo: Path) -> None:
+def test_adversarial_training_keeps_the_reconstruction_quality(demo: Path) -> None:
     """200 steps of the game from the demo's autoencoder: finite throughout, and within 1 dB of where it was."""
     run(
         demo,

@@ -35,7 +35,7 @@ def saved(pipe, tmp_path_factory):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("strength", [0.3, 0.6, 0.9])
-def test_from_a_image_stock_diffusers_paints_the_same(pipe, saved, sampler, strength):
+def test_image_to_image_equals_stock_diffusers(pipe, saved, sampler, strength):
     from diffusers import DPMSolverMultistepScheduler
 
     stock = StableDiffusionImg2ImgPipeline.from_pretrained(saved)
@@ -50,7 +50,7 @@ def test_from_a_image_stock_diffusers_paints_the_same(pipe, saved, sampler, stre
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inside_a_mask_stock_diffusers_paints_the_same(pipe, saved, strength):
+def test_inpainting_equals_stock_diffusers(pipe, saved, strength):
     """Before pasting: in latents. The mask's borders are multiples of the autoencoder's factor."""
     stock = StableDiffusionInpaintPipeline.from_pretrained(saved)
     stock.set_progress_bar_config(disable=True)
@@ -68,7 +68,7 @@ def test_inside_a_mask_stock_diffusers_paints_the_same(pipe, saved, strength):
 # -- strength -------------------------------------------------------------------------------------------------------
 
 
-def test_strength_is_the_share_of_the_steps():
+def test_strength_is_the_share_of_steps_that_are_taken():
     assert [steps_of(s, 25) for s in (0, 0.001, 0.04, 0.28, 0.6, 0.999, 1)] == [0, 1, 1, 7, 15, 24, 25]
     assert steps_of(0.29, 100) == 29  # which binary fractions make 28.999…
     for odd in (-0.1, 1.1, float("nan")):
@@ -76,7 +76,7 @@ def test_strength_is_the_share_of_the_steps():
             steps_of(odd, 10)
 
 
-def test_at_1_it_is_text_to_image_and_at_0_the_autoencoder(pipe):
+def test_strength_1_is_text_to_image_and_strength_0_is_the_autoencoder(pipe):
     given = smooth_images(2)
     how = {"num_inference_steps": 4, "output_type": "np"}
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -131,7 +131,7 @@ def test_a_line_of_one_pixel_reaches_the_latents(line):
 
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("seen", [True, False])
-def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(same, seen):
+def test_blending_keeps_the_unmasked_area_and_releases_the_edge_at_low_noise(same, seen):
     """By latents: the mask covers the first wholly, the second in part, the third not at all. A UNet that sees it keeps that."""
     schedule = Schedule.build("scaled_linear")
     mask = torch.zeros(1, 1, 4, 12)
@@ -149,7 +149,7 @@ def test_blending_holds_what_is_outside_and_frees_the_edge_once_signal_prevails(
     assert schedule.level(400).sigma > schedule.level(400).alpha > schedule.level(100).sigma
 
 
-def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
+def test_mask_edges_of_any_grey_are_inpainted(pipe):
     """Also where the mask covers no latent wholly: a thin line, a soft spot, the noise of a JPEG file."""
     (given,) = smooth_images(1)
     line, spot, jpeg = np.zeros((3, 32, 32), np.float32)
@@ -162,7 +162,7 @@ def test_an_edge_of_any_grey_is_painted_in_the_end(pipe):
         assert changed[mask > 0].all()
 
 
-def test_pil_images_are_seen_as_they_are_meant():
+def test_pil_images_are_converted_by_orientation_depth_and_alpha():
     """Upright, 16 bits scaled, on white where they are transparent; once, however often."""
     deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     np.testing.assert_allclose(to_pixels(Image.fromarray(deep))[0, 0], np.rint(deep / 257) / 255, atol=1e-6)
@@ -184,7 +184,7 @@ def test_pil_images_are_seen_as_they_are_meant():
     assert to_pixels(bytes_).shape == (1, 3, 2, 2)
 
 
-def test_what_is_transparent_in_a_mask_is_black():
+def test_transparent_parts_of_a_mask_are_black():
     layer = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     layer.paste((255, 255, 255, 255), (2, 2, 5, 4))
     found = to_mask(layer, (8, 8))
@@ -194,7 +194,7 @@ def test_what_is_transparent_in_a_mask_is_black():
     assert torch.equal(to_mask(found[0, 0] > 0, (8, 8)), found)
 
 
-def test_what_is_made_up_under_a_mask_is_of_what_is_round_it():
+def test_masked_pixels_are_filled_from_their_surroundings():
     x = torch.rand(1, 3, 13, 22, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 13, 22)
     mask[..., 2:9, 4:20] = 1
@@ -208,7 +208,7 @@ def test_what_is_made_up_under_a_mask_is_of_what_is_round_it():
     assert torch.isfinite(filled(x, torch.ones_like(mask))).all()
 
 
-def test_black_is_black_but_for_noise(pipe):
+def test_nearly_black_parts_of_a_mask_count_as_black(pipe):
     (given,), mask = smooth_images(1), np.asarray(box_mask())
     noisy = np.maximum(mask, np.random.default_rng(0).integers(0, 8, mask.shape)).astype(np.uint8)
     how = {"image": given, "num_inference_steps": 3}
@@ -221,7 +221,7 @@ def test_black_is_black_but_for_noise(pipe):
         pipe("a star", mask_image=Image.fromarray(noisy * (mask == 0)), **how)
 
 
-def test_a_image_is_encoded_once_for_all_that_are_painted_of_it(monkeypatch):
+def test_an_image_is_encoded_once_for_all_its_variations(monkeypatch):
     for inpaints, times in ((False, 1), (True, 2)):  # the image, and what a mask leaves of it
         pipe, encoded = tiny_pipeline(inpaints=inpaints), []
         encode = pipe.autoencoder.encode
@@ -235,7 +235,7 @@ def test_a_image_is_encoded_once_for_all_that_are_painted_of_it(monkeypatch):
         assert np.abs(np.asarray(alone[0], int) - np.asarray(made[3], int)).max() <= 1
 
 
-def test_batches_are_as_images_alone(pipe):
+def test_a_batch_equals_its_images_generated_separately(pipe):
     given = smooth_images(3)
     how = {"num_inference_steps": 3, "output_type": "np", "strength": 0.7}
     together = pipe("a star", image=given, generator=generators(3), **how).images
@@ -266,6 +266,6 @@ def test_batches_are_as_images_alone(pipe):
         ({"image": smooth_images(1), "width": 64}, "its own size holds"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(pipe, how, said):
+def test_invalid_arguments_are_refused(pipe, how, said):
     with pytest.raises(UserError, match=said):
         pipe(PROMPTS, num_inference_steps=1, **how)

@@ -34,7 +34,7 @@ def weights(net):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999])
-def test_is_the_weighted_sum_of_all_weights(decay):
+def test_average_is_the_weighted_sum_of_all_weights(decay):
     """a_n = Σ_k (1 − d_k) Π_{j>k} d_j w_k + Π_j d_j w_init, in float64."""
     net, steps = block(), 40
     ema = Ema(net, decay)
@@ -51,7 +51,7 @@ def test_is_the_weighted_sum_of_all_weights(decay):
         torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-6)
 
 
-def test_without_decay_is_the_weights_exactly():
+def test_average_without_decay_is_the_weights_exactly():
     net = block()
     ema = Ema(net, 0.0)
     for step in range(3):
@@ -97,7 +97,7 @@ def test_average_of_half_precision_weights_is_fp32():
     assert ema.module.weight.item() == pytest.approx(2 - 0.999**100, rel=1e-5)
 
 
-def test_buffers_are_the_present_ones():
+def test_buffers_are_the_current_ones():
     net = block()
     ema = Ema(net, 0.999)
     for step in range(4):
@@ -107,7 +107,7 @@ def test_buffers_are_the_present_ones():
     assert all(map(torch.equal, ema.module.buffers(), net.buffers()))
 
 
-def test_is_a_separate_module_for_evaluation():
+def test_average_is_a_separate_module_for_evaluation():
     net = block().train()
     ema = Ema(net, 0.9)
     assert not any(m.training for m in ema.module.modules())
@@ -119,7 +119,7 @@ def test_is_a_separate_module_for_evaluation():
     assert all(map(torch.equal, before, net.parameters()))
 
 
-def test_follows_tied_weights_and_other_memory_formats():
+def test_average_follows_tied_weights_and_other_memory_formats():
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
     net[1].weight = net[0].weight
     ema = Ema(net, 0.0)
@@ -130,7 +130,7 @@ def test_follows_tied_weights_and_other_memory_formats():
     assert all(map(torch.equal, ema.module.parameters(), net.parameters()))
 
 
-def test_goes_on_bit_for_bit():
+def test_average_is_continued_bit_for_bit():
     def go(net, ema, steps):
         for step in steps:
             random_weights(net, step)
@@ -152,6 +152,6 @@ def test_goes_on_bit_for_bit():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
-def test_a_decay_that_is_none_is_refused(decay):
+def test_an_invalid_decay_is_refused(decay):
     with pytest.raises(ValueError, match="at least 0 and less than 1"):
         Ema(single(0.0), decay)

@@ -92,7 +92,7 @@ def test_annotations_become_captions(annotations: Path) -> None:
     }
 
 
-def test_a_folder_of_both_parts_is_read_whole(tmp_path: Path) -> None:
+def test_both_annotation_files_of_a_folder_are_read(tmp_path: Path) -> None:
     for part, text, name in (
         ("annotations", "👋", "waving hand"),
         ("annotationsDerived", "👋🏽", "waving hand: medium"),
@@ -118,7 +118,7 @@ def test_a_folder_of_both_parts_is_read_whole(tmp_path: Path) -> None:
         (None, "can't be read"),
     ],
 )
-def test_other_files_are_no_annotations(tmp_path: Path, content: bytes | None, what: str) -> None:
+def test_other_files_are_refused_as_annotations(tmp_path: Path, content: bytes | None, what: str) -> None:
     if content is not None:
         (tmp_path / "en.xml").write_bytes(content)
     with pytest.raises(UserError, match=what) as raised:
@@ -127,7 +127,7 @@ def test_other_files_are_no_annotations(tmp_path: Path, content: bytes | None, w
     assert "\n" not in str(raised.value)
 
 
-def test_captions_say_something_once_in_one_line() -> None:
+def test_captions_are_one_line_without_repeats() -> None:
     assert compose_captions("🎅", "Santa Claus", ["santa CLAUS"]) == ("Santa Claus", "father christmas")
     assert compose_captions("❤", "", []) == ("heavy black heart",)
     assert compose_captions("🖤", "black heart", ["black", "Black", "heart"]) == ("black heart", "black, heart")
@@ -212,7 +212,7 @@ def test_parts_and_couples_of_two_skin_tones_are_left_out() -> None:
 # Files
 
 
-def test_what_looks_the_same_is_one_image_with_all_captions(annotations: Path) -> None:
+def test_emoji_that_look_the_same_share_one_image_with_all_captions(annotations: Path) -> None:
     images = render_all(read_annotations(annotations), render, 64)
     assert [image.text for image in images] == ["😀", "❤", "🕐", "👋🏽", "🇫🇷"]
     flags = ["flag: France", "flag of France", "flag: St. Martin", "flag of St. Martin"]
@@ -221,7 +221,7 @@ def test_what_looks_the_same_is_one_image_with_all_captions(annotations: Path) -
 
 
 @pytest.mark.parametrize("side", [16, 64, 128])
-def test_written_set_loads_and_no_emoji_is_on_both_sides(tmp_path: Path, side: int) -> None:
+def test_a_written_dataset_loads_and_no_emoji_is_in_both_splits(tmp_path: Path, side: int) -> None:
     out = tmp_path / "nested" / "set"
     written = write_emoji(out, many(), render, side, 0.05, 3)
     assert written == (320 - 16, 16, 320)
@@ -245,7 +245,7 @@ def test_written_set_loads_and_no_emoji_is_on_both_sides(tmp_path: Path, side: i
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "nested"]
 
 
-def test_the_set_loads_as_an_imagefolder(tmp_path: Path, annotations: Path) -> None:
+def test_the_dataset_loads_as_an_imagefolder(tmp_path: Path, annotations: Path) -> None:
     datasets = pytest.importorskip("datasets")
     write_emoji(tmp_path / "set", read_annotations(annotations), render, 64, 0.05, 0)
     loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
@@ -376,7 +376,7 @@ if FONT.is_file():  # nothing to test elsewhere
             "\U0010fffd",
         ],
     )
-    def test_what_is_no_single_glyph_has_no_image(font: Font, text: str) -> None:
+    def test_text_that_is_not_a_single_glyph_has_no_image(font: Font, text: str) -> None:
         assert font(text) is None
 
     def test_emoji_differ(font: Font) -> None:

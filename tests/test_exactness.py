@@ -185,7 +185,7 @@ def propagate(kind, legs, start_std, eta):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", MAKE)
-def test_mean_and_covariance_are_carried_exactly(kind, spacing):
+def test_mean_and_covariance_equal_the_closed_form(kind, spacing):
     route = plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 20, spacing)
     constant, matrix = affine_map(route.legs, MAKE[kind](), route.start_std, 45)
     mean, covariance = propagate(kind, route.legs, route.start_std, 0.4 if kind == "ddim_0.4" else 0.0)
@@ -246,7 +246,7 @@ BIAS = 0.01
 
 
 @pytest.mark.parametrize(("kind", "schedule"), ON_PATHS)
-def test_the_modes_of_a_mixture_have_their_shares(kind, schedule):
+def test_the_modes_of_a_mixture_have_their_weights(kind, schedule):
     route, generator, count = (
         plan(schedule, make_sampler(SAMPLER[kind]).grid, 50, "trailing"),
         torch.Generator().manual_seed(4),
@@ -274,7 +274,7 @@ def exact_finite(x_t, level):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", MAKE)
-def test_samples_of_a_finite_data_set_are_data(kind, spacing):
+def test_samples_of_a_finite_dataset_are_its_data(kind, spacing):
     route, generator = plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 50, spacing), torch.Generator().manual_seed(4)
     noise = lambda: torch.randn((500, 3, 2, 2), generator=generator, dtype=torch.float64)  # noqa: E731
     x = sample(exact_finite, route.start(noise()), route.legs, MAKE[kind](), noise)
@@ -298,7 +298,7 @@ def rescaled(level, path):
 
 
 @pytest.mark.parametrize("kind", [k for k in MAKE if k != "ddpm_large"])  # that variance is one of the path's scale
-def test_the_path_makes_no_difference(kind):
+def test_samples_do_not_depend_on_the_path(kind):
     # With an exact denoiser, samples depend on the noise levels alone, whatever alpha goes with them.
     ends = []
     for path in ("vp", "ve", "flow"):
@@ -323,7 +323,7 @@ def test_ddpm_is_ddim_with_eta_1():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_eulers_step_on_the_ode_of_karras_and_on_a_flow_is_ddims():
+def test_eulers_step_on_karras_ode_and_on_a_flow_equals_ddims():
     x = draw(4, 2, 3, 3)
     for now, after in [(999, 957.375), (500, 300), (41, -1)]:
         t, s = SCHEDULE.level(now), SCHEDULE.level(after)
@@ -366,7 +366,7 @@ def test_a_multistep_step_forgets_a_finished_trajectory(kind):
 
 
 @pytest.mark.parametrize("end", [False, True])
-def test_inversion_leads_back(end):
+def test_inversion_recovers_the_noise_of_the_data(end):
     # Refinements converge on the noise from which DDIM gives the data again, to rounding.
     legs = plan(SCHEDULE, make_sampler("ddim").grid, 50, "trailing", set_alpha_to_one=end).legs
     x = MODES[draw(64, 1, 1, 1).argsort(0) % 3] + WIDTH * draw(64, 1, 1, 1, seed=1)
@@ -393,7 +393,7 @@ def test_inversion_of_gaussian_data_gives_standard_noise():
     ("kind", "schedule"),
     [*ON_PATHS, *((k, Schedule.build("linear", zero_terminal_snr=True)) for k in MAKE if k != "heun")],
 )
-def test_the_loop_waits_for_no_device(kind, schedule):
+def test_the_loop_never_synchronises_with_the_device(kind, schedule):
     # A meta tensor has no numbers: whatever asked for one would raise.
     route, x = plan(schedule, make_sampler("dpmpp_2m").grid, 10, "trailing"), torch.empty(2, 4, 8, 8, device="meta")
     denoise = Conditioned(Denoiser(lambda x_t, index, c: x_t * index.view(-1, 1, 1, 1), "v", torch.bfloat16), x)
@@ -402,7 +402,7 @@ def test_the_loop_waits_for_no_device(kind, schedule):
 
 
 @pytest.mark.parametrize("kind", [k for k in MAKE if k != "heun"])
-def test_pure_noise_is_a_fine_place_to_start(kind):
+def test_sampling_from_pure_noise_reaches_the_data(kind):
     # At zero terminal SNR, alpha is 0 and the noise level infinite.
     schedule, generator = Schedule.build("scaled_linear", zero_terminal_snr=True), torch.Generator().manual_seed(0)
     levels = [schedule.level(i) for i in [*range(999, 0, -4), -1]]

@@ -88,7 +88,7 @@ def test_each_way_is_continued_exactly(varied: Path, parts: Path, tmp_path: Path
     assert pipe("a caption", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
-def test_cached_or_as_they_come_the_losses_are_the_same(shapes: Path, parts: Path, tmp_path: Path) -> None:
+def test_losses_are_the_same_with_and_without_a_cache(shapes: Path, parts: Path, tmp_path: Path) -> None:
     train.stages.ldm.train(ldm_config(shapes, tmp_path / "cached", parts, log_every=1))
     train.stages.ldm.train(ldm_config(shapes, tmp_path / "anew", parts, log_every=1, cache="off"))
     one, other = losses(tmp_path / "cached"), losses(tmp_path / "anew")
@@ -97,7 +97,7 @@ def test_cached_or_as_they_come_the_losses_are_the_same(shapes: Path, parts: Pat
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_a_second_run_runs_neither_network(
+def test_a_second_run_uses_the_cache_in_place_of_the_encoders(
     shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train.stages.ldm.train(ldm_config(shapes, tmp_path / "one", parts, steps=2, cache=str(tmp_path / "cache")))
@@ -115,7 +115,7 @@ def test_a_second_run_runs_neither_network(
 
 
 @pytest.mark.parametrize("kind", ["transformers", "openclip"])
-def test_a_text_encoder_of_either_kind_trains_and_stock_diffusers_paints_the_same(
+def test_either_kind_of_text_encoder_trains_and_stock_diffusers_generates_the_same(
     shapes: Path, parts: Path, tmp_path: Path, kind: str
 ) -> None:
     """Random weights, clip skip; handed over as an ordinary pipeline."""
@@ -174,7 +174,9 @@ def test_a_stream_trains_every_stage_and_is_continued_exactly(stream: str, parts
         stages["vae"](tmp_path / "no", input=DataConfig(resolution=32, min_size=8))
 
 
-def test_flips_and_words_for_sides_are_told(varied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flips_with_captions_about_left_and_right_are_reported(
+    varied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = vae_config(varied, tmp_path / "run", steps=1, input=DataConfig(resolution=32, flip=True))
     train.stages.vae.train(config)
     assert "some captions contain left or right, e.g. 'caption 0 of 0, on the left'" in capsys.readouterr().out
@@ -195,7 +197,7 @@ def test_flips_and_words_for_sides_are_told(varied: Path, tmp_path: Path, capsys
         ({"input": DataConfig(resolution=32, min_size=500)}, r"none of the .* images \(train\) is as large"),
     ],
 )
-def test_what_can_not_be_had_is_refused_in_words(
+def test_contradictory_input_settings_are_refused(
     varied: Path, parts: Path, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
@@ -203,13 +205,13 @@ def test_what_can_not_be_had_is_refused_in_words(
     assert not (tmp_path / "run").exists()
 
 
-def test_squares_alone_in_the_first_stages(shapes: Path, tmp_path: Path) -> None:
+def test_buckets_are_refused_in_the_first_two_stages(shapes: Path, tmp_path: Path) -> None:
     for config in (clip_config, vae_config):
         with pytest.raises(ValueError, match=r"input\.buckets 8: only stage 2 has this setting"):
             config(shapes, tmp_path, input=DataConfig(resolution=32, buckets=8))
 
 
-def test_a_command_is_not_taken_from_a_file(tmp_path: Path) -> None:
+def test_a_pipe_command_in_a_file_is_refused(tmp_path: Path) -> None:
     from train.config.load import parse
     from train.config.vae import VaeConfig
 

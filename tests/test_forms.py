@@ -156,7 +156,7 @@ def test_every_form_gives_the_same_batches_bit_by_bit(forms, form):
 
 
 @pytest.mark.parametrize("form", [*FORMS[::3], "saved", STREAM])
-def test_each_form_goes_on_at_any_example(forms, form):
+def test_each_form_continues_at_any_example(forms, form):
     """The number of workers and processes makes no difference."""
     inputs = forms[form]
     whole = [parts[0] for parts in batches(inputs)]
@@ -200,7 +200,7 @@ def test_without_a_split_the_same_images_are_held_out(tmp_path, form):
 # -- a thousand odd images ----------------------------------------------------------------------------------------
 
 
-def test_a_thousand_odd_images_among_a_thousand_good_ones(tmp_path):
+def test_a_thousand_odd_images_are_used_or_reported(tmp_path):
     """All good ones are used, what can be read is, the report is exact, and nothing is deleted."""
     folder = tmp_path / "data"
     good, odd, damaged, either = write_odd_images(folder)
@@ -230,7 +230,7 @@ def test_a_thousand_odd_images_among_a_thousand_good_ones(tmp_path):
 # -- harm -----------------------------------------------------------------------------------------------------------
 
 
-def test_flags_that_do_not_fit_are_refused_in_words(forms, tmp_path):
+def test_incompatible_options_are_refused(forms, tmp_path):
     with pytest.raises(UserError, match=r"must be an existing folder, .parquet or .tar file"):
         open_inputs(str(tmp_path / "nowhere"), CONFIG)
     with pytest.raises(UserError, match="'dev': there is no such split"):

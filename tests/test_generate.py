@@ -155,7 +155,7 @@ def prompts() -> list[str]:
     return HOSTILE + [lone.sub("", prompt) for prompt in made]
 
 
-def test_any_prompt_comes_back_exactly_and_forges_nothing(tmp_path: Path) -> None:
+def test_any_prompt_is_read_back_exactly_and_forges_no_setting(tmp_path: Path) -> None:
     last = "Steps: 5, Sampler: ddim, CFG scale: 2.0, Seed: 7, Size: 4x4, Model hash: 0123456789, Model: m"
     image, names = Image.new("RGB", (4, 4)), {}
     for k, prompt in enumerate(prompts()):
@@ -179,7 +179,7 @@ def test_any_prompt_comes_back_exactly_and_forges_nothing(tmp_path: Path) -> Non
         (tmp_path / name).unlink()
 
 
-def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
+def test_separators_in_values_are_quoted(tmp_path: Path) -> None:
     """AUTOMATIC1111 reads a value in quotes as JSON."""
     reported = {
         **SETTINGS,
@@ -206,7 +206,7 @@ def test_what_divides_values_is_quoted(tmp_path: Path) -> None:
 # -- generated again ----------------------------------------------------------------------------------------------------
 
 
-def test_one_of_seven_is_painted_again_alone(model: Path, tmp_path: Path) -> None:
+def test_one_of_seven_images_is_reproduced_separately(model: Path, tmp_path: Path) -> None:
     seven = run_script(
         "txt2img",
         *FEW,
@@ -237,7 +237,7 @@ def test_one_of_seven_is_painted_again_alone(model: Path, tmp_path: Path) -> Non
     assert np.abs(pixels(again) - pixels(seven[5])).max() > 9
 
 
-def test_options_beside_it_win(model: Path, tmp_path: Path) -> None:
+def test_options_override_the_settings_in_an_image(model: Path, tmp_path: Path) -> None:
     (first,) = run_script(
         "txt2img",
         *FEW,
@@ -258,7 +258,7 @@ def test_options_beside_it_win(model: Path, tmp_path: Path) -> None:
     assert "another --out" in refused("txt2img", "--like", first, "--steps", 2, "--out", tmp_path / "a")
 
 
-def test_images_from_images_are_painted_again(model: Path, given: Path, tmp_path: Path) -> None:
+def test_images_from_images_are_reproduced(model: Path, given: Path, tmp_path: Path) -> None:
     made = run_script(
         "img2img",
         *FEW,
@@ -290,7 +290,7 @@ def test_images_from_images_are_painted_again(model: Path, given: Path, tmp_path
     assert read_png(again) == read_png(first)
 
 
-def test_inputs_that_are_gone_or_others_are_refused(model: Path, given: Path, tmp_path: Path) -> None:
+def test_missing_or_changed_inputs_are_refused(model: Path, given: Path, tmp_path: Path) -> None:
     how = ("--image", given / "a.png", "--mask", given / "mask.png", "--prompt", "x", "--out")
     (first,) = run_script("inpaint", *FEW, model, *how, tmp_path / "a").paths
     again = ("--like", first, "--out", tmp_path / "b")
@@ -302,7 +302,7 @@ def test_inputs_that_are_gone_or_others_are_refused(model: Path, given: Path, tm
     assert run_script("inpaint", *again, "--image", given / "b.png", "--mask", given / "odd.png").paths
 
 
-def test_a_model_that_is_another_is_told(model: Path, tmp_path: Path) -> None:
+def test_a_changed_model_gives_a_warning(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "model"
     shutil.copytree(model, own)
     (first,) = run_script("txt2img", *FEW, own, "--prompt", "x", "--out", tmp_path / "a").paths
@@ -367,7 +367,7 @@ def with_text(path: Path, text: str, key: str = "ldm") -> Path:
         ({"sha256": "abc"}, "abc"),
     ],
 )
-def test_a_strangers_settings_are_refused_in_one_line(
+def test_invalid_settings_in_an_image_are_refused_in_one_line(
     painted: Path, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
     wrong = with_text(tmp_path / "wrong.png", json.dumps(read_png(painted) | change))
@@ -391,7 +391,7 @@ GARBAGE = [
 ]
 
 
-def test_garbage_is_refused_in_one_line(tmp_path: Path, given: Path) -> None:
+def test_damaged_metadata_is_refused_in_one_line(tmp_path: Path, given: Path) -> None:
     out, rng = ("--out", tmp_path / "new"), random.Random(0)
     for text in GARBAGE:
         assert "--like" in refused("txt2img", "--like", with_text(tmp_path / "x.png", text), *out)
@@ -410,7 +410,7 @@ def test_garbage_is_refused_in_one_line(tmp_path: Path, given: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::conditioning.tokenizer.PromptCut")
-def test_a_hostile_prompt_is_painted_again(model: Path, tmp_path: Path) -> None:
+def test_a_hostile_prompt_is_reproduced(model: Path, tmp_path: Path) -> None:
     for k, prompt in enumerate(("%(prog)s {0} --out /", "--steps", "x\ny\0\ud800", "\u202e🏳️‍🌈" * 50, "y " * 500_000)):
         reported = {**SETTINGS, "prompt": prompt, "steps": 2, "model": str(model)}
         path = with_text(tmp_path / f"{k}.png", json.dumps(reported))
@@ -434,7 +434,7 @@ def test_a_file_of_prompts(model: Path, tmp_path: Path) -> None:
     assert np.abs(pixels(alone) - pixels(made[-1])).max() <= 1
 
 
-def test_a_megabyte_comes_in_by_a_file_and_is_told_in_one_line(model: Path, tmp_path: Path) -> None:
+def test_a_prompt_of_a_megabyte_is_read_from_a_file_and_gives_one_warning(model: Path, tmp_path: Path) -> None:
     prompt = 'a red star\\ "\t' * 80_000
     (tmp_path / "prompts.txt").write_text(prompt + "\n")
     with pytest.warns(PromptCut) as caught:
@@ -465,7 +465,7 @@ def test_images_and_prompts_agree_in_number(model: Path, given: Path, tmp_path: 
     assert [read_png(p)["prompt"] for p in both] == ["one", "two"]
 
 
-def test_a_grid_has_them_all(model: Path, given: Path, tmp_path: Path) -> None:
+def test_a_grid_contains_all_images(model: Path, given: Path, tmp_path: Path) -> None:
     *made, grid = run_script(
         "txt2img", *FEW, model, "--prompt", "x", "--num-images", 5, "--grid", "--out", tmp_path / "a"
     ).paths
@@ -498,7 +498,9 @@ def previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Image.Imag
     return seen
 
 
-def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previews: list[Image.Image]) -> None:
+def test_previews_are_written_and_removed(
+    coloured: Path, given: Path, tmp_path: Path, previews: list[Image.Image]
+) -> None:
     how = (
         "--prompt",
         "x",
@@ -534,7 +536,7 @@ def test_previews_come_and_go(coloured: Path, given: Path, tmp_path: Path, previ
     assert (tmp_path / "a/preview.png").read_text() == "mine"
 
 
-def test_a_grid_is_not_written_over_what_it_is_made_of(model: Path, given: Path, tmp_path: Path) -> None:
+def test_a_grid_does_not_overwrite_its_images(model: Path, given: Path, tmp_path: Path) -> None:
     image = tmp_path / "grid-x-0.png"
     image.write_bytes((given / "a.png").read_bytes())
     how = ("--image", image, "--prompt", "x", "--grid", "--out", tmp_path)
@@ -555,7 +557,7 @@ def test_an_interrupted_command_leaves_no_preview(
     assert files(tmp_path / "a") == []
 
 
-def test_slices_change_nothing(model: Path, tmp_path: Path) -> None:
+def test_sliced_decoding_gives_the_same_images(model: Path, tmp_path: Path) -> None:
     how = ("txt2img", *FEW, model, "--prompt", "x", "--num-images", 3, "--out")
     whole, sliced = run_script(*how, tmp_path / "a").paths, run_script(*how, tmp_path / "b", "--slice").paths
     for a, b in zip(whole, sliced, strict=True):
@@ -565,7 +567,7 @@ def test_slices_change_nothing(model: Path, tmp_path: Path) -> None:
 # -- between prompts and seeds ----------------------------------------------------------------------------------------
 
 
-def test_the_way_begins_and_ends_as_txt2img_paints(model: Path, tmp_path: Path) -> None:
+def test_interpolation_starts_and_ends_with_txt2img_images(model: Path, tmp_path: Path) -> None:
     between = (
         "--prompt",
         "a red star",
@@ -601,7 +603,7 @@ def test_the_way_begins_and_ends_as_txt2img_paints(model: Path, tmp_path: Path) 
             assert np.sqrt(np.square(made - pixels(path)).mean()) < 10
 
 
-def test_a_way_over_several_prompts_passes_each(model: Path, tmp_path: Path) -> None:
+def test_interpolation_passes_through_each_prompt(model: Path, tmp_path: Path) -> None:
     """The noise has one seed, and the sampler draws more of it."""
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     how = ("--sampler", "euler_ancestral", "--seed", 5, *FEW, model)
@@ -630,7 +632,7 @@ def test_a_way_over_several_prompts_passes_each(model: Path, tmp_path: Path) -> 
         (("--to", "y", "--width", 33), "33"),
     ],
 )
-def test_ways_that_lead_nowhere(model: Path, tmp_path: Path, how: tuple[object, ...], says: str) -> None:
+def test_invalid_interpolations_are_refused(model: Path, tmp_path: Path, how: tuple[object, ...], says: str) -> None:
     prompt = () if "--prompts" in how else ("--prompt", "x")
     assert says in refused("interpolate", *FEW, model, *prompt, *how, "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -653,7 +655,7 @@ def test_an_arc_keeps_the_variance_and_a_line_does_not() -> None:
 
 @pytest.mark.parametrize("n", [8, 9])
 @pytest.mark.parametrize("change", [0, 1e-12, 1e-7, 1e-4])
-def test_arcs_between_what_is_parallel_or_opposite(n: int, change: float) -> None:
+def test_arcs_between_parallel_and_opposite_vectors(n: int, change: float) -> None:
     a = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for sign in (1, -1):
         b = sign * a + change * a.roll(1, 1)
@@ -704,7 +706,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "says"), BAD)
-def test_what_does_not_fit_gets_one_line_and_leaves_nothing(
+def test_invalid_arguments_give_one_line_and_no_files(
     model: Path, given: Path, tmp_path: Path, line: str, says: str
 ) -> None:
     script, *how = line.format(given=given).split()
@@ -716,7 +718,7 @@ def test_what_does_not_fit_gets_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("content", "says"), [(b"", "is empty"), (b"\n \r\n", "is empty"), (b"a\xff\n", "isn't UTF-8: byte 1")]
 )
-def test_files_without_prompts(model: Path, tmp_path: Path, content: bytes, says: str) -> None:
+def test_files_without_prompts_are_refused(model: Path, tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     assert says in refused("txt2img", *FEW, model, "--prompts", path, "--out", tmp_path / "new")

@@ -70,7 +70,7 @@ def never(*_):
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 3.5, 12.0])
 @in_every_target_at_every_level
-def test_guiding_any_target_is_the_same(kind, level, scale):
+def test_guidance_is_the_same_for_any_target(kind, level, scale):
     x_t, negative, positive = draw(4, 3, 2, 2), draw(4, seed=6), draw(4, seed=5)
     guided = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)])(x_t, level).x0
     said = outputs(x_t, level, negative, positive)
@@ -97,7 +97,7 @@ def test_guiding_any_target_is_the_same(kind, level, scale):
         ([0.0, 1.0], [2]),
     ],
 )
-def test_negative_first_then_prompts_and_only_what_has_weight(scales, needed):
+def test_the_network_receives_the_negative_then_the_prompts_that_have_weight(scales, needed):
     x_t, level, recorder = draw(2, 3, 2, 2), LEVELS["vp 250"], Recorder()
     conditions = [torch.tensor([10.0 * k, 10.0 * k + 1]).double() for k in range(3)]
     prompts = list(zip(conditions[1:], scales, strict=False))
@@ -129,7 +129,7 @@ def rescaled(kind, level, scale, phi):
 
 
 @in_every_target_at_every_level
-def test_rescaling_is_diffusers_on_the_networks_output(kind, level):
+def test_rescaling_equals_diffusers_on_the_networks_output(kind, level):
     for scale, phi in ((7.5, 0.7), (3.0, 1.0), (-2.0, 0.3), (7.5, 0.0)):
         output, y_neg, y_pos = rescaled(kind, level, scale, phi)
         expected = rescale_noise_cfg(y_neg + scale * (y_pos - y_neg), y_pos, phi)
@@ -197,7 +197,7 @@ def test_rescaling_outside_0_to_1_is_refused():
 # -- interval -------------------------------------------------------------------------------------------------
 
 
-def test_an_interval_guides_inside_alone_and_saves_the_rest():
+def test_an_interval_guides_only_inside_and_saves_evaluations_outside():
     recorder, x_t = Recorder(), draw(2, 3, 2, 2)
     denoiser, negative, positive = Denoiser(recorder, "v"), torch.zeros(2).double(), torch.ones(2).double()
     guided, plain = ClassifierFree(denoiser, negative, [(positive, 3.0)]), Conditioned(denoiser, positive)
@@ -217,7 +217,7 @@ def test_an_interval_may_reach_from_the_data_to_pure_noise():
     assert torch.equal(up_to_noise(x_t, LEVELS["flow 999"]), x_t)
 
 
-def test_an_interval_upside_down_is_refused():
+def test_an_interval_with_swapped_ends_is_refused():
     for low, high in ((2.0, 1.0), (1.0, 1.0), (-1.0, 1.0), (-2.0, -1.0), (math.nan, 1.0), (0.0, math.nan)):
         with pytest.raises(UserError, match=f"guidance interval {low} to {high}"):
             Interval(never, never, low, high)
@@ -278,7 +278,7 @@ MAIN, WEAK = (0.7, 0.4), (0.5, 0.6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.4, 1.0, 2.0, 5.0])
-def test_autoguidance_is_away_from_the_weak_model(scale):
+def test_autoguidance_extrapolates_away_from_the_weaker_model(scale):
     main, weak = (lambda x, level, m=model: Denoised(gaussian(x, level, *m)) for model in (MAIN, WEAK))
     x_t = draw(4, 3, 2, 2)
     for level in LEVELS.values():
@@ -378,7 +378,7 @@ def test_a_classifiers_weight_is_the_scale_of_classifier_free_guidance():
         torch.testing.assert_close(guided(x_t, level).x0, free(x_t, level).x0, rtol=0, atol=1e-9)
 
 
-def test_a_classifier_is_not_asked_in_vain():
+def test_a_classifier_without_effect_is_not_evaluated():
     for weight, level in ((0.0, LEVELS["vp 250"]), (1.0, LEVELS["flow 999"])):
         x_t = noisy(level)
         assert torch.equal(ClassifierGuided(mixture, never, weight)(x_t, level).x0, mixture(x_t, level).x0)
@@ -424,7 +424,7 @@ def test_an_exact_classifier_samples_the_conditional_distribution(label, path, k
 # -- wrappers in wrappers -------------------------------------------------------------------------------------
 
 
-def test_wrappers_nest():
+def test_guidance_wrappers_can_be_nested():
     x_t, negative, positive = draw(2, 3, 2, 2), draw(2, seed=6), draw(2, seed=5)
     main, weak = Recorder(), Recorder()
     free = ClassifierFree(Denoiser(main, "v"), negative, [(positive, 3.0)])
@@ -443,7 +443,7 @@ def test_wrappers_nest():
 
 @pytest.mark.parametrize("kind", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
-def test_guidance_waits_for_no_device(path, kind):
+def test_guidance_never_synchronises_with_the_device(path, kind):
     # A meta tensor has no numbers: whatever asked for one would raise.
     x, condition = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, device="meta")
     denoiser = Denoiser(network, "v", torch.bfloat16)

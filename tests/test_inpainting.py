@@ -66,7 +66,7 @@ def inpaint_config(shapes: Path, out: Path, runs: Path, **change: Any) -> Any:
 # -- the network ----------------------------------------------------------------------------------------------------
 
 
-def test_widened_it_is_what_it_was_until_it_learns():
+def test_a_widened_network_predicts_the_same_until_it_is_trained():
     unet = tiny_pipeline().unet.requires_grad_(True)
     x, index, text = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 16, 32)
     before = unet(x, index, text).sample
@@ -80,7 +80,7 @@ def test_widened_it_is_what_it_was_until_it_learns():
     assert unet.conv_in.weight.grad[:, 4:].abs().amax((0, 2, 3)).min() > 0  # each new input is learned from
 
 
-def test_each_guided_prediction_sees_its_own_images_context():
+def test_each_guided_prediction_receives_the_context_of_its_image():
     """Three predictions of two images in one evaluation: the context goes with the image."""
 
     def network(x, index, condition):
@@ -118,7 +118,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_masked_image_is_the_one_its_latent_was_made_of(
+def test_the_masked_image_is_the_crop_of_its_cached_latent(
     begun: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     seen: list[tuple[Autoencoder, Any, DiffusionBatch]] = []
@@ -160,7 +160,7 @@ def test_a_run_is_continued_exactly(shapes: Path, begun: Path, tmp_path: Path, w
     assert (tmp_path / "whole/samples/step-00000008.png").is_file()
 
 
-def test_each_process_sees_the_masks_of_its_own_positions(begun: Path, wide: Path, tmp_path: Path) -> None:
+def test_masks_follow_positions_on_any_number_of_processes(begun: Path, wide: Path, tmp_path: Path) -> None:
     """Two processes, with a batch in two parts, together see what one process sees."""
     source = open_source(wide, "train")
     framing = Framing(resolution=32)
@@ -200,7 +200,7 @@ def cached_images(source: Source, framing: Framing, folder: Path) -> CachedDatas
     return CachedDataset(latents, text, 3, originals=Originals(source, framing))
 
 
-def test_a_image_that_goes_while_it_is_trained_on_has_a_substitute(wide: Path, tmp_path: Path) -> None:
+def test_an_image_damaged_during_training_is_substituted(wide: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(wide, data)
     source = open_source(data, "train")
@@ -218,7 +218,7 @@ def test_a_image_that_goes_while_it_is_trained_on_has_a_substitute(wide: Path, t
     assert not dataset.__getitems__(range(8)).damaged  # once told
 
 
-def test_it_begins_as_the_model_that_is_given(shapes: Path, begun: Path, tmp_path: Path) -> None:
+def test_training_starts_as_the_given_model(shapes: Path, begun: Path, tmp_path: Path) -> None:
     """Its first loss, at a learning rate of nearly 0, is that of continuing as text to image; so are autoencoder and encoder."""
     still = {"optimizer": replace(COMMON["optimizer"], lr=1e-12), "steps": 2, "validate_every": 2}
     for task in ("txt2img", "inpaint"):
@@ -232,7 +232,7 @@ def test_it_begins_as_the_model_that_is_given(shapes: Path, begun: Path, tmp_pat
         torch.testing.assert_close(value, was[name], atol=1e-6, rtol=0)
 
 
-def test_what_does_not_fit_what_is_given_is_refused(
+def test_settings_that_contradict_the_given_model_are_refused(
     shapes: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def start(name: str = "run", **change: Any) -> None:
@@ -300,7 +300,7 @@ def saved(pipe, tmp_path_factory):
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
-def test_stock_diffusers_paints_the_same(pipe, saved, strength, sampler):
+def test_inpainting_equals_stock_diffusers(pipe, saved, strength, sampler):
     """Before pasting. The mask's borders are multiples of the autoencoder's factor."""
     from diffusers import DPMSolverMultistepScheduler
 
@@ -320,7 +320,7 @@ def test_stock_diffusers_paints_the_same(pipe, saved, strength, sampler):
     assert (pipe.decode(ours) - pipe.decode(other)).abs().max() > 2 / 255  # it does see the image
 
 
-def test_it_is_loaded_and_saved_as_it_is(pipe, saved):
+def test_an_inpainting_model_is_saved_and_loaded_unchanged(pipe, saved):
     again = LatentDiffusionPipeline.from_pretrained(saved)
     assert again.inpaints
     assert json.loads((saved / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
@@ -329,7 +329,7 @@ def test_it_is_loaded_and_saved_as_it_is(pipe, saved):
     np.testing.assert_array_equal(one, other)
 
 
-def test_outside_the_mask_nothing_changes_and_what_is_inside_is_not_looked_at(pipe):
+def test_the_unmasked_area_is_kept_and_the_masked_content_is_ignored(pipe):
     (given,), mask = smooth_images(1, (45, 35)), box_mask((45, 35), (7, 6, 22, 20))
     how = {"mask_image": mask, "num_inference_steps": 2, "generator": None}
     hidden = np.asarray(mask) > 0
@@ -344,7 +344,7 @@ def test_outside_the_mask_nothing_changes_and_what_is_inside_is_not_looked_at(pi
     np.testing.assert_array_equal(again[hidden], made[0][hidden])
 
 
-def test_it_paints_from_text_and_from_images_too(pipe):
+def test_an_inpainting_model_also_generates_from_text_and_from_images(pipe):
     """The image is that under an all-white mask, except for the noise with which a grey image's posterior is sampled."""
     how = {"num_inference_steps": 3, "output_type": "np"}
     text = pipe(PROMPTS, generator=generators(2), **how).images
@@ -368,7 +368,7 @@ def test_it_paints_from_text_and_from_images_too(pipe):
 @pytest.mark.parametrize("task", ["text", "image", "mask"])
 @pytest.mark.parametrize("inpaints", [False, True])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
-def test_a_batch_of_seven_is_the_same_twice_and_as_each_image_alone(inpaints, task, sampler):
+def test_a_batch_is_reproducible_and_equals_its_images_generated_separately(inpaints, task, sampler):
     pipe, given = tiny_pipeline(inpaints=inpaints), smooth_images(7, (29, 35))
     prompts = [
         f"a small red star above a {word} circle"
@@ -387,7 +387,7 @@ def test_a_batch_of_seven_is_the_same_twice_and_as_each_image_alone(inpaints, ta
         assert np.abs(alone[0] - one[k]).max() <= 1 / 255
 
 
-def test_a_weaker_model_sees_the_context_too(pipe):
+def test_a_weaker_model_receives_the_context_too(pipe):
     """Guided away from itself, a model paints what it would; from another, something else."""
     given = {"image": smooth_images(2), "mask_image": box_mask()}
     other = tiny_pipeline(inpaints=True)
@@ -401,7 +401,7 @@ def test_a_weaker_model_sees_the_context_too(pipe):
         assert np.abs(away - plain).max() > 1 / 255
 
 
-def test_a_channel_count_that_is_neither_is_refused(pipe):
+def test_other_channel_counts_are_refused(pipe):
     unet = tiny_pipeline().unet
     widen(unet, 8)
     with pytest.raises(UserError, match="takes 8 channels"):
@@ -409,7 +409,7 @@ def test_a_channel_count_that_is_neither_is_refused(pipe):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
-def test_folders_without_plain_safetensors_are_refused_in_a_line(saved, tmp_path, part):
+def test_folders_without_plain_safetensors_are_refused_in_one_line(saved, tmp_path, part):
     """Pickled weights, and variants such as fp16's."""
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)

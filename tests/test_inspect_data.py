@@ -190,7 +190,7 @@ def test_a_limit_takes_images_evenly_of_one_split(shapes: Path, tmp_path: Path) 
     assert report["captions"]["longest_caption"] in texts
 
 
-def test_of_a_stream_the_first_images_are_looked_at(known: Path, tmp_path: Path) -> None:
+def test_the_first_images_of_a_stream_are_inspected(known: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for k in range(6):
             image(k).save(tmp_path / f"{k}.png")
@@ -237,7 +237,7 @@ def test_errors_are_one_line(arguments: tuple[str, ...], error: str, tmp_path: P
     assert errors.count("\n") == 1
 
 
-def test_the_difference_hash_says_where_it_gets_brighter() -> None:
+def test_the_difference_hash_marks_where_brightness_increases() -> None:
     """Row by row, the first bit is that of the left- and uppermost neighbours."""
     ramp = np.repeat(np.arange(9, dtype=np.uint8)[None] * 20, 8, 0)
     ramp[0, :2] = (100, 20)
@@ -247,7 +247,7 @@ def test_the_difference_hash_says_where_it_gets_brighter() -> None:
     assert difference_hash(Image.new("RGB", (300, 200), (9, 99, 9))) == 0
 
 
-def test_look_alikes_are_found_however_they_are_stored() -> None:
+def test_near_duplicates_are_found_across_formats_and_sizes() -> None:
     """Each of 60 images as PNG, JPEG, and half as large; one more in another colour, mirrored, or turned is another."""
     images = []
     for k in range(60):

@@ -60,7 +60,7 @@ def test_a_batch_is_the_mean_of_its_parts(kind: str) -> None:
     torch.testing.assert_close(torch.stack(parts).mean(), reconstruction_loss(kind, a, b))
 
 
-def test_the_learned_scale_is_the_distance_itself() -> None:
+def test_the_best_learned_scale_equals_the_distance() -> None:
     """The minimum over s of d / exp(s) + s is at exp(s) = d."""
     distance, s = torch.tensor(0.03), torch.tensor(math.log(0.03), requires_grad=True)
     likelihood_loss(distance, s).backward()
@@ -72,7 +72,7 @@ def test_the_learned_scale_is_the_distance_itself() -> None:
     )
 
 
-def test_a_known_gradient_is_autograds() -> None:
+def test_a_known_gradient_equals_autograds() -> None:
     made, target = noise(2, 3, 8, 8).requires_grad_(), noise(2, 3, 8, 8, seed=1)
 
     def loss(x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def test_small_gradients_survive_fp16() -> None:
 
 @pytest.mark.parametrize(("backbone", "build"), [("vgg", vgg16), ("alex", alexnet)])
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_lpips_is_torchmetrics(backbone: str, build, suffix: str, tmp_path) -> None:
+def test_lpips_equals_torchmetrics(backbone: str, build, suffix: str, tmp_path) -> None:
     torch.manual_seed(0)
     network = build()
     path = tmp_path / f"weights.{suffix}"
@@ -153,7 +153,7 @@ def tower(small_clip) -> ClipPerceptual:
 
 
 @pytest.mark.parametrize("judge", ["lpips", "tower"])
-def test_perceptual_losses_move_the_image_and_not_their_judge(judge: str, request) -> None:
+def test_perceptual_losses_have_gradients_only_for_the_image(judge: str, request) -> None:
     perceptual = request.getfixturevalue(judge)
     x = smooth_pixels(4)
     made = (x + 0.1 * noise(*x.shape)).requires_grad_()
@@ -192,7 +192,7 @@ def test_small_images_are_enlarged_for_lpips(lpips: Lpips) -> None:
     torch.testing.assert_close(lpips(x, y), lpips(*larger))
 
 
-def test_perceptual_networks_that_cannot_be_had(tmp_path) -> None:
+def test_unavailable_perceptual_networks_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"perceptual\.model"):
         ClipPerceptual(str(tmp_path / "nothing"))
     # A text tower alone: what lacks would be random weights.
@@ -254,7 +254,7 @@ def test_a_frozen_critic_passes_gradients_on() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
-def test_a_verdict_is_the_images_own(layers: int) -> None:
+def test_a_logit_depends_only_on_its_own_image(layers: int) -> None:
     """No statistics over the batch: an image is judged alone as in company."""
     torch.manual_seed(0)
     critic = PatchDiscriminator(12, layers)
@@ -309,14 +309,14 @@ def test_spectral_norm_follows_the_weights_when_refreshed_and_only_then() -> Non
 # -- the adaptive weight --------------------------------------------------------------------------------------
 
 
-def test_the_adaptive_weight_makes_both_pull_alike() -> None:
+def test_the_adaptive_weight_makes_gradient_norms_equal() -> None:
     distance, generator = noise(3, 16, 3, 3), 40 * noise(3, 16, 3, 3, seed=1)
     weight = adaptive_weight(distance, generator)
     assert float((weight * generator).norm()) == pytest.approx(float(distance.norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_adaptive_weight_is_clamped_or_says_that_it_cannot_be_had(dtype: torch.dtype) -> None:
+def test_the_adaptive_weight_is_clamped_or_nan(dtype: torch.dtype) -> None:
     one = torch.ones(8, dtype=dtype)
     tiny, huge = one * torch.finfo(dtype).smallest_normal, one * torch.finfo(dtype).max
     assert adaptive_weight(one, tiny) == LARGEST_WEIGHT  # vanishing adversarial gradients

@@ -31,7 +31,7 @@ def test_masks_are_of_all_kinds_and_none_is_empty():
     assert (cover[~whole & ~box] < 0.02).any()  # thin strokes are among them
 
 
-def test_every_place_is_painted_sometimes_and_kept_sometimes():
+def test_every_place_is_sometimes_masked_and_sometimes_unmasked():
     masks = draw_masks(1, range(2000), SIZE)[:, 0]
     often = masks.mean(0)
     assert often.min() > 0.15

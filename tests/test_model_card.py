@@ -42,7 +42,7 @@ def prose_of(page: str) -> str:
     return re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.M))
 
 
-def test_every_stage_hands_over_a_card(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_every_stage_writes_a_model_card(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     start(tmp_path / "my run", validate_every=3, checkpoint_every=3)
     assert capsys.readouterr().out.count("--license") == 1
     model = tmp_path / "my run/model"
@@ -73,7 +73,7 @@ def test_every_stage_hands_over_a_card(start: Start, tmp_path: Path, monkeypatch
     assert Path("generated.png").is_file() == (stage == 2)
 
 
-def test_a_card_survives_being_continued(start: Start, tmp_path: Path) -> None:
+def test_a_continued_run_updates_its_card(start: Start, tmp_path: Path) -> None:
     """An unfinished run says so; without a new validation it shows the old one, and its sheet."""
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path / "run", Crash(3), steps=4, validate_every=9, checkpoint_every=2)
@@ -118,7 +118,7 @@ def test_a_licence_is_stated_when_it_is_given(start: Start, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("license", ["my own", "mit\n---", "a: b", "mit # or not"])
-def test_a_licence_is_a_name(license: str) -> None:
+def test_a_licence_must_be_an_identifier(license: str) -> None:
     with pytest.raises(UserError, match=r"license.*apache-2\.0"):
         validate(ClipConfig, {"license": license})
 
@@ -137,7 +137,7 @@ def hostile(shapes: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["clip", "vae", "ldm"])
-def test_what_users_write_is_no_markup(
+def test_text_of_users_is_not_markup_in_a_card(
     kind: str, hostile: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "# a `run`\n---\nlicense: mit <i>"
@@ -172,7 +172,7 @@ def test_what_users_write_is_no_markup(
         exec(code, {})
 
 
-def test_an_inpainting_model_says_how_to_inpaint(
+def test_the_card_of_an_inpainting_model_shows_how_to_inpaint(
     shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train.stages.ldm.train(ldm_config(shapes, tmp_path / "run", parts, steps=1, task="inpaint"))
@@ -187,7 +187,7 @@ def test_an_inpainting_model_says_how_to_inpaint(
         Path("generated.png").unlink()
 
 
-def test_an_inpainting_model_of_other_latents_is_said_to_be_ours_alone(
+def test_the_card_states_that_stock_diffusers_cannot_load_other_latent_channels(
     shapes: Path, parts: Path, tmp_path: Path
 ) -> None:
     small = AutoencoderConfig(channels=(8, 16), layers=1, groups=2, attention=False, latent_channels=3)
@@ -199,7 +199,9 @@ def test_an_inpainting_model_of_other_latents_is_said_to_be_ours_alone(
     assert "a UNet of 7 channels to inpaint with" in page
 
 
-def test_a_process_that_others_cannot_sample_is_said(shapes: Path, parts: Path, tmp_path: Path) -> None:
+def test_the_card_states_that_stock_diffusers_cannot_sample_a_process(
+    shapes: Path, parts: Path, tmp_path: Path
+) -> None:
     flow = DiffusionConfig(schedule="flow", target="flow")
     train.stages.ldm.train(ldm_config(shapes, tmp_path / "run", parts, steps=1, diffusion=flow))
     page = (tmp_path / "run/model/README.md").read_text()
@@ -223,7 +225,7 @@ def test_a_process_that_others_cannot_sample_is_said(shapes: Path, parts: Path, 
         ("pipe:curl -H 'Authorization: x' https://host/a.tar", "the output of a command"),
     ],
 )
-def test_where_things_came_from_tells_no_more(given: str, shown: str) -> None:
+def test_sources_reveal_no_private_paths(given: str, shown: str) -> None:
     assert source_span(given) == shown
 
 
@@ -238,7 +240,7 @@ def test_code_spans_end_where_they_should(text: str) -> None:
     assert inside.encode()
 
 
-def test_the_sheet_is_of_the_step_or_before(start: Start, tmp_path: Path) -> None:
+def test_the_sample_sheet_is_not_newer_than_the_weights(start: Start, tmp_path: Path) -> None:
     """What a run wrote after the checkpoint from which it goes on is not the model's."""
     start(tmp_path / "run", steps=2)
     model, later = tmp_path / "run/model", tmp_path / "run/samples/step-00000009.png"

@@ -47,7 +47,7 @@ def expected_loss(objective, network, index):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_the_exact_denoiser_stands_on_the_floor(kind):
+def test_the_exact_denoiser_has_the_least_loss(kind):
     objective, exact = Objective(SCHEDULE, kind), best(kind)
     for index in INDICES:
         snr = SCHEDULE.snr[index]
@@ -78,7 +78,7 @@ def test_min_snr_is_one_weight_on_the_error_of_x0(kind, gamma):
         torch.testing.assert_close(losses.weighted, min(snr, gamma) * error.square().flatten(), rtol=1e-9, atol=1e-12)
 
 
-def test_uniform_numbers_reach_every_timestep_alike():
+def test_uniform_numbers_reach_every_timestep_equally():
     schedule = Schedule.build("cosine", 77)
     for dtype in (torch.float32, torch.float64):
         greatest = 1 - torch.finfo(torch.float64).eps / 2  # 1 in float32
@@ -89,7 +89,7 @@ def test_uniform_numbers_reach_every_timestep_alike():
         assert counts.tolist() == [10] * 76 + [11]
 
 
-def test_the_noised_image_is_the_schedules():
+def test_the_noised_image_follows_the_schedule():
     x0, noise, _ = nodes()
     u = torch.linspace(0, 0.999, len(x0), dtype=torch.float64)
     seen = {}
@@ -108,7 +108,7 @@ def test_the_noised_image_is_the_schedules():
 
 @pytest.mark.parametrize("loss", ["l2", "l1", "huber"])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_losses_are_float32_round_a_bf16_network(kind, loss):
+def test_losses_are_float32_around_a_bf16_network(kind, loss):
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2))
     u = torch.linspace(0, 0.999, 8)
@@ -135,7 +135,7 @@ def test_pointwise_losses():
     assert pointwise("huber", errors, zero).tolist() == [5, 1, 0.25, 0, 0.0625, 3]  # 2|e| - 1 beyond 1
 
 
-def test_it_waits_for_no_device():
+def test_the_objective_never_synchronises_with_the_device():
     # A meta tensor has no numbers: whatever asked for one would raise.
     x = torch.empty(2, 4, 8, 8, device="meta")
     u = torch.empty(2, device="meta")

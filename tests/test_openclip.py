@@ -58,14 +58,14 @@ def compare(model: nn.Module, encoder: ClipTextEncoder, prompts: list[str]) -> N
 
 
 @pytest.mark.filterwarnings("ignore:a prompt has")
-def test_a_hundred_prompts_are_open_clip_s(small) -> None:
+def test_a_hundred_prompts_are_encoded_as_by_open_clip(small) -> None:
     model, folder = small
     assert len(PROMPTS) == len(set(PROMPTS)) == 100
     compare(model, ClipTextEncoder.load(f"openclip:{folder}"), PROMPTS)
 
 
 @pytest.mark.filterwarnings("ignore:a prompt has")
-def test_a_tower_of_full_size_is_open_clip_s() -> None:
+def test_a_tower_of_full_size_encodes_as_open_clip() -> None:
     config = open_clip.get_model_config("ViT-B-32")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_a_tower_of_full_size_is_open_clip_s() -> None:
     compare(model, encoder, PROMPTS[::7])
 
 
-def test_every_way_to_name_it_gives_the_same(small, tmp_path: Path, monkeypatch) -> None:
+def test_every_notation_loads_the_same_encoder(small, tmp_path: Path, monkeypatch) -> None:
     model, folder = small
     digest = ClipTextEncoder.load(f"openclip:{folder}").digest
     assert ClipTextEncoder.load(f"openclip:local-dir:{folder}").digest == digest
@@ -106,7 +106,7 @@ def test_every_way_to_name_it_gives_the_same(small, tmp_path: Path, monkeypatch)
     assert ClipTextEncoder.load(f"openclip:ldm-small/{folder}/open_clip_model.safetensors").digest == digest
 
 
-def test_what_is_saved_is_everybody_s(small, tmp_path: Path) -> None:
+def test_a_saved_encoder_loads_in_transformers(small, tmp_path: Path) -> None:
     encoder = ClipTextEncoder.load(f"openclip:{small[1]}")
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.training
@@ -121,7 +121,7 @@ def test_what_is_saved_is_everybody_s(small, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-def test_stock_diffusers_paints_the_same_from_it(small, tmp_path: Path, skip: int) -> None:
+def test_stock_diffusers_generates_the_same_from_it(small, tmp_path: Path, skip: int) -> None:
     """The cases have the last layer, or leave it out as Stable Diffusion 2 does."""
     encoder = ClipTextEncoder.load(f"openclip:{small[1]}", skip=skip)
     tiny = tiny_pipeline()
@@ -231,7 +231,7 @@ def test_a_folder_that_does_not_fit_is_refused(small, tmp_path: Path) -> None:
         ("openclip:hf-hub:not a name", "hub gave no such repository"),
     ],
 )
-def test_what_cannot_be_had_is_named(name: str, word: str) -> None:
+def test_unavailable_models_are_named(name: str, word: str) -> None:
     with pytest.raises(UserError, match=word) as caught:
         ClipTextEncoder.load(name)
     assert name in str(caught.value)

@@ -47,7 +47,7 @@ def test_round_trips(kind, path):
     torch.testing.assert_close(to_eps(kind, output, x_t, alpha, sigma), eps, rtol=0, atol=1e-11)
 
 
-def test_what_each_target_is():
+def test_each_target_follows_its_definition():
     # The papers' own words for it, on a path that is neither variance-preserving nor straight.
     x0, eps, alpha, sigma = draw(2, 3, 2, 2, seed=1), draw(2, 3, 2, 2, seed=2), 0.6, 0.7
     said = {kind: target_of(kind, x0, eps, alpha, sigma) for kind in TARGETS}
@@ -60,7 +60,7 @@ def test_what_each_target_is():
 
 @on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
-def test_any_output_means_one_x0_and_one_eps(kind, path):
+def test_any_output_has_exactly_one_x0_and_eps(kind, path):
     # Of an arbitrary output (no true x0 behind it): x_t = alpha x0 + sigma eps still, and the way back is exact.
     x_t, output = draw(5, 3, 2, 2, seed=1), draw(5, 3, 2, 2, seed=2)
     for level in levels(kind, path, 0, 17, 500, 900, 999):
@@ -90,7 +90,7 @@ def test_names_of_diffusers():
 
 @on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
-def test_a_target_that_says_nothing_of_the_image_is_refused(kind, path):
+def test_a_target_without_information_about_the_image_is_refused(kind, path):
     if kind == "eps" and path is not SCHEDULE:
         with pytest.raises(UserError, match="target eps on a path that ends in pure noise"):
             check_target(kind, path)
@@ -101,7 +101,7 @@ def test_a_target_that_says_nothing_of_the_image_is_refused(kind, path):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_the_state_stays_exact_round_a_bf16_network(kind):
+def test_the_state_stays_exact_around_a_bf16_network(kind):
     x_t = draw(2, 3, 4, 4).float()
     given = []
 

@@ -89,12 +89,12 @@ def test_every_example_once_an_epoch_whatever_the_key(n, seed, epoch):
 
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
 @settings(max_examples=30, deadline=None)
-def test_a_billion_examples_have_no_two_places_in_one(seed, epoch):
+def test_a_billion_examples_are_permuted_without_collisions(seed, epoch):
     places = np.random.default_rng(epoch).choice(10**9, 5000)
     assert len(np.unique(permute(places, 10**9, seed, epoch))) == len(np.unique(places))
 
 
-def test_one_place_alone_leads_where_it_does_among_others():
+def test_one_position_maps_as_it_does_in_a_batch():
     whole = permute(np.arange(5000), 5000, 1, 2)
     assert [int(permute(p, 5000, 1, 2)) for p in (0, 17, 4999)] == whole[[0, 17, 4999]].tolist()
 
@@ -123,7 +123,7 @@ def test_seeds_are_as_different_as_epochs():
     assert abs((orders[1:] == orders[:-1]).sum(1).mean() - 1) < 4 / np.sqrt(600)
 
 
-def test_all_orders_of_few_examples_are_alike():
+def test_all_orders_of_few_examples_are_equally_likely():
     seen = Counter(tuple(permute(np.arange(4), 4, 0, epoch).tolist()) for epoch in range(6000))
     assert len(seen) == 24
     assert chisquare(list(seen.values())).pvalue > 1e-3
@@ -159,7 +159,7 @@ def test_a_batch_that_does_not_divide_is_refused_by_name():
         positions(0, 30, 0, 4, 2)
 
 
-def test_places_outside_are_refused():
+def test_positions_out_of_range_are_refused():
     for place in (-1, 10):
         with pytest.raises(ValueError, match=f"place {place} of 10"):
             permute([3, place], 10, 0, 0)

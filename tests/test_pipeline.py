@@ -103,7 +103,7 @@ PAINTED = [
 
 
 @pytest.mark.parametrize(("sampler", "target", "spacing"), PAINTED)
-def test_stock_diffusers_paints_the_same(tmp_path: Path, sampler: str, target: str, spacing: str) -> None:
+def test_images_equal_those_of_stock_diffusers(tmp_path: Path, sampler: str, target: str, spacing: str) -> None:
     tiny_pipeline(target, spacing).save_pretrained(tmp_path)
     for steps, scale, negative in ((10, 3.0, ""), (7, 1.0, ""), (10, 5.0, "a large green cross on a pink background")):
         assert difference(tmp_path, sampler, steps, scale, negative) <= 1 / 255
@@ -158,7 +158,9 @@ def test_a_process_is_saved_with_the_model_and_honoured(tmp_path: Path, process:
     assert torch.equal(a, b)
 
 
-def test_what_stock_diffusers_cannot_sample_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_process_that_stock_diffusers_cannot_sample_gives_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for process, says in (
         ({}, None),
         ({"schedule": "flow", "target": "flow"}, "a flow: stock diffusers"),
@@ -193,7 +195,7 @@ def test_a_flow_samples_the_same_through_diffusers_own_scheduler(tmp_path: Path)
     assert (ours.images - z).abs().max() < 1e-4 * z.abs().max()
 
 
-def test_wrappers_reach_the_image(folder: Path) -> None:
+def test_guidance_options_change_the_image(folder: Path) -> None:
     pipe, other = LatentDiffusionPipeline.from_pretrained(folder), tiny_pipeline()
 
     def painted(**how: Any) -> Tensor:
@@ -227,7 +229,7 @@ def test_wrappers_reach_the_image(folder: Path) -> None:
 @pytest.mark.parametrize(
     "process", [{}, {"spacing": "leading"}, {"schedule": "flow", "target": "flow", "spacing": "leading"}]
 )
-def test_inversion_leads_back_to_the_latents(process: dict[str, Any]) -> None:
+def test_inversion_recovers_the_latents(process: dict[str, Any]) -> None:
     pipe = tiny_pipeline(**process)
     z = pipe(
         PROMPTS, num_inference_steps=20, guidance_scale=1.0, generator=generators(2, 5), output_type="latent"
@@ -245,7 +247,7 @@ def test_inversion_leads_back_to_the_latents(process: dict[str, Any]) -> None:
         pipe.invert(z, PROMPTS[:1])
 
 
-def test_the_scheduler_says_everything(folder: Path) -> None:
+def test_the_scheduler_configuration_is_complete(folder: Path) -> None:
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     assert config["_class_name"] == "DDIMScheduler"
     assert len(config["trained_betas"]) == config["num_train_timesteps"] == 1000
@@ -270,7 +272,7 @@ def test_only_safetensors_json_and_text_are_written(folder: Path) -> None:
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".txt"}
 
 
-def test_round_trip_paints_the_same(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_pipeline_generates_the_same(folder: Path, tmp_path: Path) -> None:
     first = LatentDiffusionPipeline.from_pretrained(folder)
     first.save_pretrained(tmp_path)
     second = LatentDiffusionPipeline.from_pretrained(tmp_path)
@@ -280,7 +282,7 @@ def test_round_trip_paints_the_same(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(a, b)
 
 
-def test_a_image_does_not_depend_on_its_batch(folder: Path) -> None:
+def test_an_image_does_not_depend_on_its_batch(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     both = pipe(PROMPTS, num_inference_steps=5, generator=generators(2, 5), output_type="pt").images
     alone = pipe(PROMPTS[1], num_inference_steps=5, generator=generators(2, 5)[1], output_type="pt").images
@@ -289,7 +291,7 @@ def test_a_image_does_not_depend_on_its_batch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_stay_close(folder: Path, dtype: torch.dtype) -> None:
+def test_half_precision_stays_close(folder: Path, dtype: torch.dtype) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     full = pipe(PROMPTS, num_inference_steps=5, generator=generators(2, 5), output_type="pt").images
     half = pipe.to(dtype=dtype)(PROMPTS, num_inference_steps=5, generator=generators(2, 5), output_type="pt").images
@@ -374,13 +376,13 @@ def test_foreign_schedulers_are_read_with_their_own_defaults(config: dict[str, A
         ({"interpolation_type": "log_linear"}, "interpolation_type"),
     ],
 )
-def test_schedulers_that_mean_something_else_are_refused(change: dict[str, Any], says: str) -> None:
+def test_unsupported_schedulers_are_refused(change: dict[str, Any], says: str) -> None:
     config = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     with pytest.raises(UserError, match=says):
         Process.from_diffusers(config | change)
 
 
-def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_invalid_prompts_and_options_are_refused(folder: Path, tmp_path: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     for wrong in (
         {"num_inference_steps": 0},
@@ -414,7 +416,7 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 
 
-def test_a_image_that_is_not_finite_is_not_handed_over(folder: Path) -> None:
+def test_an_image_that_is_not_finite_is_an_error(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     with pytest.raises(RunError, match="non-finite"):
         pipe.decode(torch.full((1, 4, 16, 16), torch.nan))
@@ -438,7 +440,7 @@ def test_a_png_carries_its_settings(tmp_path: Path, prompt: str) -> None:
     assert read_png(path) == settings
 
 
-def test_the_callback_sees_what_stock_diffusers_shows_its_own(folder: Path) -> None:
+def test_the_callback_receives_what_stock_diffusers_gives_its_own(folder: Path) -> None:
     stock = StableDiffusionPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
@@ -460,7 +462,7 @@ def test_the_callback_sees_what_stock_diffusers_shows_its_own(folder: Path) -> N
     assert torch.equal(seen["ours"][-1][2], z)
 
 
-def test_the_callback_may_change_the_latents_and_sees_what_was_made_out(folder: Path) -> None:
+def test_the_callback_may_change_the_latents_and_receives_the_denoised_ones(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     made: list[Tensor] = []
 
@@ -480,7 +482,7 @@ def test_the_callback_may_change_the_latents_and_sees_what_was_made_out(folder: 
     assert (plain - made[3]).abs().max() < 0.1 + (1 - scale)
 
 
-def test_features_of_prompts_take_their_place(folder: Path) -> None:
+def test_prompt_embeddings_replace_prompts(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     how: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
     said = pipe(PROMPTS, "a circle", generator=generators(2, 5), **how).images
@@ -505,7 +507,7 @@ def test_features_of_prompts_take_their_place(folder: Path) -> None:
             pipe(**wrong, num_inference_steps=1)
 
 
-def test_what_cannot_be_used_is_said_in_words(folder: Path) -> None:
+def test_unusable_devices_callbacks_and_sizes_are_refused(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     with pytest.raises(UserError, match="device 'nowhere' can't be used"):
         pipe.enable_model_cpu_offload("nowhere")
@@ -522,7 +524,7 @@ def test_what_cannot_be_used_is_said_in_words(folder: Path) -> None:
         pipe("a", width=10**8, height=10**8)
 
 
-def test_small_memory_paints_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_save_memory_generate_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Image by image through the autoencoder, and one network after the other on the device."""
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     given = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -573,7 +575,7 @@ def test_large_images_are_decoded_in_tiles() -> None:
     assert torch.equal(pipe.decode(latents), whole)
 
 
-def test_what_is_saved_again_tells_no_path_of_where_it_was_loaded_from(tmp_path: Path) -> None:
+def test_a_saved_pipeline_contains_no_path_of_its_source(tmp_path: Path) -> None:
     """diffusers keeps that path in the networks' configurations, which are published with the weights."""
     tiny_pipeline().save_pretrained(tmp_path / "first")
     loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / "first")

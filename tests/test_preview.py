@@ -48,7 +48,7 @@ def painted(z):
     return colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def test_a_linear_decoder_is_found():
+def test_the_fit_recovers_a_linear_decoder():
     z = 0.3 * draw(8, 3, 6, 5)
     colours = fit_colours(linear(), [painted(z)])
     alone = F.pad(WEIGHT[:, :, None, None], (1, 1, 1, 1))  # the neighbours say nothing
@@ -58,7 +58,7 @@ def test_a_linear_decoder_is_found():
     assert colours(50 * z).abs().max() == 1
 
 
-def test_a_decoder_that_looks_around_is_found():
+def test_the_fit_recovers_a_decoder_of_3_by_3_latents():
     weight = 0.1 * draw(3, 3, 3, 3, seed=3)
     z = draw(8, 3, 6, 5)
     pixels = F.conv2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), weight, BIAS).repeat_interleave(2, 2)
@@ -68,7 +68,7 @@ def test_a_decoder_that_looks_around_is_found():
     torch.testing.assert_close(colours.bias, BIAS, rtol=1e-4, atol=1e-5)
 
 
-def test_the_fit_is_to_samples_though_none_is_drawn():
+def test_the_fit_accounts_for_posterior_sampling():
     z, pixels = 0.3 * draw(4, 3, 24, 20), draw(4, 3, 48, 40, seed=1).tanh()
     pixels = pixels + painted(z)
     samples = [z + 0.2 * draw(4, 3, 24, 20, seed=100 + k) for k in range(300)]
@@ -81,7 +81,7 @@ def test_the_fit_is_to_samples_though_none_is_drawn():
     assert error < 0.15 * difference
 
 
-def test_batches_make_no_difference():
+def test_the_fit_does_not_depend_on_batches():
     autoencoder, x = small_autoencoder(), draw(12, 3, 16, 16).tanh()
     whole, parts = (fit_colours(autoencoder, batches) for batches in ([x], x.split([1, 7, 4])))
     for a, b in zip(whole, parts, strict=True):
@@ -90,7 +90,7 @@ def test_batches_make_no_difference():
     assert ragged(autoencoder.encode(x[..., :15, :11]).mean).shape == (12, 3, 8, 6)
 
 
-def test_images_that_teach_nothing():
+def test_images_without_information_are_fitted_or_refused():
     grey = torch.full((2, 3, 8, 8), 0.25)
     still = codec(lambda x: Posterior(torch.zeros(len(x), 3, 4, 4), torch.zeros(len(x), 3, 4, 4)), 3)
     torch.testing.assert_close(fit_colours(still, [grey])(draw(1, 3, 4, 4)), torch.full((1, 3, 4, 4), 0.25))
@@ -100,7 +100,7 @@ def test_images_that_teach_nothing():
         fit_colours(linear(), [grey * torch.nan])
 
 
-def test_colours_are_kept_beside_the_weights(tmp_path, capfd, recwarn):
+def test_colours_are_saved_next_to_the_weights(tmp_path, capfd, recwarn):
     autoencoder = small_autoencoder()
     autoencoder.save(tmp_path / "plain")
     assert Autoencoder.load(tmp_path / "plain").colours is None
@@ -135,7 +135,7 @@ def numbers(channels: int, other: str = "1") -> str:
         "[" * 100_000,
     ],
 )
-def test_what_holds_no_colours_is_said_in_a_line(text, tmp_path):
+def test_invalid_files_of_colours_are_refused_in_one_line(text, tmp_path):
     small_autoencoder().save(tmp_path)
     (tmp_path / "preview.json").write_text(text)
     with pytest.raises(UserError, match=r"preview\.json") as raised:
@@ -145,7 +145,7 @@ def test_what_holds_no_colours_is_said_in_a_line(text, tmp_path):
     assert Autoencoder.load(tmp_path).colours is not None
 
 
-def test_stage_1_hands_colours_over(shapes: Path, tmp_path: Path):
+def test_stage_1_saves_colours(shapes: Path, tmp_path: Path):
     """Colours are fitted to the latents that are handed over, also for a decoder trained on another encoder's."""
     train.stages.vae.train(vae_config(shapes, tmp_path / "whole", steps=2))
     given = {"init": str(tmp_path / "whole/model"), "decoder_only": True}

@@ -80,7 +80,7 @@ def test_transitions_compose_to_the_marginal(name):
 
 
 @pytest.mark.parametrize("name", BETAS)
-def test_the_step_is_made_of_the_betas(name):
+def test_the_step_follows_from_the_betas(name):
     schedule, one = PATHS[name], torch.ones((), dtype=torch.float64)
     for i, beta in enumerate(schedule.betas.tolist()):
         s, t = schedule.level(i - 1), schedule.level(i)
@@ -92,7 +92,7 @@ def test_the_step_is_made_of_the_betas(name):
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_the_posterior_is_bayes_rule(name):
+def test_the_posterior_follows_bayes_rule(name):
     # Word for word: q(x_s | x_t, x0) q(x_t | x0) = q(x_t | x_s) q(x_s | x0), wherever the three points are.
     schedule = PATHS[name]
     x0, first, second = draw(3, 40, 1, 1, 1)
@@ -135,7 +135,7 @@ def test_the_posterior_at_the_ends(name):
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_batch_has_each_its_own_levels(name):
+def test_each_item_of_a_batch_has_its_own_level(name):
     schedule = PATHS[name]
     x_t, x0 = draw(2, len(PAIRS), 2, 3, 3)
     levels = [(schedule.level(i), schedule.level(j)) for i, j in PAIRS]
@@ -157,7 +157,7 @@ def test_a_batch_has_each_its_own_levels(name):
         torch.testing.assert_close(said[k], score(x_t[k], x0[k], one_t))
 
 
-def test_the_learned_variance_lies_between_in_the_logarithm():
+def test_the_learned_variance_interpolates_between_logarithms():
     small, large = 0.002, 0.05
     assert reverse_variance("fixed_small", small, large) == small
     assert reverse_variance("fixed_large", small, large) == large
@@ -216,7 +216,7 @@ def test_the_sde_has_the_paths_moments_next_to_noise(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_the_diffusion_is_the_betas(name):
+def test_the_diffusion_coefficient_follows_from_the_betas(name):
     # Over a cell g^2 adds up to -log(1 - beta) whatever the way between, as alpha falls by sqrt(1 - beta).
     schedule = PATHS[name]
     points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(12))
@@ -274,7 +274,7 @@ ODES = {
 
 
 @pytest.mark.parametrize("name", ODES)
-def test_the_ode_keeps_a_gaussians_departures(name):
+def test_the_ode_keeps_standardised_values_of_a_gaussian(name):
     # Each point stays as many standard deviations from the mean as it was.
     schedule, (_, (mean,), (std,)) = ODES[name], MIXTURES["gaussian"]
     departures = torch.linspace(-3, 3, 7, dtype=torch.float64)

@@ -249,7 +249,7 @@ def test_flows_equal_diffusers(kind, scheduler, spacing, n, shift):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_legs_join_and_end_clean(spacing):
+def test_legs_join_and_end_without_noise(spacing):
     for kind in ("ddpm", "euler", "heun", "dpmpp_2m", "unipc"):
         legs = plan(SCHEDULE, make_sampler(kind).grid, 30, spacing).legs
         assert all(a.next == b.now for a, b in pairwise(legs))
@@ -260,7 +260,7 @@ def test_legs_join_and_end_clean(spacing):
     ].next == SCHEDULE.level(-1)
 
 
-def test_ddim_ends_clean_only_below_index_0():
+def test_ddim_ends_without_noise_only_below_index_0():
     # 7 trailing steps end at index 142, from which 1000 // 7 leads to index 0 exactly.
     theirs = DDIMScheduler(1000, timestep_spacing="trailing", set_alpha_to_one=True)
     theirs.set_timesteps(7)
@@ -279,7 +279,7 @@ def draws(step, route):
 
 
 @pytest.mark.parametrize("kind", get_args(SamplerKind))
-def test_a_record_says_whether_its_step_draws_noise(kind):
+def test_a_record_states_whether_its_step_draws_noise(kind):
     for eta in (0.0, 0.5) if kind == "ddim" else (0.0,):
         record = make_sampler(kind, eta)
         route = plan(SCHEDULE, record.grid, 5, "trailing")
@@ -290,12 +290,12 @@ def test_a_record_says_whether_its_step_draws_noise(kind):
                 draws(replace(record, draws_noise=False).step(SCHEDULE), route)
 
 
-def test_the_names_of_samplers_cost_no_torch():
+def test_names_of_samplers_are_imported_without_torch():
     said = "import sys, ldm.samplers; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", said], check=True)
 
 
-def test_what_has_no_meaning_is_refused():
+def test_invalid_combinations_are_refused():
     zero = Schedule.build("scaled_linear", zero_terminal_snr=True)
     with pytest.raises(UserError, match=r"eta 0\.5 with euler"):
         make_sampler("euler", 0.5)

@@ -55,7 +55,7 @@ def test_a_function_of_time(kind):
     assert (alpha[0], sigma[0]) == (1, 0)
 
 
-def test_levels_stand_where_the_index_says():
+def test_levels_match_their_index():
     schedule = Schedule.build("scaled_linear")
     for i in (0, 1, 13, 500, 998, 999):
         level = schedule.level(i)
@@ -96,7 +96,7 @@ def test_trained_betas_survive_json_bit_for_bit():
         ({"trained_betas": 0.1}, "list"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(config, names):
+def test_unknown_names_are_refused(config, names):
     with pytest.raises(UserError, match=names):
         Schedule.from_diffusers(config)
 

@@ -128,7 +128,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["shapes", "pictures"])
-def test_every_stage_leaves_a_run(kind: str, request: pytest.FixtureRequest) -> None:
+def test_every_stage_writes_a_run(kind: str, request: pytest.FixtureRequest) -> None:
     runs: Path = request.getfixturevalue(f"{kind}_road") / "runs"
     for stage in ("clip", "vae", "ldm"):
         lines = [json.loads(line) for line in (runs / stage / "metrics.jsonl").read_text().splitlines()]
@@ -237,7 +237,7 @@ def test_the_report_on_images_has_no_alignment(
     assert "alignment" not in report
 
 
-def test_a_damaged_image_is_listed_and_left_where_it_is(pictures_road: Path) -> None:
+def test_a_damaged_image_is_listed_and_not_deleted(pictures_road: Path) -> None:
     for stage in ("clip", "vae", "ldm"):
         lines = (pictures_road / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
         assert [json.loads(line)["file"] for line in lines] == ["torn.png"]
@@ -245,7 +245,7 @@ def test_a_damaged_image_is_listed_and_left_where_it_is(pictures_road: Path) -> 
     assert (pictures_road / "data/torn.png").is_file()
 
 
-def test_a_run_goes_on_when_its_command_is_given_again(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
+def test_repeating_the_command_continues_the_run(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
     root = shapes_road
     line = f"scripts/train_clip.py configs/shapes/clip.yaml --data {root}/data --out {root}/runs/again {CLIP}"
     shutil.copytree(root / "runs/clip", root / "runs/again")
@@ -260,7 +260,7 @@ def test_a_run_goes_on_when_its_command_is_given_again(shapes_road: Path, forked
     assert (root / "runs/again/checkpoints/step-00000006/manifest.json").is_file()
 
 
-def test_an_autoencoder_is_measured(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
+def test_an_autoencoder_is_evaluated(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
     runs, out = shapes_road / "runs", shapes_road / "measured"
     ended = forked(
         f"scripts/evaluate_vae.py --vae {runs}/vae/model --data {shapes_road}/data --resolution 32 --out {out} "
@@ -393,7 +393,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_gets_one_line_and_harms_nothing(
+def test_bad_input_gives_one_line_and_changes_nothing(
     what: str, shapes_road: Path, forked: Callable[[str], Ended], tmp_path: Path
 ) -> None:
     bare, yaml = tmp_path / "bare", tmp_path / "wrong.yaml"
@@ -412,7 +412,7 @@ def test_bad_input_gets_one_line_and_harms_nothing(
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(shapes_road: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(shapes_road: Path, tmp_path: Path) -> None:
     """On a small file system of its own, in a mount namespace that goes with the process."""
     own = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
     disk = tmp_path / "disk"
@@ -446,7 +446,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(shapes_road: Pa
     assert "continuing from step 2" in (tmp_path / "again").read_text()
 
 
-def test_output_that_nobody_reads_on_costs_one_line() -> None:
+def test_a_closed_output_gives_one_line() -> None:
     """The output is closed early, for example by `train_ldm.py --help | head`."""
     read, write = os.pipe()
     os.close(read)

@@ -86,7 +86,7 @@ def test_captions_are_those_of_the_documentation() -> None:
         "a large red circle near a small red star on a white background",
     ],
 )
-def test_other_texts_are_no_captions(text: str) -> None:
+def test_other_texts_are_not_captions(text: str) -> None:
     with pytest.raises(ValueError, match="is not a caption"):
         parse_caption(text)
 
@@ -120,7 +120,7 @@ def test_training_never_shows_a_held_out_pair_and_shows_every_other() -> None:
     assert max(shown.values()) < 1.5 * min(shown.values())  # 208 each, standard deviation 14
 
 
-def test_examples_have_the_mix_that_is_promised() -> None:
+def test_examples_have_the_documented_mix() -> None:
     train = [example(3, "train", k)[0] for k in range(3000)]
     alone = sum(scene.relation is None for scene in train)
     assert abs(alone - 1000) < 4 * np.sqrt(3000 * 2 / 9)
@@ -204,7 +204,9 @@ def test_every_size_shows_the_same_image() -> None:
 # Files
 
 
-def test_written_set_re_renders_and_loads_as_an_imagefolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_written_dataset_re_renders_and_loads_as_an_imagefolder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shapes_module, "FILES_PER_FOLDER", 8)
     out = tmp_path / "nested" / "set"
     assert write_shapes(out, 33, 20, 6, 4)
@@ -226,7 +228,7 @@ def test_written_set_re_renders_and_loads_as_an_imagefolder(tmp_path: Path, monk
     assert loaded["train"][3]["image"].size == (33, 33)
 
 
-def test_an_existing_set_is_kept_and_anything_else_refused(tmp_path: Path) -> None:
+def test_an_existing_dataset_is_kept_and_other_folders_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert write_shapes(out, 32, 3, 2, 0)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -346,7 +348,7 @@ def test_relation_decides_between_objects_that_match_equally_well() -> None:
     }
 
 
-def test_what_is_no_shape_no_size_or_no_background_is_not_taken_for_one() -> None:
+def test_other_shapes_sizes_and_backgrounds_are_not_recognised() -> None:
     white = np.full((64, 64, 3), 255, np.uint8)
     assert read_scene(white).objects == ()
     y, x = np.mgrid[:64, :64] - 31.5
@@ -367,7 +369,7 @@ def test_what_is_no_shape_no_size_or_no_background_is_not_taken_for_one() -> Non
     assert read_scene(np.tile(np.uint8(COLOURS["green"]), (32, 32, 1))).background == "green"
 
 
-def test_speckles_are_ignored_and_touching_colours_come_apart() -> None:
+def test_speckles_are_ignored_and_touching_colours_are_separated() -> None:
     scene = parse_caption("a large red circle on a white background")
     image = render(scene, 32, np.random.default_rng(1))
     clear = np.argwhere((image == 255).all(-1))
@@ -386,7 +388,7 @@ def test_speckles_are_ignored_and_touching_colours_come_apart() -> None:
     "image",
     [np.zeros((32, 32)), np.zeros((32, 32, 3)), np.zeros((32, 48, 3), np.uint8), np.zeros((32, 32, 4), np.uint8)],
 )
-def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
+def test_other_arrays_are_refused_as_images(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="must be uint8"):
         read_scene(image)
 

@@ -206,7 +206,7 @@ def test_every_name_is_one_that_diffusers_converter_knows(made: Any, kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_and_a_file_hold_the_same_bits(made: Any, kind: str, tmp_path: Path) -> None:
+def test_a_folder_and_a_file_contain_the_same_bits(made: Any, kind: str, tmp_path: Path) -> None:
     folder, file = made(kind)
     pipe = LatentDiffusionPipeline.from_single_file(file, config=folder)
     pipe.save_pretrained(tmp_path / "folder")
@@ -220,7 +220,7 @@ def test_a_folder_and_a_file_hold_the_same_bits(made: Any, kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "odd", "ours"])
-def test_a_step_is_that_of_stock_diffusers(made: Any, kind: str) -> None:
+def test_a_step_equals_that_of_stock_diffusers(made: Any, kind: str) -> None:
     folder, file = made(kind)
     difference, size = one_step(file, folder)
     print(f"{kind}: {difference:.1e} at a deviation of {size:.2f}")
@@ -321,7 +321,7 @@ def test_the_autoencoders_attention_is_made_of_convolutions(made: Any) -> None:
     assert equal(one.vae.state_dict(), other.vae.state_dict())
 
 
-def test_openclip_keeps_query_key_and_value_in_one(made: Any) -> None:
+def test_openclip_stores_query_key_and_value_in_one_tensor(made: Any) -> None:
     (folder, file), (_, first) = made("sd2"), made("sd1")
     weights = load_file(file)
     assert weights["cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight"].shape == (96, 32)
@@ -354,7 +354,7 @@ def test_the_schedule_is_written_as_the_original_has_it(made: Any) -> None:
         ("sd2", "stable-diffusion-v2-768-v", "v", "128x128"),
     ],
 )
-def test_metadata_says_what_weights_can_not(
+def test_metadata_describes_architecture_and_prediction_type(
     made: Any, kind: str, architecture: str, prediction: str, resolution: str
 ) -> None:
     with safe_open(made(kind)[1], framework="pt") as file:
@@ -366,7 +366,9 @@ def test_metadata_says_what_weights_can_not(
     assert float(metadata["scaling_factor"]) == 0.18215
 
 
-def test_what_others_may_get_wrong_is_said(made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_that_other_programs_may_ignore_give_warnings(
+    made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe = tiny_pipeline("flow", schedule="flow")
     pipe.autoencoder.vae.register_to_config(scaling_factor=0.5)
     save_single_file(pipe, tmp_path / "flow.safetensors")
@@ -380,7 +382,7 @@ def test_what_others_may_get_wrong_is_said(made: Any, tmp_path: Path, caplog: py
     assert "says prediction_type 'v', the configuration 'epsilon'" in caplog.text
 
 
-def test_half_precision_is_widened_and_leans_on_no_file(made: Any, tmp_path: Path) -> None:
+def test_half_precision_is_converted_to_float32_and_needs_no_open_file(made: Any, tmp_path: Path) -> None:
     folder, file = made("sd1")
     halves = {name: value.half() for name, value in load_file(file).items()}
     extras = {  # of the released files
@@ -398,7 +400,7 @@ def test_half_precision_is_widened_and_leans_on_no_file(made: Any, tmp_path: Pat
 # -- what doesn't fit -------------------------------------------------------------------------------------------------
 
 
-def test_what_the_original_has_no_counterpart_of_is_named() -> None:
+def test_parts_without_a_counterpart_are_named() -> None:
     pipe = tiny_pipeline()
     unet = small_unet(modulation=True)
     with pytest.raises(UserError, match=r"unet\.modulation .* has no counterpart"):
@@ -460,7 +462,7 @@ def test_files_that_do_not_fit_are_refused(made: Any, tmp_path: Path) -> None:
         save_single_file(tiny_pipeline(), tmp_path / "model.ckpt")
 
 
-def test_damaged_files_get_one_line(made: Any, tmp_path: Path) -> None:
+def test_damaged_files_give_one_line(made: Any, tmp_path: Path) -> None:
     folder, file = made("ours")
     whole, path = file.read_bytes(), tmp_path / "damaged.safetensors"
     huge = (2**62).to_bytes(8, "little") + whole[8:]
@@ -497,7 +499,7 @@ class Malice:
         return os.mkdir, (str(self.canary),)
 
 
-def test_pickles_are_converted_only_when_told_to_and_never_run(made: Any, tmp_path: Path) -> None:
+def test_pickles_are_converted_only_on_request_and_never_executed(made: Any, tmp_path: Path) -> None:
     folder, file = made("sd1")
     weights, canary, path = load_file(file), tmp_path / "canary", tmp_path / "model.ckpt"
     torch.save({"state_dict": weights, "global_step": 470000, "epoch": 3}, path)

@@ -122,7 +122,7 @@ def test_folders_are_splits(tmp_path, held_out):
         assert source.read(0) == (tmp_path / held_out / "0000.png").read_bytes()
 
 
-def test_validation_and_test_are_told_apart(tmp_path):
+def test_validation_and_test_are_distinguished(tmp_path):
     for folder, count in (("train", 5), ("val", 2), ("test", 3)):
         captioned(tmp_path / folder, count)
     assert [len(open_source(tmp_path, split)) for split in ("train", "validation", "test")] == [5, 2, 3]
@@ -156,7 +156,7 @@ def test_without_a_split_a_share_is_held_out(tmp_path, nested):
 @pytest.mark.parametrize(
     ("count", "fraction", "expected"), [(2, 0.99, 1), (2, 1e-9, 1), (5, 0.999999, 4), (1400, 0.9, 1000)]
 )
-def test_held_out_are_at_least_one_at_most_a_thousand_and_never_all(tmp_path, count, fraction, expected):
+def test_from_one_to_a_thousand_images_are_held_out_and_never_all(tmp_path, count, fraction, expected):
     for k in range(count):
         (tmp_path / f"{k}.png").write_bytes(b"not opened")
     metadata(tmp_path, [{"file_name": f"{k}.png", "text": "t"} for k in range(count)])
@@ -189,7 +189,7 @@ def test_rows_are_left_out_without_a_list_of_the_others(tmp_path):
             source[len(stays)]
 
 
-def test_what_belongs_to_no_split_is_not_passed_over_in_silence(tmp_path):
+def test_images_outside_every_split_are_an_error(tmp_path):
     for name in ("train/a.png", "train/b.png", "test/c.png", "extra/d.png"):
         image(tmp_path / name)
     metadata(
@@ -200,7 +200,7 @@ def test_what_belongs_to_no_split_is_not_passed_over_in_silence(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["old.tar", "rows.parquet"])
-def test_images_and_an_archive_beside_them_are_not_guessed_about(tmp_path, other):
+def test_images_next_to_an_archive_are_an_error(tmp_path, other):
     captioned(tmp_path / "train", 3)
     with tarfile.open(tmp_path / "old.tar", "w") as tar:
         tar.add(tmp_path / "train", "train")
@@ -209,13 +209,13 @@ def test_images_and_an_archive_beside_them_are_not_guessed_about(tmp_path, other
         open_source(tmp_path, "train")
 
 
-def test_a_split_that_is_not_there_is_missed(tmp_path):
+def test_a_missing_split_is_an_error(tmp_path):
     captioned(tmp_path, 5)
     with pytest.raises(UserError, match="no split 'trian' to train on; the splits are: none"):
         take(find_splits(str(tmp_path), Columns()), "train", train="trian")
 
 
-def test_a_image_whose_file_goes_away_is_damaged(tmp_path):
+def test_an_image_whose_file_is_deleted_is_damaged(tmp_path):
     source = open_source(captioned(tmp_path, 5), "train")
     (tmp_path / source[1].name).unlink()
     with pytest.raises(DamagedImage, match="No such file"):
@@ -232,7 +232,7 @@ def test_captions_beside_images_may_be_in_any_encoding_but_not_of_any_length(tmp
     assert source.left_out == (("2.png", "its .txt file has more than 1,048,576 bytes"),)
 
 
-def test_a_folder_a_class_makes_captions_by_template(tmp_path):
+def test_class_folders_give_captions_by_a_template(tmp_path):
     for name in ("golden_retriever/1.png", "golden_retriever/2.png", "a/tabby cat/3.png", "4.png"):
         image(tmp_path / "train" / name)
         image(tmp_path / "test" / name)
@@ -328,7 +328,7 @@ def test_links_inside_the_folder_and_to_it_are_followed(tmp_path):
         ('{"file_name": "nothing.png", "text": "t"}', r"lists 1 files, but none of them is in .* 'nothing.png'"),
     ],
 )
-def test_metadata_that_says_nothing_is_refused_in_words(tmp_path, text, said):
+def test_invalid_metadata_is_refused(tmp_path, text, said):
     for k in range(2):
         image(tmp_path / f"{k}.png")
     (tmp_path / "metadata.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -336,7 +336,7 @@ def test_metadata_that_says_nothing_is_refused_in_words(tmp_path, text, said):
         open_source(tmp_path, "train")
 
 
-def test_folders_that_hold_nothing_are_refused_in_words(tmp_path):
+def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="--data is missing"):
         open_source("", "train")
     with pytest.raises(UserError, match=r"must be an existing folder, .parquet or .tar file"):
@@ -363,7 +363,7 @@ def test_missing_files_are_counted(tmp_path):
     assert "3 left out" in str(source)
 
 
-def test_fingerprint_is_of_content_not_of_place(tmp_path):
+def test_fingerprint_depends_on_content_and_not_on_location(tmp_path):
     one, two = (open_source(captioned(tmp_path / name, 30), "train") for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
     name = one[0].name
@@ -374,7 +374,7 @@ def test_fingerprint_is_of_content_not_of_place(tmp_path):
     assert open_source(metadata(tmp_path / "two", changed), "train").fingerprint != two.fingerprint
 
 
-def test_strings_are_strings():
+def test_packed_strings_read_back_unchanged():
     strings = ["", "ü\n", "a" * 1000, "\udc80 from a file system", "日本"]
     packed = Strings(strings)
     assert [packed[k] for k in range(len(packed))] == strings
@@ -477,7 +477,7 @@ def test_exif_rotation(tmp_path, form, orientation):
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_laid_over_the_background(tmp_path, form, mode):
+def test_alpha_is_composited_over_the_background(tmp_path, form, mode):
     pixels = RNG.integers(0, 256, (20, 30, len(mode)), dtype=np.uint8)
     pixels[0, :2, -1] = 0, 255
     Image.fromarray(pixels, mode).save(tmp_path / "x", form, lossless=True, exact=True)
@@ -533,7 +533,7 @@ def test_numbers_without_a_range_are_refused(tmp_path, mode):
         load_image(tmp_path / "x")
 
 
-def test_a_limit_above_pillow_s_own_is_the_one_that_holds(tmp_path):
+def test_a_limit_above_pillows_own_applies(tmp_path):
     Image.new("1", (14_000, 14_000)).save(tmp_path / "x.png")
     assert image_size(tmp_path / "x.png", max_pixels=10**9) == (14_000, 14_000)
     with pytest.raises(DamagedImage, match=r"14000 × 14000 pixels; up to 89,478,485 are accepted"):
@@ -556,7 +556,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8])
-def test_truncated_images_are_damaged_not_half_grey(tmp_path, form, share):
+def test_truncated_images_are_damaged_and_not_filled_with_grey(tmp_path, form, share):
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "x", form)
     raw = (tmp_path / "x").read_bytes()
     (tmp_path / "x").write_bytes(raw[: int(len(raw) * share)])
@@ -575,7 +575,7 @@ def test_other_files_are_damaged_images(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_flipped_bytes_give_a_image_or_a_reason(tmp_path, form):
+def test_flipped_bytes_give_an_image_or_a_reason(tmp_path, form):
     Image.fromarray(RGB).save(tmp_path / "x", form)
     sound = np.frombuffer((tmp_path / "x").read_bytes(), np.uint8)
     outcomes = set()
@@ -595,7 +595,7 @@ def test_flipped_bytes_give_a_image_or_a_reason(tmp_path, form):
 # -- tensors --------------------------------------------------------------------------------------------------------
 
 
-def test_a_square_of_the_right_size_is_taken_bit_for_bit():
+def test_a_square_of_the_requested_size_is_unchanged():
     square = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pixels = to_tensor(Image.fromarray(square), 32)  # (3, h, w)
     assert pixels.dtype == torch.float32
@@ -608,7 +608,7 @@ def test_a_square_of_the_right_size_is_taken_bit_for_bit():
 
 
 @pytest.mark.parametrize("size", [(32, 50), (50, 32), (33, 32)])
-def test_crops_are_windows_of_the_image(size):
+def test_crops_are_parts_of_the_image(size):
     w, h = size
     pixels = RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)

@@ -93,7 +93,7 @@ def sums(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
-def test_a_run_that_earlier_code_began_goes_on(stage: str, stored: Path) -> None:
+def test_a_run_of_earlier_code_is_continued(stage: str, stored: Path) -> None:
     run, before = stored / stage, sums(stored / "cache")
     old, new = (run / f"checkpoints/step-{step:08d}" for step in (2, 4))
     begun = logged(run)
@@ -126,13 +126,13 @@ def test_a_run_that_earlier_code_began_goes_on(stage: str, stored: Path) -> None
     assert bool(noted) == (stage == "ldm")
 
 
-def test_other_settings_are_refused_of_a_run_that_earlier_code_began(stored: Path) -> None:
+def test_other_settings_are_refused_for_a_run_of_earlier_code(stored: Path) -> None:
     before = sums(stored / "clip")
     assert "was started with 4" in command(LINES["clip"].replace("--batch-size 4", "--batch-size 8"), status=2)
     assert {name: of for name, of in sums(stored / "clip").items() if name != ".lock"} == before
 
 
-def test_what_a_caches_folder_is_named_by() -> None:
+def test_names_of_cache_folders_are_unchanged() -> None:
     """The names and values below are a contract with every cache there is."""
     inputs = yaml.safe_load((STORED / "ldm/config.yaml").read_text())["about"]["inputs"]
     latents = {

@@ -111,7 +111,7 @@ def test_held_out_is_an_example_of_a_shard_not_a_name(tmp_path):
 
 
 @pytest.mark.parametrize("buffer", [10, 1000])
-def test_a_buffer_mixes_what_shards_keep_together(shards, buffer):
+def test_a_buffer_shuffles_neighbours_of_a_shard(shards, buffer):
     """Shuffled well within the buffer's reach: of all pairs that follow one another in a shard, few still do."""
     stream = Stream(shards, CAPTIONED, fraction=0.01, buffer_size=buffer)
     order = [int(name[:4]) for name in names(take(stream, len(stream.training)))]
@@ -120,7 +120,7 @@ def test_a_buffer_mixes_what_shards_keep_together(shards, buffer):
     assert len(firsts) > (25 if buffer > 60 else 15)
 
 
-def test_stand_ins_are_eight_others(shards):
+def test_substitutes_are_eight_other_examples(shards):
     stream = Stream(shards, CAPTIONED, fraction=0.1, buffer_size=20)
     held = {row.name for row in stream.held_out}
     for position, (_, *others) in enumerate(take(stream, 130)):
@@ -142,7 +142,7 @@ def test_one_example_to_train_on(tmp_path):
 # -- the head ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_head_is_what_the_same_tars_on_disk_begin_with(tmp_path, shards, monkeypatch):
+def test_the_head_equals_the_first_samples_of_the_same_tars_on_disk(tmp_path, shards, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     splits = find_tars(str(tmp_path), CAPTIONED, ())
     assert splits is not None
@@ -155,7 +155,7 @@ def test_the_head_is_what_the_same_tars_on_disk_begin_with(tmp_path, shards, mon
     assert pickle.loads(pickle.dumps(stream)).fingerprint == stream.fingerprint
 
 
-def test_only_the_head_is_read_for_it(tmp_path):
+def test_only_the_head_is_read_for_the_held_out_split(tmp_path):
     log = tmp_path / "log"
     for k in range(3):
         write_tar(tmp_path / f"{k}.tar", range(2000 * k, 2000 * k + (2000 if k < 2 else 1)))
@@ -165,7 +165,7 @@ def test_only_the_head_is_read_for_it(tmp_path):
     assert len(stream.training) == len(list(stream.training))
 
 
-def test_fingerprints_are_of_addresses_and_columns(shards):
+def test_fingerprints_depend_on_addresses_and_columns(shards):
     first = Stream(shards, CAPTIONED, fraction=0.1).fingerprint
     assert first == Stream(shards, CAPTIONED, fraction=0.1).fingerprint
     assert first != Stream(shards, Columns(caption="alt"), fraction=0.1).fingerprint
@@ -175,7 +175,7 @@ def test_fingerprints_are_of_addresses_and_columns(shards):
 # -- what carries it --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_a_stream(tmp_path):
+def test_addresses_of_streams_are_recognised(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for data in ("http://h/a.tar", "s3://b/{0..3}.tar", "pipe:cat a", "/dev/stdin", "-", str(tmp_path / "fifo")):
         assert is_stream(data), data
@@ -289,7 +289,7 @@ def test_a_command_that_isnt_read_to_its_end_is_stopped(tmp_path):
         time.sleep(0.05)
 
 
-def test_damage_is_passed_over_and_told(tmp_path):
+def test_damage_is_skipped_and_reported(tmp_path):
     for k in range(3):
         write_tar(tmp_path / f"{k}.tar", range(10 * k, 10 * k + 10))
     cut = (tmp_path / "1.tar").read_bytes()[: 2048 * 4 + 700]
@@ -310,7 +310,7 @@ def test_damage_is_passed_over_and_told(tmp_path):
     assert "is a link" in because
 
 
-def test_nothing_to_train_on(tmp_path):
+def test_a_stream_without_examples_is_an_error(tmp_path):
     write_tar(tmp_path / "none.tar", [])
     write_tar(tmp_path / "one.tar", [1])
     write_tar(tmp_path / "bare.tar", range(5), captioned=False)

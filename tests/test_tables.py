@@ -87,7 +87,7 @@ PARTS = {"train": list(IMAGES)[:30], "test": list(IMAGES)[30:]}
 # -- forms ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_set_in_every_form(tmp_path):
+def test_one_dataset_in_every_form(tmp_path):
     parquet(tmp_path / "one" / "images.parquet")
     for k in range(3):
         parquet(tmp_path / "three" / f"{k}.parquet", rows(list(IMAGES)[k * 20 : k * 20 + 20]))
@@ -131,11 +131,11 @@ def test_splits_in_every_form(tmp_path):
         ("my-test.parquet", ""),
     ],
 )
-def test_names_of_files_say_the_split(tmp_path, name, split):
+def test_names_of_files_decide_the_split(tmp_path, name, split):
     assert set(find_tables(str(parquet(tmp_path / name)), Columns(), NAMES)) == {split}
 
 
-def test_other_things_are_no_tables(tmp_path):
+def test_other_files_and_folders_are_not_tables(tmp_path):
     (tmp_path / "metadata.parquet").write_bytes(b"")
     (tmp_path / "a.tar").write_bytes(b"")
     (tmp_path / "state.json").write_text("{}")
@@ -200,7 +200,7 @@ def test_columns_are_found_or_given(tmp_path):
         ({"caption": "image"}, "column 'image' has the type struct.*; must contain texts"),
     ],
 )
-def test_columns_that_are_missing_or_hold_something_else(tmp_path, columns, said):
+def test_missing_columns_and_columns_of_other_types_are_refused(tmp_path, columns, said):
     with pytest.raises(UserError, match=said):
         opened(parquet(tmp_path / "x.parquet"), **columns)
 
@@ -215,7 +215,7 @@ def test_no_usual_columns(tmp_path):
         opened(bare(tmp_path / "y.parquet", {"image": [b"x"], "text": [1.5]}))
 
 
-def test_labels_are_spoken(tmp_path):
+def test_labels_become_captions(tmp_path):
     label = ClassLabel(names=["golden_retriever", "cat"])
     table = {"image": rows()["image"][:4], "label": [0, 1, None, -1]}
     file = parquet(tmp_path / "x.parquet", table, label=label)
@@ -250,7 +250,7 @@ def test_several_captions(tmp_path):
     assert [row.captions for row in opened(tmp_path / "z", caption="text", template="a {}")] == spoken
 
 
-def test_rows_without_a_image_are_left_out(tmp_path):
+def test_rows_without_an_image_are_left_out(tmp_path):
     images = [*rows()["image"][:3], None, {"bytes": None, "path": None}, {"bytes": b"", "path": "empty.png"}]
     table = {"image": [images[k] for k in (0, 3, 1, 4, 2, 5)], "text": list("abcdef")}
     for data in (parquet(tmp_path / "x.parquet", table), bare(tmp_path / "y.parquet", table)):
@@ -305,7 +305,7 @@ def test_names_are_safe_paths_or_numbers(tmp_path, paths, names):
     assert found == (names or ["00000000", "00000001", "00000002"])
 
 
-def test_a_name_that_all_share_tells_nothing(tmp_path):
+def test_a_name_that_all_rows_share_is_not_used(tmp_path):
     def names(paths):
         table = {"image": [{"bytes": b"x", "path": path} for path in paths], "text": ["t"] * len(paths)}
         return {row.name for row in opened(bare(tmp_path / "x.parquet", table))}
@@ -317,7 +317,7 @@ def test_a_name_that_all_share_tells_nothing(tmp_path):
 # -- with suspicion -------------------------------------------------------------------------------------------------
 
 
-def test_paths_in_a_images_place_are_never_opened(tmp_path):
+def test_paths_in_place_of_images_are_never_opened(tmp_path):
     os.mkfifo(tmp_path / "canary")  # opening it would wait for ever
     away = [str(tmp_path / "canary"), "file://" + str(tmp_path / "canary"), f"zip://a.png::{tmp_path}/canary"]
     away += ["http://localhost:9/a.png", "hf://datasets/a/b/c.png", "canary", "../canary"]
@@ -339,7 +339,7 @@ def test_paths_in_a_images_place_are_never_opened(tmp_path):
         opened(bare(tmp_path / "z.parquet", {"image": away, "text": away}))
 
 
-def test_what_a_folder_says_of_itself_is_not_followed(tmp_path):
+def test_paths_and_scripts_that_a_folder_names_are_not_used(tmp_path):
     folder, other = tmp_path / "set", parquet(tmp_path / "other.parquet", rows(list(IMAGES)[:3]))
     parquet(folder / "x.parquet", rows(list(IMAGES)[5:9]))
     files = [str(other), "../other.parquet"]
@@ -440,7 +440,7 @@ def test_files_that_are_no_parquet(tmp_path, damage, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_damaged_pages_are_told_in_a_line(tmp_path, capfd):
+def test_damaged_pages_give_one_line(tmp_path, capfd):
     file = parquet(tmp_path / "x.parquet")
     raw = bytearray(file.read_bytes())
     raw[4:400] = bytes(396)  # the first page, which only the conversion reads
@@ -475,7 +475,7 @@ def test_arrow_files_that_point_beyond_themselves(tmp_path):
             opened(tmp_path / "saved")
 
 
-def test_a_full_disk_is_no_fault_of_the_data(tmp_path, monkeypatch):
+def test_a_full_disk_is_not_reported_as_damaged_data(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(
             28, "No space left on device"
@@ -536,7 +536,7 @@ def test_names_on_the_hub(monkeypatch):
     assert 0 < one < 2**63
 
 
-def test_misspelt_paths_are_not_asked_for(tmp_path, monkeypatch):
+def test_misspelt_paths_are_not_requested_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     asked = hub(monkeypatch, Builder({"train": dataset()}))
@@ -558,7 +558,7 @@ def test_misspelt_paths_are_not_asked_for(tmp_path, monkeypatch):
     assert asked == [("data/set", None, None)]
 
 
-def test_files_in_the_librarys_cache_stand_for_images(tmp_path, monkeypatch):
+def test_files_in_the_librarys_cache_are_read_as_images(tmp_path, monkeypatch):
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "downloads"
     cache.mkdir(parents=True)
     os.mkfifo(tmp_path / "canary")
@@ -574,13 +574,13 @@ def test_files_in_the_librarys_cache_stand_for_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["/etc/passwd", "https://host/x.parquet", "zip://x::https://host/y", "file:///etc/x"])
-def test_data_sets_that_name_files_elsewhere(monkeypatch, url):
+def test_datasets_that_name_files_elsewhere(monkeypatch, url):
     hub(monkeypatch, Builder({"train": dataset()}, url))
     with pytest.raises(UserError, match="me/set on the hub lists files outside its repository"):
         find_tables("me/set", Columns(), NAMES)
 
 
-def test_other_kinds_of_data_sets_on_the_hub(monkeypatch):
+def test_other_kinds_of_datasets_on_the_hub(monkeypatch):
     builder = Builder({"train": dataset()})
     builder.name = "hdf5"
     hub(monkeypatch, builder)
@@ -597,7 +597,7 @@ def test_other_kinds_of_data_sets_on_the_hub(monkeypatch):
         RuntimeError("Dataset scripts are no longer supported, but found set.py"),
     ],
 )
-def test_what_the_hub_does_not_give_is_told_in_a_line(monkeypatch, error):
+def test_failures_of_the_hub_give_one_line(monkeypatch, error):
     hub(monkeypatch, error)
     with pytest.raises(
         UserError, match=r"'me/set' is not a local file or folder, and .* can't be read: Data|Could"

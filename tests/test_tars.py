@@ -86,7 +86,7 @@ def rows(catalogue):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tars_are_the_folder_that_they_were_made_of(tmp_path, form):
+def test_tars_give_the_same_dataset_as_their_folder(tmp_path, form):
     folder = tmp_path / "folder"
     for k in range(60):
         path = folder / ("a", "b/ü", "c" * 90 + "/" + "d" * 60)[k % 3] / f"{k:03d}.png"
@@ -140,7 +140,7 @@ def test_captions(tmp_path, columns, members, captions):
     assert opened(tmp_path / "a.tar", columns).row(0).captions == captions
 
 
-def test_a_sample_is_neighbours_of_one_key_and_its_first_image(tmp_path):
+def test_a_sample_is_adjacent_members_of_one_key_and_their_first_image(tmp_path):
     members = [
         ("k.txt", b"of k"),
         ("k.seg.png", png(1)),
@@ -165,7 +165,7 @@ def test_a_sample_is_neighbours_of_one_key_and_its_first_image(tmp_path):
     assert [(r.name, named.read(k)) for k, r in enumerate(named)] == [("k.seg.png", png(1))]
 
 
-def test_without_captions_only_if_that_is_wanted(tmp_path):
+def test_samples_without_captions_are_read_only_on_request(tmp_path):
     write_tar(tmp_path / "a.tar", numbered(range(3), captioned=False))
     with pytest.raises(UserError, match=r"has 3 images but no captions: looked for"):
         opened(tmp_path)
@@ -219,7 +219,7 @@ def test_braces():
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_hostile_members_are_no_rows(tmp_path, streamed):
+def test_hostile_members_are_left_out(tmp_path, streamed):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(99))
     device = tarfile.TarInfo("device.png")
@@ -300,7 +300,7 @@ def test_many_left_out_are_counted_not_listed(tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 700, 1100, 512 * 20 + 3, 512 * 37])
-def test_a_cut_tar_gives_what_is_before_the_damage(tmp_path, at):
+def test_a_truncated_tar_gives_the_samples_before_its_end(tmp_path, at):
     whole = write_tar(tmp_path / "whole.tar", numbered(range(10))).read_bytes()
     expected = rows(opened(tmp_path / "whole.tar"))
     (tmp_path / "cut").mkdir()
@@ -321,7 +321,7 @@ def test_a_cut_tar_gives_what_is_before_the_damage(tmp_path, at):
     assert f"truncated after {count} images" in why
 
 
-def test_a_damaged_header_ends_a_tar_and_is_told(tmp_path):
+def test_a_damaged_header_ends_a_tar_and_is_reported(tmp_path):
     data = bytearray(write_tar(tmp_path / "a.tar", numbered(range(4))).read_bytes())
     data[2048 * 2 + 1] ^= 4
     (tmp_path / "a.tar").write_bytes(data)
@@ -365,7 +365,7 @@ def test_headers_that_loop_or_fill_the_memory(tmp_path, block):
     assert time.perf_counter() - started < 5
 
 
-def test_what_is_no_tar_is_refused(tmp_path):
+def test_other_files_are_refused_as_tars(tmp_path):
     for content, reported in ((b"hello" * 999, "is not a tar"), (b"\x1f\x8b" + bytes(999), "pipe:gzip -dc")):
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(UserError, match=reported):
@@ -459,7 +459,7 @@ def test_only_what_changed_is_read_again(tmp_path, cache, reads, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut rows", "cut lines", "about", "no about", "parts", "foreign", "no rows"])
-def test_a_damaged_index_is_made_anew(tmp_path, cache, reads, monkeypatch, damage):
+def test_a_damaged_index_is_built_again(tmp_path, cache, reads, monkeypatch, damage):
     data = three(tmp_path / "data")
     expected = fresh(data, cache, monkeypatch)
     (cache / "fresh").rename(tmp_path / "away")
@@ -493,7 +493,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, cache, reads, monkeypatch, damag
 
 
 @pytest.mark.parametrize("kind", ["rows", "lines"])
-def test_a_flipped_bit_is_told_and_mended(tmp_path, cache, reads, monkeypatch, kind):
+def test_a_flipped_bit_is_reported_and_repaired(tmp_path, cache, reads, monkeypatch, kind):
     data = three(tmp_path / "data")
     expected = fresh(data, cache, monkeypatch)
     (cache / "fresh").rename(tmp_path / "away")
@@ -547,7 +547,7 @@ def test_processes_that_start_together_build_it_once(tmp_path):
     assert len(reported[0][1]) == 30
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path, cache, reads, monkeypatch):
+def test_a_killed_build_is_continued(tmp_path, cache, reads, monkeypatch):
     data = three(tmp_path / "data")
     code = """if True:
         import os, signal, sys
@@ -589,7 +589,7 @@ def test_workers_read_what_the_process_reads(tmp_path):
         copy.row(0)
 
 
-def test_where_the_cache_cant_be_written(tmp_path, monkeypatch):
+def test_an_unwritable_cache_gives_a_warning(tmp_path, monkeypatch):
     data = three(tmp_path / "data")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -599,7 +599,7 @@ def test_where_the_cache_cant_be_written(tmp_path, monkeypatch):
     assert catalogue.read(29) == png(29)
 
 
-def test_a_record_that_points_out_of_its_tar_is_not_followed(tmp_path):
+def test_a_record_that_points_outside_its_tar_is_not_read(tmp_path):
     """Even with a right sum."""
     path = write_tar(tmp_path / "a.tar", numbered([0]))
 

@@ -77,7 +77,7 @@ def test_weights_are_a_partition_of_unity_without_rims(n: int, tiles: Tiles, sca
 
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (9, 12), (13, 29), (17, 8)])
-def test_any_size_comes_back_and_no_run_exceeds_a_tile(size: tuple[int, int], tiles: Tiles) -> None:
+def test_any_size_is_reproduced_and_no_input_exceeds_a_tile(size: tuple[int, int], tiles: Tiles) -> None:
     seen = []
 
     def enlarge(z: Tensor) -> Tensor:
@@ -98,21 +98,21 @@ def test_any_size_comes_back_and_no_run_exceeds_a_tile(size: tuple[int, int], ti
         assert len(seen) == 2
 
 
-def test_constants_and_slopes_survive_in_float32() -> None:
+def test_constants_and_slopes_are_kept_in_float32() -> None:
     tiles = Tiles(8, 4)
     slope = torch.linspace(-1, 1, 52).expand(1, 1, 36, 52)
     for x in (torch.ones(1, 1, 36, 52), slope, slope.mT):
         torch.testing.assert_close(tiled(lambda t: t, x, tiles), x, rtol=0, atol=3e-7)
 
 
-def test_half_precision_is_added_up_in_float32() -> None:
+def test_half_precision_is_accumulated_in_float32() -> None:
     x = draw(1, 2, 20, 20).bfloat16()
     assert tiled(lambda t: t, x, Tiles(8, 4)).dtype == tiled(lambda t: t, x, Tiles(32, 8)).dtype == torch.float32
     torch.testing.assert_close(tiled(lambda t: t, x, Tiles(8, 4)), x.float())
 
 
 @torch.no_grad()
-def test_a_network_that_sees_no_further_than_the_rim_is_exact() -> None:
+def test_a_network_whose_receptive_field_fits_the_rim_is_exact() -> None:
     torch.manual_seed(0)
     # Sees 2 latents; the zero padding at inner borders reaches as far.
     network = nn.Sequential(
@@ -126,7 +126,7 @@ def test_a_network_that_sees_no_further_than_the_rim_is_exact() -> None:
 
 @pytest.mark.parametrize("attention", [False, True])
 @torch.no_grad()
-def test_an_autoencoder_in_tiles_is_the_autoencoder(attention: bool) -> None:
+def test_a_tiled_autoencoder_equals_the_untiled_one(attention: bool) -> None:
     """The whole theory at once: it sees 13 latents, has 17 group norms (12 in the encoder), and is met digit for digit.
 
     The attention of the parametrised case has a group norm of its own, but adds nothing yet.
@@ -189,7 +189,7 @@ def test_the_network_is_left_as_it_was() -> None:
 
 
 @torch.no_grad()
-def test_a_image_no_larger_than_a_tile_is_run_once() -> None:
+def test_an_image_no_larger_than_a_tile_is_run_once() -> None:
     network, z = vae(attention=True), draw(1, 4, 7, 12)
     assert torch.equal(tiled(decode(network), z, Tiles(12, 4), up=2, network=network.decoder), network.decode(z).sample)
 

@@ -50,7 +50,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("T", [1000, 77, 7])
 @pytest.mark.parametrize("name", DRAWS)
-def test_draws_keep_the_numbers_order_and_stay_inside(name, T):
+def test_draws_are_in_range_and_in_the_order_of_their_numbers(name, T):
     # Monotone: stratified numbers give stratified timesteps. A float32 cast may round the greatest number to 1.
     for dtype in (torch.float64, torch.float32):
         u = torch.cat([torch.zeros(1), grid(10_000), torch.tensor([1 - torch.finfo(torch.float64).eps / 2])]).to(dtype)
@@ -61,7 +61,7 @@ def test_draws_keep_the_numbers_order_and_stay_inside(name, T):
 
 
 @pytest.mark.parametrize("T", [1000, 77])
-def test_uniform_is_uniform(T):
+def test_uniform_has_its_distribution(T):
     drawn = uniform(grid(T * 20), T)
     assert torch.bincount(drawn.index).tolist() == [20] * T
     assert drawn.weight == 1
@@ -69,7 +69,7 @@ def test_uniform_is_uniform(T):
 
 @pytest.mark.parametrize("T", [1000, 77])
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.6, 0.5), (-1.0, 1.7)])
-def test_logit_normal_is_logit_normal(mean, std, T):
+def test_logit_normal_has_its_distribution(mean, std, T):
     drawn = LogitNormal(mean, std)(grid(), T)
     below = torch.bincount(drawn.index, minlength=T).cumsum(0)[:-1] / N  # P(t < (i + 1) / T)
     ends = torch.arange(1, T, dtype=torch.float64) / T
@@ -139,7 +139,7 @@ def test_importance_weights_give_uniform_means(bins, T):
 
 
 @pytest.mark.parametrize("kind", ["simple", "vlb"])
-def test_the_objective_means_the_same_under_importance(kind):
+def test_the_expected_objective_is_the_same_under_importance(kind):
     # End to end: the loss to descend is that of uniform timesteps.
     schedule = PATHS["linear"]
     means = []
@@ -198,7 +198,7 @@ def test_losses_of_zero_leave_a_distribution():
     assert importance(grid(8), 8).index.tolist() == list(range(8))
 
 
-def test_what_is_forgotten_was_never_noted():
+def test_forgotten_losses_have_no_effect():
     importance = tuned(4, 40)
     before = {name: value.clone() for name, value in importance.state_dict().items()}
     importance.note(torch.arange(40), torch.full((40,), 1e6), 40)
@@ -207,7 +207,7 @@ def test_what_is_forgotten_was_never_noted():
     assert all(torch.equal(importance.state_dict()[name], value) for name, value in before.items())
 
 
-def test_notes_hold_no_graph():
+def test_noted_losses_keep_no_graph():
     importance = Importance(4)
     importance.note(torch.arange(8), torch.ones(8, requires_grad=True) * 2, 8)
     importance.fold()
@@ -247,7 +247,7 @@ def fold_on(rank, ranks, folder):
         distributed.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_have_the_state_of_one(tmp_path):
     fold_on(0, 1, str(tmp_path))
     multiprocessing.spawn(fold_on, (2, str(tmp_path)), nprocs=2)
     one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
@@ -271,7 +271,7 @@ def test_a_weighting_is_one_weight_on_the_error_of_x0(name, weighting, target):
     assert torch.equal(level_weight(None, target, alpha, sigma), torch.ones_like(alpha))
 
 
-def test_weightings_are_the_papers():
+def test_weightings_equal_the_papers_formulas():
     schedule = PATHS["linear"]
     alpha, sigma, snr = schedule.alpha, schedule.sigma, schedule.snr
 
@@ -330,7 +330,7 @@ def test_the_objective_is_finite_up_to_pure_noise(name, weighting, target):
 
 @pytest.mark.parametrize("weighting", [None, min_snr(), edm()])
 @pytest.mark.parametrize("target", ["x0", "v"])
-def test_importance_goes_by_what_is_descended(target, weighting):
+def test_importance_follows_the_weighted_loss(target, weighting):
     # Its estimate of the mean loss then varies less than that of uniform timesteps, whatever the weighting.
     schedule, importance = PATHS["linear"], Importance(50, floor=0.05)
     x0 = torch.full((N, 1, 1, 1), 0.8, dtype=torch.float64)

@@ -38,7 +38,7 @@ def size(out: Path) -> int:
     return sum(file.stat().st_size for file in (out / "checkpoints/step-00000008").iterdir())
 
 
-def test_checkpoints_are_as_small_as_what_is_trained_and_the_model_is_whole(
+def test_checkpoints_contain_only_trained_weights_and_the_model_is_complete(
     shapes: Path, parts: Path, tmp_path: Path
 ) -> None:
     given = partly_frozen().module
@@ -56,7 +56,9 @@ def test_checkpoints_are_as_small_as_what_is_trained_and_the_model_is_whole(
     assert painted.shape == (1, 32, 32, 3)
 
 
-def test_a_part_is_continued_exactly_where_the_rest_is_as_it_was(shapes: Path, parts: Path, tmp_path: Path) -> None:
+def test_a_run_is_continued_exactly_if_its_frozen_weights_are_unchanged(
+    shapes: Path, parts: Path, tmp_path: Path
+) -> None:
     start(shapes, parts, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         start(shapes, parts, tmp_path / "cut", hooks=Crash(5))
@@ -69,7 +71,7 @@ def test_a_part_is_continued_exactly_where_the_rest_is_as_it_was(shapes: Path, p
     assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
 
 
-def test_checkpoints_that_hold_frozen_weights_too_are_read(shapes: Path, parts: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_also_contain_frozen_weights_are_read(shapes: Path, parts: Path, tmp_path: Path) -> None:
     start(shapes, parts, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         start(shapes, parts, tmp_path / "old", hooks=Crash(5))
@@ -109,7 +111,7 @@ def test_frozen_parameters_are_not_in_the_state_but_buffers_are() -> None:
     }
 
 
-def test_a_state_goes_into_a_network_with_the_same_frozen_weights_alone() -> None:
+def test_a_state_loads_only_into_a_network_with_the_same_frozen_weights() -> None:
     one, same, other = network(), network(), network(1)
     subsets = [Subset(net, frozen_names(net)) for net in (one, same, other)]
     with torch.no_grad():
@@ -128,7 +130,7 @@ def test_a_state_goes_into_a_network_with_the_same_frozen_weights_alone() -> Non
     assert Subset(whole, frozen_names(whole)).digest == ""
 
 
-def test_the_average_is_whole_and_shares_what_is_frozen() -> None:
+def test_the_average_is_complete_and_shares_frozen_weights() -> None:
     net = network()
     ema = Ema(net, 0.5)
     with torch.no_grad():

@@ -36,7 +36,7 @@ from train.engine.stage import Batch, Hooks
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "kind"), [(1, 0, "muon"), (4, 2, "adamw")])
-def test_a_run_cut_and_continued_is_the_run_that_was_never_cut(
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_run(
     start: Start, tmp_path: Path, accumulation: int, workers: int, kind: str
 ) -> None:
     optimizer = OptimizerConfig(kind=kind, lr=1e-3, schedule="cosine", warmup=3)
@@ -52,7 +52,7 @@ def test_a_run_cut_and_continued_is_the_run_that_was_never_cut(
         assert steps == sorted(set(steps))  # nothing is logged twice
 
 
-def test_every_weight_moves_and_the_model_is_the_average(start: Start, tmp_path: Path) -> None:
+def test_every_weight_is_trained_in_float32(start: Start, tmp_path: Path) -> None:
     start(tmp_path / "run")
     first, last = (load_file(tmp_path / f"run/checkpoints/step-{s:08d}/state.safetensors") for s in (3, 8))
     moved = [name for name, value in last.items() if "/module/" in name and not torch.equal(value, first[name])]
@@ -69,7 +69,7 @@ def test_every_weight_moves_and_the_model_is_the_average(start: Start, tmp_path:
         assert last[name].dtype in (torch.float32, torch.int64)
 
 
-def test_a_finished_run_is_left_alone_and_more_steps_go_on(
+def test_a_finished_run_is_unchanged_until_it_has_more_steps(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start(tmp_path / "run")
@@ -100,7 +100,7 @@ MUON = OptimizerConfig(kind="muon", lr=1e-3, schedule="cosine", warmup=3)
 
 
 @pytest.mark.parametrize("optimizer", [COMMON["optimizer"], MUON], ids=lambda o: o.kind)
-def test_sixteen_bits_train_fp32_weights(start: Start, tmp_path: Path, optimizer: OptimizerConfig) -> None:
+def test_half_precision_trains_float32_weights(start: Start, tmp_path: Path, optimizer: OptimizerConfig) -> None:
     """fp16 begins with a loss scale that overflows: those steps are skipped, and the run goes on."""
     for precision in ("bf16", "fp16"):
         out = tmp_path / precision
@@ -115,7 +115,7 @@ def test_sixteen_bits_train_fp32_weights(start: Start, tmp_path: Path, optimizer
 
 
 @pytest.mark.parametrize("optimizer", [COMMON["optimizer"], MUON], ids=lambda o: o.kind)
-def test_an_overflow_in_fp16_is_skipped_and_survived(
+def test_an_overflow_in_fp16_is_skipped_and_training_continues(
     shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: OptimizerConfig
 ) -> None:
     scaler = torch.amp.GradScaler
@@ -157,7 +157,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(start: Start, tmp_path: Pat
     assert max(line.get("skipped", 0) for line in lines) >= 1
 
 
-def test_too_many_in_a_row_go_back_and_then_give_up(
+def test_repeated_non_finite_steps_roll_back_and_then_end_the_run(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison = Poison(lambda step: step >= 4)
@@ -216,7 +216,7 @@ PROCESSES = {
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_a_chosen_process_trains_and_is_handed_over(
+def test_a_chosen_process_trains_and_is_saved_with_the_model(
     shapes: Path, parts: Path, tmp_path: Path, process: dict[str, Any]
 ) -> None:
     config = ldm_config(shapes, tmp_path / "run", parts, steps=4, diffusion=DiffusionConfig(**process))
@@ -229,7 +229,7 @@ def test_a_chosen_process_trains_and_is_handed_over(
     assert pipe("a red star", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
 
 
-def test_importance_of_timesteps_is_continued_exactly(shapes: Path, parts: Path, tmp_path: Path) -> None:
+def test_importance_sampling_of_timesteps_is_resumed_exactly(shapes: Path, parts: Path, tmp_path: Path) -> None:
     # Of so few timesteps all have been seen after a few steps, when the probabilities leave uniform.
     diffusion = DiffusionConfig(timesteps=6, timestep_sampling="importance", stratified=True)
     settings = {"diffusion": diffusion, "accumulation": 2}
@@ -252,7 +252,7 @@ def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_pat
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_the_vae_hands_over_standard_latents(shapes: Path, parts: Path) -> None:
+def test_the_saved_vae_has_standardised_latents(shapes: Path, parts: Path) -> None:
     """The final model/ is folded over the training set; what it was folded from stays unfolded in the checkpoint."""
     from autoencoder.model import Autoencoder
     from train.data.batches.draws import PosteriorNoise
@@ -288,7 +288,7 @@ def test_two_processes_train_as_one(stage: str, kind: str, shapes: Path, parts: 
         assert a == pytest.approx(b, rel=1e-6 if kind == "adamw" else 2e-4)  # Muon magnifies rounding
 
 
-def test_learning_rates() -> None:
+def test_learning_rate_schedules() -> None:
     config = OptimizerConfig(schedule="cosine", warmup=10, final=0.1)
     assert [config.lr_share(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert config.lr_share(60, 110) == pytest.approx(0.1 + 0.9 / 2)

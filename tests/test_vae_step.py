@@ -86,7 +86,7 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
     assert float(out.metrics["adversarial_weight"]) == pytest.approx(float(weight), rel=1e-4)
 
 
-def test_the_weights_of_rombach_et_al_carry_over() -> None:
+def test_the_loss_weights_of_rombach_et_al_apply() -> None:
     """Their loss (sums over an image) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), vae_batch()
     step = AutoencoderLoss(
@@ -108,7 +108,7 @@ def test_the_weights_of_rombach_et_al_carry_over() -> None:
 
 @pytest.mark.parametrize("r1", [0.0, 1.0])
 @pytest.mark.parametrize("spectral", [False, True])
-def test_each_network_is_trained_alone(spectral: bool, r1: float) -> None:
+def test_a_networks_step_changes_no_other_network(spectral: bool, r1: float) -> None:
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=spectral), vae_batch()
     settings = AdversarialConfig(kind="hinge", spectral_norm=spectral, r1=r1)
     step = AutoencoderLoss(vae, VaeConfig(adversarial=settings), None, discriminator)
@@ -190,7 +190,7 @@ def test_two_processes_train_as_one(shapes: Path, tmp_path: Path) -> None:
             assert value == pytest.approx(two[0][name], rel=1e-3, abs=1e-3), name
 
 
-def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path) -> None:
+def test_all_options_together_are_resumed_exactly(shapes: Path, tmp_path: Path) -> None:
     train.stages.vae.train(config(shapes, tmp_path / "whole", **EVERYTHING))
     state = load_file(tmp_path / "whole/checkpoints/step-00000008/state.safetensors")
     assert state["state/phases/vae/module/logvar"] != 0
@@ -201,7 +201,9 @@ def test_everything_is_continued_exactly(shapes: Path, tmp_path: Path) -> None:
         assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
 
 
-def test_trying_a_step_first_leaves_no_trace(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_before_a_run_changes_nothing(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The estimate before a run goes through every phase; the run is the same with another one."""
     adversarial = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
     train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | adversarial))
@@ -270,7 +272,7 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path / "given"
 
 
-def test_training_the_decoder_alone_leaves_the_latents_as_they_are(shapes: Path, trained: Path, tmp_path: Path) -> None:
+def test_training_only_the_decoder_keeps_the_latents(shapes: Path, trained: Path, tmp_path: Path) -> None:
     train.stages.vae.train(
         config(shapes, tmp_path / "run", init=str(trained), decoder_only=True, model=AutoencoderConfig())
     )
@@ -286,7 +288,7 @@ def test_training_the_decoder_alone_leaves_the_latents_as_they_are(shapes: Path,
         assert moved == name.startswith(("decoder", "post_quant_conv")), name
 
 
-def test_training_goes_on_from_a_given_autoencoder(shapes: Path, trained: Path, tmp_path: Path) -> None:
+def test_training_starts_from_a_given_autoencoder(shapes: Path, trained: Path, tmp_path: Path) -> None:
     train.stages.vae.train(config(shapes, tmp_path / "run", init=str(trained), steps=1, model=AutoencoderConfig()))
     after = Autoencoder.load(tmp_path / "run/model")
     assert after.scale == 0.18215
@@ -307,9 +309,7 @@ def test_training_goes_on_from_a_given_autoencoder(shapes: Path, trained: Path, 
         )
 
 
-def test_an_error_in_a_run_leaves_its_checkpoints(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_a_run_keeps_its_checkpoints(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> dict[str, float]:
         raise UserError("of no use")
 
@@ -319,7 +319,7 @@ def test_an_error_in_a_run_leaves_its_checkpoints(
     assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
 
 
-def test_what_cannot_be_continued_is_refused(shapes: Path, trained: Path, tmp_path: Path) -> None:
+def test_unsuitable_autoencoders_are_refused(shapes: Path, trained: Path, tmp_path: Path) -> None:
     wider = AutoencoderConfig(channels=(16, 32), layers=1, groups=2, attention=False)
     with pytest.raises(UserError, match="another shape"):
         train.stages.vae.train(config(shapes, tmp_path / "run", init=str(trained), model=wider))
@@ -339,7 +339,7 @@ def test_what_cannot_be_continued_is_refused(shapes: Path, trained: Path, tmp_pa
     train.stages.vae.train(config(shapes, tmp_path / "run", decoder_only=True, **plain))
 
 
-def test_another_perceptual_network_is_another_run(shapes: Path, tmp_path: Path, small_clip: Path) -> None:
+def test_a_run_refuses_another_perceptual_network(shapes: Path, tmp_path: Path, small_clip: Path) -> None:
     perceptual = PerceptualConfig(kind="clip", model=str(small_clip))
     train.stages.vae.train(
         config(shapes, tmp_path / "run", steps=1, perceptual=perceptual, validation_features=str(small_clip))
