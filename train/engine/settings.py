@@ -52,7 +52,7 @@ def _require_same_inputs(out: str, saved: Mapping[str, str], inputs: Mapping[str
         if (old := saved.get(name, "")) != value:
             raise UserError(
                 f"--{name.replace('_', '-')}: not the same content as in the run in {out!r} (fingerprint "
-                f"{old[:12] or 'none'}, now {value[:12] or 'none'}); give the same to continue the run, or choose another --out"
+                f"{old[:12] or 'none'}, now {value[:12] or 'none'}); give the same to continue, or choose another --out"
             )
 
 
