@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoencoder.preview import Colours
 from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
-from ldm.formats.hub import is_hub_id, load_network
+from ldm.formats.hub import is_hub_id, load_network, model_folder
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
 _FIRST_LOGVAR = -6.0  # log variance of the posterior before training, a standard deviation of 0.05
@@ -103,7 +103,8 @@ class Autoencoder:
 
     @classmethod
     def load(cls, where: str | Path) -> Self:
-        """Read a folder (an AutoencoderKL, or a pipeline with `vae/` in it) or a hub id; safetensors only."""
+        """Read a folder (an AutoencoderKL, a pipeline with `vae/` in it, or a run) or a hub id; safetensors only."""
+        where = model_folder(where)
         folder = Path(where)
         if folder.is_dir():
             folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder

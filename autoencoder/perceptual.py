@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ldm.errors import UserError, one_line
+from ldm.formats.hub import model_folder
 
 Backbone = Literal["vgg", "alex"]
 _TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # indices of the compared layers in torchvision's network
@@ -104,6 +105,7 @@ class ClipPerceptual(nn.Module):
 
     def __init__(self, where: str) -> None:
         super().__init__()
+        where = str(model_folder(where))
         try:
             self.tower, missing = load_tower(CLIPVisionModel, where)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -29,7 +29,7 @@ from conditioning.openclip import PREFIX, load_openclip
 from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize
 from ldm.errors import UserError, one_line
 from ldm.formats.clip_layout import empty_text_model, tower_of
-from ldm.formats.hub import fetch, is_hub_id
+from ldm.formats.hub import fetch, is_hub_id, model_folder
 
 # Names of the text tower's weights in a CLIPModel or a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
@@ -159,7 +159,7 @@ class ClipTextEncoder(nn.Module):
 
 def _find(source: str) -> tuple[Path, Path]:
     """Return the folders of a text encoder's weights and of its tokenizer."""
-    folder = Path(source).resolve() if os.path.isdir(source) else _download(source)
+    folder = Path(model_folder(source)).resolve() if os.path.isdir(source) else _download(source)
     beside: tuple[Path, ...]
     if (folder / "text_encoder" / "config.json").is_file():
         weights, beside = folder / "text_encoder", (folder / "tokenizer", folder / "text_encoder", folder)

@@ -36,6 +36,25 @@ def is_hub_id(place: str) -> bool:
     )
 
 
+def model_folder(where: str | Path) -> str | Path:
+    """Return `where`, or for the folder of a training run, e.g. runs/ldm, the model/ in it.
+
+    Raises UserError for a run that has no model/ yet.
+    """
+    folder = Path(where)
+    if not folder.is_dir() or _is_model(folder):
+        return where
+    if _is_model(folder / "model"):
+        return folder / "model"
+    if (folder / "config.yaml").is_file() and any((folder / name).exists() for name in (".lock", "checkpoints")):
+        raise UserError(f"the run {str(where)!r} has no model/ yet: its first checkpoint will write it")
+    return where
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "model_index.json"))
+
+
 def fetch(name: str, wanted: Sequence[str]) -> Path:
     """Download the matching files of a repository and return their folder. Raises UserError if the hub has none."""
     try:
@@ -70,7 +89,7 @@ def find_pipeline(where: str | Path, parts: Sequence[str] = PARTS) -> Path:
 
     Raises UserError if there is no such folder or repository, or if parts are missing.
     """
-    folder = Path(where)
+    folder = Path(model_folder(where))
     if not folder.is_dir():
         if not is_hub_id(str(where)):
             raise UserError(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.formats.hub import model_folder
 from ldm.formats.single_file import PICKLED, from_original, read_pickled
 from ldm.pipeline import LatentDiffusionPipeline
 from train.data.store.atomic import atomic_folder
@@ -37,6 +38,7 @@ def load(model: Path, config: str) -> LatentDiffusionPipeline:
         return LatentDiffusionPipeline.from_pretrained(model)
     if not model.is_file():
         raise UserError(f"--model {str(model)!r}: no such file or folder")
+    config = str(model_folder(config)) if config else ""
     if not config or not Path(config, "tokenizer").is_dir():
         raise UserError(
             f"--config {config!r}: must be a diffusers folder of the model's architecture that contains tokenizer/"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
-from ldm.formats.hub import find_pipeline
+from ldm.formats.hub import find_pipeline, model_folder
 from ldm.formats.png import file_name, read_png, save_png
 from ldm.networks.unet import weight_files
 from ldm.pipeline import LatentDiffusionPipeline
@@ -111,7 +111,7 @@ def _check_input(name: str, path: str, sha256: str | None, like: str) -> None:
 def model_sha256(folder: Path) -> str:
     """Return the SHA-256 of the UNet's weights, over its files in order."""
     total = hashlib.sha256()
-    for path in weight_files(folder):
+    for path in weight_files(model_folder(folder)):
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: total)
     return total.hexdigest()

@@ -16,7 +16,7 @@ class ModelOptions(SamplingOptions):
     """Options of all commands that run a model."""
 
     model: str = ""
-    """Model to run: model/ of a stage 2 run, or folder or hub id of a diffusers pipeline like Stable Diffusion."""
+    """Model to run: folder of a stage 2 run, or folder or hub id of a diffusers pipeline like Stable Diffusion."""
     prompt: str = ""
     """Text that describes the image."""
     prompts: str = ""

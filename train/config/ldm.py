@@ -197,9 +197,9 @@ class LdmConfig(RunConfig):
     """Folder or hub id of a pipeline whose UNet to train further; its shape replaces `unet`. Empty: random weights.
     Its autoencoder and text encoder are used too, unless `vae` and `text_encoder` are given."""
     vae: Location = ""
-    """Folder or hub id of the autoencoder: model/ of a stage 1 run, or a diffusers AutoencoderKL."""
+    """Folder or hub id of the autoencoder: a stage 1 run, or a diffusers AutoencoderKL."""
     text_encoder: Location = ""
-    """Folder or hub id of the text encoder: model/ of a stage 0 run, a CLIP, or a pipeline that has one.
+    """Folder or hub id of the text encoder: a stage 0 run, a CLIP, or a pipeline that has one.
     An OpenCLIP is given as openclip:ARCHITECTURE/TAG."""
     clip_skip: int = Field(default=0, ge=0)
     """Number of layers to skip at the end of the text encoder: 0 uses the last layer's features, 1 the one before."""

@@ -66,7 +66,7 @@ class PerceptualConfig:
     kind: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
     """Distance: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet, or `clip`: in features of a CLIP's image tower."""
     model: Location = ""
-    """Folder or hub id of the CLIP, e.g. model/ of a stage 0 run, or file of torchvision's VGG16 or AlexNet weights.
+    """Folder or hub id of the CLIP, e.g. a stage 0 run, or file of torchvision's VGG16 or AlexNet weights.
     Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
     weight: float = Field(default=1.0, gt=0)
     """Weight of the perceptual loss; the reconstruction error has weight 1."""

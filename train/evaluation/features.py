@@ -16,7 +16,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from autoencoder.perceptual import load_tower, preprocessing
 from ldm.errors import UserError, one_line
-from ldm.formats.hub import is_hub_id
+from ldm.formats.hub import is_hub_id, model_folder
 
 ALIASES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
 ACCEPTED = "'inception', 'inception:WEIGHTS.pth', 'dinov2', 'clip', or the folder or hub id of a CLIP or DINOv2"
@@ -109,7 +109,7 @@ def load_features(name: str) -> Features:
     """
     if name == "inception" or name.startswith("inception:"):
         return InceptionFeatures(name.partition(":")[2] or None)
-    model = ALIASES.get(name, name)
+    model = str(model_folder(ALIASES.get(name, name)))
     if not (name in ALIASES or Path(model).is_dir() or is_hub_id(model)):
         raise UserError(f"unknown features {name!r}: use {ACCEPTED}")
     try:
