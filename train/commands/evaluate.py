@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from train.config.reports import EvaluateOptions
 from train.data.batches.draws import PosteriorNoise
 from train.data.batches.images import ImageDataset
 from train.data.batches.records import ImageBatch
+from train.data.order.permutation import choose
 from train.data.synthetic.shapes import prompts
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
@@ -37,7 +37,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(pipe.autoencoder.latent_channels, pipe.autoencoder.factor)
-    dataset = ImageDataset(source, o.input.center_framing(side), o.seed, shuffle=False, draws=draws)
+    dataset = ImageDataset(source, o.input.center_framing(side), o.seed, draws=draws)
     count, b = min(o.images, len(dataset.source)), o.batch_size
 
     damaged: set[tuple[str, str]] = set()
@@ -63,7 +63,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
             images += list(generated[:16])
             captions += [scene.caption for scene in scenes[:16]]
     else:
-        captions = [row.captions[0] for row in islice(dataset.source, min(16, count))]
+        captions = [source[k].captions[0] for k in choose(min(16, count), len(source), o.seed)]
         images = list(generate(pipe, captions, **sampling))
     if pipe.inpaints:
         report["task"] = "text to image by an inpainting model, with a mask that is white everywhere"

@@ -49,7 +49,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     source = inputs.held_out if o.split == "test" else inputs.source
     draws = PosteriorNoise(autoencoder.latent_channels, autoencoder.factor)
-    images = ImageDataset(source, o.input.center_framing(o.resolution), o.seed, shuffle=False, draws=draws)
+    images = ImageDataset(source, o.input.center_framing(o.resolution), o.seed, draws=draws)
     count = min(o.images, len(source))
 
     damaged: set[tuple[str, str]] = set()

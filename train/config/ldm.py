@@ -219,7 +219,8 @@ class LdmConfig(RunConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
-    """Largest number of held-out examples in the validation loss; their timesteps and noise are always the same."""
+    """Largest number of held-out examples in the validation loss; their timesteps and noise are always the same.
+    If there are more, the seed chooses them."""
     prompts: Annotated[tuple[str, ...], Resumable()] = ()
     """Prompts of the sample sheets, one image each; empty: captions of held-out images."""
     sample_steps: Annotated[int, Resumable()] = Field(default=25, gt=0)

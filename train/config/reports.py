@@ -25,11 +25,11 @@ class EvaluateOptions(SamplingOptions):
     prompts: int = 256
     """Number of prompts of each kind, seen and unseen in training, to measure prompt accuracy on Shapes."""
     images: int = 1000
-    """Largest number of images whose reconstructions are measured."""
+    """Largest number of images whose reconstructions are measured. If there are more, --seed chooses them."""
     likelihoods: int = 128
     """Largest number of images whose variational bound is computed; each takes 33 network evaluations."""
     seed: int = 0
-    """Seed of the prompts and of the noise."""
+    """Seed of the choice of images, of the prompts and of the noise."""
     batch_size: int = 64
     """Number of images processed at once."""
     device: str = ""
@@ -51,7 +51,7 @@ class EvaluateVaeOptions:
     resolution: int = 256
     """Side of the square images, in pixels; must be a multiple of the autoencoder's factor, e.g. 8."""
     images: int = 1000
-    """Largest number of images to measure."""
+    """Largest number of images to measure. If there are more, --seed chooses them."""
     perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
     """Perceptual distance to measure: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet, or one in CLIP's features."""
     perceptual_model: str = ""
@@ -66,7 +66,7 @@ class EvaluateVaeOptions:
     out: str = "report-vae"
     """Output folder for report.json and reconstructions.png."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the choice of images and of the noise."""
     batch_size: int = 16
     """Number of images processed at once."""
     device: str = ""

@@ -163,7 +163,7 @@ class VaeConfig(RunConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
-    """Largest number of held-out images that a validation reconstructs."""
+    """Largest number of held-out images that a validation reconstructs. If there are more, the seed chooses them."""
     validation_features: Location = ""
     """Network whose features the Fréchet distance of reconstructions uses: `inception`, `dinov2`, `clip`.
     Or the folder or hub id of another CLIP or DINOv2. Empty: the distance isn't measured."""

@@ -66,9 +66,7 @@ class ClipStage:
         self.ema = Ema(loss.contrastive.clip, config.ema_decay)
         self.truncated = TruncatedCaptions(run.print, "--text.max-length")
         self.training = inputs.images(config.input.framing(), config.seed)
-        self.held_out = ImageDataset(
-            inputs.held_out, config.input.center_framing(config.input.resolution), config.seed, shuffle=False
-        )
+        self.held_out = ImageDataset(inputs.held_out, config.input.center_framing(config.input.resolution), config.seed)
 
     def tokenised(self, part: ImageBatch) -> ClipBatch:
         """Return the images and their tokenised captions, on the device."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from train.config.ldm import LdmConfig
 from train.data.batches.draws import draw_masking
 from train.data.batches.images import ImageDataset, Inputs, StreamDataset
 from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch
+from train.data.order.permutation import choose
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -115,7 +115,9 @@ class LdmStage:
         if config.task == "inpaint":
             self._inpainted().save(path)
             return
-        prompts = config.prompts or [row.captions[0] for row in islice(self.inputs.held_out, _SHEET)]
+        held_out = self.inputs.held_out
+        shown = choose(_SHEET, len(held_out), config.seed)
+        prompts = config.prompts or [held_out[k].captions[0] for k in shown]
         images = generate(
             self.pipeline(),
             prompts,
@@ -127,12 +129,10 @@ class LdmStage:
 
     def _inpainted(self) -> Image.Image:
         """Return a sheet of held-out images without a masked area, each beside the image inpainted from its caption."""
-        config, rows = self.config, list(islice(self.inputs.held_out, _SHEET // 2))
+        config, count = self.config, min(_SHEET // 2, len(self.inputs.held_out))
         framing = config.input.center_framing(config.input.resolution)
         draws = partial(draw_masking, shape=(1, 1, 1))
-        batch = ImageDataset(self.inputs.held_out, framing, config.seed, shuffle=False, draws=draws).__getitems__(
-            range(len(rows))
-        )
+        batch = ImageDataset(self.inputs.held_out, framing, config.seed, draws=draws).__getitems__(range(count))
         output = self.pipeline()(
             batch.captions,
             image=batch.pixels / 2 + 0.5,
@@ -140,7 +140,7 @@ class LdmStage:
             num_inference_steps=config.sample_steps,
             guidance_scale=config.guidance_scale,
             output_type="pt",
-            generator=[torch.Generator().manual_seed(config.seed + k) for k in range(len(rows))],
+            generator=[torch.Generator().manual_seed(config.seed + k) for k in range(count)],
         ).images
         assert isinstance(output, Tensor)
         pairs = torch.stack([without(batch.pixels, batch.drawn.mask), output.cpu() * 2 - 1], 1).flatten(0, 1)

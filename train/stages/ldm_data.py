@@ -46,7 +46,7 @@ def open_examples(
     center = config.input.center_framing(config.input.resolution)
     return (
         inputs.images(config.input.framing(), config.seed, draws(noising)),
-        ImageDataset(inputs.held_out, center, config.seed, shuffle=False, draws=draws(DEFAULT_NOISING)),
+        ImageDataset(inputs.held_out, center, config.seed, draws=draws(DEFAULT_NOISING)),
     )
 
 
@@ -92,4 +92,4 @@ def cached(
     if truncated.count > 1:
         run.print(f"{truncated.count:,} captions were truncated")
     originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
-    return CachedDataset(latents, text, config.seed, noising, shuffle=training, originals=originals)
+    return CachedDataset(latents, text, config.seed, noising, originals=originals)

@@ -109,13 +109,10 @@ class VaeStage:
         self.latent_channels: int = vae.config.latent_channels
         draws = PosteriorNoise(self.latent_channels, self.factor)
         self.training = inputs.images(config.input.framing(), config.seed, draws)
-        # Each image once, in order and without random crops: for statistics and for validation.
-        self.unshuffled, self.held_out = (
-            ImageDataset(
-                source, config.input.center_framing(config.input.resolution), config.seed, draws=draws, shuffle=False
-            )
-            for source in (inputs.source, inputs.held_out)
-        )
+        # Without random crops: training images in order for statistics, held-out images for validation.
+        center = config.input.center_framing(config.input.resolution)
+        self.unshuffled = ImageDataset(inputs.source, center, config.seed, draws=draws, shuffle=False)
+        self.held_out = ImageDataset(inputs.held_out, center, config.seed, draws=draws)
 
     def _mean(self, x: Tensor) -> Tensor:
         return self.run.accelerator.reduce(x, "mean")

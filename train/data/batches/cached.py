@@ -16,7 +16,7 @@ from train.data.batches.records import CachedBatch
 from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.images.decode import DamagedImage
-from train.data.order.permutation import InOrder, Order, Shuffled
+from train.data.order.permutation import Order, Shuffled
 from train.data.order.rng import Positions, Purpose, uniform
 from train.data.sources.splits import Source
 
@@ -67,7 +67,6 @@ class CachedDataset:
         seed: int,
         noising: Noising = DEFAULT_NOISING,
         *,
-        shuffle: bool = True,
         originals: Originals | None = None,
     ) -> None:
         if len(latents) != len(text):
@@ -75,7 +74,7 @@ class CachedDataset:
                 f"latents of {len(latents)} images and captions of {len(text)}: must be caches of the same source"
             )
         self.latents, self.text, self.seed, self.noising, self.originals = latents, text, seed, noising, originals
-        self.order: Order = latents.buckets or (Shuffled if shuffle else InOrder)(len(latents), seed)
+        self.order: Order = latents.buckets or Shuffled(len(latents), seed)
 
     def __len__(self) -> int:
         return len(self.latents)

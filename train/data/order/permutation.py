@@ -49,7 +49,7 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class InOrder:
-    """Order for evaluation: position p is example p mod n."""
+    """Order for a pass over all examples: position p is example p mod n."""
 
     n: int
     seed: int
@@ -75,6 +75,11 @@ def permute(places: ArrayLike, n: int, seed: int, epoch: int) -> NDArray[np.int6
     while (outside := x >= n).any():  # on average, at most 3 of 4 remaining values
         x[outside] = _feistel(x[outside], half, keys)
     return x.astype(np.int64).reshape(places.shape)
+
+
+def choose(count: int, n: int, seed: int) -> list[int]:
+    """Return `count` of n examples, or all if there are fewer: the first of `Shuffled`, because a dataset may be sorted."""
+    return permute(np.arange(min(count, n)), n, seed, 0).tolist()
 
 
 def index_at(positions: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
