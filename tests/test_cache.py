@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ from train.data.batches.loading import loader
 from train.data.batches.text_cache import TextCache
 from train.data.batches.unreadable import UnreadableCounter
 from train.data.images.crop import Framing
-from train.data.images.decode import load_image, to_tensor
+from train.data.images.decode import DamagedImage, load_image, to_tensor
 from train.data.order.permutation import index_at, substitute
 from train.data.order.rng import Purpose, normal, uniform
 from train.data.sources.catalogue import Catalogue, Row
@@ -526,6 +527,121 @@ def test_touched_and_copied_images_keep_their_latents(tmp_path):
     assert latents.damaged.nonzero()[0].tolist() == [10]
 
 
+def rewritten(path: Path, content: bytes) -> None:
+    """Replace a file's content by one of equal size, and restore its modification time."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("form", ["folder", "links", "tar"])
+def test_a_file_rewritten_with_equal_size_and_restored_time_is_encoded_again(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    twins(tmp_path)
+    location, image = tmp_path / "one", tmp_path / "one" / "3.bmp"
+    if form == "links":
+        for path in sorted(location.glob("*.bmp")):
+            (location / "files").mkdir(exist_ok=True)
+            path.rename(location / "files" / f"{path.name}.bin")
+            path.symlink_to(f"files/{path.name}.bin")
+        image = location / "files" / "3.bmp.bin"
+    if form == "tar":
+        for name in ("one", "two"):
+            with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+                for path in sorted((tmp_path / name).iterdir()):
+                    tar.addfile(*member(path))
+        location = image = tmp_path / "one.tar"
+    source = open_source(location, "train")
+    latents_of(tmp_path, source, Encoder())
+    rewritten(image, (tmp_path / "two.tar" if form == "tar" else tmp_path / "two" / "3.bmp").read_bytes())
+    source, encode = open_source(location, "train"), Encoder()
+    latents = latents_of(tmp_path, source, encode)
+    assert encode.rows == (len(source) if form == "tar" else 1)
+    assert torch.equal(latents.gather(np.arange(len(source))), expected_of(source))
+    latents_of(tmp_path, open_source(location, "train"), never)
+
+
+def member(path: Path) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    info = tarfile.TarInfo(path.name)
+    info.size = path.stat().st_size
+    return info, io.BytesIO(path.read_bytes())
+
+
+def test_the_size_of_a_rewritten_image_is_read_again(tmp_path):
+    folder = folder_of(tmp_path)
+    quiet = Processes(print=lambda _: None)
+    path = folder / "train" / "003.png"
+    Image.new("RGB", (20, 10)).save(path)
+    measure(open_source(folder, "train"), tmp_path / "sizes", 10**6, 0, quiet)
+    before = path.stat()
+    Image.new("RGB", (10, 20)).save(path)
+    rewritten_size = path.stat().st_size
+    os.truncate(path, before.st_size) if rewritten_size > before.st_size else path.write_bytes(
+        path.read_bytes().ljust(before.st_size, b"\0")
+    )
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    shapes, _ = measure(open_source(folder, "train"), tmp_path / "sizes", 10**6, 0, quiet)
+    assert shapes[3].tolist() == [10, 20]
+
+
+def test_the_time_of_change_is_no_part_of_the_fingerprint(tmp_path):
+    folder = folder_of(tmp_path)
+    before = open_source(folder, "train").fingerprint
+    os.chmod(folder / "train" / "003.png", 0o600)
+    os.utime(folder / "train" / "004.png", ns=(1, 1))
+    assert open_source(folder, "train").fingerprint == before
+
+
+def refused(source, names, reason="Permission denied"):
+    """Let files of a source be unreadable, as for another user."""
+    read = type(source.catalogue).read
+
+    def denied(k):
+        if source.catalogue.names[k] in names:
+            raise DamagedImage(source.catalogue.names[k], reason)
+        return read(source.catalogue, k)
+
+    source.catalogue.read = denied
+    return source
+
+
+@pytest.mark.parametrize("cured", ["for another user", "by chmod", "by half"])
+def test_an_image_that_could_not_be_read_is_tried_at_the_next_start(tmp_path, cured):
+    """Its file need not have changed; and one that is damaged isn't decoded again."""
+    folder, bad = folder_of(tmp_path, bad=(9,)), {"003.png", "004.png"}
+    assert not latents_of(tmp_path, refused(open_source(folder, "train"), bad), Encoder()).damaged[5]
+    still, before = refused(open_source(folder, "train"), bad), stamps(tmp_path)
+    assert latents_of(tmp_path, still, never).damaged.nonzero()[0].tolist() == [3, 4, 9]
+    noted = stamps(tmp_path)
+    assert latents_of(tmp_path, still, never).damaged.nonzero()[0].tolist() == [3, 4, 9]
+    assert stamps(tmp_path) == noted  # a failure that repeats writes nothing more
+    assert before.items() <= noted.items()
+    if cured == "by chmod":
+        for name in bad:
+            os.chmod(folder / "train" / name, 0o640)
+    source, encode = open_source(folder, "train"), Encoder()
+    if cured == "by half":
+        source = refused(source, {"004.png"})
+    latents = latents_of(tmp_path, source, encode)
+    assert latents.damaged.nonzero()[0].tolist() == ([4, 9] if cured == "by half" else [9])
+    assert encode.rows == (1 if cured == "by half" else 2)
+    assert torch.equal(latents.gather(np.array([3]))[0, 0], Encoder()(shown(source, 3)[None])[0][0])
+    again = latents_of(tmp_path, source, never)
+    assert torch.equal(again.gather(np.arange(30)), latents.gather(np.arange(30)))
+
+
+def test_a_size_that_could_not_be_read_is_tried_at_the_next_start(tmp_path):
+    folder, quiet = folder_of(tmp_path, bad=(9,)), Processes(print=lambda _: None)
+    (folder / "train" / "009.png").write_bytes(b"no image")
+    for names, bad in (({"003.png"}, ["003.png", "009.png"]), (set(), ["009.png"]), (set(), ["009.png"])):
+        source = refused(open_source(folder, "train"), names)
+        shapes, unreadable = measure(source, tmp_path / "sizes", 10**6, 0, quiet)
+        assert [name for name, _ in unreadable] == bad
+        assert (shapes[3].min() > 0) == (not names)
+
+
 def test_a_copied_dataset_is_compared_once(tmp_path, monkeypatch):
     """It costs an alias file; the next start reads no image. Flips and crops cost no further reading."""
     folder = folder_of(tmp_path, bad=(9,))
@@ -562,8 +678,10 @@ def twins(tmp_path, count=6):
             path = tmp_path / name / f"{k}.bmp"
             Image.new("RGB", (SIDE, SIDE), (first + k, 0, 0)).save(path)
             path.with_suffix(".txt").write_text("t")
-            os.utime(path, ns=(10**18, 10**18))
-    return [open_source(tmp_path / name, "train") for name in ("one", "two")]
+    sources = [open_source(tmp_path / name, "train") for name in ("one", "two")]
+    for source in sources:
+        source.catalogue.changed_ns[:] = 10**18
+    return sources
 
 
 def test_datasets_with_equal_names_sizes_and_times_have_their_own_latents(tmp_path):

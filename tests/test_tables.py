@@ -100,7 +100,7 @@ def test_one_dataset_in_every_form(tmp_path):
     assert [row.name for row in found[0]] == list(IMAGES)
     assert len({catalogue.fingerprint for catalogue in found}) == 1
     assert all(catalogue.left_out == () and catalogue.uncaptioned == 0 for catalogue in found)
-    assert found[0].row(0).mtime_ns == (tmp_path / "one" / "images.parquet").stat().st_mtime_ns
+    assert found[0].row(0).changed_ns == (tmp_path / "one" / "images.parquet").stat().st_ctime_ns
 
 
 def test_splits_in_every_form(tmp_path):
@@ -531,8 +531,8 @@ def test_names_on_the_hub(monkeypatch):
         ("me/set", None, "v1.0"),
         ("me/set", config, revision),
     ]
-    one, two = (splits["train"]().row(0).mtime_ns for _ in range(2))
-    assert one == two != splits["test"]().row(0).mtime_ns
+    one, two = (splits["train"]().row(0).changed_ns for _ in range(2))
+    assert one == two != splits["test"]().row(0).changed_ns
     assert 0 < one < 2**63
 
 

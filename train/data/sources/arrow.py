@@ -28,10 +28,10 @@ class Table(Catalogue):
     """
 
     def __init__(
-        self, dataset: Any, columns: Columns, location: str, mtime_ns: int, caches: Sequence[str] = ()
+        self, dataset: Any, columns: Columns, location: str, changed_ns: int, caches: Sequence[str] = ()
     ) -> None:
         """caches: folders whose files may be used in place of an image's bytes."""
-        self.location, self.columns, self.mtime_ns, self.caches = location, columns, mtime_ns, caches
+        self.location, self.columns, self.changed_ns, self.caches = location, columns, changed_ns, caches
         self.image, self.caption = choose_columns(dataset.features, columns, location)
         self.labels: list[str] | None = getattr(_element(dataset.features.get(self.caption)), "names", None)
         self.dataset = dataset.select_columns([c for c in (self.image, self.caption) if c])
@@ -52,7 +52,7 @@ class Table(Catalogue):
     def row(self, k: int) -> Row:
         number = self._number(k)
         name = _safe_path(self.paths[number]) if self.named else f"{number:08d}"
-        return Row(name, int(self.sizes[k]), self.mtime_ns, self._captions(self.texts[number]))
+        return Row(name, int(self.sizes[k]), self.changed_ns, self._captions(self.texts[number]))
 
     def read(self, k: int) -> bytes:
         number = self._number(k)

@@ -26,8 +26,10 @@ class Row(NamedTuple):
     """Name in the dataset, with "/" as separator. It appears in reports, and determines the row's split."""
     size: int
     """Size of the file in bytes."""
-    mtime_ns: int
-    """Modification time of the file, or of the file that contains it."""
+    changed_ns: int
+    """Time of the last change of the file, or of the file that contains it: st_ctime_ns, which can't be set back.
+
+    It changes with content, modification time, permissions and name. It is part of the caches' keys only."""
     captions: tuple[str, ...]
     """Captions, at least one; "" is the null condition."""
 

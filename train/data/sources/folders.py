@@ -50,7 +50,7 @@ class Folder(Catalogue):
         self.folder, self.location, self.left_out = folder, str(folder), tuple(left_out)
         self.names = Strings(r.name for r in rows)
         self.sizes = np.array([r.size for r in rows], np.int64)
-        self.mtimes_ns = np.array([r.mtime_ns for r in rows], np.int64)
+        self.changed_ns = np.array([r.changed_ns for r in rows], np.int64)
         self.texts = Strings(text for r in rows for text in r.captions)
         self.first_text = np.cumsum([0, *(len(r.captions) for r in rows)])
 
@@ -59,7 +59,7 @@ class Folder(Catalogue):
 
     def row(self, k: int) -> Row:
         texts = range(self.first_text[k], self.first_text[k + 1])
-        return Row(self.names[k], int(self.sizes[k]), int(self.mtimes_ns[k]), tuple(self.texts[t] for t in texts))
+        return Row(self.names[k], int(self.sizes[k]), int(self.changed_ns[k]), tuple(self.texts[t] for t in texts))
 
     def read(self, k: int) -> bytes:
         try:
@@ -247,7 +247,7 @@ def has_images(folder: Path) -> bool:
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Yield (name, (size, mtime_ns)) for each file in the folder that isn't hidden, and (name, None) for each link.
+    """Yield (name, (size, changed_ns)) for each file in the folder that isn't hidden, and (name, None) for each link.
 
     Links aren't followed.
     """
@@ -264,11 +264,11 @@ def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
                     pending.append(f"{under}{entry.name}/")
                 elif entry.is_file():
                     info = entry.stat()
-                    yield under + entry.name, (info.st_size, info.st_mtime_ns)
+                    yield under + entry.name, (info.st_size, info.st_ctime_ns)
 
 
 def _stat_link(folder: Path, name: str) -> tuple[int, int] | None:
-    """Return (size, mtime_ns) of a file whose path contains links; None if there is no such file.
+    """Return (size, changed_ns) of a file whose path contains links; None if there is no such file.
 
     Raises UserError if it is outside the folder.
     """
@@ -279,4 +279,4 @@ def _stat_link(folder: Path, name: str) -> tuple[int, int] | None:
         info = real.stat()
     except OSError:
         return None
-    return (info.st_size, info.st_mtime_ns) if stat.S_ISREG(info.st_mode) else None
+    return (info.st_size, info.st_ctime_ns) if stat.S_ISREG(info.st_mode) else None

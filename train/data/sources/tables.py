@@ -104,7 +104,7 @@ def _open_parquet(files: Sequence[Path], columns: Columns, location: str) -> Tab
     with _reading(location, progress):
         # load_dataset("parquet") does the same, but contacts the hub first.
         dataset = datasets.Dataset.from_parquet(patterns, columns=chosen, keep_in_memory=False)
-    return Table(dataset, columns, location, max(file.stat().st_mtime_ns for file in files))
+    return Table(dataset, columns, location, max(file.stat().st_ctime_ns for file in files))
 
 
 # -- folders saved by datasets --------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _open_saved(root: Path, folder: Path, columns: Columns) -> Table:
         raise UserError(f"{folder / 'state.json'} lists no files")
     with _reading(str(folder)):
         dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    return Table(dataset, columns, str(folder), max(file.stat().st_mtime_ns for file in files))
+    return Table(dataset, columns, str(folder), max(file.stat().st_ctime_ns for file in files))
 
 
 def _inside(root: Path, file: Path) -> Path:

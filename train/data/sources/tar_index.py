@@ -5,7 +5,7 @@ A folder contains one or more generations G of:
     G.rows     one record per row: offset of its line in its part's lines, offset of its image in the part, length of
                the line, and a CRC-32 over all of these and the line
     G.lines    one line per row, JSON of [name, size, captions]: their SHA-256 is the catalogue's fingerprint
-    G.parts    one JSON line per part (a tar): its path, size and time, its share of the two files, what it leaves out
+    G.parts    one JSON line per part (a tar): its path, size and times, its share of the two files, what it leaves out
     about.json name of the complete generation, with the statistics of all its rows
 
 about.json is written last and renamed into place, so an index is either complete or missing. A part's rows and lines
@@ -57,6 +57,8 @@ class Part(NamedTuple):
     path: str
     size: int
     mtime_ns: int
+    changed_ns: int
+    """Time of the last change, which can't be set back (st_ctime_ns)."""
 
 
 class Segment(NamedTuple):
@@ -74,8 +76,9 @@ class NoValidIndex(Exception):
 
 
 def stat_parts(paths: Iterable[str]) -> list[Part]:
-    """Return the parts with their current size and time."""
-    return [Part(path, (info := os.stat(path)).st_size, info.st_mtime_ns) for path in paths]
+    """Return the parts with their current size and times."""
+    found = ((path, os.stat(path)) for path in paths)
+    return [Part(path, info.st_size, info.st_mtime_ns, info.st_ctime_ns) for path, info in found]
 
 
 class TarIndex:
@@ -323,15 +326,15 @@ def _verified(record: bytes, line: bytes, start: int, part: Part) -> LocatedRow:
         raise ValueError("truncated")
     line_start, image, length, crc = _RECORD.unpack(record)
     intact = (line_start, length, crc) == (start, len(line), checksum(line_start, image, line))
-    row = _row(line, part.mtime_ns) if intact else None
+    row = _row(line, part.changed_ns) if intact else None
     if row is None or not 0 <= image <= image + row.size <= part.size:
         raise ValueError("wrong checksum")
     return image, row
 
 
-def _row(line: bytes, mtime_ns: int) -> Row:
+def _row(line: bytes, changed_ns: int) -> Row:
     name, size, captions = json.loads(line)
-    return Row(name, size, mtime_ns, tuple(captions))
+    return Row(name, size, changed_ns, tuple(captions))
 
 
 def _segment(line: bytes) -> Segment:

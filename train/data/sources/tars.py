@@ -164,7 +164,7 @@ def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRo
             try:
                 for sample in read_samples(tar, columns, leave_out):
                     count += 1
-                    yield sample.offset, Row(sample.name, sample.size, part.mtime_ns, sample.captions)
+                    yield sample.offset, Row(sample.name, sample.size, part.changed_ns, sample.captions)
             except DAMAGE as error:
                 left_out.append((shard, f"damaged or truncated after {count:,} images: {error}"))
     if unlisted:

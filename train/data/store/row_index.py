@@ -30,12 +30,12 @@ def digest(content: bytes) -> Digests:
 
 
 def image_keys(source: Source) -> Digests:
-    """Return the digest of each image's location, split, name, size and time, (n, 2).
+    """Return the digest of each image's location, split, name, size and time of change, (n, 2).
 
     The split is included because two splits may have equal names.
     """
     location = f"{os.path.abspath(source.location)}\0{source.split}"
-    return digests(f"{location}\0{row.size}\0{row.mtime_ns}\0{row.name}" for row in source)
+    return digests(f"{location}\0{row.size}\0{row.changed_ns}\0{row.name}" for row in source)
 
 
 def duplicated(keys: Digests) -> NDArray[np.bool_]:
@@ -55,6 +55,7 @@ class ShardIndex:
         self.damaged: list[str] = []  # shards with a wrong hash
         self.bad: dict[int, str] = {}  # reasons, by shard << 32 | slot
         key, content_id, weak_keys, counts, aliases = bytearray(), bytearray(), bytearray(), [0], []
+        unread = bytearray()  # content IDs of rows whose files couldn't be read
         for name in self.listing:
             try:
                 about = json.loads((folder / f"{name}.json").read_bytes())
@@ -72,6 +73,9 @@ class ShardIndex:
                 aliases.append(records)
                 continue
             self.bad |= {len(self.file_hashes) << 32 | slot: reason for slot, reason in about["bad"]}
+            for slot, reason in about["bad"]:
+                if (records[slot, 2] == digests([reason])[0]).all():
+                    unread += (records[slot, 1] ^ records[slot, 2]).tobytes()
             self.file_hashes[name] = about["rows"]
             counts.append(len(records))
             key += records[:, 0].tobytes()
@@ -86,6 +90,7 @@ class ShardIndex:
             stored = self.find_content(ids) >= 0  # an alias of a missing row would hide the row that replaces it
             self.key = np.concatenate([self.key, records[stored, 0]])
             self.content_id = np.concatenate([self.content_id, ids[stored]])
+        self._unread = _from_bytes(unread)
 
     def find(self, keys: Digests) -> NDArray[np.int64]:
         """Return the row of each key, or -1."""
@@ -99,10 +104,15 @@ class ShardIndex:
         return locate(self.content_id[: len(self.shard)], ids)
 
     def ambiguous(self, keys: Digests) -> NDArray[np.bool_]:
-        """Return whether each key belongs to several contents, (n,)."""
+        """Return whether each key belongs to several contents, or to a file that couldn't be read, (n,).
+
+        Such a file is tried again, because it may be readable now although it is unchanged: for another user, or after
+        its folder's permissions or the disk were mended.
+        """
         one, other = equal_pairs(self.key)
         several = (self.content_id[one] != self.content_id[other]).any(1)
-        return np.isin(keys[:, 0], self.key[one[several], 0])
+        unread = np.isin(self.content_id[:, 0], self._unread[:, 0])
+        return np.isin(keys[:, 0], np.concatenate([self.key[one[several], 0], self.key[unread, 0]]))
 
 
 def equal_pairs(keys: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

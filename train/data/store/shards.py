@@ -6,7 +6,7 @@ All rows in a folder depend on the same settings. They are stored in shards of t
     NAME.idx    a record per row: digests of its key, its weak key and its content
     NAME.json   the hashes of both, and the rows that couldn't be computed; written last
 
-The key (a caption; or an image's location, name, size and modification time) identifies a row without reading its file.
+The key (a caption; or an image's location, name, size and time of change) identifies a row without reading its file.
 It changes if a file is copied or touched. So if no row has the key, the row is looked up by its weak key (the image's
 name and size) and by the digest of its file's content. If it is found, its new key is stored as an alias, which has
 only an .idx and a .json. Rows that aren't found are computed and added. So an interrupted build keeps its finished
