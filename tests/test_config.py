@@ -103,6 +103,7 @@ RESUMABLE = {
         "cache",
         "workers",
     ),
+    *("input.max_damaged", "accept_changed_data"),
     *("roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
     *("validation_features", "vae", "text_encoder", "attention", "prompts", "sample_steps", "guidance_scale"),
 }

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from ldm.formats import MAX_PIXELS
 from train.config.optimizer import strict
+from train.config.resumable import Resumable
 from train.data.images import Crop
 from train.data.sources.catalogue import Columns
 
@@ -84,8 +85,9 @@ class DataConfig(SourceConfig):
     """Largest aspect ratio of the rectangles: longer side / shorter side."""
     min_size: int = Field(default=0, ge=0)
     """Smallest accepted length of an image's shorter side, in pixels; smaller images are left out."""
-    max_damaged: float = Field(default=0.1, ge=0, le=1)
-    """Largest accepted share of unreadable images, 0 to 1; training stops if there are more."""
+    max_damaged: Annotated[float, Resumable()] = Field(default=0.1, ge=0, le=1)
+    """Largest accepted share of unreadable images, 0 to 1; training stops if there are more.
+    Each image is counted once, except in streams."""
 
     @model_validator(mode="after")
     def _crops_differ(self) -> Self:

@@ -60,6 +60,9 @@ class RunConfig:
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Largest decay per step of the weights' moving average; it rises to this from 0.1 in the first steps.
     Validation, samples and model/ use the averaged weights."""
+    accept_changed_data: Annotated[bool, Resumable()] = False
+    """Continue the run although its dataset has changed, for example after damaged images were removed.
+    The rest of the run uses the new dataset; config.yaml and the model card record the change."""
     license: Annotated[str, Resumable()] = ""
     """Licence of the model, for its model card: an SPDX name such as apache-2.0 or cc-by-4.0, or `other`.
     Empty: not stated, which gives others no permission. It can be changed after the run is finished."""

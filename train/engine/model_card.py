@@ -7,6 +7,7 @@ Python literals, where markup, line breaks and rows of dashes have no effect.
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def write_card(
     *,
     name: str,
     fingerprint: str,
+    earlier: Sequence[str],
     samples: Path,
     step: int,
     final: bool,
@@ -55,7 +57,7 @@ def write_card(
 ) -> None:
     """Write README.md into a model's folder, and the run's newest sample sheet as sample.png.
 
-    name: name of the run. fingerprint: fingerprint of the data. samples: folder of the sample sheets. metrics: metrics
+    name: name of the run. fingerprint: fingerprint of the data. earlier: those of datasets before it. samples: folder of the sample sheets. metrics: metrics
     of the last validation, which was at step `measured_at`.
     """
     progress = "the run is finished." if final else "the run is **not finished**, so these are not its final weights."
@@ -75,7 +77,8 @@ def write_card(
         "Run this in the model's folder, or replace `.` by the path of the folder:",
         about.use,
         "## Data",
-        f"{source_span(config.data)}: {training}{len(inputs.held_out):,} held-out images; fingerprint `{fingerprint}`.",
+        f"{source_span(config.data)}: {training}{len(inputs.held_out):,} held-out images; fingerprint `{fingerprint}`."
+        + (f" It was trained on other data before: {', '.join(f'`{value}`' for value in earlier)}." if earlier else ""),
         "## Training",
         "\n".join(f"- {name}: {value}" for name, value in (about.settings | _settings(config)).items()),
         "All settings are in `training.json`.",

@@ -7,6 +7,7 @@ from train.data.batches.images import Inputs
 from train.engine.model_card import About, state_license, write_card
 from train.engine.provenance import is_result, write_provenance
 from train.engine.run import AnyRun
+from train.engine.settings import earlier_data
 from train.engine.stage import Publish
 
 
@@ -36,6 +37,7 @@ def publisher(run: AnyRun, stage: DescribedStage) -> Publish:
             stage.inputs,
             name=run.folder.name,
             fingerprint=run.inputs["data"],
+            earlier=earlier_data(run.folder.settings),
             samples=run.folder.samples,
             step=step,
             final=final,

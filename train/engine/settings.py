@@ -15,19 +15,24 @@ from train.data.store.atomic import atomic_file
 from train.engine.provenance import commit, versions
 
 Config = TypeVar("Config", bound=RunConfig)
+_EARLIER = "earlier_data"
 
 
 def write_settings(path: Path, config: Config, inputs: Mapping[str, str]) -> Config:
     """Write the settings of a new or continued run. Returns them, with the licence that was stated earlier, if any.
 
     inputs: fingerprint of each input of the run, by name, e.g. {"data": fingerprint}. Raises UserError if the inputs of
-    the existing run were different, or if a setting differs that must not change (`train.config.resumable`).
+    the existing run were different (data: unless this is accepted), or if a setting differs that must not change (`train.config.resumable`).
     """
     final, out = config, str(path.parent)
+    earlier: list[str] = []
     if path.is_file():
         saved = read_yaml(path)
         about = saved.pop("about", {})
-        _require_same_inputs(out, about.get("inputs", {}), inputs)
+        before, earlier = about.get("inputs", {}), about.get(_EARLIER, [])
+        if config.accept_changed_data and before.get("data", "") != inputs["data"]:
+            earlier, before = [*earlier, before.get("data", "")], {**before, "data": inputs["data"]}
+        _require_same_inputs(out, before, inputs)
         try:
             old_config = validate(type(config), saved)  # settings that the old file doesn't have get their defaults
         except UserError as error:
@@ -41,10 +46,16 @@ def write_settings(path: Path, config: Config, inputs: Mapping[str, str]) -> Con
                 "that to continue the run, or choose another --out"
             )
     about = {"inputs": dict(inputs), "versions": versions(), "commit": commit()}
+    about |= {_EARLIER: earlier} if earlier else {}
     text = yaml.safe_dump(plain(final) | {"about": about}, sort_keys=False, allow_unicode=True)
     with atomic_file(path) as file:
         file.write(text.encode())
     return final
+
+
+def earlier_data(path: Path) -> list[str]:
+    """Return the fingerprints of the datasets that a run was trained on before its dataset changed."""
+    return list(read_yaml(path).get("about", {}).get(_EARLIER, []))
 
 
 def _require_same_inputs(out: str, saved: Mapping[str, str], inputs: Mapping[str, str]) -> None:
@@ -53,6 +64,7 @@ def _require_same_inputs(out: str, saved: Mapping[str, str], inputs: Mapping[str
             raise UserError(
                 f"--{name.replace('_', '-')}: not the same content as in the run in {out!r} (fingerprint "
                 f"{old[:12] or 'none'}, now {value[:12] or 'none'}); give the same to continue, or choose another --out"
+                + (", or train on the changed dataset from here with --accept-changed-data True" * (name == "data"))
             )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from conditioning.contrastive import Contrastive, retrieval_accuracy, save_clip
-from conditioning.tokenizer import tokenize, train_tokenizer
+from conditioning.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config.clip import ClipConfig
 from train.data.batches.images import ImageDataset, Inputs
@@ -22,6 +22,7 @@ from train.engine.model_card import About
 from train.engine.open_data import open_inputs, select_images
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
+from train.engine.settings import earlier_data
 from train.engine.stage import Hooks, Phase, StepOutput
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import TruncatedCaptions
@@ -77,7 +78,8 @@ class ClipStage:
         )
 
     def batches(self, start: int) -> Iterator[list[ImageBatch]]:
-        return self.run.feed.batches(self.training, start, self.run.damage.counter(self.inputs.source.left_out))
+        counter = self.run.damage.counter(self.inputs.source.left_out, self.inputs.count)
+        return self.run.feed.batches(self.training, start, counter)
 
     def prepare(self, step: int, parts: list[ImageBatch]) -> list[ClipBatch]:
         return [self.tokenised(part) for part in parts]
@@ -137,8 +139,11 @@ def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
         raise UserError(f"input.resolution {resolution}: must be a multiple of image.patch_size {patch}")
     with open_run(config, accelerator, {"data": inputs.fingerprint}) as run:
         inputs = select_images(inputs, run)
-        tokenizer = train_tokenizer(
-            inputs.source.captions(_TOKENIZER_IMAGES), config.text.vocab_size, config.text.max_length
-        )
+        if earlier_data(run.folder.settings) and (run.folder.model / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(run.folder.model)  # the changed captions would give other tokens
+        else:
+            tokenizer = train_tokenizer(
+                inputs.source.captions(_TOKENIZER_IMAGES), config.text.vocab_size, config.text.max_length
+            )
         stage = ClipStage(run, inputs, tokenizer)
         fit(run, stage, publisher(run, stage), hooks)

@@ -69,9 +69,8 @@ class LdmStage:
 
     def batches(self, start: int) -> Iterator[list[ImageBatch[DrawnNoise] | CachedBatch]]:
         reads_images = self.config.cache == "off" or self.config.task == "inpaint"  # else only the caches are read
-        return self.run.feed.batches(
-            self.training, start, self.run.damage.counter(self.inputs.source.left_out) if reads_images else None
-        )
+        counter = self.run.damage.counter(self.inputs.source.left_out, self.inputs.count) if reads_images else None
+        return self.run.feed.batches(self.training, start, counter)
 
     def prepare(self, step: int, parts: list[ImageBatch[DrawnNoise] | CachedBatch]) -> list[DiffusionBatch]:
         if self.importance is not None:

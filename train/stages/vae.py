@@ -121,7 +121,8 @@ class VaeStage:
         return self.run.accelerator.reduce(x, "sum")
 
     def batches(self, start: int) -> Iterator[list[ImageBatch[Tensor]]]:
-        return self.run.feed.batches(self.training, start, self.run.damage.counter(self.inputs.source.left_out))
+        counter = self.run.damage.counter(self.inputs.source.left_out, self.inputs.count)
+        return self.run.feed.batches(self.training, start, counter)
 
     def adversarial_at(self, step: int) -> bool:
         """Return whether this step has the adversarial loss."""

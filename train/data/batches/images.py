@@ -177,6 +177,11 @@ class Inputs:
     """Buckets of the training images; None if these are squares."""
 
     @property
+    def count(self) -> int | None:
+        """Number of training images; None for a stream."""
+        return len(self.source) if self.stream is None else None
+
+    @property
     def fingerprint(self) -> str:
         parts = (self.source.fingerprint if self.stream is None else self.stream.fingerprint, self.held_out.fingerprint)
         return hashlib.sha256("".join(parts).encode()).hexdigest()

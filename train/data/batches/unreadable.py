@@ -18,29 +18,51 @@ class UnreadableCounter:
     A line of the report is {"file", "reason"}. Each process has its own counter; all may share the report.
     """
 
-    def __init__(self, report: Path, limit: float = 0.1, print: Callable[[str], object] = print) -> None:
-        """limit: largest accepted share of unreadable images."""
-        self.report, self.limit, self.print = report, limit, print
-        self.images = self.unreadable = 0
+    def __init__(
+        self,
+        report: Path,
+        limit: float = 0.1,
+        print: Callable[[str], object] = print,
+        total: int | None = None,
+    ) -> None:
+        """limit: largest accepted share of unreadable images. total: images of the dataset; None: not known."""
+        self.report, self.limit, self.print, self.total = report, limit, print, total
+        self.reads = self.failures = 0
+        self.names: set[str] = set()
         self.listed = _listed(report)
+
+    @property
+    def images(self) -> int:
+        """Number of images that were read, each counted once if the size of the dataset is known."""
+        return self.reads if self.total is None else min(self.reads, self.total)
+
+    @property
+    def unreadable(self) -> int:
+        """Number of these that are unreadable."""
+        return self.failures if self.total is None else len(self.names)
 
     def count(self, readable: int, unreadable: Iterable[tuple[str, str]], *, complete: bool = False) -> None:
         """Count `readable` images that were read, and those that couldn't be: their (name, reason).
 
         complete: these are all the images of the dataset, not a sample of them. Raises RunError if the unreadable
-        images exceed the accepted share; for a sample, only if they exceed it by three standard deviations.
+        images exceed the accepted share of all images; or, by three standard deviations, that of the images read so
+        far.
         """
         unreadable = list(unreadable)
-        self.images += readable + len(unreadable)
-        self.unreadable += len(unreadable)
+        self.reads += readable + len(unreadable)
+        self.failures += len(unreadable)
+        self.names.update(name for name, _ in unreadable)
         if not unreadable:
             return
         self.add_to_report(unreadable, "can't be read; another image is used instead")
-        expected = self.limit * (self.images if complete else max(self.images, _FEWEST))
-        if self.unreadable > expected + (0 if complete else 3 * math.sqrt(expected)):
+        all_images = self.images if complete else self.total
+        expected = self.limit * max(self.images, _FEWEST)
+        too_many = self.unreadable > expected + 3 * math.sqrt(expected)
+        if too_many or (all_images is not None and self.unreadable > self.limit * all_images):
             raise RunError(
                 f"{self.unreadable:,} of {self.images:,} images can't be read, but --input.max-damaged {self.limit:g} "
-                f"limits their share: replace or remove the images listed in {self.report}, or raise the limit"
+                f"limits their share: run the same command again with a higher limit; or repair or remove the images "
+                f"listed in {self.report}, and add --accept-changed-data True"
             )
 
     def add_to_report(self, entries: Iterable[tuple[str, str]], consequence: str = "is left out") -> None:
@@ -72,9 +94,12 @@ class UnreadableReport:
     main: bool = True
     """Whether this process lists what sources leave out."""
 
-    def counter(self, left_out: Iterable[tuple[str, str]]) -> UnreadableCounter:
-        """Return a counter for a source. left_out: (name, reason) of what the source leaves out."""
-        counter = UnreadableCounter(self.path, self.limit, self.print)
+    def counter(self, left_out: Iterable[tuple[str, str]], total: int | None = None) -> UnreadableCounter:
+        """Return a counter for a source. left_out: (name, reason) of what the source leaves out.
+
+        total: number of the source's images; None: not known.
+        """
+        counter = UnreadableCounter(self.path, self.limit, self.print, total)
         if self.main:
             counter.add_to_report(left_out)
         return counter
