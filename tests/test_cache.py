@@ -1,4 +1,4 @@
-"""Batches are functions of (seed, positions); caches give exactly what the encoders gave, or are made anew."""
+"""Batches are functions of (seed, positions); caches give exactly the encoders' outputs, or are built again."""
 
 import contextlib
 import errno
@@ -73,7 +73,7 @@ def source_of(tmp_path: Path, count: int = 30, bad: tuple[int, ...] = ()):
 
 
 class Encoder:
-    """Stands for an autoencoder: a fixed function of the image. Counts what it is given."""
+    """Stand-in for an autoencoder: a fixed function of the image. It counts its inputs."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale, self.rows = scale, 0
@@ -85,7 +85,7 @@ class Encoder:
 
 
 class TextEncoder:
-    """Stands for a text encoder."""
+    """Stand-in for a text encoder."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -100,8 +100,8 @@ def never(*_):
     raise AssertionError("the encoder was called")
 
 
-def latents_of(tmp_path, source, encode, digest="one", said=None, **options):
-    processes = options.pop("processes", Processes(print=(said if said is not None else []).append))
+def latents_of(tmp_path, source, encode, digest="one", messages=None, **options):
+    processes = options.pop("processes", Processes(print=(messages if messages is not None else []).append))
     return LatentCache.open(
         tmp_path / "cache",
         source,
@@ -129,7 +129,7 @@ def cached(tmp_path, source, seed=5, **noising):
 
 
 def shown(source, index) -> torch.Tensor:
-    """A whole image as the encoder is given it."""
+    """Return the whole image as the encoder receives it."""
     return to_tensor(load_image(source.read(index)), SIDE)
 
 
@@ -147,19 +147,19 @@ def both_kinds(tmp_path, bad=(3, 4, 11)):
 def test_batches_are_the_same_for_any_workers_processes_accumulation_and_start(tmp_path):
     for dataset in both_kinds(tmp_path):
         how = {"steps": 7, "batch_size": 8}  # 56 examples: nearly two epochs of 30
-        whole = [joined(parts) for parts in loader(dataset, start_step=0, **how)]
-        assert [b["position"].tolist() for b in whole] == [list(range(8 * s, 8 * s + 8)) for s in range(7)]
-        assert len({tuple(b["index"].tolist()) for b in whole}) == 7
+        expected = [joined(parts) for parts in loader(dataset, start_step=0, **how)]
+        assert [b["position"].tolist() for b in expected] == [list(range(8 * s, 8 * s + 8)) for s in range(7)]
+        assert len({tuple(b["index"].tolist()) for b in expected}) == 7
         read_ahead = [joined(parts) for parts in loader(dataset, start_step=0, workers=2, accumulation=2, **how)]
-        assert all(map(same, whole, read_ahead))
+        assert all(map(same, expected, read_ahead))
         for start in range(1, 7):
-            assert all(map(same, whole[start:], [joined(p) for p in loader(dataset, start_step=start, **how)]))
+            assert all(map(same, expected[start:], [joined(p) for p in loader(dataset, start_step=start, **how)]))
         for world, accumulation in ((2, 1), (4, 1), (2, 4), (1, 8)):
             ranks = [
                 list(loader(dataset, start_step=0, rank=r, world=world, accumulation=accumulation, **how))
                 for r in range(world)
             ]
-            for step, batch in enumerate(whole):
+            for step, batch in enumerate(expected):
                 parts = [ranks[r][step][a] for a in range(accumulation) for r in range(world)]
                 assert same(joined(parts), batch)
 
@@ -190,10 +190,10 @@ def test_an_image_batch_follows_from_its_positions_and_draws(tmp_path):
     assert 5 < flips.sum() < 35
     for k, index in enumerate(batch.index.tolist()):
         assert batch.captions[k] in source[index].captions
-        whole = np.asarray(load_image(source.read(index)))
-        windows = [whole[top : top + SIDE] for top in range(len(whole) - SIDE + 1)]
-        windows = [to_tensor(Image.fromarray(w), SIDE, flip=bool(flips[k])) for w in windows]
-        assert any(torch.equal(batch.pixels[k], w) for w in windows)
+        image = np.asarray(load_image(source.read(index)))
+        crops = [image[top : top + SIDE] for top in range(len(image) - SIDE + 1)]
+        crops = [to_tensor(Image.fromarray(c), SIDE, flip=bool(flips[k])) for c in crops]
+        assert any(torch.equal(batch.pixels[k], c) for c in crops)
     plain = ImageDataset(source, PLAIN, 5, shuffle=False).__getitems__(range(30))
     assert plain.index.tolist() == list(range(30))
     assert torch.equal(plain.pixels[7], shown(source, 7))
@@ -270,7 +270,7 @@ def test_a_batch_size_that_does_not_divide_is_refused_at_once(tmp_path):
 def test_signals_to_the_process_group_lose_no_batches(tmp_path):
     dataset = ImageDataset(source_of(tmp_path), PLAIN, 0)
     steps = loader(dataset, start_step=0, steps=40, batch_size=4, workers=2)
-    seen = [next(steps), next(steps)]  # one of each worker: both are ready
+    seen = [next(steps), next(steps)]  # one from each worker, so both have started
     for number in (signal.SIGINT, signal.SIGTERM):
         for child in multiprocessing.active_children():
             os.kill(child.pid, number)
@@ -290,19 +290,19 @@ def test_signals_to_the_process_group_lose_no_batches(tmp_path):
 
 def test_a_damaged_image_is_substituted_and_listed_once(tmp_path):
     bad = (3, 4, 11)
-    said: list[str] = []
+    messages: list[str] = []
     for dataset in both_kinds(tmp_path, bad):
         at = np.arange(300)
-        found, wanted = dataset.__getitems__(at).index.numpy(), index_at(at, 30, 5)
+        found, drawn = dataset.__getitems__(at).index.numpy(), index_at(at, 30, 5)
         assert not np.isin(found, bad).any()
-        assert (found == wanted)[~np.isin(wanted, bad)].all()
-        for p in at[np.isin(wanted, bad)].tolist():
+        assert (found == drawn)[~np.isin(drawn, bad)].all()
+        for p in at[np.isin(drawn, bad)].tolist():
             drawn = (substitute(p, attempt, 30, 5) for attempt in range(1, 100))
             assert found[p] == next(i for i in drawn if i not in bad)
     report = tmp_path / "run" / "damaged.jsonl"
     images = both_kinds(tmp_path / "again", bad)[0]
     for workers in (0, 2):
-        damage = UnreadableCounter(report, limit=0.2, print=said.append)
+        damage = UnreadableCounter(report, limit=0.2, print=messages.append)
         for parts in loader(images, start_step=0, steps=15, batch_size=8, workers=workers, counter=damage):
             assert len(parts) == 1
         tried = sum(int(i) in bad for i in index_at(np.arange(120), 30, 5))
@@ -311,7 +311,7 @@ def test_a_damaged_image_is_substituted_and_listed_once(tmp_path):
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert sorted(line["file"] for line in lines) == ["003.png", "004.png", "011.png"]
     assert all("truncated" in line["reason"] or "broken" in line["reason"] for line in lines)
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 def test_too_many_damaged_images_stop_the_run_and_a_few_do_not(tmp_path):
@@ -319,7 +319,7 @@ def test_too_many_damaged_images_stop_the_run_and_a_few_do_not(tmp_path):
     damage = UnreadableCounter(tmp_path / "damaged.jsonl", limit=0.1, print=lambda _: None)
     with pytest.raises(RunError, match=r"of .* images can't be read, but --input.max-damaged 0.1"):
         list(loader(dataset, start_step=0, steps=50, batch_size=8, counter=damage))
-    assert 19 < damage.unreadable <= 19 + 8  # not before a tenth of a hundred, and what chance may add
+    assert 19 < damage.unreadable <= 19 + 8  # a tenth of a hundred and an allowance for chance
     damage = UnreadableCounter(tmp_path / "damaged.jsonl", limit=0.5, print=lambda _: None)
     list(loader(dataset, start_step=0, steps=50, batch_size=8, counter=damage))
     assert 90 < damage.unreadable < 300
@@ -360,10 +360,10 @@ def test_a_truncated_report_is_continued(tmp_path):
 def test_missing_files_are_reported(tmp_path):
     folder = folder_of(tmp_path)
     with open(folder / "train" / "metadata.jsonl", "a") as file:
-        file.write(json.dumps({"file_name": "gone.png", "text": "t"}) + "\n")
+        file.write(json.dumps({"file_name": "missing.png", "text": "t"}) + "\n")
     damage = UnreadableCounter(tmp_path / "damaged.jsonl", print=lambda _: None)
     damage.add_to_report(open_source(folder, "train").left_out)
-    assert json.loads((tmp_path / "damaged.jsonl").read_text())["file"] == "gone.png"
+    assert json.loads((tmp_path / "damaged.jsonl").read_text())["file"] == "missing.png"
 
 
 def test_only_damaged_images_are_an_error(tmp_path):
@@ -385,7 +385,7 @@ def test_only_damaged_images_are_an_error(tmp_path):
 
 
 def shard_files(tmp_path, kind="latents", suffix="npy"):
-    """In the order in which they were written."""
+    """Return the shards' files in the order in which they were written."""
     return sorted((tmp_path / "cache").glob(f"{kind}-*/*.{suffix}"), key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -394,16 +394,16 @@ def stamps(tmp_path) -> dict[Path, int]:
 
 
 def expected_of(source) -> torch.Tensor:
-    """(n, 2, c, h, w) of all images."""
+    """Return the means and deviations of all images, (n, 2, c, h, w)."""
     return torch.stack(Encoder()(torch.stack([shown(source, k) for k in range(len(source))])), 1)
 
 
 def test_a_complete_cache_needs_no_encoder(tmp_path):
-    source, said = source_of(tmp_path), []
-    first, text = latents_of(tmp_path, source, Encoder(), said=said), text_of(tmp_path, source, TextEncoder())
-    assert ": 30 rows to compute, 0.0 MiB, about " in said[0]
-    again, text_again = latents_of(tmp_path, source, never, said=said), text_of(tmp_path, source, never)
-    assert len(said) == 1
+    source, messages = source_of(tmp_path), []
+    first, text = latents_of(tmp_path, source, Encoder(), messages=messages), text_of(tmp_path, source, TextEncoder())
+    assert ": 30 rows to compute, 0.0 MiB, about " in messages[0]
+    again, text_again = latents_of(tmp_path, source, never, messages=messages), text_of(tmp_path, source, never)
+    assert len(messages) == 1
     rows = np.arange(30)
     assert torch.equal(first.gather(rows), again.gather(rows))
     assert torch.equal(text.gather(text.captions), text_again.gather(text.captions))
@@ -419,10 +419,20 @@ def test_each_caption_is_encoded_once(tmp_path):
 
 @pytest.mark.parametrize(
     "where",
-    ["values", "header", "records", "json", "list of the damaged", "cut", "values gone", "records gone", "json gone"],
+    [
+        "values",
+        "header",
+        "records",
+        "json",
+        "list of the damaged",
+        "cut",
+        "missing values",
+        "missing records",
+        "missing json",
+    ],
 )
 def test_only_a_damaged_shard_is_built_again(tmp_path, where):
-    source, said = source_of(tmp_path, bad=(9,)), []
+    source, messages = source_of(tmp_path, bad=(9,)), []
     expected = latents_of(tmp_path, source, Encoder()).gather(np.arange(30))
     path = shard_files(tmp_path)[1]
     about = path.with_suffix(".json")
@@ -442,22 +452,22 @@ def test_only_a_damaged_shard_is_built_again(tmp_path, where):
             about.write_text(about.read_text().replace("[[1,", "[[0,"))
         case "cut":
             path.write_bytes(raw[:-64])
-        case "values gone":
+        case "missing values":
             path.unlink()
-        case "records gone":
+        case "missing records":
             path.with_suffix(".idx").unlink()
-        case "json gone":
+        case "missing json":
             about.unlink()
     others = {p: at for p, at in stamps(tmp_path).items() if p.stem != path.stem}
     encode = Encoder()
-    latents = latents_of(tmp_path, source, encode, said=said)
+    latents = latents_of(tmp_path, source, encode, messages=messages)
     assert encode.rows == 8
-    assert ": 8 rows to compute, 0.0 MiB" in said[-1]
-    assert ("damaged shards: 1;" in said[0]) == (where not in ("records gone", "json gone"))
+    assert ": 8 rows to compute, 0.0 MiB" in messages[-1]
+    assert ("damaged shards: 1;" in messages[0]) == (where not in ("missing records", "missing json"))
     assert torch.equal(latents.gather(np.arange(30)), expected)
     assert latents.damaged.nonzero()[0].tolist() == [9]
     assert others.items() <= stamps(tmp_path).items()
-    assert path.exists() == (where in ("records gone", "json gone"))  # they may be another's that is being written
+    assert path.exists() == (where in ("missing records", "missing json"))  # another process may be writing them
     latents_of(tmp_path, source, never)
 
 
@@ -495,17 +505,17 @@ def test_a_changed_image_and_a_changed_caption_are_encoded_again(tmp_path):
 
 
 def test_touched_and_copied_images_keep_their_latents(tmp_path):
-    """By name, size and time without reading them; else by content; and a changed one of the same size isn't."""
+    """Unread if name, size and time are known, otherwise by content. A changed image of the same size is encoded."""
     folder = folder_of(tmp_path, bad=(9,))
     latents_of(tmp_path, open_source(folder, "train"), Encoder())
-    shutil.copy(folder / "train" / "005.png", folder / "train" / "000a.png")  # moves all others by a row
+    shutil.copy(folder / "train" / "005.png", folder / "train" / "000a.png")  # shifts all other images by a row
     with open(folder / "train" / "metadata.jsonl", "a") as file:
         file.write(json.dumps({"file_name": "000a.png", "text": "t"}) + "\n")
-    source, encode, said = open_source(folder, "train"), Encoder(), []
+    source, encode, messages = open_source(folder, "train"), Encoder(), []
     before = stamps(tmp_path)
-    latents = latents_of(tmp_path, source, encode, said=said)
+    latents = latents_of(tmp_path, source, encode, messages=messages)
     assert encode.rows == 1
-    assert ": 1 rows to compute, 0.0 MiB" in said[0]
+    assert ": 1 rows to compute, 0.0 MiB" in messages[0]
     assert before.items() <= stamps(tmp_path).items()
     assert len(stamps(tmp_path)) == len(before) + 3
     images = torch.stack([shown(source, i) for i in range(31) if i != 10])
@@ -643,7 +653,7 @@ def test_a_size_that_could_not_be_read_is_tried_at_the_next_start(tmp_path):
 
 
 def test_a_copied_dataset_is_compared_once(tmp_path, monkeypatch):
-    """It costs an alias file; the next start reads no image. Flips and crops cost no further reading."""
+    """A start writes an alias file, and the next start reads no image. Flips and crops need no further reading."""
     folder = folder_of(tmp_path, bad=(9,))
     how = {"framing": CHANCE, "crops": 2}
     latents_of(tmp_path, open_source(folder, "train"), Encoder(), **how)
@@ -662,7 +672,7 @@ def test_a_copied_dataset_is_compared_once(tmp_path, monkeypatch):
     for crop in range(2):
         assert torch.equal(again.gather(rows, crop, True), latents.gather(rows, crop, True))
 
-    for path in shard_files(tmp_path):  # an alias of what is gone is none
+    for path in shard_files(tmp_path):  # an alias of a deleted shard is not used
         path.with_suffix(".json").unlink()
     encode = Encoder()
     assert torch.equal(latents_of(tmp_path, copy, encode, **how).gather(rows), latents.gather(rows))
@@ -671,7 +681,7 @@ def test_a_copied_dataset_is_compared_once(tmp_path, monkeypatch):
 
 
 def twins(tmp_path, count=6):
-    """Two sets with equal names, sizes and times, but other pixels."""
+    """Return two datasets with equal names, sizes and times, but other pixels."""
     for name, first in (("one", 0), ("two", 100)):
         (tmp_path / name).mkdir(parents=True)
         for k in range(count):
@@ -693,7 +703,7 @@ def test_datasets_with_equal_names_sizes_and_times_have_their_own_latents(tmp_pa
 
 
 class Tars(Catalogue):
-    """Images that are numbered anew every three, all of one size and time."""
+    """Images whose numbers restart every three images, all of one size and time."""
 
     location = "tars"
 
@@ -732,7 +742,7 @@ def test_images_with_equal_names_in_a_dataset_are_not_mixed_up(tmp_path, monkeyp
     for encode in (rest, never):
         latents = latents_of(tmp_path, source, encode)
         assert torch.equal(latents.gather(np.arange(9)), expected_of(source))
-    some = source.only_where(np.arange(9) < 3)  # each has a name of its own now
+    some = source.only_where(np.arange(9) < 3)  # now each name is unique
     assert torch.equal(latents_of(tmp_path, some, never).gather(np.arange(3)), expected_of(some))
     shapes, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(print=lambda _: None))
     again, _ = measure(source, tmp_path / "sizes", 10**6, 0, Processes(print=never))
@@ -740,7 +750,7 @@ def test_images_with_equal_names_in_a_dataset_are_not_mixed_up(tmp_path, monkeyp
 
 
 def test_a_key_with_two_contents_is_not_trusted(tmp_path):
-    """Two runs at once may leave this state, if an image was replaced between them."""
+    """Two simultaneous runs may leave this state, if an image was replaced between them."""
     one, two = twins(tmp_path)
     two.catalogue.location = one.location
     for source, cache in ((one, tmp_path), (two, tmp_path / "other")):
@@ -756,15 +766,15 @@ def test_the_duration_is_estimated_after_the_first_shard(tmp_path):
             time.sleep(0.3)
             return super().__call__(pixels)
 
-    said, source, encode = [], source_of(tmp_path), Slow()
-    processes = Processes(print=lambda line: said.append((line, encode.rows, shard_files(tmp_path))))
+    messages, source, encode = [], source_of(tmp_path), Slow()
+    processes = Processes(print=lambda line: messages.append((line, encode.rows, shard_files(tmp_path))))
     latents_of(tmp_path, source, encode, processes=processes)
-    [(line, made, written)] = said
+    [(line, made, written)] = messages
     assert ": 30 rows to compute, 0.0 MiB, about " in line
     assert 2 <= int(line.split()[-2]) <= 5  # 22 rows in batches of three, or less
-    assert made == 8  # of the first shard
+    assert made == 8  # those of the first shard
     assert not written
-    assert encode.rows == 30  # none twice
+    assert encode.rows == 30  # each once
 
 
 def test_a_batch_is_as_large_as_memory_allows(tmp_path):
@@ -827,7 +837,7 @@ def test_two_sources_may_share_a_folder(tmp_path):
 
 
 def _killed(tmp_path, source):
-    """Dies in the middle of the third shard."""
+    """Kill this process in the middle of the third shard."""
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
 
     class Deadly(Encoder):
@@ -845,10 +855,10 @@ def test_a_killed_build_is_continued(tmp_path):
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    encode, said = Encoder(), []
-    latents = latents_of(tmp_path, source, encode, said=said)
+    encode, messages = Encoder(), []
+    latents = latents_of(tmp_path, source, encode, messages=messages)
     assert encode.rows == 30 - 16
-    assert ": 14 rows to compute" in said[0]
+    assert ": 14 rows to compute" in messages[0]
     images = torch.stack([shown(source, i) for i in range(30)])
     assert torch.equal(latents.gather(np.arange(30))[:, 0], Encoder()(images)[0])
 
@@ -889,22 +899,22 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path, monkeypa
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_processes_share_the_work_and_have_the_same_values(tmp_path, world):
     source = source_of(tmp_path, bad=(4, 20))
-    alone = latents_of(tmp_path, source, Encoder())
+    single = latents_of(tmp_path, source, Encoder())
     shared = tmp_path / "shared"
 
     def once(source, count):
         results = together(world, lambda rank: shared, source)
         assert sum(rows for rows, _, _ in results) == count
         for _, values, damaged in results:
-            np.testing.assert_array_equal(values, alone.gather(np.arange(30)))
-            np.testing.assert_array_equal(damaged, alone.damaged)
+            np.testing.assert_array_equal(values, single.gather(np.arange(30)))
+            np.testing.assert_array_equal(damaged, single.damaged)
 
     once(source, 30)
     once(source, 0)
     shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copy)
-    once(open_source(tmp_path / "copy", "train"), 0)  # each compares some
+    once(open_source(tmp_path / "copy", "train"), 0)  # each process compares some of them
     assert len(shard_files(shared, suffix="idx")) - len(shard_files(shared)) == world
-    for path in shard_files(shared)[1:3]:  # one by its values, one by its records
+    for path in shard_files(shared)[1:3]:  # the values of one, the records of the other
         rows = len(np.load(path))
         damaged = path if path == shard_files(shared)[1] else path.with_suffix(".idx")
         raw = bytearray(damaged.read_bytes())
@@ -914,7 +924,7 @@ def test_processes_share_the_work_and_have_the_same_values(tmp_path, world):
 
 
 def together(world, folder, source):
-    """What each of several processes has: rows it made, all values, which are damaged; or an error."""
+    """Return for each process: the rows that it encoded, all values and the damaged images, or an error."""
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(world), context.Queue()
 
@@ -927,7 +937,7 @@ def together(world, folder, source):
             queue.put((encode.rows, latents.gather(np.arange(len(source))).numpy(), latents.damaged))
         except (RunError, threading.BrokenBarrierError) as error:
             queue.put(error)
-            time.sleep(2)  # for those that are just leaving the last barrier
+            time.sleep(2)  # for processes that are still leaving the last barrier
             barrier.abort()
 
     workers = [context.Process(target=work, args=(rank,)) for rank in range(world)]
@@ -940,7 +950,7 @@ def together(world, folder, source):
 
 
 def test_processes_without_a_shared_folder_are_refused(tmp_path):
-    """Whatever they see in theirs, none goes on with rows that aren't right."""
+    """Whatever each process finds in its folder, none continues with wrong rows."""
     source = source_of(tmp_path)
     with pytest.raises(
         RunError, match=r"15 of 30 rows are missing after the build: all processes of a run must share this folder"
@@ -952,7 +962,7 @@ def test_processes_without_a_shared_folder_are_refused(tmp_path):
 
 
 def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch):
-    """One process doesn't see a shard yet that another does, so that their shares don't fit."""
+    """One process doesn't see a shard yet that another sees, so their shares of the work don't match."""
     source = source_of(tmp_path)
     latents_of(tmp_path, source, Encoder())
     for path in shard_files(tmp_path)[2:]:
@@ -961,7 +971,7 @@ def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch)
     late = shard_files(tmp_path)[0].stem
 
     def mine(rank):
-        if rank == 1:  # in the process of its own, after the fork
+        if rank == 1:  # in its own process, after the fork
             for module in (shards_module, row_index):
                 monkeypatch.setattr(module, "listing", lambda folder: [n for n in listing(folder) if n != late])
         return tmp_path
@@ -1019,7 +1029,7 @@ def test_many_shards_keep_no_files_open(tmp_path, monkeypatch):
 
 def test_a_shard_is_a_plain_numpy_file(tmp_path):
     latents = latents_of(tmp_path, source_of(tmp_path), Encoder())
-    rows = np.concatenate([np.load(path, allow_pickle=False) for path in shard_files(tmp_path)])  # made in order
+    rows = np.concatenate([np.load(path, allow_pickle=False) for path in shard_files(tmp_path)])  # in order of encoding
     np.testing.assert_array_equal(rows, latents.gather(np.arange(30)))
     order = np.array([29, 0, 8, 7, 0, 16])
     np.testing.assert_array_equal(rows[order], latents.gather(order))

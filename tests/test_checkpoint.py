@@ -1,4 +1,4 @@
-"""Promises kept by checkpoints: nothing committed is ever lost, nothing comes back changed, no file runs code."""
+"""Checkpoints: no committed one is lost, values are read back unchanged, and no file executes code."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def small_tree(seed):
 
 
 def same(a, b):
-    """Bit for bit: types, order of keys, dtypes, shapes, strides and every bit of every number."""
+    """Return whether two trees are equal: types, order of keys, dtypes, shapes, strides and every bit."""
     if isinstance(a, torch.Tensor):
         raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
         return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) and torch.equal(*raw)
@@ -61,7 +61,7 @@ def there_and_back(tree, folder):
 
 
 def valid(folder):
-    """What is committed in a folder, by step, as a new process would find it."""
+    """Return the valid checkpoints of a folder by step, as a new process would find them."""
     found = {}
     for path in sorted(folder.glob("step-*")):
         if checkpoint._fault(int(path.name[5:]), path) is None:
@@ -78,7 +78,7 @@ def leftovers(folder):
 
 def test_every_dtype_shape_and_stride_comes_back(tmp_path):
     g = torch.Generator().manual_seed(0)
-    raw = torch.randint(0, 256, (6, 4, 8), generator=g, dtype=torch.uint8)  # any bits at all, NaN payloads too
+    raw = torch.randint(0, 256, (6, 4, 8), generator=g, dtype=torch.uint8)  # all bit patterns, including NaN payloads
     tree = {str(d): raw.view(d) for d in checkpoint._DTYPES if d != torch.bool}
     tree["bool"] = raw > 128
     tree |= {f"empty {shape}": torch.empty(shape) for shape in [(0,), (0, 3), (2, 0, 3)]}
@@ -150,7 +150,7 @@ def test_other_tools_read_the_tensors_by_their_place(tmp_path):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_training_goes_on_bit_for_bit(tmp_path, fused, memory_format):
-    """Fused AdamW does not look at strides: moments that came back in another order would be mixed up in silence."""
+    """Fused AdamW ignores strides: moments that were read back in another order would be wrong without an error."""
 
     def build():
         g = torch.Generator().manual_seed(0)
@@ -212,9 +212,9 @@ def test_unsupported_values_are_refused_by_their_path(tmp_path, value):
 
 
 def killed_after(count, work, half=False):
-    """Whether `work` was killed (SIGKILL) in a child after `count` operations; half: in the middle of the next one.
+    """Run `work` in a child that kills itself after `count` operations. Return whether it was killed.
 
-    Operations: each write, fsync and rename, and each file or folder removed.
+    Operations: each write, fsync and rename, and each file or folder removed. half: kill in the middle of the next one.
     """
     child = os.fork()
     if child == 0:
@@ -253,7 +253,7 @@ def damage(path, at=None, flip=1):
 
 
 def use_exchange(exchange, folder, monkeypatch):
-    """Swap folders in one step, or skip where the system cannot; or else with plain renames, as elsewhere."""
+    """Exchange folders in one step (skip if the system can't), or with plain renames as on other systems."""
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
         return
@@ -269,7 +269,7 @@ def use_exchange(exchange, folder, monkeypatch):
 
 @pytest.fixture
 def memory(tmp_path):
-    """A folder in memory if there is one: hundreds of saves wait for no disk."""
+    """A folder in memory if the system has one, so hundreds of saves don't wait for a disk."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
@@ -300,7 +300,7 @@ def test_a_save_killed_at_any_operation_loses_no_checkpoint(memory, case, exchan
             found = Checkpoints(folder).latest()
             after = valid(folder)
             assert all(same(tree, new if s == step and same(tree, new) else before[s]) for s, tree in after.items())
-            # Everything committed before is there, except what a finished save may prune: only step 1, only once 3 is.
+            # Everything committed before is there. A finished save may prune step 1, after step 3 is committed.
             assert set(before) - set(after) <= ({1} if 3 in after else set()), (count, sorted(after))
             assert (found.step if found else None) == max(after, default=None)
             halves = {int(p.name[5:]) for p in folder.glob("step-*")} - set(after)
@@ -356,13 +356,13 @@ def test_a_file_is_replaced_atomically(tmp_path):
         assert path.read_bytes() in (b"old", b"new")
         assert killed or path.read_bytes() == b"new"
         count += 1
-    assert count == 4  # fsync, rename, fsync of the folder, and none
+    assert count == 4  # fsync, rename, fsync of the folder; then no further operation
     refresh(b"newer")
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_killed_at_random_times_loses_no_checkpoint(tmp_path):
-    """Twenty kills of one run that saves without pause; each start goes on from what the last one reported."""
+    """A run that saves without pause is killed twenty times. Each start continues from the last reported step."""
     rng, folder, kills, committed = random.Random(0), tmp_path / "c", 0, 0
     while kills < 20:
         read, write = os.pipe()
@@ -385,7 +385,7 @@ def test_a_run_killed_at_random_times_loses_no_checkpoint(tmp_path):
         committed = max([committed, *steps])
         found = Checkpoints(folder).latest()
         if found:
-            assert committed <= found.step <= committed + 1  # the last may have been killed before it could report
+            assert committed <= found.step <= committed + 1  # a run may be killed after a save and before its report
             assert same(load_tree(found.folder), small_tree(found.step))
             committed = found.step
         assert len(valid(folder)) >= min(2, committed)
@@ -394,7 +394,7 @@ def test_a_run_killed_at_random_times_loses_no_checkpoint(tmp_path):
 
 
 def test_the_order_of_operations_survives_a_power_cut(tmp_path, monkeypatch):
-    """Each file is fsynced after its last write, then its folder, then comes the rename, then fsync of the parent."""
+    """Each file is fsynced after its last write, then its folder; then the rename, then fsync of the parent."""
     log, do, fault = [], atomic._do, checkpoint._fault
 
     def recorded(call, *arguments):
@@ -473,7 +473,7 @@ def test_a_disk_full_at_any_offset_loses_no_checkpoint(tmp_path, monkeypatch):
                 return call(*arguments)
             if not left:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written = call(arguments[0][:left])  # a full disk takes a part first
+            written = call(arguments[0][:left])  # a full disk first writes a part
             left -= written
             return written
 
@@ -502,7 +502,7 @@ def test_a_full_file_system_is_an_error_in_one_line(tmp_path):
             checkpoints.save(3, torch.ones(100_000))
         full = pytest.raises(RunError, match=r"disk full while writing .*model: 0\.2 MB free$")
         with full, atomic_folder(tmp_path / "model") as model:
-            save_file({"a": torch.ones(100_000)}, model / "a.safetensors")  # reports it in its own way
+            save_file({"a": torch.ones(100_000)}, model / "a.safetensors")  # safetensors raises its own error
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
         assert set(valid(tmp_path / "c")) == {1, 2}
         checkpoints.save(3, torch.ones(1000))
@@ -525,12 +525,12 @@ def test_a_failure_while_writing_leaves_the_old_result(tmp_path):
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    for error, raised, said in (
+    for error, raised, message in (
         (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
         (OSError(errno.ENOSPC, "No space left on device"), RunError, "disk full while writing .*/a: .* MB free"),
         (OSError(errno.EIO, "Input/output error"), RunError, ".*/a can't be written: .*Input/output error"),
     ):
-        with pytest.raises(raised, match=said), atomic_file(path) as file:  # noqa: PT012
+        with pytest.raises(raised, match=message), atomic_file(path) as file:  # noqa: PT012
             file.write(b"new")
             raise error
     assert path.read_bytes() == b"old"
@@ -549,8 +549,8 @@ def two(tmp_path):
     return checkpoints
 
 
-def passed_over(checkpoints, reason=""):
-    """Asserts that checkpoint 2 is passed over, with a reason, for an intact 1, and is left where it is."""
+def is_skipped(checkpoints, reason=""):
+    """Return whether checkpoint 2 is skipped with a reason for the intact 1, and not deleted."""
     found = Checkpoints(checkpoints.folder).latest()
     assert found.step == 1
     assert len(found.invalid) == 1
@@ -568,7 +568,7 @@ def test_a_flipped_bit_anywhere_is_detected(two, name):
     for at in range(0, size, 3):
         flip = 1 << at % 8
         damage(path, at, flip)
-        assert passed_over(two), at
+        assert is_skipped(two), at
         damage(path, at, flip)
     assert two.latest().step == 2
 
@@ -579,20 +579,20 @@ def test_truncated_missing_linked_or_unknown_files_are_detected(two, name, tmp_p
     raw = path.read_bytes()
     for size in range(0, len(raw), 11):
         path.write_bytes(raw[:size])
-        assert passed_over(two), size
+        assert is_skipped(two), size
     path.write_bytes(raw + b"\0")
-    assert passed_over(two)
+    assert is_skipped(two)
     path.unlink()
-    assert passed_over(two, f"{name} is missing")
+    assert is_skipped(two, f"{name} is missing")
     (tmp_path / "elsewhere").write_bytes(raw)
     path.symlink_to(tmp_path / "elsewhere")
-    assert passed_over(two, "not a plain file")
+    assert is_skipped(two, "not a plain file")
     path.unlink()
     os.mkfifo(path)
-    assert passed_over(two, "not a plain file")
+    assert is_skipped(two, "not a plain file")
     path.unlink()
     path.mkdir()
-    assert passed_over(two, "not a plain file")
+    assert is_skipped(two, "not a plain file")
     path.rmdir()
     path.write_bytes(raw)
     assert two.latest().invalid == ()
@@ -603,16 +603,16 @@ def test_a_folder_that_is_a_link_a_file_empty_or_of_another_step_is_skipped(two,
     folder = two.folder / "step-00000002"
     folder.rename(tmp_path / "moved")
     folder.symlink_to(tmp_path / "moved")
-    assert passed_over(two, "not a plain folder")
+    assert is_skipped(two, "not a plain folder")
     folder.unlink()
     folder.write_bytes(b"")
-    assert passed_over(two, "not a plain folder")
+    assert is_skipped(two, "not a plain folder")
     folder.unlink()
     folder.mkdir()
-    assert passed_over(two, "missing")
+    assert is_skipped(two, "missing")
     folder.rmdir()
     shutil.copytree(two.folder / "step-00000001", folder)
-    assert passed_over(two, "does not belong to step 2")
+    assert is_skipped(two, "does not belong to step 2")
 
 
 def test_forged_manifests_are_refused(two, tmp_path):
@@ -642,10 +642,10 @@ def test_forged_manifests_are_refused(two, tmp_path):
     ]
     for manifest in forged:
         path.write_text(json.dumps(manifest))
-        assert passed_over(two), manifest
+        assert is_skipped(two), manifest
     for text in ("[" * 60_000, "{", "NaN", "\xff"):
         path.write_text(text, encoding="latin-1")
-        assert passed_over(two)
+        assert is_skipped(two)
 
 
 def test_a_run_without_a_valid_checkpoint_is_an_error(two):
@@ -660,7 +660,7 @@ def test_a_run_without_a_valid_checkpoint_is_an_error(two):
 # -- pickles --
 
 
-class Malice:
+class Malicious:
     def __init__(self, canary):
         self.canary = canary
 
@@ -669,9 +669,9 @@ class Malice:
 
 
 def pickles(canary, folder):
-    torch.save(Malice(canary), folder / "zip")
-    torch.save(Malice(canary), folder / "legacy", _use_new_zipfile_serialization=False)
-    pure = [pickle.dumps(Malice(canary), protocol) for protocol in (0, 2, 5)]
+    torch.save(Malicious(canary), folder / "zip")
+    torch.save(Malicious(canary), folder / "legacy", _use_new_zipfile_serialization=False)
+    pure = [pickle.dumps(Malicious(canary), protocol) for protocol in (0, 2, 5)]
     return [*pure, (folder / "zip").read_bytes(), (folder / "legacy").read_bytes()]
 
 
@@ -680,7 +680,7 @@ def pickles(canary, folder):
 def test_pickles_are_never_executed(two, tmp_path, slot, forged):
     canary, folder = tmp_path / "canary", two.folder / "step-00000002"
     attacks = pickles(canary, tmp_path)
-    pickle.loads(attacks[1])  # the weapon is loaded
+    pickle.loads(attacks[1])  # the pickle does execute code when loaded
     canary.rmdir()
     with pytest.raises(FileNotFoundError):
         canary.rmdir()
@@ -691,7 +691,7 @@ def test_pickles_are_never_executed(two, tmp_path, slot, forged):
         if forged and slot != "manifest.json":
             files = {name: checkpoint._checksum(folder / name) for name in FILES[:2]}
             (folder / "manifest.json").write_text(json.dumps({"step": 2, "files": files}))
-        assert passed_over(two)
+        assert is_skipped(two)
         if slot != "manifest.json":
             with pytest.raises(RunError, match="does not contain a valid saved state"):
                 load_tree(folder)
@@ -727,13 +727,13 @@ def test_pruning_keeps_the_newest_valid_checkpoints(tmp_path):
     for step in (5, 10, 15, 20):
         checkpoints.save(step, step)
     assert valid(tmp_path) == {10: 10, 15: 15, 20: 20}
-    damage(tmp_path / "step-00000015" / "state.json")  # no longer counts, and is not deleted
+    damage(tmp_path / "step-00000015" / "state.json")  # no longer counted, and not deleted
     checkpoints.save(25, 25)
     assert valid(tmp_path) == {10: 10, 20: 20, 25: 25}
     assert (tmp_path / "step-00000015").exists()
     checkpoints.save(30, 30)
     assert valid(tmp_path) == {20: 20, 25: 25, 30: 30}
-    checkpoints.save(1, 1)  # just written, so it stays although three are newer
+    checkpoints.save(1, 1)  # just written, so kept although three are newer
     assert valid(tmp_path) == {1: 1, 20: 20, 25: 25, 30: 30}
     with pytest.raises(ValueError, match="at least 2"):
         Checkpoints(tmp_path, keep=1)
@@ -749,20 +749,20 @@ def test_replacing_a_damaged_checkpoint_is_reported(two, caplog):
 
 
 def test_a_checkpoint_that_reads_back_wrong_prunes_nothing(two, monkeypatch):
-    def lying(call, *arguments):
+    def corrupting(call, *arguments):
         if call.__name__ == "write":
             call(bytes(len(arguments[0])))
             return len(arguments[0])
         return call(*arguments)
 
-    monkeypatch.setattr(atomic, "_do", lying)
+    monkeypatch.setattr(atomic, "_do", corrupting)
     with pytest.raises(RunError, match="can't be read back as it was written"):
         two.save(3, small_tree(3))
     assert same(valid(two.folder), {1: small_tree(1), 2: small_tree(2)})
 
 
 def test_a_loaded_tree_does_not_keep_its_file_open(tmp_path):
-    """Else a pruned checkpoint would keep its disk space until the process ends."""
+    """Otherwise a pruned checkpoint would keep its disk space until the process ends."""
     tree = there_and_back({"a": torch.arange(10.0)}, tmp_path / "a")
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert tree["a"].sum() == 45

@@ -1,5 +1,8 @@
-"""The text condition: the tokenizer against CLIP's algorithm, the encoder against transformers and diffusers, the
-contrastive loss against its definition, on one process and on two."""
+"""The text condition: tokenizer, encoder and contrastive loss.
+
+The tokenizer is compared with CLIP's algorithm, the encoder with transformers and diffusers, and the loss with its
+definition, on one process and on two.
+"""
 
 import json
 import math
@@ -65,21 +68,24 @@ def encoder(clip, tokenizer) -> ClipTextEncoder:
 
 # -- tokenizer ------------------------------------------------------------------------------------------------
 
-# Characters whose class, case and composition no version of Unicode since 7 has changed.
+# Characters whose class, case and composition haven't changed since Unicode 7.
 SETTLED = st.characters(max_codepoint=0x52F) | st.characters(min_codepoint=0x4E00, max_codepoint=0x9FA5)
 TEXTS = st.text(SETTLED | st.sampled_from("aeiou 's!?019\U0001f600\u0301"), max_size=60)
 
 
 def byte_letters() -> dict[int, str]:
-    """OpenAI's: bytes that print stand for themselves, the others for characters from U+0100 on."""
+    """OpenAI's alphabet of bytes: printable bytes map to themselves, the others to characters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def words(text: str) -> list[str]:
-    """CLIP's normalisation and splitting, from its description: NFC, lower case; contractions, letters, digits
-    one by one, runs of anything else."""
+    """Split a text by CLIP's description.
+
+    It is normalised to NFC and lower case, then split into contractions, letters, single digits and runs of anything
+    else.
+    """
     text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
 
     def kind(c: str) -> str:
@@ -103,7 +109,7 @@ def words(text: str) -> list[str]:
 
 
 def read_slowly(folder: Path, text: str) -> list[int]:
-    """Ids by the published algorithm over vocab.json and merges.txt, as older readers do it."""
+    """Tokenize by the published algorithm over vocab.json and merges.txt, as older readers do."""
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").strip().split("\n")
     rank = {tuple(line.split()): i for i, line in enumerate(lines[1 : 49152 - 256 - 2 + 1])}
@@ -141,7 +147,7 @@ def test_token_ids_are_numbered_like_openais(tokenizer):
 def test_frequent_words_become_one_token():
     roomy = train_tokenizer(CAPTIONS, 49408, LENGTH)
     assert roomy.tokenize("a Large yellow star left") == ["a</w>", "large</w>", "yellow</w>", "star</w>", "left</w>"]
-    assert len(roomy) < 600  # pairs ran out
+    assert len(roomy) < 600  # no pairs are left
     assert (len(roomy) - 1, len(roomy) - 2) == (roomy.eos_token_id, roomy.bos_token_id)
 
 
@@ -149,7 +155,7 @@ def test_frequent_words_become_one_token():
 @given(text=st.text(max_size=80))
 def test_any_text_is_kept_byte_for_byte_without_a_special_token(tokenizer, text):
     ids = plain_ids(tokenizer, text)
-    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)  # unknown and padding are the end too
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)  # unknown and padding are the end token too
     byte = {letter: b for b, letter in byte_letters().items()}
     spelled = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("</w>", "")
     normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
@@ -191,7 +197,7 @@ def test_files_round_trip(tokenizer, tmp_path):
 
 
 def test_same_captions_same_files(tokenizer, tmp_path):
-    """Ties are many here: in any order of the captions, they are settled alike."""
+    """Ties are frequent here. They are resolved in the same way for any order of the captions."""
     generator = torch.Generator().manual_seed(0)
     letters = torch.randint(0, 8, (2000, 4), generator=generator)
     captions = [" ".join("".join("abcdefgh"[i] for i in row) for row in part) for part in letters.split(4)]
@@ -241,7 +247,7 @@ def test_tokens_equal_openais_on_openais_vocabulary():
     spaces=st.lists(st.sampled_from([" ", "  ", "\n", "\u3000"]), min_size=1),
 )
 def test_truncated_text_is_quoted_exactly(tokenizer, pieces, spaces):
-    """Words are single characters here, so that a cut falls between characters."""
+    """Words are single characters here, so the text is truncated between characters."""
     pieces = pieces * 6
     prompt = "".join(p + spaces[i % len(spaces)] for i, p in enumerate(pieces))
     with warnings.catch_warnings(record=True) as caught:
@@ -283,10 +289,10 @@ def test_a_prompt_of_a_megabyte_is_truncated(tokenizer):
 
 @pytest.mark.parametrize("rule", ["first end", "greatest id"])
 def test_pooled_state_is_at_the_end_of_the_caption(clip, tokenizer, rule):
-    """Padding is the end token too: under either rule the state is that of the caption's own end."""
+    """Padding is also the end token: under either rule the state is that of the caption's own end."""
     model = CLIPTextModel(CLIPTextConfig.from_dict(clip.text_model.config.to_dict())).eval()
     if rule == "greatest id":
-        model.config.eos_token_id = 2  # what OpenAI's own configurations say
+        model.config.eos_token_id = 2  # the value in OpenAI's own configurations
         getattr(model, "text_model", model).eos_token_id = 2
     prompts = ["", "a red star", "a small blue circle above a white square"]
     ids = tokenize(tokenizer, prompts)
@@ -387,17 +393,17 @@ def test_a_stock_pipeline_gives_its_unet_the_same_condition(encoder, tmp_path):
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
 def test_clip_skip_is_an_earlier_layer_after_the_final_norm(tokenizer, tmp_path, skip):
-    """Against transformers' hidden states, as diffusers' clip_skip reads them; and stock diffusers needs no telling."""
+    """The result equals transformers' hidden states, as diffusers' clip_skip reads them; saved, it needs no option."""
     clip = small_clip(tokenizer, text_layers=3).eval()
-    ClipTextEncoder(clip.text_model, tokenizer).save(tmp_path / "whole")
-    whole = ClipTextEncoder.load(tmp_path / "whole")
+    ClipTextEncoder(clip.text_model, tokenizer).save(tmp_path / "full")
+    full = ClipTextEncoder.load(tmp_path / "full")
     prompts = ["", "a red star", "a small blue circle above a white square"]
     with torch.no_grad():
         states = clip.text_model(input_ids=tokenize(tokenizer, prompts), output_hidden_states=True).hidden_states
         expected = clip.text_model.final_layer_norm(states[-(skip + 1)])
-    encoder = ClipTextEncoder.load(tmp_path / "whole", skip=skip)
+    encoder = ClipTextEncoder.load(tmp_path / "full", skip=skip)
     torch.testing.assert_close(encoder.encode(prompts), expected, rtol=0, atol=1e-6)
-    assert (encoder.digest == whole.digest) == (skip == 0)
+    assert (encoder.digest == full.digest) == (skip == 0)
     encoder.save(tmp_path / "cut")
     config = json.loads((tmp_path / "cut/text_encoder/config.json").read_text())
     assert config["num_hidden_layers"] == 3 - skip
@@ -453,7 +459,7 @@ def test_every_form_of_folder_loads(encoder, clip, tokenizer, tmp_path, form):
                 source = tmp_path / "text_encoder"
     state = torch.get_rng_state()
     loaded = ClipTextEncoder.load(source)
-    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+    assert torch.equal(torch.get_rng_state(), state)  # no random number was drawn
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training
     assert torch.equal(loaded.encode(["a red star"]), encoder.encode(["a red star"]))
@@ -586,7 +592,7 @@ def test_loss_without_repeated_captions_equals_clips(clip, tokenizer):
 
 
 def test_equal_captions_share_the_target():
-    """Against the definition, row by row, in float64."""
+    """The loss equals the definition, evaluated row by row in float64."""
     image, text = features(6)
     ids, scale = torch.tensor([3, 1, 3, 2, 3, 1]), torch.tensor(1.5, dtype=torch.float64)
     cosine = F.cosine_similarity(image[:, None], text[None], dim=-1) * scale.exp()
@@ -624,7 +630,7 @@ def test_permuting_the_batch_changes_nothing():
 
 
 def test_temperature_is_clamped_at_a_hundred_and_can_fall_again(tokenizer):
-    """Untrained, the best scale is small: at the limit and set beyond it, the gradient pulls it down."""
+    """For untrained towers the best scale is small, so the gradient lowers it at the limit and beyond."""
     module = Contrastive(small_clip(tokenizer))
     pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ids = tokenize(tokenizer, CAPTIONS[:4])
@@ -642,7 +648,7 @@ def test_temperature_is_clamped_at_a_hundred_and_can_fall_again(tokenizer):
 
 
 def contrast_on(rank: int, ranks: int, folder: str) -> None:
-    """One process of `ranks`: its rows of a fixed batch of 8, one backward pass under DistributedDataParallel."""
+    """Run one process of `ranks`: a backward pass over its rows of a fixed batch of 8, with DistributedDataParallel."""
     torch.set_num_threads(1)
     if ranks > 1:
         distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -661,7 +667,7 @@ def contrast_on(rank: int, ranks: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_gradients_of_one(clip, tokenizer, tmp_path):
-    """Twins (here of unlike text, so that they count) stand on both processes: features and ids must be gathered."""
+    """Captions with equal ids (here of different text, so they count) are on both processes: both must be gathered."""
     save_clip(clip, tokenizer, tmp_path)
     contrast_on(0, 1, str(tmp_path))
     multiprocessing.spawn(contrast_on, (2, str(tmp_path)), nprocs=2)
@@ -677,11 +683,11 @@ def test_retrieval_counts_equal_captions_as_right():
     ids = torch.tensor([5, 6, 6, 7, 8])
     image = torch.stack(
         [
-            torch.tensor([1.0, 0.9, 0.0, 0.0]),  # its own
-            torch.tensor([0.0, 1.0, 0.2, 0.0]),  # its own, or its twin's
+            torch.tensor([1.0, 0.9, 0.0, 0.0]),  # own caption
+            torch.tensor([0.0, 1.0, 0.2, 0.0]),  # own caption, or an equal one
             torch.tensor([0.9, 0.8, 1.0, 0.0]),  # third
             torch.tensor([0.0, 0.0, 0.6, 0.8]),  # second
-            torch.tensor([0.0, 1.0, 0.0, 0.5]),  # second, behind the twins, who count once
+            torch.tensor([0.0, 1.0, 0.0, 0.5]),  # second, after the equal captions, which count once
         ]
     )
     found = retrieval_accuracy(image, text, ids, ranks=(1, 2, 3, 9))
@@ -724,7 +730,7 @@ def test_shapes_that_do_not_fit_are_refused(tokenizer, wrong):
 
 
 def test_training_learns_to_distinguish_captions(tokenizer):
-    """Plain colours: after a few dozen steps every image finds its caption, and twins do no harm."""
+    """After a few dozen steps on plain colours every image retrieves its caption, also with repeated captions."""
     colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [1, 1, 1], [-1, -1, -1]]).float()
     module = Contrastive(small_clip(tokenizer))
     optimizer = torch.optim.AdamW(module.parameters(), 2e-3)
@@ -757,7 +763,7 @@ def test_a_patch_of_the_sketch_has_its_own_query():
 
 
 def test_the_sketch_is_the_mean_image_and_depends_on_the_order_of_words(tokenizer):
-    """Two captions of the same words; the first goes with two images, of which the least squares are the mean."""
+    """Two captions have the same words. The first has two images, whose mean is the least-squares solution."""
     ids = tokenize(tokenizer, ["a red star above a blue circle"] * 2 + ["a blue circle above a red star"] * 2)
     pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.random.fork_rng():
@@ -777,16 +783,16 @@ def test_the_sketch_is_the_mean_image_and_depends_on_the_order_of_words(tokenize
 
 
 def test_the_echo_loss_counts_only_words_up_to_the_end():
-    """Against the definition; and a decoder that knows the codes has no error."""
+    """The loss equals its definition, and a decoder that returns the codes has no error."""
     echo = Echo(width=8, vocab_size=9, words=2, code=8)
     ids = torch.tensor([[1, 2, 3, 8, 0], [1, 8, 8, 8, 8]])  # 8 ends; after it, padding
     tokens = torch.randn(2, 5, 8)
-    said = echo.repeat(tokens).view(2, 5, 2, 8)
+    predicted = echo.repeat(tokens).view(2, 5, 2, 8)
     expected = []
     for back in (0, 1):
         for caption, end in ((0, 3), (1, 1)):
             errors = [
-                (said[caption, k, back] - echo.codes[ids[caption, k - back]]).square().mean()
+                (predicted[caption, k, back] - echo.codes[ids[caption, k - back]]).square().mean()
                 for k in range(back, end + 1)
             ]
             expected.append(torch.stack(errors).mean())
@@ -795,13 +801,13 @@ def test_the_echo_loss_counts_only_words_up_to_the_end():
     with torch.no_grad():
         echo.repeat.weight.copy_(torch.cat([torch.eye(8), torch.zeros(8, 8)]))
         echo.repeat.bias.zero_()
-        alone = Echo(width=8, vocab_size=9, words=1, code=8)
-        alone.load_state_dict({"codes": echo.codes, "repeat.weight": torch.eye(8), "repeat.bias": torch.zeros(8)})
-    assert alone(echo.codes[ids], ids, 8) == 0
+        exact = Echo(width=8, vocab_size=9, words=1, code=8)
+        exact.load_state_dict({"codes": echo.codes, "repeat.weight": torch.eye(8), "repeat.bias": torch.zeros(8)})
+    assert exact(echo.codes[ids], ids, 8) == 0
 
 
 def test_the_echo_loss_trains_the_tower(tokenizer):
-    """The last words can be read from a token far better when the tower learns with the decoder than when it doesn't."""
+    """The last words are decoded from a token far better if the tower is trained with the decoder."""
     ids = tokenize(tokenizer, CAPTIONS[::3])
     pixels, caption_ids, error = torch.zeros(len(ids), 3, 16, 16), torch.arange(len(ids)), {}
     for learns in (True, False):
@@ -820,8 +826,8 @@ def test_the_echo_loss_trains_the_tower(tokenizer):
 
 
 def test_truncated_captions_are_counted_and_the_first_is_quoted():
-    tokenizer, said = train_tokenizer(["a red star"], 600, 6), []
-    truncated = TruncatedCaptions(said.append, "--more")
+    tokenizer, messages = train_tokenizer(["a red star"], 600, 6), []
+    truncated = TruncatedCaptions(messages.append, "--more")
 
     def read():
         with truncated.counted():
@@ -833,6 +839,6 @@ def test_truncated_captions_are_counted_and_the_first_is_quoted():
     with pytest.warns(UserWarning, match="^something else$"):
         read()
     assert truncated.count == 4
-    assert len(said) == 1
-    assert 'this part of it is ignored: "' in said[0]
-    assert "ground" in said[0]
+    assert len(messages) == 1
+    assert 'this part of it is ignored: "' in messages[0]
+    assert "ground" in messages[0]

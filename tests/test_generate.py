@@ -1,4 +1,4 @@
-"""Images carry their story and are generated again from it; the painting commands as a user types them, and errs.
+"""Images contain their settings and are reproduced from them; the generating commands and their errors.
 
 The commands run in this process, on a model of random weights.
 """
@@ -30,7 +30,7 @@ FEW = ("--steps", "3", "--model")
 
 
 def refused(script: str, *arguments: object) -> str:
-    """The one plain line of a command that doesn't take what it is given."""
+    """Return the line on stderr of a command that refuses its arguments."""
     ended = run_script(script, *arguments)
     assert ended.status == 2, ended
     assert ended.err.startswith("error: ")
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with previews."""
+    """A folder of a model with colours for previews."""
     folder, pipe = tmp_path_factory.mktemp("coloured"), tiny_pipeline()
     pipe.save_pretrained(folder)
     fit_colours(pipe.autoencoder, [torch.rand(4, 3, 32, 32) * 2 - 1]).save(folder / "vae")
@@ -64,15 +64,15 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def painted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image that it has painted."""
-    (path,) = run_script("txt2img", *FEW, model, "--prompt", "x", "--out", tmp_path_factory.mktemp("painted")).paths
+def generated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image that the model has generated."""
+    (path,) = run_script("txt2img", *FEW, model, "--prompt", "x", "--out", tmp_path_factory.mktemp("generated")).paths
     return path
 
 
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
-    """A folder with images a and b, a mask, one that is black, and what is none."""
+    """A folder with images a, b and odd, a mask, a black mask and a text file named as an image."""
     folder = tmp_path / "given"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def given(tmp_path: Path) -> Path:
     return folder
 
 
-# -- the story in an image -------------------------------------------------------------------------------------------
+# -- the settings in an image -------------------------------------------------------------------------------------------
 
 BLOCKS = [(0x20, 0x7F), (0xA0, 0x24F), (0x300, 0x370), (0x590, 0x700), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)]
 BLOCKS += [(0x20000, 0x2FA1F), (0xE0000, 0xE0FFF), (0x10FF00, 0x110000), (0x200B, 0x2070), (0xD800, 0xE000), (1, 32)]
@@ -151,7 +151,7 @@ def prompts() -> list[str]:
     while len(HOSTILE) + len(made) < 500:
         block = rng.choice(BLOCKS)
         made.append("".join(chr(rng.randrange(*block)) for _ in range(rng.choice((1, 5, 40, 400)))))
-    lone = re.compile("[\ud800-\udbff]+(?=[\udc00-\udfff])")  # not lone: the two halves of one character
+    lone = re.compile("[\ud800-\udbff]+(?=[\udc00-\udfff])")  # a pair, which is one character
     return HOSTILE + [lone.sub("", prompt) for prompt in made]
 
 
@@ -203,7 +203,7 @@ def test_separators_in_values_are_quoted(tmp_path: Path) -> None:
     }
 
 
-# -- generated again ----------------------------------------------------------------------------------------------------
+# -- reproduction ----------------------------------------------------------------------------------------------------
 
 
 def test_one_of_seven_images_is_reproduced_separately(model: Path, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def with_text(path: Path, text: str, key: str = "ldm") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"out": "/tmp/x"}, "this command has no setting 'out'"),
         ({"device": "cuda"}, "'device'"),
@@ -368,10 +368,10 @@ def with_text(path: Path, text: str, key: str = "ldm") -> Path:
     ],
 )
 def test_invalid_settings_in_an_image_are_refused_in_one_line(
-    painted: Path, tmp_path: Path, change: dict[str, Any], says: str
+    generated: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    wrong = with_text(tmp_path / "wrong.png", json.dumps(read_png(painted) | change))
-    assert says in refused("txt2img", "--like", wrong, "--out", tmp_path / "new")
+    wrong = with_text(tmp_path / "wrong.png", json.dumps(read_png(generated) | change))
+    assert message in refused("txt2img", "--like", wrong, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -396,9 +396,9 @@ def test_damaged_metadata_is_refused_in_one_line(tmp_path: Path, given: Path) ->
     for text in GARBAGE:
         assert "--like" in refused("txt2img", "--like", with_text(tmp_path / "x.png", text), *out)
     assert "no settings" in refused("txt2img", "--like", with_text(tmp_path / "x.png", "{}", "parameters"), *out)
-    whole = with_text(tmp_path / "x.png", json.dumps({"steps": "x", "prompt": "p" * 99})).read_bytes()
+    valid = with_text(tmp_path / "x.png", json.dumps({"steps": "x", "prompt": "p" * 99})).read_bytes()
     for _ in range(150):
-        broken = bytearray(whole)
+        broken = bytearray(valid)
         for _ in range(rng.randint(1, 8)):
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         (tmp_path / "x.png").write_bytes(broken[: rng.choice((len(broken), rng.randrange(len(broken))))])
@@ -429,9 +429,9 @@ def test_a_file_of_prompts(model: Path, tmp_path: Path) -> None:
     reported = [(read_png(p)["prompt"], read_png(p)["seed"]) for p in made]
     assert reported == [(p, s) for p in ("a red star", "שלום\u2028x, y", "!!!", "???") for s in (4, 5)]
     assert len(set(made)) == 8
-    (alone,) = run_script("txt2img", *FEW, model, "--prompt", "???", "--seed", 5, "--out", tmp_path / "b").paths
-    assert alone.name == made[-1].name
-    assert np.abs(pixels(alone) - pixels(made[-1])).max() <= 1
+    (single,) = run_script("txt2img", *FEW, model, "--prompt", "???", "--seed", 5, "--out", tmp_path / "b").paths
+    assert single.name == made[-1].name
+    assert np.abs(pixels(single) - pixels(made[-1])).max() <= 1
 
 
 def test_a_prompt_of_a_megabyte_is_read_from_a_file_and_gives_one_warning(model: Path, tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_a_grid_contains_all_images(model: Path, given: Path, tmp_path: Path) ->
 
 @pytest.fixture
 def previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
-    """The previews that are written, as they are looked at."""
+    """The previews that are written, in order."""
     seen: list[Image.Image] = []
     save = Image.Image.save
 
@@ -559,8 +559,8 @@ def test_an_interrupted_command_leaves_no_preview(
 
 def test_sliced_decoding_gives_the_same_images(model: Path, tmp_path: Path) -> None:
     how = ("txt2img", *FEW, model, "--prompt", "x", "--num-images", 3, "--out")
-    whole, sliced = run_script(*how, tmp_path / "a").paths, run_script(*how, tmp_path / "b", "--slice").paths
-    for a, b in zip(whole, sliced, strict=True):
+    one, sliced = run_script(*how, tmp_path / "a").paths, run_script(*how, tmp_path / "b", "--slice").paths
+    for a, b in zip(one, sliced, strict=True):
         assert np.abs(pixels(a) - pixels(b)).max() <= 1
 
 
@@ -585,10 +585,12 @@ def test_interpolation_starts_and_ends_with_txt2img_images(model: Path, tmp_path
     *frames, gif = run_script("interpolate", *FEW, model, *between, "--out", tmp_path / "a").paths
     assert [p.name[-9:] for p in frames] == [f"-{k:04}.png" for k in range(6)]
     for path, prompt, seed in ((frames[0], "a red star", 3), (frames[-1], "box, so!", 11)):
-        (alone,) = run_script("txt2img", *FEW, model, "--prompt", prompt, "--seed", seed, "--out", tmp_path / "b").paths
-        np.testing.assert_array_equal(pixels(path), pixels(alone))
+        (single,) = run_script(
+            "txt2img", *FEW, model, "--prompt", prompt, "--seed", seed, "--out", tmp_path / "b"
+        ).paths
+        np.testing.assert_array_equal(pixels(path), pixels(single))
         reported = read_png(path)
-        assert (reported["prompt"], reported["seed"], reported["sha256"]) == (prompt, seed, read_png(alone)["sha256"])
+        assert (reported["prompt"], reported["seed"], reported["sha256"]) == (prompt, seed, read_png(single)["sha256"])
     assert read_png(frames[4])["way"] == {
         "prompts": ["a red star", "box, so!"],
         "seeds": [3, 11],
@@ -604,22 +606,22 @@ def test_interpolation_starts_and_ends_with_txt2img_images(model: Path, tmp_path
 
 
 def test_interpolation_passes_through_each_prompt(model: Path, tmp_path: Path) -> None:
-    """The noise has one seed, and the sampler draws more of it."""
+    """The initial noise has one seed, from which the sampler draws further noise."""
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     how = ("--sampler", "euler_ancestral", "--seed", 5, *FEW, model)
     way = ("--prompts", tmp_path / "prompts.txt", "--frames", 3, "--fps", 50, "--no-loop")
     *frames, gif = run_script("interpolate", *how, *way, "--out", tmp_path / "a").paths
     assert len(frames) == 5
     for path, prompt in zip(frames[::2], ("one", "two", "three"), strict=True):
-        (alone,) = run_script("txt2img", *how, "--prompt", prompt, "--out", tmp_path / "b").paths
-        assert np.abs(pixels(path) - pixels(alone)).max() <= 1
+        (single,) = run_script("txt2img", *how, "--prompt", prompt, "--out", tmp_path / "b").paths
+        assert np.abs(pixels(path) - pixels(single)).max() <= 1
         assert read_png(path)["prompt"] == prompt
     assert (pixels(frames[1]) != pixels(frames[0])).any()
     assert "loop" not in Image.open(gif).info
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "message"),
     [
         ((), "nothing to interpolate"),
         (("--to", "y", "--frames", 1), "--frames 1"),
@@ -632,9 +634,9 @@ def test_interpolation_passes_through_each_prompt(model: Path, tmp_path: Path) -
         (("--to", "y", "--width", 33), "33"),
     ],
 )
-def test_invalid_interpolations_are_refused(model: Path, tmp_path: Path, how: tuple[object, ...], says: str) -> None:
+def test_invalid_interpolations_are_refused(model: Path, tmp_path: Path, how: tuple[object, ...], message: str) -> None:
     prompt = () if "--prompts" in how else ("--prompt", "x")
-    assert says in refused("interpolate", *FEW, model, *prompt, *how, "--out", tmp_path / "a")
+    assert message in refused("interpolate", *FEW, model, *prompt, *how, "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -647,7 +649,7 @@ def test_an_arc_keeps_the_variance_and_a_line_does_not() -> None:
         made = slerp(a, b, t)
         std = made.flatten(1).std(1)
         torch.testing.assert_close(std, torch.tensor([1.0, 1 + t, 1.0]), rtol=0.03, atol=0)
-        assert torch.equal(made[1:2], slerp(a[1:2], b[1:2], t))  # each image by itself
+        assert torch.equal(made[1:2], slerp(a[1:2], b[1:2], t))  # each image separately
         angles = [torch.cosine_similarity(made.flatten(1), x.flatten(1)).acos() for x in (a, b)]
         torch.testing.assert_close(angles[0] * (1 - t), angles[1] * t, rtol=1e-4, atol=1e-4)
     assert torch.lerp(a, b, 0.5)[0].std() < 0.75
@@ -705,23 +707,23 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("line", "says"), BAD)
+@pytest.mark.parametrize(("line", "message"), BAD)
 def test_invalid_arguments_give_one_line_and_no_files(
-    model: Path, given: Path, tmp_path: Path, line: str, says: str
+    model: Path, given: Path, tmp_path: Path, line: str, message: str
 ) -> None:
     script, *how = line.format(given=given).split()
-    said = refused(script, *FEW, model, "--prompt", "x", *how, "--out", tmp_path / "new")
-    assert says.format(given=given) in said
+    error = refused(script, *FEW, model, "--prompt", "x", *how, "--out", tmp_path / "new")
+    assert message.format(given=given) in error
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "is empty"), (b"\n \r\n", "is empty"), (b"a\xff\n", "isn't UTF-8: byte 1")]
+    ("content", "message"), [(b"", "is empty"), (b"\n \r\n", "is empty"), (b"a\xff\n", "isn't UTF-8: byte 1")]
 )
-def test_files_without_prompts_are_refused(model: Path, tmp_path: Path, content: bytes, says: str) -> None:
+def test_files_without_prompts_are_refused(model: Path, tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    assert says in refused("txt2img", *FEW, model, "--prompts", path, "--out", tmp_path / "new")
+    assert message in refused("txt2img", *FEW, model, "--prompts", path, "--out", tmp_path / "new")
     assert "directory" in refused(
         "img2img", *FEW, model, "--prompts", tmp_path, "--image", "a.png", "--out", tmp_path / "new"
     )

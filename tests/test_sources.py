@@ -1,4 +1,4 @@
-"""What a folder of images is read as, what is refused, and what each kind of image decodes to."""
+"""How folders of images are read, which are refused, and how each kind of image is decoded."""
 
 import csv
 import json
@@ -148,7 +148,7 @@ def test_without_a_split_a_share_is_held_out(tmp_path, nested):
     assert len(names[0] | names[1]) == 400
     assert 20 <= len(held_out) <= 65
     assert contents(open_source(tmp_path, "test", fraction=0.1)) == contents(held_out)
-    captioned(tmp_path / nested, 600)  # 200 more: every image stays on its side
+    captioned(tmp_path / nested, 600)  # 200 more: every image stays in its split
     more = {name for name, _ in contents(open_source(tmp_path, "validation", fraction=0.1))}
     assert more & (names[0] | names[1]) == names[1]
 
@@ -176,7 +176,7 @@ def test_splits_by_other_names(tmp_path):
 
 
 def test_rows_are_left_out_without_a_list_of_the_others(tmp_path):
-    """By what is left out, and by what stays: the same rows."""
+    """Rows selected by exclusion and by inclusion are the same."""
     catalogue = open_source(captioned(tmp_path, 50), "train").catalogue
     for without in ([], [0], [49], [3, 4, 5, 20, 49], list(range(50))):
         stays = [k for k in range(50) if k not in without]
@@ -316,7 +316,7 @@ def test_links_inside_the_folder_and_to_it_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "no rows"),
         ('{"file_name": "0.png", "text": "t"}\n{"file_name": ', "near line 2"),
@@ -328,11 +328,11 @@ def test_links_inside_the_folder_and_to_it_are_followed(tmp_path):
         ('{"file_name": "nothing.png", "text": "t"}', r"lists 1 files, but none of them is in .* 'nothing.png'"),
     ],
 )
-def test_invalid_metadata_is_refused(tmp_path, text, said):
+def test_invalid_metadata_is_refused(tmp_path, text, message):
     for k in range(2):
         image(tmp_path / f"{k}.png")
     (tmp_path / "metadata.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         open_source(tmp_path, "train")
 
 
@@ -355,8 +355,8 @@ def test_folders_without_images_are_refused(tmp_path):
 def test_missing_files_are_counted(tmp_path):
     for k in range(2):
         image(tmp_path / f"{k}.png")
-    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
-    names = ["0.png", "1.png", "gone.png", "pipe.png", "x" * 5000]
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would block forever
+    names = ["0.png", "1.png", "missing.png", "pipe.png", "x" * 5000]
     source = open_source(metadata(tmp_path, [{"file_name": n, "text": "t"} for n in names]), "train")
     assert len(source) == 1
     assert {name for name, _ in source.left_out} == set(names[2:])
@@ -394,7 +394,7 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def png16(path: Path, pixels: np.ndarray, colour_type: int) -> None:
-    """A 16-bit PNG, which Pillow doesn't write in colour."""
+    """Write a 16-bit PNG, which Pillow can't write in colour."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -454,7 +454,7 @@ def test_cmyk_mixes_inks(tmp_path):
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(tmp_path, form, orientation):
-    """The EXIF standard says where the image's row 0 and column 0 are to be seen; NumPy puts them there."""
+    """The EXIF standard defines where the image's row 0 and column 0 appear; NumPy puts them there."""
     upright = {
         1: lambda x: x,
         2: lambda x: x[:, ::-1],
@@ -500,7 +500,7 @@ def test_palette_with_and_without_transparency(tmp_path):
     for form, transparency in (("PNG", 1), ("GIF", 1), ("PNG", bytes([255, 0, 255]))):
         image.save(tmp_path / "x", form, transparency=transparency)
         np.testing.assert_array_equal(decoded(tmp_path / "x"), np.where(index[..., None] == 1, 255, colours[index]))
-    image.save(tmp_path / "x", "PNG", transparency=bytes([255, 51, 255]))  # a fifth opaque
+    image.save(tmp_path / "x", "PNG", transparency=bytes([255, 51, 255]))  # a fifth of it opaque
     assert np.abs(decoded(tmp_path / "x")[index == 1] - (204, 244, 204)).max() <= 1
 
 
@@ -545,7 +545,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     with pytest.raises(DamagedImage, match="30 × 20 pixels; up to 599 are accepted"):
         load_image(tmp_path / "x", max_pixels=599)
     load_image(tmp_path / "x", max_pixels=600)
-    for side in (10_000, 12_000, 60_000):  # below, within and beyond Pillow's own two limits; never 8 bytes a pixel
+    for side in (10_000, 12_000, 60_000):  # below, between and above Pillow's own two limits; never 8 bytes a pixel
         raw = bytearray((tmp_path / "x").read_bytes())
         raw[16:24] = struct.pack(">II", side, side)
         raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
@@ -569,7 +569,7 @@ def test_other_files_are_damaged_images(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "vector.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tmp_path / "folder.png").mkdir()
-    for name in ("other.ppm", "text.png", "vector.png", "folder.png", "gone.png"):
+    for name in ("other.ppm", "text.png", "vector.png", "folder.png", "missing.png"):
         with pytest.raises(DamagedImage, match=r"not an image of an accepted format|directory|No such file"):
             load_image(tmp_path / name)
 
@@ -623,7 +623,7 @@ def test_crops_are_parts_of_the_image(size):
 
 
 def test_shrinking_does_not_alias():
-    """Stripes finer than the new pixels become their mean; a smooth wave stays what it is."""
+    """Stripes finer than the new pixels become their mean, and a smooth wave is unchanged."""
     stripes = np.tile(np.array([0, 255], np.uint8), (256, 128))
     small = to_tensor(Image.fromarray(stripes).convert("RGB"), 32)
     assert float(small[:, 4:-4, 4:-4].abs().max()) < 0.02

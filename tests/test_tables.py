@@ -1,4 +1,4 @@
-"""The same images as parquet files, saved `datasets` and from the hub; what is refused, and what is never opened."""
+"""The same images as parquet files, saved `datasets` and from the hub; refused data and paths that are never opened."""
 
 import io
 import json
@@ -60,13 +60,14 @@ def dataset(table=None, **features) -> Dataset:
 
 def parquet(file: Path, table=None, **features) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    made = dataset(table, **features).data.table  # as to_parquet writes it, which would open the files at paths
+    # The content that to_parquet would write; to_parquet itself would open files at paths.
+    made = dataset(table, **features).data.table
     pq.write_table(made.cast(made.schema), file, row_group_size=20)
     return file
 
 
 def bare(file: Path, table: dict) -> Path:
-    """Without what `datasets` adds to a parquet file."""
+    """Write a parquet file without the metadata of `datasets`."""
     pq.write_table(pa.table(table), file)
     return file
 
@@ -185,13 +186,13 @@ def test_columns_are_found_or_given(tmp_path):
     large = bare(tmp_path / "large.parquet", {"scan": pa.array(data, pa.large_binary())} | words)
     assert [opened(large, image="scan").read(k) for k in range(50)] == data
     typed = dataset().rename_column("image", "photo").add_column("image", data)
-    typed.to_parquet(tmp_path / "typed.parquet")  # "photo" is the image by its type
+    typed.to_parquet(tmp_path / "typed.parquet")  # "photo" is recognised as the image by its type
     assert contents(opened(tmp_path / "typed.parquet")) == ALL
     assert opened(bare(tmp_path / "none.parquet", {"png": data}), captioned=False).row(0).captions == ("",)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "message"),
     [
         ({"image": "scan"}, "no column scan; its columns are: text, image"),
         ({"caption": "title"}, "no column title; its columns are: text, image"),
@@ -200,8 +201,8 @@ def test_columns_are_found_or_given(tmp_path):
         ({"caption": "image"}, "column 'image' has the type struct.*; must contain texts"),
     ],
 )
-def test_missing_columns_and_columns_of_other_types_are_refused(tmp_path, columns, said):
-    with pytest.raises(UserError, match=said):
+def test_missing_columns_and_columns_of_other_types_are_refused(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
         opened(parquet(tmp_path / "x.parquet"), **columns)
 
 
@@ -262,7 +263,7 @@ def test_rows_without_an_image_are_left_out(tmp_path):
             ("empty.png", ("f",)),
         ]
         assert catalogue.read(1) == IMAGES["001.png"]
-        assert catalogue.read(3) == b""  # damaged, which is for the decoder to say
+        assert catalogue.read(3) == b""  # damaged, which the decoder reports
         assert catalogue.left_out == (("00000001", "no image"), ("00000003", "no image"))
         assert contents(pickle.loads(pickle.dumps(catalogue))) == contents(catalogue)
     nothing = parquet(tmp_path / "z.parquet", {"image": [images[3]] * 2, "text": ["a", "b"]})
@@ -311,14 +312,14 @@ def test_a_name_that_all_rows_share_is_not_used(tmp_path):
         return {row.name for row in opened(bare(tmp_path / "x.parquet", table))}
 
     assert len(names(["image.png"] * 50)) == 50
-    assert len(names([f"{k // 5}.png" for k in range(50)])) == 10  # five rows an image: on one side of a split
+    assert len(names([f"{k // 5}.png" for k in range(50)])) == 10  # five rows an image, which are in one split
 
 
 # -- with suspicion -------------------------------------------------------------------------------------------------
 
 
 def test_paths_in_place_of_images_are_never_opened(tmp_path):
-    os.mkfifo(tmp_path / "canary")  # opening it would wait for ever
+    os.mkfifo(tmp_path / "canary")  # opening it would block forever
     away = [str(tmp_path / "canary"), "file://" + str(tmp_path / "canary"), f"zip://a.png::{tmp_path}/canary"]
     away += ["http://localhost:9/a.png", "hf://datasets/a/b/c.png", "canary", "../canary"]
     images = [*rows()["image"][:2], *({"bytes": None, "path": path} for path in away)]
@@ -368,7 +369,7 @@ def test_links_that_lead_out_are_refused(tmp_path):
     (folder / "z.parquet").symlink_to(out)
     with pytest.raises(UserError, match="link to a file outside"):
         opened(folder)
-    assert len(opened(folder / "z.parquet")) == 50  # named by the user
+    assert len(opened(folder / "z.parquet")) == 50  # the user named the file
 
 
 def test_saved_folders_stay_inside(tmp_path):
@@ -379,19 +380,19 @@ def test_saved_folders_stay_inside(tmp_path):
     (tmp_path / "saved" / "a::b.arrow").write_bytes(arrow.read_bytes())
     index = tmp_path / "saved" / "state.json"
     state = json.loads(index.read_text())
-    for name, said in [
+    for name, message in [
         ("../out/" + arrow.name, "is outside"),
         (str(arrow), "is outside"),
         ("x/../../out/" + arrow.name, "is outside"),
         ("link.arrow", "link to a file outside"),
         ("a::b.arrow", "is outside"),
         ("a\0", "is outside"),
-        ("gone.arrow", "is missing"),
+        ("missing.arrow", "is missing"),
         (5, "lists no files"),
         ("state.json", "can't be read"),
     ]:
         index.write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             opened(tmp_path / "saved")
     for text in ("", "[]", "{", "[" * 100_000, "{}", '{"_data_files": []}', '{"_data_files": [7]}'):
         index.write_text(text)
@@ -407,7 +408,7 @@ def test_saved_splits_stay_inside(tmp_path):
     dataset().save_to_disk(tmp_path / "out")
     DatasetDict(train=dataset()).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "link").symlink_to(tmp_path / "out")
-    for split in ("../out", str(tmp_path / "out"), "link", "gone", "train/../../out", "a::b", ""):
+    for split in ("../out", str(tmp_path / "out"), "link", "missing", "train/../../out", "a::b", ""):
         (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
         with pytest.raises(UserError, match=r"outside|is missing"):
             opened(tmp_path / "saved", split)
@@ -443,7 +444,7 @@ def test_files_that_are_no_parquet(tmp_path, damage, capfd):
 def test_damaged_pages_give_one_line(tmp_path, capfd):
     file = parquet(tmp_path / "x.parquet")
     raw = bytearray(file.read_bytes())
-    raw[4:400] = bytes(396)  # the first page, which only the conversion reads
+    raw[4:400] = bytes(396)  # the first page, which is only read by the conversion
     file.write_bytes(raw)
     with pytest.raises(UserError, match=r"x.parquet can't be read: ") as raised:
         opened(tmp_path)
@@ -491,7 +492,7 @@ def test_a_full_disk_is_not_reported_as_damaged_data(tmp_path, monkeypatch):
 
 
 class Builder:
-    """The part of a `datasets` builder that is used."""
+    """The part of a `datasets` builder that the code uses."""
 
     name = "parquet"
 
@@ -564,7 +565,7 @@ def test_files_in_the_librarys_cache_are_read_as_images(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "canary")
     (cache / "abc.png").write_bytes(IMAGES["000.png"])
     (cache / "out.png").symlink_to(tmp_path / "canary")
-    paths = [cache / "abc.png", cache / "out.png", f"{cache}/../../canary", tmp_path / "canary", cache / "gone.png"]
+    paths = [cache / "abc.png", cache / "out.png", f"{cache}/../../canary", tmp_path / "canary", cache / "missing.png"]
     table = {"image": [{"bytes": None, "path": str(path)} for path in paths], "text": list("abcde")}
     hub(monkeypatch, Builder({"train": dataset(table)}))
     catalogue = opened("me/set", "train")

@@ -1,4 +1,4 @@
-"""Tars are the same data set as the folder they were made of; hostile, damaged, changing and contested ones."""
+"""Tars give the same dataset as the folder that they were made from; hostile, damaged and changing tars."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
 
 
 def write_tar(path: Path, members, **how) -> Path:
-    """members: (name, content) or TarInfo."""
+    """Write a tar. members: pairs (name, content) or TarInfo."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **how) as tar:
         for member in members:
@@ -65,7 +65,7 @@ def write_tar(path: Path, members, **how) -> Path:
 
 
 def numbered(ks, captioned: bool = True):
-    """Samples 0007.png, 0007.txt."""
+    """Return the members of numbered samples, such as 0007.png and 0007.txt."""
     for k in ks:
         yield f"{k:04d}.png", png(k)
         if captioned:
@@ -301,10 +301,10 @@ def test_many_left_out_are_counted_not_listed(tmp_path):
 
 @pytest.mark.parametrize("at", [0, 700, 1100, 512 * 20 + 3, 512 * 37])
 def test_a_truncated_tar_gives_the_samples_before_its_end(tmp_path, at):
-    whole = write_tar(tmp_path / "whole.tar", numbered(range(10))).read_bytes()
-    expected = rows(opened(tmp_path / "whole.tar"))
+    content = write_tar(tmp_path / "full.tar", numbered(range(10))).read_bytes()
+    expected = rows(opened(tmp_path / "full.tar"))
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut/a.tar").write_bytes(whole[:at])
+    (tmp_path / "cut/a.tar").write_bytes(content[:at])
     write_tar(tmp_path / "cut/b.tar", numbered([50]))
     if at == 0:
         with pytest.raises(UserError, match=r"a\.tar is not a tar file \(empty file\)"):
@@ -314,7 +314,7 @@ def test_a_truncated_tar_gives_the_samples_before_its_end(tmp_path, at):
     here = rows(catalogue)
     count = len(here) - 1
     assert here == [*expected[:count], ("0050.png", len(png(50)), ("image 50",))]
-    assert count == (at - 512) // 2048  # a sample is two headers with a block each, and ends where another begins
+    assert count == (at - 512) // 2048  # a sample is two headers with a block each; the next one marks its end
     assert all(catalogue.read(k) == png(k) for k in range(count))
     ((name, why),) = catalogue.left_out
     assert name == "a.tar"
@@ -326,7 +326,8 @@ def test_a_damaged_header_ends_a_tar_and_is_reported(tmp_path):
     data[2048 * 2 + 1] ^= 4
     (tmp_path / "a.tar").write_bytes(data)
     catalogue = opened(tmp_path)
-    assert [row.name for row in catalogue] == ["0000.png"]  # the one before is cut off with it: its end isn't known
+    # The sample before the damage is lost too, because its end isn't known.
+    assert [row.name for row in catalogue] == ["0000.png"]
     assert "damaged" in catalogue.left_out[0][1]
 
 
@@ -342,7 +343,7 @@ def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
 @pytest.mark.parametrize(
     "block",
     [
-        header(b"x.png", b"\xff" * 10 + b"\xfe\x00"),  # −512: back to itself
+        header(b"x.png", b"\xff" * 10 + b"\xfe\x00"),  # −512: a loop to itself
         header(b"x.png", b"\xff" * 10 + b"\xff\x9c"),
         header(b"x", b"77777777777", b"x"),  # 8 GiB of extended headers
         header(b"x", b"77777777777", b"L"),
@@ -354,7 +355,7 @@ def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
 def test_headers_that_loop_or_fill_the_memory(tmp_path, block):
     start = write_tar(tmp_path / "a.tar", numbered(range(3))).read_bytes()[: 2048 * 3]
     (tmp_path / "a.tar").write_bytes(start + block)
-    os.truncate(tmp_path / "a.tar", 2**28)  # a hole
+    os.truncate(tmp_path / "a.tar", 2**28)  # a sparse file
     started = time.perf_counter()
     tracemalloc.start()
     catalogue = opened(tmp_path)
@@ -380,7 +381,7 @@ def test_a_huge_member_is_a_row_that_is_not_read(tmp_path):
     info.size = MAX_BYTES + 1
     with open(tmp_path / "a.tar", "wb") as file:
         file.write(info.tobuf())
-        file.truncate(512 + (info.size + 511) // 512 * 512 + 1024)  # a hole
+        file.truncate(512 + (info.size + 511) // 512 * 512 + 1024)  # a sparse file
     catalogue = opened(tmp_path, ANY)
     assert catalogue.row(0).size == MAX_BYTES + 1
     with pytest.raises(DamagedImage, match="up to 1,073,741,824"):
@@ -392,7 +393,7 @@ def test_a_huge_member_is_a_row_that_is_not_read(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """Names of tars whose headers are read."""
+    """The names of tars whose headers are read."""
     names: list[str] = []
     rows = tars_module._rows
 
@@ -409,14 +410,14 @@ def index_folder(cache: Path) -> Path:
     return folder
 
 
-def three(folder: Path) -> Path:
+def three_tars(folder: Path) -> Path:
     for k, name in enumerate("abd"):
         write_tar(folder / f"{name}.tar", numbered(range(10 * k, 10 * k + 10)))
     return folder
 
 
 def fresh(data, cache: Path, monkeypatch):
-    """What an index made from nothing says."""
+    """Return the catalogue of a newly built index."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "fresh"))
     catalogue = opened(data)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
@@ -431,7 +432,7 @@ def same(catalogue, expected) -> None:
 
 
 def test_only_what_changed_is_read_again(tmp_path, cache, reads, monkeypatch):
-    data = three(tmp_path / "data")
+    data = three_tars(tmp_path / "data")
     opened(data)
     assert reads == ["a.tar", "b.tar", "d.tar"]
     opened(data)
@@ -450,7 +451,7 @@ def test_only_what_changed_is_read_again(tmp_path, cache, reads, monkeypatch):
     assert reads == ["d.tar"]
     same(touched, fresh(data, cache, monkeypatch))
     assert rows(touched) == rows(later)
-    assert rows(catalogue)[10:] == rows(later)  # the older one still reads its own files
+    assert rows(catalogue)[10:] == rows(later)  # the older catalogue still reads its own files
     with pytest.raises(FileNotFoundError):
         catalogue.read(0)
     with pytest.raises(RunError, match=r"d\.tar was changed while in use"):
@@ -460,7 +461,7 @@ def test_only_what_changed_is_read_again(tmp_path, cache, reads, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut rows", "cut lines", "about", "no about", "parts", "foreign", "no rows"])
 def test_a_damaged_index_is_built_again(tmp_path, cache, reads, monkeypatch, damage):
-    data = three(tmp_path / "data")
+    data = three_tars(tmp_path / "data")
     expected = fresh(data, cache, monkeypatch)
     (cache / "fresh").rename(tmp_path / "away")
     opened(data)
@@ -494,7 +495,7 @@ def test_a_damaged_index_is_built_again(tmp_path, cache, reads, monkeypatch, dam
 
 @pytest.mark.parametrize("kind", ["rows", "lines"])
 def test_a_flipped_bit_is_reported_and_repaired(tmp_path, cache, reads, monkeypatch, kind):
-    data = three(tmp_path / "data")
+    data = three_tars(tmp_path / "data")
     expected = fresh(data, cache, monkeypatch)
     (cache / "fresh").rename(tmp_path / "away")
     catalogue = opened(data)
@@ -530,7 +531,7 @@ def _open_and_tell(data: str, log: str, barrier, answers) -> None:
 
 
 def test_processes_that_start_together_build_it_once(tmp_path):
-    data = three(tmp_path / "data")
+    data = three_tars(tmp_path / "data")
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(3), context.Queue()
     processes = [
@@ -548,7 +549,7 @@ def test_processes_that_start_together_build_it_once(tmp_path):
 
 
 def test_a_killed_build_is_continued(tmp_path, cache, reads, monkeypatch):
-    data = three(tmp_path / "data")
+    data = three_tars(tmp_path / "data")
     code = """if True:
         import os, signal, sys
         import train.data.sources.tars as tars
@@ -562,7 +563,7 @@ def test_a_killed_build_is_continued(tmp_path, cache, reads, monkeypatch):
         tars._rows = killed
         tars.find_tars(sys.argv[1], Columns(), ())[""]()
     """
-    for _ in range(4):  # again and again: what they leave doesn't pile up
+    for _ in range(4):  # repeated, because leftovers must not accumulate
         killed = subprocess.run([sys.executable, "-c", code, str(data)], cwd=ROOT)
         assert killed.returncode == -signal.SIGKILL
     assert not (index_folder(cache) / "about.json").exists()
@@ -573,7 +574,7 @@ def test_a_killed_build_is_continued(tmp_path, cache, reads, monkeypatch):
 
 
 def test_workers_read_what_the_process_reads(tmp_path):
-    data = three(tmp_path / "data")
+    data = three_tars(tmp_path / "data")
     catalogue = opened(data)
     expected = [(catalogue.row(k), catalogue.read(k)) for k in range(30)]
     assert b"_files" in pickle.dumps(catalogue)
@@ -590,7 +591,7 @@ def test_workers_read_what_the_process_reads(tmp_path):
 
 
 def test_an_unwritable_cache_gives_a_warning(tmp_path, monkeypatch):
-    data = three(tmp_path / "data")
+    data = three_tars(tmp_path / "data")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=".*file/ldm/index/.* isn't writable"):
@@ -600,7 +601,7 @@ def test_an_unwritable_cache_gives_a_warning(tmp_path, monkeypatch):
 
 
 def test_a_record_that_points_outside_its_tar_is_not_read(tmp_path):
-    """Even with a right sum."""
+    """The record's checksum is right."""
     path = write_tar(tmp_path / "a.tar", numbered([0]))
 
     def read(part, left_out):
@@ -615,7 +616,7 @@ def test_a_record_that_points_outside_its_tar_is_not_read(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_tar(tmp_path):
-    """Names of 10 MB together, in samples of one and in one sample."""
+    """Names of 10 MB in total, one per sample and all in one sample."""
     for distinct in (True, False):
         path = tmp_path / f"{distinct}.tar"
         with open(path, "wb") as file:
@@ -631,7 +632,7 @@ def test_memory_does_not_grow_with_the_tar(tmp_path):
 
 
 def test_indices_beyond_the_rows(tmp_path):
-    catalogue = opened(three(tmp_path / "data"))
+    catalogue = opened(three_tars(tmp_path / "data"))
     for k in (-1, 30, np.int64(31)):
         with pytest.raises(IndexError):
             catalogue.row(k)
