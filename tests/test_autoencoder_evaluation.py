@@ -1,4 +1,4 @@
-"""Each number about an autoencoder, on data whose number is known; and that all of them add up over processes."""
+"""Each metric of an autoencoder on data with a known value, and the sums over several processes."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def sums(features: Tensor) -> FrechetSums:
 
 
 def exactly(mean: Tensor, covariance: Tensor, n: int = 50) -> Tensor:
-    """Features whose mean and unbiased covariance are these to the last digit."""
+    """Return features with exactly this mean and this unbiased covariance."""
     x = draw(n, len(mean))
     x = x - x.mean(0)
     white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (n - 1))).T
@@ -63,7 +63,7 @@ def test_frechet_distance_of_gaussians_that_commute() -> None:
     a, b = exactly(mean_one, q * one @ q.T), exactly(mean_other, q * other @ q.T)
     expected = (mean_one - mean_other).square().sum() + (one.sqrt() - other.sqrt()).square().sum()
     assert frechet(sums(a), sums(b)) == pytest.approx(float(expected), rel=1e-10)
-    # A mean far from zero costs digits, not the distance.
+    # A mean far from zero costs digits and doesn't change the distance.
     assert frechet(sums(a + 1e4), sums(b + 1e4)) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -112,18 +112,18 @@ def test_quality_of_known_reconstructions() -> None:
     made[1] += 20 / 255  # ten steps of 8 bits
     perfect, ten = 20 * math.log10(2 * 255), 20 * math.log10(255 / 10)
     assert psnr(made, x).tolist() == pytest.approx([perfect, ten], rel=1e-5)
-    assert reconstruction_quality(made, x)[0] == pytest.approx((perfect + ten) / 2, rel=1e-5)  # of images, not pooled
+    assert reconstruction_quality(made, x)[0] == pytest.approx((perfect + ten) / 2, rel=1e-5)  # mean over images
     assert reconstruction_quality(x, x)[1] == pytest.approx(1, abs=1e-6)
-    # Constant images differ in luminance alone: (2 a b + c) / (a² + b² + c), Wang et al. 2004, eq. 6.
+    # Constant images differ only in luminance: (2 a b + c) / (a² + b² + c), Wang et al. 2004, eq. 6.
     a, b, c = 102 / 255, 112 / 255, 0.01**2
     expected = (1 + (2 * a * b + c) / (a * a + b * b + c)) / 2
     assert reconstruction_quality(made, x)[1] == pytest.approx(expected, abs=2e-4)  # float32 variances
-    assert psnr(x + 0.9 / 255, x)[0] == pytest.approx(perfect)  # less than half a step is no error of 8 bits
-    assert psnr(x * 0 + 7, x * 0 + 1)[0] == pytest.approx(perfect)  # nor is what clipping takes away
+    assert psnr(x + 0.9 / 255, x)[0] == pytest.approx(perfect)  # less than half a step is no error in 8 bits
+    assert psnr(x * 0 + 7, x * 0 + 1)[0] == pytest.approx(perfect)  # values that are clipped are no error either
 
 
 class Plain:
-    """An autoencoder whose latents are the images."""
+    """Autoencoder whose latents are the images."""
 
     latent_channels = 3
 
@@ -133,11 +133,11 @@ class Plain:
 
 @pytest.mark.parametrize("level", [0.1, 0.2])
 def test_noise_robustness_of_an_autoencoder_that_passes_noise_on(level) -> None:
-    x = smooth_pixels(8) * 0.1  # far from where clipping would hide noise
-    q = Posterior(x, torch.full_like(x, 3.0))  # the posterior's own deviation has no part in it
+    x = smooth_pixels(8) * 0.1  # far from the limits, where clipping would hide noise
+    q = Posterior(x, torch.full_like(x, 3.0))  # the posterior's own deviation isn't used
     noise = draw(*x.shape).float()
     noise /= noise.square().mean((1, 2, 3), keepdim=True).sqrt()
-    # Noise of `level` in [−1, 1], and 8-bit rounding of both images, each of variance 1/12 a step.
+    # Noise of `level` in [−1, 1], and the 8-bit rounding of both images, each with a variance of 1/12 step.
     error = (level / 2) ** 2 + 2 / 12 / 255**2
     assert noise_robustness(Plain(), x, q, noise, [level, 0.0]) == pytest.approx(
         [-10 * math.log10(error), 20 * math.log10(2 * 255)], abs=0.01
@@ -183,7 +183,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (-0.7, 0.5)])
 def test_departures_from_the_normal(name, shift, scale) -> None:
-    """Latents at the quantiles of a distribution of mean 0 and deviation 1, shifted and scaled: neither may matter."""
+    """Latents are at the quantiles of a distribution of mean 0 and deviation 1. Shift and scale must not matter."""
     law = SHAPES[name]
     z = law.ppf((np.arange(N) + 0.5) / N) * scale + shift
     found = health(torch.from_numpy(z).view(50, 1, 40, 100))
@@ -206,7 +206,7 @@ def test_latents_beyond_the_histogram_count_as_its_ends() -> None:
 
 
 def test_spatial_autocorrelation() -> None:
-    """AR(1) along each side: ρ at one place, ρ² at two; channels with their own ρ, sides not alike, and means not 0."""
+    """AR(1) along each side: ρ at distance 1, ρ² at 2. Each channel has its own ρ, unequal sides and a mean."""
     n, (h, w), seeds = 300, (24, 16), 3
     along = [(0.0, 0.0), (0.8, 0.8), (0.9, 0.0)]  # vertically, horizontally
 
@@ -216,7 +216,7 @@ def test_spatial_autocorrelation() -> None:
     white = draw(n, seeds, h, w)
     z = torch.stack([factor(v, h) @ white[:, c] @ factor(u, w).T for c, (v, u) in enumerate(along)], 1)
     found = health(z + torch.tensor([1.0, -2.0, 3.0]).view(3, 1, 1)).autocorrelation
-    # Both sides' pairs count alike, and there are (h − lag) w of the one and h (w − lag) of the other.
+    # Pairs along both sides count equally: (h − lag) w vertical ones and h (w − lag) horizontal ones.
     expected = torch.tensor(
         [
             [(v**lag * (h - lag) * w + u**lag * h * (w - lag)) / ((h - lag) * w + h * (w - lag)) for v, u in along]
@@ -227,7 +227,7 @@ def test_spatial_autocorrelation() -> None:
 
 
 def test_autocorrelation_is_about_the_mean_of_all_places() -> None:
-    """A slope across the latent: the places that have a neighbour have means of their own."""
+    """A slope across the latent: places with a neighbour have a mean that differs from the overall mean."""
     z = draw(3, 1, 4, 6) + torch.arange(6) ** 2
     centred = (z - z.mean()) / z.std(unbiased=False)
     for found, lag in zip(health(z, 1e-9).autocorrelation, (1, 2), strict=True):
@@ -253,7 +253,7 @@ def test_correlated_and_dead_channels() -> None:
         expected[i, j] = expected[j, i] = r
     torch.testing.assert_close(found.correlation, expected, atol=0.02, rtol=0)
     assert found.dead == [3]
-    z[:, 3], std[:, 3] = 0.25, 1e-9  # a constant: nothing to standardise by, yet every number is one
+    z[:, 3], std[:, 3] = 0.25, 1e-9  # a constant can't be standardised, yet every metric is finite
     constant = health(z, std, draw(*z.shape, seed=1))
     assert constant.dead == [3]
     assert all(torch.as_tensor(value, dtype=torch.float64).isfinite().all() for value in constant)
@@ -261,20 +261,20 @@ def test_correlated_and_dead_channels() -> None:
 
 def test_latents_add_up_over_any_split() -> None:
     q, noise = Posterior(draw(12, 3, 5, 4), draw(12, 3, 5, 4, seed=1).exp()), draw(12, 3, 5, 4, seed=2)
-    parts, whole = [LatentSums(3) for _ in range(3)], LatentSums(3)
+    parts, total = [LatentSums(3) for _ in range(3)], LatentSums(3)
     for part, where in zip(parts, (slice(0, 5), slice(5, 5), slice(5, 12)), strict=True):
         part.add(Posterior(q.mean[where], q.std[where]), noise[where])
-    whole.add(q, noise)
-    for name, total in whole.sums.items():
-        torch.testing.assert_close(sum(part.sums[name] for part in parts), total, rtol=1e-12, atol=1e-10)
-    assert whole.sums["histogram"].sum() == 12 * 3 * 5 * 4
+    total.add(q, noise)
+    for name, expected in total.sums.items():
+        torch.testing.assert_close(sum(part.sums[name] for part in parts), expected, rtol=1e-12, atol=1e-10)
+    assert total.sums["histogram"].sum() == 12 * 3 * 5 * 4
 
 
-# All of it
+# All metrics
 
 
 class Colours(Features):
-    """Mean and deviation of each colour."""
+    """Features that are the mean and deviation of each colour."""
 
     def __init__(self) -> None:
         super().__init__("colours", 6)
@@ -291,7 +291,7 @@ Part = tuple[Tensor, Tensor]
 
 
 def in_processes(shares: list[list[Part]], measured: Callable[..., dict[str, float]]) -> list[dict[str, float]]:
-    """What each of several processes measures of its share; threads stand for them, and meet at every sum."""
+    """Return the metrics that each of several processes computes; threads stand in for processes and sum together."""
     meeting, held = threading.Barrier(len(shares), timeout=60), [torch.zeros(0)] * len(shares)
 
     def reduce(rank: int, tensor: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ def test_features_of_our_own_clip(small_clip) -> None:
     assert (features.name, features.dim) == (str(folder), 16)
     assert not features.tower.training
     assert not any(p.requires_grad for p in features.parameters())
-    x = smooth_pixels(3, 16) * 1.2  # some of it out of range
+    x = smooth_pixels(3, 16) * 1.2  # partly out of range
     expected = clip.visual_projection(clip.vision_model(pixel_values=in_bytes(x)).pooler_output)
     torch.testing.assert_close(features(x), expected, rtol=1e-4, atol=1e-5)
     resized = F.interpolate(in_bytes(smooth_pixels(3, 32)), size=(16, 16), mode="bicubic", antialias=True)
@@ -371,7 +371,7 @@ def test_features_of_our_own_clip(small_clip) -> None:
 
 def test_a_clip_tower_without_projection_gives_its_pooled_output(small_clip, tmp_path) -> None:
     folder, clip = small_clip, CLIPModel.from_pretrained(small_clip).eval()
-    CLIPVisionModel.from_pretrained(folder).save_pretrained(tmp_path)  # without the preprocessor's constants
+    CLIPVisionModel.from_pretrained(folder).save_pretrained(tmp_path)  # a folder without the preprocessor's constants
     features = load_features(str(tmp_path))
     assert features.dim == 24
     x = smooth_pixels(3, 16)
@@ -397,7 +397,7 @@ def test_features_of_a_dinov2(tmp_path) -> None:
     expected = dino((in_bytes(x) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
     assert (features.dim, features(x).dtype) == (24, torch.float32)
     torch.testing.assert_close(features(x), expected, rtol=1e-4, atol=1e-5)
-    # A preprocessor's word goes above the published constants, and its crop above the side of training.
+    # A preprocessor overrides the published constants, and its crop overrides the training resolution.
     for crop in ({"height": 14, "width": 14}, 14):
         processing = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_size": crop}
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processing))
@@ -424,14 +424,14 @@ def test_unusable_feature_networks_are_refused(small_clip, tmp_path) -> None:
     tower.save_pretrained(tmp_path / "part", state_dict=weights)
     with pytest.raises(UserError, match="weights are missing"):
         load_features(str(tmp_path / "part"))
-    torch.save(tower.state_dict(), tmp_path / "part" / "pytorch_model.bin")  # a pickle is no substitute
+    torch.save(tower.state_dict(), tmp_path / "part" / "pytorch_model.bin")  # a pickle isn't used as a substitute
     (tmp_path / "part" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="can't be loaded"):
         load_features(str(tmp_path / "part"))
 
 
 class FakeInception(nn.Module):
-    """In place of the network, which is downloaded: says how it was made, and gives the images back."""
+    """Stand-in for the network, which would be downloaded: it records its arguments and returns the images."""
 
     def __init__(self, name: str, features_list: list[str], **how) -> None:
         super().__init__()

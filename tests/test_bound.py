@@ -1,6 +1,6 @@
-"""The variational bound where it has a closed form: Gaussian data with the exact denoiser.
+"""The variational bound in closed form: Gaussian data with the exact denoiser.
 
-Its terms are quadratic in data and noise, so that three Gauss-Hermite nodes of each give expectations without error.
+Its terms are quadratic in data and noise, so three Gauss-Hermite nodes of each give exact expectations.
 """
 
 import math
@@ -18,7 +18,7 @@ from ldm.process import Gaussian
 from ldm.schedule import RectifiedFlow, Schedule
 
 MEAN, STD = 0.7, 0.4
-ENTROPY = math.log2(2 * math.pi * math.e * STD**2) / 2  # of the data, bits
+ENTROPY = math.log2(2 * math.pi * math.e * STD**2) / 2  # of the data, in bits
 FRACTION = 0.3
 PATHS = {
     "linear": Schedule.build("linear", 100, 0.001, 0.2),
@@ -40,7 +40,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 
 def nodes(schedule):
-    """Every index with every node: x0, noise (T n, 1, 1, 1), index (T n,), and a function to the expectations (T,)."""
+    """Return every index with every node: x0, noise (T n, 1, 1, 1), index (T n,), and a function to expectations (T,)."""
     z, w = np.polynomial.hermite_e.hermegauss(3)
     first, second = (torch.from_numpy(g).flatten().repeat(schedule.T).view(-1, 1, 1, 1) for g in np.meshgrid(z, z))
     weights = torch.from_numpy(np.outer(w, w).flatten() / w.sum() ** 2)
@@ -49,11 +49,11 @@ def nodes(schedule):
 
 
 def best(schedule, target, fraction=None):
-    """The exact network, E[x0 | x_t] in terms of the target; with the variance's place where `fraction` (T,) is given."""
+    """Return the exact network, E[x0 | x_t] as the target; `fraction` (T,), if given, is its variance output."""
 
     def network(x_t, given, condition):
         t = given.double() / schedule.T if isinstance(schedule, RectifiedFlow) else (given + 1).double() / schedule.T
-        # A flow is given sigma T, which its unshifted twin turns into alpha and sigma.
+        # A flow's network receives sigma T, from which its unshifted schedule gives alpha and sigma.
         path = RectifiedFlow(schedule.T) if isinstance(schedule, RectifiedFlow) else schedule
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t))
         gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
@@ -74,25 +74,25 @@ def terms(schedule, target, variance, network, dtype=torch.float64):
 
 
 def levels(schedule):
-    """(alpha_s, sigma_s, alpha_t, sigma_t) for each step, the first from the clean data."""
+    """Return (alpha_s, sigma_s, alpha_t, sigma_t) of each step, the first one from clean data."""
     alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
     return list(zip([1.0, *alpha[:-1]], [0.0, *sigma[:-1]], alpha, sigma, strict=True))
 
 
 def left(alpha, sigma):
-    """The variance of x0 given x_t."""
+    """Return the variance of x0 given x_t."""
     return 1 / (STD**-2 + (alpha / sigma) ** 2)
 
 
 def closed_form(schedule, variance):
-    """Terms (T,) in bits by conditioning the joint Gaussian of x_s and x_t given x0."""
+    """Return the terms (T,) in bits by conditioning the joint Gaussian of x_s and x_t given x0."""
     small, large, gain = [], [], []
     for alpha_s, sigma_s, alpha_t, sigma_t in levels(schedule):
         covariance = alpha_t / alpha_s * sigma_s**2
         small.append(sigma_s**2 - covariance**2 / sigma_t**2)
         large.append(sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2)
         gain.append(alpha_s - covariance / sigma_t**2 * alpha_t)  # of x0 in the posterior's mean
-    small[0] = small[1]  # at index 0 the posterior is a point, and the next index's variance stands in for it
+    small[0] = small[1]  # at index 0 the posterior is a point, and the variance of index 1 replaces it
     result = []
     for i, (_, _, alpha, sigma) in enumerate(levels(schedule)):
         share = {"fixed_small": 0.0, "fixed_large": 1.0, "learned": FRACTION}[variance]
@@ -125,7 +125,7 @@ def test_the_bound_of_a_gaussian(name, target, variance):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("target", ["eps", "v"])
 def test_the_bound_in_float32(target, variance):
-    # As it is trained and reported: a thousand terms, some the difference of nearly equal numbers.
+    # The precision of training: a thousand terms, some of them differences of nearly equal numbers.
     schedule = Schedule.build("scaled_linear")
     fraction = torch.full((schedule.T,), FRACTION) if variance == "learned" else None
     each, prior = terms(schedule, target, variance, best(schedule, target, fraction), torch.float32)
@@ -148,7 +148,7 @@ def test_the_bound_of_half_precision_latents_is_float32():
 
 
 def exact_reverse(schedule):
-    """What fraction of the way each step's true variance is, (T,): x_s given x_t of Gaussian data is Gaussian."""
+    """Return each step's true variance as a fraction, (T,): x_s given x_t of Gaussian data is Gaussian."""
     result = []
     small, large = (v.tolist() for v in variances(schedule))
     for (alpha_s, sigma_s, alpha_t, sigma_t), low, high in zip(levels(schedule), small, large, strict=True):
@@ -159,7 +159,7 @@ def exact_reverse(schedule):
 
 
 def mismatch(schedule):
-    """What no reverse process can mend: KL(q(x_{T-1}) || N(0, 1)) in bits."""
+    """Return the part that no reverse process can remove: KL(q(x_{T-1}) || N(0, 1)) in bits."""
     alpha, sigma = schedule.alpha[-1].item(), schedule.sigma[-1].item()
     last = Normal(alpha * MEAN, math.hypot(alpha * STD, sigma))
     return kl_divergence(last, Normal(0.0, 1.0)).item() / math.log(2)
@@ -167,15 +167,15 @@ def mismatch(schedule):
 
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_with_the_true_variance_the_bound_is_the_entropy(name, target):
-    # The model is then the data's own chain reversed: -log p(x0) itself, its mean the entropy, at any T.
+    # The model is then the reversed chain of the data: the bound is -log p(x0), and its mean is the entropy at any T.
     schedule = PATHS[name]
     fraction = exact_reverse(schedule).requires_grad_()
-    if not isinstance(schedule, RectifiedFlow):  # a flow's variance first falls, its steps' may be beyond the largest
+    if not isinstance(schedule, RectifiedFlow):  # a flow's steps may have a variance above the largest
         assert fraction.min() >= 0
         assert fraction.max() <= 1
     each, prior = terms(schedule, target, "learned", best(schedule, target, fraction))
     assert each.sum().item() + prior == pytest.approx(ENTROPY + mismatch(schedule), abs=1e-6)
-    # Each step's term is least there.
+    # Each step's term is least at the true variance.
     (slope,) = torch.autograd.grad(each.sum(), fraction)
     assert slope.abs().max() < 1e-6
 
@@ -198,7 +198,7 @@ def test_no_network_is_below_the_entropy(name, target, variance):
 
 
 def gaps(family, variance, sizes):
-    """How far above the entropy the bound is as T grows, but for the mismatch of the last level."""
+    """Return the bound minus the entropy and the mismatch of the last level, for each T."""
     result = []
     for T in sizes:
         schedule = Schedule.build("linear", T, 5 / T, 15 / T) if family == "linear" else Schedule.build("flow", T)
@@ -210,8 +210,8 @@ def gaps(family, variance, sizes):
 
 @pytest.mark.parametrize("family", ["linear", "flow"])
 def test_the_gap_to_the_entropy_falls_with_the_number_of_steps(family):
-    # A step of large variance costs the square of how much the marginal variance changes in it, of order 1 / T^2: the whole
-    # is of order 1 / T, the last decoder's share included (its variance too is large's, sigma_0^2).
+    # A step of large variance costs the square of its relative change of the marginal variance, of order 1 / T^2. The sum
+    # is of order 1 / T, including the last decoder, whose variance is also large's, sigma_0^2.
     gap = gaps(family, "fixed_large", (500, 1000, 2000))
     assert gap[0] > gap[1] > gap[2] > 0
     assert gap[2] < 0.02
@@ -221,9 +221,9 @@ def test_the_gap_to_the_entropy_falls_with_the_number_of_steps(family):
 
 @pytest.mark.parametrize("family", ["linear", "flow"])
 def test_small_variances_cost_the_same_at_any_number_of_steps(family):
-    # Next to the data sigma_i^2 grows as r_i = i + 1 (betas alike) or its square (flow), and the data are wide: a step's term
-    # is (r_i / r_{i-1} - 1) / 2 nats where the true variance would give log(r_i / r_{i-1}) / 2. The last decoder has r_0's
-    # uncertainty for a variance of (r_1 - r_0) r_0 / r_1. None of it falls with T.
+    # At low noise sigma_i^2 grows as r_i = i + 1 (equal betas) or its square (flow), and the data are wide. A step's term is
+    # (r_i / r_{i-1} - 1) / 2 nats, and the true variance would give log(r_i / r_{i-1}) / 2. The last decoder has the
+    # uncertainty r_0 at a variance of (r_1 - r_0) r_0 / r_1. None of these falls with T.
     euler, bit = 0.5772156649015329, math.log(2)
     if family == "linear":  # sum of 1/i - log(1 + 1/i) is Euler's constant
         steps, decoder = euler / 2, 1 / 2
@@ -245,14 +245,14 @@ def test_kl_and_likelihood_equal_torchs():
     likelihood = Normal(mean_p, var_p.sqrt()).log_prob(x)
     torch.testing.assert_close(negative_log_likelihood(x, p), -likelihood.flatten(1).mean(1) / math.log(2))
     torch.testing.assert_close(gaussian_kl(q, Gaussian(mean_q, var_q)), torch.zeros(4, dtype=torch.float64))
-    # A variance that differs between elements, as a network's does.
+    # A variance that differs between elements, as that of a network does.
     wide = torch.rand(4, 2, 3, 3, generator=generator, dtype=torch.float64) + 0.1
     theirs = kl_divergence(Normal(mean_q, var_q.sqrt()), Normal(mean_p, wide.sqrt()))
     torch.testing.assert_close(gaussian_kl(q, Gaussian(mean_p, wide)), theirs.flatten(1).mean(1) / math.log(2))
 
 
 def training(kind, variance, schedule, output, target="v"):
-    """The objective's numbers at all indices of arbitrary images, for a network that says `output` (T, …)."""
+    """Return the objective's losses at all indices of arbitrary images, for a network that returns `output` (T, …)."""
     x0, noise = torch.randn(2, schedule.T, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u = (torch.arange(schedule.T, dtype=torch.float64) + 0.5) / schedule.T
     return Objective(schedule, target, kind=kind, variance=variance)(lambda *_: output, x0, u, noise, torch.empty(0))
@@ -261,7 +261,7 @@ def training(kind, variance, schedule, output, target="v"):
 @pytest.mark.parametrize(("name", "target"), [("linear", "eps"), ("zero", "v"), ("flow", "flow")])
 def test_hybrid_trains_the_variance_and_keeps_the_gradient_of_the_mean(name, target):
     schedule = PATHS[name]
-    said = torch.rand(schedule.T, 4, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    output = torch.rand(schedule.T, 4, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
 
     def gradient(kind, variance, output):
         output = output.clone().requires_grad_()
@@ -269,14 +269,14 @@ def test_hybrid_trains_the_variance_and_keeps_the_gradient_of_the_mean(name, tar
         losses.weighted.mean().backward()
         return losses, output.grad
 
-    simple, of_simple = gradient("simple", "fixed_small", said[:, :2])
-    vlb, of_vlb = gradient("vlb", "learned", said)
-    hybrid, of_hybrid = gradient("hybrid", "learned", said)
-    # The mean's half feels the simple loss, digit for digit; the variance's half a thousandth of the bound.
+    simple, of_simple = gradient("simple", "fixed_small", output[:, :2])
+    vlb, of_vlb = gradient("vlb", "learned", output)
+    hybrid, of_hybrid = gradient("hybrid", "learned", output)
+    # The mean's half has exactly the gradient of the simple loss, the variance's half a thousandth of the bound's.
     assert torch.equal(of_hybrid[:, :2], of_simple)
     torch.testing.assert_close(of_hybrid[:, 2:], of_vlb[:, 2:] / 1000, rtol=1e-9, atol=0)
     assert (of_vlb != 0).all()
-    # The terms are summed over indices, so one of them stands for T.
+    # The terms are summed over indices, so one of them represents T.
     torch.testing.assert_close(vlb.weighted, schedule.T * vlb.unweighted)
     torch.testing.assert_close(hybrid.weighted, simple.weighted + vlb.weighted / 1000)
     torch.testing.assert_close(hybrid.unweighted, simple.unweighted)

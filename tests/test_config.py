@@ -1,4 +1,4 @@
-"""Configurations: every file is instantiated, wrong ones get one line that says what fits."""
+"""Configurations: every file builds its networks, and wrong ones give one line that states what is accepted."""
 
 import contextlib
 import copy
@@ -67,7 +67,7 @@ def unet(config: LdmConfig, vae: VaeConfig, text_width: int) -> torch.nn.Module:
 
 
 def test_stable_diffusion_shapes() -> None:
-    """Parameter counts of the published networks, and heads of the published widths."""
+    """The networks have the published parameter counts and head widths."""
     vae, ldm = load(ROOT / "configs/sd15/vae.yaml"), load(ROOT / "configs/sd15/ldm.yaml")
     with torch.device("meta"):
         network = unet(ldm, vae, 768)
@@ -77,7 +77,7 @@ def test_stable_diffusion_shapes() -> None:
     heads = [b.attentions[0].transformer_blocks[0].attn1.heads for b in network.down_blocks if hasattr(b, "attentions")]
     assert heads == [8, 8, 8]
     widen(network, 9)
-    assert sum(p.numel() for p in network.parameters()) == 859_535_364  # that of the published inpainting model
+    assert sum(p.numel() for p in network.parameters()) == 859_535_364  # the count of the published inpainting model
 
 
 def test_shapes_128_has_heads_of_64() -> None:
@@ -90,7 +90,7 @@ def test_a_dumped_configuration_is_read_back(kind: type[RunConfig]) -> None:
     assert validate(kind, yaml.safe_load(dump(kind()))) == kind()
 
 
-# What a run may change when it is continued: a contract with the runs that there are.
+# Settings that a continued run may change: a contract with existing runs.
 RESUMABLE = {
     *(
         "data",
@@ -119,7 +119,7 @@ def leaves(config: object, prefix: str = "") -> dict[str, Any]:
 
 
 def changed(config: Any, name: str) -> Any:
-    """A copy in which one field has another value, valid or not."""
+    """Return a copy in which one field has another value, valid or not."""
     first, _, rest = name.partition(".")
     copied = copy.copy(config)
     object.__setattr__(copied, first, changed(getattr(config, first), rest) if rest else "something else")
@@ -213,7 +213,7 @@ def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: li
 
 
 @dataclass(frozen=True, kw_only=True)
-class Painting:
+class GeneratingConfig:
     loop: bool = True
     tile: int | None = 3
     span: tuple[float, float] | None = None
@@ -239,10 +239,10 @@ class Painting:
 )
 def test_the_forms_of_options(line: str, expected: dict | str) -> None:
     if isinstance(expected, dict):
-        assert overlay(Painting, Painting(), line.split()) == Painting(**expected)
+        assert overlay(GeneratingConfig, GeneratingConfig(), line.split()) == GeneratingConfig(**expected)
     else:
         with pytest.raises(UserError) as caught:
-            overlay(Painting, Painting(), line.split())
+            overlay(GeneratingConfig, GeneratingConfig(), line.split())
         assert str(caught.value).startswith(expected)
 
 
@@ -281,13 +281,13 @@ def test_help_names_the_program_and_the_configurations(
     monkeypatch.setattr(sys, "argv", [typed, "--help"])
     with pytest.raises(SystemExit):
         parse(kind) if kind is LdmConfig else overlay(kind, kind())
-    said = capsys.readouterr().out
-    assert said.startswith(f"usage: {usage} ")
-    assert ("shapes/ldm, shapes/ldm_inpaint, " in said) == (kind is LdmConfig)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {usage} ")
+    assert ("shapes/ldm, shapes/ldm_inpaint, " in printed) == (kind is LdmConfig)
 
 
 def test_configurations_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name is that of one stage's file, from any folder."""
+    """A name refers to one stage's file, in any working directory."""
     monkeypatch.chdir(tmp_path)
     named = {name: (kind, path) for stage, kind in KINDS.items() for name, path in shipped(stage).items()}
     assert sorted(path for _, path in named.values()) == FILES
@@ -322,17 +322,17 @@ names = st.sampled_from(["steps", "optimizer", "unet", "diffusion", "input", "pr
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(names, trees, max_size=4))
 def test_any_mapping_is_a_configuration_or_a_plain_refusal(given: dict) -> None:
-    with contextlib.suppress(UserError):  # and no other exception
+    with contextlib.suppress(UserError):  # no other exception is allowed
         assert isinstance(validate(LdmConfig, given), LdmConfig)
 
 
 def test_help_lists_every_field_with_its_meaning() -> None:
     ended = run_command("scripts/train_ldm.py", "--help")
     assert ended.status == 0
-    said = " ".join(ended.out.split())
+    printed = " ".join(ended.out.split())
     for option in ("--optimizer.lr", "--unet.channels", "--diffusion.target", "--precision", "--input.caption-column"):
-        assert option in said
-    assert "Peak learning rate" in said
+        assert option in printed
+    assert "Peak learning rate" in printed
 
 
 @pytest.mark.parametrize(

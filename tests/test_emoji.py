@@ -1,4 +1,4 @@
-"""The Emoji dataset: annotations, captions, what is held out, files; and the font itself where it is installed."""
+"""The Emoji dataset: annotations, captions, held-out emoji, files; and the font itself if it is installed."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def annotations(tmp_path: Path) -> Path:
 
 
 def render(text: str) -> Image.Image | None:
-    """A stand-in for the font: each emoji has a disc of its own, but arrows, and France's flag is St. Martin's."""
+    """Stand-in for the font: each emoji has its own disc, arrows have none, and France's flag is St. Martin's."""
     if text == "→":
         return None
     colour = hashlib.sha256(text.replace("🇲🇫", "🇫🇷").encode()).digest()[:3]
@@ -67,10 +67,10 @@ def render(text: str) -> Image.Image | None:
 
 
 def many() -> list[Named]:
-    """200 single signs, and 20 emoji with five skins and a plain one each."""
-    alone = [chr(0x2200 + k) for k in range(200)]
+    """Return 200 single symbols, and 20 emoji in five skin tones and without."""
+    single = [chr(0x2200 + k) for k in range(200)]
     hands = [chr(0x1F910 + k) + skin for k in range(20) for skin in ("", *SKINS)]
-    return [Named(text, (f"number {k}",)) for k, text in enumerate(alone + hands)]
+    return [Named(text, (f"number {k}",)) for k, text in enumerate(single + hands)]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -83,7 +83,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_annotations_become_captions(annotations: Path) -> None:
     assert dict(read_annotations(annotations)) == {
         "😀": ("grinning face", "face, grin, grinning face"),
-        "❤": ("red heart",),  # Unicode calls it heavy black heart
+        "❤": ("red heart",),  # Unicode's name for it is heavy black heart
         "🕐": ("one o'clock", "clock face one oclock", "00, 1, o'clock, one"),
         "→": ("right-pointing arrow", "rightwards arrow"),
         "👋🏽": ("waving hand: medium skin tone", "waving hand with medium skin tone"),
@@ -319,7 +319,7 @@ def make_emoji(*words: str) -> Ended:
     return run_command("scripts/make_dataset.py", "emoji", *words)
 
 
-if FONT.is_file():  # nothing to test elsewhere
+if FONT.is_file():  # otherwise there is nothing to test
     SEQUENCES = [
         "😀",
         "❤",

@@ -1,4 +1,4 @@
-"""Samplers where the denoiser is exact: what theory says of their samples, with no peer to lean on."""
+"""Samplers with an exact denoiser: their samples have the properties that theory gives, without another library."""
 
 import math
 from functools import partial
@@ -32,9 +32,9 @@ MAKE = {
     "predictor_corrector": PredictorCorrector,
 }
 SAMPLER = {kind: kind for kind in MAKE} | {"ddpm_large": "ddpm", "ddim_0.4": "ddim", "heun_flow": "heun"}
-"""Sampler whose plan each step walks."""
+"""Sampler whose plan each step uses."""
 ON_PATHS = [(kind, SCHEDULE) for kind in MAKE] + [(kind, FLOW) for kind in MAKE if kind != "heun"]
-"""Karras' Heun begins at a finite noise level, which a flow doesn't."""
+"""Karras' Heun starts at a finite noise level, and a flow doesn't."""
 ODE = ("ddim", "heun", "heun_flow", "dpmpp_2m", "unipc")
 
 
@@ -70,8 +70,9 @@ def exact_correlated(x_t, level):
 
 
 def affine_map(legs, step, start_std, draws):
-    """A sampler on Gaussian data is affine in its noise. Its constant (2,) and its matrix (noises, 2), measured by giving
-    it one impulse at a time: exact, not statistical.
+    """Return the constant (2,) and the matrix (noises, 2) of a sampler, which is affine in its noise on Gaussian data.
+
+    They are measured with one impulse at a time, which is exact and not statistical.
     """
     rows, calls = 2 * (draws + 1), [0]
 
@@ -88,12 +89,12 @@ def affine_map(legs, step, start_std, draws):
 
 
 def propagate(kind, legs, start_std, eta):
-    """Mean (2,) and covariance (2, 2) at the end by the papers' own formulas, on the departure d = x - alpha CENTRE.
+    """Return mean (2,) and covariance (2, 2) at the end by the papers' formulas, on the departure d = x - alpha CENTRE.
 
-    d's rows: its mean, then its part in each noise so far, which add up in square.
+    d's rows: its mean, then its coefficient of each noise so far; variances are sums of their squares.
     """
     d = np.concatenate([-legs[0].now.alpha * CENTRE[None], start_std * np.eye(2)])
-    memory = []  # x̂0's departure, lambda and what else a later leg needs of the earlier ones
+    memory = []  # x̂0's departure, lambda and other values of earlier legs that a later one needs
 
     def noised(d, std):
         return np.concatenate([d, std * np.eye(2)])
@@ -209,7 +210,7 @@ def level_at(half_log_snr):
 @pytest.mark.parametrize("std", [0.1, 0.4, 1.0, 2.0])
 @pytest.mark.parametrize(("kind", "order"), [("ddim", 1), ("heun", 2), ("heun_flow", 2), ("dpmpp_2m", 2), ("unipc", 3)])
 def test_order_of_convergence(kind, order, std):
-    # On the ODE of a Gaussian the departure from alpha MEAN keeps its share of the standard deviation; the path ends
+    # On the ODE of a Gaussian the departure from alpha MEAN stays proportional to the standard deviation. The path ends
     # above zero noise, where no step is of lower order.
     def wide(level):
         return math.sqrt(level.alpha**2 * std**2 + level.sigma**2)
@@ -240,8 +241,8 @@ def exact_mixture(x_t, level):
     return Denoised((share * (MODES + level.alpha * WIDTH**2 / variance * departure)).sum(-1))
 
 
-# The greatest bias of a mode's share that 50 steps leave, over what 20,000 samples leave to chance. Samplers that follow
-# the ODE split the noise where its flow parts; deterministic, so their samples vary less than independent ones.
+# The greatest bias of a mode's weight after 50 steps, beyond the chance of 20,000 samples. Samplers that follow the ODE
+# split the noise where its flow separates. They are deterministic, so their samples vary less than independent ones.
 BIAS = 0.01
 
 
@@ -267,7 +268,7 @@ POINTS = 2 * draw(5, 3, 2, 2, seed=8)
 
 
 def exact_finite(x_t, level):
-    """E[x0 | x_t] for data drawn from POINTS, all alike."""
+    """E[x0 | x_t] for data drawn from POINTS with equal probabilities."""
     distance = (x_t[:, None] - level.alpha * POINTS).flatten(2).square().sum(2)  # (b, points)
     return Denoised(torch.einsum("bp,pchw->bchw", torch.softmax(-distance / (2 * level.sigma**2), 1), POINTS))
 
@@ -281,8 +282,8 @@ def test_samples_of_a_finite_dataset_are_its_data(kind, spacing):
     distance = (x[:, None] - POINTS).flatten(2).square().mean(2).sqrt()  # (b, points)
     nearest, which = distance.min(1)
     end = route.legs[-1].next
-    # ddim stops at index 0, with that level's noise; the others at none. A sample midway between two is possible,
-    # not likely.
+    # ddim stops at index 0, with that level's noise, the others without noise. A sample midway between two points is
+    # possible but unlikely.
     assert (nearest < 1e-6 + 3 * end.sigma).double().mean() >= 0.98
     shares = torch.bincount(which, minlength=len(POINTS)) / len(x)
     assert (shares - 0.2).abs().max() < 0.08  # 4.5 standard deviations
@@ -297,9 +298,9 @@ def rescaled(level, path):
     return Level(level.alpha / scale, level.sigma / scale, level.model_time)
 
 
-@pytest.mark.parametrize("kind", [k for k in MAKE if k != "ddpm_large"])  # that variance is one of the path's scale
+@pytest.mark.parametrize("kind", [k for k in MAKE if k != "ddpm_large"])  # its variance depends on the path's scale
 def test_samples_do_not_depend_on_the_path(kind):
-    # With an exact denoiser, samples depend on the noise levels alone, whatever alpha goes with them.
+    # With an exact denoiser, samples depend only on the noise levels and not on alpha.
     ends = []
     for path in ("vp", "ve", "flow"):
         levels = [rescaled(SCHEDULE.level(i), path) for i in range(999, 0, -37)] + [rescaled(SCHEDULE.level(-1), path)]
@@ -342,7 +343,7 @@ def test_eulers_step_on_karras_ode_and_on_a_flow_equals_ddims():
 
 
 def test_a_single_datum_is_reached_exactly_by_any_ode_step():
-    # With x̂0 = d throughout, the solution is alpha d + sigma eps with eps at rest.
+    # With x̂0 = d throughout, the solution is alpha d + sigma eps with constant eps.
     d, eps = draw(3, 2, 2, 2, seed=1), draw(3, 2, 2, 2, seed=2)
     for kind in ODE:
         legs = plan(SCHEDULE, make_sampler("dpmpp_2m").grid, 4, "trailing").legs
@@ -367,7 +368,7 @@ def test_a_multistep_step_forgets_a_finished_trajectory(kind):
 
 @pytest.mark.parametrize("end", [False, True])
 def test_inversion_recovers_the_noise_of_the_data(end):
-    # Refinements converge on the noise from which DDIM gives the data again, to rounding.
+    # Refinements converge to the noise from which DDIM generates the data again, up to rounding.
     legs = plan(SCHEDULE, make_sampler("ddim").grid, 50, "trailing", set_alpha_to_one=end).legs
     x = MODES[draw(64, 1, 1, 1).argsort(0) % 3] + WIDTH * draw(64, 1, 1, 1, seed=1)
     errors = []
@@ -382,7 +383,7 @@ def test_inversion_of_gaussian_data_gives_standard_noise():
     legs = plan(SCHEDULE, make_sampler("ddim").grid, 500, "trailing").legs
     x = MEAN + STD * draw(20000, 1, 1, 1)
     noise = invert(exact_gaussian, x, legs, 3)
-    assert noise.mean().item() == pytest.approx(0, abs=0.08)  # alpha there is 0.068: some of the mean stays
+    assert noise.mean().item() == pytest.approx(0, abs=0.08)  # alpha there is 0.068, so a part of the mean stays
     assert noise.std().item() == pytest.approx(1, abs=0.03)
 
 
@@ -394,7 +395,7 @@ def test_inversion_of_gaussian_data_gives_standard_noise():
     [*ON_PATHS, *((k, Schedule.build("linear", zero_terminal_snr=True)) for k in MAKE if k != "heun")],
 )
 def test_the_loop_never_synchronises_with_the_device(kind, schedule):
-    # A meta tensor has no numbers: whatever asked for one would raise.
+    # A meta tensor has no values: reading one would raise.
     route, x = plan(schedule, make_sampler("dpmpp_2m").grid, 10, "trailing"), torch.empty(2, 4, 8, 8, device="meta")
     denoise = Conditioned(Denoiser(lambda x_t, index, c: x_t * index.view(-1, 1, 1, 1), "v", torch.bfloat16), x)
     end = sample(denoise, route.start(x), route.legs, MAKE[kind](), lambda: torch.empty_like(x))

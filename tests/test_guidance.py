@@ -1,4 +1,4 @@
-"""Guidance against the papers' formulas, diffusers' rescaling, and distributions whose every score is known."""
+"""Guidance against the papers' formulas, diffusers' rescaling, and distributions with known scores."""
 
 import math
 from functools import partial
@@ -26,7 +26,7 @@ CASES = {
     f"{kind} {name}": (kind, level)
     for kind in TARGETS
     for name, level in LEVELS.items()
-    if kind != "eps" or level.alpha > 0  # of pure noise, eps says nothing of the image
+    if kind != "eps" or level.alpha > 0  # eps of pure noise contains no information about the image
 }
 in_every_target = pytest.mark.parametrize("kind", TARGETS)
 at_every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
@@ -38,19 +38,19 @@ def network(x_t, index, condition):
 
 
 def outputs(x_t, level, *conditions):
-    """What the network says of each condition, asked one by one."""
+    """Return the network's output for each condition, evaluated one by one."""
     index = torch.full((len(x_t),), level.model_time)
     return [network(x_t, index, condition) for condition in conditions]
 
 
 def translated(output, kind, space, x_t, level):
-    """What an output in one target means in another."""
+    """Convert an output from one target to another."""
     x0, eps = (f(kind, output, x_t, level.alpha, level.sigma) for f in (to_x0, to_eps))
     return target_of(space, x0, eps, level.alpha, level.sigma)
 
 
 class Recorder:
-    """The network, and the conditions it was asked for: one list for every evaluation."""
+    """The network, which records the conditions of every evaluation."""
 
     def __init__(self):
         self.asked = []
@@ -73,11 +73,11 @@ def never(*_):
 def test_guidance_is_the_same_for_any_target(kind, level, scale):
     x_t, negative, positive = draw(4, 3, 2, 2), draw(4, seed=6), draw(4, seed=5)
     guided = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)])(x_t, level).x0
-    said = outputs(x_t, level, negative, positive)
+    predicted = outputs(x_t, level, negative, positive)
     for space in TARGETS:
         if space == "eps" and level.alpha == 0:
             continue
-        y_neg, y_pos = (translated(output, kind, space, x_t, level) for output in said)
+        y_neg, y_pos = (translated(output, kind, space, x_t, level) for output in predicted)
         expected = to_x0(space, y_neg + scale * (y_pos - y_neg), x_t, level.alpha, level.sigma)
         torch.testing.assert_close(guided, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
 
@@ -121,7 +121,7 @@ def test_scale_1_is_the_condition_and_scale_0_the_negative(kind, level):
 
 
 def rescaled(kind, level, scale, phi):
-    """What guidance means in the network's own target, (b, …), and the outputs it was made of."""
+    """Return the guided output in the network's own target, (b, …), and the outputs that it is computed from."""
     x_t, negative, positive = draw(4, 3, 8, 8), draw(4, seed=6), draw(4, seed=5)
     x_t *= torch.tensor([0.2, 1, 3, 0.01]).double().view(-1, 1, 1, 1)  # images of different contrast
     x0 = ClassifierFree(Denoiser(network, kind), negative, [(positive, scale)], phi)(x_t, level).x0
@@ -145,7 +145,7 @@ def test_full_rescaling_gives_every_image_the_contrast_of_its_conditional_predic
 def test_no_rescaling_is_no_change():
     x_t, negative, positive = draw(4, 3, 2, 2), draw(4, seed=6), draw(4, seed=5)
     for level in LEVELS.values():
-        for scale, phi in ((5.0, 0.0), (1.0, 0.7)):  # at scale 1 the prediction is the conditional one already
+        for scale, phi in ((5.0, 0.0), (1.0, 0.7)):  # at scale 1 the prediction is already the conditional one
             prompts = [(positive, scale)]
             denoiser = Denoiser(network, "v")
             guided, plain = (ClassifierFree(denoiser, negative, prompts, by)(x_t, level) for by in (phi, 0.0))
@@ -154,7 +154,7 @@ def test_no_rescaling_is_no_change():
 
 @in_every_target
 def test_one_prompt_in_two_parts_is_one_prompt(kind):
-    # With rescaling too: the conditional prediction of several prompts is their mean by scale.
+    # With rescaling too: the conditional prediction of several prompts is their mean, weighted by scale.
     x_t, negative, positive = draw(4, 3, 4, 4), draw(4, seed=6), draw(4, seed=5)
     denoiser, level = Denoiser(network, kind), LEVELS["vp 250"]
     for parts in ((1.5, 2.5), (0.25, 0.75)):
@@ -173,8 +173,8 @@ def test_a_prompt_may_be_the_negatives_own_tensor():
 
 @pytest.mark.parametrize("scales", [(2.0, -2.0), (2.0, -1.9)], ids=str)
 def test_rescaling_a_prompt_and_a_negated_one_adds_no_contrast(scales):
-    # Their mean by scale is no prediction: of scales that sum to (nearly) 0 it is nothing, or as large as you like.
-    # Either such scales are refused, or what comes out has about the contrast of the predictions it was made of.
+    # The mean weighted by scale isn't a prediction if the scales sum to (nearly) 0: it is undefined or arbitrarily large.
+    # Either such scales are refused, or the result has about the contrast of the predictions.
     x_t, negative, *prompts = draw(4, 3, 8, 8), *(draw(4, seed=k) for k in (5, 6, 7))
     level = LEVELS["vp 250"]
     own = torch.stack([output.std((1, 2, 3)) for output in outputs(x_t, level, *prompts)])
@@ -202,7 +202,7 @@ def test_an_interval_guides_only_inside_and_saves_evaluations_outside():
     denoiser, negative, positive = Denoiser(recorder, "v"), torch.zeros(2).double(), torch.ones(2).double()
     guided, plain = ClassifierFree(denoiser, negative, [(positive, 3.0)]), Conditioned(denoiser, positive)
     levels = [VP.level(i) for i in (999, 700, 500, 300, 0)]
-    interval = Interval(guided, plain, levels[3].noise, levels[1].noise)  # the lower end out, the upper end in
+    interval = Interval(guided, plain, levels[3].noise, levels[1].noise)  # without the lower end, with the upper end
     made = [interval(x_t, level) for level in levels]
     assert [len(asked) for asked in recorder.asked] == [2, 4, 4, 2, 2]
     for got, level, by in zip(made, levels, (plain, guided, guided, plain, plain), strict=True):
@@ -233,7 +233,7 @@ def gaussian(x_t, level, mean, std):
 
 
 def informed(level):
-    """A denoiser that is exact for the Gaussian that its condition names, condition (b, 2, …) = mean and std."""
+    """Return the exact denoiser of the Gaussian that its condition gives, (b, 2, …) = mean and std."""
     return Denoiser(lambda x_t, index, condition: gaussian(x_t, level, *condition.unbind(1)), "x0")
 
 
@@ -290,7 +290,7 @@ def test_autoguidance_extrapolates_away_from_the_weaker_model(scale):
 
 @pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
 def test_autoguided_gaussians_stay_affine(path):
-    # The ODE's samples are slope × noise + offset, carried along in numbers. Away from a broader model: narrower.
+    # The ODE's samples are slope × noise + offset, computed numerically. Guidance away from a broader model narrows them.
     main, weak = (lambda x, level, m=model: Denoised(gaussian(x, level, *m)) for model in (MAIN, WEAK))
     legs, noise, spreads = (
         plan(path, make_sampler("ddim").grid, 20, "trailing", set_alpha_to_one=True).legs,
@@ -321,31 +321,31 @@ WEIGHTS = torch.tensor([0.3, 0.15, 0.35, 0.2], dtype=torch.float64)
 MEANS = torch.tensor([[-1.2, -1.0], [-1.0, 1.2], [1.2, 0.9], [1.1, -1.2]], dtype=torch.float64)
 STDS = torch.tensor([0.1, 0.25, 0.2, 0.15], dtype=torch.float64)
 LABELS = torch.tensor([[1, 0, 0, 0.5], [0, 1, 1, 0], [0, 0, 0, 0.5]], dtype=torch.float64)
-"""p(y | component): label 0 is all of the first component and half of the last, 1 two whole ones, 2 one in part."""
+"""p(y | component): label 0 has all of the first component and half of the last, 1 has two, 2 a part of one."""
 
 
 def log_joint(x_t, level, weights=WEIGHTS):
-    """log of weight × density of x_t (b, 2, 1, 1) in each component, (b, 4), but for a constant."""
+    """Return the log of weight × density of x_t (b, 2, 1, 1) in each component, (b, 4), up to a constant."""
     variance = level.alpha**2 * STDS**2 + level.sigma**2
     squares = (x_t.flatten(1)[:, None] - level.alpha * MEANS).square().sum(2)
     return weights.log() - squares / (2 * variance) - variance.log()  # in 2 dimensions
 
 
 def mixture(x_t, level, weights=WEIGHTS):
-    """E[x0 | x_t], exactly, for components of these weights, (4,) or (b, 4)."""
+    """Return E[x0 | x_t] exactly for components of these weights, (4,) or (b, 4)."""
     shares = log_joint(x_t, level, weights).softmax(1)
     each = gaussian(x_t.flatten(1)[:, None], level, MEANS, STDS[:, None])  # (b, 4, 2)
     return Denoised(torch.einsum("bk,bkd->bd", shares, each).view_as(x_t))
 
 
 def log_probability(label, x_t, level):
-    """log p(y | x_t), by Bayes in noisy space."""
+    """Return log p(y | x_t) by Bayes' rule at this noise level."""
     joint = log_joint(x_t, level)
     return (joint + LABELS[label].log()).logsumexp(1) - joint.logsumexp(1)
 
 
 def noisy(level, n=200):
-    """x_t of the whole mixture, and as many of a wide Gaussian: also where no data comes from."""
+    """Draw x_t from the mixture, and as many from a wide Gaussian, which also covers places without data."""
     x0 = MEANS[torch.arange(n) % 4] + STDS[torch.arange(n) % 4, None] * draw(n, 2, seed=3)
     return torch.cat([level.alpha * x0 + level.sigma * draw(n, 2, seed=4), 2 * draw(n, 2, seed=5)]).view(-1, 2, 1, 1)
 
@@ -384,8 +384,8 @@ def test_a_classifier_without_effect_is_not_evaluated():
         assert torch.equal(ClassifierGuided(mixture, never, weight)(x_t, level).x0, mixture(x_t, level).x0)
 
 
-def std_alone(legs, std, eta):
-    """What these steps make of N(mean, std^2) with an exact denoiser: DDIM's eq. 12 and 16, eta 1 for DDPM."""
+def std_of_gaussian(legs, std, eta):
+    """Return the std that these steps give for N(mean, std^2) with an exact denoiser: DDIM's eq. 12 and 16, eta 1 is DDPM."""
     variance = 1.0
     for t, s in legs:
         gain = t.alpha * std**2 / (t.alpha**2 * std**2 + t.sigma**2)
@@ -407,15 +407,15 @@ def test_an_exact_classifier_samples_the_conditional_distribution(label, path, k
     guided = ClassifierGuided(mixture, partial(log_probability, label))
     x = sample(guided, route.start(noise()), route.legs, step, noise).flatten(1)
 
-    # Within 3 standard errors and a bias: of finite steps, and of a start without the data's part in x_T (alpha 0.07).
-    # Finite steps make a component too narrow, as they do where there is no other.
+    # The tolerance is 3 standard errors and a bias, from finite steps and from a start without the data's part in x_T
+    # (alpha 0.07). Finite steps make a component too narrow, also if it is the only one.
     expected = WEIGHTS * LABELS[label] / (WEIGHTS * LABELS[label]).sum()
     which = torch.cdist(x, MEANS).argmin(1)
     for k, share in enumerate(expected.tolist()):
         own = x[which == k]
         assert len(own) / n == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / n) + 0.02)
         if share > 0:
-            std = std_alone(route.legs, STDS[k].item(), eta)
+            std = std_of_gaussian(route.legs, STDS[k].item(), eta)
             error = std / math.sqrt(len(own))
             assert (own.mean(0) - MEANS[k]).abs().max() < 3 * error + 0.02
             assert (own.std(0) - std).abs().max() < 3 * error / math.sqrt(2) + 0.02 * std
@@ -444,7 +444,7 @@ def test_guidance_wrappers_can_be_nested():
 @pytest.mark.parametrize("kind", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
 def test_guidance_never_synchronises_with_the_device(path, kind):
-    # A meta tensor has no numbers: whatever asked for one would raise.
+    # A meta tensor has no values: reading one would raise.
     x, condition = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, device="meta")
     denoiser = Denoiser(network, "v", torch.bfloat16)
     plain = Conditioned(denoiser, condition)

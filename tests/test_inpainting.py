@@ -1,4 +1,4 @@
-"""A UNet trained to inpaint: what it is shown, that it begins as the model it was, and stock diffusers' images."""
+"""A UNet trained to inpaint: its inputs, its start as the given model, and equality with stock diffusers."""
 
 import json
 import shutil
@@ -49,8 +49,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def begun(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished stages 0, 1 and 2, of text to image."""
+def text_runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with finished runs of stages 0, 1 and 2, for text to image."""
     runs = tmp_path_factory.mktemp("runs")
     train.stages.clip.train(clip_config(shapes, runs / "clip", steps=2, validate_every=2))
     train.stages.vae.train(vae_config(shapes, runs / "vae", steps=2, validate_every=2))
@@ -77,11 +77,11 @@ def test_a_widened_network_predicts_the_same_until_it_is_trained():
     after = network(x, index, text)
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
     after.square().sum().backward()
-    assert unet.conv_in.weight.grad[:, 4:].abs().amax((0, 2, 3)).min() > 0  # each new input is learned from
+    assert unet.conv_in.weight.grad[:, 4:].abs().amax((0, 2, 3)).min() > 0  # each new input has a gradient
 
 
 def test_each_guided_prediction_receives_the_context_of_its_image():
-    """Three predictions of two images in one evaluation: the context goes with the image."""
+    """Three predictions of two images are evaluated together; each receives the context of its image."""
 
     def network(x, index, condition):
         return x[:, :1] * 0 + x[:, 1:2] + condition[:, :, None, None]
@@ -108,7 +108,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 noisy images of several shapes, which no window of another resembles."""
+    """32 noisy images of several shapes, in which no crop resembles another."""
     folder = tmp_path_factory.mktemp("wide")
     for k in range(32):
         size = (64, 40) if k % 2 else (36, 36)
@@ -119,7 +119,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_masked_image_is_the_crop_of_its_cached_latent(
-    begun: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    text_runs: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     seen: list[tuple[Autoencoder, Any, DiffusionBatch]] = []
     complete = Completion.__call__
@@ -131,7 +131,7 @@ def test_the_masked_image_is_the_crop_of_its_cached_latent(
 
     monkeypatch.setattr(Completion, "__call__", spy)
 
-    config = inpaint_config(wide, tmp_path / "run", begun, steps=2, validate_every=2, batch_size=8, **WAYS[way])
+    config = inpaint_config(wide, tmp_path / "run", text_runs, steps=2, validate_every=2, batch_size=8, **WAYS[way])
     train.stages.ldm.train(config)
     assert len(seen) > 2
     for autoencoder, part, batch in seen:
@@ -147,28 +147,28 @@ def test_the_masked_image_is_the_crop_of_its_cached_latent(
 
 
 @pytest.mark.parametrize("way", ["cached", "kept crops", "as they come"])
-def test_a_run_is_continued_exactly(shapes: Path, begun: Path, tmp_path: Path, way: str) -> None:
+def test_a_run_is_continued_exactly(shapes: Path, text_runs: Path, tmp_path: Path, way: str) -> None:
     def start(name: str, hooks: Hooks | None = None, **change: Any) -> None:
-        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, **WAYS[way] | change), hooks=hooks)
+        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, text_runs, **WAYS[way] | change), hooks=hooks)
 
-    start("whole", workers=2)
+    start("uninterrupted", workers=2)
     with pytest.raises(KeyboardInterrupt):
-        start("cut", Crash(5))
-    start("cut")
-    assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == 4
-    assert (tmp_path / "whole/samples/step-00000008.png").is_file()
+        start("interrupted", Crash(5))
+    start("interrupted")
+    assert final_state(tmp_path / "interrupted") == final_state(tmp_path / "uninterrupted")
+    assert len(losses(tmp_path / "uninterrupted")) == 4
+    assert (tmp_path / "uninterrupted/samples/step-00000008.png").is_file()
 
 
-def test_masks_follow_positions_on_any_number_of_processes(begun: Path, wide: Path, tmp_path: Path) -> None:
-    """Two processes, with a batch in two parts, together see what one process sees."""
+def test_masks_follow_positions_on_any_number_of_processes(text_runs: Path, wide: Path, tmp_path: Path) -> None:
+    """Two processes, with a batch in two parts, together see the same as one process."""
     source = open_source(wide, "train")
     framing = Framing(resolution=32)
     for dataset in (
         ImageDataset(source, framing, 3, draws=LatentNoise(DEFAULT_NOISING, 4, 2, masks=True)),
         cached_images(source, framing, tmp_path),
     ):
-        (whole,) = next(iter(loader(dataset, start_step=5, steps=6, batch_size=8)))
+        (batch,) = next(iter(loader(dataset, start_step=5, steps=6, batch_size=8)))
         parts = [
             part
             for rank in range(2)
@@ -178,14 +178,14 @@ def test_masks_follow_positions_on_any_number_of_processes(begun: Path, wide: Pa
         ]
         for part in parts:
             for k, position in enumerate(part.position.tolist()):
-                (at,) = (whole.position == position).nonzero()
+                (at,) = (batch.position == position).nonzero()
                 for a, b in (
-                    (part.pixels, whole.pixels),
-                    (part.drawn.masks.mask, whole.drawn.masks.mask),
-                    (part.drawn.masks.noise, whole.drawn.masks.noise),
+                    (part.pixels, batch.pixels),
+                    (part.drawn.masks.mask, batch.drawn.masks.mask),
+                    (part.drawn.masks.noise, batch.drawn.masks.noise),
                 ):
                     assert torch.equal(a[k], b[at[0]])
-        assert sorted(p for part in parts for p in part.position.tolist()) == whole.position.tolist()
+        assert sorted(p for part in parts for p in part.position.tolist()) == batch.position.tolist()
 
 
 def cached_images(source: Source, framing: Framing, folder: Path) -> CachedDataset:
@@ -206,60 +206,60 @@ def test_an_image_damaged_during_training_is_substituted(wide: Path, tmp_path: P
     source = open_source(data, "train")
     dataset = cached_images(source, Framing(resolution=32), tmp_path / "cache")
     before = dataset.__getitems__(range(8))
-    gone = int(before.index[3])
-    (data / source[gone].name).write_bytes(b"no image any more")
+    damaged = int(before.index[3])
+    (data / source[damaged].name).write_bytes(b"no image any more")
     after = dataset.__getitems__(range(8))
-    assert [name for name, _ in after.damaged] == [source[gone].name]
-    assert gone not in after.index
+    assert [name for name, _ in after.damaged] == [source[damaged].name]
+    assert damaged not in after.index
     torch.testing.assert_close(after.mean, F.avg_pool2d(after.pixels, 2))
     for k in range(8):
-        if int(before.index[k]) != gone:
+        if int(before.index[k]) != damaged:
             assert torch.equal(before.pixels[k], after.pixels[k])
-    assert not dataset.__getitems__(range(8)).damaged  # once told
+    assert not dataset.__getitems__(range(8)).damaged  # already reported
 
 
-def test_training_starts_as_the_given_model(shapes: Path, begun: Path, tmp_path: Path) -> None:
-    """Its first loss, at a learning rate of nearly 0, is that of continuing as text to image; so are autoencoder and encoder."""
+def test_training_starts_as_the_given_model(shapes: Path, text_runs: Path, tmp_path: Path) -> None:
+    """The first loss, at a learning rate of nearly 0, equals that of text to image; so do autoencoder and encoder."""
     still = {"optimizer": replace(COMMON["optimizer"], lr=1e-12), "steps": 2, "validate_every": 2}
     for task in ("txt2img", "inpaint"):
         train.stages.ldm.train(
-            replace(inpaint_config(shapes, tmp_path / task, begun, **still), task=task, vae="", text_encoder="")
+            replace(inpaint_config(shapes, tmp_path / task, text_runs, **still), task=task, vae="", text_encoder="")
         )
     one, other = (losses(tmp_path / task)[0][1] for task in ("txt2img", "inpaint"))
     assert other == pytest.approx(one, rel=1e-5)
-    was = LatentDiffusionPipeline.from_pretrained(begun / "ldm/model").unet.state_dict()
+    was = LatentDiffusionPipeline.from_pretrained(text_runs / "ldm/model").unet.state_dict()
     for name, value in LatentDiffusionPipeline.from_pretrained(tmp_path / "txt2img/model").unet.state_dict().items():
         torch.testing.assert_close(value, was[name], atol=1e-6, rtol=0)
 
 
 def test_settings_that_contradict_the_given_model_are_refused(
-    shapes: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shapes: Path, text_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def start(name: str = "run", **change: Any) -> None:
-        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, begun, steps=1, validate_every=1, **change))
+        train.stages.ldm.train(inpaint_config(shapes, tmp_path / name, text_runs, steps=1, validate_every=1, **change))
 
     with pytest.raises(UserError, match="no pipeline at 'nowhere'"):
         start(init="nowhere")
     with pytest.raises(UserError, match=r"lacks unet/"):
-        start(init=str(begun / "vae/model"))
+        start(init=str(text_runs / "vae/model"))
     with pytest.raises(UserError, match="has out_channels 4, but this run needs 8"):
         start(diffusion=DiffusionConfig(variance="learned", objective="hybrid"))
     wide = UnetConfig(channels=(32, 32), attention=(True, True), heads=(2, 2), groups=8)
     with pytest.raises(UserError, match="another shape than the configuration's unet"):
-        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), unet=wide))
+        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", text_runs), unet=wide))
     assert not (tmp_path / "run").exists()
     start()
     with pytest.raises(UserError, match="has in_channels 9, but this run needs 4"):
         start("other", task="txt2img", init=str(tmp_path / "run/model"))
     start("again", init=str(tmp_path / "run/model"), diffusion=DiffusionConfig(target="v", beta_end=0.02))
-    said = capsys.readouterr().out
-    assert "predicts eps, this run v" in said
-    assert "another noise schedule" in said
-    assert "another autoencoder's latents" not in said
+    printed = capsys.readouterr().out
+    assert "predicts eps, this run v" in printed
+    assert "another noise schedule" in printed
+    assert "another autoencoder's latents" not in printed
     train.stages.vae.train(vae_config(shapes, tmp_path / "vae", steps=1, validate_every=1, seed=5))
     train.stages.ldm.train(
         replace(
-            inpaint_config(shapes, tmp_path / "foreign", begun, steps=1, validate_every=1),
+            inpaint_config(shapes, tmp_path / "foreign", text_runs, steps=1, validate_every=1),
             vae=str(tmp_path / "vae/model"),
             cache=str(tmp_path / "cache"),
         )
@@ -268,22 +268,24 @@ def test_settings_that_contradict_the_given_model_are_refused(
     with pytest.raises(ValidationError, match="prompts with task inpaint"):
         start("prompts", prompts=("a star",))
     deep = UnetConfig(channels=(8, 8, 8), attention=(False, False, True), heads=(2, 2, 2), groups=8)
-    train.stages.ldm.train(replace(ldm_config(shapes, tmp_path / "deep", begun, steps=1, validate_every=1), unet=deep))
-    # Two levels would need a multiple of 4 only.
+    train.stages.ldm.train(
+        replace(ldm_config(shapes, tmp_path / "deep", text_runs, steps=1, validate_every=1), unet=deep)
+    )
+    # Two levels would only need a multiple of 4.
     with pytest.raises(UserError, match=r"--input.buckets 4: must be a multiple of 8"):
         train.stages.ldm.train(
             replace(
                 inpaint_config(
-                    shapes, tmp_path / "bucketed", begun, steps=1, input=DataConfig(resolution=32, buckets=4)
+                    shapes, tmp_path / "bucketed", text_runs, steps=1, input=DataConfig(resolution=32, buckets=4)
                 ),
                 init=str(tmp_path / "deep/model"),
                 unet=UnetConfig(),
             )
         )
     with pytest.raises(UserError, match=r"--task txt2img: the run in .* was started with inpaint"):
-        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", begun), task="txt2img", steps=1))
+        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", text_runs), task="txt2img", steps=1))
     with pytest.raises(UserError, match=r"--vae is missing: .* or give --init with a pipeline"):
-        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "none", begun), init="", vae=""))
+        train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "none", text_runs), init="", vae=""))
     with pytest.raises(UserError, match="--init: not the same content as in the run"):
         start(init=str(tmp_path / "again/model"), diffusion=DiffusionConfig())
 
@@ -301,7 +303,7 @@ def saved(pipe, tmp_path_factory):
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_inpainting_equals_stock_diffusers(pipe, saved, strength, sampler):
-    """Before pasting. The mask's borders are multiples of the autoencoder's factor."""
+    """Results are compared before pasting. The mask's borders are multiples of the autoencoder's factor."""
     from diffusers import DPMSolverMultistepScheduler
 
     stock = DiffusionPipeline.from_pretrained(saved)
@@ -317,7 +319,7 @@ def test_inpainting_equals_stock_diffusers(pipe, saved, strength, sampler):
     other = pipe(
         PROMPTS, image=smooth_images(2, seed=9), mask_image=box_mask(), generator=generators(2), sampler=sampler, **how
     ).images
-    assert (pipe.decode(ours) - pipe.decode(other)).abs().max() > 2 / 255  # it does see the image
+    assert (pipe.decode(ours) - pipe.decode(other)).abs().max() > 2 / 255  # the network does see the image
 
 
 def test_an_inpainting_model_is_saved_and_loaded_unchanged(pipe, saved):
@@ -345,7 +347,7 @@ def test_the_unmasked_area_is_kept_and_the_masked_content_is_ignored(pipe):
 
 
 def test_an_inpainting_model_also_generates_from_text_and_from_images(pipe):
-    """The image is that under an all-white mask, except for the noise with which a grey image's posterior is sampled."""
+    """The image equals that of an all-white mask, except for the noise of the sampled posterior of a grey image."""
     how = {"num_inference_steps": 3, "output_type": "np"}
     text = pipe(PROMPTS, generator=generators(2), **how).images
     assert text.shape == (2, 32, 32, 3)
@@ -355,8 +357,8 @@ def test_an_inpainting_model_also_generates_from_text_and_from_images(pipe):
     assert np.abs(under - pipe(PROMPTS, latents=noise, **how).images).max() <= 0.05
     other = pipe(PROMPTS, generator=generators(2), **white | {"image": smooth_images(2, seed=7)}, **how).images
     np.testing.assert_allclose(under, other, atol=1e-5)
-    alone = pipe(PROMPTS[1], generator=generators(2)[1:], **how).images
-    assert np.abs(alone[0] - text[1]).max() <= 1 / 255
+    single = pipe(PROMPTS[1], generator=generators(2)[1:], **how).images
+    assert np.abs(single[0] - text[1]).max() <= 1 / 255
     near = pipe(PROMPTS, image=smooth_images(2), strength=0.3, generator=generators(2), **how).images
     far = pipe(PROMPTS, image=smooth_images(2), strength=0.9, generator=generators(2), **how).images
     assert np.abs(near - far).max() > 1 / 255
@@ -383,12 +385,12 @@ def test_a_batch_is_reproducible_and_equals_its_images_generated_separately(inpa
     np.testing.assert_array_equal(one, other)
     for k in (0, 4, 6):
         mine = {name: value[k : k + 1] if isinstance(value, list) else value for name, value in of_each.items()}
-        alone = pipe(prompts[k], generator=generators(7)[k : k + 1], **mine, **how).images
-        assert np.abs(alone[0] - one[k]).max() <= 1 / 255
+        single = pipe(prompts[k], generator=generators(7)[k : k + 1], **mine, **how).images
+        assert np.abs(single[0] - one[k]).max() <= 1 / 255
 
 
 def test_a_weaker_model_receives_the_context_too(pipe):
-    """Guided away from itself, a model paints what it would; from another, something else."""
+    """A model guided away from itself generates the same as without, and something else if guided by another model."""
     given = {"image": smooth_images(2), "mask_image": box_mask()}
     other = tiny_pipeline(inpaints=True)
     torch.nn.init.normal_(other.unet.conv_in.weight[:, 4:].detach(), std=1, generator=generators(1)[0])
@@ -410,7 +412,7 @@ def test_other_channel_counts_are_refused(pipe):
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_folders_without_plain_safetensors_are_refused_in_one_line(saved, tmp_path, part):
-    """Pickled weights, and variants such as fp16's."""
+    """Folders with pickled weights, and with variants such as fp16."""
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     weights = folder / part / "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""Each loss against its formula or another implementation; gradients where they belong, and nowhere else."""
+"""Each loss against its formula or another implementation, and which parameters have gradients."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_a_batch_is_the_mean_of_its_parts(kind: str) -> None:
 
 
 def test_the_best_learned_scale_equals_the_distance() -> None:
-    """The minimum over s of d / exp(s) + s is at exp(s) = d."""
+    """d / exp(s) + s has its minimum over s at exp(s) = d."""
     distance, s = torch.tensor(0.03), torch.tensor(math.log(0.03), requires_grad=True)
     likelihood_loss(distance, s).backward()
     assert s.grad == pytest.approx(0, abs=1e-6)
@@ -99,7 +99,7 @@ def test_the_scale_against_underflow_changes_no_digit(dtype: torch.dtype) -> Non
 
 
 def test_small_gradients_survive_fp16() -> None:
-    """A gradient far below fp16's least number, of each element and of a weight over all of them."""
+    """The gradients of each element and of a weight over all of them are far below fp16's least number."""
     torch.manual_seed(0)
     made, conv = noise(16, 3, 128, 128), nn.Conv2d(3, 3, 1)
 
@@ -113,7 +113,7 @@ def test_small_gradients_survive_fp16() -> None:
     with torch.autocast("cpu", torch.float16):
         half = conv(made)
     scale = underflow_scale(made)
-    error = torch.full(made.shape, 1 / made.numel())  # all of one sign, so that a weight's gradient is their sum
+    error = torch.full(made.shape, 1 / made.numel())  # all of one sign, so a weight's gradient is their sum
     (ours,) = torch.autograd.grad(half.float(), conv.weight, error * scale)
     (theirs,) = torch.autograd.grad(conv(made), conv.weight, error)
     torch.testing.assert_close(ours / scale, theirs, rtol=0.02, atol=1e-4)
@@ -163,7 +163,7 @@ def test_perceptual_losses_have_gradients_only_for_the_image(judge: str, request
     assert (made.grad.flatten(1).norm(dim=1) > 0).all()
     assert gradients(perceptual) == 0
     assert not any(p.requires_grad for p in perceptual.parameters())
-    # Following it makes images more alike.
+    # A step along the gradient makes the images more similar.
     assert perceptual(made.detach() - 0.1 * made.grad / made.grad.abs().max(), x) < loss
     assert perceptual(x, x) == pytest.approx(0, abs=1e-6)
     parts = [perceptual(a, b) for a, b in zip(made.detach().split(1), x.split(1), strict=True)]
@@ -174,7 +174,7 @@ def test_perceptual_losses_have_gradients_only_for_the_image(judge: str, request
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_perceptual_gradients_are_finite_in_half_precision(judge: str, dtype: torch.dtype, request) -> None:
     perceptual, x = request.getfixturevalue(judge), smooth_pixels(4)
-    grey = torch.zeros_like(x)  # where LPIPS has features that are zero altogether
+    grey = torch.zeros_like(x)  # here some features of LPIPS are all zero
     for made in (x + 0.1 * noise(*x.shape), grey):
         exact = known(lambda y: perceptual(y, x), made)
         with torch.autocast("cpu", dtype):
@@ -195,7 +195,7 @@ def test_small_images_are_enlarged_for_lpips(lpips: Lpips) -> None:
 def test_unavailable_perceptual_networks_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"perceptual\.model"):
         ClipPerceptual(str(tmp_path / "nothing"))
-    # A text tower alone: what lacks would be random weights.
+    # Only a text tower: the missing weights would be random.
     text = CLIPTextConfig(
         vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -255,7 +255,7 @@ def test_a_frozen_critic_passes_gradients_on() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 def test_a_logit_depends_only_on_its_own_image(layers: int) -> None:
-    """No statistics over the batch: an image is judged alone as in company."""
+    """There are no statistics over the batch: an image has the same logits with and without others."""
     torch.manual_seed(0)
     critic = PatchDiscriminator(12, layers)
     x = smooth_pixels(4, critic.smallest)
@@ -267,11 +267,11 @@ def test_a_logit_depends_only_on_its_own_image(layers: int) -> None:
 
 @pytest.mark.parametrize(("layers", "side"), [(1, 16), (2, 34), (3, 70)])
 def test_patches_are_those_of_isola_et_al(layers: int, side: int) -> None:
-    """A logit in the middle looks at 16, 34 or 70 pixels a side: the rows of the image that it has a gradient for."""
+    """A logit in the middle has a gradient for 16, 34 or 70 rows of the image."""
     critic, x = PatchDiscriminator(4, layers).double(), smooth_pixels(1, 128).double().requires_grad_()
     for part in critic.body:
         if isinstance(part, nn.GroupNorm):
-            part.forward = lambda y: y  # which looks at the whole image
+            part.forward = lambda y: y  # group normalisation depends on the whole image
     logits = critic(x)
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     assert int((x.grad.abs().sum((0, 1, 3)) > 0).sum()) == side
@@ -334,7 +334,7 @@ def test_the_adaptive_weight_is_clamped_or_nan(dtype: torch.dtype) -> None:
 
 
 def test_a_transform_does_the_same_to_latents_and_images() -> None:
-    """Pooling commutes with turning exactly, and with shrinking up to the filter."""
+    """Pooling commutes with rotation exactly, and with shrinking up to the filter."""
     x = smooth_pixels(2, 64)
     for turns in range(4):
         t = Transform(16, 16, turns)

@@ -1,4 +1,4 @@
-"""Images as they are found: a thousand damaged or odd ones among a thousand good ones; colour profiles; rectangles."""
+"""Unusual images: a thousand damaged or odd files among a thousand good ones, colour profiles, and rectangles."""
 
 import hashlib
 import io
@@ -68,7 +68,7 @@ def test_sizes_are_read_from_headers(monkeypatch):
     def load(*args):
         raise AssertionError("a header is enough")
 
-    for form in ("PNG", "JPEG", "TIFF"):  # WebP's reader has no pixels before load()
+    for form in ("PNG", "JPEG", "TIFF"):  # WebP's reader doesn't separate the header from the pixels
         monkeypatch.setattr(type(Image.open(io.BytesIO(files[form, 1]))), "load", load)
     assert {key: image_size(data) for key, data in files.items()} == expected
     with pytest.raises(DamagedImage, match=r"x\.png: not an image of an accepted format"):
@@ -103,7 +103,7 @@ def fixed(*numbers: float) -> bytes:
 
 
 def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """An ICC profile, version 2."""
+    """Return an ICC profile, version 2."""
     offset, table, body = 128 + 4 + 12 * len(tags), b"", b""
     for name, data in tags.items():
         table += name + struct.pack(">II", offset + len(body), len(data))
@@ -163,7 +163,7 @@ def test_srgb_and_invalid_profiles_change_nothing():
 
 
 def test_cmyk_images_are_converted_by_their_profile():
-    """A press whose every ink is a middle grey, L* = 50.2, which sRGB has at 120; all four together are black."""
+    """Each ink of the press is a middle grey, L* = 50.2, which is 120 in sRGB. All four together are black."""
     ramp = bytes(range(256))
     corners = bytes([255, 128, 128] + [128, 128, 128] * 14 + [0, 128, 128])  # L*, a*, b* of 2⁴ mixtures
     lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4 + corners + ramp * 3
@@ -213,9 +213,9 @@ def test_a_rectangle_of_the_requested_size_is_unchanged(target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("size", [(300, 199), (200, 400), (91, 77)])
 def test_a_colour_gradient_is_resampled_from_the_centred_crop(size, target):
-    """Across and down, a pixel shows the place in the image that the centred window gives it."""
+    """Horizontally and vertically, a pixel shows the place in the image that the centred crop gives it."""
     (w, h), (width, height) = size, target
-    scale = min(w / width, h / height)  # the image's pixels to one of the new
+    scale = min(w / width, h / height)  # pixels of the image per new pixel
     for axis, (length, new) in enumerate(((w, width), (h, height))):
         ramp = np.linspace(20, 235, length)
         values = np.rint(ramp)[None, :].repeat(h, 0) if axis == 0 else np.rint(ramp)[:, None].repeat(w, 1)
@@ -223,7 +223,7 @@ def test_a_colour_gradient_is_resampled_from_the_centred_crop(size, target):
         line = (found[height // 2] if axis == 0 else found[:, width // 2]).double().numpy() * 127.5 + 127.5
         where = length / 2 + (np.arange(new) + 0.5 - new / 2) * scale - 0.5
         expected = 20 + 215 * where / (length - 1)
-        inner = slice(3, -3)  # at the window's edge the filter has half its support
+        inner = slice(3, -3)  # at the crop's edge the filter has half its support
         step = 215 / (length - 1)
         assert np.abs(line - expected)[inner].max() <= 0.5 * step + 1
 
@@ -235,7 +235,7 @@ def test_mirroring_commutes_with_cropping(size, target):
     after = to_tensor(Image.fromarray(pixels), target, flip=True)
     torch.testing.assert_close(after, to_tensor(Image.fromarray(pixels), target).flip(2), rtol=0, atol=0)
     covered = -(-min(size[0] * target[1], size[1] * target[0]) // target[1])
-    if (size[0] - covered) % 2 == 0:  # else the window is centred but for half a pixel
+    if (size[0] - covered) % 2 == 0:  # otherwise the crop's centre is off by half a pixel
         before = to_tensor(Image.fromarray(np.ascontiguousarray(pixels[:, ::-1])), target)
         assert float((before - after).abs().max()) <= 1.01 / 127.5
 
@@ -249,8 +249,8 @@ def test_square_crops_start_at_whole_pixels(size):
         (0, 0, (0.0, 0.0)),
         (size[0] - side, size[1] - side, (0.999999, 0.999999)),
     ):
-        window = Image.fromarray(pixels[top : top + side, left : left + side])
-        expected = np.asarray(window.resize((16, 16), Image.Resampling.LANCZOS))
+        crop = Image.fromarray(pixels[top : top + side, left : left + side])
+        expected = np.asarray(crop.resize((16, 16), Image.Resampling.LANCZOS))
         options = {"crop": "random", "place": place} if place else {}
         found = to_tensor(Image.fromarray(pixels), 16, **options)
         torch.testing.assert_close(found, to_tensor(Image.fromarray(pixels), (16, 16), **options), rtol=0, atol=0)

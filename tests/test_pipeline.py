@@ -1,4 +1,4 @@
-"""The checkpoint is everybody's: the folder is complete, and stock diffusers paints the same images from it."""
+"""The pipeline: its saved folder is complete, and stock diffusers generates the same images from it."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def stock(folder: Path, sampler: str) -> StableDiffusionPipeline:
 
 
 def difference(folder: Path, sampler: str, steps: int, scale: float, negative: str, rescale: float = 0.0) -> float:
-    """Greatest difference of our images and stock diffusers', from one folder."""
+    """Return the greatest difference of our images and stock diffusers', from one folder."""
     mine = LatentDiffusionPipeline.from_pretrained(folder)(
         PROMPTS,
         negative,
@@ -89,14 +89,14 @@ def difference(folder: Path, sampler: str, steps: int, scale: float, negative: s
         generator=generators(2, 5),
         output_type="np",
     ).images
-    assert np.asarray(mine).std() > 0.01  # an image, not a flat field
+    assert np.asarray(mine).std() > 0.01  # an image and not one colour
     return np.abs(mine - theirs).max()
 
 
 PAINTED = [
     (sampler, target, spacing)
     for sampler, target, spacing in itertools.product(STOCK, ["eps", "x0", "v"], ["trailing", "leading", "karras"])
-    # The others diffusers' schedulers haven't.
+    # diffusers' schedulers don't have the others.
     if not (sampler in ("euler_ancestral", "heun") and target == "x0")
     and not (sampler in ("ddpm", "ddim", "euler_ancestral") and spacing == "karras")
 ]
@@ -117,10 +117,10 @@ def test_stock_diffusers_rescales_the_same(tmp_path: Path, target: str) -> None:
 
 @pytest.mark.parametrize("target", ["eps", "v"])
 def test_stock_diffusers_samples_a_learned_variance_with_ddpm(tmp_path: Path, target: str) -> None:
-    # linspace ends at index 0: from any other, stock adds noise of the learned variance to the finished image.
+    # linspace ends at index 0. From any other index stock adds noise of the learned variance to the finished image.
     pipe = tiny_pipeline(target, "linspace", variance="learned")
     with torch.no_grad():
-        pipe.unet.conv_out.weight[4:] *= 0.1  # as of a trained network, within the bounds
+        pipe.unet.conv_out.weight[4:] *= 0.1  # within the bounds, as a trained network's outputs are
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDPMScheduler"]
     for scale in (1.0, 3.0):
@@ -161,7 +161,7 @@ def test_a_process_is_saved_with_the_model_and_honoured(tmp_path: Path, process:
 def test_a_process_that_stock_diffusers_cannot_sample_gives_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for process, says in (
+    for process, message in (
         ({}, None),
         ({"schedule": "flow", "target": "flow"}, "a flow: stock diffusers"),
         ({"target": "flow"}, "a flow: stock diffusers"),
@@ -174,8 +174,8 @@ def test_a_process_that_stock_diffusers_cannot_sample_gives_one_warning(
         pipe.save_pretrained(tmp_path / "a")
         pipe.save_pretrained(tmp_path / "b")
         lines = [record.getMessage() for record in caplog.records if record.name == "ldm.model"]
-        assert len(lines) == (says is not None)
-        assert says is None or says in lines[0]
+        assert len(lines) == (message is not None)
+        assert message is None or message in lines[0]
 
 
 def test_a_flow_samples_the_same_through_diffusers_own_scheduler(tmp_path: Path) -> None:
@@ -198,23 +198,23 @@ def test_a_flow_samples_the_same_through_diffusers_own_scheduler(tmp_path: Path)
 def test_guidance_options_change_the_image(folder: Path) -> None:
     pipe, other = LatentDiffusionPipeline.from_pretrained(folder), tiny_pipeline()
 
-    def painted(**how: Any) -> Tensor:
+    def generated(**how: Any) -> Tensor:
         how = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": generators(2, 5)} | how
         return pipe(PROMPTS, output_type="latent", **how).images
 
-    plain = painted()
+    plain = generated()
     with torch.no_grad():
         for weight in other.unet.parameters():
             weight *= 0.9
-    # No effect where they have nothing to do …
-    assert torch.equal(plain, painted(guidance_interval=(0.0, 1e9)))
-    assert torch.equal(plain, painted(weak=other, weak_scale=1.0))
-    assert torch.equal(plain, painted(classifier=lambda x, level: x.sum((1, 2, 3)), classifier_scale=0.0))
-    assert torch.equal(painted(guidance_scale=1.0), painted(guidance_interval=(1e8, 1e9)))
-    torch.testing.assert_close(plain, painted(compose=[(PROMPTS[0], 0.0)]))
-    twice = painted(guidance_scale=1.5, compose=[(PROMPTS[0], 1.5)])  # the first image's prompt in two halves
+    # No effect with neutral settings …
+    assert torch.equal(plain, generated(guidance_interval=(0.0, 1e9)))
+    assert torch.equal(plain, generated(weak=other, weak_scale=1.0))
+    assert torch.equal(plain, generated(classifier=lambda x, level: x.sum((1, 2, 3)), classifier_scale=0.0))
+    assert torch.equal(generated(guidance_scale=1.0), generated(guidance_interval=(1e8, 1e9)))
+    torch.testing.assert_close(plain, generated(compose=[(PROMPTS[0], 0.0)]))
+    twice = generated(guidance_scale=1.5, compose=[(PROMPTS[0], 1.5)])  # the first image's prompt in two halves
     torch.testing.assert_close(twice[0], plain[0], rtol=1e-3, atol=1e-4)
-    # … and an effect where they have.
+    # … and an effect with others.
     for how in (
         {"guidance_interval": (0.5, 3.0)},
         {"guidance_rescale": 0.7},
@@ -223,7 +223,7 @@ def test_guidance_options_change_the_image(folder: Path) -> None:
         {"compose": [("a red star", 2.0)]},
         {"spacing": "linspace"},
     ):
-        assert (painted(**how) - plain).abs().mean() > 1e-3, how
+        assert (generated(**how) - plain).abs().mean() > 1e-3, how
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_a_saved_pipeline_generates_the_same(folder: Path, tmp_path: Path) -> No
 def test_an_image_does_not_depend_on_its_batch(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     both = pipe(PROMPTS, num_inference_steps=5, generator=generators(2, 5), output_type="pt").images
-    alone = pipe(PROMPTS[1], num_inference_steps=5, generator=generators(2, 5)[1], output_type="pt").images
-    assert (both[1:] - alone).abs().max() <= 1 / 255
+    single = pipe(PROMPTS[1], num_inference_steps=5, generator=generators(2, 5)[1], output_type="pt").images
+    assert (both[1:] - single).abs().max() <= 1 / 255
     assert (both[0] - both[1]).abs().max() > 0.05
 
 
@@ -361,7 +361,7 @@ def test_foreign_schedulers_are_read_with_their_own_defaults(config: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"variance_type": "learned"}, "variance_type 'learned'"),
         ({"variance_type": "nonsense"}, "known are fixed_small"),
@@ -376,9 +376,9 @@ def test_foreign_schedulers_are_read_with_their_own_defaults(config: dict[str, A
         ({"interpolation_type": "log_linear"}, "interpolation_type"),
     ],
 )
-def test_unsupported_schedulers_are_refused(change: dict[str, Any], says: str) -> None:
+def test_unsupported_schedulers_are_refused(change: dict[str, Any], message: str) -> None:
     config = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         Process.from_diffusers(config | change)
 
 
@@ -403,11 +403,11 @@ def test_invalid_prompts_and_options_are_refused(folder: Path, tmp_path: Path) -
     ):
         with pytest.raises(UserError):
             pipe(PROMPTS, **wrong)
-    for process, says in (
+    for process, message in (
         ({"schedule": "flow", "target": "eps"}, "target eps on a path that ends in pure noise"),
         ({"target": "eps", "zero_terminal_snr": True}, "take v, x0 or flow"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             tiny_pipeline(**process)
     process = replace(pipe.process, variance="learned")
     with pytest.raises(UserError, match="needs 8 output channels, the UNet has 4"):
@@ -478,22 +478,22 @@ def test_the_callback_may_change_the_latents_and_receives_the_denoised_ones(fold
     plain = pipe(
         PROMPTS, generator=generators(2, 5), **how | {"num_inference_steps": 1}, callback_on_step_end=callback
     ).images
-    scale = pipe.process.schedule.level(0).alpha  # a single step ends at the first level, nearly what was made out
+    scale = pipe.process.schedule.level(0).alpha  # a single step ends at the first level, close to the denoised latents
     assert (plain - made[3]).abs().max() < 0.1 + (1 - scale)
 
 
 def test_prompt_embeddings_replace_prompts(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     how: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
-    said = pipe(PROMPTS, "a circle", generator=generators(2, 5), **how).images
+    from_text = pipe(PROMPTS, "a circle", generator=generators(2, 5), **how).images
     given = pipe(
         prompt_embeds=pipe.encode(PROMPTS),
         negative_prompt_embeds=pipe.encode(["a circle"]),
         generator=generators(2, 5),
         **how,
     ).images
-    np.testing.assert_array_equal(said, given)
-    for wrong, says in (
+    np.testing.assert_array_equal(from_text, given)
+    for wrong, message in (
         ({}, "prompt None: give at least one"),
         ({"prompt": [], "negative_prompt": "a"}, "give at least one"),
         ({"prompt": "a", "prompt_embeds": pipe.encode(["a"])}, "both given"),
@@ -503,7 +503,7 @@ def test_prompt_embeddings_replace_prompts(folder: Path) -> None:
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"]}, "3 prompts for 2 negative prompts"),
         ({"prompt": "a", "output_type": "jpeg"}, "output_type 'jpeg'"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             pipe(**wrong, num_inference_steps=1)
 
 
@@ -525,17 +525,17 @@ def test_unusable_devices_callbacks_and_sizes_are_refused(folder: Path) -> None:
 
 
 def test_options_that_save_memory_generate_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Image by image through the autoencoder, and one network after the other on the device."""
+    """Images are decoded one by one, and the networks are on the device one after the other."""
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     given = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     how: dict[str, Any] = {"image": given, "num_inference_steps": 3, "output_type": "np"}
-    whole = pipe(PROMPTS, generator=generators(2, 5), **how).images
+    plain = pipe(PROMPTS, generator=generators(2, 5), **how).images
     at_once: list[int] = []
     decode = pipe.autoencoder.vae.decode
     monkeypatch.setattr(pipe.autoencoder.vae, "decode", lambda z: at_once.append(len(z)) or decode(z))
     pipe.enable_vae_slicing()
     sliced = pipe(PROMPTS, generator=generators(2, 5), **how).images
-    assert np.abs(sliced - whole).max() <= 1e-5
+    assert np.abs(sliced - plain).max() <= 1e-5
     assert at_once == [1, 1]
     pipe.disable_vae_slicing()
 
@@ -547,9 +547,9 @@ def test_options_that_save_memory_generate_the_same(folder: Path, monkeypatch: p
         return to(module, "cpu")
 
     pipe.enable_model_cpu_offload("cpu")
-    pipe.model.offload = torch.device("cpu", 0)  # by its name told from where the networks stay
+    pipe.model.offload = torch.device("cpu", 0)  # its name distinguishes it from the device where the networks stay
     monkeypatch.setattr(torch.nn.Module, "to", spy)
-    np.testing.assert_array_equal(pipe(PROMPTS, generator=generators(2, 5), **how).images, whole)
+    np.testing.assert_array_equal(pipe(PROMPTS, generator=generators(2, 5), **how).images, plain)
     networks = ["CLIPTextModel", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
     assert moved == [(name, device) for name in networks for device in ("cpu:0", "cpu")]
 
@@ -558,25 +558,25 @@ def test_options_that_save_memory_generate_the_same(folder: Path, monkeypatch: p
     pipe(PROMPTS, generator=generators(2, 5), weak=weak, **how)
     assert moved.count(("UNet2DConditionModel", "cpu:0")) == 2
     first = moved.index(("UNet2DConditionModel", "cpu:0"))
-    assert moved[first + 1] == ("UNet2DConditionModel", "cpu:0")  # both are there while it samples
+    assert moved[first + 1] == ("UNet2DConditionModel", "cpu:0")  # both are on the device during sampling
 
 
 def test_large_images_are_decoded_in_tiles() -> None:
     pipe = tiny_pipeline()
     latents = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
-    whole, sizes = pipe.decode(latents), []
+    untiled, sizes = pipe.decode(latents), []
     pipe.enable_vae_tiling(Tiles(12, 6))
     handle = pipe.autoencoder.vae.decoder.conv_in.register_forward_hook(lambda *a: sizes.append(a[1][0].shape[-2:]))
     tiled = pipe.decode(latents)
     handle.remove()
     assert set(sizes) == {(12, 12)}
-    assert 10 * math.log10(1 / float((tiled - whole).square().mean())) > 50
+    assert 10 * math.log10(1 / float((tiled - untiled).square().mean())) > 50
     pipe.disable_vae_tiling()
-    assert torch.equal(pipe.decode(latents), whole)
+    assert torch.equal(pipe.decode(latents), untiled)
 
 
 def test_a_saved_pipeline_contains_no_path_of_its_source(tmp_path: Path) -> None:
-    """diffusers keeps that path in the networks' configurations, which are published with the weights."""
+    """diffusers stores that path in the networks' configurations, which are published with the weights."""
     tiny_pipeline().save_pretrained(tmp_path / "first")
     loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / "first")
     loaded.save_pretrained(tmp_path / "second")
@@ -586,7 +586,7 @@ def test_a_saved_pipeline_contains_no_path_of_its_source(tmp_path: Path) -> None
 
 
 def test_a_network_of_another_class_is_refused(tmp_path: Path) -> None:
-    """diffusers itself only warns, and draws the weights that don't fit at random."""
+    """diffusers itself only warns and gives the weights that don't fit random values."""
     tiny_pipeline().save_pretrained(tmp_path)
     for part, other in (("unet", "DiTTransformer2DModel"), ("vae", "AutoencoderTiny")):
         path = tmp_path / part / "config.json"

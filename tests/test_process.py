@@ -43,7 +43,7 @@ def log_density(x, g):
 
 
 def noised(mixture, level):
-    """The density of x_t: each part of the data's mixture scaled and widened."""
+    """Return the density of x_t: each component of the data's mixture, scaled and widened."""
     weight, mean, std = torch.tensor(mixture, dtype=torch.float64)
     return MixtureSameFamily(
         Categorical(weight), Normal(level.alpha * mean, (level.alpha**2 * std**2 + level.sigma**2).sqrt())
@@ -51,7 +51,7 @@ def noised(mixture, level):
 
 
 def exact(mixture):
-    """E[x0 | x_t]: each part's conditional mean, weighted by how probable the part is given x_t."""
+    """Return E[x0 | x_t]: each component's conditional mean, weighted by its probability given x_t."""
 
     def denoise(x, level):
         weight, mean, std = torch.tensor(mixture, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_transitions_compose_to_the_marginal(name):
     s, state = schedule.level(-1), Gaussian(x0, 0.0)
     for i in range(schedule.T):
         t = schedule.level(i)
-        # The step is linear in x_s: its mean at 1 is what the variance is scaled by, squared.
+        # The step is linear in x_s: the square of its mean at 1 scales the variance.
         scale, step = transition(torch.ones((), dtype=torch.float64), s, t), transition(state.mean, s, t)
         state = Gaussian(step.mean, scale.mean.item() ** 2 * state.variance + step.variance)
         expected = marginal(x0, t)
@@ -93,7 +93,7 @@ def test_the_step_follows_from_the_betas(name):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_posterior_follows_bayes_rule(name):
-    # Word for word: q(x_s | x_t, x0) q(x_t | x0) = q(x_t | x_s) q(x_s | x0), wherever the three points are.
+    # The rule itself: q(x_s | x_t, x0) q(x_t | x0) = q(x_t | x_s) q(x_s | x0) at arbitrary points.
     schedule = PATHS[name]
     x0, first, second = draw(3, 40, 1, 1, 1)
     for i, j in PAIRS:
@@ -107,7 +107,7 @@ def test_the_posterior_follows_bayes_rule(name):
 
 @pytest.mark.parametrize("name", BETAS)
 def test_the_posterior_is_the_joint_gaussian_conditioned(name):
-    # From the betas alone: x_s and x_t given x0 are jointly Gaussian.
+    # From the betas only: x_s and x_t given x0 are jointly Gaussian.
     schedule = PATHS[name]
     x_t, x0 = draw(2, 5, 1, 2, 2)
     for i, j in PAIRS[:-1]:
@@ -125,9 +125,9 @@ def test_the_posterior_at_the_ends(name):
     schedule = PATHS[name]
     x_t, x0 = draw(2, 5, 1, 2, 2)
     clean = posterior(x_t, x0, schedule.level(40), schedule.level(-1))
-    torch.testing.assert_close(clean.mean, x0)  # nothing is left to know
+    torch.testing.assert_close(clean.mean, x0)  # no uncertainty is left
     assert clean.variance == 0
-    if schedule.zero_terminal_snr:  # pure noise says nothing: what is left is q(x_s | x0)
+    if schedule.zero_terminal_snr:  # pure noise contains no information, so q(x_s | x0) is left
         s = schedule.level(150)
         blind, expected = posterior(x_t, x0, schedule.level(199), s), marginal(x0, s)
         torch.testing.assert_close(blind.mean, expected.mean)
@@ -148,13 +148,13 @@ def test_each_item_of_a_batch_has_its_own_level(name):
             )
 
     t, s = Table(0), Table(1)
-    whole = posterior(x_t, x0, t, s)
-    said = score(x_t, x0, t)
+    batch = posterior(x_t, x0, t, s)
+    scores = score(x_t, x0, t)
     for k, (one_t, one_s) in enumerate(levels):
-        alone = posterior(x_t[k], x0[k], one_t, one_s)
-        torch.testing.assert_close(whole.mean[k], alone.mean)
-        assert whole.variance[k].item() == pytest.approx(alone.variance, rel=1e-12)
-        torch.testing.assert_close(said[k], score(x_t[k], x0[k], one_t))
+        single = posterior(x_t[k], x0[k], one_t, one_s)
+        torch.testing.assert_close(batch.mean[k], single.mean)
+        assert batch.variance[k].item() == pytest.approx(single.variance, rel=1e-12)
+        torch.testing.assert_close(scores[k], score(x_t[k], x0[k], one_t))
 
 
 def test_the_learned_variance_interpolates_between_logarithms():
@@ -167,7 +167,7 @@ def test_the_learned_variance_interpolates_between_logarithms():
     torch.testing.assert_close(variance.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
     (slope,) = torch.autograd.grad(variance.sum(), fraction)  # d v / d fraction = v log(large / small)
     torch.testing.assert_close(slope, variance.detach() * math.log(large / small), rtol=1e-12, atol=0)
-    # Where s is clean nothing is uncertain; the logarithm of 0 mustn't spoil the step.
+    # If s has no noise the variance is 0, whose logarithm mustn't make the step NaN.
     end = reverse_variance("learned", 0.0, large, torch.tensor([0.0, 0.5, 1.0]))
     assert end.isfinite().all()
     assert end[0] < 1e-12
@@ -181,12 +181,12 @@ def test_the_score_is_the_gradient_of_the_log_density(mixture, name):
         level = PATHS[name].level(index)
         x = (2 * draw(100)).requires_grad_()
         (gradient,) = torch.autograd.grad(noised(mixture, level).log_prob(x).sum(), x)
-        said = score(x.detach(), exact(mixture)(x.detach(), level).x0, level)
-        torch.testing.assert_close(said, gradient, rtol=1e-8, atol=1e-8)
+        found = score(x.detach(), exact(mixture)(x.detach(), level).x0, level)
+        torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-8)
 
 
 def within_cells(T, last):
-    """Times off the grid, where the path has a derivative: three in each of the cells up to `last`."""
+    """Return times off the grid, where the path has a derivative: three in each of the cells up to `last`."""
     return torch.tensor([(k + share) / T for k in range(last) for share in (0.1, 0.5, 0.9)], dtype=torch.float64)
 
 
@@ -217,14 +217,14 @@ def test_the_sde_has_the_paths_moments_next_to_noise(name):
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_the_diffusion_coefficient_follows_from_the_betas(name):
-    # Over a cell g^2 adds up to -log(1 - beta) whatever the way between, as alpha falls by sqrt(1 - beta).
+    # Over a cell g^2 integrates to -log(1 - beta) for any path in between, because alpha falls by sqrt(1 - beta).
     schedule = PATHS[name]
     points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(12))
     t = (torch.arange(schedule.T)[:, None] + (points + 1) / 2) / schedule.T
     _, g2 = drift_and_diffusion(schedule, t)
-    whole = (g2 * weights).sum(1) / (2 * schedule.T)
-    torch.testing.assert_close(whole[:-1], -torch.log1p(-schedule.betas)[:-1], rtol=1e-9, atol=0)
-    # As the betas grow finer, g^2(t) is beta T: with betas below b it differs by a share of order b.
+    integral = (g2 * weights).sum(1) / (2 * schedule.T)
+    torch.testing.assert_close(integral[:-1], -torch.log1p(-schedule.betas)[:-1], rtol=1e-9, atol=0)
+    # For small betas g^2(t) is beta T: with betas below b the relative difference is of order b.
     gap = []
     for T in (500, 1000, 2000):
         fine = Schedule.build("linear", T, 0.1 / T, 20 / T)
@@ -250,12 +250,12 @@ def test_the_flows_ode_is_its_velocity():
             level = schedule.level(t * schedule.T - 1)
             x0 = exact(mixture)(x, level).x0
             expected = target_of("flow", x0, (x - level.alpha * x0) / level.sigma, level.alpha, level.sigma)
-            # f x and the score's share nearly cancel: 1e-16 is lost 1 / (1 - t) times.
+            # f x and the score's part nearly cancel, which magnifies an error of 1e-16 by 1 / (1 - t).
             torch.testing.assert_close(velocity(x, t), expected, rtol=1e-8, atol=1e-8)
 
 
 def transported(velocity, x, start, end, steps):
-    """Heun's third-order method. It never evaluates a step's end, so no step sees beyond a kink of the path."""
+    """Integrate by Heun's third-order method, which never evaluates a step's end, so no step reaches beyond a kink."""
     h = (end - start) / steps
     for t in (start + k * h for k in range(steps)):
         first = velocity(x, t)
@@ -264,7 +264,7 @@ def transported(velocity, x, start, end, steps):
     return x
 
 
-CELLS = 32  # a power of 2, so that steps begin on the grid without rounding
+CELLS = 32  # a power of 2, so steps start on the grid without rounding
 ODES = {
     "linear": Schedule.build("linear", CELLS, 0.005, 0.3),
     "zero": Schedule.build("linear", CELLS, 0.005, 0.3, zero_terminal_snr=True),
@@ -275,7 +275,7 @@ ODES = {
 
 @pytest.mark.parametrize("name", ODES)
 def test_the_ode_keeps_standardised_values_of_a_gaussian(name):
-    # Each point stays as many standard deviations from the mean as it was.
+    # Each point keeps its distance from the mean in standard deviations.
     schedule, (_, (mean,), (std,)) = ODES[name], MIXTURES["gaussian"]
     departures = torch.linspace(-3, 3, 7, dtype=torch.float64)
 
@@ -287,12 +287,12 @@ def test_the_ode_keeps_standardised_values_of_a_gaussian(name):
     start, end = 1 / CELLS, 30 / CELLS
     errors = [(transported(velocity, at(start), start, end, n) - at(end)).abs().max() for n in (29, 29 * 4)]
     assert errors[1] < 2e-5
-    assert errors[1] < errors[0] / 40  # third order, 64: what is left is the steps' error and not the ODE's
+    assert errors[1] < errors[0] / 40  # third order would give 64: the rest is the steps' error and not the ODE's
 
 
 @pytest.mark.parametrize("name", ["linear", "flow"])
 def test_the_ode_keeps_a_mixtures_quantiles(name):
-    # In one dimension trajectories can't cross, so each point keeps its share of the probability below it.
+    # In one dimension trajectories can't cross, so the probability below each point is constant.
     schedule, mixture = ODES[name], MIXTURES["mixture"]
     start, end = 1 / CELLS, 30 / CELLS
     before, after = (noised(mixture, schedule.level(t * CELLS - 1)) for t in (start, end))

@@ -56,11 +56,11 @@ SCHEDULERS = {
     "dpmpp_2m_sde": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
-ON_KARRAS_ODE = ("euler", "euler_ancestral", "heun")  # their state there is x / alpha
+ON_KARRAS_ODE = ("euler", "euler_ancestral", "heun")  # there their state is x / alpha
 
 
 def fake_network(x_t, index, condition, channels=4):
-    """Nonlinear in the image and in time, mixing channels: any error of level, index or state shows."""
+    """A network nonlinear in the image and in time that mixes channels, so any error of level, index or state is visible."""
     mixed = torch.einsum("oc,bchw->bohw", draw(channels, 4, seed=3) / 2, x_t.double())
     out = torch.tanh(mixed + torch.sin(index.float().double() / 200).view(-1, 1, 1, 1))
     return out + 0.3 * x_t.double().repeat(1, channels // 4, 1, 1)
@@ -111,7 +111,8 @@ def their_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, 
     scheduler = their_scheduler(schedule, kind, target, spacing, variance)
     scheduler.set_timesteps(n)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else, where rounding made two first timesteps alike, it begins with the second
+        # Otherwise it starts with the second timestep if rounding makes the first two equal.
+        scheduler.set_begin_index(0)
     x, states, channels = noise * scheduler.init_noise_sigma, [], 8 if variance == "learned" else 4
     draws = {
         "ddpm": {"generator": generator},
@@ -125,13 +126,13 @@ def their_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, 
         output = fake_network(scheduler.scale_model_input(x, t), t.expand(len(x)), None, channels)
         x = scheduler.step(output, t, x, **options).prev_sample
         if kind == "heun" and k % 2 == 0 and k + 1 < len(scheduler.timesteps):
-            continue  # halfway through a leg
+            continue  # inside a leg
         states.append(x / (1 + scheduler.sigmas[k + 1] ** 2) ** 0.5 if kind in ON_KARRAS_ODE else x)
     return states
 
 
 def diffusers_has(kind, target, spacing):
-    """Whether its scheduler has that prediction type and that spacing."""
+    """Return whether diffusers' scheduler has that prediction type and that spacing."""
     if kind in ("euler_ancestral", "heun") and target == "x0":
         return False
     return not (spacing == "karras" and kind in ("ddpm", "ddim", "euler_ancestral"))
@@ -145,15 +146,15 @@ TRAJECTORIES = [
 
 
 def greatest_difference(*arguments, **options):
-    """Over the whole trajectory, relative to the greatest element of each state."""
+    """Return the greatest difference over the trajectory, relative to the greatest element of each state."""
     noise = draw(2, 4, 4, 4)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     ours = our_trajectory(*arguments, noise, generators[0], **options)
     theirs = their_trajectory(*arguments, noise, generators[1], **options)
     assert len(ours) == len(theirs)
-    assert torch.equal(*(g.get_state() for g in generators))  # noise was drawn as often
+    assert torch.equal(*(g.get_state() for g in generators))  # noise was drawn equally often
     if options:
-        # Where s is clean diffusers still adds noise of these variances, to the finished image.
+        # If s has no noise, diffusers still adds noise of these variances to the finished image.
         ours, theirs = ours[:-1], theirs[:-1]
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
@@ -167,14 +168,14 @@ def test_trajectories_equal_diffusers(kind, eta, target, spacing):
 @pytest.mark.parametrize("target", ["x0", "v"])
 @pytest.mark.parametrize(("kind", "eta"), [("ddim", 0.0), ("ddim", 0.9), ("ddpm", 0.0)])
 def test_zero_terminal_snr_equals_diffusers(kind, eta, target):
-    # Its other schedulers put a noise level of 4096 in the place of the infinite one; its ddim with eta 1 gives NaN.
+    # diffusers' other schedulers replace the infinite noise level by 4096; its ddim with eta 1 gives NaN.
     schedule = Schedule.build("scaled_linear", zero_terminal_snr=True)
     for n in (10, 25, 50):
         assert greatest_difference(schedule, kind, eta, target, "trailing", n) < 1e-5
 
 
 class In64Bits:
-    """A module in which float32 means float64."""
+    """Stand-in for a module in which float32 is float64."""
 
     def __init__(self, module):
         self.module, self.float32 = module, module.float64
@@ -194,8 +195,8 @@ def diffusers_in_64_bits(monkeypatch):
 @pytest.mark.usefixtures("diffusers_in_64_bits")
 @pytest.mark.parametrize(("kind", "eta", "target", "spacing"), TRAJECTORIES)
 def test_trajectories_equal_diffusers_own_code_in_float64(kind, eta, target, spacing):
-    # All that the other test leaves is the rounding of diffusers' float32, also where that is large: the cosine
-    # schedule's ends. 7 and 30 don't divide 1000.
+    # The differences of the other test are rounding of diffusers' float32, which is large at the cosine schedule's ends.
+    # 7 and 30 don't divide 1000.
     for schedule in (SCHEDULE, Schedule.build("cosine")):
         for n in (7, 25, 30):
             assert greatest_difference(schedule, kind, eta, target, spacing, n) < 1e-9
@@ -218,14 +219,14 @@ def test_variances_of_ddpm_equal_diffusers(target, variance):
         ("euler", FlowMatchEulerDiscreteScheduler, "trailing", 3.0),
         ("euler", FlowMatchEulerDiscreteScheduler, "linspace", 1.0),
         ("euler", FlowMatchEulerDiscreteScheduler, "linspace", 3.0),
-        ("heun", FlowMatchHeunDiscreteScheduler, "linspace", 1.0),  # it takes no levels from outside
+        ("heun", FlowMatchHeunDiscreteScheduler, "linspace", 1.0),  # it accepts no levels as arguments
     ],
 )
 def test_flows_equal_diffusers(kind, scheduler, spacing, n, shift):
     theirs, schedule = scheduler(1000, shift), RectifiedFlow(1000, shift)
     if spacing == "linspace" and shift == 1:
         theirs.set_timesteps(n)
-    else:  # Left to itself it shifts its least level twice.
+    else:  # By default it shifts its least level twice.
         theirs.set_timesteps(sigmas=np.linspace(1, 1 / n if spacing == "trailing" else 1 / 1000, n).tolist())
     noise, states = draw(2, 4, 4, 4).float(), []
     route = plan(schedule, make_sampler(kind).grid, n, spacing)
@@ -271,7 +272,7 @@ def test_ddim_ends_without_noise_only_below_index_0():
 
 
 def draws(step, route):
-    """How often a step asks for noise, over a whole trajectory."""
+    """Return how often a step draws noise over a trajectory."""
     asked = []
     noise = lambda: (asked.append(1), draw(1, 4, 2, 2))[1]  # noqa: E731
     sample(Conditioned(Denoiser(fake_network, "v"), None), draw(1, 4, 2, 2), route.legs, step, noise)
@@ -285,14 +286,14 @@ def test_a_record_states_whether_its_step_draws_noise(kind):
         route = plan(SCHEDULE, record.grid, 5, "trailing")
         assert (draws(record.step(SCHEDULE), route) > 0) == record.draws_noise
         if record.draws_noise:
-            # A record that doesn't say so gives its step no source of noise, whatever the caller has.
+            # If the record doesn't state it, its step gets no source of noise.
             with pytest.raises(RuntimeError, match="its sampler's record says that it draws none"):
                 draws(replace(record, draws_noise=False).step(SCHEDULE), route)
 
 
 def test_names_of_samplers_are_imported_without_torch():
-    said = "import sys, ldm.samplers; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", said], check=True)
+    code = "import sys, ldm.samplers; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_invalid_combinations_are_refused():
@@ -302,7 +303,7 @@ def test_invalid_combinations_are_refused():
     for eta in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="eta"):
             make_sampler("ddim", eta).step(SCHEDULE)
-    for schedule, kind, n, spacing, says in [
+    for schedule, kind, n, spacing, message in [
         (SCHEDULE, "ddpm", 1000, "leading", "1000 steps with leading"),
         (SCHEDULE, "euler", 0, "trailing", "0 sampling steps"),
         (RectifiedFlow(), "euler", 0, "trailing", "0 sampling steps"),
@@ -312,5 +313,5 @@ def test_invalid_combinations_are_refused():
         (SCHEDULE, "ddim", 1, "leading", "take trailing"),
         (SCHEDULE, "ddim", 10, "karras", "karras spacing with a sampler that walks whole timesteps"),
     ]:
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             plan(schedule, make_sampler(kind).grid, n, spacing)

@@ -1,7 +1,7 @@
-"""The commands as a user types them: the whole road on a drawn set and on foreign images, and every way to err.
+"""The commands as a user runs them: all stages on a synthetic dataset and on own images, and their errors.
 
-One road runs in processes of its own. The others are forked from a server that has imported the libraries already,
-which is all that differs: each has its own arguments, outputs and exit status.
+The commands on Shapes run in their own processes. The others are forked from a server that has imported the libraries
+already; each has its own arguments, outputs and exit status.
 """
 
 import hashlib
@@ -63,8 +63,8 @@ def _script(line: list[str], outputs: str) -> None:
     runpy.run_path(line[0], run_name="__main__")
 
 
-def road(run: Callable[[str], Ended], kind: str, data: Path, runs: Path, unet: str) -> None:
-    """The three stages with the configurations of `kind`, made small."""
+def train_all_stages(run: Callable[[str], Ended], kind: str, data: Path, runs: Path, unet: str) -> None:
+    """Train the three stages with the configurations of `kind`, reduced in size."""
     for line in (
         f"scripts/train_clip.py configs/{kind}/clip.yaml --data {data} --out {runs}/clip {CLIP}",
         f"scripts/train_vae.py configs/{kind}/vae.yaml --data {data} --out {runs}/vae {VAE}",
@@ -77,21 +77,21 @@ def road(run: Callable[[str], Ended], kind: str, data: Path, runs: Path, unet: s
 
 
 @pytest.fixture(scope="module")
-def shapes_road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/ and runs/ of a Shapes dataset."""
+def shapes_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/, a Shapes dataset, and runs/, all stages trained on it."""
     root = tmp_path_factory.mktemp("shapes")
     made = command(f"scripts/make_dataset.py shapes --out {root}/data --size 32 --train 32 --test 8 --seed 3")
     assert made.status == 0, made.err
-    road(command, "shapes", root / "data", root / "runs", "--unet.channels 32 32")
+    train_all_stages(command, "shapes", root / "data", root / "runs", "--unet.channels 32 32")
     return root
 
 
 @pytest.fixture(scope="module")
-def pictures_road(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
-    """data/ and runs/ of a folder of 24 foreign images and one that is damaged."""
+def pictures_runs(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
+    """A folder with data/, 24 images and a damaged one, and runs/, all stages trained on them."""
     root = tmp_path_factory.mktemp("pictures")
     draw_images(root / "data")
-    road(forked, "pictures", root / "data", root / "runs", "--unet.channels 32 32 32")
+    train_all_stages(forked, "pictures", root / "data", root / "runs", "--unet.channels 32 32 32")
     return root
 
 
@@ -105,13 +105,13 @@ def draw_images(folder: Path) -> None:
         suffix = "jpg" if mode == "CMYK" else ("png", "gif", "tiff")[k % 3] if mode == "P" else "png"
         image.convert("L" if mode == "I;16" else mode).convert(mode).save(folder / f"image {k}.{suffix}")
         (folder / f"image {k}.txt").write_text(f"an ellipse, number {k}\nnumber {k}, drawn round\n")
-    whole = (folder / "image 0.png").read_bytes()
-    (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "image 0.png").read_bytes()
+    (folder / "torn.png").write_bytes(content[: len(content) // 2])
     (folder / "torn.txt").write_text("half of an image\n")
 
 
 def one_line(ended: Ended, status: int) -> str:
-    """The error, which is all there is on stderr."""
+    """Return the error, which must be the only line on stderr."""
     assert ended.status == status, ended
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1, ended.err
@@ -119,17 +119,17 @@ def one_line(ended: Ended, status: int) -> str:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Name → content of everything in a folder."""
+    """Return names and content hashes of everything in a folder."""
     paths = {str(p.relative_to(folder)): p for p in folder.rglob("*")}
     return {name: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for name, p in paths.items()}
 
 
-# -- the whole road ---------------------------------------------------------------------------------------------------
+# -- all stages -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["shapes", "pictures"])
 def test_every_stage_writes_a_run(kind: str, request: pytest.FixtureRequest) -> None:
-    runs: Path = request.getfixturevalue(f"{kind}_road") / "runs"
+    runs: Path = request.getfixturevalue(f"{kind}_runs") / "runs"
     for stage in ("clip", "vae", "ldm"):
         lines = [json.loads(line) for line in (runs / stage / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -142,7 +142,7 @@ def test_every_stage_writes_a_run(kind: str, request: pytest.FixtureRequest) -> 
 def test_text_becomes_images_that_carry_their_settings(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, forked: Callable[[str], Ended]
 ) -> None:
-    runs: Path = request.getfixturevalue(f"{kind}_road") / "runs"
+    runs: Path = request.getfixturevalue(f"{kind}_runs") / "runs"
     line = f"scripts/txt2img.py --model {runs}/ldm/model --prompt ellipse --num-images 2 --seed 7 --steps 2 --out "
     run = command if kind == "shapes" else forked
     ended = run(f"{line} {tmp_path}/a")
@@ -158,10 +158,10 @@ def test_text_becomes_images_that_carry_their_settings(
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_images_become_images(shapes_road: Path, tmp_path: Path, forked: Callable[[str], Ended]) -> None:
-    """Variations, inside a mask, and beyond the borders; what isn't painted stays bit by bit."""
-    first, second = sorted((shapes_road / "data/test").rglob("*.png"))[:2]
-    how = f"--model {shapes_road}/runs/ldm/model --prompt star --steps 2 --num-images 2 --out {tmp_path}"
+def test_images_become_images(shapes_runs: Path, tmp_path: Path, forked: Callable[[str], Ended]) -> None:
+    """Image to image, inpainting and outpainting; the unmasked area is unchanged bit for bit."""
+    first, second = sorted((shapes_runs / "data/test").rglob("*.png"))[:2]
+    how = f"--model {shapes_runs}/runs/ldm/model --prompt star --steps 2 --num-images 2 --out {tmp_path}"
     ended = forked(f"scripts/img2img.py --image {first} {second} --strength 0.5 {how}")
     assert ended.status == 0, ended.err
     painted = [Path(name) for name in ended.out.split()]
@@ -184,9 +184,9 @@ def test_images_become_images(shapes_road: Path, tmp_path: Path, forked: Callabl
         np.testing.assert_array_equal(made[:32, 3:35], given)
 
 
-def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
+def test_the_report_on_shapes(shapes_runs: Path, tmp_path: Path) -> None:
     ended = command(
-        f"scripts/evaluate.py --model {shapes_road}/runs/ldm/model --data {shapes_road}/data --split test "
+        f"scripts/evaluate.py --model {shapes_runs}/runs/ldm/model --data {shapes_runs}/data --split test "
         f"--prompts 6 --images 8 --likelihoods 8 --steps 2 --out {tmp_path}/report"
     )
     assert ended.status == 0, ended.err
@@ -202,7 +202,7 @@ def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         (
             "examples/classifier_guidance.py --images 64 --steps 3 --per-class 1 --weights 0 2 --out {out}",
@@ -215,20 +215,20 @@ def test_the_report_on_shapes(shapes_road: Path, tmp_path: Path) -> None:
     ],
 )
 def test_examples_and_benchmarks_run(
-    shapes_road: Path, tmp_path: Path, forked: Callable[[str], Ended], line: str, says: str
+    shapes_runs: Path, tmp_path: Path, forked: Callable[[str], Ended], line: str, message: str
 ) -> None:
-    data = f" --data {shapes_road}/data" if "classifier" in line else ""
-    ended = forked(f"{line.format(out=tmp_path)} --model {shapes_road}/runs/ldm/model{data}")
+    data = f" --data {shapes_runs}/data" if "classifier" in line else ""
+    ended = forked(f"{line.format(out=tmp_path)} --model {shapes_runs}/runs/ldm/model{data}")
     assert ended.status == 0, ended.err
-    assert says in ended.out
+    assert message in ended.out
     assert any(tmp_path.iterdir())
 
 
 def test_the_report_on_images_has_no_alignment(
-    pictures_road: Path, tmp_path: Path, forked: Callable[[str], Ended]
+    pictures_runs: Path, tmp_path: Path, forked: Callable[[str], Ended]
 ) -> None:
     ended = forked(
-        f"scripts/evaluate.py --model {pictures_road}/runs/ldm/model --data {pictures_road}/data --split train "
+        f"scripts/evaluate.py --model {pictures_runs}/runs/ldm/model --data {pictures_runs}/data --split train "
         f"--images 25 --likelihoods 5 --steps 2 --out {tmp_path}"
     )
     assert ended.status == 0, ended.err
@@ -237,16 +237,16 @@ def test_the_report_on_images_has_no_alignment(
     assert "alignment" not in report
 
 
-def test_a_damaged_image_is_listed_and_not_deleted(pictures_road: Path) -> None:
+def test_a_damaged_image_is_listed_and_not_deleted(pictures_runs: Path) -> None:
     for stage in ("clip", "vae", "ldm"):
-        lines = (pictures_road / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
+        lines = (pictures_runs / f"runs/{stage}/damaged.jsonl").read_text().splitlines()
         assert [json.loads(line)["file"] for line in lines] == ["torn.png"]
         assert json.loads(lines[0])["reason"]
-    assert (pictures_road / "data/torn.png").is_file()
+    assert (pictures_runs / "data/torn.png").is_file()
 
 
-def test_repeating_the_command_continues_the_run(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
-    root = shapes_road
+def test_repeating_the_command_continues_the_run(shapes_runs: Path, forked: Callable[[str], Ended]) -> None:
+    root = shapes_runs
     line = f"scripts/train_clip.py configs/shapes/clip.yaml --data {root}/data --out {root}/runs/again {CLIP}"
     shutil.copytree(root / "runs/clip", root / "runs/again")
     before = tree(root / "runs/again/checkpoints")
@@ -260,10 +260,10 @@ def test_repeating_the_command_continues_the_run(shapes_road: Path, forked: Call
     assert (root / "runs/again/checkpoints/step-00000006/manifest.json").is_file()
 
 
-def test_an_autoencoder_is_evaluated(shapes_road: Path, forked: Callable[[str], Ended]) -> None:
-    runs, out = shapes_road / "runs", shapes_road / "measured"
+def test_an_autoencoder_is_evaluated(shapes_runs: Path, forked: Callable[[str], Ended]) -> None:
+    runs, out = shapes_runs / "runs", shapes_runs / "measured"
     ended = forked(
-        f"scripts/evaluate_vae.py --vae {runs}/vae/model --data {shapes_road}/data --resolution 32 --out {out} "
+        f"scripts/evaluate_vae.py --vae {runs}/vae/model --data {shapes_runs}/data --resolution 32 --out {out} "
         f"--perceptual clip --perceptual-model {runs}/clip/model --features {runs}/clip/model --tile 4 --batch-size 3"
     )
     assert ended.status == 0, ended.err
@@ -348,7 +348,8 @@ BAD = {
         "take hybrid or vlb",
     ),
     "karras spacing for a flow": (
-        "train_ldm.py --data {data} --out {new} --diffusion.schedule flow --diffusion.target flow --diffusion.spacing karras",
+        "train_ldm.py --data {data} --out {new} --diffusion.schedule flow --diffusion.target flow "
+        "--diffusion.spacing karras",
         "karras spacing on a flow",
     ),
     "an interval upside down": (
@@ -394,26 +395,26 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_gives_one_line_and_changes_nothing(
-    what: str, shapes_road: Path, forked: Callable[[str], Ended], tmp_path: Path
+    what: str, shapes_runs: Path, forked: Callable[[str], Ended], tmp_path: Path
 ) -> None:
     bare, yaml = tmp_path / "bare", tmp_path / "wrong.yaml"
     bare.mkdir()
     Image.new("RGB", (40, 40)).save(bare / "a.png")
     yaml.write_text("stepz: 3\n")
-    runs = shapes_road / "runs"
+    runs = shapes_runs / "runs"
     names = {stage: runs / stage for stage in ("clip", "vae", "ldm")} | {"VAE": VAE, "CLIP": CLIP}
-    names |= {"bare": bare, "yaml": yaml, "root": tmp_path, "new": tmp_path / "new", "data": shapes_road / "data"}
+    names |= {"bare": bare, "yaml": yaml, "root": tmp_path, "new": tmp_path / "new", "data": shapes_runs / "data"}
     line, word = (text.format(**names) for text in BAD[what])
-    before = tree(shapes_road), tree(tmp_path)
+    before = tree(shapes_runs), tree(tmp_path)
     assert word in one_line(forked(f"scripts/{line}"), 2)
-    assert (tree(shapes_road), tree(tmp_path)) == before
+    assert (tree(shapes_runs), tree(tmp_path)) == before
 
 
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(shapes_road: Path, tmp_path: Path) -> None:
-    """On a small file system of its own, in a mount namespace that goes with the process."""
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(shapes_runs: Path, tmp_path: Path) -> None:
+    """The run is on a small file system, in a mount namespace that ends with the process."""
     own = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -423,7 +424,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(shapes_road: Pat
         pytest.skip(f"no mount namespaces here: {error}")
     if tried.returncode:
         pytest.skip(f"mounting is not permitted here: {tried.stderr.strip()}")
-    line = f"{sys.executable} scripts/train_vae.py configs/shapes/vae.yaml --data {shapes_road}/data --out {disk}/run {VAE}"
+    line = (
+        f"{sys.executable} scripts/train_vae.py configs/shapes/vae.yaml --data {shapes_runs}/data "
+        f"--out {disk}/run {VAE}"
+    )
     program = f"""
         mount -t tmpfs -o size=32m none {disk}
         {line} --steps 2 > {tmp_path}/first

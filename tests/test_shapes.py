@@ -1,4 +1,4 @@
-"""The Shapes dataset: captions, what is held out, geometry, files, and the checker that reads images back."""
+"""The Shapes dataset: captions, held-out scenes, geometry, files, and the checker that reads images."""
 
 import itertools
 import json
@@ -41,13 +41,13 @@ from train.data.synthetic.shapes_checker import read_scene, score, score_images
 EVERY_SCENE = [s for count in (1, 2) for unseen in (False, True) for s in all_scenes(count, unseen)]
 
 
-def painted(count: int, side: int, seed: int = 1) -> tuple[list[np.ndarray], list[Scene]]:
+def rendered(count: int, side: int, seed: int = 1) -> tuple[list[np.ndarray], list[Scene]]:
     examples = [example(seed, "test", index) for index in range(count)]
     return [render(scene, side, rng) for scene, rng in examples], [scene for scene, _ in examples]
 
 
 def softened(image: np.ndarray, rng: np.random.Generator, blur: float = 0.5, noise: float = 5) -> np.ndarray:
-    """About what an autoencoder of 30 dB leaves."""
+    """Blur an image and add noise, about as much as an autoencoder of 30 dB does."""
     soft = ndimage.gaussian_filter(image.astype(float), (blur, blur, 0)) + rng.normal(0, noise, image.shape)
     return np.clip(np.rint(soft), 0, 255).astype(np.uint8)
 
@@ -105,7 +105,7 @@ def test_scenes_of_other_words_are_refused() -> None:
             wrong()
 
 
-# What is held out
+# Held-out scenes
 
 
 def test_held_out_pairs_touch_each_colour_once_and_each_shape_once_or_twice() -> None:
@@ -122,8 +122,8 @@ def test_training_never_shows_a_held_out_pair_and_shows_every_other() -> None:
 
 def test_examples_have_the_documented_mix() -> None:
     train = [example(3, "train", k)[0] for k in range(3000)]
-    alone = sum(scene.relation is None for scene in train)
-    assert abs(alone - 1000) < 4 * np.sqrt(3000 * 2 / 9)
+    single = sum(scene.relation is None for scene in train)
+    assert abs(single - 1000) < 4 * np.sqrt(3000 * 2 / 9)
     relations = Counter(scene.relation for scene in train if scene.relation)
     assert all(abs(relations[r] - 500) < 90 for r in RELATIONS)
     assert [is_unseen(example(3, "test", k)[0]) for k in range(100)] == [False, True] * 50
@@ -137,7 +137,7 @@ def test_prompts(kind: str) -> None:
     assert chosen != prompts(kind, 300, 1)
     assert {is_unseen(scene) for scene in chosen} == {kind == "unseen"}
     assert [scene.relation is None for scene in chosen] == [k % 3 == 0 for k in range(300)]
-    pairs, singles = (Counter(s for s in chosen if (s.relation is None) is alone) for alone in (False, True))
+    pairs, singles = (Counter(s for s in chosen if (s.relation is None) is single) for single in (False, True))
     assert max(pairs.values()) == 1
     assert max(singles.values()) - min(singles.values()) <= 1  # 48 unseen scenes of one object: 100 prompts repeat some
     assert len(singles) == min(100, len(all_scenes(1, kind == "unseen")))
@@ -280,13 +280,13 @@ def test_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("side", "count"), [(32, 500), (64, 200), (128, 200), (75, 60)])
 def test_checker_reads_the_renderers_own_images(side: int, count: int) -> None:
-    shares = score_images(*painted(count, side))
+    shares = score_images(*rendered(count, side))
     assert min(shares.values()) >= 0.99
     assert shares["all"] >= 0.99
 
 
 def test_checker_reads_images_as_an_autoencoder_leaves_them() -> None:
-    images, scenes = painted(600, 32, seed=2)
+    images, scenes = rendered(600, 32, seed=2)
     rng = np.random.default_rng(0)
     assert score_images([softened(image, rng) for image in images], scenes)["all"] >= 0.98
     assert score_images([softened(image, rng, 0.8, 8) for image in images], scenes)["all"] >= 0.95
@@ -295,7 +295,7 @@ def test_checker_reads_images_as_an_autoencoder_leaves_them() -> None:
 def test_each_wrong_attribute_is_wrong_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
     words = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(DIAMETERS)}
-    for image, scene in zip(*painted(200, 32, seed=3), strict=True):
+    for image, scene in zip(*rendered(200, 32, seed=3), strict=True):
         reading = read_scene(softened(image, rng))
         which = rng.integers(len(scene.objects))
         for name, values in words.items():
@@ -318,7 +318,7 @@ def test_each_wrong_attribute_is_wrong_and_nothing_else() -> None:
 
 
 def test_the_number_of_objects_is_exact() -> None:
-    for image, scene in zip(*painted(120, 32, seed=4), strict=True):
+    for image, scene in zip(*rendered(120, 32, seed=4), strict=True):
         reading = read_scene(image)
         if scene.relation:
             fewer = Scene(scene.objects[:1], None, scene.background)
@@ -332,12 +332,12 @@ def test_the_number_of_objects_is_exact() -> None:
 
 
 def test_relation_decides_between_objects_that_match_equally_well() -> None:
-    # Two red circles were painted for a star and a circle; the star is asked for above, so the upper one stands for it.
-    twins = Scene((Object("circle", "red", "small"),) * 2, "above", "white")
-    reading = read_scene(render(twins, 32, np.random.default_rng(0)))
-    assert score(reading, twins)["all"]
-    assert score(reading, replace(twins, relation="below"))["all"]
-    wrong = replace(twins, objects=(Object("star", "red", "small"), Object("star", "red", "small")))
+    # Two equal red circles: either relation holds, and a requested star is compared with one of them.
+    equal = Scene((Object("circle", "red", "small"),) * 2, "above", "white")
+    reading = read_scene(render(equal, 32, np.random.default_rng(0)))
+    assert score(reading, equal)["all"]
+    assert score(reading, replace(equal, relation="below"))["all"]
+    wrong = replace(equal, objects=(Object("star", "red", "small"), Object("star", "red", "small")))
     assert score(reading, wrong) == {
         "background": True,
         "colour": (True, True),

@@ -1,4 +1,4 @@
-"""One file with the original names: diffusers' own loader reads ours, we read everybody's, and no bit changes."""
+"""Single files with the original names: diffusers' loader reads ours, we read others', and no bit changes."""
 
 import json
 import os
@@ -66,7 +66,7 @@ SD1: dict[str, dict[str, Any]] = {
         "vocab_size": 49408,
     },
 }
-"""Stable Diffusion 1.5's configuration."""
+"""The configuration of Stable Diffusion 1.5."""
 NARROW: dict[str, dict[str, Any]] = {
     "unet": SD1["unet"] | {"sample_size": 16, "cross_attention_dim": 32, "block_out_channels": (32, 64, 64, 96)},
     "vae": SD1["vae"] | {"block_out_channels": (32, 32, 64, 64), "sample_size": 128},
@@ -105,11 +105,11 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "text": NARROW["text"] | {"hidden_act": "gelu", "num_hidden_layers": 24},
 }
-"""Other levels, layers and depths; and a text tower of as many layers as OpenCLIP's, all of them used."""
+"""A configuration with other levels, layers and depths, and a text tower of OpenCLIP's depth, all of it used."""
 
 
 def noisy(module: nn.Module, seed: int) -> Any:
-    """Random in every weight, so that none can be taken for another; but near what its training would start from."""
+    """Make every weight random, so that none can be confused with another, but near its initial value."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
@@ -117,7 +117,7 @@ def noisy(module: nn.Module, seed: int) -> Any:
 
 
 def stock_folder(folder: Path, shape: dict[str, dict[str, Any]], scheduler: Any) -> Path:
-    """A diffusers folder with random weights, made by diffusers and transformers alone but for the tokenizer."""
+    """Write a diffusers folder with random weights, made by diffusers and transformers except for the tokenizer."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(PROMPTS, 600, shape["text"]["max_position_embeddings"])
     text = CLIPTextConfig(
@@ -156,7 +156,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """made(kind): a diffusers folder, and the single file that we make of it."""
+    """made(kind) returns a diffusers folder and the single file that is made from it."""
     root, done = tmp_path_factory.mktemp("models"), set()
 
     def make(kind: str) -> tuple[Path, Path]:
@@ -212,7 +212,7 @@ def test_a_folder_and_a_file_contain_the_same_bits(made: Any, kind: str, tmp_pat
     pipe.save_pretrained(tmp_path / "folder")
     for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         before, after = (load_file(f / f"{part}.safetensors") for f in (folder, tmp_path / "folder"))
-        if part == "text_encoder/model":  # with and without a prefix, by transformers' version
+        if part == "text_encoder/model":  # with or without a prefix, depending on transformers' version
             before, after = ({k.removeprefix("text_model."): v for k, v in s.items()} for s in (before, after))
         assert equal(before, after), part
     save_single_file(LatentDiffusionPipeline.from_pretrained(tmp_path / "folder"), tmp_path / "again.safetensors")
@@ -225,11 +225,11 @@ def test_a_step_equals_that_of_stock_diffusers(made: Any, kind: str) -> None:
     difference, size = one_step(file, folder)
     print(f"{kind}: {difference:.1e} at a deviation of {size:.2f}")
     assert difference <= 1e-4
-    assert size > 0.1  # an image, not a flat field
+    assert size > 0.1  # an image and not one colour
 
 
 def one_step(file: Path, folder: Path, **size: int) -> tuple[float, float]:
-    """Greatest difference of latents after a step of ddim, of ours and stock diffusers'; and their deviation."""
+    """Return the greatest difference of our latents and stock diffusers' after a step of ddim, and their deviation."""
     theirs = stock(file, folder)
     theirs.scheduler = DDIMScheduler.from_config(
         theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False
@@ -265,7 +265,7 @@ def test_the_shape_of_stable_diffusion_1_5_at_full_size() -> None:
 
 
 def full_size(tmp_path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of Stable Diffusion 1.5's weights, without the weights."""
+    """Return names and shapes of the weights of Stable Diffusion 1.5, without the weights."""
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         (tmp_path / part).mkdir()
     with torch.device("meta"):
@@ -327,7 +327,7 @@ def test_openclip_stores_query_key_and_value_in_one_tensor(made: Any) -> None:
     assert weights["cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight"].shape == (96, 32)
     assert not any(name.startswith("cond_stage_model.transformer.") for name in weights)
     assert not any(name.startswith("cond_stage_model.model.") for name in load_file(first))
-    extras = {  # the layer that isn't used, and what belongs to no image
+    extras = {  # the unused layer, and entries that generation doesn't need
         name.replace("resblocks.2.", "resblocks.3."): value for name, value in weights.items() if "resblocks.2." in name
     } | {"cond_stage_model.model.text_projection": torch.zeros(32, 32), "model_ema.decay": torch.tensor(0.999)}
     extras |= {"cond_stage_model.model.logit_scale": torch.tensor(1.0), "model_ema.num_updates": torch.tensor(3)}
@@ -408,7 +408,7 @@ def test_parts_without_a_counterpart_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "says"),
+    ("part", "change", "message"),
     [
         ("unet", {"freq_shift": 1}, "unet freq_shift 1: the original layout has 0 built in"),
         ("unet", {"class_embed_type": "timestep"}, r"unet\.class_embedding.* has no counterpart"),
@@ -425,13 +425,13 @@ def test_parts_without_a_counterpart_are_named() -> None:
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(
-    made: Any, tmp_path: Path, part: str, change: dict[str, Any], says: str
+    made: Any, tmp_path: Path, part: str, change: dict[str, Any], message: str
 ) -> None:
     folder, file = made("ours")
     shutil.copytree(folder, tmp_path / "config")
     path = tmp_path / "config" / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_single_file(file, tmp_path / "config")
     assert "\n" not in str(error.value)
 
@@ -441,7 +441,7 @@ def test_files_that_do_not_fit_are_refused(made: Any, tmp_path: Path) -> None:
     weights = load_file(file)
     name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     less = {key: value for key, value in weights.items() if key != name}
-    for wrong, says in (
+    for wrong, message in (
         (less, f"the file lacks {name}"),
         (weights | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(2)}, r"the file has .*label_emb"),
         (weights | {"cond_stage_model.model.transformer.resblocks.9.ln_1.bias": torch.ones(32)}, "resblocks.9"),
@@ -452,7 +452,7 @@ def test_files_that_do_not_fit_are_refused(made: Any, tmp_path: Path) -> None:
         (weights | {name: torch.ones(32, 32, 3, 3).to_sparse()}, "sparse"),
         ({}, "the file lacks"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             from_original(wrong, folder)
     with pytest.raises(UserError, match="isn't the folder of a configuration"):
         load_single_file(file, tmp_path)
@@ -464,10 +464,10 @@ def test_files_that_do_not_fit_are_refused(made: Any, tmp_path: Path) -> None:
 
 def test_damaged_files_give_one_line(made: Any, tmp_path: Path) -> None:
     folder, file = made("ours")
-    whole, path = file.read_bytes(), tmp_path / "damaged.safetensors"
-    huge = (2**62).to_bytes(8, "little") + whole[8:]
-    for content in (b"", whole[:100], whole[: len(whole) // 2], huge, b"\0" * 64, pickle.dumps({"a": 1})):
-        path.write_bytes(content)
+    content, path = file.read_bytes(), tmp_path / "damaged.safetensors"
+    huge = (2**62).to_bytes(8, "little") + content[8:]
+    for damaged in (b"", content[:100], content[: len(content) // 2], huge, b"\0" * 64, pickle.dumps({"a": 1})):
+        path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"can't read .* as safetensors"):
             load_single_file(path, folder)
     for missing in (tmp_path / "none.safetensors", tmp_path):
@@ -491,7 +491,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 # -- pickles and the command ------------------------------------------------------------------------------------------
 
 
-class Malice:
+class Malicious:
     def __init__(self, canary: Path) -> None:
         self.canary = canary
 
@@ -507,12 +507,12 @@ def test_pickles_are_converted_only_on_request_and_never_executed(made: Any, tmp
         load_single_file(path, folder)
     assert equal(read_pickled(path), weights)
 
-    evil = {"state_dict": weights, "callbacks": Malice(canary)}
+    evil = {"state_dict": weights, "callbacks": Malicious(canary)}
     attacks = [pickle.dumps(evil["callbacks"], protocol) for protocol in (0, 2, 5)]
     for zipped in (True, False):
         torch.save(evil, path, _use_new_zipfile_serialization=zipped)
         attacks.append(path.read_bytes())
-    pickle.loads(attacks[1])  # the weapon is loaded
+    pickle.loads(attacks[1])  # the pickle does execute code when loaded
     canary.rmdir()
     torch.save(weights["betas"], path)
     attacks += [path.read_bytes(), b"", b"\x80", *map(pickle.dumps, ([1], 3, {"state_dict": 3}))]
@@ -523,7 +523,7 @@ def test_pickles_are_converted_only_on_request_and_never_executed(made: Any, tmp
                 with pytest.raises(UserError) as error:
                     load(tmp_path / name)
                 assert "\n" not in str(error.value)
-                assert "weights_only" not in str(error.value)  # no advice to run it all the same
+                assert "weights_only" not in str(error.value)  # no advice to execute it anyway
         assert not canary.exists()
 
 
@@ -548,11 +548,11 @@ def test_the_command_converts_all_three_ways(made: Any, tmp_path: Path) -> None:
 def test_the_command_refuses_in_one_line(made: Any, tmp_path: Path) -> None:
     folder, file = made("sd1")
     before = file.read_bytes()
-    torch.save({"state_dict": Malice(tmp_path / "canary")}, tmp_path / "evil.ckpt")
+    torch.save({"state_dict": Malicious(tmp_path / "canary")}, tmp_path / "evil.ckpt")
     out, torn = tmp_path / "out", tmp_path / "torn"
     shutil.copytree(folder, torn)
     (torn / "tokenizer" / "tokenizer.json").write_text("{")
-    for arguments, says in (
+    for arguments, message in (
         ((folder, file), "exists already"),
         ((file, folder, folder), "exists already"),
         ((folder, tmp_path / "model.ckpt"), "pickle files can't be written"),
@@ -565,10 +565,10 @@ def test_the_command_refuses_in_one_line(made: Any, tmp_path: Path) -> None:
         ((tmp_path / "evil.ckpt", out, folder), "isn't plain weights"),
         ((file, out, made("ours")[0]), "the file lacks"),
     ):
-        status, _, said = convert(*arguments)
-        assert status == 2, said
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1
-        assert says in said
+        status, _, error = convert(*arguments)
+        assert status == 2, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert message in error
     assert file.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.ckpt", "torn"]

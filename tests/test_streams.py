@@ -1,4 +1,4 @@
-"""Streams give each example once an epoch, in an order that any start continues, whatever carries them."""
+"""Streams give each example once an epoch, in an order that any start continues, for every kind of address."""
 
 import bz2
 import contextlib
@@ -47,7 +47,7 @@ def example(k: int) -> Example:
 
 @pytest.fixture
 def shards(tmp_path) -> str:
-    """60 examples in 5 shards of unequal length."""
+    """The address of 60 examples in 5 shards of unequal length."""
     ends = [0, 3, 20, 21, 45, 60]
     for number, (a, b) in enumerate(itertools.pairwise(ends)):
         write_tar(tmp_path / f"{number}.tar", range(a, b))
@@ -91,28 +91,28 @@ def row_of(k: int) -> Row:
 
 @pytest.mark.parametrize("buffer", [1, 7, 1000])
 def test_any_start_continues_exactly(shards, buffer):
-    """Examples and stand-ins, in another process's stream, over the ends of epochs."""
+    """Examples and substitutes are the same in another process's stream, across the ends of epochs."""
     stream = Stream(shards, CAPTIONED, fraction=0.1, buffer_size=buffer)
-    whole = take(stream, 140, seed=5)
+    expected = take(stream, 140, seed=5)
     for start in (0, 1, 6, 7, len(stream.training) - 1, len(stream.training), 100, 139):
         again = Stream(shards, CAPTIONED, fraction=0.1, buffer_size=buffer)
-        assert take(again, 140 - start, seed=5, start=start) == whole[start:]
+        assert take(again, 140 - start, seed=5, start=start) == expected[start:]
 
 
 def test_held_out_is_an_example_of_a_shard_not_a_name(tmp_path):
-    """Shards that number their images from 0 each."""
+    """Each shard numbers its images from 0."""
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", range(900))
     stream = Stream(f"file://{tmp_path}/{{0..2}}.tar", CAPTIONED, fraction=0.01, buffer_size=50)
     counted = Counter(names(take(stream, 2700 - len(stream.held_out))))
     held = Counter(row.name for row in stream.held_out)
     assert counted + held == Counter({f"{k:04d}.png": 3 for k in range(900)})
-    assert set(held.values()) >= {2}  # the head ends in the third shard: there such a name is trained on
+    assert set(held.values()) >= {2}  # the head ends in the third shard, where an equal name is trained on
 
 
 @pytest.mark.parametrize("buffer", [10, 1000])
 def test_a_buffer_shuffles_neighbours_of_a_shard(shards, buffer):
-    """Shuffled well within the buffer's reach: of all pairs that follow one another in a shard, few still do."""
+    """The buffer is much larger than a shard: few pairs of neighbours in a shard are still neighbours."""
     stream = Stream(shards, CAPTIONED, fraction=0.01, buffer_size=buffer)
     order = [int(name[:4]) for name in names(take(stream, len(stream.training)))]
     assert sum(b == a + 1 for a, b in itertools.pairwise(order)) < 15
@@ -126,7 +126,7 @@ def test_substitutes_are_eight_other_examples(shards):
     for position, (_, *others) in enumerate(take(stream, 130)):
         assert len(others) == (8 if position or len(stream.training) > 1 else 0)
         assert not held & {other.name for other in others}
-    last = take(stream, len(stream.training))[-1]  # the buffer is empty, those drawn before stand in
+    last = take(stream, len(stream.training))[-1]  # the buffer is empty, so earlier examples are the substitutes
     assert len(set(last[1:])) > 3
 
 
@@ -196,7 +196,7 @@ def test_compressed(tmp_path, pack):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; /cut/… says more than it sends."""
+    """Server of a folder; /cut/… announces more bytes than it sends."""
 
     def do_GET(self):
         if self.path.startswith("/cut/"):
@@ -204,7 +204,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data[: len(data) // 2 // 2048 * 2048])  # at the end of a sample
+            self.wfile.write(data[: len(data) // 2 // 2048 * 2048])  # up to the end of a sample
             return
         super().do_GET()
 
@@ -284,7 +284,7 @@ def test_a_command_that_isnt_read_to_its_end_is_stopped(tmp_path):
                 if group in groups and state != "Z":
                     yield process
 
-    while any(alive()):  # what is killed goes on until its turn comes
+    while any(alive()):  # a killed process runs until it is scheduled
         assert time.perf_counter() - started < 30
         time.sleep(0.05)
 

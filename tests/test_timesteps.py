@@ -1,6 +1,6 @@
-"""Timesteps that are drawn, against their distributions, and the weights of their errors.
+"""Drawn timesteps against their distributions, and the weights of their errors.
 
-The uniform numbers are a fine grid: frequencies are then probabilities but for one grid step, and nothing is statistical.
+The uniform numbers are a fine grid. Frequencies are then probabilities up to one grid step, and nothing is statistical.
 """
 
 import math
@@ -31,7 +31,7 @@ def grid(n=N):
 
 
 def tuned(bins=10, T=1000, floor=0.05, seed=0):
-    """An Importance that has seen losses of very different sizes in every bin."""
+    """Return an Importance that has seen losses of very different sizes in every bin."""
     importance = Importance(bins, floor=floor)
     loss = torch.randn(T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).exp()
     importance.note(torch.arange(T), loss * (0.02 + torch.arange(T) / T), T)
@@ -51,7 +51,7 @@ DRAWS = {
 @pytest.mark.parametrize("T", [1000, 77, 7])
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_are_in_range_and_in_the_order_of_their_numbers(name, T):
-    # Monotone: stratified numbers give stratified timesteps. A float32 cast may round the greatest number to 1.
+    # Draws are monotone, so stratified numbers give stratified timesteps. float32 may round the greatest number to 1.
     for dtype in (torch.float64, torch.float32):
         u = torch.cat([torch.zeros(1), grid(10_000), torch.tensor([1 - torch.finfo(torch.float64).eps / 2])]).to(dtype)
         index = DRAWS[name](u, T).index
@@ -118,18 +118,18 @@ def test_importance_is_in_proportion_to_the_root_mean_square(floor):
     assert p.min().item() == pytest.approx(floor / bins)
     counts = torch.bincount(importance(grid(), T).index // 10, minlength=bins)
     assert (counts - N * p).abs().max() <= 1.01
-    assert importance(torch.zeros(1), T).index.item() == (0 if floor else 10)  # what has no probability isn't drawn
-    within = torch.bincount(importance(grid(), T).index, minlength=T).view(bins, -1)  # alike within a bin
+    assert importance(torch.zeros(1), T).index.item() == (0 if floor else 10)  # a bin without probability isn't drawn
+    within = torch.bincount(importance(grid(), T).index, minlength=T).view(bins, -1)  # equal within a bin
     assert (within - within.double().mean(1, keepdim=True)).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize(("bins", "T"), [(10, 1000), (10, 77), (100, 128), (7, 7), (100, 250)])
 def test_importance_weights_give_uniform_means(bins, T):
-    # Where T isn't a multiple of the bins, a timestep on a border belongs to two of them, at two probabilities.
+    # If T isn't a multiple of the bins, a timestep on a border belongs to two bins with different probabilities.
     importance = tuned(bins, T)
     drawn = importance(grid(), T)
     total = torch.zeros(T, dtype=torch.float64).index_add_(0, drawn.index, drawn.weight.expand(N)) / N
-    # Each timestep weighs 1 / T in all, but for a grid number or two.
+    # Each timestep has a total weight of 1 / T, up to two numbers of the grid.
     assert (total * T - 1).abs().max() <= 3 * T * drawn.weight.max() / N
     assert drawn.weight.max() <= 20.001  # 1 / floor
     f = torch.sin(torch.arange(T, dtype=torch.float64)) + 1
@@ -140,7 +140,7 @@ def test_importance_weights_give_uniform_means(bins, T):
 
 @pytest.mark.parametrize("kind", ["simple", "vlb"])
 def test_the_expected_objective_is_the_same_under_importance(kind):
-    # End to end: the loss to descend is that of uniform timesteps.
+    # End to end: the expected loss is that of uniform timesteps.
     schedule = PATHS["linear"]
     means = []
     for timesteps in (uniform, tuned(7, 50)):
@@ -165,7 +165,7 @@ def test_averages_run_over_examples():
     kept = (1 - rate) ** 3
     expected = [kept * 4 + (1 - kept) * 35 / 3, 4, 4, (1 - rate) * 4 + rate * 49]
     assert importance.mean_square.tolist() == pytest.approx(expected)
-    importance.fold()  # nothing noted, nothing changed
+    importance.fold()  # without notes, nothing changes
     assert importance.mean_square.tolist() == pytest.approx(expected)
     assert importance.seen.tolist() == [13, 10, 10, 11]
 
@@ -231,7 +231,7 @@ def test_the_state_continues_exactly():
 
 
 def fold_on(rank, ranks, folder):
-    """One process of `ranks`, which notes its rows of three fixed batches of 64."""
+    """Run one process of `ranks`, which notes its rows of three fixed batches of 64."""
     torch.set_num_threads(1)
     if ranks > 1:
         distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -253,7 +253,7 @@ def test_two_processes_have_the_state_of_one(tmp_path):
     one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert (one["seen"] > 0).all()
     for name, value in one.items():
-        assert torch.equal(two[0][name], two[1][name])  # to the digit, or the processes would drift apart
+        assert torch.equal(two[0][name], two[1][name])  # exactly, otherwise the processes would diverge
         torch.testing.assert_close(two[0][name], value, rtol=1e-12, atol=0)
 
 
@@ -261,7 +261,7 @@ def test_two_processes_have_the_state_of_one(tmp_path):
 @pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS)
 @pytest.mark.parametrize("name", PATHS)
 def test_a_weighting_is_one_weight_on_the_error_of_x0(name, weighting, target):
-    # A step of x0_hat at a fixed x_t moves what the target says; its weight must make up for by how much.
+    # A change of x0_hat at a fixed x_t changes the target's prediction; its weight must compensate for the factor.
     schedule = PATHS[name]
     alpha, sigma = schedule.alpha[:-1], schedule.sigma[:-1]
     x_t, x0, step = torch.randn(3, schedule.T - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -288,7 +288,7 @@ def test_weightings_equal_the_papers_formulas():
     # Karras et al. 2022, table 1: lambda(s) = (s^2 + sigma_data^2) / (s sigma_data)^2 on x0, with s = sigma / alpha.
     noise = sigma / alpha
     close(level_weight(edm(0.5), "x0", alpha, sigma), (noise**2 + 0.25) / (noise * 0.5) ** 2)
-    # With unit data that is an even weight on v.
+    # With data of unit variance this is a uniform weight on v.
     close(level_weight(edm(1.0), "v", alpha, sigma), torch.ones_like(alpha))
     zero = PATHS["zero"]
     close(level_weight(edm(1.0), "v", zero.alpha, zero.sigma), torch.ones_like(alpha))
@@ -302,10 +302,10 @@ def test_weights_are_finite_where_no_signal_is_left(name, weighting, target):
     weight = level_weight(weighting, target, schedule.alpha, schedule.sigma)
     assert weight.float().isfinite().all()
     assert (weight >= 0).all()
-    if (weighting, target) == (WEIGHTINGS["edm"], "eps"):  # x0's weight doesn't vanish: eps' has no limit
+    if (weighting, target) == (WEIGHTINGS["edm"], "eps"):  # x0's weight doesn't vanish, so eps' has no limit
         assert weight[-1] > weight[-2]
         return
-    # Elsewhere it is what levels ever nearer to pure noise come to.
+    # Otherwise it is the limit of levels that approach pure noise.
     alpha = torch.tensor([1e-4, 1e-6], dtype=torch.float64)
     sigma = 1 - alpha if name == "flow" else (1 - alpha**2).sqrt()
     near = level_weight(weighting, target, alpha, sigma)
@@ -318,20 +318,20 @@ def test_weights_are_finite_where_no_signal_is_left(name, weighting, target):
 @pytest.mark.parametrize("name", ["zero", "flow"])
 def test_the_objective_is_finite_up_to_pure_noise(name, weighting, target):
     schedule = PATHS[name]
-    x0, noise, said = torch.randn(3, schedule.T, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    said.requires_grad_()
+    x0, noise, output = torch.randn(3, schedule.T, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    output.requires_grad_()
     u = grid(schedule.T)
-    losses = Objective(schedule, target, weighting)(lambda *_: said, x0, u, noise, torch.empty(0))
+    losses = Objective(schedule, target, weighting)(lambda *_: output, x0, u, noise, torch.empty(0))
     assert losses.index.tolist() == list(range(schedule.T))
     assert losses.weighted.isfinite().all()
     losses.weighted.mean().backward()
-    assert said.grad.isfinite().all()
+    assert output.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("weighting", [None, min_snr(), edm()])
 @pytest.mark.parametrize("target", ["x0", "v"])
 def test_importance_follows_the_weighted_loss(target, weighting):
-    # Its estimate of the mean loss then varies less than that of uniform timesteps, whatever the weighting.
+    # The estimate of the mean loss then varies less than with uniform timesteps, for any weighting.
     schedule, importance = PATHS["linear"], Importance(50, floor=0.05)
     x0 = torch.full((N, 1, 1, 1), 0.8, dtype=torch.float64)
 

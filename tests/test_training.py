@@ -1,4 +1,4 @@
-"""A run is a function of its configuration: cut and continued, on one process or two, it is the same run."""
+"""A run is a function of its configuration: interrupted and resumed, on one process or two, it is the same run."""
 
 import math
 import os
@@ -41,14 +41,14 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_run(
 ) -> None:
     optimizer = OptimizerConfig(kind=kind, lr=1e-3, schedule="cosine", warmup=3)
     settings = {"accumulation": accumulation, "workers": workers, "optimizer": optimizer}
-    start(tmp_path / "whole", **settings)
+    start(tmp_path / "uninterrupted", **settings)
     for at in (2, 5, 7):
         with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / f"cut-{at}", Crash(at), **settings)
-        start(tmp_path / f"cut-{at}", **settings | {"workers": 0})
-        assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
-        assert losses(tmp_path / f"cut-{at}")[-1] == losses(tmp_path / "whole")[-1]
-        steps = [step for step, _ in losses(tmp_path / f"cut-{at}")]
+            start(tmp_path / f"interrupted-{at}", Crash(at), **settings)
+        start(tmp_path / f"interrupted-{at}", **settings | {"workers": 0})
+        assert final_state(tmp_path / f"interrupted-{at}") == final_state(tmp_path / "uninterrupted"), at
+        assert losses(tmp_path / f"interrupted-{at}")[-1] == losses(tmp_path / "uninterrupted")[-1]
+        steps = [step for step, _ in losses(tmp_path / f"interrupted-{at}")]
         assert steps == sorted(set(steps))  # nothing is logged twice
 
 
@@ -59,7 +59,7 @@ def test_every_weight_is_trained_in_float32(start: Start, tmp_path: Path) -> Non
     weights = [
         name for name in last if "/module/" in name and "position_ids" not in name and last[name].is_floating_point()
     ]
-    # The discriminator's last bias rests: while both hinges are open, real and made images pull it equally.
+    # The discriminator's last bias doesn't move: while both hinges are open, real and generated images cancel.
     resting = ("logit_scale", "critic.body.5.bias", "echo.codes")
     assert set(moved) >= {name for name in weights if not name.endswith(resting)}
     assert {value.dtype for name, value in last.items() if "/module/" in name and value.is_floating_point()} == {
@@ -101,7 +101,7 @@ MUON = OptimizerConfig(kind="muon", lr=1e-3, schedule="cosine", warmup=3)
 
 @pytest.mark.parametrize("optimizer", [COMMON["optimizer"], MUON], ids=lambda o: o.kind)
 def test_half_precision_trains_float32_weights(start: Start, tmp_path: Path, optimizer: OptimizerConfig) -> None:
-    """fp16 begins with a loss scale that overflows: those steps are skipped, and the run goes on."""
+    """fp16 starts with a loss scale that overflows. Those steps are skipped, and the run continues."""
     for precision in ("bf16", "fp16"):
         out = tmp_path / precision
         start(out, precision=precision, optimizer=optimizer)
@@ -126,12 +126,12 @@ def test_an_overflow_in_fp16_is_skipped_and_training_continues(
     lines = logged(tmp_path / "run")
     skipped = [line["skipped"] for line in lines if "skipped" in line]
     assert 0 < skipped[-1] < 35
-    assert skipped[-1] == skipped[-5]  # the scale has come down, and training goes on
+    assert skipped[-1] == skipped[-5]  # the scale has been lowered, and training continues
 
 
 @dataclass
 class Poison(Hooks):
-    """Puts NaN into the noise or the images of some steps."""
+    """NaN in the noise or the images of some steps."""
 
     bad: Callable[[int], bool]
 
@@ -171,7 +171,7 @@ def test_repeated_non_finite_steps_roll_back_and_then_end_the_run(
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
-    start(tmp_path / "whole")
+    start(tmp_path / "uninterrupted")
 
     class Interrupt(Hooks):
         def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
@@ -184,7 +184,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path) -
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "run/checkpoints/step-00000005/manifest.json").is_file()
     start(tmp_path / "run")
-    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "uninterrupted")
 
 
 def test_validation_does_not_disturb_training(start: Start, tmp_path: Path) -> None:
@@ -230,19 +230,21 @@ def test_a_chosen_process_trains_and_is_saved_with_the_model(
 
 
 def test_importance_sampling_of_timesteps_is_resumed_exactly(shapes: Path, parts: Path, tmp_path: Path) -> None:
-    # Of so few timesteps all have been seen after a few steps, when the probabilities leave uniform.
+    # So few timesteps have all been seen after a few steps; then the probabilities are no longer uniform.
     diffusion = DiffusionConfig(timesteps=6, timestep_sampling="importance", stratified=True)
     settings = {"diffusion": diffusion, "accumulation": 2}
-    train.stages.ldm.train(ldm_config(shapes, tmp_path / "whole", parts, **settings))
-    state = load_file(tmp_path / "whole/checkpoints/step-00000008/state.safetensors")
+    train.stages.ldm.train(ldm_config(shapes, tmp_path / "uninterrupted", parts, **settings))
+    state = load_file(tmp_path / "uninterrupted/checkpoints/step-00000008/state.safetensors")
     (seen,) = (value for name, value in state.items() if name.endswith("importance.seen"))
     assert seen.min() > 0
     assert seen.sum() == 64
     for at in (4, 7):
         with pytest.raises(KeyboardInterrupt):
-            train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings), hooks=Crash(at))
-        train.stages.ldm.train(ldm_config(shapes, tmp_path / f"cut-{at}", parts, **settings))
-        assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
+            train.stages.ldm.train(
+                ldm_config(shapes, tmp_path / f"interrupted-{at}", parts, **settings), hooks=Crash(at)
+            )
+        train.stages.ldm.train(ldm_config(shapes, tmp_path / f"interrupted-{at}", parts, **settings))
+        assert final_state(tmp_path / f"interrupted-{at}") == final_state(tmp_path / "uninterrupted"), at
 
 
 def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_pat
 
 
 def test_the_saved_vae_has_standardised_latents(shapes: Path, parts: Path) -> None:
-    """The final model/ is folded over the training set; what it was folded from stays unfolded in the checkpoint."""
+    """The final model/ is normalised over the training images; the checkpoint contains the unnormalised autoencoder."""
     from autoencoder.model import Autoencoder
     from train.data.batches.draws import PosteriorNoise
     from train.data.batches.images import ImageDataset
@@ -276,7 +278,7 @@ def test_the_saved_vae_has_standardised_latents(shapes: Path, parts: Path) -> No
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
 def test_two_processes_train_as_one(stage: str, kind: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
-    """Same examples, same losses: on two Gloo processes and on one, the same global batch."""
+    """Two Gloo processes and one process train on the same global batches and have the same losses."""
     change: dict[str, Any] = {"steps": 5, "log_every": 1, "optimizer": OptimizerConfig(kind=kind, lr=1e-4, warmup=0)}
     if stage == "ldm":
         change["diffusion"] = DiffusionConfig(timesteps=6, timestep_sampling="importance")

@@ -1,4 +1,4 @@
-"""Stage 1's step: the loss is the sum of its terms, each network moves itself alone, and no split of a batch changes it."""
+"""Stage 1's step: the loss is the sum of its terms, and no split of a batch changes it."""
 
 import math
 import shutil
@@ -47,7 +47,7 @@ class Contrast(nn.Module):
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("learn_logvar", [False, True])
 def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, transform: Transform | None) -> None:
-    """Against plain autograd through everything at once: gradients worked out ahead change nothing."""
+    """The gradient equals that of plain autograd through all terms: computing some gradients first changes nothing."""
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2, spectral=True), vae_batch()
     config = VaeConfig(
         reconstruction="l2",
@@ -87,7 +87,7 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
 
 
 def test_the_loss_weights_of_rombach_et_al_apply() -> None:
-    """Their loss (sums over an image) is ours times 3·H·W: the gradient is ours times 3·H·W too, adaptive weight included."""
+    """Their loss, a sum over an image, is ours times 3·H·W, and so is the gradient, adaptive weight included."""
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), vae_batch()
     step = AutoencoderLoss(
         vae, VaeConfig(adversarial=ADAPTIVE, perceptual=PerceptualConfig()), Contrast(), discriminator
@@ -152,7 +152,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def distances(a: Path, b: Path, step: int) -> dict[str, float]:
-    """Relative L2 distance of each network's weights at a step of two runs."""
+    """Return the relative L2 distance of each network's weights at a step of two runs."""
     states = [load_file(run / f"checkpoints/step-{step:08d}/state.safetensors") for run in (a, b)]
     found = {}
     for name in ("vae", "discriminator"):
@@ -170,7 +170,7 @@ def test_accumulation_changes_nothing(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_as_one(shapes: Path, tmp_path: Path) -> None:
-    """2 Gloo processes with 4 images each, and 1 with 8: five steps of both networks lead to the same weights."""
+    """2 Gloo processes with 4 images each and 1 with 8 reach the same weights in five steps of both networks."""
     change = EVERYTHING | {
         "adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True, r1=0.5),
         "optimizer": OptimizerConfig(lr=1e-4, warmup=0),
@@ -183,7 +183,7 @@ def test_two_processes_train_as_one(shapes: Path, tmp_path: Path) -> None:
     assert max(distances(tmp_path / "one", tmp_path / "two", 5).values()) < 1e-5
     for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    # Validation is shared out, and adds up to the same.
+    # Validation is split between the processes and gives the same result.
     one, two = ([line for line in logged(tmp_path / name) if "val_psnr" in line] for name in ("one", "two"))
     for name, value in one[0].items():
         if name.startswith("val_"):
@@ -191,20 +191,20 @@ def test_two_processes_train_as_one(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_all_options_together_are_resumed_exactly(shapes: Path, tmp_path: Path) -> None:
-    train.stages.vae.train(config(shapes, tmp_path / "whole", **EVERYTHING))
-    state = load_file(tmp_path / "whole/checkpoints/step-00000008/state.safetensors")
+    train.stages.vae.train(config(shapes, tmp_path / "uninterrupted", **EVERYTHING))
+    state = load_file(tmp_path / "uninterrupted/checkpoints/step-00000008/state.safetensors")
     assert state["state/phases/vae/module/logvar"] != 0
     for at in (2, 5):
         with pytest.raises(KeyboardInterrupt):
-            train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING), hooks=Crash(at))
-        train.stages.vae.train(config(shapes, tmp_path / f"cut-{at}", **EVERYTHING))
-        assert final_state(tmp_path / f"cut-{at}") == final_state(tmp_path / "whole"), at
+            train.stages.vae.train(config(shapes, tmp_path / f"interrupted-{at}", **EVERYTHING), hooks=Crash(at))
+        train.stages.vae.train(config(shapes, tmp_path / f"interrupted-{at}", **EVERYTHING))
+        assert final_state(tmp_path / f"interrupted-{at}") == final_state(tmp_path / "uninterrupted"), at
 
 
 def test_the_estimate_before_a_run_changes_nothing(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The estimate before a run goes through every phase; the run is the same with another one."""
+    """The estimate of memory and time runs every phase once; the run is the same without it."""
     adversarial = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
     train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | adversarial))
     monkeypatch.setattr(train.engine.loop, "estimate", lambda *_: None)
@@ -218,7 +218,7 @@ def test_gradient_checkpointing_gives_the_same_run(
     calls, forward = [0], ResnetBlock2D.forward
 
     def counted(block: ResnetBlock2D, *args: Any, **kwargs: Any) -> Tensor:
-        calls[0] += block.training  # those of measuring and handing over aside
+        calls[0] += block.training  # without those of validation and of the final model
         return forward(block, *args, **kwargs)
 
     monkeypatch.setattr(ResnetBlock2D, "forward", counted)
@@ -237,7 +237,7 @@ def test_gradient_checkpointing_gives_the_same_run(
 def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
     factor: float, precision: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The generator's loss times a factor: vanishing, ordinary, exploding, infinite."""
+    """The generator's loss is multiplied by a factor: vanishing, ordinary, exploding, infinite."""
     monkeypatch.setattr(train.stages.vae_step, "generator_loss", lambda kind, fake: factor * generator_loss(kind, fake))
     train.stages.vae.train(config(shapes, tmp_path / "run", precision=precision, steps=4, log_every=1))
     lines = logged(tmp_path / "run")
@@ -247,11 +247,11 @@ def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
     skipped = max(line["skipped"] for line in lines if "skipped" in line)
     assert all(0 <= w <= 0.5 * LARGEST_WEIGHT for w in weights)
     if factor == math.inf:
-        assert not weights  # NaN, which a log leaves out
+        assert not weights  # NaN, which isn't logged
         assert skipped == 4
     elif factor < 1:
         assert weights[-1] == pytest.approx(0.5 * LARGEST_WEIGHT)
-        assert skipped <= (precision == "fp16")  # whose loss scale begins too high
+        assert skipped <= (precision == "fp16")  # fp16's loss scale starts too high
     elif factor == 1:
         assert 0 < weights[-1] < 100
         assert skipped < 3
@@ -260,12 +260,12 @@ def test_the_adaptive_weight_is_finite_or_the_step_is_skipped(
         assert precision == "fp16" or weights[-1] < 1e-20
 
 
-# -- continued from another autoencoder -----------------------------------------------------------------------
+# -- initialised from another autoencoder -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A folder of an autoencoder with a scaling factor of its own."""
+    """A folder with an autoencoder that has its own scaling factor."""
     vae = small_vae()
     vae.register_to_config(scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "given")
@@ -296,7 +296,7 @@ def test_training_starts_from_a_given_autoencoder(shapes: Path, trained: Path, t
     raw = load_file(tmp_path / "run/checkpoints/step-00000001/state.safetensors")
     weight = small_vae().encoder.conv_in.weight
     assert relative_distance(raw["state/phases/vae/module/vae.encoder.conv_in.weight"], weight.detach()) < 0.05
-    # Another starting point isn't the same run, nor is none.
+    # A run refuses another initialisation, and none.
     with pytest.raises(UserError, match="--init"):
         train.stages.vae.train(config(shapes, tmp_path / "run", steps=2))
     other = small_vae()
@@ -351,7 +351,9 @@ def test_a_run_refuses_another_perceptual_network(shapes: Path, tmp_path: Path, 
     moved = tmp_path / "moved"
     shutil.copytree(small_clip, moved)
     elsewhere = PerceptualConfig(kind="clip", model=str(moved))
-    train.stages.vae.train(config(shapes, tmp_path / "run", steps=1, perceptual=elsewhere))  # the same wherever it lies
+    train.stages.vae.train(
+        config(shapes, tmp_path / "run", steps=1, perceptual=elsewhere)
+    )  # the same network at another path
     weights = moved / "model.safetensors"
     state = {k: v + 0.01 for k, v in load_file(weights).items() if v.is_floating_point()}
     save_file(state, weights, metadata={"format": "pt"})
