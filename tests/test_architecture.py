@@ -1,6 +1,6 @@
-"""scripts → train → ldm.pipeline → {the rest of ldm, autoencoder, conditioning}, and nothing the other way.
+"""Imports go one way: scripts → train → ldm.pipeline → {the rest of ldm, autoencoder, conditioning}.
 
-The three on the right may import the leaves, which import nothing of ours but one another.
+The three on the right may import the leaves, which import only one another.
 """
 
 import ast
@@ -28,7 +28,7 @@ LEAVES = ("ldm.errors", "ldm.formats.hub", "ldm.formats.clip_layout")
 
 
 def layer(module: str) -> str:
-    """The layer of a module: its package, except for the pipeline and the leaves. `module` may be a name in a module."""
+    """Return the layer of a module or of a name in it: its package, except for the pipeline and the leaves."""
     if any(f"{module}.".startswith(f"{leaf}.") for leaf in LEAVES):
         return "leaf"
     pipeline = ("ldm.pipeline", "ldm.model", "ldm.request", "ldm.preparation")

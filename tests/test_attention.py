@@ -1,4 +1,4 @@
-"""Attention of the UNet: against its definition in float64, the same whatever computes it, and a line where it can't."""
+"""Attention of the UNet: every backend equals the definition in float64, and unavailable backends are refused."""
 
 import copy
 import sys
@@ -41,8 +41,10 @@ def random_unet() -> UNet2DConditionModel:
     return small_unet(0.1, latent_size=8, text_width=24)
 
 
-def painted(unet: UNet2DConditionModel, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """The output and the gradient of every weight, in float64."""
+def output_and_gradients(
+    unet: UNet2DConditionModel, device: str = "cpu", dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Return the output and the gradient of every weight, in float64."""
     unet.zero_grad()
     x, text = (t.to(device, dtype) for t in tensors((2, 4, 8, 8), (2, 11, 24), gradient=False))
     out = unet(x, torch.tensor([10, 700], device=device), text, return_dict=False)[0]
@@ -88,7 +90,7 @@ def test_a_layer_equals_diffusers_attention(context: tuple[int, ...] | None) -> 
 
 
 def install(monkeypatch: pytest.MonkeyPatch, attention: Callable[..., Tensor] | None, device: str = "cpu") -> None:
-    """Stand-ins for xformers and its library, on a device that there is."""
+    """Install stand-ins for xformers and its library, on an available device."""
     monkeypatch.setattr(module, "_XFORMERS_DEVICE", device)
     for name in ("xformers", "xformers.ops", "xformers._cpp_lib"):
         fake: Any = ModuleType(name)
@@ -108,20 +110,21 @@ def test_xformers_receives_the_arguments_of_the_definition(monkeypatch: pytest.M
 
     unet = random_unet().double()
     assert use_attention(unet, "sdpa") == "sdpa"
-    expected = painted(unet)
+    expected = output_and_gradients(unet)
     install(monkeypatch, recorded)
     require_attention(backend)
     assert use_attention(unet, backend) == "xformers"
     seen.clear()
-    got = painted(unet)
-    # (b, n, heads, d) and the number of keys: the pixels of two levels, each looking at itself and at the text
+    got = output_and_gradients(unet)
+    # (b, n, heads, d) and the number of keys: self-attention and attention to the text, at two levels
     assert seen == {(2, 64, 2, 16, 64), (2, 64, 2, 16, 11), (2, 16, 4, 16, 16), (2, 16, 4, 16, 11)}
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(painted(copy.deepcopy(unet))[0], expected[0])  # an average's copy of the network
+    copied = copy.deepcopy(unet)  # as the running average does
+    torch.testing.assert_close(output_and_gradients(copied)[0], expected[0])
     assert use_attention(unet) == "sdpa"
     seen.clear()
-    painted(unet)
+    output_and_gradients(unet)
     assert not seen
 
 
@@ -144,7 +147,7 @@ def test_the_trial_has_the_dtype_and_gradients_of_the_run(monkeypatch: pytest.Mo
 
 
 def refused(unet: UNet2DConditionModel, *words: str) -> None:
-    """Asked for, it is one line with these words; `auto` goes on with sdpa."""
+    """Assert that xformers, if requested, is refused in one line with these words, and that `auto` uses sdpa."""
     with pytest.raises(UserError) as caught:
         use_attention(unet, "xformers")
     line = str(caught.value)
@@ -215,14 +218,14 @@ def test_a_pipeline_generates_the_same_with_either_backend(monkeypatch: pytest.M
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_xformers_equals_sdpa_on_a_gpu(dtype: torch.dtype) -> None:
-    """Each is as near to float64 as the other, forwards and backwards."""
+    """Both are equally close to float64, forwards and backwards."""
     unet = random_unet().double()
-    exact = painted(unet)
+    exact = output_and_gradients(unet)
     unet.to("cuda", dtype)
     error: dict[str, list[float]] = {}
     for backend in ("sdpa", "xformers"):
         assert use_attention(unet, backend) == backend
-        (out, *grads), (exact_out, *exact_grads) = painted(unet, "cuda", dtype), exact
+        (out, *grads), (exact_out, *exact_grads) = output_and_gradients(unet, "cuda", dtype), exact
         pairs = ((out, exact_out), (torch.cat([g.ravel() for g in x]) for x in (grads, exact_grads)))
         error[backend] = [((a - b).norm() / b.norm()).item() for a, b in pairs]
     for mine, theirs in zip(error["xformers"], error["sdpa"], strict=True):

@@ -1,4 +1,4 @@
-"""Folding is exact and normalises; loading refuses what it can't be right about."""
+"""Folding normalises latents exactly, and loading refuses files that it can't interpret correctly."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from support.images import smooth_pixels
 def small_vae() -> AutoencoderKL:
     torch.manual_seed(0)
     vae = build_autoencoder(channels=(16, 32), layers=1, latent_channels=4, groups=8, attention=True)
-    # Latents far from normal, each channel in its own way.
+    # Latents are far from normalised, differently in each channel.
     with torch.no_grad():
         vae.quant_conv.weight[:4] *= torch.tensor([1.0, 30.0, 0.2, 5.0]).view(4, 1, 1, 1)
         vae.quant_conv.bias[:4] = torch.tensor([0.0, 3.0, -7.0, 0.5])
@@ -40,7 +40,7 @@ def test_folding_is_an_exact_change_of_coordinates() -> None:
 @pytest.mark.parametrize("factor", [4, 8, 16])
 @pytest.mark.parametrize("latent_channels", [4, 8, 16])
 def test_shapes_of_latents(factor: int, latent_channels: int) -> None:
-    """Every factor and number of channels: latents as large as said, a gradient everywhere, and folded exactly."""
+    """Every factor and number of channels: the latents' size, a gradient for every weight, and exact folding."""
     channels = (8,) * factor.bit_length()
     torch.manual_seed(0)
     vae = build_autoencoder(channels=channels, layers=1, latent_channels=latent_channels, groups=4, attention=False)
@@ -88,7 +88,7 @@ def test_channels_without_information_are_reported_and_floored() -> None:
     g = torch.Generator().manual_seed(0)
     mean = torch.randn(64, 3, 4, 4, generator=g)
     std = torch.full_like(mean, 0.1)
-    mean[:, 1] = 0.0  # a collapsed posterior: all noise
+    mean[:, 1] = 0.0  # a collapsed posterior, which is only noise
     std[:, 1] = 1.0
     mean[:, 2], std[:, 2] = 5.0, 1e-9  # a constant
     statistics = latent_statistics(latent_sums(Posterior(mean, std), torch.randn(mean.shape, generator=g)))
@@ -114,19 +114,19 @@ def test_images_of_any_size_go_through_in_tiles() -> None:
     vae = small_vae()
     for name, module in vae.named_modules():
         if name.endswith(".conv2"):
-            module.weight.copy_(0.02 * torch.randn(module.weight.shape))  # no branch is zero
+            module.weight.copy_(0.02 * torch.randn(module.weight.shape))  # so that no branch is zero
     x = nn.functional.interpolate(smooth_pixels(2), size=(45, 71), mode="bilinear")
-    whole, tiles = Autoencoder(vae), Autoencoder(vae, Tiles(12, 6))
-    posterior, tiled = whole.encode(x), tiles.encode(x)
+    untiled, tiles = Autoencoder(vae), Autoencoder(vae, Tiles(12, 6))
+    posterior, tiled = untiled.encode(x), tiles.encode(x)
     assert posterior.mean.shape == tiled.mean.shape == (2, 4, 23, 36)
     for a, b in zip(tiled, posterior, strict=True):
         assert (a - b).square().mean() < 2e-2 * b.var()
-    made, again = whole.decode(posterior.mean), tiles.decode(posterior.mean)
+    made, again = untiled.decode(posterior.mean), tiles.decode(posterior.mean)
     assert made.shape == (2, 3, 46, 72)
     assert (made - again).square().mean() < 1e-2 * made.var()
-    # What has the right size already isn't padded.
+    # Images that have the right size aren't padded.
     torch.testing.assert_close(
-        whole.encode(x[..., :44, :70]).mean, vae.encode(x[..., :44, :70]).latent_dist.mean * whole.scale
+        untiled.encode(x[..., :44, :70]).mean, vae.encode(x[..., :44, :70]).latent_dist.mean * untiled.scale
     )
 
 

@@ -1,4 +1,4 @@
-"""The contract of what predicts, kept by a second network, a transformer that only this file knows; and a task that is said."""
+"""The interface of backbones with a second network, a transformer that only this file defines; and tasks."""
 
 import json
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ from support.runs import final_state, ldm_config
 from train.config.ldm import DiffusionConfig, LdmConfig
 from train.config.optimizer import OptimizerConfig
 
-# -- a second network, all of it --------------------------------------------------------------------------------------
+# -- a second network -------------------------------------------------------------------------------------------------
 
 
 class Transformer(nn.Module):
-    """Patches of 2 × 2 latents that attend over one another and over the condition's tokens."""
+    """Patches of 2 × 2 latents that attend to one another and to the condition's tokens."""
 
     def __init__(self, channels: int, out: int, condition: int, width: int = 32) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class TransformerBackbone(Backbone):
         save_file(self.module.state_dict(), folder / "weights.safetensors")
 
 
-# -- what it does through the contract ------------------------------------------------------------------------------------
+# -- its use through the interface ------------------------------------------------------------------------------------
 
 
 CONSTANT = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
@@ -94,13 +94,13 @@ def config(shapes: Path, out: Path, parts: Path, **change: Any) -> LdmConfig:
 def test_a_transformer_trains_and_generates(
     shapes: Path, parts: Path, tmp_path: Path, task: str, channels: int, out: int
 ) -> None:
-    """It is trained, saved by its own code, loaded, and samples; cut and continued, it is the same run."""
+    """It is trained, saved by its own code, loaded and sampled. An interrupted and resumed run is the same."""
     settings: dict[str, Any] = {"task": task}
     if out == 8:
         settings["diffusion"] = DiffusionConfig(variance="learned", objective="hybrid")
     once, twice = tmp_path / "once", tmp_path / "twice"
     train.stages.ldm.train(config(shapes, once, parts, **settings), backbone=transformer(channels, out))
-    for steps, seed in ((2, 0), (4, 1)):  # another beginning doesn't matter to one that goes on
+    for steps, seed in ((2, 0), (4, 1)):  # other initial weights don't matter to a resumed run
         train.stages.ldm.train(
             config(shapes, twice, parts, **settings, steps=steps), backbone=transformer(channels, out, seed=seed)
         )
@@ -149,7 +149,7 @@ def test_a_weaker_transformer_guides_and_inversion_recovers_the_noise() -> None:
 
 
 def test_a_network_that_does_not_fit_is_refused(shapes: Path, parts: Path, tmp_path: Path) -> None:
-    for backbone, change, says in (
+    for backbone, change, message in (
         (transformer(condition=16), {}, "has condition_width 16, but this run needs 32"),
         (transformer(out=8), {}, "has out_channels 8, but this run needs 4"),
         (transformer(channels=9), {}, "has in_channels 9, but this run needs 4"),
@@ -157,16 +157,16 @@ def test_a_network_that_does_not_fit_is_refused(shapes: Path, parts: Path, tmp_p
         (transformer(), {"init": "anything"}, "init 'anything' with a backbone"),
         (transformer(), {"gradient_checkpointing": True}, "has no gradient checkpointing"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             train.stages.ldm.train(config(shapes, tmp_path / "run", parts, **change), backbone=backbone)
         assert not (tmp_path / "run").exists()
 
 
-# -- the task -------------------------------------------------------------------------------------------------------------
+# -- the task ----------------------------------------------------------------------------------------------------------
 
 
-def said(folder: Path, name: str | None) -> LatentDiffusionPipeline:
-    """A model whose model_index.json says another class, or is gone."""
+def load_as(folder: Path, name: str | None) -> LatentDiffusionPipeline:
+    """Load a model with another class in model_index.json, or without this file if name is None."""
     index = folder / "model_index.json"
     if name is None:
         index.unlink()
@@ -185,11 +185,11 @@ def test_the_task_is_read_from_the_folder(tmp_path: Path, inpaints: bool) -> Non
         with pytest.raises(
             UserError, match="said to be for txt2img, whose network has 5 context channels: 0 are needed"
         ):
-            said(folder, "StableDiffusionPipeline")
-    else:  # diffusers' inpaints by blending with such a network, as any of ours does
-        assert said(folder, "StableDiffusionInpaintPipeline").model.task == "txt2img"
+            load_as(folder, "StableDiffusionPipeline")
+    else:  # such a network inpaints by blending, in diffusers too
+        assert load_as(folder, "StableDiffusionInpaintPipeline").model.task == "txt2img"
     for name in ("SomebodysPipeline", None):
-        assert said(folder, name).model.task == task
+        assert load_as(folder, name).model.task == task
 
 
 def test_the_unet_reports_its_properties() -> None:

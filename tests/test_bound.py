@@ -40,7 +40,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 
 def nodes(schedule):
-    """Return every index with every node: x0, noise (T n, 1, 1, 1), index (T n,), and a function to expectations (T,)."""
+    """Return x0, noise (T n, 1, 1, 1) and index (T n,) of each index and node, and a function to expectations (T,)."""
     z, w = np.polynomial.hermite_e.hermegauss(3)
     first, second = (torch.from_numpy(g).flatten().repeat(schedule.T).view(-1, 1, 1, 1) for g in np.meshgrid(z, z))
     weights = torch.from_numpy(np.outer(w, w).flatten() / w.sum() ** 2)
@@ -210,8 +210,8 @@ def gaps(family, variance, sizes):
 
 @pytest.mark.parametrize("family", ["linear", "flow"])
 def test_the_gap_to_the_entropy_falls_with_the_number_of_steps(family):
-    # A step of large variance costs the square of its relative change of the marginal variance, of order 1 / T^2. The sum
-    # is of order 1 / T, including the last decoder, whose variance is also large's, sigma_0^2.
+    # A step of large variance costs the square of its relative change of the marginal variance, of order 1 / T^2.
+    # The sum is of order 1 / T, including the last decoder, whose variance is also large's, sigma_0^2.
     gap = gaps(family, "fixed_large", (500, 1000, 2000))
     assert gap[0] > gap[1] > gap[2] > 0
     assert gap[2] < 0.02
@@ -221,9 +221,9 @@ def test_the_gap_to_the_entropy_falls_with_the_number_of_steps(family):
 
 @pytest.mark.parametrize("family", ["linear", "flow"])
 def test_small_variances_cost_the_same_at_any_number_of_steps(family):
-    # At low noise sigma_i^2 grows as r_i = i + 1 (equal betas) or its square (flow), and the data are wide. A step's term is
-    # (r_i / r_{i-1} - 1) / 2 nats, and the true variance would give log(r_i / r_{i-1}) / 2. The last decoder has the
-    # uncertainty r_0 at a variance of (r_1 - r_0) r_0 / r_1. None of these falls with T.
+    # At low noise sigma_i^2 grows as r_i = i + 1 (equal betas) or its square (flow), and the data are wide. A step's
+    # term is (r_i / r_{i-1} - 1) / 2 nats, and the true variance would give log(r_i / r_{i-1}) / 2. The last decoder
+    # has the uncertainty r_0 at a variance of (r_1 - r_0) r_0 / r_1. None of these falls with T.
     euler, bit = 0.5772156649015329, math.log(2)
     if family == "linear":  # sum of 1/i - log(1 + 1/i) is Euler's constant
         steps, decoder = euler / 2, 1 / 2

@@ -1,4 +1,4 @@
-"""Batches of one shape: every image in its nearest rectangle, each at least once an epoch, the same for any processes."""
+"""Batches of one shape: each image is in its nearest rectangle, at least once an epoch, on any number of processes."""
 
 import io
 from itertools import pairwise
@@ -26,7 +26,7 @@ QUIET = Processes(print=lambda _: None)
 
 
 class Made(Catalogue):
-    """Images of given shapes, each of one colour; one of no size can't be read."""
+    """Images of given shapes, each of one colour. An image of size 0 can't be read."""
 
     location = "memory"
 
@@ -68,7 +68,7 @@ def test_rectangles_have_the_area_of_the_square(resolution, step, ratio):
     assert max(ratios) <= ratio
     for width, height in sizes:
         assert width % step == height % step == 0
-        assert width * height <= resolution**2 < (max(width, height) + step) * min(width, height)  # none longer fits
+        assert width * height <= resolution**2 < (max(width, height) + step) * min(width, height)  # the longest
 
 
 def test_a_resolution_that_is_not_a_multiple_is_refused():
@@ -96,22 +96,22 @@ def test_a_batch_has_one_shape_and_an_epoch_every_image():
         counts = np.bincount(found.ravel(), minlength=101)
         assert counts.min() == 1
         assert counts.sum() - 101 == buckets.repeats
-        for members in buckets.members:  # what fills a bucket's last batch is spread evenly
+        for members in buckets.members:  # repeats that fill a bucket's last batch are spread evenly
             assert not len(members) or counts[members].max() - counts[members].min() <= 1
         epochs.append(found)
-        np.testing.assert_array_equal(buckets.at(at[17:40]), found.ravel()[17:40])  # from any position on
+        np.testing.assert_array_equal(buckets.at(at[17:40]), found.ravel()[17:40])  # from any position
     assert not (epochs[0] == epochs[1]).all()
     first = [[buckets.bucket_of[b[0]] for b in epoch] for epoch in epochs]
-    assert first[0] != first[1]  # buckets come in another order
+    assert first[0] != first[1]  # the buckets are in another order
     assert f"an epoch has {batches} batches, in which {buckets.repeats} images are repeats" in str(buckets)
 
 
 def test_every_order_of_a_bucket_is_equally_likely():
-    """The first of a bucket's images, over many seeds."""
+    """The first image of an epoch, counted over many seeds."""
     shapes = [(32, 32)] * 5 + [(64, 16)] * 3
     first = [buckets_of(shapes, 2, seed).at([0])[0] for seed in range(3000)]
     counts = np.bincount(first, minlength=8)
-    batches = np.array([3, 3, 3, 3, 3, 2, 2, 2])  # of 5, in which each bucket's come first with equal chance
+    batches = np.array([3, 3, 3, 3, 3, 2, 2, 2])  # of 5, each of which is the first with equal probability
     expected = 3000 * np.where(batches == 3, 3 / 5 / 5, 2 / 5 / 3)
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected.max())
 
@@ -129,7 +129,7 @@ def test_sizes_are_measured_once_and_unreadable_images_are_reported(tmp_path):
 
 
 class Encoder:
-    """An image's mean colour, in latents four times smaller."""
+    """Stand-in for an autoencoder: mean colours, in latents four times smaller."""
 
     def __call__(self, pixels):
         small = torch.nn.functional.avg_pool2d(pixels, 4)
@@ -137,7 +137,7 @@ class Encoder:
 
 
 def test_caches_and_images_give_the_same_batches(tmp_path):
-    """Encoded as they come or kept: the same examples, numbers and latents, on one process or two."""
+    """Images and caches give the same examples, random numbers and latents, on one process or two."""
     shapes = shapes_of(40)
     source, buckets = Source(Made(shapes)), buckets_of(shapes)
     framing, noising = Framing(resolution=32, flip=True), Noising(dropout=0.2, strata=6)
@@ -167,9 +167,9 @@ def test_caches_and_images_give_the_same_batches(tmp_path):
         sides.add(tuple(made.pixels.shape[2:]))
     assert len(sides) > 3
     halves = [list(loader(stored, rank=r, world=2, **how)) for r in range(2)]
-    for step, (whole,) in enumerate(loader(stored, **how)):
+    for step, (expected,) in enumerate(loader(stored, **how)):
         parts = [halves[r][step][0] for r in range(2)]
-        assert same(joined(parts), joined([whole]))
+        assert same(joined(parts), joined([expected]))
 
 
 def test_sizes_with_less_than_a_batch_are_not_used():
@@ -183,7 +183,7 @@ def test_sizes_with_less_than_a_batch_are_not_used():
         kept = [sizes[k] for k in np.flatnonzero(counts)]
         np.testing.assert_array_equal(
             [kept[k] for k in assign(shapes, kept)], [sizes[k] for k in of]
-        )  # nearest of them
+        )  # the nearest of the kept sizes
     assert (counts > 0).sum() == 1
 
 
@@ -222,8 +222,8 @@ def test_a_damaged_image_is_replaced_from_its_own_bucket(tmp_path):
         source.catalogue.shapes[k] = (0, 0)
     dataset, seen = ImageDataset(source, Framing(resolution=32), 5, buckets=buckets), 0
     for (batch,) in loader(dataset, start_step=0, steps=40, batch_size=6):
-        wanted = buckets.at(batch.position.numpy())
-        for k, index in zip(wanted, batch.index.tolist(), strict=True):
+        drawn = buckets.at(batch.position.numpy())
+        for k, index in zip(drawn, batch.index.tolist(), strict=True):
             assert index not in broken
             assert buckets.bucket_of[index] == buckets.bucket_of[k]
             seen += k in broken

@@ -1,4 +1,4 @@
-"""Long prompts in chunks: each is read alone, their number belongs to the model, and nothing changes for one."""
+"""Long prompts in chunks: each is encoded separately, and their number belongs to the model."""
 
 import json
 import warnings
@@ -23,7 +23,7 @@ SHORT = "a small blue star"
 WORDS = [
     f"{size} {colour} star" for size in ("small", "large") for colour in ("red", "blue", "green", "white", "black")
 ]
-LONG = " ".join(WORDS)  # 30 tokens: two chunks of 14 hold 28
+LONG = " ".join(WORDS)  # 30 tokens: two chunks of 14 have room for 28
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ def test_chunks_contain_the_tokens_in_order(pipe, prompt: str, chunks: int) -> N
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert (ids[:, 0] == begin).all()
     assert (ids[:, -1] == end).all()
-    said = [token for row in ids.tolist() for token in row if token not in (begin, end)]
-    assert said == tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[: chunks * 14]
+    encoded = [token for row in ids.tolist() for token in row if token not in (begin, end)]
+    assert encoded == tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[: chunks * 14]
     filled = (ids[:, 1:-1] != end).sum(1).tolist()
     assert filled == sorted(filled, reverse=True)
     assert sum(0 < n < 14 for n in filled) <= 1
@@ -141,17 +141,17 @@ def test_stock_diffusers_reads_the_folder_and_generates_from_short_prompts(pipe,
     stock.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 5, "guidance_scale": 3.0, "generator": generators(2, 5)}
     theirs = torch.from_numpy(stock([SHORT, "a red star"], output_type="np", **how).images).permute(0, 3, 1, 2)
-    first = LatentDiffusionPipeline.from_pretrained(tmp_path, chunks=1)  # what stock reads
+    first = LatentDiffusionPipeline.from_pretrained(tmp_path, chunks=1)  # stock diffusers' input
     how["generator"] = generators(2, 5)
     ours = first([SHORT, "a red star"], sampler="ddim", output_type="pt", **how).images
     assert (ours - theirs).abs().max() <= 1 / 255
 
 
-@pytest.mark.filterwarnings("ignore:a prompt has 30 tokens and 14 fit")  # in the weak model
+@pytest.mark.filterwarnings("ignore:a prompt has 30 tokens and 14 fit")  # in the weaker model
 def test_all_prompts_of_an_image_have_the_same_number_of_chunks(pipe) -> None:
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 3), pipe.process)
 
-    def painted(*prompts: str, negative: str = "", scale: float = 3.0, **more) -> torch.Tensor:
+    def generated(*prompts: str, negative: str = "", scale: float = 3.0, **more) -> torch.Tensor:
         return long(
             prompts,
             negative,
@@ -165,13 +165,13 @@ def test_all_prompts_of_an_image_have_the_same_number_of_chunks(pipe) -> None:
     def same(a: torch.Tensor, b: torch.Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
-    both = painted(LONG, SHORT)
-    same(painted(LONG), both[:1])
-    assert (painted(f"{LONG} cross")[0] - both[0]).abs().mean() > 1e-4  # the third chunk is heard
-    alone = painted(SHORT, scale=1.0)
-    assert (both[1:] - alone).abs().mean() > 1e-3  # the null condition is
-    same(painted(SHORT, negative=SHORT), alone)  # and a negative prompt stands in its place,
-    same(painted(LONG, negative=LONG), painted(LONG, scale=1.0))  # a long one too
-    same(painted(SHORT, scale=0.0, compose=[(LONG, 3.0)]), both[:1])
-    assert (painted(LONG, SHORT, weak=pipe) - both).abs().mean() > 1e-3  # which reads one chunk
+    both = generated(LONG, SHORT)
+    same(generated(LONG), both[:1])
+    assert (generated(f"{LONG} cross")[0] - both[0]).abs().mean() > 1e-4  # the third chunk has an effect
+    single = generated(SHORT, scale=1.0)
+    assert (both[1:] - single).abs().mean() > 1e-3  # so has the null condition
+    same(generated(SHORT, negative=SHORT), single)  # a negative prompt replaces it,
+    same(generated(LONG, negative=LONG), generated(LONG, scale=1.0))  # also a long one
+    same(generated(SHORT, scale=0.0, compose=[(LONG, 3.0)]), both[:1])
+    assert (generated(LONG, SHORT, weak=pipe) - both).abs().mean() > 1e-3  # the weaker model reads one chunk
     assert long.invert(both, [LONG, SHORT], num_inference_steps=3).isfinite().all()

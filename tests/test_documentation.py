@@ -1,4 +1,4 @@
-"""The Markdown pages: their links lead to something, and the repository's host and the site show them alike."""
+"""The Markdown pages: their links have targets, and the repository's host and the site render them alike."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")
 
 
 def prose(page: Path) -> str:
-    """A page's text, with the lines of fenced code blank."""
+    """Return a page's text, with the lines of fenced code blank."""
     lines, fenced = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         fence = line.lstrip().startswith("```")
@@ -26,7 +26,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     found: list[str] = []
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
@@ -47,7 +47,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lists_and_tables_are_read_alike(page: Path) -> None:
-    """A list or table follows a blank line, and what belongs to a list's item is indented by four spaces."""
+    """A list or table follows a blank line, and the content of a list's item is indented by four spaces."""
     wrong, before = [], ""
     for number, line in enumerate(prose(page).splitlines(), 1):
         item = re.match(r" *([-*]|\d+\.) ", line)
@@ -86,6 +86,7 @@ def test_docstrings_become_lists_and_columns() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     text = "Return it.\n\nof x: not one.\nx, y: the place,\n    in two. z: the depth.\nRaises UserError: never."
-    shown = "Return it.\n\nof x: not one.\n\n- `x, y`: the place,\n    in two.\n- `z`: the depth.\n\nRaises UserError: never."
+    listed = "- `x, y`: the place,\n    in two.\n- `z`: the depth."
+    shown = f"Return it.\n\nof x: not one.\n\n{listed}\n\nRaises UserError: never."
     assert module.as_markdown(text, {"x", "y", "z"}) == shown
     assert module.as_markdown("A      one\nB      two", set()) == "    A      one\n    B      two"

@@ -1,4 +1,4 @@
-"""From an image and inside a mask: stock diffusers' images, exact pixels outside, and every way to ask wrongly."""
+"""Image to image and inpainting: equality with stock diffusers, exact unmasked pixels, and invalid arguments."""
 
 import io
 import itertools
@@ -51,7 +51,7 @@ def test_image_to_image_equals_stock_diffusers(pipe, saved, sampler, strength):
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_equals_stock_diffusers(pipe, saved, strength):
-    """Before pasting: in latents. The mask's borders are multiples of the autoencoder's factor."""
+    """Latents are compared, before pasting. The mask's borders are multiples of the autoencoder's factor."""
     stock = StableDiffusionInpaintPipeline.from_pretrained(saved)
     stock.set_progress_bar_config(disable=True)
     how = {"strength": strength, "num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
@@ -70,7 +70,7 @@ def test_inpainting_equals_stock_diffusers(pipe, saved, strength):
 
 def test_strength_is_the_share_of_steps_that_are_taken():
     assert [steps_of(s, 25) for s in (0, 0.001, 0.04, 0.28, 0.6, 0.999, 1)] == [0, 1, 1, 7, 15, 24, 25]
-    assert steps_of(0.29, 100) == 29  # which binary fractions make 28.999…
+    assert steps_of(0.29, 100) == 29  # binary fractions give 28.999…
     for odd in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="strength"):
             steps_of(odd, 10)
@@ -98,7 +98,7 @@ def test_strength_1_is_text_to_image_and_strength_0_is_the_autoencoder(pipe):
 
 
 def test_outside_the_mask_nothing_changes(pipe):
-    """A hundred masks, odd sizes, thin lines, grey edges."""
+    """A hundred masks with odd sizes, thin lines and grey edges."""
     rng = np.random.default_rng(0)
     for k in range(100):
         size = tuple(int(n) for n in rng.integers(17, 45, 2))
@@ -132,7 +132,10 @@ def test_a_line_of_one_pixel_reaches_the_latents(line):
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("seen", [True, False])
 def test_blending_keeps_the_unmasked_area_and_releases_the_edge_at_low_noise(same, seen):
-    """By latents: the mask covers the first wholly, the second in part, the third not at all. A UNet that sees it keeps that."""
+    """The mask covers all of the first latent, a part of the second and none of the third.
+
+    A UNet that receives the mask keeps this mask.
+    """
     schedule = Schedule.build("scaled_linear")
     mask = torch.zeros(1, 1, 4, 12)
     mask[..., :6] = 1
@@ -150,7 +153,7 @@ def test_blending_keeps_the_unmasked_area_and_releases_the_edge_at_low_noise(sam
 
 
 def test_mask_edges_of_any_grey_are_inpainted(pipe):
-    """Also where the mask covers no latent wholly: a thin line, a soft spot, the noise of a JPEG file."""
+    """The masks cover no latent completely: a thin line, a soft spot and the noise of a JPEG file."""
     (given,) = smooth_images(1)
     line, spot, jpeg = np.zeros((3, 32, 32), np.float32)
     line[7], spot[9, 9], jpeg[8:20, 8:20] = 1, 0.1, 0.98
@@ -163,7 +166,7 @@ def test_mask_edges_of_any_grey_are_inpainted(pipe):
 
 
 def test_pil_images_are_converted_by_orientation_depth_and_alpha():
-    """Upright, 16 bits scaled, on white where they are transparent; once, however often."""
+    """Images become upright, 16 bits are scaled, and transparent parts become white; repetition changes nothing."""
     deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     np.testing.assert_allclose(to_pixels(Image.fromarray(deep))[0, 0], np.rint(deep / 257) / 255, atol=1e-6)
     clear = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
@@ -200,7 +203,7 @@ def test_masked_pixels_are_filled_from_their_surroundings():
     mask[..., 2:9, 4:20] = 1
     made = filled(x, mask)
     assert torch.equal(torch.where(mask == 0, made, x), x)
-    assert torch.equal(made, filled(torch.where(mask > 0, -5.0, x), mask))  # nothing under it is looked at
+    assert torch.equal(made, filled(torch.where(mask > 0, -5.0, x), mask))  # nothing under the mask is used
     assert made.amin() >= x.amin()
     assert made.amax() <= x.amax()
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 13, 22)
@@ -222,17 +225,17 @@ def test_nearly_black_parts_of_a_mask_count_as_black(pipe):
 
 
 def test_an_image_is_encoded_once_for_all_its_variations(monkeypatch):
-    for inpaints, times in ((False, 1), (True, 2)):  # the image, and what a mask leaves of it
+    for inpaints, times in ((False, 1), (True, 2)):  # the image, and its unmasked area
         pipe, encoded = tiny_pipeline(inpaints=inpaints), []
         encode = pipe.autoencoder.encode
         monkeypatch.setattr(pipe.autoencoder, "encode", lambda x, f=encode, n=encoded: (n.append(len(x)), f(x))[1])
         how = {"mask_image": box_mask(), "strength": 0.5, "num_inference_steps": 2, "num_images_per_prompt": 5}
         made = pipe("a star", image=smooth_images(1), generator=generators(5), **how).images
         assert encoded == [1] * times
-        alone = pipe(
+        single = pipe(
             "a star", image=smooth_images(1), generator=generators(5)[3:4], **how | {"num_images_per_prompt": 1}
         ).images
-        assert np.abs(np.asarray(alone[0], int) - np.asarray(made[3], int)).max() <= 1
+        assert np.abs(np.asarray(single[0], int) - np.asarray(made[3], int)).max() <= 1
 
 
 def test_a_batch_equals_its_images_generated_separately(pipe):
@@ -240,8 +243,8 @@ def test_a_batch_equals_its_images_generated_separately(pipe):
     how = {"num_inference_steps": 3, "output_type": "np", "strength": 0.7}
     together = pipe("a star", image=given, generator=generators(3), **how).images
     for k in range(3):
-        alone = pipe("a star", image=given[k], generator=generators(3)[k : k + 1], **how).images
-        assert np.abs(together[k] - alone[0]).max() <= 1 / 255
+        single = pipe("a star", image=given[k], generator=generators(3)[k : k + 1], **how).images
+        assert np.abs(together[k] - single[0]).max() <= 1 / 255
     one_for_all = pipe(PROMPTS, image=given[0], generator=generators(2), **how).images
     assert (
         np.abs(one_for_all[0] - pipe(PROMPTS[0], image=given[0], generator=generators(1), **how).images[0]).max()
@@ -250,7 +253,7 @@ def test_a_batch_equals_its_images_generated_separately(pipe):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"mask_image": box_mask()}, "speak of an image: give image too"),
         ({"strength": 0.5}, "speak of an image: give image too"),
@@ -266,6 +269,6 @@ def test_a_batch_equals_its_images_generated_separately(pipe):
         ({"image": smooth_images(1), "width": 64}, "its own size holds"),
     ],
 )
-def test_invalid_arguments_are_refused(pipe, how, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_arguments_are_refused(pipe, how, message):
+    with pytest.raises(UserError, match=message):
         pipe(PROMPTS, num_inference_steps=1, **how)

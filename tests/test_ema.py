@@ -1,4 +1,4 @@
-"""The running average against its closed forms."""
+"""The running average of weights against its closed forms."""
 
 import math
 
@@ -23,7 +23,7 @@ def block():
 
 
 def single(value, dtype=torch.float64):
-    """A module with one weight."""
+    """Return a module with one weight."""
     net = nn.Linear(1, 1, bias=False, dtype=dtype)
     nn.init.constant_(net.weight, value)
     return net
@@ -61,7 +61,7 @@ def test_average_without_decay_is_the_weights_exactly():
 
 
 def test_warm_up_forgets_the_start_as_the_binomial_says():
-    """If w is constant from the first update on, the start's share after n updates is 1 / C(n + 9, 9)."""
+    """If w is constant from the first update, the weight of the start after n updates is 1 / C(n + 9, 9)."""
     net = single(1.0)
     ema = Ema(net, 0.9999)
     nn.init.zeros_(net.weight)
@@ -87,7 +87,7 @@ def test_warm_up_ends_at_the_decay():
 
 
 def test_average_of_half_precision_weights_is_fp32():
-    """In bf16 itself a step of 1e-3 of the difference would be lost."""
+    """In bf16, a step of 1e-3 of the difference would be lost."""
     net = single(1.0, torch.bfloat16)
     ema = Ema(net, 0.999)
     nn.init.constant_(net.weight, 2.0)

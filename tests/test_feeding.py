@@ -1,4 +1,4 @@
-"""Stage 2 (and 1) fed in each way: from caches, from images as they come, in buckets, from streams."""
+"""Training data in each way: from caches, directly from images, in buckets, and from streams."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from train.data.batches.text_cache import TextCache
 
 @pytest.fixture(scope="session")
 def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images of all shapes and sizes, three captions each, four of them damaged."""
+    """A folder of 96 images of many shapes and sizes with three captions each, four of them damaged."""
     folder, rng = tmp_path_factory.mktemp("varied"), np.random.default_rng(0)
     for k in range(96):
         width, height = rng.integers(20, 80, 2).tolist()
@@ -57,11 +57,11 @@ def stream(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "as they come": {"cache": "off", "input": DataConfig(resolution=32, crop="random", flip=True)},
-    "kept crops": {"input": DataConfig(resolution=32, crop="random", crops=2, flip=True)},
+    "no cache": {"cache": "off", "input": DataConfig(resolution=32, crop="random", flip=True)},
+    "cached crops": {"input": DataConfig(resolution=32, crop="random", crops=2, flip=True)},
     "buckets": {"input": DataConfig(resolution=32, buckets=8)},
-    "buckets as they come": {"cache": "off", "input": DataConfig(resolution=32, buckets=8, crop="random")},
-    "large ones": {"input": DataConfig(resolution=32, min_size=30)},
+    "buckets without cache": {"cache": "off", "input": DataConfig(resolution=32, buckets=8, crop="random")},
+    "large images": {"input": DataConfig(resolution=32, min_size=30)},
     "chunks": {"text_chunks": 2, "attention": "auto"},
 }
 
@@ -73,17 +73,17 @@ def test_each_way_is_continued_exactly(varied: Path, parts: Path, tmp_path: Path
         data = Path(str(settings.pop("data")))
         return ldm_config(data, tmp_path / name, parts, **settings)
 
-    train.stages.ldm.train(config("whole", accumulation=2))
+    train.stages.ldm.train(config("uninterrupted", accumulation=2))
     for at in (3, 5):
         with pytest.raises(KeyboardInterrupt):
-            train.stages.ldm.train(config(f"cut-{at}", accumulation=2, workers=2), hooks=Crash(at))
-        train.stages.ldm.train(config(f"cut-{at}", accumulation=2))
-        assert final_state(tmp_path / f"cut-{at}", 6) == final_state(tmp_path / "whole", 6), at
-    listed = [json.loads(line)["file"] for line in (tmp_path / "whole/damaged.jsonl").read_text().splitlines()]
+            train.stages.ldm.train(config(f"interrupted-{at}", accumulation=2, workers=2), hooks=Crash(at))
+        train.stages.ldm.train(config(f"interrupted-{at}", accumulation=2))
+        assert final_state(tmp_path / f"interrupted-{at}", 6) == final_state(tmp_path / "uninterrupted", 6), at
+    listed = [json.loads(line)["file"] for line in (tmp_path / "uninterrupted/damaged.jsonl").read_text().splitlines()]
     assert set(listed) <= {"05.png", "29.png", "53.png", "77.png"}
-    # All are found where all are read first, but for one that is left out as too small.
-    assert WAYS[way].get("cache") == "off" or len(listed) == (3 if way == "large ones" else 4)
-    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "whole/model")
+    # All damaged images are found if all images are read first, except one that is too small.
+    assert WAYS[way].get("cache") == "off" or len(listed) == (3 if way == "large images" else 4)
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "uninterrupted/model")
     assert pipe.text_encoder.chunks == WAYS[way].get("text_chunks", 1)
     assert pipe("a caption", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
@@ -118,7 +118,7 @@ def test_a_second_run_uses_the_cache_in_place_of_the_encoders(
 def test_either_kind_of_text_encoder_trains_and_stock_diffusers_generates_the_same(
     shapes: Path, parts: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Random weights, clip skip; handed over as an ordinary pipeline."""
+    """Weights are random. The OpenCLIP case has a clip skip. The result is an ordinary pipeline."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     if kind == "openclip":
@@ -164,9 +164,9 @@ def test_a_stream_trains_every_stage_and_is_continued_exactly(stream: str, parts
     for name, start in stages.items():
         start(tmp_path / name)
         with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / f"{name}-cut", Crash(5), workers=2)
-        start(tmp_path / f"{name}-cut")
-        assert final_state(tmp_path / f"{name}-cut") == final_state(tmp_path / name)
+            start(tmp_path / f"{name}-interrupted", Crash(5), workers=2)
+        start(tmp_path / f"{name}-interrupted")
+        assert final_state(tmp_path / f"{name}-interrupted") == final_state(tmp_path / name)
     for change in ({"cache": ""}, {"input": DataConfig(resolution=32, buckets=8)}):
         with pytest.raises(UserError, match="is a stream, which has no cache"):
             stages["ldm"](tmp_path / "no", **change)
@@ -183,7 +183,7 @@ def test_flips_with_captions_about_left_and_right_are_reported(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"input": DataConfig(resolution=32, crop="random")}, "set the number of cached crops of each image"),
         (
@@ -198,9 +198,9 @@ def test_flips_with_captions_about_left_and_right_are_reported(
     ],
 )
 def test_contradictory_input_settings_are_refused(
-    varied: Path, parts: Path, tmp_path: Path, change: dict[str, Any], said: str
+    varied: Path, parts: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         train.stages.ldm.train(ldm_config(varied, tmp_path / "run", parts, **change))
     assert not (tmp_path / "run").exists()
 

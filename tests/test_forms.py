@@ -1,4 +1,4 @@
-"""Every form of the same images gives the same training batches; each goes on at any example; none does harm."""
+"""Every form of the same images gives the same training batches and continues at any example."""
 
 import hashlib
 import io
@@ -47,7 +47,7 @@ def _caches(tmp_path_factory):
 
 
 def images() -> dict[str, tuple[bytes, list[str]]]:
-    """Name → file and captions."""
+    """Return each image's name, file and captions."""
     rng, made = np.random.default_rng(0), {}
     for k in range(COUNT + TESTS):
         shape = (16 + k % 7, 16 + k % 5, 3)
@@ -67,7 +67,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write(form: str, folder: Path) -> Path:
-    """The images in this form; what to give as --data."""
+    """Write the images in this form. Return the value of --data."""
     import datasets
 
     made = images()
@@ -139,10 +139,10 @@ def batches(inputs: Inputs, start: int = 0, steps: int = 80, **how):
     return loader(inputs.images(CONFIG.framing(), 7, DRAWS), start_step=start, steps=steps, batch_size=8, **how)
 
 
-def cut(part, rows: slice):
-    """A part of a batch: so many rows of its tensors and lists."""
+def rows_of(part, rows: slice):
+    """Return these rows of a batch's tensors and lists."""
     if isinstance(part, Record):
-        return replace(part, **{f.name: cut(getattr(part, f.name), rows) for f in fields(part)})
+        return replace(part, **{f.name: rows_of(getattr(part, f.name), rows) for f in fields(part)})
     return part if part is None else part[rows]
 
 
@@ -159,13 +159,13 @@ def test_every_form_gives_the_same_batches_bit_by_bit(forms, form):
 def test_each_form_continues_at_any_example(forms, form):
     """The number of workers and processes makes no difference."""
     inputs = forms[form]
-    whole = [parts[0] for parts in batches(inputs)]
+    expected = [parts[0] for parts in batches(inputs)]
     for start, workers in ((1, 0), (33, 2), (63, 0), (79, 2)):
-        assert all(map(same, whole[start:], (parts[0] for parts in batches(inputs, start, workers=workers))))
+        assert all(map(same, expected[start:], (parts[0] for parts in batches(inputs, start, workers=workers))))
     for rank in range(2):
         half = slice(4 * rank, 4 * rank + 4)
         for step, (part,) in enumerate(batches(inputs, 40, 60, workers=2 * rank, rank=rank, world=2), 40):
-            assert same(part, cut(whole[step], half))
+            assert same(part, rows_of(expected[step], half))
 
 
 def test_a_stream_shows_each_image_once_an_epoch(forms):
@@ -201,7 +201,7 @@ def test_without_a_split_the_same_images_are_held_out(tmp_path, form):
 
 
 def test_a_thousand_odd_images_are_used_or_reported(tmp_path):
-    """All good ones are used, what can be read is, the report is exact, and nothing is deleted."""
+    """All readable images are used, the report is exact, and nothing is deleted."""
     folder = tmp_path / "data"
     good, odd, damaged, either = write_odd_images(folder)
     before = {path: path.stat() for path in folder.rglob("*")}

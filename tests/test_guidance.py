@@ -173,8 +173,8 @@ def test_a_prompt_may_be_the_negatives_own_tensor():
 
 @pytest.mark.parametrize("scales", [(2.0, -2.0), (2.0, -1.9)], ids=str)
 def test_rescaling_a_prompt_and_a_negated_one_adds_no_contrast(scales):
-    # The mean weighted by scale isn't a prediction if the scales sum to (nearly) 0: it is undefined or arbitrarily large.
-    # Either such scales are refused, or the result has about the contrast of the predictions.
+    # The mean weighted by scale isn't a prediction if the scales sum to (nearly) 0: it is undefined or arbitrarily
+    # large. Either such scales are refused, or the result has about the contrast of the predictions.
     x_t, negative, *prompts = draw(4, 3, 8, 8), *(draw(4, seed=k) for k in (5, 6, 7))
     level = LEVELS["vp 250"]
     own = torch.stack([output.std((1, 2, 3)) for output in outputs(x_t, level, *prompts)])
@@ -290,7 +290,7 @@ def test_autoguidance_extrapolates_away_from_the_weaker_model(scale):
 
 @pytest.mark.parametrize("path", [VP, FLOW], ids=["vp", "flow"])
 def test_autoguided_gaussians_stay_affine(path):
-    # The ODE's samples are slope × noise + offset, computed numerically. Guidance away from a broader model narrows them.
+    # The ODE's samples are slope × noise + offset, found numerically. Guidance away from a broader model narrows them.
     main, weak = (lambda x, level, m=model: Denoised(gaussian(x, level, *m)) for model in (MAIN, WEAK))
     legs, noise, spreads = (
         plan(path, make_sampler("ddim").grid, 20, "trailing", set_alpha_to_one=True).legs,
@@ -385,7 +385,7 @@ def test_a_classifier_without_effect_is_not_evaluated():
 
 
 def std_of_gaussian(legs, std, eta):
-    """Return the std that these steps give for N(mean, std^2) with an exact denoiser: DDIM's eq. 12 and 16, eta 1 is DDPM."""
+    """Return the std that these steps give for N(mean, std^2), by DDIM's eq. 12 and 16 (eta 1 is DDPM)."""
     variance = 1.0
     for t, s in legs:
         gain = t.alpha * std**2 / (t.alpha**2 * std**2 + t.sigma**2)

@@ -1,4 +1,4 @@
-"""What is told of images before training: a folder of known contents gives exactly the known report."""
+"""The inspection of images before training: a folder with known contents gives exactly the known report."""
 
 import io
 import json
@@ -19,7 +19,7 @@ ORIENTATION = 0x0112
 
 
 def image(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """Soft blots."""
+    """Return an image of soft blots."""
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
@@ -49,7 +49,12 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image(0).save(test / "a.webp", lossless=True)
     image(7).save(test / "own.png")
     captions: dict[str, list[str]] = {path.name: ["ab cd"] for path in sorted(train.iterdir())}
-    captions |= {"a.png": ["left", "the Right one"], "alpha.png": [""], "cmyk.jpg": ["abcdefghijkl"], "gone.png": ["x"]}
+    captions |= {
+        "a.png": ["left", "the Right one"],
+        "alpha.png": [""],
+        "cmyk.jpg": ["abcdefghijkl"],
+        "missing.png": ["x"],
+    }
     rows = [{"file_name": f"train/{name}", "text": texts} for name, texts in captions.items()]
     rows += [{"file_name": f"test/{path.name}", "text": "y"} for path in sorted(test.iterdir())]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -61,8 +66,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: Path) -> None:
-    """The small CLIP's tokenizer has learned no merges: a letter is a token; it has room for 8 with begin and end."""
-    status, said, errors = inspect(
+    """The small CLIP's tokenizer has no merges: a letter is a token. It has room for 8 tokens with begin and end."""
+    status, printed, errors = inspect(
         "--data", known, "--out", tmp_path, "--resolution", 60, "--text-encoder", small_clip, "--workers", 0
     )
     assert (status, errors) == (0, "")
@@ -108,7 +113,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: P
     }
     assert report["left_out"] == {
         "count": 1,
-        "first": [["train/gone.png", "listed in the metadata, but the file doesn't exist"]],
+        "first": [["train/missing.png", "listed in the metadata, but the file doesn't exist"]],
     }
     assert report["damaged"]["count"] == 2
     assert [name for name, _ in report["damaged"]["first"]] == ["train/text.png", "train/torn.png"]
@@ -124,18 +129,19 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: P
     assert report["advice"] == [
         "unreadable images: 2 images (13 %); training stops above 10 %, see --input.max-damaged",
         "no caption: 1 image (7 %); they are trained with the empty prompt",
-        "captions over 8 tokens: 2 captions (13 %); the rest of them is ignored; --text-chunks 2 in stage 2 avoids this",
+        "captions over 8 tokens: 2 captions (13 %); the rest of them is ignored; "
+        "--text-chunks 2 in stage 2 avoids this",
         "left or right: in 2 captions (13 %); leave --input.flip off, because it mirrors images",
         "images below 60 pixels: 5 images (38 %); they are enlarged; --input.min-size 60 leaves them out",
         "held-out images with a copy in training: 2; measurements on them are better than on new images",
         "copies: 4 images; the model sees such images more often; see duplicates.jsonl",
         "few images: 12 for training; a model trained from random weights will memorise them",
     ]
-    assert all(f"  - {line}\n" in said for line in report["advice"])
-    assert said.startswith(f"{known}: a folder with metadata.jsonl\n")
-    assert "'train/turned.jpg' (train) = 'test/turned.jpg' (test)\n" in said
+    assert all(f"  - {line}\n" in printed for line in report["advice"])
+    assert printed.startswith(f"{known}: a folder with metadata.jsonl\n")
+    assert "'train/turned.jpg' (train) = 'test/turned.jpg' (test)\n" in printed
     listed = read(tmp_path / "damaged.jsonl")
-    assert [line["file"] for line in listed] == ["train/gone.png", "train/text.png", "train/torn.png"]
+    assert [line["file"] for line in listed] == ["train/missing.png", "train/text.png", "train/torn.png"]
     assert all(line.keys() == {"file", "reason"} for line in listed)
     assert read(tmp_path / "duplicates.jsonl") == [
         *({"same": "bytes"} | group for group in same_bytes),
@@ -163,12 +169,12 @@ def test_workers_make_no_difference(known: Path, tmp_path: Path) -> None:
 def test_good_images_need_no_advice_and_clear_old_lists(shapes: Path, tmp_path: Path) -> None:
     for name in ("damaged.jsonl", "duplicates.jsonl"):
         (tmp_path / name).write_text("of another folder\n")
-    status, said, _ = inspect("--data", shapes / "train", "--out", tmp_path, "--resolution", 32, "--workers", 0)
+    status, printed, _ = inspect("--data", shapes / "train", "--out", tmp_path, "--resolution", 32, "--workers", 0)
     assert status == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [line.partition(":")[0] for line in report["advice"]] == ["left or right", "few images"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["contact_sheet.png", "report.json"]
-    assert "all 32 × 32\n" in said
+    assert "all 32 × 32\n" in printed
 
 
 def test_a_limit_takes_images_evenly_of_one_split(shapes: Path, tmp_path: Path) -> None:
@@ -197,9 +203,9 @@ def test_the_first_images_of_a_stream_are_inspected(known: Path, tmp_path: Path)
             (tmp_path / f"{k}.txt").write_text(f"number {k}")
             for suffix in ("png", "txt"):
                 tar.add(tmp_path / f"{k}.{suffix}", f"{k}.{suffix}")
-    status, said, _ = inspect("--data", f"pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "out", "--workers", 0)
+    status, printed, _ = inspect("--data", f"pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
-    assert "a stream, of which the first images are inspected" in said
+    assert "a stream, of which the first images are inspected" in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["data"]["train"] + report["data"]["test"] == report["images"]["read"] == 6
 
@@ -208,10 +214,10 @@ def test_images_without_captions(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for k in range(4):
         image(k).save(tmp_path / "data" / f"{k}.png")
-    status, said, _ = inspect("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0)
+    status, printed, _ = inspect("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0)
     assert status == 0
-    assert "  captions    none\n" in said
-    assert "no captions: you can train an autoencoder" in said
+    assert "  captions    none\n" in printed
+    assert "no captions: you can train an autoencoder" in printed
 
 
 @pytest.mark.parametrize(
@@ -228,17 +234,17 @@ def test_images_without_captions(tmp_path: Path) -> None:
 def test_errors_are_one_line(arguments: tuple[str, ...], error: str, tmp_path: Path) -> None:
     for k in range(2):
         (tmp_path / f"{k}.png").write_bytes(b"nothing")
-    status, said, errors = inspect(
+    status, printed, errors = inspect(
         *(a.replace("{}", str(tmp_path)) for a in arguments), "--out", tmp_path / "out", "--workers", 0
     )
-    assert (status, said) == (2, "")
+    assert (status, printed) == (2, "")
     assert errors.startswith("error: ")
     assert error in errors
     assert errors.count("\n") == 1
 
 
 def test_the_difference_hash_marks_where_brightness_increases() -> None:
-    """Row by row, the first bit is that of the left- and uppermost neighbours."""
+    """Bits are in row order; the first one compares the two pixels at the upper left."""
     ramp = np.repeat(np.arange(9, dtype=np.uint8)[None] * 20, 8, 0)
     ramp[0, :2] = (100, 20)
     ramp[7, 8] = 0
@@ -248,7 +254,7 @@ def test_the_difference_hash_marks_where_brightness_increases() -> None:
 
 
 def test_near_duplicates_are_found_across_formats_and_sizes() -> None:
-    """Each of 60 images as PNG, JPEG, and half as large; one more in another colour, mirrored, or turned is another."""
+    """Each of 60 images is stored as PNG, as JPEG and at half size. Recoloured, mirrored and rotated ones differ."""
     images = []
     for k in range(60):
         drawn = image(k, (128, 96))
@@ -257,7 +263,7 @@ def test_near_duplicates_are_found_across_formats_and_sizes() -> None:
         images += [drawn, Image.open(stored).convert("RGB"), drawn.resize((64, 48), Image.Resampling.LANCZOS)]
     first = images[0]
     images += [ImageOps.mirror(first), ImageOps.flip(first), Image.merge("RGB", first.split()[::-1])]
-    images += [Image.new("RGB", (64, 64), (0, 0, 8 * k)) for k in range(1, 31, 2)]  # of one hash
+    images += [Image.new("RGB", (64, 64), (0, 0, 8 * k)) for k in range(1, 31, 2)]  # with equal hashes
     looks = np.array([difference_hash(image) for image in images], np.uint64)
     reduced = np.stack([np.asarray(image.resize((8, 8), Image.Resampling.BOX)).ravel() for image in images])
     for order in (np.arange(len(images)), np.random.default_rng(0).permutation(len(images))):

@@ -1,4 +1,4 @@
-"""Model cards: what a run knows, said so that a hub reads it and nothing in it is taken for markup."""
+"""Model cards: they describe the run, a hub can read them, and text of users is not taken for markup."""
 
 import json
 import re
@@ -28,7 +28,7 @@ HOSTILE = (
 
 
 def parts_of(card: str) -> tuple[dict, str]:
-    """Front matter and page."""
+    """Return a card's front matter and its page."""
     _, front, page = card.split("---\n", 2)
     return yaml.safe_load(front), page
 
@@ -38,7 +38,7 @@ def code_of(page: str) -> list[str]:
 
 
 def prose_of(page: str) -> str:
-    """Without its fenced code and code spans."""
+    """Return a page without its fenced code and code spans."""
     return re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.M))
 
 
@@ -57,14 +57,14 @@ def test_every_stage_writes_a_model_card(start: Start, tmp_path: Path, monkeypat
     assert "64 training images, 24 held-out images" in page
     for file in (file for file in model.rglob("*") if file.suffix in (".md", ".json", ".txt")):
         assert str(tmp_path) not in file.read_text(), file
-    # The last validation of three, and all of it.
+    # The card has all metrics of the last of three validations.
     assert (model / "sample.png").read_bytes() == (tmp_path / "my run/samples/step-00000008.png").read_bytes()
     lines = logged(tmp_path / "my run")
     last = [line for line in lines if any(name.startswith("val_") for name in line)][-1]
     figures = {k.removeprefix("val_").replace("_", " "): f"{v:.4g}" for k, v in last.items() if k.startswith("val_")}
     assert dict(re.findall(r"^\| (.+) \| (.+) \|$", page, re.MULTILINE)[1:]) == figures
     assert "at step 8:" in page
-    # The code works.
+    # The code can be executed.
     monkeypatch.chdir(model)
     examples = code_of(page)
     assert len(examples) == 2
@@ -74,7 +74,7 @@ def test_every_stage_writes_a_model_card(start: Start, tmp_path: Path, monkeypat
 
 
 def test_a_continued_run_updates_its_card(start: Start, tmp_path: Path) -> None:
-    """An unfinished run says so; without a new validation it shows the old one, and its sheet."""
+    """The card of an unfinished run states this. Without a new validation it shows the old one and its sample sheet."""
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path / "run", Crash(3), steps=4, validate_every=9, checkpoint_every=2)
     page = (tmp_path / "run/model/README.md").read_text()
@@ -93,7 +93,7 @@ def test_a_continued_run_updates_its_card(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_licence_is_stated_when_it_is_given(start: Start, tmp_path: Path, capsys) -> None:
-    """Also to a run that is finished, whose weights stay as they are."""
+    """A finished run also gets the licence, and its weights are unchanged."""
     start(tmp_path / "run", steps=2)
     weights = {p: p.read_bytes() for p in (tmp_path / "run/model").rglob("*.safetensors")}
     capsys.readouterr()
@@ -103,7 +103,7 @@ def test_a_licence_is_stated_when_it_is_given(start: Start, tmp_path: Path, caps
     assert card.data.license == "cc-by-4.0"
     assert card.text.rstrip().endswith("## Licence\n\n`CC-BY-4.0`")
     assert {p: p.read_bytes() for p in (tmp_path / "run/model").rglob("*.safetensors")} == weights
-    # Once stated, it stands until another is.
+    # A stated licence is kept until another is given.
     before = {p: p.read_bytes() for p in (tmp_path / "run/model").rglob("*.*")}
     start(tmp_path / "run", steps=2)
     start(tmp_path / "run", steps=2, license="CC-BY-4.0")
@@ -125,7 +125,7 @@ def test_a_licence_must_be_an_identifier(license: str) -> None:
 
 @pytest.fixture
 def hostile(shapes: Path, tmp_path: Path) -> Path:
-    """A data set whose name and captions are markup."""
+    """A dataset whose name and captions are markup."""
     data = tmp_path / "da`ta | <b>\n---\nset"
     data.mkdir()
     for split in ("train", "test"):
@@ -235,13 +235,13 @@ def test_code_spans_end_where_they_should(text: str) -> None:
     fence = re.match("`+", span)[0]
     inside = span[len(fence) : -len(fence)]
     assert span.endswith(fence)
-    assert fence not in re.findall("`+", inside)  # only a run of the very length ends it
+    assert fence not in re.findall("`+", inside)  # only a run of the same length ends the span
     assert "\n" not in span
     assert inside.encode()
 
 
 def test_the_sample_sheet_is_not_newer_than_the_weights(start: Start, tmp_path: Path) -> None:
-    """What a run wrote after the checkpoint from which it goes on is not the model's."""
+    """Files that a run wrote after the checkpoint from which it continues don't belong to the model."""
     start(tmp_path / "run", steps=2)
     model, later = tmp_path / "run/model", tmp_path / "run/samples/step-00000009.png"
     Image.new("RGB", (8, 8)).save(later)

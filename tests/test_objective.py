@@ -1,6 +1,6 @@
-"""The training objective where the answer is known: Gaussian data, whose best denoiser is linear.
+"""The training objective on Gaussian data, whose best denoiser is known and linear.
 
-Expectations over data and noise are taken by Gauss-Hermite quadrature, exact for the quadratics at hand: the batch is
+Expectations over data and noise are computed by Gauss-Hermite quadrature, which is exact for quadratics. The batch is
 the quadrature's nodes, so nothing here is statistical.
 """
 
@@ -27,7 +27,7 @@ def nodes():
 
 
 def best(kind):
-    """The exact network: E[x0 | x_t] of the Gaussian, said in terms of the target."""
+    """Return the exact network: E[x0 | x_t] of the Gaussian, converted to the target."""
 
     def network(x_t, index, condition):
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in SCHEDULE((index + 1).double() / SCHEDULE.T))
@@ -54,7 +54,7 @@ def test_the_exact_denoiser_has_the_least_loss(kind):
         # The variance of x0 given x_t is 1 / (1 / STD^2 + SNR).
         floor = (error_ratio(kind, SCHEDULE.alpha[index], SCHEDULE.sigma[index]) / (STD**-2 + snr)).item()
         assert expected_loss(objective, exact, index) == pytest.approx(floor, rel=1e-9)
-        # Away from it in any direction, the loss is the floor and the mean square of the departure.
+        # Any other output has this loss plus the mean square of its departure.
         shifted = expected_loss(objective, lambda *a: exact(*a) + 0.1, index)
         assert shifted == pytest.approx(floor + 0.01, rel=1e-9)
         for slope in (-0.2, 0.2):
@@ -114,7 +114,7 @@ def test_losses_are_float32_around_a_bf16_network(kind, loss):
     u = torch.linspace(0, 0.999, 8)
 
     def network(x_t, index, condition):
-        # All but right: what is left is a small difference, which bfloat16 arithmetic would lose.
+        # Nearly right: bfloat16 arithmetic would lose the small difference that is left.
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in SCHEDULE((index + 1).double() / SCHEDULE.T))
         return target_of(kind, x0, noise, alpha, sigma).to(torch.bfloat16).requires_grad_()
 
@@ -136,7 +136,7 @@ def test_pointwise_losses():
 
 
 def test_the_objective_never_synchronises_with_the_device():
-    # A meta tensor has no numbers: whatever asked for one would raise.
+    # A meta tensor has no values: reading one would raise.
     x = torch.empty(2, 4, 8, 8, device="meta")
     u = torch.empty(2, device="meta")
     for kind in TARGETS:
@@ -157,7 +157,7 @@ def test_the_loss_descends_to_the_exact_network():
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_training_approaches_the_floor_from_above(kind):
-    """The least squares over fresh noise at every step: the loss falls to the exact denoiser's and not below it."""
+    """Least squares over new noise at every step: the loss falls to that of the exact denoiser and not below."""
     objective, index = Objective(SCHEDULE, kind), 500
     floor = expected_loss(objective, best(kind), index)
     slope, offset = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -180,7 +180,7 @@ def test_training_approaches_the_floor_from_above(kind):
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_each_target_can_overfit_one_batch(kind):
-    """Four latents, each with its own timestep, noise and caption, through the real network."""
+    """The real network is trained on four latents, each with its own timestep, noise and caption."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 4, 4, 8, 8, generator=generator)
     condition = torch.randn(4, 5, 16, generator=generator)

@@ -1,4 +1,4 @@
-"""OpenCLIP's text tower, converted, against open_clip itself, and as the condition of stock diffusers' images."""
+"""OpenCLIP's converted text tower against open_clip itself, and as the condition of stock diffusers' images."""
 
 import json
 from functools import partial
@@ -27,7 +27,7 @@ PROMPTS = [
     *("", " ", "a", "it's 3 o'clock!", "RED  and\nblue", "naïve café, 東京 \U0001f600", "ÅÄÖ ñ ß", "שלום привет мир"),
     *("<|endoftext|> in words", "x" * 300, "\U0001f469\u200d\U0001f680 " * 9, "e\u0301\u0301 & <b>"),
     *(" ".join((WORDS * 9)[k % 7 : k % 7 + 1 + 2 * k // 3]) for k in range(88)),
-]  # a hundred, of every length up to one that is cut
+]  # a hundred prompts, of every length up to truncation
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["gelu", "quick_gelu"])
@@ -41,7 +41,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def compare(model: nn.Module, encoder: ClipTextEncoder, prompts: list[str]) -> None:
-    """Ids, last hidden states and pooled features are open_clip's to 1e-4."""
+    """Assert that ids, last hidden states and pooled features equal open_clip's to 1e-4."""
     ids, ours = open_clip.get_tokenizer("ViT-B-32")(prompts), tokenize(encoder.tokenizer, prompts)
     ends = ids.argmax(1)
     for row, mine, end in zip(ids, ours, ends, strict=True):
@@ -52,7 +52,7 @@ def compare(model: nn.Module, encoder: ClipTextEncoder, prompts: list[str]) -> N
         assert (encoder.model(input_ids=ids).last_hidden_state - hidden).abs().max() <= 1e-4
         pooled = encoder.encode(prompts)[torch.arange(len(ids)), ends]
         assert (pooled @ model.text_projection - model.encode_text(ids)).abs().max() <= 1e-4
-    until = torch.arange(77) <= ends[:, None]  # what follows the end is other padding
+    until = torch.arange(77) <= ends[:, None]  # after the end the padding differs
     assert (encoder.encode(prompts) - hidden)[until].abs().max() <= 1e-4
     assert hidden[until].std() > 0.5
 
@@ -88,7 +88,7 @@ def test_every_notation_loads_the_same_encoder(small, tmp_path: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("ldm.formats.hub.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
     assert ClipTextEncoder.load("openclip:hf-hub:someone/model").digest == digest
-    # A text tower that is a module of its own, from training under DistributedDataParallel.
+    # A text tower that is a separate module, from training under DistributedDataParallel.
     text = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
     inner = {("text." if k.startswith(text) else "") + k: v for k, v in model.state_dict().items()}
     (tmp_path / "inner").mkdir()
@@ -96,7 +96,7 @@ def test_every_notation_loads_the_same_encoder(small, tmp_path: Path, monkeypatc
     weights = {f"module.{k}": v.contiguous() for k, v in inner.items()}
     save_file(weights, tmp_path / "inner/open_clip_model.safetensors")
     assert ClipTextEncoder.load(f"openclip:{tmp_path}/inner").digest == digest
-    # open_clip reads its name of an architecture from a file too.
+    # open_clip also accepts a file as the name of an architecture.
     (tmp_path / "ldm-small.json").write_text(
         json.dumps(json.loads((folder / "open_clip_config.json").read_text())["model_cfg"])
     )
@@ -122,7 +122,7 @@ def test_a_saved_encoder_loads_in_transformers(small, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_stock_diffusers_generates_the_same_from_it(small, tmp_path: Path, skip: int) -> None:
-    """The cases have the last layer, or leave it out as Stable Diffusion 2 does."""
+    """The encoder uses the last layer, or skips it as Stable Diffusion 2 does."""
     encoder = ClipTextEncoder.load(f"openclip:{small[1]}", skip=skip)
     tiny = tiny_pipeline()
     unet = small_unet(text_width=encoder.width)
@@ -149,7 +149,7 @@ def test_stock_diffusers_generates_the_same_from_it(small, tmp_path: Path, skip:
 
 
 def test_the_activation_is_that_of_the_weights(monkeypatch) -> None:
-    """OpenAI's were trained with QuickGELU, which open_clip only warns of when the architecture says otherwise."""
+    """OpenAI's weights were trained with QuickGELU; open_clip only warns if the architecture differs."""
     asked = []
 
     def create_model(architecture: str, *, pretrained: str, force_quick_gelu: bool) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Muon against torch's own, and what is promised of it beyond that."""
+"""Muon against torch's own, and the properties that it has beyond that."""
 
 import copy
 from dataclasses import replace
@@ -40,7 +40,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values(shape: tupl
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     made = orthogonal(1e3 * x)
-    in_basis = u.mT @ made @ vt.mT  # of the singular vectors
+    in_basis = u.mT @ made @ vt.mT  # the basis of the singular vectors
     values = in_basis.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.5
     assert values.max() < 1.3

@@ -29,7 +29,7 @@ on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def levels(kind, path, *indices):
-    """Those of which the target says anything: eps doesn't of pure noise."""
+    """Return the levels at which the target has information about the image: eps has none at pure noise."""
     return [level for level in map(path.level, indices) if kind != "eps" or level.alpha > 0]
 
 
@@ -42,26 +42,26 @@ def test_round_trips(kind, path):
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t))
     x_t = alpha * x0 + sigma * eps
     output = target_of(kind, x0, eps, alpha, sigma)
-    # Rounding of x_t alone, over an alpha or a sigma of down to 1e-4, leaves no more digits.
+    # The rounding of x_t, divided by an alpha or sigma down to 1e-4, leaves no more digits.
     torch.testing.assert_close(to_x0(kind, output, x_t, alpha, sigma), x0, rtol=0, atol=1e-11)
     torch.testing.assert_close(to_eps(kind, output, x_t, alpha, sigma), eps, rtol=0, atol=1e-11)
 
 
 def test_each_target_follows_its_definition():
-    # The papers' own words for it, on a path that is neither variance-preserving nor straight.
+    # The papers' definitions, on a path that is neither variance-preserving nor straight.
     x0, eps, alpha, sigma = draw(2, 3, 2, 2, seed=1), draw(2, 3, 2, 2, seed=2), 0.6, 0.7
-    said = {kind: target_of(kind, x0, eps, alpha, sigma) for kind in TARGETS}
+    predicted = {kind: target_of(kind, x0, eps, alpha, sigma) for kind in TARGETS}
     expected = {"eps": eps, "x0": x0, "v": 0.6 * eps - 0.7 * x0, "flow": eps - x0}
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-15)
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-15)
     for kind in TARGETS:
-        made = [f(kind, said[kind], alpha * x0 + sigma * eps, alpha, sigma) for f in (to_x0, to_eps)]
+        made = [f(kind, predicted[kind], alpha * x0 + sigma * eps, alpha, sigma) for f in (to_x0, to_eps)]
         torch.testing.assert_close(made, [x0, eps], rtol=0, atol=1e-14)
 
 
 @on_every_path
 @pytest.mark.parametrize("kind", TARGETS)
 def test_any_output_has_exactly_one_x0_and_eps(kind, path):
-    # Of an arbitrary output (no true x0 behind it): x_t = alpha x0 + sigma eps still, and the way back is exact.
+    # For an arbitrary output, without a true x0, x_t = alpha x0 + sigma eps still holds, and the way back is exact.
     x_t, output = draw(5, 3, 2, 2, seed=1), draw(5, 3, 2, 2, seed=2)
     for level in levels(kind, path, 0, 17, 500, 900, 999):
         alpha, sigma = level.alpha, level.sigma
@@ -113,7 +113,7 @@ def test_the_state_stays_exact_around_a_bf16_network(kind):
     for index in (0, 999, 957.375):
         level = SCHEDULE.level(index)
         x0 = denoise(x_t, level, torch.zeros(2)).x0
-        # bfloat16 in the network's output only: from there on, no less than float32.
+        # Only the network's output is bfloat16; everything after it is at least float32.
         output = torch.sin(3 * x_t.bfloat16()).double()
         expected = to_x0(kind, output, x_t.double(), level.alpha, level.sigma)
         assert x0.dtype == torch.float32

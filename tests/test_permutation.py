@@ -1,4 +1,4 @@
-"""Randomness as data: every number and every example is a function of (seed, position) alone."""
+"""Random numbers as data: every number and every example is a function of (seed, position)."""
 
 import tracemalloc
 from collections import Counter
@@ -16,7 +16,7 @@ from train.data.order.rng import Purpose, fork, generator, normal, uniform, unif
 
 
 def test_purposes_keep_their_numbers():
-    """They are part of every run: another number would be another run after an upgrade."""
+    """They are part of every run: other numbers would change a run after an upgrade."""
     assert {p.name: p.value for p in Purpose} == {
         "ORDER": 1,
         "TIMESTEP": 2,
@@ -95,13 +95,13 @@ def test_a_billion_examples_are_permuted_without_collisions(seed, epoch):
 
 
 def test_one_position_maps_as_it_does_in_a_batch():
-    whole = permute(np.arange(5000), 5000, 1, 2)
-    assert [int(permute(p, 5000, 1, 2)) for p in (0, 17, 4999)] == whole[[0, 17, 4999]].tolist()
+    expected = permute(np.arange(5000), 5000, 1, 2)
+    assert [int(permute(p, 5000, 1, 2)) for p in (0, 17, 4999)] == expected[[0, 17, 4999]].tolist()
 
 
 def test_order_is_fair():
-    """Over epochs, where an example stands is uniform, and so is the step from one example to the next."""
-    n, epochs = 1280, 1500  # above the size where the order is drawn outright
+    """Over epochs, an example's position is uniform, and so is the step from one example to the next."""
+    n, epochs = 1280, 1500  # above the size below which the order is drawn directly
     orders = np.array([permute(np.arange(n), n, 11, e) for e in range(epochs)])
     for place in (0, 1, n // 2, n - 1):
         assert chisquare(np.bincount(orders[:, place] // 20, minlength=n // 20)).pvalue > 1e-3
@@ -112,7 +112,7 @@ def test_order_is_fair():
     assert chisquare(steps).pvalue > 1e-3
     kept = (orders == np.arange(n)).sum(1)  # fixed points are Poisson(1)
     assert abs(kept.mean() - 1) < 4 / np.sqrt(epochs)
-    again = (orders[1:] == orders[:-1]).sum(1)  # and so are places alike in two epochs
+    again = (orders[1:] == orders[:-1]).sum(1)  # and so are equal positions in two epochs
     assert abs(again.mean() - 1) < 4 / np.sqrt(epochs)
 
 
@@ -140,9 +140,9 @@ def test_order_of_a_hundred_million_takes_no_memory():
 
 def test_positions_run_on_over_epochs():
     n = 10
-    whole = np.concatenate([permute(np.arange(n), n, 4, e) for e in range(5)])
-    np.testing.assert_array_equal(index_at(np.arange(50), n, 4), whole)
-    np.testing.assert_array_equal(index_at([[7, 32], [13, 9]], n, 4), whole[[[7, 32], [13, 9]]])
+    expected = np.concatenate([permute(np.arange(n), n, 4, e) for e in range(5)])
+    np.testing.assert_array_equal(index_at(np.arange(50), n, 4), expected)
+    np.testing.assert_array_equal(index_at([[7, 32], [13, 9]], n, 4), expected[[[7, 32], [13, 9]]])
 
 
 @given(step=st.integers(0, 10**9), world=st.integers(1, 8), accumulation=st.integers(1, 8), part=st.integers(1, 6))

@@ -1,4 +1,4 @@
-"""Colours of latents: least squares that is exact where the decoder is linear, over any batches and processes."""
+"""Colours of latents: a least-squares fit, exact for a linear decoder, over any batches and processes."""
 
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,12 @@ draw = partial(draws.draw, dtype=torch.float32)
 
 
 def codec(encode, channels, factor=2):
-    """What is asked of an autoencoder here."""
+    """Return a stand-in for an autoencoder."""
     return SimpleNamespace(encode=encode, latent_channels=channels, factor=factor, vae=torch.empty(0))
 
 
 def linear(std=0.0):
-    """Its decoder: each latent is a square of colour WEIGHT z + BIAS."""
+    """Return an autoencoder whose decoder gives each latent a square of colour WEIGHT z + BIAS."""
 
     def encode(pixels):
         mean = torch.einsum("ck,bkhw->bchw", WEIGHT.inverse(), F.avg_pool2d(pixels, 2) - BIAS.view(3, 1, 1))
@@ -43,18 +43,18 @@ def linear(std=0.0):
     return codec(encode, 3)
 
 
-def painted(z):
+def decoded(z):
     colours = torch.einsum("kc,bchw->bkhw", WEIGHT, z) + BIAS.view(3, 1, 1)
     return colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def test_the_fit_recovers_a_linear_decoder():
     z = 0.3 * draw(8, 3, 6, 5)
-    colours = fit_colours(linear(), [painted(z)])
-    alone = F.pad(WEIGHT[:, :, None, None], (1, 1, 1, 1))  # the neighbours say nothing
-    torch.testing.assert_close(colours.weight, alone, rtol=1e-5, atol=1e-6)
+    colours = fit_colours(linear(), [decoded(z)])
+    expected = F.pad(WEIGHT[:, :, None, None], (1, 1, 1, 1))  # neighbours have no effect
+    torch.testing.assert_close(colours.weight, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(colours.bias, BIAS, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(colours(z), F.avg_pool2d(painted(z), 2).clamp(-1, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(colours(z), F.avg_pool2d(decoded(z), 2).clamp(-1, 1), rtol=1e-5, atol=1e-5)
     assert colours(50 * z).abs().max() == 1
 
 
@@ -70,7 +70,7 @@ def test_the_fit_recovers_a_decoder_of_3_by_3_latents():
 
 def test_the_fit_accounts_for_posterior_sampling():
     z, pixels = 0.3 * draw(4, 3, 24, 20), draw(4, 3, 48, 40, seed=1).tanh()
-    pixels = pixels + painted(z)
+    pixels = pixels + decoded(z)
     samples = [z + 0.2 * draw(4, 3, 24, 20, seed=100 + k) for k in range(300)]
     drawn = iter(samples)
     given = codec(lambda _: Posterior(next(drawn), torch.zeros_like(z)), 3)
@@ -83,10 +83,10 @@ def test_the_fit_accounts_for_posterior_sampling():
 
 def test_the_fit_does_not_depend_on_batches():
     autoencoder, x = small_autoencoder(), draw(12, 3, 16, 16).tanh()
-    whole, parts = (fit_colours(autoencoder, batches) for batches in ([x], x.split([1, 7, 4])))
-    for a, b in zip(whole, parts, strict=True):
+    once, parts = (fit_colours(autoencoder, batches) for batches in ([x], x.split([1, 7, 4])))
+    for a, b in zip(once, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    ragged = fit_colours(autoencoder, [x[..., :15, :11]])  # sides that are no multiple of the factor
+    ragged = fit_colours(autoencoder, [x[..., :15, :11]])  # sides that are not multiples of the factor
     assert ragged(autoencoder.encode(x[..., :15, :11]).mean).shape == (12, 3, 8, 6)
 
 
@@ -116,7 +116,7 @@ def test_colours_are_saved_next_to_the_weights(tmp_path, capfd, recwarn):
 
 
 def numbers(channels: int, other: str = "1") -> str:
-    """A file of colours, with another number at its end."""
+    """Return a file of colours, with `other` as its last number."""
     kernel = [[[1] * 3] * 3] * channels
     return f'{{"weight": {[kernel, kernel, kernel]}, "bias": [0, 0, {other}]}}'
 
@@ -146,12 +146,12 @@ def test_invalid_files_of_colours_are_refused_in_one_line(text, tmp_path):
 
 
 def test_stage_1_saves_colours(shapes: Path, tmp_path: Path):
-    """Colours are fitted to the latents that are handed over, also for a decoder trained on another encoder's."""
-    train.stages.vae.train(vae_config(shapes, tmp_path / "whole", steps=2))
-    given = {"init": str(tmp_path / "whole/model"), "decoder_only": True}
+    """Colours are fitted to the latents of the saved model, also if only the decoder was trained."""
+    train.stages.vae.train(vae_config(shapes, tmp_path / "all", steps=2))
+    given = {"init": str(tmp_path / "all/model"), "decoder_only": True}
     train.stages.vae.train(vae_config(shapes, tmp_path / "decoder", steps=2, **given))
     plain = ImageDataset(open_source(shapes, "train"), Framing(resolution=32), 0, shuffle=False)
-    for run in ("whole", "decoder"):
+    for run in ("all", "decoder"):
         autoencoder = Autoencoder.load(tmp_path / run / "model")
         again = fit_colours(autoencoder, [plain.__getitems__(range(64)).pixels])
         for a, b in zip(autoencoder.colours, again, strict=True):

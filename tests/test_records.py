@@ -1,4 +1,4 @@
-"""Batches as records: they move whole, and arrive from workers and streams as they were made."""
+"""Batches as records: all their tensors move together, and they arrive unchanged from workers and streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -69,7 +69,7 @@ def test_torch_pins_every_tensor_of_a_record(monkeypatch: pytest.MonkeyPatch) ->
 
 @dataclass
 class One:
-    """A data set of one batch."""
+    """Dataset of one batch."""
 
     batch: ImageBatch[DrawnNoise]
 

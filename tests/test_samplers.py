@@ -60,7 +60,7 @@ ON_KARRAS_ODE = ("euler", "euler_ancestral", "heun")  # there their state is x /
 
 
 def fake_network(x_t, index, condition, channels=4):
-    """A network nonlinear in the image and in time that mixes channels, so any error of level, index or state is visible."""
+    """A network that mixes channels, nonlinear in image and time: any error of level, index or state is visible."""
     mixed = torch.einsum("oc,bchw->bohw", draw(channels, 4, seed=3) / 2, x_t.double())
     out = torch.tanh(mixed + torch.sin(index.float().double() / 200).view(-1, 1, 1, 1))
     return out + 0.3 * x_t.double().repeat(1, channels // 4, 1, 1)
@@ -195,8 +195,8 @@ def diffusers_in_64_bits(monkeypatch):
 @pytest.mark.usefixtures("diffusers_in_64_bits")
 @pytest.mark.parametrize(("kind", "eta", "target", "spacing"), TRAJECTORIES)
 def test_trajectories_equal_diffusers_own_code_in_float64(kind, eta, target, spacing):
-    # The differences of the other test are rounding of diffusers' float32, which is large at the cosine schedule's ends.
-    # 7 and 30 don't divide 1000.
+    # The differences of the other test are rounding of diffusers' float32, which is large at the cosine schedule's
+    # ends. 7 and 30 don't divide 1000.
     for schedule in (SCHEDULE, Schedule.build("cosine")):
         for n in (7, 25, 30):
             assert greatest_difference(schedule, kind, eta, target, spacing, n) < 1e-9

@@ -117,7 +117,7 @@ def test_timesteps_equal_diffusers(cls, kind, spacing):
     theirs = cls.from_config(base.config)
     for n in [*range(2, 64), 103, 129, 333, 500, 998]:
         theirs.set_timesteps(n)
-        # At 61, 103, … trailing steps a rounding gives diffusers one timestep too many, at index -1.
+        # At 61, 103, … trailing steps rounding gives diffusers one timestep too many, at index -1.
         expected = theirs.timesteps.double().numpy()[:n]
         ours = [leg.now.model_time for leg in plan(schedule, grid, n, spacing).legs]
         np.testing.assert_allclose(ours, expected, rtol=1e-7)  # Euler's are float32
@@ -134,7 +134,7 @@ def test_timesteps_equal_diffusers(cls, kind, spacing):
         (1001, "trailing", "ddpm"),
         (1000, "leading", "ddpm"),  # the offset takes the first one to index 1000
         (1000, "leading", "dpmpp_2m"),  # 1000 // 1001 = 0
-        (1000, "linspace", "dpmpp_2m"),  # two alike
+        (1000, "linspace", "dpmpp_2m"),  # two equal timesteps
     ],
 )
 def test_steps_that_do_not_fit_are_refused(n, spacing, kind):

@@ -25,7 +25,7 @@ def builder() -> ModuleType:
 
 
 class Page(HTMLParser):
-    """What a page contains: the ids of its elements, its links, and the addresses that it loads."""
+    """The ids of a page's elements, its links, and the addresses that it loads."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ def site(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[Path, Page]:
-    """The site's pages. (The one for missing addresses has absolute links.)"""
+    """The site's pages, without the one for missing addresses, which has absolute links."""
     return {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
 
 
 def public_names(module: Path) -> set[str]:
-    """What a module defines at its top, and the public methods of its classes."""
+    """Return the public top-level names of a module, and the public methods of its classes."""
     found = set()
     for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
@@ -73,9 +73,9 @@ def test_the_reference_has_every_public_name(builder: ModuleType, site: Path, pa
             if module.name == "__init__.py":
                 continue
             page = site / builder.REFERENCE / Path(builder.page_of(module)).with_suffix(".html")
-            wanted = {f"{builder.name_of(module)}.{name}" for name in public_names(module)}
-            assert wanted <= pages[page].ids, page
-            count += len(wanted)
+            names = {f"{builder.name_of(module)}.{name}" for name in public_names(module)}
+            assert names <= pages[page].ids, page
+            count += len(names)
     assert count > 500
 
 

@@ -1,7 +1,7 @@
-"""Runs that earlier code left unfinished go on with today's, and use the cache that it made.
+"""Unfinished runs of earlier code are continued by today's, and use the cache of the earlier code.
 
-tests/stored/README.md says what is there. Nothing of it is ever made anew to please a change: folders like these lie on
-people's disks.
+tests/stored/README.md describes the files. They are never generated again to suit a change, because users have folders
+like these.
 """
 
 import hashlib
@@ -35,12 +35,12 @@ LINES = {
     "--unet.channels 4 --unet.attention False --unet.heads 2 --unet.groups 2 --diffusion.timesteps 8 "
     "--diffusion.timestep-sampling importance --sample-steps 2",
 }
-"""What the runs were begun with, and are continued with."""
+"""The commands that started the runs, and that continue them."""
 
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the stored folders, which is the working directory: on another path, and as new to the cache."""
+    """A copy of the stored folders, which is the working directory: at another path, and new to the cache."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(STORED, folder)
     for k, image in enumerate(sorted((folder / "data").rglob("*.png"))):
@@ -57,14 +57,14 @@ def command(line: str, status: int = 0) -> str:
 
 
 def tensors(checkpoint: Path) -> set[str]:
-    """The names in the header of a safetensors file."""
+    """Return the names in the header of a safetensors file."""
     with open(checkpoint / "state.safetensors", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return header.keys() - {"__metadata__"}
 
 
 def pinned(stage: str) -> set[str]:
-    """The names written down: of optimizers' entries by their numbers, of a network trained as of its average."""
+    """Return the expected names, with optimizers' entries by number and networks' entries as in the average."""
     names: set[str] = set()
     groups = PINNED["tensors"][stage]
     for group, entries in groups.items():
@@ -77,7 +77,7 @@ def pinned(stage: str) -> set[str]:
 
 
 def tree(checkpoint: Path) -> dict[str, list[str]]:
-    """The keys of the state, and those of its parts that aren't networks or optimizers."""
+    """Return the keys of the state, and of its parts that aren't networks or optimizers."""
     state = dict(json.loads((checkpoint / "state.json").read_bytes())["tree"]["dict"])
     phases = {name: [key for key, _ in value["dict"]] for name, value in state["phases"]["dict"]}
     return {"state": list(state), "scaler": [key for key, _ in state["scaler"]["dict"]]} | phases
@@ -96,9 +96,8 @@ def sums(folder: Path) -> dict[str, tuple[str, int]]:
 def test_a_run_of_earlier_code_is_continued(stage: str, stored: Path) -> None:
     run, before = stored / stage, sums(stored / "cache")
     old, new = (run / f"checkpoints/step-{step:08d}" for step in (2, 4))
-    begun = logged(run)
-    said = command(LINES[stage])
-    assert "continuing from step 2" in said
+    earlier = logged(run)
+    assert "continuing from step 2" in command(LINES[stage])
 
     assert tensors(old) == pinned(stage)
     assert tensors(new) == pinned(stage)
@@ -107,10 +106,10 @@ def test_a_run_of_earlier_code_is_continued(stage: str, stored: Path) -> None:
     assert (about["step"], about["final"]) == (4, True)
 
     lines = logged(run)
-    assert lines[: len(begun)] == begun
+    assert lines[: len(earlier)] == earlier
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    went_on, wanted = lines[len(begun) :], [line for line in EXPECTED[stage] if line["step"] > 2]
-    for line, like in zip(went_on, wanted, strict=True):
+    continued, expected = lines[len(earlier) :], [line for line in EXPECTED[stage] if line["step"] > 2]
+    for line, like in zip(continued, expected, strict=True):
         assert line.keys() - {"time", "images_per_second", "loading"} == like.keys()
         for name, value in like.items():
             loose = 1e-2 if name.startswith("val_") else 1e-3 if name.endswith("grad_norm") else 1e-4
@@ -119,11 +118,11 @@ def test_a_run_of_earlier_code_is_continued(stage: str, stored: Path) -> None:
     after = sums(stored / "cache")
     assert sorted(before) == PINNED["cache"]
     assert after.items() >= before.items()
-    # The copied images have another place and time, so their latents are found by content, and that is noted.
-    noted = {Path(name) for name in after.keys() - before.keys()}
-    assert {path.suffix for path in noted} <= {".idx", ".json"}
-    assert {path.parent for path in noted} <= {Path(name).parent for name in before}
-    assert bool(noted) == (stage == "ldm")
+    # The copied images have another path and time. Their latents are found by content, and this is recorded.
+    recorded = {Path(name) for name in after.keys() - before.keys()}
+    assert {path.suffix for path in recorded} <= {".idx", ".json"}
+    assert {path.parent for path in recorded} <= {Path(name).parent for name in before}
+    assert bool(recorded) == (stage == "ldm")
 
 
 def test_other_settings_are_refused_for_a_run_of_earlier_code(stored: Path) -> None:
@@ -133,7 +132,7 @@ def test_other_settings_are_refused_for_a_run_of_earlier_code(stored: Path) -> N
 
 
 def test_names_of_cache_folders_are_unchanged() -> None:
-    """The names and values below are a contract with every cache there is."""
+    """The names and values below are a contract with all existing caches."""
     inputs = yaml.safe_load((STORED / "ldm/config.yaml").read_text())["about"]["inputs"]
     latents = {
         "kind": "latents",

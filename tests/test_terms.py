@@ -1,4 +1,4 @@
-"""Auxiliary losses: a term on an intermediate feature trains the network in both stages, and one without weight changes nothing."""
+"""Auxiliary losses: a term on an intermediate feature trains the network of stages 1 and 2."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,7 +47,7 @@ def state(out: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_of_a_term_reaches_the_network(checkpointing: bool) -> None:
-    """It is what plain autograd gives; the term is computed once, even where the feature is computed twice."""
+    """It equals that of plain autograd. The term is computed once, also if checkpointing computes the feature twice."""
     vae, b = small_vae(), replace(vae_batch(), adversarial=False)
     plain, term = AutoencoderLoss(vae, VaeConfig(), None, None), predict("vae", 0.3)
     plain(b).loss.backward()
@@ -63,7 +63,7 @@ def test_the_gradient_of_a_term_reaches_the_network(checkpointing: bool) -> None
     assert isinstance(module, Predict)
     expected = (found[0].mean((2, 3)) @ module.weight.T - z.mean((2, 3))).square().mean()
     (0.3 * expected).backward()
-    alone = gradient(vae)
+    of_term = gradient(vae)
     vae.zero_grad()
     if checkpointing:
         vae.train()
@@ -75,8 +75,8 @@ def test_the_gradient_of_a_term_reaches_the_network(checkpointing: bool) -> None
     out.loss.backward()
     assert module.calls == 1
     torch.testing.assert_close(out.metrics["toy"], expected.detach())
-    assert alone.norm() > 1e-3
-    assert relative_distance(gradient(vae), without + alone) < 1e-5
+    assert of_term.norm() > 1e-3
+    assert relative_distance(gradient(vae), without + of_term) < 1e-5
     assert module.weight.grad is not None
     assert module.weight.grad.norm() > 0
 
@@ -95,7 +95,7 @@ def test_a_feature_that_the_network_does_not_have_is_an_error() -> None:
         step(vae_batch())
 
 
-# -- whole runs -----------------------------------------------------------------------------------------------
+# -- complete runs ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["vae", "ldm"])
@@ -119,15 +119,15 @@ def test_a_term_is_trained_logged_and_saved_and_without_weight_changes_nothing(
     assert not torch.equal(with_term[own], Predict(stage).weight.detach())
     values = logged_values(tmp_path / "toy", "toy")
     assert values[-1] < values[0]
-    # Continued, it is the same run; its parameters are no part of what is handed over.
+    # A resumed run is the same.
     with pytest.raises(KeyboardInterrupt):
-        run(stage, shapes, parts, tmp_path / "cut", [replace(predict(stage, 10.0), loss=Stops(stage, 6))])
-    run(stage, shapes, parts, tmp_path / "cut", [predict(stage, 10.0)])
-    assert final_state(tmp_path / "cut") == final_state(tmp_path / "toy")
+        run(stage, shapes, parts, tmp_path / "interrupted", [replace(predict(stage, 10.0), loss=Stops(stage, 6))])
+    run(stage, shapes, parts, tmp_path / "interrupted", [predict(stage, 10.0)])
+    assert final_state(tmp_path / "interrupted") == final_state(tmp_path / "toy")
 
 
 class Stops(Predict):
-    """Is interrupted at its call number `last`."""
+    """A term that interrupts the run at its call number `last`."""
 
     def __init__(self, stage: str, last: int) -> None:
         super().__init__(stage)
@@ -150,7 +150,7 @@ def test_gradient_checkpointing_gives_the_same_run_with_a_term(
 
 @pytest.mark.parametrize("stage", ["vae", "ldm"])
 def test_two_processes_train_as_one_with_a_term(stage: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
-    """2 Gloo processes and 1: the same losses, and the same parameter of the term's own."""
+    """2 Gloo processes and 1 have the same losses and the same parameter of the term."""
     for count, name in ((1, "one"), (2, "two")):
         run(stage, shapes, parts, tmp_path / name, [predict(stage)], processes=count)
     assert [loss for _, loss in losses(tmp_path / "one")] == pytest.approx(

@@ -1,4 +1,4 @@
-"""Tiles give what the whole gives: exactly where the network is local, and with the whole image's group norms."""
+"""Tiles give the untiled result: exactly for a local network, and with the group norms of the whole image."""
 
 from itertools import pairwise
 
@@ -18,13 +18,13 @@ TILES = [Tiles(8, 4), Tiles(8, 3), Tiles(8, 0), Tiles(5, 2), Tiles(1, 0), Tiles(
 
 
 def smooth(*shape: int) -> Tensor:
-    """A random field that changes over a quarter of a side."""
+    """Return a random field that varies over a quarter of a side."""
     coarse = draw(*shape[:2], 5, 5)
     return F.interpolate(coarse, size=shape[2:], mode="bicubic", align_corners=True)
 
 
 def vae(*, channels: tuple[int, ...] = (8, 16), attention: bool = False) -> AutoencoderKL:
-    """Return an autoencoder with random residual branches, which otherwise begin at zero, and no attention beyond its group norm."""
+    """Return an autoencoder with random residual branches, which are otherwise zero at initialisation."""
     torch.manual_seed(0)
     made = build_autoencoder(channels=channels, layers=1, latent_channels=4, groups=4, attention=attention)
     for name, module in made.named_modules():
@@ -38,7 +38,7 @@ def decode(network: AutoencoderKL):
 
 
 def encode(network: AutoencoderKL):
-    """Mean and deviation, side by side."""
+    """Return a function to mean and deviation, concatenated."""
 
     def run(x: Tensor) -> Tensor:
         q = network.encode(x).latent_dist
@@ -114,36 +114,36 @@ def test_half_precision_is_accumulated_in_float32() -> None:
 @torch.no_grad()
 def test_a_network_whose_receptive_field_fits_the_rim_is_exact() -> None:
     torch.manual_seed(0)
-    # Sees 2 latents; the zero padding at inner borders reaches as far.
+    # The receptive field is 2 latents, as far as the zero padding at inner borders reaches.
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 5, padding=2)
     ).double()
     z = draw(1, 3, 23, 40)
-    whole = network(z)
-    torch.testing.assert_close(tiled(network, z, Tiles(16, 8), up=2), whole, rtol=0, atol=1e-13)
-    assert (tiled(network, z, Tiles(16, 4), up=2) - whole).abs().max() > 1e-3  # a rim of 1
+    untiled = network(z)
+    torch.testing.assert_close(tiled(network, z, Tiles(16, 8), up=2), untiled, rtol=0, atol=1e-13)
+    assert (tiled(network, z, Tiles(16, 4), up=2) - untiled).abs().max() > 1e-3  # with a rim of 1
 
 
 @pytest.mark.parametrize("attention", [False, True])
 @torch.no_grad()
 def test_a_tiled_autoencoder_equals_the_untiled_one(attention: bool) -> None:
-    """The whole theory at once: it sees 13 latents, has 17 group norms (12 in the encoder), and is met digit for digit.
+    """The receptive field is 13 latents, there are 17 group norms (12 in the encoder), and the results are equal.
 
-    The attention of the parametrised case has a group norm of its own, but adds nothing yet.
+    The attention of the parametrised case has its own group norm, but its output is still zero.
     """
     network, tiles = vae(attention=attention), Tiles(108, 54)
     z, x = draw(2, 4, 3, 150), draw(2, 3, 6, 300, seed=1)
-    whole = network.decode(z).sample
+    untiled = network.decode(z).sample
     exact = tiled(decode(network), z, tiles, up=2, network=network.decoder)
-    torch.testing.assert_close(exact, whole, rtol=0, atol=1e-11)
-    assert (tiled(decode(network), z, tiles, up=2) - whole).abs().max() > 1e-2  # statistics of a tile
+    torch.testing.assert_close(exact, untiled, rtol=0, atol=1e-11)
+    assert (tiled(decode(network), z, tiles, up=2) - untiled).abs().max() > 1e-2  # with the statistics of each tile
     latents = tiled(encode(network), x, tiles, down=2, network=network.encoder)
     torch.testing.assert_close(latents, encode(network)(x), rtol=0, atol=1e-11)
 
 
 def test_the_own_part_of_an_activation() -> None:
     tile = Tile(Span(0, 6, slice(0, 4)), Span(4, 8, slice(1, 4)))
-    x = draw(2, 3, 12, 8)  # two elements a latent
+    x = draw(2, 3, 12, 8)  # two elements per latent
     assert torch.equal(tile.own(x), x[..., :8, 2:8])
     assert torch.equal(tile.own(x.flatten(2)), x[..., :8, 2:8])
 
@@ -153,28 +153,28 @@ def decibels(error: Tensor, signal: Tensor) -> float:
 
 
 def jumps(x: Tensor, lines: list[int]) -> float:
-    """The mean difference of the rows and columns on either side of these lines."""
+    """Return the mean difference of the rows and columns on both sides of these lines."""
     before = torch.tensor(lines) - 1
     return float(x.diff(dim=-1)[..., before].abs().mean() + x.diff(dim=-2)[..., before, :].abs().mean())
 
 
 @torch.no_grad()
 def test_statistics_of_the_whole_remove_tones_and_seams() -> None:
-    """A smooth field, and residual branches as weak as training leaves them: the network sees far, but faintly."""
+    """On a smooth field, with residual branches as weak as in trained networks: distant latents have little effect."""
     network, z, tiles = vae(), smooth(1, 4, 32, 32), Tiles(16, 8)
     for name, module in network.named_modules():
         if name.endswith(".conv2"):
             module.weight *= 0.25
-    whole = network.decode(z).sample
-    lines = [2 * line for line in (8, 12, 16, 20, 24)]  # where tiles begin and end, and meet halfway
+    untiled = network.decode(z).sample
+    lines = [2 * line for line in (8, 12, 16, 20, 24)]  # the starts, ends and middles of overlaps
     own = tiled(decode(network), z, tiles, up=2)
     exact = tiled(decode(network), z, tiles, up=2, network=network.decoder)
-    assert decibels(own - whole, whole) < 10
-    assert decibels(exact - whole, whole) > 30
-    assert jumps(exact, lines) < 1.04 * jumps(whole, lines)
-    assert jumps(exact - whole, lines) < 0.25 * jumps(own - whole, lines)
-    # The same without blending is a step at every border.
-    assert jumps(tiled(decode(network), z, Tiles(16, 0), up=2), [32]) > 1.5 * jumps(whole, [32])
+    assert decibels(own - untiled, untiled) < 10
+    assert decibels(exact - untiled, untiled) > 30
+    assert jumps(exact, lines) < 1.04 * jumps(untiled, lines)
+    assert jumps(exact - untiled, lines) < 0.25 * jumps(own - untiled, lines)
+    # Without blending there is a step at every border.
+    assert jumps(tiled(decode(network), z, Tiles(16, 0), up=2), [32]) > 1.5 * jumps(untiled, [32])
 
 
 @torch.no_grad()

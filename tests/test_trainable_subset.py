@@ -1,4 +1,4 @@
-"""A network of which a part is trained: small checkpoints that continue exactly, and a whole result."""
+"""A network with frozen weights: small checkpoints from which a run is resumed exactly, and a complete model."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from train.engine.subset import Subset, frozen_names
 
 
 def partly_frozen() -> UNet:
-    """A UNet of which 1 % is trained: what the attention in its middle asks, and how it answers."""
+    """Return a UNet of which 1 % is trained: queries and output of the attention in its middle."""
     torch.manual_seed(0)
     unet = small_unet(channels=(16, 32), heads=(2, 2), groups=8)
     unet.requires_grad_(False)
@@ -50,29 +50,29 @@ def test_checkpoints_contain_only_trained_weights_and_the_model_is_complete(
     made = UNet2DConditionModel.from_pretrained(tmp_path / "part/model/unet").state_dict()
     for name, weight in given.named_parameters():
         assert torch.equal(made[name], weight) != weight.requires_grad, name
-    painted = LatentDiffusionPipeline.from_pretrained(tmp_path / "part/model")(
+    made_images = LatentDiffusionPipeline.from_pretrained(tmp_path / "part/model")(
         "a red star", num_inference_steps=1, output_type="np"
     ).images
-    assert painted.shape == (1, 32, 32, 3)
+    assert made_images.shape == (1, 32, 32, 3)
 
 
 def test_a_run_is_continued_exactly_if_its_frozen_weights_are_unchanged(
     shapes: Path, parts: Path, tmp_path: Path
 ) -> None:
-    start(shapes, parts, tmp_path / "whole")
+    start(shapes, parts, tmp_path / "uninterrupted")
     with pytest.raises(KeyboardInterrupt):
-        start(shapes, parts, tmp_path / "cut", hooks=Crash(5))
+        start(shapes, parts, tmp_path / "interrupted", hooks=Crash(5))
     changed = partly_frozen()
     with torch.no_grad():
         changed.module.conv_in.bias[0] += 1e-3
     with pytest.raises(UserError, match=r"^the \d+ frozen weights differ from those that this run was trained with"):
-        start(shapes, parts, tmp_path / "cut", changed)
-    start(shapes, parts, tmp_path / "cut")
-    assert final_state(tmp_path / "cut") == final_state(tmp_path / "whole")
+        start(shapes, parts, tmp_path / "interrupted", changed)
+    start(shapes, parts, tmp_path / "interrupted")
+    assert final_state(tmp_path / "interrupted") == final_state(tmp_path / "uninterrupted")
 
 
 def test_checkpoints_that_also_contain_frozen_weights_are_read(shapes: Path, parts: Path, tmp_path: Path) -> None:
-    start(shapes, parts, tmp_path / "whole")
+    start(shapes, parts, tmp_path / "uninterrupted")
     with pytest.raises(KeyboardInterrupt):
         start(shapes, parts, tmp_path / "old", hooks=Crash(5))
     checkpoints, weights = Checkpoints(tmp_path / "old/checkpoints"), partly_frozen().module.state_dict()
@@ -85,7 +85,7 @@ def test_checkpoints_that_also_contain_frozen_weights_are_read(shapes: Path, par
     state["ema"] = weights | state["ema"]
     checkpoints.save(found.step, state)
     start(shapes, parts, tmp_path / "old")
-    assert final_state(tmp_path / "old") == final_state(tmp_path / "whole")
+    assert final_state(tmp_path / "old") == final_state(tmp_path / "uninterrupted")
     phase["module"]["unet.conv_in.bias"] = phase["module"]["unet.conv_in.bias"] + 1
     checkpoints.save(9, state)
     with pytest.raises(UserError, match=r"the frozen weight unet\.conv_in\.bias differs from the one"):
@@ -93,7 +93,7 @@ def test_checkpoints_that_also_contain_frozen_weights_are_read(shapes: Path, par
 
 
 def network(seed: int = 0) -> nn.Module:
-    """Three layers, of which the last one is trained and the middle one has buffers."""
+    """Return three layers, of which the last one is trained and the middle one has buffers."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     net[:2].requires_grad_(False)
@@ -116,7 +116,7 @@ def test_a_state_loads_only_into_a_network_with_the_same_frozen_weights() -> Non
     subsets = [Subset(net, frozen_names(net)) for net in (one, same, other)]
     with torch.no_grad():
         one[2].weight += 1
-    for state in (subsets[0].state_dict(), one.state_dict()):  # also one that holds all weights, as older ones do
+    for state in (subsets[0].state_dict(), one.state_dict()):  # the second has all weights, as older states do
         subsets[1].load_state_dict(state)
         assert torch.equal(same[2].weight, one[2].weight)
     subsets[1].require(subsets[0].digest)
@@ -126,8 +126,8 @@ def test_a_state_loads_only_into_a_network_with_the_same_frozen_weights() -> Non
         subsets[2].load_state_dict(one.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         subsets[2].load_state_dict({})
-    whole = nn.Linear(2, 2)
-    assert Subset(whole, frozen_names(whole)).digest == ""
+    layer = nn.Linear(2, 2)
+    assert Subset(layer, frozen_names(layer)).digest == ""
 
 
 def test_the_average_is_complete_and_shares_frozen_weights() -> None:

@@ -1,4 +1,4 @@
-"""The wheel: its content, its requirements, and its commands in an environment of its own."""
+"""The wheel: its content, its requirements, and its commands in their own environment."""
 
 import ast
 import os
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(wheel: Path, name: str) -> str:
-    """The content of a file of the wheel's .dist-info folder."""
+    """Return the content of a file of the wheel's .dist-info folder."""
     with ZipFile(wheel) as archive:
         return archive.read(f"ldm-{ldm.__version__}.dist-info/{name}").decode()
 
@@ -88,7 +88,7 @@ def test_every_import_is_a_requirement(wheel: Path) -> None:
 
 
 def top_level(node: ast.AST) -> set[str]:
-    """The top-level modules that a statement imports."""
+    """Return the top-level modules that a statement imports."""
     match node:
         case ast.Import():
             return {alias.name.split(".")[0] for alias in node.names}
@@ -99,7 +99,7 @@ def top_level(node: ast.AST) -> set[str]:
 
 
 def normalised(requirement: str) -> str:
-    """The distribution's name, in the form in which names are compared."""
+    """Return a distribution's name in the form in which names are compared."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
 
 
