@@ -5,6 +5,7 @@ settings.
 """
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -18,7 +19,12 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # not allowed in a text chunk (UT
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write an image with its settings: prompt, negative_prompt, steps, sampler, guidance_scale, seed, and more.
+    """Write an image with its settings; see `png_bytes`."""
+    path.write_bytes(png_bytes(image, settings))
+
+
+def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
+    """Return a PNG file with its settings: prompt, negative_prompt, steps, sampler, guidance_scale, seed, and more.
 
     The values must have JSON types. `read_png` returns them unchanged, except that surrogate pairs become one
     character.
@@ -27,7 +33,9 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
     info.add_itxt("parameters", _UNWRITABLE.sub("\ufffd", parameters(settings, image.size)))
     text = json.dumps(dict(settings), ensure_ascii=False)
     info.add_itxt("ldm", _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
-    image.save(path, "PNG", pnginfo=info)
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def read_png(path: Path) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from torch import Tensor
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from ldm.formats.hub import find_pipeline, model_folder
-from ldm.formats.png import file_name, read_png, save_png
+from ldm.formats.png import file_name, read_png
 from ldm.networks.unet import weight_files
 from ldm.pipeline import LatentDiffusionPipeline
 from train.commands.main import require_at_least, use_device
+from train.commands.outputs import INPUTS, MODELS, image_key, would_replace, write_png
 from train.config.generation import GenerateOptions, ModelOptions
 from train.config.load import overlay, validate
 from train.data.images.decode import DamagedImage, load_image
@@ -29,8 +30,6 @@ _UNSAVED = {  # options that aren't saved with an image
     *("out", "prompts", "num_images", "batch_size", "device", "offload", "slice", "grid", "preview", "like"),
 }
 _PREVIEW = "preview.png"
-_MODELS = ("model", "weak_model")
-_INPUTS = ("image", "mask")
 _MAX_PROMPT = 4_000_000  # characters: Pillow reads up to 64 MB of PNG text, and JSON needs up to 6 bytes for each
 
 
@@ -63,7 +62,7 @@ def options_like(o: Options) -> Options:
         raise UserError(f"--like {o.like!r}: can't be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"--like {o.like!r}: {error!s:.300}") from None
-    for name in (*_MODELS, *_INPUTS):
+    for name in (*MODELS, *INPUTS):
         if getattr(o, name, None) == getattr(defaults, name, None):  # not overridden on the command line
             paths = getattr(saved, name, ())
             for path in filter(None, [paths] if isinstance(paths, str) else paths):
@@ -78,6 +77,7 @@ def _read_options(kind: type[Options], path: str) -> tuple[Options, dict[str, st
     folder or the device. Raises ValueError.
     """
     metadata = read_png(Path(path))
+    metadata.pop("grid", None)
     sha256 = validate(_Files, {"sha256": metadata.pop("sha256", {})}).sha256
     known = {f.name for f in fields(kind)} - _UNSAVED
     if unknown := next((key for key in metadata if key not in known), None):
@@ -88,7 +88,7 @@ def _read_options(kind: type[Options], path: str) -> tuple[Options, dict[str, st
 def _check_input(name: str, path: str, sha256: str | None, like: str) -> None:
     """Raise UserError if an input of the --like image is missing or has changed; only warn if a model has changed."""
     option = f"--{name.replace('_', '-')}"
-    if name in _MODELS:
+    if name in MODELS:
         if not Path(path).is_dir():  # may be a hub id, but an image must not cause a download
             raise UserError(f"--like {like!r}: its model {path!r} is not an existing folder; give {option}")
         now = model_sha256(Path(path))
@@ -158,7 +158,7 @@ class ImageJob:
 
     @property
     def file(self) -> str:
-        """Name of the output file."""
+        """Name of the output file, unless a file with other settings has it."""
         return self.name + file_name(self.prompt, self.seed)
 
 
@@ -186,7 +186,7 @@ def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
 def settings(o: ModelOptions) -> dict[str, Any]:
     """Return the options that are saved with an image, and the SHA-256 of the models' weights."""
     metadata = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in _UNSAVED}
-    models = {name: metadata.get(name) for name in _MODELS}
+    models = {name: metadata.get(name) for name in MODELS}
     return metadata | {"sha256": {name: model_sha256(find_pipeline(path)) for name, path in models.items() if path}}
 
 
@@ -218,21 +218,24 @@ class ImageGenerator:
     def generate(self, jobs: Sequence[ImageJob], **inputs: Any) -> Iterator[Path]:
         """Generate and write images, and yield the path of each one. inputs: further arguments of the pipeline.
 
-        Raises UserError if an image would overwrite one of its inputs or the --like image.
+        Files with other settings aren't overwritten; see `write_file`. Raises UserError if an image would overwrite
+        the --like image.
         """
         o, folder, metadata = self.o, Path(self.o.out), settings(self.o)
-        read = {Path(path).resolve() for job in jobs for path in (o.like, *job.files.values()) if path}
         if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
             raise UserError(f"--out {o.out!r}: can't be a folder, because {str(file)!r} is a file")
-        grid = f"grid-{file_name(jobs[0].prompt, jobs[0].seed)}"
-        names = [job.file for job in jobs] + [grid] * o.grid
-        if conflict := next((name for name in names if (folder / name).resolve() in read), None):
-            raise UserError(f"{str(folder / conflict)!r} is an input and would be overwritten: give another --out")
+        saved = [self._saved(job, metadata) for job in jobs]
+        grid = saved[0] | {"grid": [image_key(one)[:8] for one in saved]}
+        grid_name = f"grid-{file_name(jobs[0].prompt, jobs[0].seed)}"
+        outputs = [*zip((job.file for job in jobs), saved, strict=True), *[(grid_name, grid)] * o.grid]
+        if o.like and any(would_replace(Path(o.like), folder, *output) for output in outputs):
+            raise UserError(f"{o.like!r} has the same settings and would be overwritten: give another --out")
         if o.preview:
             if (folder / _PREVIEW).exists():
                 raise UserError(f"--preview: {str(folder / _PREVIEW)!r} exists already; move it, or give another --out")
             inputs["callback_on_step_end"] = self._write_preview
-        generated: list[tuple[Image.Image, dict[str, Any]]] = []
+        generated: list[Image.Image] = []
+        remaining = iter(saved)
         try:
             for batch in self._batches(jobs):
                 start = [job.image for job in batch if job.image]
@@ -252,24 +255,21 @@ class ImageGenerator:
                 ).images
                 folder.mkdir(parents=True, exist_ok=True)  # not before all settings are known to be valid
                 for job, image in zip(batch, images, strict=True):
-                    sha256 = {option: file_sha256(path) for option, path in job.files.items()}
-                    saved = metadata | {
-                        "prompt": job.prompt,
-                        "seed": job.seed,
-                        **job.metadata,
-                        "sha256": metadata["sha256"] | sha256,
-                    }
-                    path = folder / job.file
-                    save_png(image, path, saved)
-                    yield path
+                    own = next(remaining)
+                    yield write_png(image, folder, job.file, own)
                     if o.grid:
-                        generated.append((image, saved))
+                        generated.append(image)
         finally:
             if o.preview:
                 (folder / _PREVIEW).unlink(missing_ok=True)
         if o.grid:
-            save_png(image_grid([image for image, _ in generated]), folder / grid, generated[0][1])
-            yield folder / grid
+            yield write_png(image_grid(generated), folder, grid_name, grid)
+
+    def _saved(self, job: ImageJob, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings to save with an image. metadata: those of all images."""
+        sha256 = {option: file_sha256(path) for option, path in job.files.items()}
+        own = {"prompt": job.prompt, "seed": job.seed, **job.metadata, "sha256": metadata["sha256"] | sha256}
+        return {**metadata, **own}
 
     def _batches(self, jobs: Sequence[ImageJob]) -> Iterator[list[ImageJob]]:
         """Yield batches of consecutive images whose start images have the same size."""

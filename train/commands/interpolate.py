@@ -5,6 +5,7 @@ features are interpolated linearly: the UNet reads them through linear maps (key
 halfway it receives the mean of both prompts. Tokens that both prompts share, such as the begin token, don't change.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from ldm.editing import slerp
 from ldm.errors import UserError
-from ldm.formats.png import save_png, slug
+from ldm.formats.png import slug
 from ldm.samplers import make_sampler
 from train.commands.generate import check_seed, load, read_prompts, settings
 from train.commands.main import require_at_least
+from train.commands.outputs import image_key, key_of_gif, write_file, write_png
 from train.config.generation import InterpolateOptions
 
 
@@ -75,7 +77,8 @@ class Interpolation:
     def frame_metadata(self, k: int) -> dict[str, Any]:
         """Return the settings saved with frame k: prompt and seed of the nearer end, and the interpolation."""
         near = {"prompt": self.prompts[round(k / (self.o.frames - 1))], "seed": self.seeds[round(k / self.last)]}
-        interpolation = {"prompts": self.prompts, "seeds": self.seeds, "frames": self.o.frames, "frame": k}
+        shown = {"frames": self.o.frames, "fps": self.o.fps, "loop": self.o.loop}
+        interpolation = {"prompts": self.prompts, "seeds": self.seeds, **shown, "frame": k}
         return self.metadata | near | {"way": interpolation}
 
     def generate(self) -> Iterator[Image.Image]:
@@ -96,26 +99,39 @@ class Interpolation:
             ).images
 
 
-def animate(frames: list[Image.Image], path: Path, fps: float, loop: bool) -> None:
-    """Write a GIF. Each frame has its own palette and is not dithered.
+def animate(frames: list[Image.Image], fps: float, loop: bool, comment: str) -> bytes:
+    """Return a GIF file. Each frame has its own palette and is not dithered.
 
     The PSNR of a shared palette is 6 to 10 dB lower, and with dithering even lower; both flicker.
     """
-    repeat = {"loop": 0} if loop else {}
-    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, **repeat)
+    repeat, file = {"loop": 0} if loop else {}, io.BytesIO()
+    frames[0].save(
+        file,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=round(100 / fps) * 10,
+        comment=comment.encode(),
+        **repeat,
+    )
+    return file.getvalue()
 
 
 def interpolate(o: InterpolateOptions) -> Iterator[Path]:
-    """Generate and write the frames and the animation, and yield the path of each file."""
+    """Generate and write the frames and the animation, and yield the path of each file.
+
+    Files with other settings aren't overwritten; see `write_file`. The other files are named after the first frame.
+    """
     interpolation = Interpolation(o)
     folder, frames = Path(o.out), []
     seeds = "-".join(map(str, dict.fromkeys(interpolation.seeds)))
     name = f"{slug(' to '.join(interpolation.prompts))}-{seeds}"
     for k, image in enumerate(interpolation.generate()):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}-{k:04}.png"
-        save_png(image, path, interpolation.frame_metadata(k))
+        saved, ending = interpolation.frame_metadata(k), f"-{k:04}.png"
+        path = write_png(image, folder, name + ending, saved, ending)
+        name = path.name.removesuffix(ending) if k == 0 else name
         yield path
         frames.append(image)
-    animate(frames, folder / f"{name}.gif", o.fps, o.loop)
-    yield folder / f"{name}.gif"
+    key = image_key(interpolation.frame_metadata(0))
+    yield write_file(animate(frames, o.fps, o.loop, key), folder, name, ".gif", key, key_of_gif)
