@@ -104,7 +104,7 @@ RESUMABLE = {
         "workers",
     ),
     *("input.max_damaged", "accept_changed_data"),
-    *("roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
+    *("first_samples", "roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
     *("validation_features", "vae", "text_encoder", "attention", "prompts", "sample_steps", "guidance_scale"),
 }
 PLACES = {"data", "out", "cache", "init", "perceptual.model", "validation_features", "vae", "text_encoder"}

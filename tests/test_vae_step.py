@@ -207,7 +207,7 @@ def test_the_estimate_before_a_run_changes_nothing(
     """The estimate of memory and time runs every phase once; the run is the same without it."""
     adversarial = {"adversarial": AdversarialConfig(kind="hinge", start=0, channels=8, spectral_norm=True)}
     train.stages.vae.train(config(shapes, tmp_path / "a", **EVERYTHING | adversarial))
-    monkeypatch.setattr(train.engine.loop, "estimate", lambda *_: None)
+    monkeypatch.setattr(train.engine.loop, "estimate", lambda *_: 1.0)
     train.stages.vae.train(config(shapes, tmp_path / "b", **EVERYTHING | adversarial))
     assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
 

@@ -43,6 +43,8 @@ class RunConfig:
     """Number of newest checkpoints to keep; at least 2."""
     validate_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
     """Number of steps between two validations; each also writes a sheet of images to samples/."""
+    first_samples: Annotated[float, Resumable()] = Field(default=2.0, ge=0)
+    """Minutes of training after which the first sheet of images is written, besides those of validations; 0: none."""
     log_every: Annotated[int, Resumable()] = Field(default=50, gt=0)
     """Number of steps between two lines of metrics.jsonl."""
     precision: Precision = "fp32"

@@ -1,8 +1,12 @@
 """Console output of a run."""
 
 import sys
+from collections.abc import Iterable
+from typing import TypeVar
 
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 class Console:
@@ -15,3 +19,9 @@ class Console:
         if self.main:
             tqdm.write(text)
             sys.stdout.flush()
+
+    def progress(self, items: Iterable[Item], total: int, doing: str) -> Iterable[Item]:
+        """Return the items with a progress bar, which disappears when all are read. doing: what is done with them."""
+        return tqdm(
+            items, desc=doing, total=total, unit="batch", leave=False, disable=not self.main, dynamic_ncols=True
+        )

@@ -2,20 +2,20 @@
 
 import itertools
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from train.data.store.atomic import atomic_folder
-from train.engine.estimate import estimate
+from train.engine.estimate import Duration, estimate
 from train.engine.provenance import is_result
 from train.engine.run import AnyRun
-from train.engine.stage import Batch, Hooks, Publish, Stage
+from train.engine.stage import Hooks, Publish, Stage
 from train.engine.stop import Stop
+from train.engine.stopwatch import Stopwatch
 from train.engine.trainer import Trainer
 
 
@@ -39,37 +39,6 @@ class Means:
         return {name: total / count for name, (total, count) in sums.items() if count}
 
 
-class Stopwatch:
-    """Timer of training since the last restart, and of the part that was spent waiting for batches."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.started, self.waited = time.perf_counter(), 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-    def waiting(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Yield the batches, and count the time spent waiting for each."""
-        while True:
-            started = time.perf_counter()
-            parts = next(batches, None)
-            self.waited += time.perf_counter() - started
-            if parts is None:
-                return
-            yield parts
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time spent inside, so that the speed is that of training only."""
-        started = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - started
-
-
 def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None) -> None:
     """Train the stage to the configured step, starting from the state of the run's folder."""
     trainer, config = Trainer(run, stage, hooks), run.config
@@ -81,7 +50,10 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
     stopwatch, means = Stopwatch(), Means()
     batches = stopwatch.waiting(stage.batches(start))
     first = next(batches)
-    estimate(run, stage, first, config.steps - start)
+    growth = estimate(run, stage, first, start)
+    training = Stopwatch()
+    duration = Duration(run, stage, start, growth, training)
+    sheet_is_due = run.main and config.first_samples > 0 and not any(run.folder.samples.glob("step-*.png"))
     stopwatch.restart()
     with (
         Stop(run.accelerator) as stop,
@@ -98,6 +70,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
         for done, parts in enumerate(itertools.chain([first], batches), start + 1):
             means.add(trainer.step(done - 1, parts))
             bar.update(config.batch_size)
+            duration.step(done)
             last = done == config.steps
             if done % config.log_every == 0 or last:
                 averages = means.read()
@@ -114,11 +87,18 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
                 means = Means()
                 stopwatch.restart()
             if done % config.validate_every == 0 or last:
-                with stopwatch.paused():
+                if last:
+                    run.print(f"all {done:,} steps are done; what remains: validation, checkpoint, {run.folder.model}")
+                with stopwatch.paused(), training.paused():
                     validate(run, stage, done)
+                sheet_is_due = False
+            elif sheet_is_due and training.seconds >= 60 * config.first_samples:
+                with stopwatch.paused(), training.paused():
+                    run.print(f"step {done}: first samples: {draw_sheet(run, stage, done)}")
+                sheet_is_due = False
             stopped = stop.agreed(done)
             if done % config.checkpoint_every == 0 or last or stopped:
-                with stopwatch.paused():
+                with stopwatch.paused(), training.paused():
                     trainer.save(done)
                     export(run, stage, publish, done, final=last)
             if last:
@@ -142,10 +122,17 @@ def validate(run: AnyRun, stage: Stage, step: int) -> None:
     """Measure the averaged weights on held-out data, and write a sample sheet."""
     run.metrics.log(step, stage.validate(step))
     if run.main:
-        sheet = run.folder.sheet(step)
-        sheet.parent.mkdir(exist_ok=True)
-        stage.sheet(sheet)
+        draw_sheet(run, stage, step)
     run.accelerator.wait_for_everyone()
+
+
+def draw_sheet(run: AnyRun, stage: Stage, step: int) -> Path:
+    """Write a sample sheet, and send it to the trackers. Only the main process calls this."""
+    path = run.folder.sheet(step)
+    path.parent.mkdir(exist_ok=True)
+    stage.sheet(path)
+    run.metrics.log_image("samples", path, step)
+    return path
 
 
 def export(run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: bool) -> None:

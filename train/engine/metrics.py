@@ -5,7 +5,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 from train.data.store.atomic import atomic_file
 
@@ -23,10 +25,29 @@ class Metrics:
                 file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
             self.accelerator.log(dict(metrics), step=step)
 
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Send an image file to the trackers that show images. Only the main process calls this."""
+        for tracker in self.accelerator.trackers:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            match tracker.name:
+                case "tensorboard":
+                    tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+                case "wandb":
+                    tracker.log_images({name: [pixels]}, step=step)
+                case "aim" | "clearml":
+                    tracker.log_images({name: pixels}, step=step)
+
     def remove_after(self, step: int) -> None:
-        """Remove the lines of steps that will be repeated."""
-        kept = self._until(step)
-        if self.accelerator.is_main_process and kept != self._lines():
+        """Remove the lines of steps that will be repeated, also from TensorBoard's view."""
+        kept, lines = self._until(step), self._lines()
+        if not self.accelerator.is_main_process or not lines:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.close()  # it opens a new file, whose first entry hides the steps from this one on
+                tracker.writer.purge_step = step + 1
+        if kept != lines:
             with atomic_file(self.path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
 

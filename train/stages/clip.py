@@ -91,7 +91,11 @@ class ClipStage:
     def held_out_features(self, count: int) -> tuple[Tensor, Tensor, Tensor, list[ImageBatch]]:
         """Return image features, caption features and caption ids of held-out examples, and their batches."""
         towers, b = Contrastive(self.ema.module), self.config.batch_size
-        raw = [self.held_out.__getitems__(list(range(k, min(k + b, count)))) for k in range(0, count, b)]
+        starts = range(0, count, b)
+        raw = [
+            self.held_out.__getitems__(list(range(k, min(k + b, count))))
+            for k in self.run.print.progress(starts, len(starts), "validating")
+        ]
         batches = [self.tokenised(batch) for batch in raw]
         image = torch.cat([towers.image_features(batch.pixels) for batch in batches])
         text = torch.cat([towers.text_features(batch.input_ids) for batch in batches])

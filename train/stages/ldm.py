@@ -88,7 +88,8 @@ class LdmStage:
         count = min(len(self.held_out), self.config.validation_examples)
         device = self.run.accelerator.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for first in range(0, count, b):
+        starts = range(0, count, b)
+        for first in self.run.print.progress(starts, len(starts), "validating"):
             places = list(range(first, min(first + b, count)))
             batch = self.complete(self.held_out.__getitems__(places).to(device))
             batch = replace(batch, timestep=(torch.tensor(places, device=device) + 0.5) / count)

@@ -146,13 +146,17 @@ class VaeStage:
         if self.discriminator is not None and self.adversarial_at(step) and self.config.adversarial.spectral_norm:
             self.discriminator.refresh()
 
-    def _own_batches(self, images: ImageDataset[Tensor], indices: range) -> Iterator[ImageBatch[Tensor]]:
-        """Yield this process's share of the images with these indices, in batches and in order."""
+    def _own_batches(self, images: ImageDataset[Tensor], indices: range, doing: str) -> Iterator[ImageBatch[Tensor]]:
+        """Yield this process's share of the images with these indices, in batches and in order.
+
+        doing: the text of the progress bar.
+        """
         accelerator = self.run.accelerator
         b = max(1, self.config.batch_size // (accelerator.num_processes * self.config.accumulation))  # as in training
         starts = range(accelerator.process_index * b, len(indices), accelerator.num_processes * b)
         parts = [indices[start : start + b] for start in starts]
-        return (batch.to(accelerator.device) for batch in read_ahead(images, parts, self.config.workers))
+        batches = self.run.print.progress(read_ahead(images, parts, self.config.workers), len(parts), doing)
+        return (batch.to(accelerator.device) for batch in batches)
 
     def _normalised(
         self, images: ImageDataset[Tensor], indices: range
@@ -164,7 +168,7 @@ class VaeStage:
         vae = copy.deepcopy(self.ema.module)
         if self.config.decoder_only:
             return vae, None
-        batches = ((part.pixels, part.drawn) for part in self._own_batches(images, indices))
+        batches = ((part.pixels, part.drawn) for part in self._own_batches(images, indices, "normalising the latents"))
         sums = measure(vae, batches, channels=self.latent_channels)
         statistics = latent_statistics(self._sum(sums).cpu())
         fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
@@ -175,7 +179,7 @@ class VaeStage:
         vae, _ = self._normalised(self.held_out, range(count))
         metrics = measure_reconstruction(
             Autoencoder(vae),
-            ((p.pixels, p.drawn) for p in self._own_batches(self.held_out, range(count))),
+            ((p.pixels, p.drawn) for p in self._own_batches(self.held_out, range(count), "validating")),
             perceptual=self.perceptual,
             features=self.features,
             levels=_NOISE,
@@ -198,7 +202,8 @@ class VaeStage:
         count = len(self.unshuffled.source)
         vae, statistics = self._normalised(self.unshuffled, range(count) if final else _spread(count, _REFRESH))
         autoencoder = Autoencoder(vae)
-        images = (part.pixels for part in self._own_batches(self.unshuffled, _spread(count, _COLOURS)))
+        batches = self._own_batches(self.unshuffled, _spread(count, _COLOURS), "fitting the preview's colours")
+        images = (part.pixels for part in batches)
         autoencoder.colours = fit_colours(autoencoder, images, reduce=self._sum)
         if self.run.main:
             autoencoder.save(folder)
