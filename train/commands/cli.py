@@ -6,7 +6,6 @@ Modules that import torch are imported after the options are read, so that --hel
 import json
 import sys
 from collections.abc import Mapping
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +131,6 @@ def inspect_data() -> None:
     from train.commands.inspect_report import describe
 
     report = inspect(o)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # captions may have characters that the terminal's encoding doesn't have
     print(describe(report))
     print(f"\nwritten to {o.out}: {', '.join(sorted(path.name for path in Path(o.out).iterdir()))}")
 

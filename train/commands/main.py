@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
@@ -47,6 +48,7 @@ def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
 
 
 def _run(main: Callable[[], None]) -> NoReturn:
+    _print_any_text()
     warnings.filterwarnings("ignore", module="huggingface_hub")  # its warnings are about calls by other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()
@@ -78,6 +80,18 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         _exit(130, "interrupted")
     raise SystemExit(0)
+
+
+def _print_any_text() -> None:
+    """Print characters that the terminal's encoding doesn't have as escapes, here and in the processes started here.
+
+    Captions, prompts and file names may contain any character. Without this, printing one of them may end a command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]
+    os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
 
 
 def _quieten() -> None:

@@ -121,4 +121,5 @@ def lowest_hashes(rows: Iterator[Row] | Catalogue) -> list[tuple[float, int]]:
 
 def name_hash(name: str) -> float:
     """Return the hash of a name, in [0, 1); it is the same in every dataset."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") / 2.0**64
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2.0**64

@@ -31,7 +31,7 @@ class Strings:
     """Sequence of str in two arrays: small, and shared with forked workers without a copy."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        parts = [os.fsencode(s) for s in strings]
+        parts = [s.encode("utf-8", "surrogateescape") for s in strings]  # in any locale
         self.ends = np.cumsum([0, *map(len, parts)])
         self.bytes = np.frombuffer(b"".join(parts), np.uint8)
 
@@ -39,7 +39,7 @@ class Strings:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self.bytes[self.ends[index] : self.ends[index + 1]].tobytes())
+        return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
 class Folder(Catalogue):
