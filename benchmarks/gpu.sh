@@ -7,6 +7,7 @@
 # speed: a training step and sampling against diffusers, with a UNet of Stable Diffusion 1.5's shape
 # demo:  full training of the demo's three stages, with its report and sample sheet
 set -u
+case ${1:---help} in -*) sed -n '2,8s/^# \?//p' "$0"; exit "$([ "${1:-}" = --help ] && echo 0 || echo 2)" ;; esac
 out=$1; shift
 python=${PYTHON:-python3}
 mkdir -p "$out" runs

@@ -1,5 +1,6 @@
 """Draw the figures of mathematics.md with the package's own functions: python docs/figures.py (needs matplotlib)."""
 
+import argparse
 import math
 from collections.abc import Callable
 from functools import partial
@@ -158,6 +159,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # refuses arguments, and prints --help
     schedules()
     posterior_variances()
     weightings()

@@ -167,7 +167,12 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stepz: 3", ["stepz"]),
+        ("stepz: 3", ["stepz", "did you mean 'steps'?"]),
+        ("batch-size: 3", ["batch-size", "did you mean 'batch_size'?"]),
+        ("optimiser: {lr: 1}", ["optimiser", "did you mean 'optimizer'?"]),
+        ("learning_rate: 3", ["did you mean 'optimizer.lr'?"]),
+        ("unet: {chanels: [32]}", ["unet.chanels", "did you mean 'unet.channels'?"]),
+        ("quux: 3", ["quux", "--help lists all"]),
         ("steps: many", ["steps", "'many'", "integer"]),
         ("steps: -1", ["steps", "-1", "greater than 0"]),
         ("optimizer: {lr: .nan}", ["optimizer.lr", "finite"]),
@@ -193,6 +198,15 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, words: list[
     ("arguments", "words"),
     [
         (["--stepz", "3"], ["--stepz", "did you mean --steps?"]),
+        (["--batchsize", "3"], ["--batchsize", "did you mean --batch-size?"]),
+        (["--Batch_Sise=3"], ["did you mean --batch-size?"]),
+        (["-batch-size", "3"], ["did you mean --batch-size?"]),
+        (["--optimiser.lr", "3"], ["did you mean --optimizer.lr?"]),
+        (["--unet.chanels", "3"], ["did you mean --unet.channels?"]),
+        (["--resolutoin", "3"], ["did you mean --input.resolution?"]),
+        (["--input.batch-size", "3"], ["did you mean --batch-size?"]),
+        (["--learning-rate", "3"], ["did you mean --optimizer.lr?"]),
+        (["--hepl"], ["did you mean --help?"]),
         (["--lr", "1e-3"], ["--lr", "did you mean --optimizer.lr?"]),
         (["--steps", "3", "4"], ["'4'", "isn't the value of any option"]),
         (["--unet.channels", "64", "x"], ["--unet.channels 64 x", "integer"]),
@@ -210,6 +224,40 @@ def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: li
     for word in words:
         assert word in str(caught.value)
     assert "─" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--printconfig"], "unknown option --printconfig: did you mean --print-config?"),
+        (["--steps", "3", "shapes/ldm"], "the configuration must be the first argument"),
+    ],
+)
+def test_configurations_and_their_print_are_named(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse(LdmConfig, arguments)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("--promt", "--prompt"), ("--cfg-scale", "--guidance-scale"), ("--num-image", "--num-images")]
+)
+def test_misspelt_options_of_generation_are_met_with_a_suggestion(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"unknown option {typed}: did you mean {meant}?")):
+        overlay(Txt2ImgOptions, Txt2ImgOptions(), [typed, "3"])
+
+
+@pytest.mark.parametrize("words", [("docs/figures.py", "--help"), ("docs/figures.py", "--nope")])
+def test_programs_without_options_refuse_arguments(words: tuple[str, ...]) -> None:
+    figures = {path: path.stat().st_mtime_ns for path in (ROOT / "docs/figures").iterdir()}
+    assert run_command(*words).status == (0 if "--help" in words else 2)
+    assert figures == {path: path.stat().st_mtime_ns for path in (ROOT / "docs/figures").iterdir()}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--nope"], []])
+def test_the_gpu_check_prints_its_usage(words: list[str]) -> None:
+    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), *words], capture_output=True, text=True)
+    assert "bash benchmarks/gpu.sh OUT" in done.stdout
+    assert done.returncode == (0 if words == ["--help"] else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +305,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("script", sorted({p.name for p in (ROOT / "scripts").glob("*.py")} - {"demo.py"}))
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").glob("*.py")))
 @pytest.mark.parametrize("argument", ["--help", "--nope"])
 def test_help_and_wrong_options_load_no_heavy_library(script: str, argument: str) -> None:
     done = subprocess.run(
@@ -270,8 +318,8 @@ def test_help_and_wrong_options_load_no_heavy_library(script: str, argument: str
 @pytest.mark.parametrize(
     ("kind", "typed", "usage"),
     [
-        (LdmConfig, "/env/bin/ldm-train-ldm", "ldm-train-ldm [CONFIG] [-h]"),
-        (LdmConfig, "scripts/train_ldm.py", "train_ldm.py [CONFIG] [-h]"),
+        (LdmConfig, "/env/bin/ldm-train-ldm", "ldm-train-ldm [CONFIG] [--print-config] [-h]"),
+        (LdmConfig, "scripts/train_ldm.py", "train_ldm.py [CONFIG] [--print-config] [-h]"),
         (Txt2ImgOptions, "/env/bin/ldm-txt2img", "ldm-txt2img [-h]"),
     ],
 )
@@ -283,7 +331,8 @@ def test_help_names_the_program_and_the_configurations(
         parse(kind) if kind is LdmConfig else overlay(kind, kind())
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: {usage} ")
-    assert ("shapes/ldm, shapes/ldm_inpaint, " in printed) == (kind is LdmConfig)
+    for word in ("shapes/ldm, shapes/ldm_inpaint, ", "CONFIG, the first argument:", "--print-config: print all"):
+        assert (word in printed) == (kind is LdmConfig)
 
 
 def test_configurations_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

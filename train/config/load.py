@@ -1,7 +1,7 @@
 """Read a typed configuration from a YAML file and the command line, and write it as YAML."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ldm.errors import UserError, one_line
-from train.config.options import Option, read_options
+from train.config.options import Option, field_names, read_options, similar
 from train.config.shipped import find_config, shipped
 
 
@@ -44,10 +44,13 @@ def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
             f"data {values['data']!r}: commands aren't allowed in a configuration file; give this one as --data instead"
         )
     about = (
-        f"CONFIG: YAML file with the settings below, or one of the names {', '.join(shipped(kind.stage))}. "
-        "Options override its settings. --print-config prints all settings as YAML and exits."
+        f"CONFIG, the first argument: YAML file with the settings below, or one of the names "
+        f"{', '.join(shipped(kind.stage))}. Options override its settings.\n\n"
+        "--print-config: print all settings as YAML and exit."
     )
-    config = overlay(kind, validate(kind, values), arguments, flags=False, usage="[CONFIG]", about=about)
+    usage = "[CONFIG] [--print-config]"
+    default = validate(kind, values)
+    config = overlay(kind, default, arguments, flags=False, usage=usage, about=about, also=["print_config"])
     config.check()
     if show:
         print(dump(config), end="")
@@ -87,7 +90,7 @@ def validate(kind: type[Config], values: dict[str, Any]) -> Config:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise UserError(first_error(error)) from None
+        raise UserError(first_error(error, names=field_names(kind))) from None
 
 
 def overlay(
@@ -98,11 +101,13 @@ def overlay(
     flags: bool = True,
     usage: str = "",
     about: str = "",
+    also: Sequence[str] = (),
 ) -> Config:
     """Override a configuration with `--dotted.name value` arguments (default: the process's); `--help` lists them.
 
     flags: a boolean is given as --name or --no-name; without flags, as --name True or False, as in a file.
     usage, about: `--help`'s words after the program's name, and a paragraph after its description.
+    also: further options of the program, which a misspelt one may mean.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
@@ -114,7 +119,7 @@ def overlay(
             args=["--help"],
             config=() if flags else (tyro.conf.FlagConversionOff,),
         )
-    options = read_options(kind, arguments, flags=flags)
+    options = read_options(kind, arguments, flags=flags, also=also)
     tree = asdict(default)  # type: ignore[call-overload]
     for name, option in options.items():
         *records, last = name.split(".")
@@ -135,12 +140,17 @@ def dump(config: object) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
-def first_error(error: ValidationError, options: Mapping[str, Option] | None = None) -> str:
-    """Return a line on the first wrong setting, as written on the command line or in a file, and what is accepted."""
+def first_error(error: ValidationError, options: Mapping[str, Option] | None = None, names: Sequence[str] = ()) -> str:
+    """Return a line on the first wrong setting, as written on the command line or in a file, and what is accepted.
+
+    names: all settings, one of which an unknown one may mean.
+    """
     first = error.errors()[0]
     name, reason = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
     if first["type"] == "unexpected_keyword_argument":
-        return f"unknown key {name!r} in the configuration: --help lists all of them"
+        found = [repr(n) for n in similar(name.replace("-", "_").lower(), names)]
+        hint = f"did you mean {' or '.join(found)}?" if found else "--help lists all of them"
+        return f"unknown key {name!r} in the configuration: {hint}"
     if option := next((o for n, o in (options or {}).items() if f"{name}.".startswith(f"{n}.")), None):
         return f"{option.text}: {reason}"
     if not name or first["type"] == "value_error":  # several fields of a record contradict each other

@@ -19,10 +19,24 @@ class Option(NamedTuple):
     """Text of the option: its name and words."""
 
 
-def read_options(kind: type, arguments: Sequence[str], *, flags: bool) -> dict[str, Option]:
+_ELSEWHERE = {  # names of the same options in diffusers and other programs
+    "learning_rate": "optimizer.lr",
+    "max_train_steps": "steps",
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "num_images",
+    "train_batch_size": "batch_size",
+    "mixed_precision": "precision",
+    "output_dir": "out",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+}
+
+
+def read_options(kind: type, arguments: Sequence[str], *, flags: bool, also: Collection[str] = ()) -> dict[str, Option]:
     """Return the options by dotted field name; a later option replaces an earlier one with the same name.
 
-    flags: a boolean is given as --name or --no-name. Raises UserError for unknown options and for too few values.
+    flags: a boolean is given as --name or --no-name. also: words that the program accepts besides, for suggestions.
+    Raises UserError for unknown options and for too few values.
     """
     types, options, remaining = dict(_fields(kind)), {}, list(arguments)
     switches = {name for name, hint in types.items() if flags and hint is bool}
@@ -33,7 +47,7 @@ def read_options(kind: type, arguments: Sequence[str], *, flags: bool) -> dict[s
             options[name.removeprefix("no_")] = Option(name in switches, word)
             continue
         if not _is_option_name(word) or name not in types or name in switches:
-            raise UserError(_unknown(word + equals + value, types))
+            raise UserError(_unknown(word + equals + value, [*types, "help", *also]))
         words, count = [value] if equals else [], _word_count(types[name])
         while remaining and not _is_option_name(remaining[0]) and len(words) < (count or len(arguments)):
             words.append(remaining.pop(0))
@@ -41,6 +55,28 @@ def read_options(kind: type, arguments: Sequence[str], *, flags: bool) -> dict[s
             raise UserError(f"{word} takes {count} value{'s' * (count > 1)}, not {' '.join(words) or 'none'}")
         options[name] = Option(_nested(types[name], words), " ".join([word, *words]))
     return options
+
+
+def field_names(kind: type) -> list[str]:
+    """Return the dotted names of all fields, including those of nested records and the records themselves."""
+    names = [name for name, _ in _fields(kind)]
+    records = (name.split(".")[:k] for name in names for k in range(1, name.count(".") + 1))
+    return [*names, *dict.fromkeys(map(".".join, records))]
+
+
+def similar(name: str, names: Collection[str]) -> list[str]:
+    """Return the names that someone may mean who writes `name`, the likeliest first; all have underscores."""
+    if name in _ELSEWHERE and _ELSEWHERE[name] in names:
+        return [_ELSEWHERE[name]]
+    if inside := [n for n in names if n.endswith(f".{name}")]:
+        return inside
+    if close := get_close_matches(name, names, 1, 0.7):
+        return close
+    last = name.rpartition(".")[2]  # the name without its record, or in another record
+    if last in names:
+        return [last]
+    ends = {n.rpartition(".")[2]: n for n in names}
+    return [ends[end] for end in get_close_matches(last, ends, 1, 0.7)] or get_close_matches(name, names, 1)
 
 
 def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -60,11 +96,12 @@ def _is_option_name(word: str) -> bool:
 
 def _unknown(word: str, names: Collection[str]) -> str:
     """Return a message on a word that isn't an option or a value of one, with similar options if there are any."""
-    known = [f"--{name.replace('_', '-')}" for name in names]
     name = word.partition("=")[0]
-    similar = [o for o in known if o.endswith(f".{name.removeprefix('--')}")] or get_close_matches(name, known, 1)
-    problem = f"unknown option {word}" if _is_option_name(word) else f"{word!r} isn't the value of any option"
-    return f"{problem}: " + (f"did you mean {' or '.join(similar)}?" if similar else "--help lists all options")
+    if not _is_option_name(word) and not (word.startswith("-") and name.lstrip("-").replace("-", "_") in names):
+        first = "; the configuration must be the first argument" if "print_config" in names else ""
+        return f"{word!r} isn't the value of any option{first}: --help lists all options"
+    found = [f"--{n.replace('_', '-')}" for n in similar(name.lstrip("-").replace("-", "_").lower(), names)]
+    return f"unknown option {word}: " + (f"did you mean {' or '.join(found)}?" if found else "--help lists all options")
 
 
 def _word_count(hint: Any) -> int | None:
