@@ -106,6 +106,8 @@ RESUMABLE = {
     *("input.max_damaged", "accept_changed_data"),
     *("first_samples", "roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
     *("validation_features", "vae", "text_encoder", "attention", "prompts", "sample_steps", "guidance_scale"),
+    # The fingerprint of the data guards these.
+    *(f"input.{name}" for name in ("caption_from_names", "caption_files", "encoding", "follow_links", "reading")),
 }
 PLACES = {"data", "out", "cache", "init", "perceptual.model", "validation_features", "vae", "text_encoder"}
 

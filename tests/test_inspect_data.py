@@ -78,6 +78,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: P
         "train": 12,
         "test": 3,
         "split": "all",
+        "notes": [],
         "looked_at": 15,
     }
     # 9 times "ab cd" (6 tokens), "left" (6), "the Right one" (13), "abcdefghijkl" (14), 3 times "y" (3)
@@ -187,6 +188,7 @@ def test_a_limit_takes_images_evenly_of_one_split(shapes: Path, tmp_path: Path) 
         "train": 64,
         "test": 24,
         "split": "train",
+        "notes": [],
         "looked_at": 10,
     }
     rows = read(shapes / "train" / "metadata.jsonl")

@@ -91,17 +91,17 @@ def test_several_rows_lists_and_lines_are_several_captions(tmp_path):
 def test_caption_column(tmp_path):
     for k in range(2):
         image(tmp_path / f"{k}.png")
-    rows = [{"file": f"{k}.png", "caption": "c", "text": "t", "prompt": "p"} for k in range(2)]
+    rows = [{"picture": f"{k}.png", "caption": "c", "text": "t", "prompt": "p"} for k in range(2)]
     metadata(tmp_path, rows)
-    assert open_source(tmp_path, "train", Columns(image="file"))[0].captions == ("t",)
-    assert open_source(tmp_path, "train", Columns(image="file", caption="prompt"))[0].captions == ("p",)
-    with pytest.raises(UserError, match="no column file_name; its columns are: file, caption, text, prompt"):
+    assert open_source(tmp_path, "train", Columns(image="picture"))[0].captions == ("t",)
+    assert open_source(tmp_path, "train", Columns(image="picture", caption="prompt"))[0].captions == ("p",)
+    with pytest.raises(UserError, match="no column file_name; its columns are: picture, caption, text, prompt"):
         open_source(tmp_path, "train")
-    with pytest.raises(UserError, match="no column title; its columns are: file, caption, text, prompt"):
-        open_source(tmp_path, "train", Columns(image="file", caption="title"))
-    metadata(tmp_path, [{"file_name": row["file"], "caption": "c"} for row in rows])
+    with pytest.raises(UserError, match="no column title; its columns are: picture, caption, text, prompt"):
+        open_source(tmp_path, "train", Columns(image="picture", caption="title"))
+    metadata(tmp_path, [{"file_name": row["picture"], "caption": "c"} for row in rows])
     assert open_source(tmp_path, "train")[0].captions == ("c",)
-    metadata(tmp_path, [{"file_name": row["file"]} for row in rows])
+    metadata(tmp_path, [{"file_name": row["picture"]} for row in rows])
     with pytest.raises(UserError, match="no column text or caption; its columns are: file_name"):
         open_source(tmp_path, "train")
     assert open_source(tmp_path, "train", Columns(captioned=False))[0].captions == ("",)

@@ -140,7 +140,7 @@ def test_captions(tmp_path, columns, members, captions):
     assert opened(tmp_path / "a.tar", columns).row(0).captions == captions
 
 
-def test_a_sample_is_adjacent_members_of_one_key_and_their_first_image(tmp_path):
+def test_by_the_first_rules_a_sample_is_adjacent_members_of_one_key(tmp_path):
     members = [
         ("k.txt", b"of k"),
         ("k.seg.png", png(1)),
@@ -152,7 +152,7 @@ def test_a_sample_is_adjacent_members_of_one_key_and_their_first_image(tmp_path)
         ("other", b""),
         ("k.txt", b"too late"),
     ]
-    catalogue = opened(write_tar(tmp_path / "a.tar", members))
+    catalogue = opened(write_tar(tmp_path / "a.tar", members), Columns(reading=1))
     assert [(r.name, r.captions) for r in catalogue] == [
         ("k.JPG", ("of k",)),
         ("d/k.png", ("",)),
@@ -163,6 +163,27 @@ def test_a_sample_is_adjacent_members_of_one_key_and_their_first_image(tmp_path)
     assert [name for name, _ in catalogue.left_out] == ["a.tar/other", "a.tar/k"]
     named = opened(tmp_path / "a.tar", Columns(image="seg.png"))
     assert [(r.name, named.read(k)) for k, r in enumerate(named)] == [("k.seg.png", png(1))]
+
+
+def test_a_sample_is_all_members_of_one_key_and_their_first_image(tmp_path):
+    members = [
+        ("a.png", png(1)),
+        ("b.JPG", png(2)),
+        ("a.txt", b"of a"),
+        ("c.seg.png", png(3)),
+        ("d/a.png", png(4)),
+        ("b.txt", b"of b"),
+        ("b.jpg", png(5)),
+        ("b.txt", b"again"),
+        ("v1.0_x.png", png(6)),
+    ]
+    catalogue = opened(write_tar(tmp_path / "a.tar", members))
+    assert [(r.name, r.captions) for r in catalogue] == [("a.png", ("of a",)), ("b.JPG", ("of b",)), ("d/a.png", ("",))]
+    assert [catalogue.read(k) for k in range(3)] == [png(1), png(2), png(4)]
+    assert [name for name, _ in catalogue.left_out] == ["a.tar/b", "a.tar/c", "a.tar/v1"]
+    assert "1 more image with the same name" in catalogue.left_out[0][1]
+    assert "a key ends at the first dot of a name; rename 'v1.0_x.png'" in catalogue.left_out[2][1]
+    assert catalogue.notes == ("a.tar: the files of a sample aren't adjacent; they were collected",)
 
 
 def test_samples_without_captions_are_read_only_on_request(tmp_path):

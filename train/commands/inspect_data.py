@@ -29,7 +29,7 @@ from train.data.batches.images import Inputs
 from train.data.images.crop import Framing, Size
 from train.data.images.decode import FORMATS, DamagedImage
 from train.data.sources.catalogue import Row
-from train.data.sources.folders import Folder, find_metadata
+from train.data.sources.folders import Folder
 from train.data.sources.splits import Source
 from train.data.sources.tables import Table
 from train.data.sources.tars import Tars
@@ -252,15 +252,15 @@ def data_report(inputs: Inputs) -> Report:
     """Return the dataset's form and the numbers of images in its splits."""
     match inputs.source.catalogue:
         case Folder() as found:
-            metadata = find_metadata(found.folder)
-            form = f"a folder with {metadata.name}" if metadata else "a folder of images"
+            form = found.form
         case Table():
             form = "a table"
         case Tars():
             form = "tar files"
         case _:
             form = "a stream, of which the first images are inspected"
-    return {"form": form, "train": len(inputs.source), "test": len(inputs.held_out)}
+    notes = list(dict.fromkeys((*inputs.source.notes, *inputs.held_out.notes)))
+    return {"form": form, "train": len(inputs.source), "test": len(inputs.held_out), "notes": notes}
 
 
 def left_out_files(inputs: Inputs) -> list[tuple[str, str]]:

@@ -71,6 +71,7 @@ def describe(report: Report) -> str:
     rows = [
         ("images", f"{data['train']:,} for training, {data['test']:,} held out"),
         ("", "" if complete else f"{n:,} inspected, {selection[data['split']]}"),
+        *_block("reading", data["notes"]),
         *_file_rows("left out", report["left_out"]),
         *_file_rows("damaged", report["damaged"]),
         *_duplicate_rows("same bytes", report["duplicates"]["bytes"]),

@@ -1,16 +1,17 @@
 """The configuration of the images and captions."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ldm.formats import MAX_PIXELS
 from train.config.optimizer import strict
 from train.config.resumable import Resumable
 from train.data.images import Crop
-from train.data.sources.catalogue import Columns
+from train.data.sources.catalogue import READING, Columns
+from train.data.sources.text import check_encoding
 
 if TYPE_CHECKING:
     from train.data.images.crop import Framing
@@ -22,6 +23,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 class SourceConfig:
     """Settings that locate and decode the images and captions of `--data`."""
 
+    # Settings of how captions are read may change when a run is continued: the dataset's fingerprint must stay equal.
+
     image_column: str = ""
     """Column of the image (in tars: its file extension).
     Empty: file_name in metadata files; the only column with images in tables."""
@@ -30,6 +33,17 @@ class SourceConfig:
     caption_template: str = ""
     """Template that turns class labels into captions, e.g. "a photo of a {}"; empty: the captions are texts.
     Labels are folder names or the values of the caption column; {} is replaced by the label."""
+    caption_from_names: Annotated[bool, Resumable()] = False
+    """Use the names of the files as captions (in folders and tars); a_red_dog.png is "a red dog"."""
+    caption_files: Annotated[Literal["lines", "whole"], Resumable()] = "lines"
+    """Division of a caption file (.txt): each of its `lines` is a caption, or the `whole` file is one."""
+    encoding: Annotated[str, Resumable()] = ""
+    """Encoding of caption files that aren't UTF-8, e.g. cp932 or cp1251; empty: guessed from all of them."""
+    follow_links: Annotated[bool, Resumable()] = False
+    """Follow links and paths that lead out of the dataset's folder; the log states what they open."""
+    reading: Annotated[int, Resumable()] = Field(default=READING, ge=1, le=READING)
+    """Version of the rules by which datasets are read. 1 continues runs that were started before there was a choice.
+    A run is refused if another version reads its dataset differently."""
     train_split: str = "train"
     """Name of the dataset's training split."""
     validation_split: str = ""
@@ -52,10 +66,25 @@ class SourceConfig:
             )
         return self
 
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, encoding: str) -> str:
+        if encoding:
+            check_encoding(encoding)
+        return encoding
+
     def columns(self, captioned: bool) -> Columns:
         """Return the columns of the images and captions."""
         return Columns(
-            image=self.image_column, caption=self.caption_column, template=self.caption_template, captioned=captioned
+            image=self.image_column,
+            caption=self.caption_column,
+            template=self.caption_template,
+            captioned=captioned,
+            from_names=self.caption_from_names,
+            whole_files=self.caption_files == "whole",
+            encoding=self.encoding,
+            follow_links=self.follow_links,
+            reading=self.reading,
         )
 
     def center_framing(self, resolution: int) -> "Framing":

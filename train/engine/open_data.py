@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from train.data.batches.buckets import Buckets, bucket_sizes, measure
 from train.data.batches.images import Inputs
 from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
-from train.engine.run import AnyRun
+
+if TYPE_CHECKING:
+    from train.engine.run import AnyRun
 
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _CAPTIONS_SEARCHED = 10_000  # images whose captions are searched for "left" and "right"
@@ -34,13 +36,43 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     return Inputs(take(splits, "train", **names, fraction=share), take(splits, "test", **names, fraction=share))
 
 
-def select_images(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
+def reading_change(data: str, config: SourceConfig, reading: int, fingerprint: str) -> str:
+    """Return how the reading of --data differs from an earlier version's, "" if its fingerprint wasn't this one."""
+    try:
+        before = open_inputs(data, replace(config, reading=reading), captioned=False)
+        if before.fingerprint != fingerprint:
+            return ""
+        now = open_inputs(data, config, captioned=False)
+    except UserError:
+        return ""
+    for what in ("source", "held_out"):
+        old, new = getattr(before, what), getattr(now, what)
+        if len(old) != len(new):
+            return (
+                f"{len(before.source):,} images for training and {len(before.held_out):,} held out, "
+                f"now {len(now.source):,} and {len(now.held_out):,}"
+            )
+        for a, b in zip(old, new, strict=True):
+            if a.name != b.name:
+                return f"its images were called {a.name[-80:]!r}, …, now {b.name[-80:]!r}, …"
+            if a.captions != b.captions:
+                return f"{a.name[-80:]!r} had the caption {_quoted(a.captions)}, now {_quoted(b.captions)}"
+    return "its files are now read by other rules"
+
+
+def _quoted(captions: tuple[str, ...]) -> str:
+    return " | ".join(repr(text[:60]) for text in captions[:3])
+
+
+def select_images(inputs: Inputs, run: "AnyRun", multiple: int = 1) -> Inputs:
     """Leave out images below --input.min-size, and assign the others to buckets if --input.buckets is set.
 
     Prints what is left out, the buckets, and captions that don't suit the settings. multiple: number of which the
     networks need the sides of images to be a multiple. Raises UserError if no image is left or a setting can't be used.
     """
     config = run.config.input
+    for note in dict.fromkeys((*inputs.source.notes, *inputs.held_out.notes)):
+        run.print(note)
     if config.flip and (found := next(filter(LEFT_OR_RIGHT.search, inputs.source.captions(_CAPTIONS_SEARCHED)), None)):
         run.print(
             f"--input.flip mirrors half of the images, but some captions contain left or right, e.g. {found[:100]!r}: "
@@ -66,7 +98,7 @@ def select_images(inputs: Inputs, run: AnyRun, multiple: int = 1) -> Inputs:
     return replace(inputs, source=source, held_out=held_out, buckets=buckets)
 
 
-def select_by_size(source: Source, run: AnyRun) -> tuple[Source, NDArray[np.int64]]:
+def select_by_size(source: Source, run: "AnyRun") -> tuple[Source, NDArray[np.int64]]:
     """Return a source's readable images of at least --input.min-size, and their width and height (n, 2).
 
     Prints how many are too small. Raises UserError if none is left.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,6 +12,7 @@ from train.config.load import plain, read_yaml, validate
 from train.config.resumable import differences
 from train.config.run import RunConfig
 from train.data.store.atomic import atomic_file
+from train.engine.open_data import reading_change
 from train.engine.provenance import commit, versions
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -29,10 +30,11 @@ def write_settings(path: Path, config: Config, inputs: Mapping[str, str]) -> Con
     if path.is_file():
         saved = read_yaml(path)
         about = saved.pop("about", {})
+        saved.setdefault("input", {}).setdefault("reading", 1)  # the rules before there was a choice
         before, earlier = about.get("inputs", {}), about.get(_EARLIER, [])
         if config.accept_changed_data and before.get("data", "") != inputs["data"]:
             earlier, before = [*earlier, before.get("data", "")], {**before, "data": inputs["data"]}
-        _require_same_inputs(out, before, inputs)
+        _require_same_inputs(config, saved["input"]["reading"], before, inputs)
         try:
             old_config = validate(type(config), saved)  # settings that the old file doesn't have get their defaults
         except UserError as error:
@@ -58,9 +60,17 @@ def earlier_data(path: Path) -> list[str]:
     return list(read_yaml(path).get("about", {}).get(_EARLIER, []))
 
 
-def _require_same_inputs(out: str, saved: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+def _require_same_inputs(config: RunConfig, reading: Any, saved: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+    out = config.out
     for name, value in inputs.items():
         if (old := saved.get(name, "")) != value:
+            other = name == "data" and reading in (1, 2) and reading != config.input.reading
+            if other and (change := reading_change(config.data, config.input, reading, old)):
+                raise UserError(
+                    f"--data: is read differently than in the run in {out!r} ({change}); to continue the run as "
+                    f"before, give --input.reading {reading}; or choose another --out, or accept the new reading with "
+                    "--accept-changed-data True"
+                )
             raise UserError(
                 f"--{name.replace('_', '-')}: not the same content as in the run in {out!r} (fingerprint "
                 f"{old[:12] or 'none'}, now {value[:12] or 'none'}); give the same to continue, or choose another --out"

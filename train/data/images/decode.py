@@ -24,8 +24,25 @@ from ldm.formats import MAX_PIXELS
 from ldm.formats.images import sideways, to_rgb
 from train.data.images import Crop
 
+
+def _register_heif() -> bool:
+    """Let Pillow read HEIF files through the package pillow-heif. Returns whether it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener(thumbnails=False)
+    return True
+
+
+HEIF = _register_heif()
+"""Whether HEIF images (.heic) can be read."""
 # JPEG's reader also reads MPO, a file of several JPEGs that some cameras write.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []))
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"),
+    *(["AVIF"] if features.check("avif") else []),
+    *(["HEIF"] if HEIF else []),
+)
 
 Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces this limit; it is checked after the header
 _SYSTEM_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}

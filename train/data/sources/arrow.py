@@ -31,6 +31,8 @@ class Table(Catalogue):
         self, dataset: Any, columns: Columns, location: str, changed_ns: int, caches: Sequence[str] = ()
     ) -> None:
         """caches: folders whose files may be used in place of an image's bytes."""
+        if columns.from_names:
+            raise UserError(f"--input.caption-from-names: {location} is a table; accepted for folders and tars")
         self.location, self.columns, self.changed_ns, self.caches = location, columns, changed_ns, caches
         self.image, self.caption = choose_columns(dataset.features, columns, location)
         self.labels: list[str] | None = getattr(_element(dataset.features.get(self.caption)), "names", None)

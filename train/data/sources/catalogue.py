@@ -9,14 +9,21 @@ import hashlib
 import heapq
 import json
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 MOST_HELD_OUT = 1000  # largest number of images held out of a training split
 MAX_BYTES = 2**30  # largest accepted file of an image
+READING = 2
+"""Version of the rules by which folders, tars and captions are read; a run may be continued with older ones.
+
+1: until November 2026. 2: more forms of captions, splits in any case, lines end at line feeds only, encodings are
+guessed from all captions, files of systems (@eaDir, …) are ignored, a tar's members may be in any order.
+"""
 
 
 class Row(NamedTuple):
@@ -46,6 +53,33 @@ class Columns:
     """Template that turns a class label into a caption, with {} for the label; empty: the captions are texts."""
     captioned: bool = True
     """Whether captions are required."""
+    from_names: bool = False
+    """Whether the names of files are the captions (with a template: the labels)."""
+    whole_files: bool = False
+    """Whether a caption file is one caption instead of one per line."""
+    encoding: str = ""
+    """Encoding of text that isn't UTF-8; empty: guessed."""
+    follow_links: bool = False
+    """Whether links and paths may lead out of the dataset's folder."""
+    reading: int = READING
+    """Version of the rules of reading, 1 or 2."""
+
+    def identity(self) -> list[object]:
+        """Return what determines how tars are read; unchanged since the first version for what that had."""
+        first: list[object] = [self.image, self.caption, self.template]
+        return first if self.reading == 1 else [*first, self.from_names, self.whole_files, self.encoding, self.reading]
+
+    def texts(self, content: str) -> list[str]:
+        """Return the captions in the content of a caption file."""
+        if self.whole_files:
+            return [content.strip()]
+        lines = content.splitlines() if self.reading == 1 else content.split("\n")
+        return [line.strip() for line in lines]
+
+    def of_name(self, stem: str) -> str:
+        """Return the caption that a file's name gives, without its extension; "a_red-dog" is "a red-dog"."""
+        stem = " ".join(stem.encode(errors="replace").decode().replace("_", " ").split())
+        return self.template.replace("{}", stem) if self.template else stem
 
     def of_label(self, label: str) -> str:
         """Return the caption of a class label; "golden_retriever" is written "golden retriever"."""
@@ -60,6 +94,8 @@ class Catalogue(ABC):
     """Location of the dataset, for messages."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Entries that aren't rows: (name, reason)."""
+    notes: tuple[str, ...] = ()
+    """Lines on how the dataset was read: what was guessed, and which files were seen and not read."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -95,9 +131,32 @@ Opener = Callable[[], Catalogue]
 Splits = Mapping[str, Opener]
 """Openers by name of split; the name is "" for a dataset without splits."""
 
+_SYSTEM = {"@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "$recycle.bin", "lost+found"}
+_SYSTEM |= {"system volume information", "thumbs.db", "desktop.ini", "icon\r"}
+
+
+def ignored(name: str, reading: int = READING) -> bool:
+    """Return whether a file or folder is hidden, or belongs to a system (macOS, Windows, NAS) and not to the dataset."""
+    return name.startswith((".", "__MACOSX")) or (reading > 1 and name.lower() in _SYSTEM)
+
+
+def split_named(name: str, names: Sequence[str], reading: int = READING) -> str:
+    """Return the one of `names` that a folder's or file's name is, in upper or lower case, or ""."""
+    if name in names:
+        return name
+    lower = name.lower()
+    return lower if reading > 1 and lower in names else ""
+
+
+def split_prefix(name: str, names: Sequence[str], reading: int = READING) -> str:
+    """Return the one of `names` that begins a file's name ("train-0001.tar", not "training.tar"), or ""."""
+    flags = re.IGNORECASE if reading > 1 else 0
+    found = re.match(f"({'|'.join(map(re.escape, names))})(?![A-Za-z])", name, flags) if names else None
+    return split_named(found[1], names, reading) if found else ""
+
 
 def decode_text(data: bytes) -> str:
-    """Decode a text file: UTF-16 if it begins with its byte order mark, else UTF-8 or, if that fails, Windows-1252."""
+    """Decode a text file as reading 1 does: UTF-16 if it begins with its byte order mark, else UTF-8 or, if that fails, Windows-1252."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace")
     try:

@@ -1,30 +1,25 @@
-"""Images in an untrusted folder, with metadata.jsonl or metadata.csv, .txt files, or one folder per class.
+"""Images in an untrusted folder, with metadata files, caption files beside the images, or one folder per class.
 
-Besides images, only metadata.jsonl, metadata.csv and .txt files are opened. After links are followed, every path in
-the metadata and the target of every link to an image or a .txt must be inside the folder.
+Only images and the files with captions are opened (metadata.py, captions.py). After links are followed, every path in
+the metadata and the target of every link must be inside the folder, unless --input.follow-links is set.
 """
 
-import csv
-import json
 import os
-import re
-import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ldm.errors import UserError
 from train.data.images.decode import DamagedImage
-from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits, decode_text
+from train.data.sources.captions import caption_file, read_captions, require_no_column
+from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits, ignored, split_named
+from train.data.sources.files import Files, by_kind, scan, suffixes
+from train.data.sources.metadata import find_metadata, is_standard, other_metadata, read_metadata
 
-_METADATA = ("metadata.jsonl", "metadata.csv")
-_FILE_NAME = "file_name"
-_MAX_TEXT_BYTES = 2**20  # largest caption file beside an image
-_CAPTIONS = ("text", "caption")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_MOST_NAMED = 5  # folders that a note names
 
 
 class Strings:
@@ -45,9 +40,20 @@ class Strings:
 class Folder(Catalogue):
     """Images ordered by name. A row's name is its path inside the folder."""
 
-    def __init__(self, folder: Path, rows: Iterable[Row], left_out: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows: Iterable[Row],
+        left_out: Iterable[tuple[str, str]] = (),
+        *,
+        form: str = "a folder of images",
+        notes: Iterable[str] = (),
+        from_root: bool = False,
+    ) -> None:
+        """form: what it is, for reports. from_root: whether a metadata file of the folder itself was read."""
         rows = sorted(rows)
         self.folder, self.location, self.left_out = folder, str(folder), tuple(left_out)
+        self.form, self.notes, self.from_root = form, tuple(notes), from_root
         self.names = Strings(r.name for r in rows)
         self.sizes = np.array([r.size for r in rows], np.int64)
         self.changed_ns = np.array([r.changed_ns for r in rows], np.int64)
@@ -74,7 +80,8 @@ class Folder(Catalogue):
         """Return the images of one subfolder; their names don't change."""
         prefix = f"{name}/"
         rows = (row for row in self if row.name.startswith(prefix))
-        return Folder(self.folder, rows, [entry for entry in self.left_out if entry[0].startswith(prefix)])
+        left_out = [entry for entry in self.left_out if entry[0].startswith(prefix)]
+        return Folder(self.folder, rows, left_out, form=self.form, notes=self.notes)
 
 
 def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
@@ -84,199 +91,189 @@ def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
     searched for), for unreadable metadata, and for a row or a link that leads out of the folder.
     """
     root = Path(data).resolve()
-    present = [name for name in names if (root / name).is_dir()]
-    if find_metadata(root) is None and present:
-        return {name: partial(_split_folder, root, name, columns) for name in present}
-    folder = list_folder(root, columns)
+    present = split_folders(root, names, columns)
+    folder: Folder | None = None
+    if find_metadata(root, columns) is None and present:
+        if columns.reading > 1 and other_metadata(os.listdir(root)):
+            folder = list_folder(root, columns)
+        if folder is None or not folder.from_root:
+            notes = _beside_splits(root, present, columns)
+            return {name: partial(_split_folder, root, actual, columns, notes) for name, actual in present.items()}
+    folder = folder or list_folder(root, columns)
     first_parts = {row.name.partition("/")[0] for row in folder}
-    found: dict[str, Opener] = {name: partial(folder.subfolder, name) for name in present if name in first_parts}
-    return found if found and first_parts <= set(found) else found | {"": lambda: folder}
+    found: dict[str, Opener] = {
+        name: partial(folder.subfolder, actual) for name, actual in present.items() if actual in first_parts
+    }
+    return found if found and first_parts <= set(present.values()) else found | {"": lambda: folder}
 
 
-def _split_folder(root: Path, name: str, columns: Columns) -> Folder:
+def split_folders(root: Path, names: Sequence[str], columns: Columns) -> dict[str, str]:
+    """Return the names of the subfolders that are splits, by split; "Train" is one if there is no "train"."""
+    folders = sorted(name for name in os.listdir(root) if (root / name).is_dir())
+    present = {name: name for name in names if name in folders}
+    for name in folders:
+        if name not in present.values() and (split := split_named(name, names, columns.reading)):
+            present.setdefault(split, name)
+    return present
+
+
+def _beside_splits(root: Path, present: dict[str, str], columns: Columns) -> tuple[str, ...]:
+    """Return a line on the images and folders of a dataset that are in none of its splits."""
+    if columns.reading == 1:
+        return ()
+    entries = [e for e in sorted(os.listdir(root)) if e not in present.values() and not ignored(e)]
+    images = [e for e in entries if e.lower().endswith(suffixes(columns.reading))]
+    folders = [e for e in entries if (root / e).is_dir()]
+    listed = [f"{len(images):,} image{'s' * (len(images) > 1)}"] * bool(images)
+    listed += [f"the folder {name!r}" for name in folders[:_MOST_NAMED]] + ["more"] * (len(folders) > _MOST_NAMED)
+    return (
+        (f"not read, because beside the splits {', '.join(present.values())}: {', '.join(listed)}",) if listed else ()
+    )
+
+
+def _split_folder(root: Path, name: str, columns: Columns, notes: tuple[str, ...]) -> Folder:
     folder = Path(os.path.realpath(root / name))
-    if not folder.is_relative_to(root):
-        raise UserError(f"{root / name} is a link to a folder outside {root}: give the target of the link as --data")
-    return list_folder(folder, columns)
+    if not folder.is_relative_to(root) and not columns.follow_links:
+        raise UserError(
+            f"{root / name} is a link to a folder outside {root}: give the target of the link as --data, or set "
+            "--input.follow-links True"
+        )
+    found = list_folder(folder, columns)
+    found.notes = (*notes, *found.notes)
+    return found
 
 
 def list_folder(folder: Path, columns: Columns) -> Folder:
-    """List the images of a resolved folder. Several rows of one image are its captions. Raises as `find_folder`."""
-    metadata = find_metadata(folder)
-    if metadata is None:
-        return Folder(folder, *_list_texts(folder, columns))
-    captions: dict[str, list[str]] = {}
-    for name, texts in _read_metadata(metadata, columns):
-        captions.setdefault(name, []).extend(texts)
-    if not captions:
+    """List the images of a resolved folder with their captions. Raises as `find_folder`."""
+    files, listed = Files(folder, columns), _Listed()
+    _add_metadata(files, listed)
+    if not listed.standard:
+        _add_images(files, listed)
+    if columns.reading > 1:
+        unnamed = [name for name in files.images if name not in listed.seen]
+        if unnamed:
+            where = next(iter(listed.tables), "the metadata")
+            listed.notes.append(
+                f"images that {where} doesn't name are left out: {by_kind(unnamed)}, e.g. {unnamed[0][-80:]!r}"
+            )
+        listed.notes += files.notes(listed.used)
+    if columns.captioned and not listed.tables and not any(any(row.captions) for row in listed.rows):
+        hint = "".join(f"; {note}" for note in listed.notes if "not read" in note)
         raise UserError(
-            f"{metadata} has no rows: must have one row per image, with the columns "
-            f"{columns.image or _FILE_NAME!r} and {columns.caption or ' or '.join(_CAPTIONS)!r}"
+            f"{folder} has {len(listed.rows):,} images but no captions: looked for metadata.jsonl, metadata.csv, and a "
+            f".txt{'' if columns.reading == 1 else ', .caption or .json'} beside each image; for one folder per class, "
+            f"set --input.caption-template 'a photo of a {{}}'{hint}"
         )
-    files = dict(_scan(folder))
-    rows, missing = [], []
+    form = f"a folder with {', '.join(listed.tables[:3])}" if listed.tables else "a folder of images"
+    return Folder(folder, listed.rows, listed.left_out, form=form, notes=listed.notes, from_root=listed.from_root)
+
+
+@dataclass
+class _Listed:
+    """What a folder's listing has found so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    """Images that are rows or are left out."""
+    used: set[str] = field(default_factory=set)
+    """Files with captions that were read, or that a note names."""
+    tables: list[str] = field(default_factory=list)
+    """Metadata files that were read."""
+    standard: bool = False
+    """Whether the folder itself has metadata.jsonl or metadata.csv, which is then all that is read."""
+    from_root: bool = False
+    """Whether a metadata file of the folder itself was read."""
+
+
+def _add_metadata(files: Files, listed: _Listed) -> None:
+    """Add the rows of metadata files."""
+    folder, columns = files.folder, files.columns
+    if columns.from_names:
+        return
+    if metadata := find_metadata(folder, columns):
+        name = next((n for n in files.found if n.lower() == metadata.name.lower()), metadata.name)
+        captions = read_metadata(metadata, files, "", listed.notes)
+        count = len(captions)
+        _add_rows(captions, files, listed)
+        if not listed.rows:
+            example = repr(listed.left_out[0][0][:200])
+            raise UserError(f"{metadata} lists {count:,} files, but none of them is in {folder}, e.g. {example}")
+        listed.used.add(name)
+        listed.tables.append(metadata.name)
+        listed.standard = listed.from_root = True
+        return
+    if columns.reading == 1 or (columns.template and not columns.caption):
+        return
+    for name in other_metadata(files.found):
+        prefix = name[: name.rfind("/") + 1]
+        inside = [image for image in files.images if image.startswith(prefix)]
+        if not inside or (not is_standard(name) and any(caption_file(image, files) for image in inside)):
+            continue
+        notes: list[str] = []
+        try:
+            captions = read_metadata(folder / name, files, prefix, notes) if files.stat(name) else {}
+            if not any(image in files.found for image in captions):
+                raise UserError(f"{folder / name}: names none of the images")
+        except UserError as error:
+            if is_standard(name):
+                raise
+            listed.notes.append(f"seen, but not read: {error}")
+            listed.used.add(name)
+            continue
+        _add_rows(captions, files, listed)
+        listed.notes += notes
+        listed.used.add(name)
+        listed.tables.append(name)
+        listed.from_root |= not prefix
+
+
+def _add_rows(captions: dict[str, list[str]], files: Files, listed: _Listed) -> None:
     for name, texts in captions.items():
-        found = files.get(name) or _stat_link(folder, name)
-        if found is None:
-            missing.append((name, "listed in the metadata, but the file doesn't exist"))
+        if found := files.stat(name):
+            listed.rows.append(Row(name, *found, tuple(t for t in texts if t) or ("",)))
+            listed.seen.add(name)
         else:
-            rows.append(Row(name, *found, tuple(t for t in texts if t) or ("",)))
-    if not rows:
-        example = repr(missing[0][0][:200])
-        raise UserError(f"{metadata} lists {len(missing):,} files, but none of them is in {folder}, e.g. {example}")
-    return Folder(folder, rows, missing)
+            listed.left_out.append((name, "listed in the metadata, but the file doesn't exist"))
 
 
-def _list_texts(folder: Path, columns: Columns) -> tuple[list[Row], list[tuple[str, str]]]:
-    """List images with a .txt beside them or, if captions are made from labels, in one folder per class.
-
-    Returns the rows, and (name, reason) of what is left out.
-    """
-    if column := columns.image or (columns.caption if not columns.template else ""):
-        option = "image" if columns.image else "caption"
+def _add_images(files: Files, listed: _Listed) -> None:
+    """Add the images that no metadata file names: all of them or, beside metadata, those that have captions."""
+    folder, columns = files.folder, files.columns
+    names = [name for name in files.images if name not in listed.seen]
+    if not names and not listed.rows:
+        seen = "".join(f"; {note}" for note in files.notes(())) if columns.reading > 1 else ""
         raise UserError(
-            f"--input.{option}-column {column!r}: {folder} has no {' or '.join(_METADATA)} with columns; "
-            "add one, or leave out the option"
+            f"no images in {folder}: looked for metadata.jsonl, metadata.csv, and "
+            f"{', '.join(suffixes(columns.reading))} files{seen}"
         )
-    files = {name: found or _stat_link(folder, name) for name, found in _scan(folder)}
-    names = [name for name, found in files.items() if found and name.lower().endswith(_SUFFIXES)]
-    if not names:
-        raise UserError(
-            f"no images in {folder}: looked for metadata.jsonl, metadata.csv, and {', '.join(_SUFFIXES)} files"
-        )
-
-    def captions(name: str) -> list[str]:
-        if columns.template:
+    beside_too = columns.reading == 1 or not (columns.from_names or (columns.template and not columns.caption))
+    texts = {name: caption_file(name, files) if beside_too else "" for name in names}
+    if listed.tables:
+        texts = {name: text for name, text in texts.items() if text}
+    beside = {name: text for name, text in texts.items() if text}
+    labels = columns.template and not columns.from_names and (columns.reading == 1 or not beside)
+    if not listed.tables and not (columns.caption and columns.reading > 1 and beside and not columns.image):
+        require_no_column(folder, columns)
+    captions, reasons = read_captions(beside, files, listed.notes)
+    listed.used.update(beside.values())
+    for name in texts:
+        listed.seen.add(name)
+        if name in reasons:
+            listed.left_out.append((name, reasons[name]))
+            continue
+        own = captions.get(name, [])
+        if columns.from_names:
+            own = [columns.of_name(os.path.splitext(name)[0].rpartition("/")[2])]
+        elif labels:
             label = os.path.basename(os.path.dirname(name))
-            return [columns.of_label(label)] if label else []
-        text_file = f"{os.path.splitext(name)[0]}.txt"
-        text = decode_text((folder / text_file).read_bytes()) if files.get(text_file) else ""
-        return [line.strip() for line in text.splitlines()]
-
-    too_long = {
-        name for name in names if (files.get(f"{os.path.splitext(name)[0]}.txt") or (0, 0))[0] > _MAX_TEXT_BYTES
-    }
-    left_out = [(name, f"its .txt file has more than {_MAX_TEXT_BYTES:,} bytes") for name in names if name in too_long]
-    names = [name for name in names if name not in too_long]
-    rows = [Row(name, *(files[name] or (0, 0)), tuple(filter(None, captions(name))) or ("",)) for name in names]
-    if columns.captioned and not any(any(row.captions) for row in rows):
-        raise UserError(
-            f"{folder} has {len(names):,} images but no captions: looked for metadata.jsonl, metadata.csv, and a .txt "
-            "beside each image; for one folder per class, set --input.caption-template 'a photo of a {}'"
-        )
-    return rows, left_out
+            own = [columns.of_label(label)] if label else []
+        elif columns.template:
+            own = [columns.of_label(text) for text in own if text]
+        listed.rows.append(Row(name, *(files.stat(name) or (0, 0)), tuple(filter(None, own)) or ("",)))
 
 
-def find_metadata(folder: Path) -> Path | None:
-    """Return the folder's metadata file, or None."""
-    for name in _METADATA:
-        if (folder / name).is_file():
-            if not (path := Path(os.path.realpath(folder / name))).is_relative_to(folder):
-                raise UserError(f"{folder / name} is a link to a file outside {folder}: copy the file into the folder")
-            return path
-    return None
-
-
-def _read_metadata(path: Path, columns: Columns) -> Iterator[tuple[str, list[str]]]:
-    """Yield each row's file name and captions."""
-    image, column = columns.image or _FILE_NAME, ""
-    for number, row in enumerate(_rows(path), 1):
-        where = f"{path}, row {number}"
-        if number == 1:
-            candidates = (columns.caption,) if columns.caption else _CAPTIONS
-            column = next((c for c in candidates if c in row), "")
-            missing = [image] if image not in row else []
-            missing += [" or ".join(candidates)] if columns.captioned and not column else []
-            if missing:
-                raise UserError(
-                    f"{where} has no column {', '.join(missing)}; its columns are: {', '.join(map(str, row))[:300]}; "
-                    "choose other columns with --input.image-column and --input.caption-column"
-                )
-        yield _safe_name(row.get(image), where, image), _captions(row.get(column), where, columns)
-
-
-def _captions(value: Any, where: str, columns: Columns) -> list[str]:
-    texts = value if isinstance(value, list) else ["" if value is None else value]
-    if columns.template:
-        return [columns.of_label(str(label)) for label in texts if label not in ("", None)]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: caption {str(value)[:80]!r} must be a text or a list of texts")
-    return [text.encode(errors="replace").decode().strip() for text in texts]
-
-
-def _safe_name(name: Any, where: str, column: str) -> str:
-    """Return a normalised path inside the folder."""
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{where}: {column} {str(name)[:80]!r} is not a file name")
-    absolute = name[0] in "/\\" or name[1:2] == ":"  # on POSIX or on Windows
-    if absolute or "\0" in name or (".." in name and ".." in re.split(r"[/\\]", name)):
-        raise UserError(f"{where}: {column} {name[:200]!r} is outside the folder; must be a path inside it")
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: {column} {name[:200]!r} is not a file name") from None
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as lines:
-            if path.suffix == ".csv":
-                for number, row in enumerate(csv.DictReader(lines), 1):  # noqa: B007  used below
-                    yield row
-                return
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(
-                            f"{path}, line {number}: must be a JSON object with the columns of a row, "
-                            f"but is a {type(row).__name__}"
-                        )
-                    yield row
-    except UserError:
-        raise
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path} can't be read near line {max(number, 1)}: {error}") from None
-
-
-def has_images(folder: Path) -> bool:
+def has_images(folder: Path, columns: Columns) -> bool:
     """Return whether a folder or any of its subfolders contains an image file."""
-    return any(name.lower().endswith(_SUFFIXES) for name, _ in _scan(folder))
-
-
-def _scan(folder: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Yield (name, (size, changed_ns)) for each file in the folder that isn't hidden, and (name, None) for each link.
-
-    Links aren't followed.
-    """
-    pending = [""]
-    while pending:
-        under = pending.pop()
-        with os.scandir(folder / under) as entries:
-            for entry in entries:
-                if entry.name.startswith((".", "__MACOSX")):
-                    continue
-                if entry.is_symlink():
-                    yield under + entry.name, None
-                elif entry.is_dir():
-                    pending.append(f"{under}{entry.name}/")
-                elif entry.is_file():
-                    info = entry.stat()
-                    yield under + entry.name, (info.st_size, info.st_ctime_ns)
-
-
-def _stat_link(folder: Path, name: str) -> tuple[int, int] | None:
-    """Return (size, changed_ns) of a file whose path contains links; None if there is no such file.
-
-    Raises UserError if it is outside the folder.
-    """
-    real = Path(os.path.realpath(folder / name))
-    if not real.is_relative_to(folder):
-        raise UserError(f"{(folder / name)!s:.300} is a link to a file outside {folder}: copy the file into the folder")
-    try:
-        info = real.stat()
-    except OSError:
-        return None
-    return (info.st_size, info.st_ctime_ns) if stat.S_ISREG(info.st_mode) else None
+    return any(name.lower().endswith(suffixes(columns.reading)) for name, _ in scan(folder, columns))

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from ldm.errors import UserError
 from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Opener, Row, Splits
-from train.data.sources.folders import find_folder, find_metadata, has_images
+from train.data.sources.folders import find_folder, has_images
+from train.data.sources.metadata import find_metadata
 from train.data.sources.tables import find_tables
 from train.data.sources.tars import find_tars
 
@@ -100,6 +101,11 @@ class Source:
         """Location of the dataset, for messages."""
         return self.catalogue.location
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on how the dataset was read."""
+        return self.catalogue.notes
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and captions: equal for copies of a dataset at different locations."""
@@ -126,10 +132,10 @@ def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Spl
     split_names = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
     is_folder = os.path.isdir(data)
     found: Splits | None = None
-    if not (is_folder and find_metadata(Path(data).resolve())):
+    if not (is_folder and find_metadata(Path(data).resolve(), columns)):
         tried = (find(data, columns, split_names) for find in _FINDERS)
         found = next((splits for splits in tried if splits is not None), None)
-    if found and is_folder and has_images(Path(data)):
+    if found and is_folder and has_images(Path(data), columns):
         raise UserError(
             f"--data {data}: the folder contains images and also tar or parquet files; choose one, e.g. '{data}/*.tar'"
         )

@@ -100,7 +100,7 @@ class Stream:
             )
         self.location, self.columns, self.fraction, self.buffer_size = data, columns, fraction, buffer_size
         self.urls = expand(data)
-        identity = [self.urls, columns.image, columns.caption, columns.template]
+        identity = [self.urls, *columns.identity()]
         self.fingerprint = hashlib.sha256(os.fsencode(json.dumps(identity))).hexdigest()
         self._left_out: dict[str, str] = {}
 
@@ -161,6 +161,7 @@ class Stream:
         if self.columns.captioned and head.uncaptioned == len(first):
             raise UserError(
                 f"{self.location}: none of the first {len(first):,} images has a caption: looked for {CAPTION_FILES}"
+                f"{self._first_reason()}"
             )
         lowest = lowest_hashes(head)[:MOST_HELD_OUT]
         count = min(max(sum(value < self.fraction for value, _ in lowest), 1), len(first) - 1)

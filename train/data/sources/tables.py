@@ -21,7 +21,8 @@ from typing import Any
 
 from ldm.errors import RunError, UserError, one_line
 from train.data.sources.arrow import Table, choose_columns
-from train.data.sources.catalogue import Columns, Splits
+from train.data.sources.catalogue import Columns, Splits, split_named, split_prefix
+from train.data.sources.files import outside_message
 
 _HUB_ID = re.compile(
     r"(?P<hub>hf://datasets/)?(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?",
@@ -47,7 +48,7 @@ def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | N
         root = path.resolve()
         if _is_saved(root) or (root / "dataset_dict.json").is_file():
             return _saved_splits(root, columns)
-        return _parquet_splits(root, _parquet_files(root, names), columns, names)
+        return _parquet_splits(root, _parquet_files(root, columns, names), columns, names)
     if path.is_file():
         return _parquet_splits(path.parent, [path] if path.suffix == ".parquet" else [], columns, names)
     if glob.has_magic(data):
@@ -65,20 +66,20 @@ def find_tables(data: str, columns: Columns, names: Sequence[str]) -> Splits | N
 # -- parquet --------------------------------------------------------------------------------------------------------
 
 
-def _parquet_files(root: Path, names: Sequence[str]) -> list[Path]:
-    folders = (root, root / "data", *(root / name for name in names))
+def _parquet_files(root: Path, columns: Columns, names: Sequence[str]) -> list[Path]:
+    inside = (name for name in sorted(os.listdir(root)) if split_named(name, names, columns.reading))
+    folders = (root, root / "data", *(root / name for name in inside))
     files = [f for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
     files = [f for f in files if f.suffix == ".parquet" and f.name[0] != "." and f.name != "metadata.parquet"]
-    return [_inside(root, f) for f in files]
+    return [_inside(root, f, columns) for f in files]
 
 
 def _parquet_splits(root: Path, files: Sequence[Path], columns: Columns, names: Sequence[str]) -> Splits | None:
-    prefix = re.compile(rf"({'|'.join(map(re.escape, names))})(?![a-zA-Z])")
     splits: dict[str, list[Path]] = {}
     for file in files:
-        folders = [part for part in file.parent.relative_to(root).parts if part in names]
-        found = prefix.match(file.name) if names else None
-        splits.setdefault(folders[-1] if folders else found[1] if found else "", []).append(file)
+        folders = [split_named(part, names, columns.reading) for part in file.parent.relative_to(root).parts]
+        split = next(filter(None, reversed(folders)), "") or split_prefix(file.name, names, columns.reading)
+        splits.setdefault(split, []).append(file)
     location = str(files[0] if len(files) == 1 else root)
     return {split: partial(_open_parquet, splits[split], columns, location) for split in splits} or None
 
@@ -118,20 +119,20 @@ def _saved_splits(root: Path, columns: Columns) -> Splits:
     if _is_saved(root):
         return {"": partial(_open_saved, root, root, columns)}
     index = root / "dataset_dict.json"
-    splits = _json(_inside(root, index)).get("splits")
+    splits = _json(_inside(root, index, columns)).get("splits")
     if not isinstance(splits, list) or not splits or not all(isinstance(s, str) for s in splits):
         raise UserError(f"{index} lists no splits")
-    return {split: partial(_open_saved, root, _inside(root, root / split), columns) for split in splits}
+    return {split: partial(_open_saved, root, _inside(root, root / split, columns), columns) for split in splits}
 
 
 def _open_saved(root: Path, folder: Path, columns: Columns) -> Table:
     import datasets
 
-    state = _json(_inside(root, folder / "state.json"))
-    _inside(root, folder / "dataset_info.json")
+    state = _json(_inside(root, folder / "state.json", columns))
+    _inside(root, folder / "dataset_info.json", columns)
     listed = state.get("_data_files")
     names = [f.get("filename") if isinstance(f, dict) else None for f in listed] if isinstance(listed, list) else []
-    files = [_inside(root, folder / name) for name in names if isinstance(name, str)]
+    files = [_inside(root, folder / name, columns) for name in names if isinstance(name, str)]
     if not files or len(files) < len(names):
         raise UserError(f"{folder / 'state.json'} lists no files")
     with _reading(str(folder)):
@@ -139,12 +140,12 @@ def _open_saved(root: Path, folder: Path, columns: Columns) -> Table:
     return Table(dataset, columns, str(folder), max(file.stat().st_ctime_ns for file in files))
 
 
-def _inside(root: Path, file: Path) -> Path:
+def _inside(root: Path, file: Path, columns: Columns) -> Path:
     """Return `file` if it is inside `root`, else raise UserError. A path with "::" makes `datasets` look elsewhere."""
     if ".." in file.parts or "\0" in str(file) or "::" in str(file) or not file.is_relative_to(root):
         raise UserError(f"{str(file)[:300]!r} is outside {root}; only paths inside it are accepted")
-    if not Path(os.path.realpath(file)).is_relative_to(root):
-        raise UserError(f"{file!s:.300} is a link to a file outside {root}: copy the file into the folder")
+    if not columns.follow_links and not Path(os.path.realpath(file)).is_relative_to(root):
+        raise UserError(outside_message(file, "file", root))
     if not file.exists():
         raise UserError(f"{file!s:.300} is missing")
     return file

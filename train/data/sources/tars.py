@@ -6,21 +6,28 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from ldm.errors import RunError, UserError
 from train.data.images.decode import DamagedImage
-from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits
+from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits, split_named, split_prefix
 from train.data.sources.tar_index import LeftOut, LocatedRow, Part, open_index
-from train.data.sources.webdataset import DAMAGE, IMAGES, Header, read_samples
+from train.data.sources.text import guess_encoding
+from train.data.sources.webdataset import DAMAGE, Header, image_extensions, is_scattered, read_samples, unclear_texts
+
+Result = TypeVar("Result")
 
 REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 """Pattern of the beginning of a stream's address; see train/data/sources/streams.py."""
 
 _MOST_LISTED = 100  # samples left out of a tar that are listed by name
-CAPTION_FILES = "a .txt, .json or .cls beside each image"
+_MOST_NOTES = 5  # notes on a dataset, one per tar
+CAPTION_FILES = "a .txt, .caption, .json or .cls beside each image"
+_SAMPLES = 1000  # caption files from which an encoding is guessed
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -38,16 +45,19 @@ class Tars(Catalogue):
             self.index = open_index(index_folder(location, columns, split), paths, partial(_rows, columns))
         except OSError as error:
             raise RunError(f"{error.filename or location} can't be read: {error.strerror}") from None
-        self.left_out = tuple(entry for segment in self.index.segments for entry in segment.left_out)
+        entries = [entry for segment in self.index.segments for entry in segment.left_out]
+        self.left_out = tuple(entry for entry in entries if entry[0])
+        self.notes = tuple(dict.fromkeys(note for name, note in entries if not name))[:_MOST_NOTES]
         self.fingerprint, self.lowest_hashes = self.index.fingerprint, self.index.lowest_hashes
         self.uncaptioned = self.index.uncaptioned
         if not len(self):
             reason = f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
             raise UserError(
-                f"no images in {location}: looked for members with the extensions {', '.join(IMAGES)}{reason}"
+                f"no images in {location}: looked for members with the extensions {', '.join(image_extensions(columns))}{reason}"
             )
         if columns.captioned and self.uncaptioned == len(self):
-            raise UserError(f"{location} has {len(self):,} images but no captions: looked for {CAPTION_FILES}")
+            reason = f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
+            raise UserError(f"{location} has {len(self):,} images but no captions: looked for {CAPTION_FILES}{reason}")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -70,7 +80,7 @@ class Tars(Catalogue):
 
 def index_folder(location: str, columns: Columns, split: str = "") -> Path:
     """Return the index folder of a split. Its name is a hash of the request, so tars may be added or removed."""
-    request = [os.path.abspath(location), split, columns.image, columns.caption, columns.template]
+    request = [os.path.abspath(location), split, *columns.identity()]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "ldm" / "index" / hashlib.sha256(os.fsencode(json.dumps(request))).hexdigest()[:32]
 
@@ -82,23 +92,23 @@ def find_tars(data: str, columns: Columns, names: Sequence[str]) -> Splits | Non
     tar's name ("train-0001.tar", not "training.tar"); others belong to "". Sorted by path. Raises UserError for files
     that don't exist or are compressed; the returned openers raise the same errors as `Tars`.
     """
-    if REMOTE.match(data) or (paths := _paths(data, names)) is None:
+    if REMOTE.match(data) or (paths := _paths(data, columns, names)) is None:
         return None
     base = data if os.path.isdir(data) else os.path.commonpath([os.path.dirname(path) for path in paths])
-    prefix = re.compile(f"({'|'.join(map(re.escape, names))})(?![A-Za-z])")
     splits: dict[str, list[str]] = {}
     for path in paths:
         inside = os.path.relpath(path, base).split(os.sep)
-        named = prefix.match(inside[-1])
-        split = inside[0] if len(inside) > 1 and inside[0] in names else named[1] if named else ""
+        folder = split_named(inside[0], names, columns.reading) if len(inside) > 1 else ""
+        split = folder or split_prefix(inside[-1], names, columns.reading)
         splits.setdefault(split, []).append(path)
     return {split: partial(Tars, data, tars, columns, split) for split, tars in splits.items()}
 
 
-def _paths(data: str, names: Sequence[str]) -> list[str] | None:
+def _paths(data: str, columns: Columns, names: Sequence[str]) -> list[str] | None:
     """Return the tars' absolute paths, sorted; None if `data` doesn't name tars."""
     if os.path.isdir(data):
-        folders = [data, *(os.path.join(data, name) for name in names)]
+        inside = (name for name in os.listdir(data) if split_named(name, names, columns.reading))
+        folders = [data, *(os.path.join(data, name) for name in inside)]
         found = [os.path.join(folder, f) for folder in folders if os.path.isdir(folder) for f in os.listdir(folder)]
         tars = [f for f in found if f.lower().endswith(".tar") and os.path.isfile(f)]
         return sorted(map(os.path.abspath, tars)) or None
@@ -161,11 +171,32 @@ def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRo
         except DAMAGE as error:
             raise UserError(f"{part.path} is not a tar file ({error}); WebDataset's .tar files are accepted") from None
         with tar:
+            scattered = columns.reading > 1 and _opened_again(part.path, lambda again: is_scattered(again, columns))
+            if scattered:
+                left_out.append(("", f"{shard}: the files of a sample aren't adjacent; they were collected"))
+
+            @cache
+            def guess() -> str:
+                texts = _opened_again(part.path, lambda again: list(islice(unclear_texts(again, columns), _SAMPLES)))
+                encoding = guess_encoding(text for _, text in texts)
+                if encoding:
+                    name, text = texts[0]
+                    example = f"{name[-80:]!r} is {text.decode(encoding, 'replace').strip()[:80]!r}"
+                    note = f"{shard}: caption files aren't UTF-8; guessed {encoding}, e.g. {example}; if wrong, set "
+                    left_out.append(("", f"{note}--input.encoding"))
+                return encoding
+
             try:
-                for sample in read_samples(tar, columns, leave_out):
+                for sample in read_samples(tar, columns, leave_out, scattered=scattered, guess=guess):
                     count += 1
                     yield sample.offset, Row(sample.name, sample.size, part.changed_ns, sample.captions)
             except DAMAGE as error:
                 left_out.append((shard, f"damaged or truncated after {count:,} images: {error}"))
     if unlisted:
         left_out.append((shard, f"{unlisted:,} more samples"))
+
+
+def _opened_again(path: str, use: Callable[[tarfile.TarFile], Result]) -> Result:
+    """Return what a function returns for a tar that is opened once more, and from its beginning."""
+    with tarfile.TarFile(path, tarinfo=Header, encoding="utf-8", errors="surrogateescape") as tar:
+        return use(tar)

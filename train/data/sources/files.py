@@ -1,0 +1,202 @@
+"""Files of an untrusted folder: their names, sizes and times of change, links, and names that metadata writes differently."""
+
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from ldm.errors import UserError
+from train.data.images.decode import HEIF
+from train.data.sources.catalogue import Columns, ignored
+
+_FIRST_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # of reading 1
+_SUFFIXES = (*_FIRST_SUFFIXES, ".jfif", ".jpe", ".dib", ".apng", *((".heic", ".heif", ".hif") if HEIF else ()))
+_REMEDIES = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "'pip install pillow-heif' makes them readable"),
+    **dict.fromkeys((".svg", ".svgz"), "convert them to PNG"),
+}
+_ABOUT = ("readme", "license", "licence", ".md")  # files about the dataset, not in it
+_MOST_KINDS = 8  # kinds of files that a note lists
+
+Stat = tuple[int, int]
+"""Size and changed_ns."""
+
+
+def suffixes(reading: int) -> tuple[str, ...]:
+    """Return the suffixes of images that can be read, in lower case."""
+    return _FIRST_SUFFIXES if reading == 1 else _SUFFIXES
+
+
+class Files:
+    """Files of a resolved folder, by their paths in it. Links are resolved when they are asked for."""
+
+    def __init__(self, folder: Path, columns: Columns) -> None:
+        self.folder, self.columns = folder, columns
+        self.found = dict(scan(folder, columns))
+        self.outside: dict[str, str] = {}
+        """Real paths of the files outside the folder that are read, by name."""
+
+    def is_image(self, name: str) -> bool:
+        return name.lower().endswith(suffixes(self.columns.reading))
+
+    @cached_property
+    def images(self) -> list[str]:
+        """Names of the images; links to images are among them if their files exist."""
+        return [name for name in self.found if self.is_image(name) and self.stat(name)]
+
+    def stat(self, name: str) -> Stat | None:
+        """Return a file's size and time; None if there is none. Raises UserError if it is outside the folder."""
+        return self.found.get(name) or self._stat_link(name)
+
+    def _stat_link(self, name: str) -> Stat | None:
+        real = Path(os.path.realpath(self.folder / name))
+        inside = real.is_relative_to(self.folder)
+        if not inside and not self.columns.follow_links:
+            raise UserError(outside_message(self.folder / name, "file", self.folder))
+        try:
+            info = real.stat()
+        except OSError:
+            return None
+        if not stat.S_ISREG(info.st_mode):
+            return None
+        if not inside:
+            self.outside[name] = str(real)
+        return info.st_size, info.st_ctime_ns
+
+    def beside(self, name: str) -> str:
+        """Return the name of the file that isn't an image and is called so, if need be in another case or form."""
+        return name if name in self.found else self._others.get(_loose(name), "")
+
+    def meant(self, name: str) -> str:
+        """Return the name of the file that metadata calls so: in another Unicode form, with backslashes, without a
+        suffix. Returns the same name if there is none or more than one."""
+        if name in self.found or self.columns.reading == 1:
+            return name
+        for written in (name, name.replace("\\", "/")):
+            found = self._by_form.get(unicodedata.normalize("NFC", written), [])
+            found = found or self._by_stem.get(unicodedata.normalize("NFC", written), [])
+            if len(found) == 1:
+                return found[0]
+        return name
+
+    @cached_property
+    def _others(self) -> dict[str, str]:
+        names = sorted((n for n in self.found if not self.is_image(n)), key=lambda n: _loose(n) == n)
+        return {_loose(name): name for name in names}
+
+    @cached_property
+    def _by_form(self) -> dict[str, list[str]]:
+        return _grouped((unicodedata.normalize("NFC", name), name) for name in self.found)
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        images = filter(self.is_image, self.found)
+        return _grouped((unicodedata.normalize("NFC", os.path.splitext(name)[0]), name) for name in images)
+
+    def safe_name(self, name: object, where: str, column: str, prefix: str = "") -> str:
+        """Return a normalised path inside the folder; with follow_links, possibly an absolute one outside it.
+
+        prefix: path of the folder that contains the metadata. Raises UserError for other paths.
+        """
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{where}: {column} {str(name)[:80]!r} is not a file name")
+        windows = name[0] == "\\" or name[1:2] == ":"
+        leads_out = name[0] == "/" or windows or (".." in name and ".." in re.split(r"[/\\]", name))
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {column} {name[:200]!r} is not a file name") from None
+        if "\0" in name:
+            raise UserError(f"{where}: {column} {name[:200]!r} is not a file name")
+        if not leads_out:
+            return prefix + "/".join(part for part in name.split("/") if part not in ("", "."))
+        if not windows and self.columns.reading > 1:
+            path = os.path.normpath(self.folder / prefix / name)
+            if Path(path).is_relative_to(self.folder) and name[0] == "/":
+                return os.path.relpath(path, self.folder)
+            if self.columns.follow_links:
+                return os.path.relpath(path, self.folder) if Path(path).is_relative_to(self.folder) else path
+        remedy = "" if windows or self.columns.reading == 1 else ", or set --input.follow-links True"
+        raise UserError(f"{where}: {column} {name[:200]!r} is outside the folder; must be a path inside it{remedy}")
+
+    def notes(self, read: Iterable[str]) -> list[str]:
+        """Return lines on files outside the folder, and on files that were seen and aren't images nor in `read`."""
+        lines = []
+        if self.outside:
+            name, real = next(iter(self.outside.items()))
+            count = f"{len(self.outside):,} file{'s' * (len(self.outside) > 1)}"
+            lines.append(f"--input.follow-links: reads {count} outside {self.folder}, e.g. {name[-80:]!r} is {real!r}")
+        known = set(read)
+        unread = [
+            name
+            for name in self.found
+            if name not in known
+            and not self.is_image(name)
+            and not name.rpartition("/")[2].lower().startswith(_ABOUT)
+            and not name.lower().endswith(_ABOUT)
+        ]
+        kinds: dict[str, list[str]] = _grouped((os.path.splitext(name)[1].lower() or "other", name) for name in unread)
+        ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
+        listed = [
+            (repr(names[0][-80:]) if len(names) == 1 else f"{len(names):,} {kind}")
+            + (f" ({_REMEDIES[kind]})" if kind in _REMEDIES else "")
+            for kind, names in ordered[:_MOST_KINDS]
+        ]
+        listed += ["others"] if len(ordered) > _MOST_KINDS else []
+        return [*lines, f"seen in {self.folder}, but not read: {', '.join(listed)}"] if listed else lines
+
+
+def outside_message(link: Path, what: str, folder: Path) -> str:
+    """Return the error for a link that leads out of a folder."""
+    return (
+        f"{link!s:.300} is a link to a {what} outside {folder}: copy the {what} into the folder, "
+        "or set --input.follow-links True"
+    )
+
+
+def scan(folder: Path, columns: Columns) -> Iterator[tuple[str, Stat | None]]:
+    """Yield (name, (size, changed_ns)) for each file in the folder that isn't hidden, and (name, None) for each link.
+
+    Links to folders are followed only with follow_links, each folder once.
+    """
+    pending, visited = [""], set[str]()
+    while pending:
+        under = pending.pop()
+        if columns.follow_links:
+            real = os.path.realpath(folder / under)
+            if real in visited:
+                continue
+            visited.add(real)
+        with os.scandir(folder / under) as entries:
+            for entry in entries:
+                if ignored(entry.name, columns.reading):
+                    continue
+                if entry.is_symlink() and not (columns.follow_links and entry.is_dir()):
+                    yield under + entry.name, None
+                elif entry.is_dir():
+                    pending.append(f"{under}{entry.name}/")
+                elif entry.is_file():
+                    info = entry.stat()
+                    yield under + entry.name, (info.st_size, info.st_ctime_ns)
+
+
+def by_kind(names: Iterable[str]) -> str:
+    """Return the numbers of files by suffix: "12 .png, 3 .jpg"."""
+    counts = Counter(os.path.splitext(name)[1].lower() for name in names)
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+
+
+def _loose(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return unicodedata.normalize("NFC", stem) + suffix.lower()
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
