@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from conditioning.tokenizer import save_tokenizer, train_tokenizer
 from ldm.errors import RunError, UserError
 from ldm.formats.single_file import (
-    _empty,
+    _empty_networks,
     _layouts,
     from_original,
     load_single_file,
@@ -275,7 +275,7 @@ def full_size(tmp_path: Path) -> dict[str, tuple[int, ...]]:
     DDIMScheduler(**BETAS).save_pretrained(tmp_path / "scheduler")
     return {
         name: tuple(module.get_parameter(ours[0]).shape)
-        for module, layout in _layouts(_empty(tmp_path), openclip=False)
+        for module, layout in _layouts(_empty_networks(tmp_path), openclip=False)
         for name, ours in layout.items()
     }
 
@@ -372,14 +372,17 @@ def test_settings_that_other_programs_may_ignore_give_warnings(
     pipe = tiny_pipeline("flow", schedule="flow")
     pipe.autoencoder.vae.register_to_config(scaling_factor=0.5)
     save_single_file(pipe, tmp_path / "flow.safetensors")
-    assert "a flow" in caplog.text
+    assert "schedule or target flow" in caplog.text
     assert "scaling factor 0.5" in caplog.text
-    assert "unet block_out_channels [32, 64] (Stable Diffusion: [320, 640, 1280, 1280]): only tools" in caplog.text
+    assert (
+        "unet block_out_channels [32, 64] differs from Stable Diffusion's [320, 640, 1280, 1280]: other tools"
+        in caplog.text
+    )
     caplog.clear()
     folder, file = made("sd1")
     save_file(load_file(file), tmp_path / "v.safetensors", {"modelspec.prediction_type": "v"})
     load_single_file(tmp_path / "v.safetensors", folder)
-    assert "says prediction_type 'v', the configuration 'epsilon'" in caplog.text
+    assert "has prediction_type 'v' in its metadata, but the configuration's 'epsilon' is used" in caplog.text
 
 
 def test_half_precision_is_converted_to_float32_and_needs_no_open_file(made: Any, tmp_path: Path) -> None:
@@ -410,18 +413,22 @@ def test_parts_without_a_counterpart_are_named() -> None:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("unet", {"freq_shift": 1}, "unet freq_shift 1: the original layout has 0 built in"),
+        ("unet", {"freq_shift": 1}, "unet freq_shift 1: the original layout supports only 0"),
         ("unet", {"class_embed_type": "timestep"}, r"unet\.class_embedding.* has no counterpart"),
         ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "unet block AttnDownBlock2D"),
         ("unet", {"mid_block_type": "UNetMidBlock2D"}, "unet mid_block_type 'UNetMidBlock2D'"),
         ("vae", {"use_quant_conv": False}, "vae use_quant_conv False"),
         ("vae", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "vae latents_mean"),
-        ("vae", {"block_out_channels": [16]}, "isn't the folder of a configuration|the file has"),
-        ("vae", {"block_out_channels": [16, 64]}, "of shape .* in the file, .* in the configuration"),
-        ("unet", {"block_out_channels": "many"}, "isn't the folder of a configuration"),
+        ("vae", {"block_out_channels": [16]}, "configuration .* can't be read|the file has"),
+        ("vae", {"block_out_channels": [16, 64]}, "has shape .* in the file, but .* in the configuration"),
+        ("unet", {"block_out_channels": "many"}, "configuration .* can't be read"),
         ("text_encoder", {"model_type": "t5"}, "model_type 't5'"),
-        ("text_encoder", {"num_hidden_layers": 3}, "the file lacks cond_stage_model.model.transformer.resblocks.2"),
-        ("text_encoder", {"hidden_size": -1}, "isn't the folder of a configuration"),
+        (
+            "text_encoder",
+            {"num_hidden_layers": 3},
+            "the file has no weight cond_stage_model.model.transformer.resblocks.2",
+        ),
+        ("text_encoder", {"hidden_size": -1}, "configuration .* can't be read"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(
@@ -442,23 +449,23 @@ def test_files_that_do_not_fit_are_refused(made: Any, tmp_path: Path) -> None:
     name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     less = {key: value for key, value in weights.items() if key != name}
     for wrong, message in (
-        (less, f"the file lacks {name}"),
+        (less, f"the file has no weight {name}"),
         (weights | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(2)}, r"the file has .*label_emb"),
         (weights | {"cond_stage_model.model.transformer.resblocks.9.ln_1.bias": torch.ones(32)}, "resblocks.9"),
-        (weights | {name: torch.ones(3, 3)}, r"shape \(3, 3\) in the file, \(32, 32, 3, 3\)"),
+        (weights | {name: torch.ones(3, 3)}, r"shape \(3, 3\) in the file, but \(32, 32, 3, 3\)"),
         (weights | {name: torch.tensor(1.0)}, r"shape \(\) in the file"),
-        (weights | {name: torch.ones(32, 32, 3, 3, dtype=torch.int8)}, "holds no plain numbers: torch.int8"),
+        (weights | {name: torch.ones(32, 32, 3, 3, dtype=torch.int8)}, "is torch.int8"),
         (weights | {name: torch.ones(32, 32, 3, 3, device="meta")}, "meta"),
         (weights | {name: torch.ones(32, 32, 3, 3).to_sparse()}, "sparse"),
-        ({}, "the file lacks"),
+        ({}, "the file has no weight"),
     ):
         with pytest.raises(UserError, match=message):
             from_original(wrong, folder)
-    with pytest.raises(UserError, match="isn't the folder of a configuration"):
+    with pytest.raises(UserError, match=r"configuration .* can't be read"):
         load_single_file(file, tmp_path)
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="exists already"):
         save_single_file(tiny_pipeline(), file)
-    with pytest.raises(UserError, match=r"ends in \.safetensors"):
+    with pytest.raises(UserError, match=r"must end in \.safetensors"):
         save_single_file(tiny_pipeline(), tmp_path / "model.ckpt")
 
 
@@ -562,8 +569,8 @@ def test_the_command_refuses_in_one_line(made: Any, tmp_path: Path) -> None:
         ((folder, out, folder), "only for single-file models"),
         ((tmp_path / "none", out), "no such file or folder"),
         (("", out), "--model and --out are needed"),
-        ((tmp_path / "evil.ckpt", out, folder), "isn't plain weights"),
-        ((file, out, made("ours")[0]), "the file lacks"),
+        ((tmp_path / "evil.ckpt", out, folder), "contains objects other than weights"),
+        ((file, out, made("ours")[0]), "the file has no weight"),
     ):
         status, _, error = convert(*arguments)
         assert status == 2, error

@@ -1,4 +1,4 @@
 """File formats of models and images."""
 
 MAX_PIXELS = 89_478_485
-"""Largest number of pixels of an image: Pillow's own limit, a quarter of a GiB of RGB."""
+"""Maximum number of pixels of an image. It is Pillow's default limit: 256 MiB as RGB."""

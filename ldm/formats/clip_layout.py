@@ -1,4 +1,4 @@
-"""File layout of CLIP's text tower: its config.json, and OpenCLIP's names (Cherti et al. 2023) for its weights."""
+"""File layout of CLIP's text tower: its config.json, and the names of its weights in OpenCLIP (Cherti et al. 2023)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 
 from ldm.errors import UserError
 
-_OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's
+_OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's name
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "self_attn.out_proj": "attn.out_proj",
@@ -22,16 +22,16 @@ def tower_of(model: CLIPTextModel) -> Any:
     return getattr(model, "text_model", model)
 
 
-def empty_text_model(stored: Mapping[str, Any]) -> CLIPTextModel:
-    """Return the text tower of a CLIP's config.json, without memory for weights. Raises UserError for other models."""
+def empty_text_model(stored_config: Mapping[str, Any]) -> CLIPTextModel:
+    """Build the text tower of a CLIP's config.json, without memory for weights. Raises UserError for other models."""
     config: Any
-    match stored.get("model_type"):
+    match stored_config.get("model_type"):
         case "clip":
-            config = CLIPConfig.from_dict(dict(stored)).text_config
+            config = CLIPConfig.from_dict(dict(stored_config)).text_config
         case "clip_text_model":
-            config = CLIPTextConfig.from_dict(dict(stored))
+            config = CLIPTextConfig.from_dict(dict(stored_config))
         case other:
-            raise UserError(f'text encoder of model_type {other!r}: "clip" and "clip_text_model" are accepted')
+            raise UserError(f"text encoder of model_type {other!r}: must be 'clip' or 'clip_text_model'")
     with torch.device("meta"):
         model = CLIPTextModel(config)
     tower_of(model).embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
@@ -39,7 +39,10 @@ def empty_text_model(stored: Mapping[str, Any]) -> CLIPTextModel:
 
 
 def openclip_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """Map OpenCLIP's name of each weight to the weights of `tower_of` that are concatenated in it along the rows."""
+    """Return a table from OpenCLIP's name of a weight to the names of `tower_of`'s weights that it consists of.
+
+    Several weights are concatenated along the rows.
+    """
     names: dict[str, tuple[str, ...]] = {
         "positional_embedding": ("embeddings.position_embedding.weight",),
         "token_embedding.weight": ("embeddings.token_embedding.weight",),

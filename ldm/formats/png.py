@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # not allowed in a text chunk (UTF-8 without NUL); JSON escapes both
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # not allowed in a text chunk (UTF-8 without NUL)
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
@@ -30,16 +30,16 @@ def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
     character.
     """
     info = PngInfo()
-    info.add_itxt("parameters", _UNWRITABLE.sub("\ufffd", parameters(settings, image.size)))
+    info.add_itxt("parameters", _FORBIDDEN.sub("\ufffd", parameters(settings, image.size)))
     text = json.dumps(dict(settings), ensure_ascii=False)
-    info.add_itxt("ldm", _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    info.add_itxt("ldm", _FORBIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
     return file.getvalue()
 
 
 def read_png(path: Path) -> dict[str, Any]:
-    """Read the settings that `save_png` wrote. They precede the pixels, which aren't decoded.
+    """Read the settings that `save_png` wrote. The pixels aren't decoded.
 
     Raises ValueError if there are none, OSError if the file can't be opened.
     """
@@ -47,20 +47,20 @@ def read_png(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get("ldm")
     except (SyntaxError, ValueError, Image.UnidentifiedImageError, Image.DecompressionBombError):
-        raise ValueError("it is no PNG image") from None
+        raise ValueError("it is not a PNG image") from None
     if not isinstance(text, str):
-        raise ValueError("it carries no settings of ours")
+        raise ValueError("it contains no settings (text chunk 'ldm'); choose an image that this project generated")
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("its settings are no JSON") from None
+        raise ValueError("its settings (text chunk 'ldm') are not valid JSON") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"its settings are a {type(settings).__name__}, not a JSON object")
+        raise ValueError(f"its settings (text chunk 'ldm') are a {type(settings).__name__}, not a JSON object")
     return settings
 
 
 def parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """Return the prompt, the negative prompt, and the `Name: value` pairs, which are on the last line."""
+    """Return the web UI's text: the prompt, the negative prompt, and `Name: value` pairs on the last line."""
     lines = [str(settings["prompt"])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -96,6 +96,6 @@ def slug(text: str) -> str:
 
 
 def _quoted(value: object) -> str:
-    """Quote a value with a comma, a colon or a line break as the web UI does; return others as text."""
+    """Return a value as text, with quotes if it has a comma, a colon or a line break, as the web UI does."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\x00-\x1f]", text) else text

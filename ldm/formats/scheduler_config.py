@@ -21,7 +21,7 @@ _VARIANCES: dict[str, VarianceKind] = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned",
 }
-"""Our variance for each name in diffusers. Its "learned" isn't here: that one has no bounds, unlike "learned_range"."""
+"""Our variance for each of diffusers' names. Its "learned" is left out: unlike "learned_range", it has no bounds."""
 _LEADING = ("DDIM", "DDPM", "PNDM", "LCM", "TCD")
 """Schedulers whose default timestep_spacing is leading; the default of all others is linspace."""
 
@@ -39,7 +39,7 @@ class Process:
     variance: VarianceKind = "fixed_small"
     """Variance of the ddpm sampler's steps."""
     steps_offset: int = 1
-    """Number that is added to leading timesteps."""
+    """Number that is added to the timesteps of leading spacing."""
     set_alpha_to_one: bool = False
     """Whether ddim ends at t = 0 instead of index 0."""
 
@@ -68,13 +68,13 @@ class Process:
         flow = name.startswith("FlowMatch")
         variance = config.get("variance_type") or "fixed_small"
         if variance not in _VARIANCES:
-            raise UserError(f"scheduler config: variance_type {variance!r}: known are {', '.join(_VARIANCES)}")
+            raise UserError(f"scheduler config: variance_type {variance!r}: choose {', '.join(_VARIANCES)}")
         spacing = config.get("timestep_spacing") or (
             "trailing" if flow else "leading" if name.startswith(_LEADING) else "linspace"
         )
         offset = config.get("steps_offset", 0)
         if not isinstance(offset, int):
-            raise UserError(f"scheduler config: steps_offset {offset!r}: give a whole number")
+            raise UserError(f"scheduler config: steps_offset {offset!r}: must be a whole number")
         return cls(
             schedule=Schedule.from_diffusers(config),
             target=target_from_diffusers(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")),
@@ -87,9 +87,9 @@ class Process:
     def to_diffusers(self) -> SchedulerMixin:
         """Return a scheduler with an explicit configuration, from which `from_config` makes every other scheduler.
 
-        It is a DDIMScheduler if stock pipelines can sample with any scheduler, a DDPMScheduler for a learned variance,
-        and a FlowMatchEulerDiscreteScheduler for a flow. Its configuration also has our keys that the scheduler doesn't
-        know.
+        It is a DDPMScheduler for a learned variance, a FlowMatchEulerDiscreteScheduler for a flow, and otherwise a
+        DDIMScheduler, since stock pipelines can then sample with any scheduler. Its configuration also has our keys
+        that the scheduler itself ignores.
         """
         T = self.schedule.T
         shared: dict[str, Any] = {
@@ -97,14 +97,14 @@ class Process:
             "steps_offset": self.steps_offset,
             "timestep_spacing": "linspace" if self.spacing == "karras" else self.spacing,
         }
-        more: dict[str, Any] = {
+        extra: dict[str, Any] = {
             "set_alpha_to_one": self.set_alpha_to_one,
             "variance_type": "learned_range" if self.variance == "learned" else self.variance,
         }
         scheduler: SchedulerMixin
         if isinstance(self.schedule, RectifiedFlow):
             scheduler = FlowMatchEulerDiscreteScheduler(T, self.schedule.shift)
-            scheduler.register_to_config(**shared, **more)
+            scheduler.register_to_config(**shared, **extra)
             return scheduler
         assert isinstance(self.schedule, BetaSchedule)
         betas = self.schedule.betas.tolist()
@@ -120,20 +120,25 @@ class Process:
         else:
             scheduler = DDIMScheduler(T, **shared)
         if self.spacing == "karras":
-            more["use_karras_sigmas"] = True
-        scheduler.register_to_config(**more)
+            extra["use_karras_sigmas"] = True
+        scheduler.register_to_config(**extra)
         return scheduler
 
     def stock_limits(self) -> str | None:
         """Return one line that says what stock diffusers can't do with this process; None if it can do everything."""
         if isinstance(self.schedule, RectifiedFlow) or self.target == "flow":
-            return "a flow: stock diffusers' StableDiffusionPipeline can't sample this model; ldm-txt2img and our pipeline can"
+            return (
+                "schedule or target flow: stock diffusers' StableDiffusionPipeline can't sample this model; use "
+                "ldm-txt2img or LatentDiffusionPipeline"
+            )
         if self.variance == "learned":
             return (
-                "a learned variance: stock diffusers samples this model with DDPMScheduler only, which is the one saved"
+                "variance learned: stock diffusers can sample this model only with DDPMScheduler, the scheduler that "
+                "is saved with it"
             )
         if self.spacing == "karras":
             return (
-                "karras spacing: stock diffusers' DDIM has none and takes linspace; DPM-Solver by from_config takes it"
+                "spacing karras: stock diffusers' DDIM uses linspace instead; choose one that supports it, such "
+                "as DPMSolverMultistepScheduler.from_config"
             )
         return None

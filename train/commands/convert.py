@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.formats.hub import model_folder
-from ldm.formats.single_file import PICKLED, from_original, read_pickled
+from ldm.formats.single_file import PICKLE_SUFFIXES, from_original, read_pickled
 from ldm.pipeline import LatentDiffusionPipeline
 from train.data.store.atomic import atomic_folder
 
@@ -18,7 +18,7 @@ def convert(model: str, config: str, out: str) -> None:
     target = Path(out)
     if target.exists():
         raise UserError(f"--out {out!r}: exists already; give another name")
-    if target.suffix in PICKLED:
+    if target.suffix in PICKLE_SUFFIXES:
         raise UserError(f"--out {out!r}: pickle files can't be written; give a .safetensors file or a folder")
     pipe = load(Path(model), config)
     if target.suffix == ".safetensors":
@@ -43,6 +43,6 @@ def load(model: Path, config: str) -> LatentDiffusionPipeline:
         raise UserError(
             f"--config {config!r}: must be a diffusers folder of the model's architecture that contains tokenizer/"
         )
-    if model.suffix in PICKLED:
+    if model.suffix in PICKLE_SUFFIXES:
         return LatentDiffusionPipeline.from_parts(from_original(read_pickled(model), config), config)
     return LatentDiffusionPipeline.from_single_file(model, config=config)

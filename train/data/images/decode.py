@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.errors import one_line
 from ldm.formats import MAX_PIXELS
-from ldm.formats.images import sideways, to_rgb
+from ldm.formats.images import is_sideways, to_rgb
 from train.data.images import Crop
 
 
@@ -79,7 +79,7 @@ def image_size(file: bytes | Path, *, name: str = "", max_pixels: int = MAX_PIXE
     """Return width and height of load_image's result, read from the file's header. Raises the same errors."""
     with _open(file, name, max_pixels) as image:
         width, height = image.size
-        return (height, width) if sideways(image) else (width, height)
+        return (height, width) if is_sideways(image) else (width, height)
 
 
 def to_tensor(
