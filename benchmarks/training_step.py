@@ -118,7 +118,7 @@ def ours(shape: str, b: int, precision: Precision, device: torch.device, how: se
         unet.to(memory_format=torch.channels_last)
     text_encoder = ClipTextEncoder(clip.text_model, tokenizer)
     components = Components(
-        UNet.of(unet, 4), autoencoder, text_encoder.to(device), config.build_objective(), {}, "sdpa", ()
+        UNet.wrap(unet, 4), autoencoder, text_encoder.to(device), config.build_objective(), {}, "sdpa", ()
     )
     run = contextlib.ExitStack().enter_context(open_run(config, open_accelerator(config), {}))
     stage = LdmStage(run, components, None, None, None)  # type: ignore[arg-type]  # its batches are made here

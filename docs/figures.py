@@ -17,7 +17,7 @@ from ldm.objective import edm, level_weight, min_snr, p2
 from ldm.parameterization import error_ratio
 from ldm.process import probability_flow, transition
 from ldm.schedule import Level, Schedule
-from ldm.spacing import Leg
+from ldm.spacing import LevelPair
 from ldm.steps import Heun, Multistep, Step, UniPC, sample
 
 matplotlib.use("Agg")
@@ -141,7 +141,7 @@ def convergence() -> None:
             x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
             wide = [math.hypot(level.alpha * STD, level.sigma) for level in (first, last)]
             truth = last.alpha * MEAN + wide[1] / wide[0] * (x - first.alpha * MEAN)
-            made = sample(exact, x, [Leg(*ends) for ends in pairwise(levels)], make(), no_noise)
+            made = sample(exact, x, [LevelPair(*ends) for ends in pairwise(levels)], make(), no_noise)
             errors.append((made - truth).abs().max().item())
         slope = math.log2(errors[-2] / errors[-1])
         axes.loglog([n * evaluations for n in steps], errors, "o-", label=f"{name}: order {slope:.2f}")

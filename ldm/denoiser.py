@@ -1,7 +1,7 @@
 """The denoiser E[x0 | x_t] that samplers and guidance use, made of a network and its parameterization.
 
-The state x_t is in float32 (float64 for float64 data) while the network runs in its own dtype. This module casts
-between them. The conversion to x0 runs in the state's dtype, since it divides by a small alpha.
+The state x_t is float32 (float64 for float64 data), and the network may run in another dtype. This module casts between
+them. The conversion to x0 runs in the state's dtype, since it divides by a small alpha.
 """
 
 from collections.abc import Callable
@@ -14,55 +14,56 @@ from ldm.parameterization import Target, to_x0
 from ldm.schedule import Level
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Network: (x_t (b, c, h, w), time (b,), condition (b, …)) → (b, c, h, w), or (b, 2c, h, w) with a learned variance."""
+"""Network (x_t (b, c, h, w), time (b,), condition (b, …)) → (b, c, h, w), or (b, 2c, h, w) with a learned variance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """Output of a denoiser for a state."""
+    """Output of a denoiser for one batch of states."""
 
     x0: Tensor
     """E[x0 | x_t], (b, c, h, w)."""
     variance_fraction: Tensor | None = None
     """Position of the learned variance between its bounds, 0 to 1, (b, c, h, w); None: no variance was learned."""
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Denoised":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Denoised":
         """Apply a function to both tensors."""
-        return Denoised(change(self.x0), None if self.variance_fraction is None else change(self.variance_fraction))
+        fraction = self.variance_fraction
+        return Denoised(function(self.x0), None if fraction is None else function(fraction))
 
 
 Denoise = Callable[[Tensor, Level], Denoised]
 """Denoiser with its condition and guidance, as samplers use it: (x_t (b, c, h, w), level) → Denoised."""
 
 
-def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Split a network's output into the prediction (b, c, h, w) and the variance fraction.
+def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Split a network's output into the prediction, (b, c, h, w), and the variance fraction, of the same shape.
 
-    The channels after the first `channels` hold the variance's position between its bounds, in [-1, 1]. Without them
-    the fraction is None.
+    The first `channels` channels are the prediction. The rest are the variance's position between its bounds, from -1
+    to 1; the fraction is the same position from 0 to 1, or None if there are no further channels.
     """
-    prediction, place = output.split([channels, output.shape[1] - channels], 1)
-    return prediction, (place + 1) / 2 if place.shape[1] else None
+    prediction, position = output.split([channels, output.shape[1] - channels], 1)
+    return prediction, (position + 1) / 2 if position.shape[1] else None
 
 
-def beside(network: Network, context: Tensor) -> Network:
-    """Adapt a network that takes context channels to the interface of one that does not.
+def with_context(network: Network, context: Tensor) -> Network:
+    """Return a network that takes only the state and adds these context channels to the input of `network`.
 
     The context is (b, k, h, w). The states are (b, c, h, w), or (n b, c, h, w) when guidance evaluates n conditions.
     """
 
-    def with_context(x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        given = context.to(x).repeat(len(x) // len(context), 1, 1, 1)
-        return network(torch.cat([x, given], 1), time, condition)
+    def call(x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        repeated = context.to(x).repeat(len(x) // len(context), 1, 1, 1)
+        return network(torch.cat([x, repeated], 1), time, condition)
 
-    return with_context
+    return call
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Denoiser `(x_t, level, condition) → Denoised` of a batch at one level.
+    """Denoiser `(x_t, level, condition) → Denoised` for a batch at one level.
 
-    The states are cast to `dtype` for the network; None: not cast (the network does that itself).
+    The states are cast to `dtype` for the network; None: not cast (the network casts them itself).
     """
 
     network: Network
@@ -74,5 +75,5 @@ class Denoiser:
         time_dtype = torch.int64 if isinstance(level.model_time, int) else torch.float32
         time = torch.full((len(x_t),), level.model_time, dtype=time_dtype, device=x_t.device)
         output = self.network(x_t.to(self.dtype or x_t.dtype), time, condition).to(x_t.dtype)
-        output, fraction = split(output, x_t.shape[1])
+        output, fraction = split_output(output, x_t.shape[1])
         return Denoised(to_x0(self.target, output, x_t, level.alpha, level.sigma), fraction)

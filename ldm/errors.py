@@ -9,7 +9,7 @@ class RunError(RuntimeError):
     """Failure while running (disk full, diverged). Scripts print it and exit with status 1."""
 
 
-def one_line(message: object, most: int | None = None) -> str:
-    """Return a message on one line, cut to `most` characters, or the error's class name if the message is empty."""
-    line = " ".join(str(message).split())[:most]
+def one_line(message: object, max_length: int | None = None) -> str:
+    """Return a message on one line, truncated to `max_length` characters. An empty error gives its class name."""
+    line = " ".join(str(message).split())[:max_length]
     return line or (type(message).__name__ if isinstance(message, BaseException) else "")

@@ -1,7 +1,7 @@
 """The names of the options in a configuration.
 
-This module doesn't import torch, so that a command line can list the names fast. Each family of names is matched in one
-place, next to its formulas; the string below a name gives the file.
+This module doesn't import torch, so that a command line can list the names fast. One function per family of names
+selects the formulas; the string below a family is the file that contains them.
 """
 
 from typing import Literal
@@ -14,8 +14,9 @@ Target = Literal["eps", "x0", "v", "flow"]
 VarianceKind = Literal["fixed_small", "fixed_large", "learned"]
 """ldm/process.py"""
 ObjectiveKind = Literal["simple", "vlb", "hybrid"]
+"""ldm/objective.py"""
 LossKind = Literal["l2", "l1", "huber"]
-"""ldm/objective.py, for both"""
+"""ldm/objective.py"""
 Spacing = Literal["leading", "trailing", "linspace", "karras"]
 """ldm/spacing.py"""
 AttentionBackend = Literal["sdpa", "xformers", "auto"]

@@ -30,15 +30,15 @@ def target_from_diffusers(prediction_type: str) -> Target:
     for kind, name in PREDICTION_TYPE.items():
         if name == prediction_type:
             return kind
-    raise UserError(f"prediction_type {prediction_type!r}: known are {', '.join(PREDICTION_TYPE.values())}")
+    raise UserError(f"prediction_type {prediction_type!r}: choose {', '.join(PREDICTION_TYPE.values())}")
 
 
 def check_target(kind: Target, schedule: Schedule) -> None:
     """Raise UserError for a target that doesn't determine x0 at every level of the schedule."""
     if kind == "eps" and schedule.zero_terminal_snr:
         raise UserError(
-            "target eps on a path that ends in pure noise (zero terminal SNR, or a flow): there the noise says nothing "
-            "of the image; take v, x0 or flow"
+            "target eps: can't be used with a schedule that ends in pure noise (zero terminal SNR, or a flow), where "
+            "the noise doesn't determine the image; choose v, x0 or flow"
         )
 
 
@@ -58,7 +58,7 @@ def target_of(kind: Target, x0: Tensor, eps: Tensor, alpha: Number, sigma: Numbe
 
 
 def to_x0(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """Return the clean image that an output implies."""
+    """Return x0 computed from a network's output for x_t."""
     match kind:
         case "eps":
             return (x_t - sigma * output) / alpha
@@ -73,7 +73,7 @@ def to_x0(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Numbe
 
 
 def to_eps(kind: Target, output: Tensor, x_t: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """Return the noise that an output implies."""
+    """Return eps computed from a network's output for x_t."""
     match kind:
         case "eps":
             return output

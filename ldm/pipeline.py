@@ -1,7 +1,7 @@
 """The pipeline from text to images: text encoder → guided sampling in latent space → autoencoder.
 
-Sampling starts from noise or from an image, optionally inside a mask. One loop does all of these: guidance wraps its
-denoiser, and a mask wraps its step.
+Sampling starts from noise or from an image, and may be restricted to a mask. The sampling loop is always the same:
+guidance wraps its denoiser, and a mask wraps its step.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from conditioning.clip import ClipTextEncoder
-from ldm.denoiser import Denoise, Denoised, Denoiser, Network, beside
+from ldm.denoiser import Denoise, Denoised, Denoiser, Network, with_context
 from ldm.editing import Pixels, paste
 from ldm.errors import UserError
 from ldm.formats.scheduler_config import Process
@@ -29,11 +29,11 @@ from ldm.guidance import Conditioned, LogProbability
 from ldm.model import IMAGES_AT_ONCE, Model, from_parts, load
 from ldm.networks.attention import AttentionBackend
 from ldm.networks.backbone import Backbone
-from ldm.preparation import Guides, NoiseSource, Prepared, guide, prepare
-from ldm.request import Given, Request, Texts
+from ldm.preparation import GuidanceSettings, NoiseSource, Prepared, guide, prepare
+from ldm.request import ImageInput, Request, Texts
 from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import Level
-from ldm.spacing import Grid, Leg, Plan, Spacing, plan
+from ldm.spacing import Grid, LevelPair, Plan, Spacing, make_plan
 from ldm.steps import invert, sample
 from ldm.task import Task
 
@@ -44,7 +44,7 @@ StepCallback = Callable[["LatentDiffusionPipeline", int, float, dict[str, Tensor
 
 @dataclass(frozen=True)
 class Images:
-    """Output of the pipeline: PIL images, a NumPy array (b, h, w, 3) in [0, 1] or a tensor (b, 3, h, w) in [0, 1]."""
+    """Output of the pipeline: PIL images, an array (b, h, w, 3) or a tensor (b, 3, h, w) in [0, 1], or latents."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
@@ -70,11 +70,11 @@ class LatentDiffusionPipeline:
     def from_pretrained(
         cls, folder: str | Path, *, chunks: int | None = None, backbone: Backbone | None = None
     ) -> Self:
-        """Load the folder that stage 2 writes, or any Stable-Diffusion-1.x/2.x-shaped diffusers folder or hub id.
+        """Load the folder that stage 2 writes, or a diffusers folder or hub id in the shape of Stable Diffusion 1 or 2.
 
-        chunks: number of chunks of max_length tokens in which prompts are read; None: the model's own.
+        chunks: number of chunks of max_length tokens that a prompt is encoded in; None: the model's own.
         backbone: network to use instead of the folder's UNet.
-        Raises UserError if parts are missing or unknown.
+        Raises UserError if parts are missing or can't be read.
         """
         return cls(*load(folder, chunks, backbone))
 
@@ -93,7 +93,7 @@ class LatentDiffusionPipeline:
         return cls(*from_parts(parts, folder, chunks))
 
     def save_single_file(self, path: str | Path) -> None:
-        """Write one new safetensors file with the original key names; see `save_single_file`."""
+        """Write a new safetensors file with the original key names; see `ldm.formats.single_file.save_single_file`."""
         save_single_file(self.model, path)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -135,31 +135,33 @@ class LatentDiffusionPipeline:
         """Generate `num_images_per_prompt` images of each prompt, from noise, from an image, or inside a mask.
 
         image: one for all prompts, one for each, or several for one prompt, of any size. The result has the same size.
-        strength: how much the image is changed. The last ⌊n · strength⌋ of n steps are walked, at least one. At 1,
+        strength: how much the image is changed. The last ⌊n · strength⌋ of n steps are taken, at least one. At 1,
             only the image's size matters, as in text-to-image. At 0, the image only passes through the autoencoder.
             Default: 0.8, with a mask 1.
-        mask_image: white is painted, black stays bit-identical, grey is mixed; of any size, one for all or for each.
-        guidance_scale: 1 is the conditional prediction; larger follows the prompt more closely (Ho & Salimans 2022).
+        mask_image: white is inpainted, black stays bit-identical, grey is mixed. It has any size; one for all, or one
+            for each.
+        guidance_scale: 1 is the conditional prediction; a larger scale follows the prompt more closely (Ho & Salimans
+            2022).
         guidance_rescale: 0 to 1; reduces the contrast that a large scale causes (Lin et al. 2024).
-        guidance_interval: low and high noise level sigma / alpha between which prompts guide. At other levels the
-            prediction is that of the first prompt, without guidance. None: guidance everywhere.
+        guidance_interval: lowest and highest noise level sigma / alpha with guidance. At other levels the prediction is
+            that of `prompt`, without guidance. None: guidance at all levels.
         compose: further prompts that every image follows too, each with its own guidance scale (Liu et al. 2022).
         weak, weak_scale: a weaker model to guide away from (Karras et al. 2024). Best with guidance_scale 1, since the
             two scales multiply. weak_scale 1 turns it off.
-        classifier, classifier_scale: log p(y | x_t) of latents that guides sampling (Dhariwal & Nichol 2021).
+        classifier, classifier_scale: log p(y | x_t) of latents, which guides sampling (Dhariwal & Nichol 2021).
         spacing: spacing of the steps over the noise levels; None: the model's own.
-        eta: ddim's share of noise, 0 to 1.
+        eta: share of new noise in ddim's steps, 0 to 1.
         generator: one for all images, or a list with one for each; on the CPU it gives the same noise for any device.
         latents: initial noise (b, c, h, w) of unit variance; None: drawn.
         prompt_embeds, negative_prompt_embeds: outputs of `encode`, (b, tokens, width), instead of prompts.
-        callback_on_step_end: called after each step. The "latents" that it returns replace the state. (unipc then still
-            corrects its last step from its own state.)
+        callback_on_step_end: called after each step. The "latents" that it returns replace the state. (unipc evaluates
+            the network at them, but then continues from its own corrected state.)
         Raises UserError for arguments that don't fit, RunError if the image is non-finite.
         """
         if output_type not in get_args(OutputType):
             raise UserError(f"output_type {output_type!r}: choose {', '.join(get_args(OutputType))}")
         model = self.model
-        guides = Guides(
+        guidance = GuidanceSettings(
             scale=guidance_scale,
             rescale=guidance_rescale,
             interval=guidance_interval,
@@ -169,50 +171,52 @@ class LatentDiffusionPipeline:
             classifier=classifier,
             classifier_scale=classifier_scale,
         )
-        given = Given.read(image, mask_image, strength)
+        image_input = ImageInput.read(image, mask_image, strength)
         texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        request = Request(texts, given, num_images_per_prompt)
+        request = Request(texts, image_input, num_images_per_prompt)
         noise = NoiseSource(request.shape(model, height, width), generator, self.device)
-        how = make_sampler(sampler, eta)
-        if how.uses_learned_variance and self.process.variance == "learned" and not guides.prompts_alone:
+        record = make_sampler(sampler, eta)
+        if record.uses_learned_variance and self.process.variance == "learned" and not guidance.only_prompts:
             raise UserError(
-                f"{sampler} with a learned variance knows the prompt's guidance only: leave out rescale, weak model and "
-                "classifier, or take another sampler"
+                f"sampler {sampler}: with a learned variance, only prompts can guide it; leave out guidance rescale, "
+                "weaker model and classifier, or choose another sampler"
             )
-        prepared = prepare(model, request, how, self._plan(how.grid, num_inference_steps, spacing), noise, latents)
-        denoise = guide(model, request, guides, prepared.context)
-        with model.running(self.unet), weak.model.running(weak.unet) if weak else nullcontext():
-            z = self._walk(denoise, prepared, noise, callback_on_step_end, progress)
-        return Images(z if output_type == "latent" else _finish(self._composited(z, request), output_type))
+        plan = self._plan(record.grid, num_inference_steps, spacing)
+        prepared = prepare(model, request, record, plan, noise, latents)
+        denoise = guide(model, request, guidance, prepared.context)
+        with model.on_device(self.unet), weak.model.on_device(weak.unet) if weak else nullcontext():
+            z = self._sample(denoise, prepared, noise, callback_on_step_end, progress)
+        return Images(z if output_type == "latent" else _to_output_type(self._composite(z, request), output_type))
 
-    def _walk(
+    def _sample(
         self, denoise: Denoise, prepared: Prepared, noise: NoiseSource, callback: StepCallback | None, progress: bool
     ) -> Tensor:
-        """Sample; update the progress bar and run the callback after each step."""
-        watched = _Watched(denoise)
-        with tqdm(total=len(prepared.legs), disable=not progress, dynamic_ncols=True) as bar:
+        """Run the sampling loop; update the progress bar and call the callback after each step."""
+        recording = _RecordingDenoiser(denoise)
+        with tqdm(total=len(prepared.pairs), disable=not progress, dynamic_ncols=True) as bar:
 
-            def after(k: int, leg: Leg, x: Tensor) -> Tensor:
+            def on_step_end(k: int, pair: LevelPair, x: Tensor) -> Tensor:
                 bar.update()
                 if callback is None:
                     return x
-                changed = callback(self, k, leg.now.model_time, {"latents": x, "denoised": watched.last.x0})
-                found = (changed or {}).get("latents", x)
-                if found.shape != x.shape:
+                changed = callback(self, k, pair.now.model_time, {"latents": x, "denoised": recording.last.x0})
+                latents = (changed or {}).get("latents", x)
+                if latents.shape != x.shape:
                     raise UserError(
-                        f"callback_on_step_end gave latents of shape {tuple(found.shape)}, not {tuple(x.shape)}"
+                        f"callback_on_step_end returned latents of shape {tuple(latents.shape)}: must be "
+                        f"{tuple(x.shape)}"
                     )
-                return found.to(x)
+                return latents.to(x)
 
-            return sample(watched, prepared.x, prepared.legs, prepared.step, noise, after)
+            return sample(recording, prepared.x, prepared.pairs, prepared.step, noise, on_step_end)
 
-    def _composited(self, z: Tensor, request: Request) -> Tensor:
-        """Decode, crop to the size of the given image, and keep its pixels outside the mask."""
-        made, given, spread = self.decode(z), request.given, request.spread
-        if given is None:
-            return made
-        made = made[..., : given.pixels.shape[2], : given.pixels.shape[3]]
-        return made if given.mask is None else paste(made.cpu(), spread(given.pixels), spread(given.mask))
+    def _composite(self, z: Tensor, request: Request) -> Tensor:
+        """Decode, crop to the size of the input image, and restore its pixels outside the mask."""
+        pixels, image, expand = self.decode(z), request.image, request.expand
+        if image is None:
+            return pixels
+        pixels = pixels[..., : image.pixels.shape[2], : image.pixels.shape[3]]
+        return pixels if image.mask is None else paste(pixels.cpu(), expand(image.pixels), expand(image.mask))
 
     @torch.no_grad()
     def invert(
@@ -226,25 +230,28 @@ class LatentDiffusionPipeline:
     ) -> Tensor:
         """Return the noise (b, c, h, w) from which sampling generates these latents (b, c, h, w) again.
 
-        This holds for ddim with eta 0 and guidance 1, the same number of steps and the same spacing.
+        Sampling must use ddim with eta 0 and guidance scale 1, and the same number of steps and spacing.
 
         prompt: one for all, or one for each. refinements: additional evaluations per step, for a more exact inversion.
+        Raises UserError if the number of prompts or of steps, or the spacing, doesn't fit.
         """
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(latents):
-            raise UserError(f"{len(prompts)} prompts for {len(latents)} latents: give one for all, or each")
+            raise UserError(
+                f"{len(prompts)} prompts for {len(latents)} latents: give one string for all, or one for each"
+            )
         network = self.text_network(*latents.shape[2:])
         denoise = Conditioned(Denoiser(network, self.process.target, self.backbone.dtype), self.encode(prompts))
-        route = self._plan(make_sampler("ddim").grid, num_inference_steps, spacing)
-        with self.model.running(self.unet):
-            return invert(denoise, latents.to(self.device, torch.float32), route.legs, refinements) / route.start_std
+        plan = self._plan(make_sampler("ddim").grid, num_inference_steps, spacing)
+        with self.model.on_device(self.unet):
+            return invert(denoise, latents.to(self.device, torch.float32), plan.pairs, refinements) / plan.start_std
 
     def _plan(self, grid: Grid, steps: int, spacing: Spacing | None) -> Plan:
         p = self.process
         spacing = spacing or p.spacing
         if spacing not in get_args(Spacing):
             raise UserError(f"spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
-        return plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one)
+        return make_plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one)
 
     # -- the model and its device ----------------------------------------------------------------------------------
 
@@ -275,7 +282,7 @@ class LatentDiffusionPipeline:
 
     @property
     def inpaints(self) -> bool:
-        """Whether the backbone was trained to inpaint, with the mask and the image outside it as its context."""
+        """Whether the backbone was trained to inpaint, with the mask and the masked image's latents as its context."""
         return self.model.task == "inpaint"
 
     @property
@@ -284,14 +291,14 @@ class LatentDiffusionPipeline:
         return self.model.device
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the networks to a device and a dtype. The autoencoder overflows in fp16 and takes fp32 instead."""
+        """Move the networks to a device and a dtype. The autoencoder uses fp32 for fp16, in which it overflows."""
         self.model.to(device, dtype)
         return self
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep the networks in main memory and move each to the device only while it runs.
 
-        The device needs memory for the largest network, not for all. Raises UserError if there is no such device.
+        The device then needs memory only for the largest network. Raises UserError if the device can't be used.
         """
         try:
             offload = torch.device(device)
@@ -324,7 +331,7 @@ class LatentDiffusionPipeline:
         """Decode and encode several images at once again."""
         self.model.images_at_once = IMAGES_AT_ONCE
 
-    # -- the single networks ------------------------------------------------------------------------------------------
+    # -- calling one network ------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Return the text features of prompts, (b, tokens, width); each distinct prompt is encoded once."""
@@ -341,17 +348,17 @@ class LatentDiffusionPipeline:
         """
         if self.autoencoder.colours is None:
             raise UserError(
-                "this model's autoencoder has no colours for previews: stage 1 fits them, and so does "
-                "autoencoder.preview.fit_colours for another's"
+                "this model's autoencoder has no preview colours (vae/preview.json), which stage 1 writes: fit them "
+                "with autoencoder.preview.fit_colours"
             )
-        colours = self.autoencoder.colours(latents) / 2 + 0.5
-        return to_pil(colours.clamp(0, 1))
+        pixels = self.autoencoder.colours(latents) / 2 + 0.5
+        return to_pil(pixels.clamp(0, 1))
 
     def text_network(self, h: int, w: int) -> Network:
         """Return the text-to-image network for states (b, c, h, w). An inpainting network gets an all-white mask."""
         if not self.inpaints:
             return self.backbone
-        return beside(self.backbone, self.model.white_context(h, w))
+        return with_context(self.backbone, self.model.white_context(h, w))
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return the height and width of the latents of images of this size in pixels; None: the model's own size.
@@ -361,8 +368,8 @@ class LatentDiffusionPipeline:
         return self.model.latent_size(height, width)
 
 
-class _Watched:
-    """A denoiser that keeps its last output."""
+class _RecordingDenoiser:
+    """A denoiser that stores its last output in `last`."""
 
     def __init__(self, denoise: Denoise) -> None:
         self.denoise = denoise
@@ -372,7 +379,7 @@ class _Watched:
         return self.last
 
 
-def _finish(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
+def _to_output_type(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
     if output_type == "pt":
         return pixels
     return to_pil(pixels) if output_type == "pil" else pixels.permute(0, 2, 3, 1).cpu().numpy()

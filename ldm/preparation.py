@@ -1,4 +1,4 @@
-"""Preparation of sampling: the first state, the legs to walk, the network's context, and guidance."""
+"""Preparation of sampling: the first state, the steps to take, the network's context, and guidance."""
 
 import math
 from collections.abc import Sequence
@@ -9,19 +9,31 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from autoencoder.model import Posterior
-from ldm.denoiser import Denoise, Denoiser, beside
-from ldm.editing import Blended, InpaintMasks, filled, inpaint_masks, inpainting_context, pad, steps_of, without
+from ldm.denoiser import Denoise, Denoiser, with_context
+from ldm.editing import (
+    BlendedStep,
+    InpaintMasks,
+    fill_masked_area,
+    inpaint_masks,
+    inpainting_context,
+    masked_image,
+    pad,
+    steps_for_strength,
+)
 from ldm.errors import UserError
 from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
 from ldm.model import Model
 from ldm.request import Request
-from ldm.spacing import Leg, Plan
+from ldm.spacing import LevelPair, Plan
 from ldm.steps import Sampler, Step
 
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Source of noise: each call returns standard normal noise of the latents' shape, float32."""
+    """Source of noise: each call returns standard normal noise of the latents' shape, float32.
+
+    Raises UserError for a list of generators whose length is not the number of images.
+    """
 
     shape: tuple[int, int, int, int]
     generator: torch.Generator | list[torch.Generator] | None
@@ -37,11 +49,11 @@ class NoiseSource:
         return randn_tensor(self.shape, self.generator, self.device, torch.float32)
 
     def start(self, latents: Tensor | None) -> Tensor:
-        """Return the initial noise: `latents`, or drawn if that is None. Raises UserError for another shape."""
+        """Return the initial noise: `latents`, or drawn noise for None. Raises UserError for another shape."""
         if latents is None:
             return self()
         if tuple(latents.shape) != self.shape:
-            raise UserError(f"latents of shape {tuple(latents.shape)}: these images need {self.shape}")
+            raise UserError(f"latents of shape {tuple(latents.shape)}: must be {self.shape} for these images")
         return latents.to(self.device, torch.float32)
 
 
@@ -51,62 +63,64 @@ class Prepared:
 
     x: Tensor
     """The first state, (b, c, h, w)."""
-    legs: Sequence[Leg]
+    pairs: Sequence[LevelPair]
+    """The levels of the steps to take."""
     step: Step
     context: Tensor | None
-    """Context channels of the network, (1 or b, k, h, w); None: it takes none."""
+    """Context channels of the network, (1 or b, k, h, w); None: it has none."""
 
 
 def prepare(
-    model: Model, request: Request, sampler: Sampler, route: Plan, noise: NoiseSource, latents: Tensor | None
+    model: Model, request: Request, sampler: Sampler, plan: Plan, noise: NoiseSource, latents: Tensor | None
 ) -> Prepared:
-    """Prepare a trajectory from noise, from an image, or within a mask. latents: the initial noise; None: drawn.
+    """Prepare a trajectory from noise, from an image, or inside a mask. latents: the initial noise; None: drawn.
 
     Noise is drawn here in diffusers' order: for the image's posterior, for the first state, and for the posterior of
-    the image outside the mask. Each generated image gets its own noise in all three masks, while stock diffusers
-    uses the same posterior sample for all images of one prompt.
+    the masked image. Each generated image gets its own noise in all three cases, while stock diffusers uses the same
+    posterior sample for all images of one prompt.
     """
-    given, sees, spread = request.given, model.task == "inpaint", request.spread
+    image, inpaints, expand = request.image, model.task == "inpaint", request.expand
     step = sampler.step(model.process.schedule, model.process.variance)
-    if given is None:
-        x = route.start(noise.start(latents))
-        return Prepared(x, route.legs, step, model.white_context(*noise.shape[2:]) if sees else None)
-    legs = route.legs[len(route.legs) - steps_of(given.strength, len(route.legs)) :]
-    pixels = pad(given.pixels, model.size_multiple) * 2 - 1
-    mask = None if given.mask is None else pad(given.mask, model.size_multiple)
-    masks = None if mask is None else inpaint_masks(mask, model.autoencoder.factor, seen=sees)
-    if masks is not None and all(mask_of_latents.all() for mask_of_latents in masks) and not sampler.draws_noise:
-        masks = None  # a sampler that draws noise must draw as often for every mask, or images depend on the batch
+    if image is None:
+        x = plan.start(noise.start(latents))
+        return Prepared(x, plan.pairs, step, model.white_context(*noise.shape[2:]) if inpaints else None)
+    pairs = plan.pairs[len(plan.pairs) - steps_for_strength(image.strength, len(plan.pairs)) :]
+    pixels = pad(image.pixels, model.size_multiple) * 2 - 1
+    mask = None if image.mask is None else pad(image.mask, model.size_multiple)
+    masks = None if mask is None else inpaint_masks(mask, model.autoencoder.factor, mask_is_input=inpaints)
+    # Without unmasked latents, no step needs blending. A sampler that draws noise is wrapped all the same: it must draw
+    # equally often for every mask, or an image would depend on the others of its batch.
+    if masks is not None and all(m.all() for m in masks) and not sampler.draws_noise:
+        masks = None
 
     def sampled(pixels: Tensor) -> Tensor:
-        return Posterior(*map(spread, model.posterior(pixels))).sample(noise())
+        return Posterior(*map(expand, model.posterior(pixels))).sample(noise())
 
     x0: Tensor | None = None
-    if given.strength < 1 or (mask is not None and not sees):
+    if image.strength < 1 or (mask is not None and not inpaints):
         x0 = sampled(pixels)
-    elif (
-        mask is not None and masks is not None
-    ):  # x0 is used at the mask's edge only, and must contain nothing from under the mask
-        x0 = spread(model.posterior(filled(pixels, mask)).mean)
+    elif mask is not None and masks is not None:
+        # x0 is used only at the mask's edge, and must contain nothing of the masked area.
+        x0 = expand(model.posterior(fill_masked_area(pixels, mask)).mean)
     start = noise.start(latents)
     context: Tensor | None = None
-    if sees and mask is not None:
-        context = inpainting_context(spread(mask).to(model.device), sampled(without(pixels, mask)))
-    elif sees:
+    if inpaints and mask is not None:
+        context = inpainting_context(expand(mask).to(model.device), sampled(masked_image(pixels, mask)))
+    elif inpaints:
         context = model.white_context(*noise.shape[2:])
 
     if masks is not None and x0 is not None:
-        masks = InpaintMasks(*(spread(mask_of_latents).to(model.device) for mask_of_latents in masks))
-        step = Blended(step, x0, None if sampler.draws_noise else start, masks, route.legs[-1].next)
-    if x0 is None or given.strength == 1:
-        return Prepared(route.start(start), legs, step, context)
-    x = legs[0].now.alpha * x0 + legs[0].now.sigma * start if legs else x0
-    return Prepared(x, legs, step, context)
+        masks = InpaintMasks(*(expand(m).to(model.device) for m in masks))
+        step = BlendedStep(step, x0, None if sampler.draws_noise else start, masks, plan.pairs[-1].next)
+    if x0 is None or image.strength == 1:
+        return Prepared(plan.start(start), pairs, step, context)
+    x = pairs[0].now.alpha * x0 + pairs[0].now.sigma * start if pairs else x0
+    return Prepared(x, pairs, step, context)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guides:
-    """Guidance settings; see the pipeline's arguments. Raises UserError for scales that aren't finite."""
+class GuidanceSettings:
+    """Guidance settings; the pipeline's arguments explain them. Raises UserError for scales that aren't finite."""
 
     scale: float
     rescale: float
@@ -120,40 +134,40 @@ class Guides:
     def __post_init__(self) -> None:
         scales = (self.scale, self.weak_scale, self.classifier_scale, *(scale for _, scale in self.compose))
         if not all(map(math.isfinite, scales)):
-            raise UserError(f"guidance scales {', '.join(map(str, scales))}: give finite numbers")
+            raise UserError(f"guidance scales {', '.join(map(str, scales))}: must be finite numbers")
 
     @property
-    def prompts_alone(self) -> bool:
-        """Whether only prompts guide: with other guidance, the learned variance is unknown."""
+    def only_prompts(self) -> bool:
+        """Whether only prompts guide; with any other guidance, the learned variance is unknown."""
         return not self.rescale and self.weak is None and self.classifier is None
 
 
-def guide(model: Model, request: Request, guides: Guides, context: Tensor | None) -> Denoise:
+def guide(model: Model, request: Request, guidance: GuidanceSettings, context: Tensor | None) -> Denoise:
     """Return the guided denoiser. Raises UserError if the weaker model doesn't fit."""
-    denoiser, spread, texts = _denoiser(model, context), request.spread, request.texts
-    conditions = [(spread(texts.condition), guides.scale)]
-    conditions += [(spread(model.encode([text])), scale) for text, scale in guides.compose]
-    denoise: Denoise = ClassifierFree(denoiser, spread(texts.negative), conditions, guides.rescale)
-    if guides.interval is not None:
-        denoise = Interval(denoise, Conditioned(denoiser, spread(texts.condition)), *guides.interval)
-    if (weak := guides.weak) is not None:
+    denoiser, expand, texts = _denoiser(model, context), request.expand, request.texts
+    conditions = [(expand(texts.condition), guidance.scale)]
+    conditions += [(expand(model.encode([text])), scale) for text, scale in guidance.compose]
+    denoise: Denoise = ClassifierFree(denoiser, expand(texts.negative), conditions, guidance.rescale)
+    if guidance.interval is not None:
+        denoise = Interval(denoise, Conditioned(denoiser, expand(texts.condition)), *guidance.interval)
+    if (weak := guidance.weak) is not None:
         if not texts.prompts:
-            raise UserError("the weaker model reads the prompt itself: give prompt, not prompt_embeds")
+            raise UserError("the weaker model encodes the prompt itself; give prompt instead of prompt_embeds")
         if not (
             weak.backbone.in_channels == model.backbone.in_channels
             and torch.equal(weak.process.schedule.alpha, model.process.schedule.alpha)
         ):
             raise UserError(
-                "the weaker model has other latents or another noise schedule, or only one of the two was trained to "
-                "inpaint: give one of the same kind"
+                "the weaker model must have the same latent channels, noise schedule and task as the model; use "
+                "one that was trained with the same settings"
             )
-        weaker = Conditioned(_denoiser(weak, context), spread(weak.encode(texts.prompts)))
-        denoise = Autoguided(denoise, weaker, guides.weak_scale)
-    if guides.classifier is not None:
-        denoise = ClassifierGuided(denoise, guides.classifier, guides.classifier_scale)
+        weaker = Conditioned(_denoiser(weak, context), expand(weak.encode(texts.prompts)))
+        denoise = Autoguided(denoise, weaker, guidance.weak_scale)
+    if guidance.classifier is not None:
+        denoise = ClassifierGuided(denoise, guidance.classifier, guidance.classifier_scale)
     return denoise
 
 
 def _denoiser(model: Model, context: Tensor | None) -> Denoiser:
-    network = model.backbone if context is None else beside(model.backbone, context)
+    network = model.backbone if context is None else with_context(model.backbone, context)
     return Denoiser(network, model.process.target, model.backbone.dtype)

@@ -18,7 +18,7 @@ from ldm.kinds import VarianceKind
 from ldm.parameterization import Number
 from ldm.schedule import Level, Schedule
 
-LEAST_VARIANCE = 1e-20  # keeps the logarithm finite if s is clean
+MIN_VARIANCE = 1e-20  # keeps the logarithm finite if s is the clean end
 
 
 class Point(Protocol):
@@ -43,7 +43,7 @@ def marginal(x0: Tensor, t: Point) -> Gaussian:
 
 
 def transition(x_s: Tensor, s: Point, t: Point) -> Gaussian:
-    """Return q(x_t | x_s), the Markov step: Ho et al. 2020, eq. 2, where t is the next index after s."""
+    """Return q(x_t | x_s): Ho et al. 2020, eq. 2, where t is the index after s."""
     return Gaussian(t.alpha / s.alpha * x_s, step_variance(s, t))
 
 
@@ -54,17 +54,18 @@ def step_variance(s: Point, t: Point) -> Number:
 
 def posterior(x_t: Tensor, x0: Tensor, t: Point, s: Point) -> Gaussian:
     """Return q(x_s | x_t, x0), Ho et al. 2020, eq. 6 and 7."""
-    shrink, added = (s.sigma / t.sigma) ** 2, step_variance(s, t)
-    mean = (t.alpha / s.alpha * shrink) * x_t + (s.alpha * added / t.sigma**2) * x0
-    return Gaussian(mean, shrink * added)
+    ratio, added = (s.sigma / t.sigma) ** 2, step_variance(s, t)
+    mean = (t.alpha / s.alpha * ratio) * x_t + (s.alpha * added / t.sigma**2) * x0
+    return Gaussian(mean, ratio * added)
 
 
 def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction: Tensor | None = None) -> Number:
-    """Return the variance of the model's p(x_s | x_t), from the posterior's (`small`) to the forward step's (`large`).
+    """Return the variance of the model's p(x_s | x_t): `small`, `large`, or a learned value between them.
 
-    On a variance-preserving path, `small` is optimal for data at a single point and `large` for data from N(0, 1) (Ho
-    et al. 2020, section 3.2). A learned variance is interpolated between their logarithms by the network's `fraction`,
-    0 to 1 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15). On a flow, near the data, the optimum may lie above both.
+    `small` is the posterior's variance and `large` the forward step's. On a variance-preserving path, `small` is
+    optimal for data at a single point and `large` for data from N(0, 1) (Ho et al. 2020, section 3.2). A learned
+    variance is interpolated between their logarithms by the network's `fraction`, 0 to 1 (Nichol & Dhariwal 2021, arXiv
+    2102.09672, eq. 15). On a flow, near the data, the optimum may be larger than both.
     """
     match kind:
         case "fixed_small":
@@ -72,8 +73,8 @@ def reverse_variance(kind: VarianceKind, small: Number, large: Number, fraction:
         case "fixed_large":
             return large
         case "learned":
-            assert fraction is not None, "this network learned no variance"
-            logs = (torch.as_tensor(v, dtype=fraction.dtype).clamp(min=LEAST_VARIANCE).log() for v in (small, large))
+            assert fraction is not None, "variance learned needs a network that predicts the variance"
+            logs = (torch.as_tensor(v, dtype=fraction.dtype).clamp(min=MIN_VARIANCE).log() for v in (small, large))
             log_small, log_large = logs
             return (fraction * log_large + (1 - fraction) * log_small).exp()
         case _:

@@ -1,4 +1,4 @@
-"""The samplers, one record each. A new sampler needs a name and a case here, and a new step if no existing step fits.
+"""The samplers, one record each. A new sampler needs a name and a case here, and a new step class if none fits.
 
 Only `make_sampler` imports torch, so that a command line can list the names fast.
 """
@@ -16,9 +16,9 @@ SamplerKind = Literal[
 
 
 def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
-    """Return the record of a sampler. eta is ddim's share of noise, 0 to 1.
+    """Return the record of a sampler. eta is the share of new noise in ddim's steps, 0 to 1.
 
-    Raises UserError for an unknown name, or for an eta with another sampler.
+    Raises UserError for an unknown name, or for an eta with a sampler other than ddim.
     """
     from ldm.spacing import Grid
     from ldm.steps import DDPM, Heun, Multistep, PredictorCorrector, Sampler, UniPC
@@ -26,21 +26,21 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
     if kind not in get_args(SamplerKind):
         raise UserError(f"sampler {kind!r}: choose {', '.join(get_args(SamplerKind))}")
     if eta and kind != "ddim":
-        raise UserError(f"eta {eta} with {kind}: only ddim has an eta")
-    euler_grid = Grid(rounded=(), starts_bare=("trailing", "linspace", "karras"))
-    dpm_solver_grid = Grid(rounded=("linspace", "karras"), spare=True)
+        raise UserError(f"eta {eta}: can't be used with sampler {kind}; leave it out, or choose ddim")
+    euler_grid = Grid(rounded=(), starts_at_sigma=("trailing", "linspace", "karras"))
+    dpm_solver_grid = Grid(rounded=("linspace", "karras"), extra_level=True)
     match kind:
         case "ddpm":
             grid = Grid(karras=False)
             return Sampler(lambda _, variance: DDPM(variance), grid, draws_noise=True, uses_learned_variance=True)
         case "ddim":
-            grid = Grid(karras=False, strides=True)
+            grid = Grid(karras=False, fixed_stride=True)
             return Sampler(lambda *_: Multistep(1, eta), grid, draws_noise=eta > 0)
         case "euler":
             return Sampler(lambda *_: Multistep(1), euler_grid, draws_noise=False)
         case "euler_ancestral":
             return Sampler(lambda *_: Multistep(1, 1.0), euler_grid, draws_noise=True)
-        case "heun":  # uses the flow's equation if the first level is pure noise
+        case "heun":  # integrates the flow's equation if the first level is pure noise
             return Sampler(lambda schedule, _: Heun(straight=schedule.zero_terminal_snr), euler_grid, draws_noise=False)
         case "dpmpp_2m":
             return Sampler(lambda *_: Multistep(2), dpm_solver_grid, draws_noise=False)
@@ -51,7 +51,7 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
         case "predictor_corrector":
             return Sampler(
                 lambda _, variance: PredictorCorrector(DDPM(variance)),
-                Grid(starts_bare=("karras",)),
+                Grid(starts_at_sigma=("karras",)),
                 draws_noise=True,
                 uses_learned_variance=True,
             )

@@ -1,7 +1,7 @@
 """Noise schedules: x_t = alpha_t x0 + sigma_t eps, where (alpha_t, sigma_t) is a function of t in [0, 1].
 
-The discrete index i = 0 … T-1 (0 = least noise) is at t = (i + 1) / T; t = 0 is clean and t = 1 is noise. There are two
-kinds of path:
+Index i = 0 … T-1 (0 has the least noise) is at t = (i + 1) / T; t = 0 is clean, and t = 1 has the most noise. There are
+two kinds of path:
 
 - variance-preserving, alpha^2 + sigma^2 = 1, defined by T betas (Ho et al. 2020, arXiv 2006.11239, eq. 2 and 4).
   Between the T points the noise level sigma / alpha of Karras et al. (2022, arXiv 2206.00364) is linear in t,
@@ -23,7 +23,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.kinds import BetaKind, ScheduleKind
 
-_UNKNOWN_TO_US = (
+_UNSUPPORTED = (
     "use_flow_sigmas",
     "use_dynamic_shifting",
     "use_beta_sigmas",
@@ -36,21 +36,21 @@ _UNKNOWN_TO_US = (
     "final_sigmas_type",
     "interpolation_type",
 )
-"""Unsupported keys of diffusers' schedulers, which change the process or the levels if they are set."""
+"""Keys of diffusers' schedulers that change the process or the levels if they are set, and that aren't supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One noise level, in Python numbers, so that coefficients computed from it never wait for a device."""
+    """One noise level, in Python numbers, so that coefficients computed from them never wait for a device."""
 
     alpha: float
     sigma: float
     model_time: int | float
-    """Time input of the network: int at a timestep of a grid of betas, else float."""
+    """Time input of the network: an int at a timestep of a beta schedule, else a float."""
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the clean end, t = 0, where no network is evaluated."""
+        """Whether this is the clean end, t = 0, where the network isn't evaluated."""
         return self.sigma == 0
 
     @property
@@ -77,7 +77,10 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha_t and sigma_t at times t (float64, in [0, 1]), in t's shape; differentiable between the T points."""
+        """Return alpha_t and sigma_t, each of t's shape, at float64 times t in [0, 1].
+
+        They are differentiable between the T points.
+        """
 
     @abstractmethod
     def level(self, index: int | float) -> Level:
@@ -85,7 +88,7 @@ class Schedule(ABC):
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio alpha^2 / sigma^2 by index, (T,); falling."""
+        """Signal-to-noise ratio alpha^2 / sigma^2 by index, (T,); it decreases."""
         return (self.alpha / self.sigma) ** 2
 
     @property
@@ -93,10 +96,9 @@ class Schedule(ABC):
         """Whether the last level is pure noise."""
         return self.alpha[-1].item() == 0
 
-    def _at(self, index: int | float) -> tuple[float, float]:
-        """Return alpha and sigma at an index."""
+    def _alpha_and_sigma(self, index: int | float) -> tuple[float, float]:
         if not -1 <= index <= self.T - 1:
-            raise ValueError(f"index {index}: this schedule has -1 (clean) to {self.T - 1}")
+            raise ValueError(f"index {index}: must be from -1 (clean) to {self.T - 1} for this schedule")
         alpha, sigma = self(self.alpha.new_tensor((index + 1) / self.T))
         return alpha.item(), sigma.item()
 
@@ -112,32 +114,39 @@ class Schedule(ABC):
         """Build the schedule of the given kind.
 
         beta_start and beta_end (Stable Diffusion's by default) aren't used by `cosine` and `flow`; only `flow` uses
-        shift.
+        shift. Raises UserError for options that don't fit the kind.
         """
         if kind == "flow":
             if zero_terminal_snr:
-                raise UserError("zero_terminal_snr with a flow: its last level is pure noise already; leave it out")
+                raise UserError(
+                    "zero_terminal_snr: can't be set with schedule flow, which always ends in pure noise; leave it out"
+                )
             return RectifiedFlow(T, shift)
         if shift != 1:
-            raise UserError(f"shift {shift} with schedule {kind}: only a flow is shifted")
+            raise UserError(f"shift {shift}: can't be used with schedule {kind}; leave it out, or choose schedule flow")
         betas = make_betas(kind, T, beta_start, beta_end)
         return BetaSchedule(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
 
     @staticmethod
     def from_diffusers(config: Mapping[str, Any]) -> "Schedule":
         """Read the schedule from any scheduler's scheduler_config.json. Raises UserError for unsupported keys."""
-        for key in _UNKNOWN_TO_US:
+        for key in _UNSUPPORTED:
             if config.get(key) not in (None, False, "discrete", "zero", "linear"):
-                raise UserError(f"scheduler config: {key} {config[key]!r} is not supported; give a config without it")
+                raise UserError(
+                    f"scheduler config: {key} {config[key]!r} is not supported; use a configuration without it"
+                )
         T = config.get("num_train_timesteps", 1000)
         if not isinstance(T, int) or isinstance(T, bool) or T < 1:
-            raise UserError(f"scheduler config: num_train_timesteps {T!r}: give a whole number from 1")
+            raise UserError(f"scheduler config: num_train_timesteps {T!r}: must be a whole number from 1")
         if str(config.get("_class_name", "")).startswith("FlowMatch"):
             return RectifiedFlow(T, config.get("shift", 1.0))
         if config.get("trained_betas") is not None:
             betas = _as_betas(config["trained_betas"])
             if len(betas) != T:
-                raise UserError(f"scheduler config: {len(betas)} trained_betas for {T} num_train_timesteps")
+                raise UserError(
+                    f"scheduler config: trained_betas has {len(betas)} values, num_train_timesteps is {T}: they must "
+                    "be equal"
+                )
         else:
             names: dict[str, BetaKind] = {
                 "linear": "linear",
@@ -148,11 +157,10 @@ class Schedule(ABC):
             kind, start, end = (config.get(key) for key in ("beta_schedule", "beta_start", "beta_end"))
             if not isinstance(kind, str) or kind not in names:
                 raise UserError(
-                    f"scheduler config: beta_schedule {kind!r} is not known; give trained_betas, or one of "
-                    f"{', '.join(names)}"
+                    f"scheduler config: beta_schedule {kind!r}: choose {', '.join(names)}, or give trained_betas"
                 )
             if kind != "squaredcos_cap_v2" and not all(isinstance(end, int | float) for end in (start, end)):
-                raise UserError(f"scheduler config: beta_start {start!r}, beta_end {end!r}: give two numbers")
+                raise UserError(f"scheduler config: beta_start {start!r}, beta_end {end!r}: both must be numbers")
             betas = make_betas(names[kind], T, start or 0.5, end or 0.5)
         rescale = config.get("rescale_betas_zero_snr") and betas[-1] < 1  # trained_betas may have been rescaled before
         return BetaSchedule(rescale_to_zero_terminal_snr(betas) if rescale else betas)
@@ -174,53 +182,54 @@ class BetaSchedule(Schedule):
         self._noise = torch.cat([self.sigma.new_zeros(1), self.sigma / self.alpha])  # (T + 1,), index t T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        table, place = self._noise.to(t.device), t * self.T
-        below = place.long().clamp(0, self.T - 1)
-        low, high, share = table[below], table[below + 1], place - below
+        table, position = self._noise.to(t.device), t * self.T
+        below = position.long().clamp(0, self.T - 1)
+        low, high, fraction = table[below], table[below + 1], position - below
         # In the last interval before pure noise, whose sigma / alpha is infinite, alpha / sigma is linear instead.
-        endless = torch.isinf(high)
-        noise = torch.where(endless, low / (1 - share), torch.lerp(low, torch.where(endless, low, high), share))
+        infinite = torch.isinf(high)
+        noise = torch.where(infinite, low / (1 - fraction), torch.lerp(low, torch.where(infinite, low, high), fraction))
         return (1 + noise**2).rsqrt(), (1 + noise**-2).rsqrt()
 
     def level(self, index: int | float) -> Level:
-        return Level(*self._at(index), int(index) if index == int(index) else index)
+        return Level(*self._alpha_and_sigma(index), int(index) if index == int(index) else index)
 
     def at_noise(self, noise: float) -> Level:
-        """Return the level of a given sigma / alpha, with the time interpolated in its logarithm as in k-diffusion."""
+        """Return the level whose sigma / alpha is `noise`; its time is interpolated in log(noise) as in k-diffusion."""
         logs = self._noise[1:].log()
         low = int((logs <= math.log(noise)).sum().clamp(1, self.T - 1)) - 1
-        share = (math.log(noise) - logs[low].item()) / (logs[low + 1] - logs[low]).item()
+        fraction = (math.log(noise) - logs[low].item()) / (logs[low + 1] - logs[low]).item()
         alpha = 1 / math.hypot(1, noise)
-        return Level(alpha, alpha * noise, low + min(max(share, 0.0), 1.0))
+        return Level(alpha, alpha * noise, low + min(max(fraction, 0.0), 1.0))
 
 
 class RectifiedFlow(Schedule):
     """The straight path from data to noise: alpha = 1 - s, sigma = s with s = shift t / (1 + (shift - 1) t).
 
-    A shift of sqrt(m / n) gives images of m elements the same uncertainty as images of n elements without a shift
-    (Esser et al. 2024, eq. 23). The network's time is s T, as for diffusers' flow models.
+    With a shift of sqrt(m / n), images of m elements have the same uncertainty as images of n elements without a shift
+    (Esser et al. 2024, eq. 23). The network's time is s T, as for diffusers' flow models. Raises UserError for a shift
+    that isn't a positive number.
     """
 
     def __init__(self, T: int = 1000, shift: float = 1.0) -> None:
         if not (isinstance(shift, int | float) and 0 < shift < math.inf):
-            raise UserError(f"shift {shift!r}: give a positive number, 1 for none")
+            raise UserError(f"shift {shift!r}: must be a positive number; 1 is no shift")
         self.T, self.shift = T, shift
         self.alpha, self.sigma = self(torch.arange(1, T + 1, dtype=torch.float64) / T)
         self.model_times = self.sigma * T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        stretch = 1 + (self.shift - 1) * t
-        return (1 - t) / stretch, self.shift * t / stretch
+        divisor = 1 + (self.shift - 1) * t
+        return (1 - t) / divisor, self.shift * t / divisor
 
     def level(self, index: int | float) -> Level:
-        alpha, sigma = self._at(index)
+        alpha, sigma = self._alpha_and_sigma(index)
         return Level(alpha, sigma, sigma * self.T)
 
 
 def make_betas(kind: BetaKind, T: int, start: float, end: float) -> Tensor:
     """Return T betas from `start` to `end`, (T,) float64; `cosine` ignores both."""
     if kind != "cosine" and not 0 < start <= end < 1:
-        raise UserError(f"betas from {start} to {end}: both must lie strictly between 0 and 1, the greater at the end")
+        raise UserError(f"beta_start {start}, beta_end {end}: must satisfy 0 < beta_start <= beta_end < 1")
     match kind:
         case "linear":  # Ho et al. 2020, section 4
             return torch.linspace(start, end, T, dtype=torch.float64)
@@ -250,11 +259,11 @@ def _as_betas(betas: Tensor | Sequence[float]) -> Tensor:
     try:
         betas = torch.as_tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise UserError("betas: give a list of T numbers") from None
+        raise UserError("betas: must be a list of numbers") from None
     if betas.ndim != 1 or len(betas) < 2:
-        raise UserError(f"betas of shape {tuple(betas.shape)}: give a list of T numbers, at least 2")
+        raise UserError(f"betas of shape {tuple(betas.shape)}: must be a list of at least 2 numbers")
     last = torch.arange(len(betas)) == len(betas) - 1
-    outside = betas[~((betas > 0) & (betas < 1) | last & (betas == 1))]
-    if len(outside):
-        raise UserError(f"beta {outside[0].item()}: every beta must lie strictly between 0 and 1 (the last may be 1)")
+    invalid = betas[~((betas > 0) & (betas < 1) | last & (betas == 1))]
+    if len(invalid):
+        raise UserError(f"beta {invalid[0].item()}: must be greater than 0 and less than 1 (the last may be 1)")
     return betas

@@ -1,4 +1,4 @@
-"""The noise levels that a sampler visits, as legs from noise to data. diffusers' schedulers choose the same ones.
+"""The noise levels that a sampler visits, from noise to data. They equal those of diffusers' schedulers.
 
 leading, trailing, linspace: Lin et al. 2024 (arXiv 2305.08891), table 2; karras: Karras et al. 2022 (arXiv 2206.00364),
 eq. 5 with rho 7, from the schedule's highest noise level to its lowest.
@@ -19,8 +19,8 @@ from ldm.schedule import BetaSchedule, Level, Schedule
 _RHO = 7
 
 
-class Leg(NamedTuple):
-    """One step from level `now`, where the network is evaluated, to level `next`."""
+class LevelPair(NamedTuple):
+    """The two levels of one step: it evaluates the network at `now` and leads to `next`."""
 
     now: Level
     next: Level
@@ -28,12 +28,12 @@ class Leg(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The legs from noise to data, and the standard deviation of the first state.
+    """The levels of all steps from noise to data, and the standard deviation of the first state.
 
-    For image to image, start at a later leg k: walk `legs[k:]` from alpha x0 + sigma eps at `legs[k].now`.
+    Image to image takes only the steps `pairs[k:]`, and starts from alpha x0 + sigma eps at the level `pairs[k].now`.
     """
 
-    legs: tuple[Leg, ...]
+    pairs: tuple[LevelPair, ...]
     start_std: float
 
     def start(self, noise: Tensor) -> Tensor:
@@ -43,64 +43,66 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Rules for a sampler's levels on a grid of betas and for its first state, equal to its diffusers scheduler's."""
+    """Rules for a sampler's levels on a beta schedule and for its first state, as in its diffusers scheduler."""
 
     rounded: tuple[Spacing, ...] = ("linspace",)
-    """Spacings whose times are rounded to timesteps (those of leading and trailing always are timesteps)."""
-    spare: bool = False
+    """Spacings whose times are rounded to timesteps. The times of leading and trailing always are timesteps."""
+    extra_level: bool = False
     """Whether leading and linspace divide the range into n + 1 levels and leave out the lowest."""
-    strides: bool = False
-    """Whether every leg goes down by T // n, wherever the next leg begins. The model sets where the last leg ends."""
+    fixed_stride: bool = False
+    """Whether every step ends T // n below its start, even if the next step starts at another level."""
     karras: bool = True
     """Whether karras spacing is possible."""
-    starts_bare: tuple[Spacing, ...] = ()
-    """Spacings for which the first state is sigma eps; for others it has the variance of x_t."""
+    starts_at_sigma: tuple[Spacing, ...] = ()
+    """Spacings for which the first state is sigma eps; for the others it is eps, which has the variance of x_t."""
 
 
-def plan(
+def make_plan(
     schedule: Schedule, grid: Grid, n: int, spacing: Spacing, steps_offset: int = 1, set_alpha_to_one: bool = False
 ) -> Plan:
-    """Return a sampler's n legs, equal to those of its diffusers scheduler made `from_config` of a DDIMScheduler.
+    """Return the plan of a sampler's n steps. It equals that of its diffusers scheduler, made by `from_config`.
 
-    The last leg ends at t = 0; on a grid of betas with strides, it ends at index 0 unless `set_alpha_to_one`. On a
-    flow, times aren't rounded, and the first state has the standard deviation of x_t for data of variance 1. Raises
-    UserError if n steps don't fit the schedule, or if the spacing doesn't fit the sampler or the path.
+    The last step ends at t = 0; on a beta schedule with `fixed_stride`, it ends at index 0 unless `set_alpha_to_one`.
+    On a flow, times aren't rounded, and the first state has the standard deviation of x_t for data of variance 1.
+    Raises UserError if n steps don't fit the schedule, or if the spacing doesn't fit the sampler or the path.
     """
     T = schedule.T
     if not 1 <= n <= T:
-        raise UserError(f"{n} sampling steps: give 1 to {T}, the model's timesteps")
+        raise UserError(f"{n} sampling steps: must be 1 to {T}, the model's number of timesteps")
     if not isinstance(schedule, BetaSchedule):
         levels = [schedule.level(i) for i in _flow_indices(n, T, spacing, steps_offset)]
-        return _through([*levels, schedule.level(-1)], math.hypot(levels[0].alpha, levels[0].sigma))
+        return _consecutive([*levels, schedule.level(-1)], math.hypot(levels[0].alpha, levels[0].sigma))
     if spacing == "karras":
         levels = _karras_levels(schedule, grid, n)
     else:
         levels = [schedule.level(i) for i in _indices(n, T, spacing, steps_offset, grid).tolist()]
-    if grid.strides:
-        # diffusers' DDIM goes down by T // n from every index. With leading, the next leg begins there. With
-        # trailing, the two can differ by an index if n doesn't divide T. With linspace, the steps are too short
-        # and noise remains in the image. This is kept, so that our images equal diffusers'.
-        down, end = T // n, -1 if set_alpha_to_one else 0
-        ends = (level.model_time - down if level.model_time >= down else end for level in levels)
-        return Plan(tuple(Leg(level, schedule.level(j)) for level, j in zip(levels, ends, strict=True)), 1.0)
-    return _through([*levels, schedule.level(-1)], levels[0].sigma if spacing in grid.starts_bare else 1.0)
+    if grid.fixed_stride:
+        # A step of diffusers' DDIM ends T // n below its start. With leading, the next step starts there. With
+        # trailing, the two can differ by one index if n doesn't divide T. With linspace, the steps are too short
+        # and noise remains in the image. We do the same, so that our images equal diffusers'.
+        stride, end = T // n, -1 if set_alpha_to_one else 0
+        ends = (level.model_time - stride if level.model_time >= stride else end for level in levels)
+        return Plan(tuple(LevelPair(level, schedule.level(j)) for level, j in zip(levels, ends, strict=True)), 1.0)
+    return _consecutive([*levels, schedule.level(-1)], levels[0].sigma if spacing in grid.starts_at_sigma else 1.0)
 
 
 def _indices(n: int, T: int, spacing: Spacing, steps_offset: int, grid: Grid) -> np.ndarray:
-    """Return the n falling indices (n,) that a sampler visits on a grid of T. Raises UserError if they don't fit."""
-    divisions = n + 1 if grid.spare else n
+    """Return the n decreasing indices (n,) at which steps start, out of T. Raises UserError if they don't fit."""
+    divisions = n + 1 if grid.extra_level else n
     indices: np.ndarray
     match spacing:
         case "leading":
             if n == 1:
-                raise UserError("1 step with leading spacing begins and ends next to the data: take trailing")
+                raise UserError(
+                    "1 step with leading spacing would start at almost no noise: choose trailing, or more steps"
+                )
             indices = (np.arange(divisions) * (T // divisions))[::-1][:n] + steps_offset
-        case "trailing":  # the float arange can have one element too many, below index 0
+        case "trailing":  # a float arange can have one element too many, below index 0
             indices = np.round(np.arange(T, 0, -T / n))[:n] - 1
         case "linspace":
             indices = np.linspace(0, T - 1, divisions)[::-1][:n] if divisions > 1 else np.array([T - 1])
         case "karras":
-            raise UserError("karras spacing is one of noise levels, not of timesteps")
+            raise UserError("karras spacing: it spaces noise levels, not timesteps; choose another spacing")
         case _:
             assert_never(spacing)
     if spacing in grid.rounded:
@@ -108,24 +110,29 @@ def _indices(n: int, T: int, spacing: Spacing, steps_offset: int, grid: Grid) ->
     if indices[0] > T - 1 or indices[-1] < 0 or (np.diff(indices) >= 0).any():
         raise UserError(
             f"{n} steps with {spacing} spacing (steps_offset {steps_offset}) don't fit {T} timesteps: "
-            "take fewer steps, or trailing spacing"
+            "choose fewer steps, or trailing spacing"
         )
     return indices
 
 
-def _through(levels: list[Level], start_std: float) -> Plan:
-    return Plan(tuple(Leg(*ends) for ends in pairwise(levels)), start_std)
+def _consecutive(levels: list[Level], start_std: float) -> Plan:
+    """Return a plan in which every step starts where the one before it ends."""
+    return Plan(tuple(LevelPair(*ends) for ends in pairwise(levels)), start_std)
 
 
 def _karras_levels(schedule: BetaSchedule, grid: Grid, n: int) -> list[Level]:
     if not grid.karras:
         raise UserError(
-            "karras spacing with a sampler that walks whole timesteps: take another spacing or sampler (euler is ddim's step)"
+            "karras spacing: can't be used with a sampler that needs whole timesteps, such as ddim; choose another "
+            "spacing, or euler, which takes the same steps as ddim"
         )
     if schedule.zero_terminal_snr:
-        raise UserError("karras spacing begins at a finite noise level, which zero terminal SNR has not: take trailing")
-    most, least = (schedule.level(i).noise ** (1 / _RHO) for i in (schedule.T - 1, 0))
-    levels = [schedule.at_noise(float(noise)) for noise in np.linspace(most, least, n) ** _RHO]
+        raise UserError(
+            "karras spacing: needs a finite highest noise level, but this model's is infinite (zero terminal SNR); "
+            "choose trailing"
+        )
+    highest, lowest = (schedule.level(i).noise ** (1 / _RHO) for i in (schedule.T - 1, 0))
+    levels = [schedule.at_noise(float(noise)) for noise in np.linspace(highest, lowest, n) ** _RHO]
     if "karras" in grid.rounded:
         return [replace(level, model_time=round(level.model_time)) for level in levels]
     return levels
@@ -133,7 +140,7 @@ def _karras_levels(schedule: BetaSchedule, grid: Grid, n: int) -> list[Level]:
 
 def _flow_indices(n: int, T: int, spacing: Spacing, steps_offset: int) -> list[float]:
     if spacing == "karras":
-        raise UserError("karras spacing on a flow, whose noise levels reach infinity: take trailing (and a shift)")
+        raise UserError("karras spacing: needs a finite highest noise level, but a flow's is infinite; choose trailing")
     if spacing == "trailing":
         return [T - k * T / n - 1 for k in range(n)]
     return _indices(n, T, spacing, steps_offset, Grid(rounded=())).tolist()

@@ -1,9 +1,9 @@
-"""The steps of the samplers, and the sampling loop that walks the legs of a plan with them.
+"""The steps of the samplers, and the sampling loop that takes them.
 
 DDPM       Ho et al. 2020, arXiv 2006.11239, eq. 7
 DDIM       Song et al. 2021, arXiv 2010.02502, eq. 12 and 16
-Euler      Karras et al. 2022, arXiv 2206.00364, algorithm 1, lines 4 and 5: DDIM's step with eta 0, which is also Euler's
-           on the straight path; ancestral, DDIM's with eta 1
+Euler      Karras et al. 2022, arXiv 2206.00364, algorithm 1, lines 4 and 5: DDIM's step with eta 0, which is also
+           Euler's on the straight path; ancestral: DDIM's step with eta 1
 Heun       Karras et al. 2022, algorithm 1
 DPM++ 2M   Lu et al. 2022, arXiv 2211.01095, algorithm 2: DDIM's step with x̂0 extrapolated; its SDE form, with eta 1
 UniPC      Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2, of order 2 with B(h) = e^h - 1
@@ -26,40 +26,43 @@ from ldm.errors import UserError
 from ldm.parameterization import to_eps
 from ldm.process import VarianceKind, posterior, reverse_variance, score, step_variance
 from ldm.schedule import Level, Schedule
-from ldm.spacing import Grid, Leg
+from ldm.spacing import Grid, LevelPair
 
 Noise = Callable[[], Tensor]
-"""Source of noise: each call returns standard normal noise of the state's shape. Steps draw where diffusers does."""
+"""Source of noise: each call returns standard normal noise of the state's shape. Steps draw in diffusers' order."""
 
 
 class Step(Protocol):
-    """A function that walks one leg. Multistep methods keep a state, so each trajectory needs its own object."""
+    """A function from the state x at level `now` to the state at level `next`, both (b, c, h, w).
+
+    Multistep methods keep earlier outputs, so each trajectory needs its own object.
+    """
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Record of everything that distinguishes one sampler from another."""
+    """Everything that distinguishes one sampler from another."""
 
-    make: Callable[[Schedule, VarianceKind], Step]
-    """Constructor of the step for a trajectory on a schedule, with the variance that the model was trained for."""
+    make_step: Callable[[Schedule, VarianceKind], Step]
+    """Constructor of the step for one trajectory: (the model's schedule, the model's variance) → step."""
     grid: Grid
     """Rules for the visited levels and the first state."""
     draws_noise: bool
     """Whether the steps add noise, so that the same first state can lead to different images."""
     uses_learned_variance: bool = False
-    """Whether the step has a variance, which the network may have learned."""
+    """Whether the steps use the learned variance of a network that has one."""
 
     def step(self, schedule: Schedule, variance: VarianceKind = "fixed_small") -> Step:
-        """Make a step for one trajectory. It gets a source of noise only if `draws_noise` is set."""
-        step = self.make(schedule, variance)
-        return step if self.draws_noise else _Noiseless(step)
+        """Make the step for one trajectory. Without `draws_noise`, the step raises RuntimeError if it draws noise."""
+        step = self.make_step(schedule, variance)
+        return step if self.draws_noise else _WithoutNoise(step)
 
 
 @dataclass(frozen=True)
-class _Noiseless:
-    """A step without a source of noise."""
+class _WithoutNoise:
+    """A step whose source of noise raises RuntimeError."""
 
     step: Step
 
@@ -67,47 +70,47 @@ class _Noiseless:
         return self.step(denoise, x, now, next, self._refuse)
 
     def _refuse(self) -> Tensor:
-        raise RuntimeError(f"{self.step} draws noise, but its sampler's record says that it draws none")
+        raise RuntimeError(f"{self.step} draws noise, but its sampler has draws_noise=False: set it to True")
 
 
 def sample(
     denoise: Denoise,
     x: Tensor,
-    legs: Iterable[Leg],
+    pairs: Iterable[LevelPair],
     step: Step,
     noise: Noise,
-    callback: Callable[[int, Leg, Tensor], Tensor] | None = None,
+    callback: Callable[[int, LevelPair, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Walk the legs from state x (b, c, h, w) and return the last state.
+    """Take one step for each pair of levels, from the state x (b, c, h, w), and return the last state.
 
-    `callback(k, leg, x)` gets the state after leg k and returns the same or a changed one.
+    `callback(k, pair, x)` gets the state after step k and returns the same or a changed one.
     """
-    for k, leg in enumerate(legs):
-        x = step(denoise, x, leg.now, leg.next, noise)
+    for k, pair in enumerate(pairs):
+        x = step(denoise, x, pair.now, pair.next, noise)
         if callback is not None:
-            x = callback(k, leg, x)
+            x = callback(k, pair, x)
     return x
 
 
-def invert(denoise: Denoise, x: Tensor, legs: Sequence[Leg], refinements: int = 0) -> Tensor:
-    """Walk the legs of DDIM backwards, from data to the noise that DDIM (eta 0) maps to these data.
+def invert(denoise: Denoise, x: Tensor, pairs: Sequence[LevelPair], refinements: int = 0) -> Tensor:
+    """Return the noise (b, c, h, w) that DDIM (eta 0) maps to the data x (b, c, h, w), by its steps in reverse order.
 
-    The eps of each leg belongs to a state that isn't known yet. It is first evaluated at the leg's end (Dhariwal &
-    Nichol 2021, arXiv 2105.05233, appendix F), then `refinements` times at the state that results (a fixed-point
-    iteration: Pan et al. 2023, arXiv 2309.04907).
+    The eps of a step belongs to the state at its start, which isn't known yet. It is first evaluated at the known
+    state, at the step's end (Dhariwal & Nichol 2021, arXiv 2105.05233, appendix F), then `refinements` times at the
+    state that results (a fixed-point iteration: Pan et al. 2023, arXiv 2309.04907).
     """
-    for now, next in reversed(legs):
-        guess, at = x, now if next.is_last else next
+    for now, next in reversed(pairs):
+        estimate, level = x, now if next.is_last else next
         for _ in range(refinements + 1):
-            eps = to_eps("x0", denoise(guess, at).x0, guess, at.alpha, at.sigma)
-            guess, at = now.alpha / next.alpha * (x - next.sigma * eps) + now.sigma * eps, now
-        x = guess
+            eps = to_eps("x0", denoise(estimate, level).x0, estimate, level.alpha, level.sigma)
+            estimate, level = now.alpha / next.alpha * (x - next.sigma * eps) + now.sigma * eps, now
+        x = estimate
     return x
 
 
 @dataclass(frozen=True)
 class DDPM:
-    """Ancestral sampling: a draw from p(x_s | x_t), Ho et al. 2020, eq. 7 with x̂0, for any two levels.
+    """Ancestral sampling: a draw from p(x_s | x_t) for any two levels, Ho et al. 2020, eq. 7 with x̂0.
 
     The step to t = 0, where the posterior's variance is 0, returns the mean.
     """
@@ -115,14 +118,14 @@ class DDPM:
     variance: VarianceKind = "fixed_small"
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        made = denoise(x, now)
-        mean, small = posterior(x, made.x0, now, next)
+        denoised = denoise(x, now)
+        mean, small = posterior(x, denoised.x0, now, next)
         if now.model_time <= 0:
             return mean
         z = noise()
         if next.is_last:
             return mean
-        variance = reverse_variance(self.variance, small, step_variance(next, now), made.variance_fraction)
+        variance = reverse_variance(self.variance, small, step_variance(next, now), denoised.variance_fraction)
         return mean + variance**0.5 * z
 
 
@@ -131,22 +134,23 @@ class Multistep:
     """The DDIM family: alpha x̂ + sigma eps at the next level, where a share `eta` of the eps is new noise.
 
     Song et al. 2021, eq. 12 and 16: eta 0 solves the ODE, eta 1 is DDPM's step. Order 1 uses x̂ = x̂0, which is Euler's
-    step on Karras' ODE: for y = x / alpha and s = sigma / alpha, y + (s_next - s) (y - x̂0) / s keeps the eps,
-    (y - x̂0) / s. Order 2 extrapolates x̂ from the last leg (Lu et al. 2022, algorithm 2, midpoint), except in the
-    step to t = 0.
+    step on Karras' ODE: for y = x / alpha and s = sigma / alpha, y + (s_next - s) (y - x̂0) / s has the same eps,
+    (y - x̂0) / s. Order 2 extrapolates x̂ from the previous step (Lu et al. 2022, algorithm 2, midpoint), except in the
+    step to t = 0. Raises UserError for an eta outside [0, 1].
     """
 
     order: Literal[1, 2] = 1
     eta: float = 0.0
     previous: tuple[Tensor, Level] | None = None
+    """x̂0 and level at the start of the previous step, if order 2 needs them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
-            raise UserError(f"eta {self.eta}: give 0 (no noise) to 1 (as much as DDPM)")
+            raise UserError(f"eta {self.eta}: must be 0 (no noise) to 1 (as much as DDPM)")
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         x0 = denoise(x, now).x0
-        target = x0 + _half_slope(x0, self.previous, now, next)
+        target = x0 + _half_step_change(x0, self.previous, now, next)
         self.previous = (x0, now) if self.order == 2 and not next.is_last else None
         std = self.eta * next.sigma * math.sqrt(max(0.0, 1 - (next.noise / now.noise) ** 2))
         x = move(x, target, now, next, math.sqrt(next.sigma**2 - std**2))
@@ -155,37 +159,37 @@ class Multistep:
 
 @dataclass
 class UniPC:
-    """DPM++ 2M's step, corrected after the network's evaluation at its end. One evaluation per leg."""
+    """DPM++ 2M's step, which the next step corrects with the network's output at its end. One evaluation per step."""
 
-    uncorrected: tuple[Tensor, Tensor, Level] | None = None
-    """State, x̂0 and level at the start of the last leg."""
-    previous: tuple[Tensor, Level] | None = None
-    """x̂0 and level at the start of the leg before it."""
+    last: tuple[Tensor, Tensor, Level] | None = None
+    """State, x̂0 and level at the start of the last step."""
+    second_last: tuple[Tensor, Level] | None = None
+    """x̂0 and level at the start of the step before the last."""
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
         x0 = denoise(x, now).x0
-        last = None
-        if self.uncorrected is not None:
-            x, last = self._correct(*self.uncorrected, x0, now), self.uncorrected[1:]
-        self.previous, self.uncorrected = last, (x, x0, now)
+        previous = None
+        if self.last is not None:
+            x, previous = self._correct(*self.last, x0, now), self.last[1:]
+        self.second_last, self.last = previous, (x, x0, now)
         if next.is_last:
-            self.previous = self.uncorrected = None
-        return move(x, x0 + _half_slope(x0, last, now, next), now, next, next.sigma)
+            self.second_last = self.last = None
+        return move(x, x0 + _half_step_change(x0, previous, now, next), now, next, next.sigma)
 
-    def _correct(self, x: Tensor, x0: Tensor, then: Level, x0_now: Tensor, now: Level) -> Tensor:
-        """Repeat the last leg, using x̂0 at its end: Zhao et al. 2023, algorithm 1."""
-        h = then.half_log_snr - now.half_log_snr  # their -h, since x̂0 is integrated
+    def _correct(self, x: Tensor, x0: Tensor, start: Level, x0_end: Tensor, end: Level) -> Tensor:
+        """Repeat the last step, now that x̂0 at its end is known: Zhao et al. 2023, algorithm 1."""
+        h = start.half_log_snr - end.half_log_snr  # their -h, since x̂0 is integrated
         phi = math.expm1(h)
         first = (phi / h - 1) / phi
-        if self.previous is None:
-            correction = (x0_now - x0) / 2
+        if self.second_last is None:
+            correction = (x0_end - x0) / 2
         else:
             second = 2 * ((phi / h - 1) / h - 0.5) / phi
-            earlier, before = self.previous
-            r = (then.half_log_snr - before.half_log_snr) / h  # negative, in units of this leg
+            x0_before, before = self.second_last
+            r = (start.half_log_snr - before.half_log_snr) / h  # negative, in units of this step
             weight = (second - first) / (r - 1)
-            correction = weight / r * (earlier - x0) + (first - weight) * (x0_now - x0)
-        return move(x, x0 + correction, then, now, now.sigma)
+            correction = weight / r * (x0_before - x0) + (first - weight) * (x0_end - x0)
+        return move(x, x0 + correction, start, end, end.sigma)
 
 
 @dataclass(frozen=True)
@@ -217,11 +221,11 @@ class Heun:
 
 @dataclass(frozen=True)
 class PredictorCorrector:
-    """DDPM's step, then a step of Langevin dynamics at the level reached. Two evaluations per leg.
+    """DDPM's step, then a step of Langevin dynamics at its end. Two evaluations per step.
 
-    The step size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4, with the ratio of the norms of noise and score,
-    which they measure, replaced by its expectation, sigma. Their algorithm 5 has another factor, which depends on the
-    path's scale.
+    The Langevin step's size is 2 (snr sigma)^2: Song et al. 2021, algorithm 4. They measure the ratio of the norms of
+    noise and score; here it is replaced by its expectation, sigma. Their algorithm 5 has another factor, which depends
+    on the path's scale.
     """
 
     predictor: Step = DDPM()
@@ -236,15 +240,18 @@ class PredictorCorrector:
 
 
 def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor:
-    """Return alpha_next x0 + sigma eps, for the eps that x and x0 imply at `now`."""
-    kept = sigma / now.sigma
-    return kept * x + (next.alpha - kept * now.alpha) * x0
+    """Return alpha_next x0 + sigma eps, with the eps that follows from x and x0 at `now`."""
+    ratio = sigma / now.sigma
+    return ratio * x + (next.alpha - ratio * now.alpha) * x0
 
 
-def _half_slope(x0: Tensor, previous: tuple[Tensor, Level] | None, now: Level, next: Level) -> Tensor | float:
-    """Return the change of x̂0 over half the leg, from its slope in lambda since the last leg; 0 if there is none."""
+def _half_step_change(x0: Tensor, previous: tuple[Tensor, Level] | None, now: Level, next: Level) -> Tensor | float:
+    """Return the change of x̂0 over half the step, from its slope in lambda over the previous step.
+
+    It is 0 without a previous step, and for the step to t = 0.
+    """
     if previous is None or next.is_last:
         return 0.0
-    last_x0, last = previous
-    ratio = (next.half_log_snr - now.half_log_snr) / (now.half_log_snr - last.half_log_snr)
-    return ratio / 2 * (x0 - last_x0)
+    x0_before, before = previous
+    ratio = (next.half_log_snr - now.half_log_snr) / (now.half_log_snr - before.half_log_snr)
+    return ratio / 2 * (x0 - x0_before)

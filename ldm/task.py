@@ -8,7 +8,7 @@ Task = Literal["txt2img", "inpaint"]
 
 
 def context_channels(task: Task, latent_channels: int) -> int:
-    """Return the number of input channels besides the state, e.g. a mask and the latent of the image outside it."""
+    """Return the number of input channels besides the state: for inpaint, a mask and the masked image's latents."""
     match task:
         case "txt2img":
             return 0
@@ -22,9 +22,10 @@ def task_by_channels(context: int, latent_channels: int) -> Task:
     """Return the task whose context has this number of channels. Raises UserError if there is none."""
     for task in get_args(Task):
         if context == context_channels(task, latent_channels):
-            found: Task = task
-            return found
+            matching: Task = task
+            return matching
     raise UserError(
-        f"the network takes {latent_channels + context} channels, the autoencoder's latents have {latent_channels} (to "
-        f"inpaint, {2 * latent_channels + 1} are taken): they don't belong together"
+        f"the network has {latent_channels + context} input channels, but the autoencoder's latents have "
+        f"{latent_channels} channels: it needs {latent_channels} (txt2img) or {2 * latent_channels + 1} (inpaint); use "
+        "a network and an autoencoder that were trained together"
     )

@@ -1,7 +1,7 @@
 """Distributions of training timesteps: maps from the batch's uniform random numbers to indices 0 … T-1.
 
-Each map is an inverse distribution function, so stratified numbers give stratified timesteps. A batch gets the same
-timesteps on any number of processes.
+Each map is an inverse distribution function, so stratified numbers result in stratified timesteps. A batch gets the
+same timesteps on any number of processes.
 """
 
 import math
@@ -17,20 +17,22 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class SampledTimesteps:
-    """Timesteps of a batch: index (b,) int64; weight (b,) or 1, which corrects means to those of uniform timesteps."""
+    """Timesteps of a batch."""
 
     index: Tensor
+    """Index of each timestep, (b,) int64."""
     weight: Tensor | float
+    """Importance weight, (b,) or 1. The weighted mean of a loss estimates its mean over uniform timesteps."""
 
 
 class Timesteps(Protocol):
-    """A map from uniform random numbers u (b,) in [0, 1) to the timesteps of a schedule with T of them."""
+    """A map from uniform random numbers u (b,) in [0, 1) to timesteps of a schedule of T timesteps."""
 
     def __call__(self, u: Tensor, T: int) -> SampledTimesteps: ...
 
 
 def uniform(u: Tensor, T: int) -> SampledTimesteps:
-    """Draw every timestep with the same probability."""
+    """Return timesteps that all have the same probability."""
     return SampledTimesteps((u * T).long().clamp(max=T - 1), 1.0)  # a cast may have rounded u to 1
 
 
@@ -38,7 +40,7 @@ def uniform(u: Tensor, T: int) -> SampledTimesteps:
 class LogitNormal:
     """Timesteps t = sigmoid(mean + std z) for standard normal z: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
 
-    In the paper this distribution is the weighting of the levels, so the weight is 1 and doesn't correct for it.
+    In the paper, this distribution itself weights the levels. So the importance weight is 1.
     """
 
     mean: float = 0.0
@@ -47,7 +49,7 @@ class LogitNormal:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise UserError(
-                f"logit-normal timesteps of mean {self.mean}, deviation {self.std}: give a positive deviation"
+                f"logit-normal timesteps of mean {self.mean}, std {self.std}: both must be finite and std positive"
             )
 
     def __call__(self, u: Tensor, T: int) -> SampledTimesteps:
@@ -58,53 +60,58 @@ class LogitNormal:
 class Importance(nn.Module):
     """Importance sampling, p(i) ∝ sqrt(E[loss(i)^2]): Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 18.
 
-    Levels are divided into bins. A bin's mean square is a running average over its examples; after n examples it has
-    moved by 1 - (1 - rate)^n. A share `floor` of the probability stays uniform. All of it is uniform until every bin
-    has had an example. The buffers are the state; they are the same on every process after `fold`.
+    Timesteps are divided into bins. A bin's mean square is a running average over its examples: n examples replace a
+    share 1 - (1 - rate)^n of it. A share `floor` of the probability stays uniform. All of it is uniform until every bin
+    has had an example. The buffers are the state; they are the same on every process after `update`.
     """
 
     mean_square: Tensor
+    """Running average of the squared loss in each bin, (bins,)."""
     seen: Tensor
+    """Number of examples in each bin so far, (bins,)."""
     pending: Tensor
-    """Sums of squared losses and counts since the last fold, (2, bins). Not a buffer, which DDP copies from rank 0."""
+    """Sums of squared losses and counts since the last `update`, (2, bins).
+
+    It isn't a buffer, because DDP copies buffers from rank 0.
+    """
 
     def __init__(self, bins: int = 100, rate: float = 0.02, floor: float = 0.05) -> None:
         super().__init__()
         self.rate, self.floor = rate, floor
         self.register_buffer("mean_square", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(bins, dtype=torch.float64))
-        self.forget()
+        self.discard()
 
     def probability(self) -> Tensor:
         """Return the probability of each bin, (bins,)."""
         bins = len(self.seen)
-        known = (self.seen > 0).all() & (self.mean_square > 0).any()
-        root = torch.where(known, self.mean_square.sqrt(), 1.0)
+        complete = (self.seen > 0).all() & (self.mean_square > 0).any()
+        root = torch.where(complete, self.mean_square.sqrt(), 1.0)
         return (1 - self.floor) * root / root.sum() + self.floor / bins
 
     def forward(self, u: Tensor, T: int) -> SampledTimesteps:
         p = self.probability()
         ends = p.cumsum(0)
         u = u.to(p) * ends[-1]
-        at = torch.searchsorted(ends, u, right=True).clamp(max=len(p) - 1)
-        place = ((u - (ends - p)[at]) / p[at]).clamp(0, 1)
-        index = ((at + place) * T / len(p)).long().clamp(max=T - 1)
-        return SampledTimesteps(index, 1 / (len(p) * p[at]))
+        bin_index = torch.searchsorted(ends, u, right=True).clamp(max=len(p) - 1)
+        position = ((u - (ends - p)[bin_index]) / p[bin_index]).clamp(0, 1)  # within the bin
+        index = ((bin_index + position) * T / len(p)).long().clamp(max=T - 1)
+        return SampledTimesteps(index, 1 / (len(p) * p[bin_index]))
 
-    def note(self, index: Tensor, loss: Tensor, T: int) -> None:
+    def record(self, index: Tensor, loss: Tensor, T: int) -> None:
         """Record the losses (b,) of a part of a batch; non-finite losses are left out."""
-        at, square = self._bin(index, T), loss.detach().double() ** 2
+        bin_index, square = self._bin(index, T), loss.detach().double() ** 2
         self.pending = self.pending.to(square.device)
         finite = torch.isfinite(square).double()
-        self.pending[0].index_add_(0, at, torch.where(finite > 0, square, 0.0))
-        self.pending[1].index_add_(0, at, finite)
+        self.pending[0].index_add_(0, bin_index, torch.where(finite > 0, square, 0.0))
+        self.pending[1].index_add_(0, bin_index, finite)
 
-    def forget(self) -> None:
-        """Discard the losses recorded since the last `fold`."""
+    def discard(self) -> None:
+        """Discard the losses recorded since the last `update`."""
         self.pending = torch.zeros(2, *self.seen.shape, dtype=torch.float64, device=self.seen.device)
 
-    def fold(self) -> None:
-        """Update the averages with the losses recorded on all processes."""
+    def update(self) -> None:
+        """Update the averages with the losses recorded on all processes since the last call."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.pending)
         total, count = self.pending
@@ -112,7 +119,7 @@ class Importance(nn.Module):
         share = torch.where(self.seen > 0, 1 - (1 - self.rate) ** count, (count > 0).double())
         self.mean_square.lerp_(mean, share)
         self.seen += count
-        self.forget()
+        self.discard()
 
     def _bin(self, index: Tensor, T: int) -> Tensor:
         return index * len(self.seen) // T

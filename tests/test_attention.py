@@ -173,9 +173,9 @@ def test_unavailable_xformers_is_reported_in_one_line(monkeypatch: pytest.Monkey
             require_attention("xformers")
     with monkeypatch.context() as patch:
         install(patch, definition, device="cuda")
-        refused(unet, "CUDA GPU", "the device cpu")
+        refused(unet, "CUDA GPU", "the device is cpu")
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(UserError, match="there is none"):
+        with pytest.raises(UserError, match="torch finds none"):
             require_attention("xformers")
         require_attention("auto")
         require_attention("sdpa")

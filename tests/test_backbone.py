@@ -106,8 +106,8 @@ def test_a_transformer_trains_and_generates(
         )
     assert (once / "model/transformer/weights.safetensors").is_file()
     assert not (once / "model/unet").exists()
-    limits = "a learned variance" if out == 8 else "a Transformer: stock diffusers can't load it"
-    assert f"This model has {limits}" in (once / "model/README.md").read_text()
+    limits = "variance learned" if out == 8 else "network Transformer: stock diffusers can't load this model"
+    assert f"Note: {limits}" in (once / "model/README.md").read_text()
     assert final_state(once, 4) == final_state(twice, 4)
 
     backbone = TransformerBackbone.load(once / "model/transformer")
@@ -144,7 +144,7 @@ def test_a_weaker_transformer_guides_and_inversion_recovers_the_noise() -> None:
     assert pipe.set_attention("auto") == "sdpa"
     with pytest.raises(UserError, match="Transformer"):
         pipe.set_attention("xformers")
-    with pytest.raises(UserError, match="Transformer has no counterpart in the original layout"):
+    with pytest.raises(UserError, match="Transformer: has no counterpart in the original layout"):
         pipe.save_single_file("never.safetensors")
 
 
@@ -155,7 +155,7 @@ def test_a_network_that_does_not_fit_is_refused(shapes: Path, parts: Path, tmp_p
         (transformer(channels=9), {}, "has in_channels 9, but this run needs 4"),
         (transformer(), {"task": "inpaint"}, "has in_channels 4, but this run needs 9"),
         (transformer(), {"init": "anything"}, "init 'anything' with a backbone"),
-        (transformer(), {"gradient_checkpointing": True}, "has no gradient checkpointing"),
+        (transformer(), {"gradient_checkpointing": True}, "gradient checkpointing: Transformer doesn't support it"),
     ):
         with pytest.raises(UserError, match=message):
             train.stages.ldm.train(config(shapes, tmp_path / "run", parts, **change), backbone=backbone)
@@ -183,7 +183,7 @@ def test_the_task_is_read_from_the_folder(tmp_path: Path, inpaints: bool) -> Non
     assert LatentDiffusionPipeline.from_pretrained(folder).model.task == task
     if inpaints:
         with pytest.raises(
-            UserError, match="said to be for txt2img, whose network has 5 context channels: 0 are needed"
+            UserError, match="task txt2img: the network needs 0 context channels, but it has 5"
         ):
             load_as(folder, "StableDiffusionPipeline")
     else:  # such a network inpaints by blending, in diffusers too
@@ -198,9 +198,9 @@ def test_the_unet_reports_its_properties() -> None:
     facts = unet.latent_channels, unet.context_channels, unet.out_channels, unet.condition_width, unet.sample_size
     assert facts == (4, 5, 8, 32, (16, 16))
     assert (unet.size_multiple, unet.describe(), unet.stock_limits()) == (2, "channels 32, 64", None)
-    assert UNet.of(tiny_pipeline().unet, 4).adapted(5, 8).sample_size == (8, 8)
+    assert UNet.wrap(tiny_pipeline().unet, 4).adapt(5, 8).sample_size == (8, 8)
     assert pipe.unet is unet.module
     other = tiny_pipeline()
     other.autoencoder.latent_channels = 8
-    with pytest.raises(UserError, match="the network takes 4 channels, the autoencoder's latents have 8"):
+    with pytest.raises(UserError, match="the network has 4 input channels, but the autoencoder's latents have 8"):
         LatentDiffusionPipeline(other.unet, other.autoencoder, other.text_encoder, other.process)

@@ -389,11 +389,11 @@ def test_help_lists_every_field_with_its_meaning() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--diffusion.target eps --diffusion.zero-terminal-snr True", "take v, x0 or flow"),
+        ("--diffusion.target eps --diffusion.zero-terminal-snr True", "choose v, x0 or flow"),
         ("--diffusion.objective vlb --diffusion.offset-noise 0.1", "offset_noise 0.1 with objective vlb"),
         ("--sample-steps 1001", "1001 sampling steps"),
         ("--unet.channels 64", "unet: channels (64,)"),
-        ("--diffusion.shift 2", "shift 2.0 with schedule scaled_linear"),
+        ("--diffusion.shift 2", "shift 2.0: can't be used with schedule scaled_linear"),
     ],
 )
 def test_contradictory_settings_are_refused(line: str, words: str) -> None:

@@ -9,7 +9,15 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
-from ldm.editing import Blended, filled, inpaint_masks, on_latents, steps_of, to_mask, to_pixels
+from ldm.editing import (
+    BlendedStep,
+    fill_masked_area,
+    inpaint_masks,
+    latent_mask,
+    steps_for_strength,
+    to_mask,
+    to_pixels,
+)
 from ldm.errors import UserError
 from ldm.formats.images import to_rgb
 from ldm.schedule import Schedule
@@ -69,11 +77,11 @@ def test_inpainting_equals_stock_diffusers(pipe, saved, strength):
 
 
 def test_strength_is_the_share_of_steps_that_are_taken():
-    assert [steps_of(s, 25) for s in (0, 0.001, 0.04, 0.28, 0.6, 0.999, 1)] == [0, 1, 1, 7, 15, 24, 25]
-    assert steps_of(0.29, 100) == 29  # binary fractions give 28.999…
+    assert [steps_for_strength(s, 25) for s in (0, 0.001, 0.04, 0.28, 0.6, 0.999, 1)] == [0, 1, 1, 7, 15, 24, 25]
+    assert steps_for_strength(0.29, 100) == 29  # binary fractions give 28.999…
     for odd in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="strength"):
-            steps_of(odd, 10)
+            steps_for_strength(odd, 10)
 
 
 def test_strength_1_is_text_to_image_and_strength_0_is_the_autoencoder(pipe):
@@ -121,7 +129,7 @@ def test_outside_the_mask_nothing_changes(pipe):
 def test_a_line_of_one_pixel_reaches_the_latents(line):
     mask = Image.new("L", (512, 512))
     ImageDraw.Draw(mask).line(line, 255, 1)
-    small = on_latents(to_mask(mask, (512, 512)), 8)
+    small = latent_mask(to_mask(mask, (512, 512)), 8)
     assert small.shape == (1, 1, 64, 64)
     assert (small[0, 0].amax(0) == 1).sum() in (1, 64)
     assert int(small.sum()) == 64
@@ -142,7 +150,7 @@ def test_blending_keeps_the_unmasked_area_and_releases_the_edge_at_low_noise(sam
     x0, start, drawn = torch.full((1, 1, 1, 3), 2.0), torch.full((1, 1, 1, 3), 3.0), torch.full((1, 1, 1, 3), 5.0)
     last = schedule.level(0)
     places = inpaint_masks(mask, 4, seen)
-    step = Blended(lambda *_: torch.full((1, 1, 1, 3), 7.0), x0, start if same else None, places, last)
+    step = BlendedStep(lambda *_: torch.full((1, 1, 1, 3), 7.0), x0, start if same else None, places, last)
     for index in (900, 600, 400, 100, 0):
         level = schedule.level(index) if index else last
         got = step(None, x0, level, level, lambda: drawn)[0, 0, 0].tolist()
@@ -180,7 +188,7 @@ def test_pil_images_are_converted_by_orientation_depth_and_alpha():
     assert to_pixels(turned).shape == (1, 3, 6, 4)
     once = to_rgb(turned)
     np.testing.assert_array_equal(np.asarray(to_rgb(once)), np.asarray(once))
-    with pytest.raises(UserError, match="32 bits a pixel"):
+    with pytest.raises(UserError, match="32 bits per pixel"):
         to_pixels(Image.new("F", (4, 4)))
     bytes_ = np.zeros((2, 2, 3), np.uint8)
     bytes_.flags.writeable = False
@@ -201,14 +209,14 @@ def test_masked_pixels_are_filled_from_their_surroundings():
     x = torch.rand(1, 3, 13, 22, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 13, 22)
     mask[..., 2:9, 4:20] = 1
-    made = filled(x, mask)
+    made = fill_masked_area(x, mask)
     assert torch.equal(torch.where(mask == 0, made, x), x)
-    assert torch.equal(made, filled(torch.where(mask > 0, -5.0, x), mask))  # nothing under the mask is used
+    assert torch.equal(made, fill_masked_area(torch.where(mask > 0, -5.0, x), mask))  # nothing under the mask is used
     assert made.amin() >= x.amin()
     assert made.amax() <= x.amax()
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 13, 22)
-    torch.testing.assert_close(filled(torch.where(mask > 0, 0.0, red), mask), red)
-    assert torch.isfinite(filled(x, torch.ones_like(mask))).all()
+    torch.testing.assert_close(fill_masked_area(torch.where(mask > 0, 0.0, red), mask), red)
+    assert torch.isfinite(fill_masked_area(x, torch.ones_like(mask))).all()
 
 
 def test_nearly_black_parts_of_a_mask_count_as_black(pipe):
@@ -220,7 +228,7 @@ def test_nearly_black_parts_of_a_mask_count_as_black(pipe):
         for m in (mask, noisy)
     )
     np.testing.assert_array_equal(one, other)
-    with pytest.raises(UserError, match="mask_image is black"):
+    with pytest.raises(UserError, match="mask_image is completely black"):
         pipe("a star", mask_image=Image.fromarray(noisy * (mask == 0)), **how)
 
 
@@ -255,18 +263,18 @@ def test_a_batch_equals_its_images_generated_separately(pipe):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"mask_image": box_mask()}, "speak of an image: give image too"),
-        ({"strength": 0.5}, "speak of an image: give image too"),
+        ({"mask_image": box_mask()}, "need an input image: give image too"),
+        ({"strength": 0.5}, "need an input image: give image too"),
         ({"image": smooth_images(1), "strength": 1.5}, "strength 1.5"),
-        ({"image": smooth_images(3)}, "3 images for 2 prompts"),
-        ({"image": [smooth_images(1)[0], *smooth_images(1, (40, 32))]}, "give one size"),
+        ({"image": smooth_images(3)}, "3 images but 2 prompts"),
+        ({"image": [smooth_images(1)[0], *smooth_images(1, (40, 32))]}, "must have the same size"),
         ({"image": []}, "PIL images"),
         ({"image": ["cat.png"]}, "PIL images"),
         ({"image": torch.zeros(1, 4, 32, 32)}, r"shape \(1, 4, 32, 32\)"),
         ({"image": torch.full((1, 3, 32, 32), 2.0)}, "values from 2 to 2"),
         ({"image": torch.full((1, 3, 32, 32), float("nan"))}, "values from nan"),
-        ({"image": smooth_images(1), "mask_image": Image.new("L", (32, 32))}, "mask_image is black"),
-        ({"image": smooth_images(1), "width": 64}, "its own size holds"),
+        ({"image": smooth_images(1), "mask_image": Image.new("L", (32, 32))}, "mask_image is completely black"),
+        ({"image": smooth_images(1), "width": 64}, "can't be used with an input image"),
     ],
 )
 def test_invalid_arguments_are_refused(pipe, how, message):

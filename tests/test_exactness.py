@@ -12,7 +12,7 @@ from ldm.denoiser import Denoised, Denoiser
 from ldm.guidance import Conditioned
 from ldm.samplers import make_sampler
 from ldm.schedule import Level, RectifiedFlow, Schedule
-from ldm.spacing import Leg, plan
+from ldm.spacing import LevelPair, make_plan
 from ldm.steps import DDPM, Heun, Multistep, PredictorCorrector, UniPC, invert, sample
 from support.draws import draw
 
@@ -69,7 +69,7 @@ def exact_correlated(x_t, level):
     return Denoised(centre + torch.einsum("oc,bchw->bohw", torch.from_numpy(gain(level)), x_t - level.alpha * centre))
 
 
-def affine_map(legs, step, start_std, draws):
+def affine_map(pairs, step, start_std, draws):
     """Return the constant (2,) and the matrix (noises, 2) of a sampler, which is affine in its noise on Gaussian data.
 
     They are measured with one impulse at a time, which is exact and not statistical.
@@ -83,18 +83,18 @@ def affine_map(legs, step, start_std, draws):
         calls[0] += 1
         return z
 
-    x = sample(exact_correlated, start_std * impulse(), legs, step, impulse)[..., 0, 0].numpy()
+    x = sample(exact_correlated, start_std * impulse(), pairs, step, impulse)[..., 0, 0].numpy()
     assert calls[0] <= draws + 1
     return x[0], x[1:] - x[0]
 
 
-def propagate(kind, legs, start_std, eta):
+def propagate(kind, pairs, start_std, eta):
     """Return mean (2,) and covariance (2, 2) at the end by the papers' formulas, on the departure d = x - alpha CENTRE.
 
     d's rows: its mean, then its coefficient of each noise so far; variances are sums of their squares.
     """
-    d = np.concatenate([-legs[0].now.alpha * CENTRE[None], start_std * np.eye(2)])
-    memory = []  # x̂0's departure, lambda and other values of earlier legs that a later one needs
+    d = np.concatenate([-pairs[0].now.alpha * CENTRE[None], start_std * np.eye(2)])
+    memory = []  # x̂0's departure, lambda and other values of earlier pairs that a later one needs
 
     def noised(d, std):
         return np.concatenate([d, std * np.eye(2)])
@@ -102,7 +102,7 @@ def propagate(kind, legs, start_std, eta):
     def padded(a, d):
         return np.concatenate([a, np.zeros((len(d) - len(a), 2))])
 
-    for t, s in legs:
+    for t, s in pairs:
         x0 = d @ gain(t).T
         a_t, s_t, a_s, s_s = t.alpha, t.sigma, s.alpha, s.sigma
         k_t, k_s = s_t / a_t, s_s / a_s  # Karras' noise levels
@@ -181,23 +181,23 @@ def propagate(kind, legs, start_std, eta):
             d = s_s / s_t * d - a_s * math.expm1(-h) * drift
         else:
             raise AssertionError(kind)
-    return legs[-1].next.alpha * CENTRE + d[0], d[1:].T @ d[1:]
+    return pairs[-1].next.alpha * CENTRE + d[0], d[1:].T @ d[1:]
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", MAKE)
 def test_mean_and_covariance_equal_the_closed_form(kind, spacing):
-    route = plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 20, spacing)
-    constant, matrix = affine_map(route.legs, MAKE[kind](), route.start_std, 45)
-    mean, covariance = propagate(kind, route.legs, route.start_std, 0.4 if kind == "ddim_0.4" else 0.0)
+    route = make_plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 20, spacing)
+    constant, matrix = affine_map(route.pairs, MAKE[kind](), route.start_std, 45)
+    mean, covariance = propagate(kind, route.pairs, route.start_std, 0.4 if kind == "ddim_0.4" else 0.0)
     np.testing.assert_allclose(constant, mean, atol=1e-9)
     np.testing.assert_allclose(matrix.T @ matrix, covariance, atol=1e-9)
 
 
 @pytest.mark.parametrize(("kind", "schedule"), ON_PATHS)
 def test_many_steps_reach_the_data(kind, schedule):
-    route = plan(schedule, make_sampler(SAMPLER[kind]).grid, 1000, "trailing")
-    constant, matrix = affine_map(route.legs, MAKE[kind](), route.start_std, 2005)
+    route = make_plan(schedule, make_sampler(SAMPLER[kind]).grid, 1000, "trailing")
+    constant, matrix = affine_map(route.pairs, MAKE[kind](), route.start_std, 2005)
     np.testing.assert_allclose(constant, CENTRE, atol=0.03)
     np.testing.assert_allclose(matrix.T @ matrix, COVARIANCE, atol=0.03)
 
@@ -220,8 +220,8 @@ def test_order_of_convergence(kind, order, std):
         levels = [level_at(-3 + 4.5 * k / n) for k in range(n + 1)]
         first, last = levels[0], levels[-1]
         exact = last.alpha * MEAN + wide(last) / wide(first) * (x - first.alpha * MEAN)
-        legs = [Leg(*ends) for ends in pairwise(levels)]
-        end = sample(lambda x, level: exact_gaussian(x, level, std=std), x, legs, MAKE[kind](), no_noise)
+        pairs = [LevelPair(*ends) for ends in pairwise(levels)]
+        end = sample(lambda x, level: exact_gaussian(x, level, std=std), x, pairs, MAKE[kind](), no_noise)
         errors.append((end - exact).abs().max().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
@@ -249,12 +249,12 @@ BIAS = 0.01
 @pytest.mark.parametrize(("kind", "schedule"), ON_PATHS)
 def test_the_modes_of_a_mixture_have_their_weights(kind, schedule):
     route, generator, count = (
-        plan(schedule, make_sampler(SAMPLER[kind]).grid, 50, "trailing"),
+        make_plan(schedule, make_sampler(SAMPLER[kind]).grid, 50, "trailing"),
         torch.Generator().manual_seed(4),
         20000,
     )
     noise = lambda: torch.randn((count, 1, 1, 1), generator=generator, dtype=torch.float64)  # noqa: E731
-    x = sample(exact_mixture, route.start(noise()), route.legs, MAKE[kind](), noise).flatten()
+    x = sample(exact_mixture, route.start(noise()), route.pairs, MAKE[kind](), noise).flatten()
     which = (x[:, None] - MODES).abs().argmin(1)
     shares = torch.bincount(which, minlength=3) / count
     assert ((shares - SHARES).abs() < 3 * (SHARES * (1 - SHARES) / count).sqrt() + BIAS).all(), shares
@@ -276,12 +276,15 @@ def exact_finite(x_t, level):
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", MAKE)
 def test_samples_of_a_finite_dataset_are_its_data(kind, spacing):
-    route, generator = plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 50, spacing), torch.Generator().manual_seed(4)
+    route, generator = (
+        make_plan(SCHEDULE, make_sampler(SAMPLER[kind]).grid, 50, spacing),
+        torch.Generator().manual_seed(4),
+    )
     noise = lambda: torch.randn((500, 3, 2, 2), generator=generator, dtype=torch.float64)  # noqa: E731
-    x = sample(exact_finite, route.start(noise()), route.legs, MAKE[kind](), noise)
+    x = sample(exact_finite, route.start(noise()), route.pairs, MAKE[kind](), noise)
     distance = (x[:, None] - POINTS).flatten(2).square().mean(2).sqrt()  # (b, points)
     nearest, which = distance.min(1)
-    end = route.legs[-1].next
+    end = route.pairs[-1].next
     # ddim stops at index 0, with that level's noise, the others without noise. A sample midway between two points is
     # possible but unlikely.
     assert (nearest < 1e-6 + 3 * end.sigma).double().mean() >= 0.98
@@ -307,7 +310,7 @@ def test_samples_do_not_depend_on_the_path(kind):
         generator = torch.Generator().manual_seed(3)
         noise = lambda g=generator: torch.randn((64, 1, 1, 1), generator=g, dtype=torch.float64)  # noqa: E731
         start = levels[0].sigma * noise()
-        ends.append(sample(exact_mixture, start, [Leg(*ends) for ends in pairwise(levels)], MAKE[kind](), noise))
+        ends.append(sample(exact_mixture, start, [LevelPair(*ends) for ends in pairwise(levels)], MAKE[kind](), noise))
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-10)
 
@@ -319,8 +322,8 @@ def nonlinear(x_t, level):
 def test_ddpm_is_ddim_with_eta_1():
     x, z = draw(4, 2, 3, 3, seed=1), draw(4, 2, 3, 3, seed=2)
     for now, after in [(999, 960), (500, 499), (41, 1), (1, -1)]:
-        leg = SCHEDULE.level(now), SCHEDULE.level(after)
-        a, b = (step(nonlinear, x, *leg, lambda: z) for step in (DDPM(), Multistep(1, 1.0)))
+        pair = SCHEDULE.level(now), SCHEDULE.level(after)
+        a, b = (step(nonlinear, x, *pair, lambda: z) for step in (DDPM(), Multistep(1, 1.0)))
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -346,20 +349,20 @@ def test_a_single_datum_is_reached_exactly_by_any_ode_step():
     # With x̂0 = d throughout, the solution is alpha d + sigma eps with constant eps.
     d, eps = draw(3, 2, 2, 2, seed=1), draw(3, 2, 2, 2, seed=2)
     for kind in ODE:
-        legs = plan(SCHEDULE, make_sampler("dpmpp_2m").grid, 4, "trailing").legs
-        start, end = legs[0].now, legs[-1].next
-        x = sample(lambda x, level: Denoised(d), start.alpha * d + start.sigma * eps, legs, MAKE[kind](), no_noise)
+        pairs = make_plan(SCHEDULE, make_sampler("dpmpp_2m").grid, 4, "trailing").pairs
+        start, end = pairs[0].now, pairs[-1].next
+        x = sample(lambda x, level: Denoised(d), start.alpha * d + start.sigma * eps, pairs, MAKE[kind](), no_noise)
         torch.testing.assert_close(x, end.alpha * d + end.sigma * eps, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dpmpp_2m", "unipc"])
 def test_a_multistep_step_forgets_a_finished_trajectory(kind):
     route, step, x = (
-        plan(SCHEDULE, make_sampler(kind).grid, 8, "trailing"),
+        make_plan(SCHEDULE, make_sampler(kind).grid, 8, "trailing"),
         make_sampler(kind).step(SCHEDULE),
         draw(2, 1, 2, 2),
     )
-    first, second = (sample(nonlinear, x, route.legs, step, no_noise) for _ in range(2))
+    first, second = (sample(nonlinear, x, route.pairs, step, no_noise) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -369,20 +372,20 @@ def test_a_multistep_step_forgets_a_finished_trajectory(kind):
 @pytest.mark.parametrize("end", [False, True])
 def test_inversion_recovers_the_noise_of_the_data(end):
     # Refinements converge to the noise from which DDIM generates the data again, up to rounding.
-    legs = plan(SCHEDULE, make_sampler("ddim").grid, 50, "trailing", set_alpha_to_one=end).legs
+    pairs = make_plan(SCHEDULE, make_sampler("ddim").grid, 50, "trailing", set_alpha_to_one=end).pairs
     x = MODES[draw(64, 1, 1, 1).argsort(0) % 3] + WIDTH * draw(64, 1, 1, 1, seed=1)
     errors = []
     for refinements in (0, 2, 60):
-        noise = invert(exact_gaussian, x, legs, refinements)
-        errors.append((sample(exact_gaussian, noise, legs, Multistep(), no_noise) - x).abs().max().item())
+        noise = invert(exact_gaussian, x, pairs, refinements)
+        errors.append((sample(exact_gaussian, noise, pairs, Multistep(), no_noise) - x).abs().max().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-9
 
 
 def test_inversion_of_gaussian_data_gives_standard_noise():
-    legs = plan(SCHEDULE, make_sampler("ddim").grid, 500, "trailing").legs
+    pairs = make_plan(SCHEDULE, make_sampler("ddim").grid, 500, "trailing").pairs
     x = MEAN + STD * draw(20000, 1, 1, 1)
-    noise = invert(exact_gaussian, x, legs, 3)
+    noise = invert(exact_gaussian, x, pairs, 3)
     assert noise.mean().item() == pytest.approx(0, abs=0.08)  # alpha there is 0.068, so a part of the mean stays
     assert noise.std().item() == pytest.approx(1, abs=0.03)
 
@@ -396,9 +399,9 @@ def test_inversion_of_gaussian_data_gives_standard_noise():
 )
 def test_the_loop_never_synchronises_with_the_device(kind, schedule):
     # A meta tensor has no values: reading one would raise.
-    route, x = plan(schedule, make_sampler("dpmpp_2m").grid, 10, "trailing"), torch.empty(2, 4, 8, 8, device="meta")
+    route, x = make_plan(schedule, make_sampler("dpmpp_2m").grid, 10, "trailing"), torch.empty(2, 4, 8, 8, device="meta")
     denoise = Conditioned(Denoiser(lambda x_t, index, c: x_t * index.view(-1, 1, 1, 1), "v", torch.bfloat16), x)
-    end = sample(denoise, route.start(x), route.legs, MAKE[kind](), lambda: torch.empty_like(x))
+    end = sample(denoise, route.start(x), route.pairs, MAKE[kind](), lambda: torch.empty_like(x))
     assert (end.dtype, end.shape) == (x.dtype, x.shape)
 
 
@@ -408,6 +411,6 @@ def test_sampling_from_pure_noise_reaches_the_data(kind):
     schedule, generator = Schedule.build("scaled_linear", zero_terminal_snr=True), torch.Generator().manual_seed(0)
     levels = [schedule.level(i) for i in [*range(999, 0, -4), -1]]
     noise = lambda: torch.randn((4000, 1, 1, 1), generator=generator, dtype=torch.float64)  # noqa: E731
-    x = sample(exact_gaussian, noise(), [Leg(*ends) for ends in pairwise(levels)], MAKE[kind](), noise)
+    x = sample(exact_gaussian, noise(), [LevelPair(*ends) for ends in pairwise(levels)], MAKE[kind](), noise)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert x.std().item() == pytest.approx(STD, abs=0.03)

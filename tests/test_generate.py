@@ -407,7 +407,7 @@ def test_damaged_metadata_is_refused_in_one_line(tmp_path: Path, given: Path) ->
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         (tmp_path / "x.png").write_bytes(broken[: rng.choice((len(broken), rng.randrange(len(broken))))])
         refused("txt2img", "--like", tmp_path / "x.png", *out)
-    assert "no PNG" in refused("txt2img", "--like", given / "text.png", *out)
+    assert "not a PNG image" in refused("txt2img", "--like", given / "text.png", *out)
     assert "No such file" in refused("txt2img", "--like", tmp_path / "none.png", *out)
     assert "directory" in refused("txt2img", "--like", tmp_path, *out)
     assert not (tmp_path / "new").exists()
@@ -685,7 +685,7 @@ BAD = [
     ("txt2img --num-images 0", "--num-images 0"),
     ("txt2img --batch-size 0", "--batch-size 0"),
     ("txt2img --preview -1", "--preview -1"),
-    ("txt2img --preview 2", "no colours"),
+    ("txt2img --preview 2", "no preview colours"),
     ("txt2img --offload --device cpu", "--offload"),
     ("txt2img --seed -1", "--seed -1"),
     ("txt2img --seed 9223372036854775807 --num-images 2", "--seed 9223372036854775807"),

@@ -14,7 +14,7 @@ from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.process import score
 from ldm.samplers import make_sampler
 from ldm.schedule import RectifiedFlow, Schedule
-from ldm.spacing import plan
+from ldm.spacing import make_plan
 from ldm.steps import sample
 from support.draws import draw
 
@@ -292,14 +292,14 @@ def test_autoguidance_extrapolates_away_from_the_weaker_model(scale):
 def test_autoguided_gaussians_stay_affine(path):
     # The ODE's samples are slope × noise + offset, found numerically. Guidance away from a broader model narrows them.
     main, weak = (lambda x, level, m=model: Denoised(gaussian(x, level, *m)) for model in (MAIN, WEAK))
-    legs, noise, spreads = (
-        plan(path, make_sampler("ddim").grid, 20, "trailing", set_alpha_to_one=True).legs,
+    pairs, noise, spreads = (
+        make_plan(path, make_sampler("ddim").grid, 20, "trailing", set_alpha_to_one=True).pairs,
         draw(4, 1, 2, 2),
         [],
     )
     for scale in (1.0, 2.0, 3.0):
         slope, offset = 1.0, 0.0
-        for t, s in legs:
+        for t, s in pairs:
             gains = [t.alpha * std**2 / (t.alpha**2 * std**2 + t.sigma**2) for _, std in (MAIN, WEAK)]
             gain = scale * gains[0] + (1 - scale) * gains[1]
             still = sum(
@@ -309,7 +309,7 @@ def test_autoguided_gaussians_stay_affine(path):
             kept = s.sigma / t.sigma  # alpha_s x̂0 + sigma_s eps, with eps = (x - alpha_t x̂0) / sigma_t
             factor = s.alpha - kept * t.alpha
             slope, offset = (kept + factor * gain) * slope, (kept + factor * gain) * offset + factor * still
-        x = sample(Autoguided(main, weak, scale), noise, legs, make_sampler("ddim").step(path), never)
+        x = sample(Autoguided(main, weak, scale), noise, pairs, make_sampler("ddim").step(path), never)
         torch.testing.assert_close(x, slope * noise + offset, rtol=0, atol=1e-12)
         spreads.append(slope)
     assert spreads[0] > spreads[1] > spreads[2] > 0
@@ -384,10 +384,10 @@ def test_a_classifier_without_effect_is_not_evaluated():
         assert torch.equal(ClassifierGuided(mixture, never, weight)(x_t, level).x0, mixture(x_t, level).x0)
 
 
-def std_of_gaussian(legs, std, eta):
+def std_of_gaussian(pairs, std, eta):
     """Return the std that these steps give for N(mean, std^2), by DDIM's eq. 12 and 16 (eta 1 is DDPM)."""
     variance = 1.0
-    for t, s in legs:
+    for t, s in pairs:
         gain = t.alpha * std**2 / (t.alpha**2 * std**2 + t.sigma**2)
         added = eta**2 * s.sigma**2 * (1 - (s.noise / t.noise) ** 2)
         kept = math.sqrt(s.sigma**2 - added) / t.sigma
@@ -402,10 +402,10 @@ def std_of_gaussian(legs, std, eta):
 def test_an_exact_classifier_samples_the_conditional_distribution(label, path, kind, eta):
     n, generator = 4000, torch.Generator().manual_seed(7)
     noise = lambda: torch.randn((n, 2, 1, 1), generator=generator, dtype=torch.float64)  # noqa: E731
-    route = plan(path, make_sampler(kind).grid, 100, "trailing", set_alpha_to_one=True)
+    route = make_plan(path, make_sampler(kind).grid, 100, "trailing", set_alpha_to_one=True)
     step = make_sampler(kind, eta if kind == "ddim" else 0.0).step(path)
     guided = ClassifierGuided(mixture, partial(log_probability, label))
-    x = sample(guided, route.start(noise()), route.legs, step, noise).flatten(1)
+    x = sample(guided, route.start(noise()), route.pairs, step, noise).flatten(1)
 
     # The tolerance is 3 standard errors and a bias, from finite steps and from a start without the data's part in x_T
     # (alpha 0.07). Finite steps make a component too narrow, also if it is the only one.
@@ -415,7 +415,7 @@ def test_an_exact_classifier_samples_the_conditional_distribution(label, path, k
         own = x[which == k]
         assert len(own) / n == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / n) + 0.02)
         if share > 0:
-            std = std_of_gaussian(route.legs, STDS[k].item(), eta)
+            std = std_of_gaussian(route.pairs, STDS[k].item(), eta)
             error = std / math.sqrt(len(own))
             assert (own.mean(0) - MEANS[k]).abs().max() < 3 * error + 0.02
             assert (own.std(0) - std).abs().max() < 3 * error / math.sqrt(2) + 0.02 * std
@@ -451,7 +451,7 @@ def test_guidance_never_synchronises_with_the_device(path, kind):
     guided = ClassifierFree(denoiser, condition, [(condition.clone(), 3.0), (condition.clone(), 2.0)], 0.7)
     guided = Autoguided(Interval(guided, plain, 0.1, 5.0), plain, 2.0)
     guided = ClassifierGuided(guided, lambda x, level: -x.square().flatten(1).sum(1))
-    route = plan(path, make_sampler(kind).grid, 10, "trailing")
+    route = make_plan(path, make_sampler(kind).grid, 10, "trailing")
     with torch.no_grad():
-        end = sample(guided, route.start(x), route.legs, make_sampler(kind).step(path), never)
+        end = sample(guided, route.start(x), route.pairs, make_sampler(kind).step(path), never)
     assert (end.device.type, end.dtype, end.shape) == ("meta", torch.float32, x.shape)

@@ -19,8 +19,8 @@ import train.stages.clip
 import train.stages.ldm
 import train.stages.vae
 from autoencoder.model import Autoencoder
-from ldm.denoiser import Denoiser, beside
-from ldm.editing import on_latents, without
+from ldm.denoiser import Denoiser, with_context
+from ldm.editing import latent_mask, masked_image
 from ldm.errors import UserError
 from ldm.guidance import ClassifierFree
 from ldm.networks.unet import widen
@@ -73,7 +73,7 @@ def test_a_widened_network_predicts_the_same_until_it_is_trained():
     widen(unet, 9)
     assert unet.config.in_channels == 9
     context = torch.randn(2, 5, 16, 16)
-    network = beside(lambda x, index, text: unet(x, index, text).sample, context)
+    network = with_context(lambda x, index, text: unet(x, index, text).sample, context)
     after = network(x, index, text)
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
     after.square().sum().backward()
@@ -88,7 +88,7 @@ def test_each_guided_prediction_receives_the_context_of_its_image():
 
     context = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
     denoise = ClassifierFree(
-        Denoiser(beside(network, context), "x0"),
+        Denoiser(with_context(network, context), "x0"),
         torch.zeros(2, 1),
         [(torch.zeros(2, 1), 2.0), (torch.zeros(2, 1), 3.0)],
     )
@@ -140,9 +140,9 @@ def test_the_masked_image_is_the_crop_of_its_cached_latent(
         assert part.drawn.masks is not None
         assert batch.context is not None
         mask, context = part.drawn.masks.mask, batch.context
-        torch.testing.assert_close(context[:, :1], on_latents(mask, autoencoder.factor))
+        torch.testing.assert_close(context[:, :1], latent_mask(mask, autoencoder.factor))
         elsewhere = torch.where(mask > 0, torch.rand_like(part.pixels), part.pixels)
-        mean, std = autoencoder.encode(without(elsewhere, mask))
+        mean, std = autoencoder.encode(masked_image(elsewhere, mask))
         torch.testing.assert_close(context[:, 1:], mean + std * part.drawn.masks.noise, atol=1e-5, rtol=0)
 
 
@@ -240,7 +240,7 @@ def test_settings_that_contradict_the_given_model_are_refused(
 
     with pytest.raises(UserError, match="no pipeline at 'nowhere'"):
         start(init="nowhere")
-    with pytest.raises(UserError, match=r"lacks unet/"):
+    with pytest.raises(UserError, match="missing unet/"):
         start(init=str(text_runs / "vae/model"))
     with pytest.raises(UserError, match="has out_channels 4, but this run needs 8"):
         start(diffusion=DiffusionConfig(variance="learned", objective="hybrid"))
@@ -406,7 +406,7 @@ def test_a_weaker_model_receives_the_context_too(pipe):
 def test_other_channel_counts_are_refused(pipe):
     unet = tiny_pipeline().unet
     widen(unet, 8)
-    with pytest.raises(UserError, match="takes 8 channels"):
+    with pytest.raises(UserError, match="has 8 input channels"):
         LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process)
 
 

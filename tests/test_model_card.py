@@ -196,7 +196,7 @@ def test_the_card_states_that_stock_diffusers_cannot_load_other_latent_channels(
     train.stages.ldm.train(replace(config, vae=str(tmp_path / "vae/model")))
     page = (tmp_path / "run/model/README.md").read_text()
     assert len(code_of(page)) == 1
-    assert "a UNet of 7 channels to inpaint with" in page
+    assert "inpainting UNet with 7 input channels" in page
 
 
 def test_the_card_states_that_stock_diffusers_cannot_sample_a_process(

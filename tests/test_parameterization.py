@@ -84,7 +84,7 @@ def test_error_ratio(kind, path):
 def test_names_of_diffusers():
     assert [target_from_diffusers(PREDICTION_TYPE[kind]) for kind in TARGETS] == list(TARGETS)
     assert list(PREDICTION_TYPE) == list(TARGETS)
-    with pytest.raises(UserError, match="'velocity': known are epsilon, sample, v_prediction, flow_prediction"):
+    with pytest.raises(UserError, match="'velocity': choose epsilon, sample, v_prediction, flow_prediction"):
         target_from_diffusers("velocity")
 
 
@@ -92,7 +92,7 @@ def test_names_of_diffusers():
 @pytest.mark.parametrize("kind", TARGETS)
 def test_a_target_without_information_about_the_image_is_refused(kind, path):
     if kind == "eps" and path is not SCHEDULE:
-        with pytest.raises(UserError, match="target eps on a path that ends in pure noise"):
+        with pytest.raises(UserError, match="target eps: can't be used with a schedule that ends in pure noise"):
             check_target(kind, path)
     else:
         check_target(kind, path)

@@ -163,10 +163,10 @@ def test_a_process_that_stock_diffusers_cannot_sample_gives_one_warning(
 ) -> None:
     for process, message in (
         ({}, None),
-        ({"schedule": "flow", "target": "flow"}, "a flow: stock diffusers"),
-        ({"target": "flow"}, "a flow: stock diffusers"),
-        ({"spacing": "karras"}, "DDIM has none"),
-        ({"variance": "learned"}, "DDPMScheduler only"),
+        ({"schedule": "flow", "target": "flow"}, "schedule or target flow: stock diffusers"),
+        ({"target": "flow"}, "schedule or target flow: stock diffusers"),
+        ({"spacing": "karras"}, "DDIM uses linspace instead"),
+        ({"variance": "learned"}, "only with DDPMScheduler"),
     ):
         caplog.clear()
         _warn_once.cache_clear()
@@ -364,7 +364,7 @@ def test_foreign_schedulers_are_read_with_their_own_defaults(config: dict[str, A
     ("change", "message"),
     [
         ({"variance_type": "learned"}, "variance_type 'learned'"),
-        ({"variance_type": "nonsense"}, "known are fixed_small"),
+        ({"variance_type": "nonsense"}, "choose fixed_small"),
         ({"steps_offset": "1"}, "steps_offset '1'"),
         ({"timestep_spacing": "even"}, "spacing 'even'"),
         ({"prediction_type": "noise"}, "prediction_type 'noise'"),
@@ -404,13 +404,13 @@ def test_invalid_prompts_and_options_are_refused(folder: Path, tmp_path: Path) -
         with pytest.raises(UserError):
             pipe(PROMPTS, **wrong)
     for process, message in (
-        ({"schedule": "flow", "target": "eps"}, "target eps on a path that ends in pure noise"),
-        ({"target": "eps", "zero_terminal_snr": True}, "take v, x0 or flow"),
+        ({"schedule": "flow", "target": "eps"}, "target eps: can't be used with a schedule that ends in pure noise"),
+        ({"target": "eps", "zero_terminal_snr": True}, "choose v, x0 or flow"),
     ):
         with pytest.raises(UserError, match=message):
             tiny_pipeline(**process)
     process = replace(pipe.process, variance="learned")
-    with pytest.raises(UserError, match="needs 8 output channels, the UNet has 4"):
+    with pytest.raises(UserError, match="needs a network with 8 output channels, but this one has 4"):
         LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, pipe.text_encoder, process)
     with pytest.raises(UserError, match="scheduler/"):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
@@ -418,7 +418,7 @@ def test_invalid_prompts_and_options_are_refused(folder: Path, tmp_path: Path) -
 
 def test_an_image_that_is_not_finite_is_an_error(folder: Path) -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
-    with pytest.raises(RunError, match="non-finite"):
+    with pytest.raises(RunError, match="contains NaN or infinity"):
         pipe.decode(torch.full((1, 4, 16, 16), torch.nan))
 
 
@@ -499,8 +499,8 @@ def test_prompt_embeddings_replace_prompts(folder: Path) -> None:
         ({"prompt": "a", "prompt_embeds": pipe.encode(["a"])}, "both given"),
         ({"prompt_embeds": torch.zeros(1, 3, 32)}, r"shape \(1, 3, 32\)"),
         ({"prompt": "a", "negative_prompt_embeds": torch.zeros(0, 16, 32)}, r"shape \(0, 16, 32\)"),
-        ({"prompt_embeds": pipe.encode(["a"]), "weak": pipe}, "give prompt, not prompt_embeds"),
-        ({"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"]}, "3 prompts for 2 negative prompts"),
+        ({"prompt_embeds": pipe.encode(["a"]), "weak": pipe}, "give prompt instead of prompt_embeds"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"]}, "3 prompts but 2 negative prompts"),
         ({"prompt": "a", "output_type": "jpeg"}, "output_type 'jpeg'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -515,12 +515,12 @@ def test_unusable_devices_callbacks_and_sizes_are_refused(folder: Path) -> None:
         with pytest.raises(UserError, match="device 'cuda' can't be used"):
             pipe.enable_model_cpu_offload()
     assert pipe.device == torch.device("cpu")
-    with pytest.raises(UserError, match="gave latents of shape"):
+    with pytest.raises(UserError, match="returned latents of shape"):
         pipe("a", num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
     for size in ({"width": 0}, {"height": -8}, {"width": 9}):
-        with pytest.raises(UserError, match="must be multiples of"):
+        with pytest.raises(UserError, match="must be positive multiples of"):
             pipe("a", **size)
-    with pytest.raises(UserError, match="100000000×100000000 pixels: up to 89,478,485"):
+    with pytest.raises(UserError, match="width 100000000, height 100000000: an image can have up to 89,478,485"):
         pipe("a", width=10**8, height=10**8)
 
 
@@ -592,6 +592,6 @@ def test_a_network_of_another_class_is_refused(tmp_path: Path) -> None:
         path = tmp_path / part / "config.json"
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | {"_class_name": other}))
-        with pytest.raises(UserError, match=f"config.json says {other}, not"):
+        with pytest.raises(UserError, match=f"config.json has _class_name {other}, not"):
             LatentDiffusionPipeline.from_pretrained(tmp_path)
         path.write_text(before)

@@ -28,7 +28,7 @@ from ldm.guidance import Conditioned
 from ldm.parameterization import PREDICTION_TYPE
 from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import RectifiedFlow, Schedule
-from ldm.spacing import plan
+from ldm.spacing import make_plan
 from ldm.steps import sample
 from support.draws import draw
 
@@ -71,7 +71,7 @@ def normal(generator, shape):
 
 
 def our_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, variance="fixed_small"):
-    route, states = plan(schedule, make_sampler(kind).grid, n, spacing, steps_offset=1), []
+    route, states = make_plan(schedule, make_sampler(kind).grid, n, spacing, steps_offset=1), []
     learned = variance == "learned"
 
     def network(x, index, condition):
@@ -80,10 +80,10 @@ def our_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, va
     sample(
         Conditioned(Denoiser(network, target), None),
         route.start(noise),
-        route.legs,
+        route.pairs,
         make_sampler(kind, eta).step(schedule, variance),
         normal(generator, noise.shape),
-        callback=lambda k, leg, x: (states.append(x), x)[1],
+        callback=lambda k, pair, x: (states.append(x), x)[1],
     )
     return states
 
@@ -126,7 +126,7 @@ def their_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, 
         output = fake_network(scheduler.scale_model_input(x, t), t.expand(len(x)), None, channels)
         x = scheduler.step(output, t, x, **options).prev_sample
         if kind == "heun" and k % 2 == 0 and k + 1 < len(scheduler.timesteps):
-            continue  # inside a leg
+            continue  # inside a pair
         states.append(x / (1 + scheduler.sigmas[k + 1] ** 2) ** 0.5 if kind in ON_KARRAS_ODE else x)
     return states
 
@@ -229,15 +229,15 @@ def test_flows_equal_diffusers(kind, scheduler, spacing, n, shift):
     else:  # By default it shifts its least level twice.
         theirs.set_timesteps(sigmas=np.linspace(1, 1 / n if spacing == "trailing" else 1 / 1000, n).tolist())
     noise, states = draw(2, 4, 4, 4).float(), []
-    route = plan(schedule, make_sampler(kind).grid, n, spacing)
+    route = make_plan(schedule, make_sampler(kind).grid, n, spacing)
     denoise = Conditioned(Denoiser(fake_network, "flow"), None)
     sample(
         denoise,
         route.start(noise),
-        route.legs,
+        route.pairs,
         make_sampler(kind).step(schedule),
         None,
-        lambda k, leg, x: (states.append(x), x)[1],
+        lambda k, pair, x: (states.append(x), x)[1],
     )
     x, expected = noise, []
     for k, t in enumerate(theirs.timesteps):
@@ -252,11 +252,11 @@ def test_flows_equal_diffusers(kind, scheduler, spacing, n, shift):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_legs_join_and_end_without_noise(spacing):
     for kind in ("ddpm", "euler", "heun", "dpmpp_2m", "unipc"):
-        legs = plan(SCHEDULE, make_sampler(kind).grid, 30, spacing).legs
-        assert all(a.next == b.now for a, b in pairwise(legs))
-        assert legs[-1].next == SCHEDULE.level(-1)
-    assert plan(SCHEDULE, make_sampler("ddim").grid, 30, spacing).legs[-1].next == SCHEDULE.level(0)
-    assert plan(SCHEDULE, make_sampler("ddim").grid, 30, spacing, set_alpha_to_one=True).legs[
+        pairs = make_plan(SCHEDULE, make_sampler(kind).grid, 30, spacing).pairs
+        assert all(a.next == b.now for a, b in pairwise(pairs))
+        assert pairs[-1].next == SCHEDULE.level(-1)
+    assert make_plan(SCHEDULE, make_sampler("ddim").grid, 30, spacing).pairs[-1].next == SCHEDULE.level(0)
+    assert make_plan(SCHEDULE, make_sampler("ddim").grid, 30, spacing, set_alpha_to_one=True).pairs[
         -1
     ].next == SCHEDULE.level(-1)
 
@@ -266,7 +266,7 @@ def test_ddim_ends_without_noise_only_below_index_0():
     theirs = DDIMScheduler(1000, timestep_spacing="trailing", set_alpha_to_one=True)
     theirs.set_timesteps(7)
     assert theirs.timesteps[-1] == 142 == 1000 // 7
-    assert plan(SCHEDULE, make_sampler("ddim").grid, 7, "trailing", set_alpha_to_one=True).legs[
+    assert make_plan(SCHEDULE, make_sampler("ddim").grid, 7, "trailing", set_alpha_to_one=True).pairs[
         -1
     ].next == SCHEDULE.level(0)
 
@@ -275,7 +275,7 @@ def draws(step, route):
     """Return how often a step draws noise over a trajectory."""
     asked = []
     noise = lambda: (asked.append(1), draw(1, 4, 2, 2))[1]  # noqa: E731
-    sample(Conditioned(Denoiser(fake_network, "v"), None), draw(1, 4, 2, 2), route.legs, step, noise)
+    sample(Conditioned(Denoiser(fake_network, "v"), None), draw(1, 4, 2, 2), route.pairs, step, noise)
     return len(asked)
 
 
@@ -283,11 +283,11 @@ def draws(step, route):
 def test_a_record_states_whether_its_step_draws_noise(kind):
     for eta in (0.0, 0.5) if kind == "ddim" else (0.0,):
         record = make_sampler(kind, eta)
-        route = plan(SCHEDULE, record.grid, 5, "trailing")
+        route = make_plan(SCHEDULE, record.grid, 5, "trailing")
         assert (draws(record.step(SCHEDULE), route) > 0) == record.draws_noise
         if record.draws_noise:
             # If the record doesn't state it, its step gets no source of noise.
-            with pytest.raises(RuntimeError, match="its sampler's record says that it draws none"):
+            with pytest.raises(RuntimeError, match="its sampler has draws_noise=False"):
                 draws(replace(record, draws_noise=False).step(SCHEDULE), route)
 
 
@@ -298,7 +298,7 @@ def test_names_of_samplers_are_imported_without_torch():
 
 def test_invalid_combinations_are_refused():
     zero = Schedule.build("scaled_linear", zero_terminal_snr=True)
-    with pytest.raises(UserError, match=r"eta 0\.5 with euler"):
+    with pytest.raises(UserError, match=r"eta 0\.5: can't be used with sampler euler"):
         make_sampler("euler", 0.5)
     for eta in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="eta"):
@@ -308,10 +308,10 @@ def test_invalid_combinations_are_refused():
         (SCHEDULE, "euler", 0, "trailing", "0 sampling steps"),
         (RectifiedFlow(), "euler", 0, "trailing", "0 sampling steps"),
         (RectifiedFlow(50), "heun", 51, "trailing", "51 sampling steps"),
-        (RectifiedFlow(), "euler", 10, "karras", "karras spacing on a flow"),
-        (zero, "euler", 10, "karras", "zero terminal SNR has not: take trailing"),
-        (SCHEDULE, "ddim", 1, "leading", "take trailing"),
-        (SCHEDULE, "ddim", 10, "karras", "karras spacing with a sampler that walks whole timesteps"),
+        (RectifiedFlow(), "euler", 10, "karras", "karras spacing: .* a flow's is infinite"),
+        (zero, "euler", 10, "karras", "zero terminal SNR.; choose trailing"),
+        (SCHEDULE, "ddim", 1, "leading", "choose trailing"),
+        (SCHEDULE, "ddim", 10, "karras", "karras spacing: can't be used with a sampler that needs whole timesteps"),
     ]:
         with pytest.raises(UserError, match=message):
-            plan(schedule, make_sampler(kind).grid, n, spacing)
+            make_plan(schedule, make_sampler(kind).grid, n, spacing)

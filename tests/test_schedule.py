@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from ldm.errors import UserError
 from ldm.samplers import make_sampler
 from ldm.schedule import Schedule
-from ldm.spacing import plan
+from ldm.spacing import make_plan
 
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 SPACINGS = ("leading", "trailing", "linspace")
@@ -89,7 +89,7 @@ def test_trained_betas_survive_json_bit_for_bit():
         ({"beta_schedule": "linear", "beta_start": -0.1, "beta_end": 0.1}, "-0.1"),
         ({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": "many"}, "many"),
         ({"beta_schedule": "linear", "use_flow_sigmas": True}, "use_flow_sigmas"),
-        ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, "2 trained_betas for 3"),
+        ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, "trained_betas has 2 values"),
         ({"trained_betas": [1.0, 0.1], "num_train_timesteps": 2}, "beta 1.0"),
         ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, "beta nan"),
         ({"trained_betas": [0.1, None], "num_train_timesteps": 2}, "numbers"),
@@ -119,7 +119,7 @@ def test_timesteps_equal_diffusers(cls, kind, spacing):
         theirs.set_timesteps(n)
         # At 61, 103, … trailing steps rounding gives diffusers one timestep too many, at index -1.
         expected = theirs.timesteps.double().numpy()[:n]
-        ours = [leg.now.model_time for leg in plan(schedule, grid, n, spacing).legs]
+        ours = [pair.now.model_time for pair in make_plan(schedule, grid, n, spacing).pairs]
         np.testing.assert_allclose(ours, expected, rtol=1e-7)  # Euler's are float32
         assert len(ours) == n
         assert min(ours) >= 0
@@ -140,11 +140,11 @@ def test_timesteps_equal_diffusers(cls, kind, spacing):
 def test_steps_that_do_not_fit_are_refused(n, spacing, kind):
     schedule, grid = Schedule.build("scaled_linear"), make_sampler(kind).grid
     with pytest.raises(UserError, match=str(n)):
-        plan(schedule, grid, n, spacing)
+        make_plan(schedule, grid, n, spacing)
 
 
 def test_the_offset_of_leading_steps_must_fit():
     schedule, grid = Schedule.build("scaled_linear"), make_sampler("ddpm").grid
-    assert len(plan(schedule, grid, 999, "leading", steps_offset=1).legs) == 999
+    assert len(make_plan(schedule, grid, 999, "leading", steps_offset=1).pairs) == 999
     with pytest.raises(UserError, match="steps_offset -1"):
-        plan(schedule, grid, 10, "leading", steps_offset=-1)
+        make_plan(schedule, grid, 10, "leading", steps_offset=-1)

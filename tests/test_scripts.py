@@ -341,16 +341,16 @@ BAD = {
     ),
     "eps and zero terminal SNR": (
         "train_ldm.py --data {data} --out {new} --diffusion.target eps --diffusion.zero-terminal-snr True",
-        "take v, x0 or flow",
+        "choose v, x0 or flow",
     ),
     "a variance that never learns": (
         "train_ldm.py --data {data} --out {new} --diffusion.variance learned",
-        "take hybrid or vlb",
+        "choose objective hybrid or vlb",
     ),
     "karras spacing for a flow": (
         "train_ldm.py --data {data} --out {new} --diffusion.schedule flow --diffusion.target flow "
         "--diffusion.spacing karras",
-        "karras spacing on a flow",
+        "karras spacing: needs a finite",
     ),
     "an interval upside down": (
         "txt2img.py --model {ldm}/model --prompt x --out {new} --guidance-interval 5 0.2",

@@ -27,7 +27,7 @@ def partly_frozen() -> UNet:
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     attention.to_q.requires_grad_(True)
     attention.to_out.requires_grad_(True)
-    return UNet.of(unet, 4)
+    return UNet.wrap(unet, 4)
 
 
 def start(shapes: Path, parts: Path, out: Path, backbone: UNet | None = None, hooks: Any = None, **change: Any) -> None:

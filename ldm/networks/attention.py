@@ -1,4 +1,4 @@
-"""Attention of the UNet, computed by torch, or by xformers where it works."""
+"""Attention of the UNet, computed by torch or by xformers."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ _XFORMERS_DEVICE = "cuda"  # the only device with kernels
 
 
 def require_attention(backend: AttentionBackend) -> None:
-    """Check that a backend can be used, before a network exists. Raises UserError with the reason if it can't."""
+    """Check, before the network is built, that a backend can be used. Raises UserError with the reason if it can't."""
     if backend == "xformers":
         _load_xformers(torch.device(_XFORMERS_DEVICE), torch.float16, {64}, gradients=True)
 
@@ -33,9 +33,9 @@ def use_attention(
 ) -> Literal["sdpa", "xformers"]:
     """Set the UNet's attention to torch's scaled_dot_product_attention or xformers, and return which one is used.
 
-    The weights stay the same. `auto` is xformers if it works on the UNet's device, else sdpa. dtype, device: those in
-    which attention will run, which differ from the UNet's under autocast or offloading; default: the UNet's own.
-    Raises UserError with the reason if xformers is requested and doesn't work.
+    The weights stay the same. `auto` is xformers if it works on the UNet's device, else sdpa. dtype, device: those of
+    attention's inputs, which differ from the UNet's under autocast or offloading; default: the UNet's own. Raises
+    UserError with the reason if xformers is requested and doesn't work.
     """
     if backend not in get_args(AttentionBackend):
         raise UserError(f"attention {backend!r}: choose {', '.join(get_args(AttentionBackend))}")
@@ -73,9 +73,8 @@ class AttentionProcessor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention with torch; see `Attend` for the shapes.
 
-    On the CPU, torch's backward pass of attention is slower by an order of magnitude in 16 bits than in 32 (11 ms
-    against 0.5 ms a call at 64×64 tokens). So 16-bit attention on the CPU is computed in fp32 when gradients are
-    needed.
+    On the CPU, torch's backward pass of attention is much slower in 16 bits than in 32 (11 ms against 0.5 ms per call
+    at 64×64 tokens). So 16-bit attention on the CPU is computed in fp32 when gradients are needed.
     """
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, n, d)
@@ -90,11 +89,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[int], gradients: bool) -> Attend:
     """Return xformers' attention after a test on heads of these widths. Raises UserError if it doesn't work."""
     if find_spec("xformers") is None:
-        raise UserError("attention xformers isn't installed (pip install xformers); sdpa needs nothing more")
+        raise UserError(
+            "attention xformers: xformers isn't installed; install it with pip install xformers, or choose sdpa"
+        )
     if device.type != _XFORMERS_DEVICE:
-        raise UserError(f"attention xformers runs on a CUDA GPU only, not on the device {device}; sdpa runs anywhere")
+        raise UserError(f"attention xformers: needs a CUDA GPU, but the device is {device}; choose sdpa")
     if not torch.get_device_module(device).is_available():
-        raise UserError("attention xformers runs on a CUDA GPU only, and there is none; sdpa runs anywhere")
+        raise UserError("attention xformers: needs a CUDA GPU, but torch finds none; choose sdpa")
     try:
         from xformers.ops import memory_efficient_attention
 
@@ -106,28 +107,29 @@ def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[in
                 out = memory_efficient_attention(q, k, v)
             if gradients:
                 out.sum().backward()
-    except Exception as error:  # the library doesn't load, or has no kernel for this GPU
+    except Exception as error:  # the library can't be loaded, or has no kernel for this GPU
         raise UserError(
-            f"attention xformers doesn't work with {dtype} on {device}: {_reason(error)}; take sdpa"
+            f"attention xformers doesn't work with {dtype} on {device}: {_reason(error)}; choose sdpa"
         ) from error
     return memory_efficient_attention
 
 
 def _reason(error: BaseException) -> str:
-    """Return xformers' error message, with the loader's message if xformers' own library didn't load."""
-    lines = [_first(error)]
-    library = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
-    if library is not None:
-        while library.__cause__ is not None:
-            library = library.__cause__
-        lines.append(_first(library))
+    """Return xformers' error message, and the loader's message if xformers' own library can't be loaded."""
+    lines = [_first_line(error)]
+    loader_error = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+    if loader_error is not None:
+        while loader_error.__cause__ is not None:
+            loader_error = loader_error.__cause__
+        lines.append(_first_line(loader_error))
         if "libcudart.so.12" in lines[-1]:
             lines.append(
-                "it is built for CUDA 12: pip install nvidia-cuda-runtime-cu12 and start with LD_PRELOAD set to its libcudart.so.12"
+                "xformers is built for CUDA 12: pip install nvidia-cuda-runtime-cu12, and set LD_PRELOAD to its "
+                "libcudart.so.12"
             )
     return "; ".join(lines)
 
 
-def _first(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if the message is empty."""
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")

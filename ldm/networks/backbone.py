@@ -1,4 +1,4 @@
-"""The interface between a network and everything that uses it: pipeline, training, guidance, saving, model cards."""
+"""The interface of a network, for the code that uses it: pipeline, training, guidance, saving and model cards."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from ldm.networks.attention import AttentionBackend
 
 @dataclass(frozen=True)
 class Backbone(ABC):
-    """A network and the facts about it that other code needs. `dataclasses.replace(b, module=copy)` wraps a copy."""
+    """A network and its properties. `dataclasses.replace(backbone, module=copy)` wraps a copy of the network."""
 
     module: nn.Module
-    """Module with all the weights, which is trained, averaged and moved."""
+    """Module with all the weights."""
     latent_channels: int
     """Channels c of the state x_t (b, c, h, w)."""
     out_channels: int
@@ -25,18 +25,18 @@ class Backbone(ABC):
     condition_width: int
     """Width of the condition (b, tokens, width). The network accepts any number of tokens."""
     sample_size: tuple[int, int]
-    """Height and width of the latents that the network is made for."""
+    """Height and width of the latents that the network was built for, the default for sampling."""
     context_channels: int = 0
     """Input channels besides the state; see `ldm.task`."""
     size_multiple: int = 1
-    """Number of which both sides of the latents must be multiples."""
+    """Number that must divide the height and the width of the latents."""
 
     part: ClassVar[str]
     """Folder of the weights in a saved pipeline, and their name in model_index.json."""
 
     @property
     def in_channels(self) -> int:
-        """Channels of the state and its context."""
+        """Number of channels of the state and its context together."""
         return self.latent_channels + self.context_channels
 
     @property
@@ -59,7 +59,10 @@ class Backbone(ABC):
 
     def stock_limits(self) -> str | None:
         """Return one line that says what stock diffusers can't do with this network; None if it can do everything."""
-        return f"a {type(self.module).__name__}: stock diffusers can't load it; our pipeline is given it as an object"
+        return (
+            f"network {type(self.module).__name__}: stock diffusers can't load this model; load it with "
+            "LatentDiffusionPipeline.from_pretrained(folder, backbone=...)"
+        )
 
     def describe(self) -> str:
         """Return the network's shape in a few words, for the model card."""
@@ -70,9 +73,9 @@ class Backbone(ABC):
     ) -> Literal["sdpa", "xformers"]:
         """Set the attention backend and return the one in use, e.g. for `auto`. Raises UserError if unavailable."""
         if backend == "xformers":
-            raise UserError(f"attention xformers isn't to be had with a {type(self.module).__name__}; take sdpa")
+            raise UserError(f"attention xformers: {type(self.module).__name__} doesn't support it; choose sdpa")
         return "sdpa"
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass to save memory. Raises UserError if the network can't."""
-        raise UserError(f"a {type(self.module).__name__} has no gradient checkpointing: leave it out")
+        raise UserError(f"gradient checkpointing: {type(self.module).__name__} doesn't support it; leave it out")

@@ -1,4 +1,4 @@
-"""The cross-attention UNet (Rombach et al. 2022, sec. 3.3), made of diffusers' blocks, as a backbone.
+"""The cross-attention UNet (Rombach et al. 2022, sec. 3.3) as a backbone. Its blocks are diffusers'.
 
 Only this module and the single-file format, which stores a UNet, read the fields of diffusers' UNet2DConditionModel.
 """
@@ -17,8 +17,8 @@ from ldm.formats.hub import load_network
 from ldm.networks.attention import AttentionBackend, use_attention
 from ldm.networks.backbone import Backbone
 
-_WEIGHTS = "diffusion_pytorch_model"  # name of the weights' file
-_STOCK_INPAINTS = 9  # input channels of stock inpainting UNets
+_WEIGHTS = "diffusion_pytorch_model"  # start of the names of the weights' files
+_STOCK_INPAINTING_CHANNELS = 9  # input channels of stock inpainting UNets
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class UNet(Backbone):
     part: ClassVar[str] = "unet"
 
     @classmethod
-    def of(cls, module: UNet2DConditionModel, latent_channels: int) -> Self:
-        """Read the backbone's facts from the UNet's configuration. Input channels beyond the latent's are context."""
+    def wrap(cls, module: UNet2DConditionModel, latent_channels: int) -> Self:
+        """Return the UNet as a backbone. Input channels after the first `latent_channels` are context."""
         config = module.config
         size = config.sample_size
         return cls(
@@ -43,13 +43,13 @@ class UNet(Backbone):
             size_multiple=2 ** (len(config.block_out_channels) - 1),
         )
 
-    def adapted(self, context: int, side: int) -> Self:
-        """Add `context` channels to a network without them, and set its latent size to `side` × `side`, in place."""
+    def adapt(self, context: int, side: int) -> Self:
+        """Set the latent size to `side` × `side`, and add `context` input channels if there is no context, in place."""
         if context and not self.context_channels:
             widen(self.module, self.latent_channels + context)
         if self.sample_size != (side, side):
             self.module.register_to_config(sample_size=side)
-        return self.of(self.module, self.latent_channels)
+        return self.wrap(self.module, self.latent_channels)
 
     def __call__(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         return self.module(x.to(self.dtype), time, condition, return_dict=False)[0]
@@ -58,11 +58,11 @@ class UNet(Backbone):
         self.module.save_pretrained(str(folder), safe_serialization=True)
 
     def stock_limits(self) -> str | None:
-        if not self.context_channels or self.in_channels == _STOCK_INPAINTS:
+        if not self.context_channels or self.in_channels == _STOCK_INPAINTING_CHANNELS:
             return None
         return (
-            f"a UNet of {self.in_channels} channels to inpaint with: stock diffusers' StableDiffusionInpaintPipeline takes "
-            f"{_STOCK_INPAINTS}; ldm-inpaint and our pipeline take any"
+            f"inpainting UNet with {self.in_channels} input channels: stock diffusers' StableDiffusionInpaintPipeline "
+            f"supports only {_STOCK_INPAINTING_CHANNELS}; use ldm-inpaint or LatentDiffusionPipeline"
         )
 
     def describe(self) -> str:
@@ -91,23 +91,28 @@ def build_unet(
     latent_size: int,
     text_width: int,
 ) -> UNet2DConditionModel:
-    """Build a UNet2DConditionModel with random weights whose first output is zero.
+    """Build a UNet2DConditionModel with random weights and an output of zero.
 
     `heads[k]` is the number of attention heads of level k. With `modulation`, attention-pooled text features are added
     to the time embedding, which then scales and shifts every residual block (FiLM, Perez et al. 2018). A learned
-    variance doubles the output channels. Every residual branch starts at zero too, as in the reference implementation
-    of Dhariwal & Nichol 2021: at first the network is the identity.
-    Raises UserError if the numbers don't fit together.
+    variance doubles the output channels. The last layer of every residual branch also starts at zero, so that each
+    block is the identity at first, as in the reference implementation of Dhariwal & Nichol 2021. Raises UserError if
+    the numbers don't fit together.
     """
     for level, (c, h) in enumerate(zip(channels, heads, strict=True)):
         if c % groups or c % h:
-            raise UserError(f"unet.channels {c} of level {level} is not divisible by {groups} groups and by {h} heads")
+            raise UserError(
+                f"unet.channels {c} of level {level}: must be a multiple of {groups} (groups) and {h} (heads)"
+            )
     if modulation and text_width % heads[0]:
-        raise UserError(f"unet.modulation: text features of width {text_width} don't split into {heads[0]} heads")
+        raise UserError(
+            f"unet.modulation: the width {text_width} of the text features must be a multiple of {heads[0]}, the "
+            "number of heads of level 0"
+        )
     if latent_size % 2 ** (len(channels) - 1):
         raise UserError(
-            f"latents of {latent_size} a side can't be halved {len(channels) - 1} times: use fewer unet.channels "
-            "or another resolution"
+            f"latents of {latent_size}×{latent_size} can't be halved {len(channels) - 1} times: use fewer "
+            "unet.channels or another resolution"
         )
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
@@ -146,7 +151,7 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """Return the files of the UNet's weights in a pipeline's folder, sorted by name."""
+    """Return the UNet's weight files in a pipeline's folder, sorted by name."""
     return sorted((Path(folder) / UNet.part).glob(f"{_WEIGHTS}*.safetensors"))
 
 
@@ -163,11 +168,15 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
     unet.register_to_config(in_channels=channels)
 
 
-def require_same_shape(unet: nn.Module, configured: nn.Module, what: str) -> None:
-    """Raise UserError if two UNets differ in more than the width of the first layer."""
-    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (configured, unet))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name) and name != "conv_in.weight":
+def require_same_shape(unet: nn.Module, configured: nn.Module, source: str) -> None:
+    """Raise UserError if a UNet's weights have other names or shapes than the configured UNet's.
+
+    The first layer may have any number of input channels. source: where the UNet comes from, for the message.
+    """
+    expected, actual = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (configured, unet))
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name) and name != "conv_in.weight":
             raise UserError(
-                f"{what}: {name} {theirs.get(name, 'absent')}, not {ours.get(name, 'absent')}; leave it out"
+                f"{source}: {name} has shape {actual.get(name, 'missing')}, but the configuration needs "
+                f"{expected.get(name, 'missing')}; change the unet options, or leave them out"
             )

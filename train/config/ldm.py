@@ -260,8 +260,8 @@ class LdmConfig(RunConfig):
         Raises UserError if its parts are incompatible with each other or with the sheets' sampler steps.
         """
         from ldm.samplers import make_sampler
-        from ldm.spacing import plan
+        from ldm.spacing import make_plan
 
         objective = self.diffusion.build_objective()
-        plan(objective.schedule, make_sampler("dpmpp_2m").grid, self.sample_steps, self.diffusion.spacing)
+        make_plan(objective.schedule, make_sampler("dpmpp_2m").grid, self.sample_steps, self.diffusion.spacing)
         return objective

@@ -137,7 +137,7 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
         library="diffusers",
         task=task,
         tags=("latent-diffusion", "inpainting" if inpaints else "text-to-image"),
-        use=f"{ours}\n\n" + (f"This model has {limits}." if limits else f"or with diffusers only:\n\n{stock}"),
+        use=f"{ours}\n\n" + (f"Note: {limits}." if limits else f"or with diffusers only:\n\n{stock}"),
         sheet=f"{shown if inpaints else 'Images, each above its prompt'}; {config.sample_steps} steps, guidance "
         f"{config.guidance_scale:g}.",
         settings=_initialised_from(config.init)

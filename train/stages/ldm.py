@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.editing import without
+from ldm.editing import masked_image
 from ldm.errors import UserError
 from ldm.networks.attention import require_attention
 from ldm.networks.backbone import Backbone
@@ -74,12 +74,12 @@ class LdmStage:
 
     def prepare(self, step: int, parts: list[ImageBatch[DrawnNoise] | CachedBatch]) -> list[DiffusionBatch]:
         if self.importance is not None:
-            self.importance.forget()
+            self.importance.discard()
         return [self.complete(part) for part in parts]
 
     def finish(self, step: int) -> None:
         if self.importance is not None:
-            self.importance.fold()
+            self.importance.update()
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -143,7 +143,7 @@ class LdmStage:
             generator=[torch.Generator().manual_seed(config.seed + k) for k in range(count)],
         ).images
         assert isinstance(output, Tensor)
-        pairs = torch.stack([without(batch.pixels, batch.drawn.mask), output.cpu() * 2 - 1], 1).flatten(0, 1)
+        pairs = torch.stack([masked_image(batch.pixels, batch.drawn.mask), output.cpu() * 2 - 1], 1).flatten(0, 1)
         captions = [text for caption in batch.captions for text in ("", caption)]
         return sheet(in_rows(list(to_uint8(pairs)), 8), captions)
 

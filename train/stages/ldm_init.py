@@ -106,7 +106,7 @@ def choose_backbone(
         case _:
             assert_never(config.unet)
     if backbone is None:
-        backbone = UNet.of(unet or build(), c).adapted(context, side)
+        backbone = UNet.wrap(unet or build(), c).adapt(context, side)
         if unet is None:
             return backbone
     required = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from autoencoder.model import Autoencoder
 from conditioning.clip import ClipTextEncoder
-from ldm.denoiser import beside
-from ldm.editing import inpainting_context, without
+from ldm.denoiser import with_context
+from ldm.editing import inpainting_context, masked_image
 from ldm.networks.backbone import Backbone
 from ldm.objective import Objective, Prediction
 from ldm.timesteps import Importance
@@ -66,7 +66,7 @@ class Completion:
         if drawn.masks is not None:
             assert part.pixels is not None
             mask = drawn.masks.mask
-            masked_mean, masked_std = self._posterior(without(part.pixels, mask))
+            masked_mean, masked_std = self._posterior(masked_image(part.pixels, mask))
             context = inpainting_context(mask, masked_mean + masked_std * drawn.masks.noise)
         return DiffusionBatch(mean + std * drawn.posterior_noise, drawn.timestep, drawn.noise, condition, context)
 
@@ -101,11 +101,11 @@ class DiffusionLoss(nn.Module):
         self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
 
     def forward(self, batch: DiffusionBatch) -> StepOutput:
-        network = self.backbone if batch.context is None else beside(self.backbone, batch.context)
+        network = self.backbone if batch.context is None else with_context(self.backbone, batch.context)
         with self.terms.captured(self.unet) as features:
             losses = self.objective(network, batch.x0, batch.timestep, batch.noise, batch.condition)
         if self.importance is not None:
-            self.importance.note(losses.index, losses.uncorrected, self.objective.schedule.T)
+            self.importance.record(losses.index, losses.uncorrected, self.objective.schedule.T)
         inputs = Denoising(batch, losses.index, losses.prediction, features)
         loss, metrics = self.terms(losses.weighted.mean(), inputs)
         return StepOutput(loss, {"error": losses.unweighted.detach().mean(), **metrics}, batch)
