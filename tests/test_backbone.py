@@ -182,9 +182,7 @@ def test_the_task_is_read_from_the_folder(tmp_path: Path, inpaints: bool) -> Non
     tiny_pipeline(inpaints=inpaints).save_pretrained(folder)
     assert LatentDiffusionPipeline.from_pretrained(folder).model.task == task
     if inpaints:
-        with pytest.raises(
-            UserError, match="task txt2img: the network needs 0 context channels, but it has 5"
-        ):
+        with pytest.raises(UserError, match="task txt2img: the network needs 0 context channels, but it has 5"):
             load_as(folder, "StableDiffusionPipeline")
     else:  # such a network inpaints by blending, in diffusers too
         assert load_as(folder, "StableDiffusionInpaintPipeline").model.task == "txt2img"

@@ -399,7 +399,10 @@ def test_inversion_of_gaussian_data_gives_standard_noise():
 )
 def test_the_loop_never_synchronises_with_the_device(kind, schedule):
     # A meta tensor has no values: reading one would raise.
-    route, x = make_plan(schedule, make_sampler("dpmpp_2m").grid, 10, "trailing"), torch.empty(2, 4, 8, 8, device="meta")
+    route, x = (
+        make_plan(schedule, make_sampler("dpmpp_2m").grid, 10, "trailing"),
+        torch.empty(2, 4, 8, 8, device="meta"),
+    )
     denoise = Conditioned(Denoiser(lambda x_t, index, c: x_t * index.view(-1, 1, 1, 1), "v", torch.bfloat16), x)
     end = sample(denoise, route.start(x), route.pairs, MAKE[kind](), lambda: torch.empty_like(x))
     assert (end.dtype, end.shape) == (x.dtype, x.shape)
