@@ -1,9 +1,10 @@
 """Compare a training step of stage 1 with diffusers' train_autoencoderkl.py, corrected to do the same work, in one run.
 
 The script of diffusers 0.42 gives LPIPS no gradient and lets the discriminator's gradient into the autoencoder. Both
-are corrected here. It alternates: one batch updates the autoencoder, the next the discriminator, each with a full
-forward pass. `sharing` is that loop optimized by hand: one forward pass for both, fused optimizers, nothing read from
-the device. All three have the same networks, losses, batch and clipping, and update each network once per step.
+are corrected here. Three variants are measured. `ldm` is the step of train_vae.py. `diffusers script` is the script's
+loop, where one batch updates the autoencoder and the next the discriminator, each with a full forward pass.
+`diffusers by hand` is that loop optimized by hand: one forward pass for both, fused optimizers, and nothing is read
+from the device. All three have the same networks, losses, batch and clipping, and update each network once per step.
 
     python benchmarks/autoencoder_step.py --steps 8
 
@@ -39,8 +40,8 @@ from train.stages.vae_step import AutoencoderLoss, DiscriminatorLoss, VaeBatch
 Step = Callable[[VaeBatch], float]
 
 
-def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) -> Step:
-    """Return our training step, as in train/engine/trainer.py but without logging and averaging."""
+def ldm_step(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) -> Step:
+    """Return ldm's training step, as in train/engine/trainer.py but without logging and averaging."""
     torch.manual_seed(0)
     config = VaeConfig(adversarial=AdversarialConfig(kind="hinge", channels=64, layers=3))
     vae, discriminator = build_autoencoder(**vae_shape).to(device), PatchDiscriminator(64, 3).to(device)
@@ -65,8 +66,8 @@ def ours(vae_shape: dict, vgg: str, device: torch.device, precision: Precision) 
     return step
 
 
-def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, sharing: bool) -> Step:
-    """Return the step of diffusers' script, rewritten here. sharing: optimize it by hand."""
+def diffusers_step(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, by_hand: bool) -> Step:
+    """Return the step of diffusers' script, rewritten here. by_hand: optimize it by hand."""
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
@@ -76,7 +77,7 @@ def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, 
     for name, value in lpips.net.state_dict().items():
         value.copy_(weights[f"features.{name.split('.', 1)[1]}"])
     lpips.to(device)
-    fused = True if sharing else None
+    fused = True if by_hand else None
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, weight_decay=0.01, fused=fused) for m in (vae, discriminator)]
 
     def reconstruct(batch: VaeBatch) -> tuple[Tensor, Tensor]:
@@ -93,23 +94,23 @@ def peer(vae_shape: dict, vgg: str, device: torch.device, precision: Precision, 
     def step(batch: VaeBatch) -> float:
         pixels, logged = batch.pixels, 0.0
         with autocast(device, precision):
-            made, kl = reconstruct(batch)
+            decoded, kl = reconstruct(batch)
             n = len(pixels)
-            nll = (F.l1_loss(made.float(), pixels, reduction="none") + lpips(made.float(), pixels)).sum() / n
-            generator, last = -discriminator(made).mean(), vae.decoder.conv_out.weight
+            nll = (F.l1_loss(decoded.float(), pixels, reduction="none") + lpips(decoded.float(), pixels)).sum() / n
+            generator, last = -discriminator(decoded).mean(), vae.decoder.conv_out.weight
             one = torch.autograd.grad(nll, last, retain_graph=True)[0]
             two = torch.autograd.grad(generator, last, retain_graph=True)[0]
             weight = 0.5 * (one.norm() / (two.norm() + 1e-4)).clamp(0, 1e4).detach()
             loss = nll + 1e-6 * kl.sum() / n + weight * generator
         update(0, loss)
         discriminator.zero_grad(set_to_none=True)
-        logged += 0.0 if sharing else sum(x.item() for x in (loss, nll, kl.mean(), weight, generator))
+        logged += 0.0 if by_hand else sum(x.item() for x in (loss, nll, kl.mean(), weight, generator))
         with autocast(device, precision):
-            made = made if sharing else reconstruct(batch)[0]
-            real, fake = discriminator(pixels), discriminator(made.detach())
+            decoded = decoded if by_hand else reconstruct(batch)[0]
+            real, fake = discriminator(pixels), discriminator(decoded.detach())
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         update(1, loss)
-        return logged + (0.0 if sharing else sum(x.item() for x in (loss, real.mean(), fake.mean())))
+        return logged + (0.0 if by_hand else sum(x.item() for x in (loss, real.mean(), fake.mean())))
 
     return step
 
@@ -149,9 +150,9 @@ def main() -> None:
         save_file({f"features.{k}": v for k, v in vgg16().features.state_dict().items()}, vgg)
         for precision in o.precision:
             steps = {
-                "ours": ours(shape, vgg, device, precision),
-                "diffusers' script": peer(shape, vgg, device, precision, sharing=False),
-                "sharing": peer(shape, vgg, device, precision, sharing=True),
+                "ldm": ldm_step(shape, vgg, device, precision),
+                "diffusers script": diffusers_step(shape, vgg, device, precision, by_hand=False),
+                "diffusers by hand": diffusers_step(shape, vgg, device, precision, by_hand=True),
             }
             times: dict[str, list[float]] = {name: [] for name in steps}
             for k in range(o.steps + 2):
@@ -163,7 +164,7 @@ def main() -> None:
             for name, t in times.items():
                 spread = f"{min(t) * 1e3:.0f} to {max(t) * 1e3:.0f}"
                 print(
-                    f"{precision} {name}: {median[name] * 1e3:.0f} ms ({spread}), {median[name] / median['ours']:.2f}×"
+                    f"{precision} {name}: {median[name] * 1e3:.0f} ms ({spread}), {median[name] / median['ldm']:.2f}×"
                 )
 
 

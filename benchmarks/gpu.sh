@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh OUT [check] [speed] [demo]
 #
-# check: the three stages in fp32, bf16 and fp16 against the CPU's losses, resuming, xformers, sampling as stock does
+# check: the three stages in fp32, bf16 and fp16 against the CPU's losses, resuming, xformers, and diffusers' images
 # speed: a training step and sampling against diffusers, with a UNet of Stable Diffusion 1.5's shape
 # demo:  full training of the demo's three stages, with its report and sample sheet
 set -u
@@ -14,9 +14,9 @@ mkdir -p "$out" runs
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 part() { # name, limit in seconds, command
-    local name=$1 limit=$2 begun=$SECONDS; shift 2
+    local name=$1 limit=$2 started=$SECONDS; shift 2
     timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1
-    echo "== $name: status $?, $((SECONDS - begun)) s"
+    echo "== $name: status $?, $((SECONDS - started)) s"
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
@@ -32,10 +32,11 @@ for what in "${@:-check}"; do
         ;;
     speed)
         part train-small 60 "$python" benchmarks/training_step.py --shape demo --batch-size 256 --precision bf16 \
-            --variants ours "peer script" "peer by hand" --out "$out/train-small.json"
+            --variants ldm "diffusers script" "diffusers by hand" --out "$out/train-small.json"
         part train-sd15 "${TRAIN_SECONDS:-200}" "$python" benchmarks/training_step.py --shape sd15 --batch-size 32 \
-            --precision bf16 --steps 6 --variants ours "peer script" "peer by hand" "ours + cl" "peer by hand + cl" \
-            "ours + cl + compile" "peer by hand + cl + compile" --out "$out/train-sd15.json"
+            --precision bf16 --steps 6 --variants ldm "diffusers script" "diffusers by hand" "ldm + cl" \
+            "diffusers by hand + cl" "ldm + cl + compile" "diffusers by hand + cl + compile" \
+            --out "$out/train-sd15.json"
         part sample-sd15 "${SAMPLE_SECONDS:-150}" "$python" benchmarks/sampling_speed.py --shape sd15 --precision bf16 \
             --batch 1 16 --repeats 3 --out "$out/sample-sd15.json"
         grep -hE "^\{" "$out"/train-small.log "$out"/train-sd15.log "$out"/sample-sd15.log | cut -c1-300

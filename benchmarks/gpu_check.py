@@ -205,8 +205,8 @@ def _resume(out: Path) -> dict[str, Any]:
     return {"ok": parts == whole, "weights differ by": worst, "losses": [parts[-2:], whole[-2:]]}
 
 
-def _stock(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[str, Any]:
-    """Compare our images with stock diffusers' (same folder, seed and sampler), and both with ours in fp32."""
+def _diffusers(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[str, Any]:
+    """Compare images of ldm and of diffusers, from one folder, seed and sampler; and both with ldm's images in fp32."""
     import diffusers
 
     folder, device = out / "ldm-fp32" / "model", "cuda" if torch.cuda.is_available() else "cpu"
@@ -218,14 +218,16 @@ def _stock(out: Path, dtype: torch.dtype, sampler: str, scheduler: str) -> dict[
 
     def images(call: Any, **how: Any) -> np.ndarray:
         generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-        made = call(prompts, generator=generators, num_inference_steps=20, guidance_scale=4.0, output_type="np", **how)
-        return np.asarray(made.images, np.float64) * 255
+        result = call(
+            prompts, generator=generators, num_inference_steps=20, guidance_scale=4.0, output_type="np", **how
+        )
+        return np.asarray(result.images, np.float64) * 255
 
     exact = images(pipe, sampler=sampler)
     ours, theirs = images(pipe.to(dtype=dtype), sampler=sampler), images(stock)
-    far = {name: float(np.abs(x - exact).mean()) for name, x in (("ours", ours), ("stock", theirs))}
+    far = {name: float(np.abs(x - exact).mean()) for name, x in (("ldm", ours), ("diffusers", theirs))}
     worst = float(np.abs(ours - theirs).max())
-    ok = worst <= 2 if dtype == torch.float32 else far["ours"] <= far["stock"]
+    ok = worst <= 2 if dtype == torch.float32 else far["ldm"] <= far["diffusers"]
     return {"ok": ok, "apart, of 255": worst, "mean error to fp32, of 255": far}
 
 
@@ -262,9 +264,9 @@ def check(out: Path, only: Sequence[str]) -> None:
             report.add(name, lambda c=case, p=precision: _stage(out, c, p, expected[c]))  # type: ignore[misc]
     samplers = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
     for sampler, scheduler in samplers.items():
-        report.add(f"{sampler} as stock, fp32", lambda s=sampler, c=scheduler: _stock(out, torch.float32, s, c))  # type: ignore[misc]
+        report.add(f"{sampler} as diffusers, fp32", lambda s=sampler, c=scheduler: _diffusers(out, torch.float32, s, c))  # type: ignore[misc]
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        report.add(f"ddim as stock, {name}", lambda d=dtype: _stock(out, d, "ddim", "DDIMScheduler"))  # type: ignore[misc]
+        report.add(f"ddim as diffusers, {name}", lambda d=dtype: _diffusers(out, d, "ddim", "DDIMScheduler"))  # type: ignore[misc]
     if torch.cuda.is_available():
         report.add("generating in half precision", lambda: _half_precision(out))
     shutil.rmtree(out / "ldm-bf16", ignore_errors=True)

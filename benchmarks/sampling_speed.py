@@ -1,4 +1,4 @@
-"""Compare the sampling speed with stock diffusers in one run: same weights, sampler, steps and guidance.
+"""Compare the sampling speed with diffusers in one run: same weights, sampler, steps and guidance.
 
 Measures a whole call (text, sampling, decoding), the loop alone, eager and compiled, and the autoencoder's decoder.
 
@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pipelines(
     shape: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[LatentDiffusionPipeline, StableDiffusionPipeline]:
-    """Return our pipeline and the stock one, each with its own copy of the same networks."""
+    """Return ldm's pipeline and diffusers', each with its own copy of the same networks."""
     _, _, tokens, width = SHAPES[shape]
     sd = shape != "demo"
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", nargs="*", choices=["ours", "stock"], default=["ours", "stock"])
+    parser.add_argument("--compile", nargs="*", choices=["ldm", "diffusers"], default=["ldm", "diffusers"])
     parser.add_argument("--seconds", type=float, default=600, help="compile nothing after so many")
     parser.add_argument("--out", type=Path, default=Path("runs/sampling_speed.json"))
     o = parser.parse_args()
@@ -130,10 +130,10 @@ def main() -> None:
 
     def calls(b: int, output_type: OutputType) -> dict[str, Callable[[], object]]:
         return {
-            "ours": lambda: ours(
+            "ldm": lambda: ours(
                 [PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how
             ),
-            "stock": lambda: stock(
+            "diffusers": lambda: stock(
                 [PROMPT] * b, output_type=output_type, generator=torch.Generator().manual_seed(0), **how
             ),
         }
@@ -141,27 +141,27 @@ def main() -> None:
     def row(name: str, b: int, output_type: OutputType, chosen: list[str]) -> None:
         try:
             ms = measure({k: v for k, v in calls(b, output_type).items() if k in chosen}, device, o.repeats)
-            ratio = {"stock / ours": round(ms["stock"] / ms["ours"], 3)} if len(ms) == 2 else {}
+            ratio = {"diffusers / ldm": round(ms["diffusers"] / ms["ldm"], 3)} if len(ms) == 2 else {}
             rates = {f"{k} it/s": round(1e3 * o.steps / v, 1) for k, v in ms.items()}
             note({"what": name, "batch": b, "ms": ms, **rates, **ratio})
         except Exception as error:
             note({"what": name, "batch": b, "error": f"{type(error).__name__}: {error}"[:300]})
 
     for b in o.batch:
-        row("sampling, eager", b, "latent", ["ours", "stock"])
-        row("whole call, eager", b, "np" if device.type == "cpu" else "pt", ["ours", "stock"])
+        row("sampling, eager", b, "latent", ["ldm", "diffusers"])
+        row("whole call, eager", b, "np" if device.type == "cpu" else "pt", ["ldm", "diffusers"])
     side = SHAPES[o.shape][1]
     latents = torch.randn(1, 4, side, side, device=device)
     decode: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours.decode(latents),
-        "stock": lambda: stock.vae.decode(latents.to(stock.vae.dtype) / 0.18215),
+        "ldm": lambda: ours.decode(latents),
+        "diffusers": lambda: stock.vae.decode(latents.to(stock.vae.dtype) / 0.18215),
     }
     with torch.no_grad():
         note({"what": "decode, eager", "ms": measure(decode, device, o.repeats)})
         for pipe_vae in (ours.autoencoder.vae, stock.vae):
             torch.nn.Module.to(pipe_vae, memory_format=torch.channels_last)
         note({"what": "decode, channels_last", "ms": measure(decode, device, o.repeats)})
-    for name, unet in (("ours", ours.unet), ("stock", stock.unet)):
+    for name, unet in (("ldm", ours.unet), ("diffusers", stock.unet)):
         if name not in o.compile or time.perf_counter() - started > o.seconds:
             continue
         torch.nn.Module.to(unet, memory_format=torch.channels_last)

@@ -1,10 +1,10 @@
 """Compare a training step of stage 2 with diffusers' train_text_to_image.py, in one run, on the same cached inputs.
 
-`ours` is the step of train_ldm.py: loss, clipping, skipping of non-finite steps, optimizer, running average. The peers
-are diffusers' loop, rewritten here: `script` with its defaults (separate AdamW kernels, a loss read from the device
-each step, its EMA), `by hand` as a careful user would optimize it (fused AdamW, foreach EMA, nothing read from the
-device). None of them encodes images or captions: all use cached latents and text features. `+ cl` is channels_last,
-`+ compile` torch.compile.
+`ldm` is the step of train_ldm.py: loss, clipping, skipping of non-finite steps, optimizer, running average. The others
+are diffusers' loop, rewritten here. `diffusers script` has the script's defaults: separate AdamW kernels, a loss read
+from the device in each step, and its EMA. `diffusers by hand` is optimized as a careful user would do it: fused AdamW,
+foreach EMA, and nothing is read from the device. No variant encodes images or captions: all use cached latents and text
+features. `+ cl` is channels_last, `+ compile` torch.compile.
 
     python benchmarks/training_step.py --shape sd15 --batch-size 32 --precision bf16
     python benchmarks/training_step.py --shape demo --batch-size 64 --precision fp32 bf16
@@ -87,7 +87,8 @@ def batch_of(shape: str, b: int, device: torch.device) -> CachedBatch:
     return batch.to(device)
 
 
-def ours(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
+def ldm_step(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
+    """Return ldm's training step."""
     out = tempfile.mkdtemp()
     _, _, tokens, width = SHAPES[shape]
     config = LdmConfig(
@@ -134,7 +135,7 @@ def ours(shape: str, b: int, precision: Precision, device: torch.device, how: se
     return step
 
 
-def peer(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
+def diffusers_step(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
     """Return the step of diffusers' loop; with `hand` in how, optimized by hand."""
     unet, by_hand = network(shape, device), "hand" in how
     if "cl" in how:
@@ -176,15 +177,15 @@ def peer(shape: str, b: int, precision: Precision, device: torch.device, how: se
 
 
 VARIANTS: dict[str, tuple[Callable[..., Step], set[str]]] = {
-    "ours": (ours, set()),
-    "peer script": (peer, set()),
-    "peer by hand": (peer, {"hand"}),
-    "ours + cl": (ours, {"cl"}),
-    "peer by hand + cl": (peer, {"hand", "cl"}),
-    "ours + compile": (ours, {"compile"}),
-    "peer by hand + compile": (peer, {"hand", "compile"}),
-    "ours + cl + compile": (ours, {"cl", "compile"}),
-    "peer by hand + cl + compile": (peer, {"hand", "cl", "compile"}),
+    "ldm": (ldm_step, set()),
+    "diffusers script": (diffusers_step, set()),
+    "diffusers by hand": (diffusers_step, {"hand"}),
+    "ldm + cl": (ldm_step, {"cl"}),
+    "diffusers by hand + cl": (diffusers_step, {"hand", "cl"}),
+    "ldm + compile": (ldm_step, {"compile"}),
+    "diffusers by hand + compile": (diffusers_step, {"hand", "compile"}),
+    "ldm + cl + compile": (ldm_step, {"cl", "compile"}),
+    "diffusers by hand + cl + compile": (diffusers_step, {"hand", "cl", "compile"}),
 }
 
 
