@@ -60,9 +60,12 @@ class PatchDiscriminator(nn.Module):
 
 
 @contextmanager
-def frozen(module: nn.Module, but: nn.Parameter | None = None) -> Iterator[None]:
-    """Freeze the module's weights except `but` within the context. Gradients still go through the module."""
-    trained = [p for p in module.parameters() if p.requires_grad and p is not but]
+def frozen(module: nn.Module, keep_trainable: nn.Parameter | None = None) -> Iterator[None]:
+    """Freeze the module's weights within the context; gradients still go through the module.
+
+    keep_trainable: parameter that isn't frozen.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad and p is not keep_trainable]
     for p in trained:
         p.requires_grad_(False)
     try:

@@ -26,15 +26,18 @@ _HUBER = 0.1  # error at which huber changes from squared to absolute: 13 of 255
 LARGEST_WEIGHT = 1e4  # limit on the adaptive weight if the adversarial loss has nearly no gradient
 
 
-def reconstruction_loss(kind: ReconstructionKind, made: Tensor, pixels: Tensor) -> Tensor:
-    """Return the mean of |d|, d² or Huber(d) / 0.1 with threshold 0.1 (|d| − 0.05 above it), for d = made − pixels."""
+def reconstruction_loss(kind: ReconstructionKind, decoded: Tensor, pixels: Tensor) -> Tensor:
+    """Return the mean of |d|, d² or Huber(d) / 0.1 for d = decoded − pixels.
+
+    Huber's threshold is 0.1, so above it the last one is |d| − 0.05.
+    """
     match kind:
         case "l1":
-            return F.l1_loss(made.float(), pixels.float())
+            return F.l1_loss(decoded.float(), pixels.float())
         case "l2":
-            return F.mse_loss(made.float(), pixels.float())
+            return F.mse_loss(decoded.float(), pixels.float())
         case "huber":
-            return F.smooth_l1_loss(made.float(), pixels.float(), beta=_HUBER)
+            return F.smooth_l1_loss(decoded.float(), pixels.float(), beta=_HUBER)
         case _:
             assert_never(kind)
 
@@ -60,20 +63,20 @@ class Known(NamedTuple):
     value: Tensor
     """Loss, a scalar, float32."""
     gradient: Tensor
-    """Gradient, (b, 3, H, W), float32."""
+    """Gradient of the loss with respect to the reconstructions, (b, 3, H, W), float32."""
 
-    def attach(self, made: Tensor) -> Tensor:
-        """Return the value as a function of `made` (b, 3, H, W), for autograd."""
-        return _Attach.apply(made.float(), self.value, self.gradient)
+    def attach(self, decoded: Tensor) -> Tensor:
+        """Return the value as a function of the reconstructions (b, 3, H, W), so that autograd uses the gradient."""
+        return _Attach.apply(decoded.float(), self.value, self.gradient)
 
 
-def known(loss: Callable[[Tensor], Tensor], made: Tensor) -> Known:
+def known(loss: Callable[[Tensor], Tensor], decoded: Tensor) -> Known:
     """Compute a loss of images and its gradient, and free the graph.
 
     The gradient is used both for `adaptive_weight` and for the backward pass, so that the perceptual network and the
     discriminator run only once.
     """
-    leaf, scale = made.detach().float().requires_grad_(), underflow_scale(made)
+    leaf, scale = decoded.detach().float().requires_grad_(), underflow_scale(decoded)
     with torch.enable_grad():
         value = loss(leaf).float()
         (gradient,) = torch.autograd.grad(value * scale, leaf)
@@ -92,7 +95,7 @@ def underflow_scale(images: Tensor) -> float:
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, made: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, decoded: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         return value.clone()
 

@@ -33,7 +33,7 @@ def build_autoencoder(
     attention: bool = True,
     resolution: int = 32,
 ) -> AutoencoderKL:
-    """Build an AutoencoderKL with random weights; each side of its latents is 2^(levels − 1) times smaller.
+    """Build an AutoencoderKL with random weights. A latent's sides are 2^(levels − 1) times shorter than the image's.
 
     Raises UserError if `groups` doesn't divide a level's channels.
     """
@@ -109,15 +109,15 @@ class Autoencoder:
         if folder.is_dir():
             folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
             if not (folder / "config.json").is_file():
-                raise UserError(f"{str(where)!r} contains no autoencoder: config.json is neither there nor in vae/")
+                raise UserError(f"{str(where)!r} contains no autoencoder: must contain config.json or vae/config.json")
             where = folder
         elif not is_hub_id(str(where)):
             raise UserError(f"no autoencoder at {str(where)!r}: give the model/ folder of a train_vae run, or a hub id")
         vae: AutoencoderKL = load_network(AutoencoderKL, where, f"an autoencoder from {str(where)!r}")
         if vae.config.get("shift_factor") or vae.config.get("latents_mean"):
             raise UserError(
-                f"the autoencoder at {str(where)!r} sets shift_factor or latents_mean, which stock pipelines "
-                "ignore: use one that sets only scaling_factor"
+                f"the autoencoder at {str(where)!r} sets shift_factor or latents_mean, which diffusers' own "
+                "pipelines ignore: use one that sets only scaling_factor"
             )
         autoencoder = cls(vae)
         autoencoder.colours = Colours.load(where, autoencoder.latent_channels)

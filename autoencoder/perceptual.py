@@ -27,9 +27,9 @@ _SMALLEST = 64  # pixels per side, for which the distance was fitted; smaller im
 class Lpips(nn.Module):
     """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924, eq. 1) with an ImageNet VGG16 or AlexNet.
 
-    (made, pixels), images (b, 3, H, W) in [−1, 1] → their mean distance, a scalar. weights: torchvision's weights of
-    the backbone, a .safetensors file or a .pth without code; empty: torchvision downloads them. The weights of the
-    layers come with torchmetrics. Raises UserError if they can't be read.
+    (decoded, pixels), images (b, 3, H, W) in [−1, 1] → their mean distance, a scalar. weights: file of torchvision's
+    weights of the backbone, .safetensors or a .pth without code; empty: torchvision downloads them. LPIPS's weights of
+    the layers come with torchmetrics. Raises UserError if they can't be read.
     """
 
     mean: Tensor
@@ -81,12 +81,12 @@ class Lpips(nn.Module):
             taken.append(_unit(x, dim=1))
         return taken
 
-    def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
+    def forward(self, decoded: Tensor, pixels: Tensor) -> Tensor:
         with torch.no_grad():
             target = self.features(pixels)
         each = [
             ((a - b).square().mean(dim=(2, 3)) * weight).sum(1)  # (b,); not a matrix product, which autocast rounds
-            for a, b, weight in zip(self.features(made), target, self.fitted, strict=True)
+            for a, b, weight in zip(self.features(decoded), target, self.fitted, strict=True)
         ]
         return torch.stack(each).sum(0).mean()
 
@@ -95,8 +95,8 @@ class ClipPerceptual(nn.Module):
     """Mean squared distance between unit-length features of all layers of a CLIP image tower, after Zhang et al. 2018.
 
     Without a network connection, the tower can be the one that stage 0 trained on the same images. Images
-    (b, 3, H, W) in [−1, 1] are resized to the tower's side; (made, pixels) → a scalar. Raises UserError if the folder
-    or hub id has no such tower.
+    (b, 3, H, W) in [−1, 1] are resized to the tower's side; (decoded, pixels) → a scalar. Raises UserError if the
+    folder or hub id has no such tower.
     """
 
     tower: CLIPVisionModel
@@ -130,10 +130,10 @@ class ClipPerceptual(nn.Module):
         hidden = self.tower((pixels / 2 + 0.5 - self.mean) / self.std, output_hidden_states=True).hidden_states
         return [_unit(x, dim=-1) for x in hidden]
 
-    def forward(self, made: Tensor, pixels: Tensor) -> Tensor:
+    def forward(self, decoded: Tensor, pixels: Tensor) -> Tensor:
         with torch.no_grad():
             target = self.features(pixels)
-        each = [(a - b).square().sum(-1).mean() for a, b in zip(self.features(made), target, strict=True)]
+        each = [(a - b).square().sum(-1).mean() for a, b in zip(self.features(decoded), target, strict=True)]
         return torch.stack(each).mean()
 
 
@@ -163,7 +163,7 @@ def preprocessing(where: str, mean: list[float], std: list[float]) -> dict[str, 
     for name in ("image_mean", "image_std"):
         value = found[name]
         if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
-            raise UserError(f"preprocessor_config.json of {where!r} has {name} {value!r}: three numbers are accepted")
+            raise UserError(f"preprocessor_config.json of {where!r} has {name} {value!r}: must be three numbers")
     return found
 
 

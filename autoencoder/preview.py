@@ -53,8 +53,8 @@ class Colours(NamedTuple):
         shapes = [tuple(value.shape) for value in colours]
         if shapes != [(3, channels, 3, 3), (3,)] or not all(value.isfinite().all() for value in colours):
             raise UserError(
-                f"{str(path)!r} doesn't fit this autoencoder: weight (3, {channels}, 3, 3) and bias (3,) with finite "
-                f"numbers are accepted, it has {shapes[0]} and {shapes[1]}; {_DELETE}"
+                f"{str(path)!r} doesn't fit this autoencoder: its weight and bias have the shapes {shapes[0]} and "
+                f"{shapes[1]}, but must be finite and have (3, {channels}, 3, 3) and (3,); {_DELETE}"
             )
         return colours
 

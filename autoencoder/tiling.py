@@ -38,10 +38,10 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if self.side < 1:
-            raise UserError(f"tile side {self.side}: at least 1 latent is accepted")
+            raise UserError(f"tile side {self.side}: must be at least 1 latent")
         if not 0 <= self.overlap <= self.side // 2:
             most = self.side // 2
-            raise UserError(f"overlap {self.overlap} of tiles of side {self.side}: 0 to {most} latents are accepted")
+            raise UserError(f"overlap {self.overlap} of tiles of side {self.side}: must be 0 to {most} latents")
 
 
 class Span(NamedTuple):
@@ -117,7 +117,7 @@ def tiled(
     down: int = 1,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """Compute `run`(x) tile by tile. x has `down` elements per latent and side, the result has `up`.
+    """Compute `run`(x) tile by tile. Along each side, x has `down` elements per latent, and the result has `up`.
 
     x (b, c, h × down, w × down) gives (b, c', h × up, w × up), at least float32 and on the device of x. An image no
     larger than a tile runs once as a whole. Otherwise the group norms of `network`, which `run` calls, use the whole
@@ -190,7 +190,10 @@ class _Reached(Exception):
 
 
 class _GroupNorms:
-    """Hook on group norms: norms with fixed statistics use them, and the input of others is measured."""
+    """Hook on group norms, which gives them the whole image's statistics.
+
+    A norm whose statistics are already known uses them. For any other norm, the statistics of its input are measured.
+    """
 
     def __init__(self) -> None:
         self.tile: Tile | None = None  # tile whose own part is measured at the first norm without statistics
@@ -198,7 +201,7 @@ class _GroupNorms:
         self.measured: dict[nn.Module, list[_Moments]] = {}
 
     def fix(self) -> None:
-        """Fix the statistics of the norms measured so far."""
+        """Set the statistics of the norms measured so far; they don't change afterwards."""
         self.fixed |= {norm: _pooled(parts) for norm, parts in self.measured.items()}
         self.measured = {}
 
@@ -235,7 +238,7 @@ def _group_norms(network: nn.Module | None) -> Iterator[_GroupNorms]:
 
 
 def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile], down: int, norms: _GroupNorms) -> None:
-    """Fix the whole image's statistics of every norm, one norm after the other.
+    """Measure the whole image's statistics of every norm, one norm after the other.
 
     Each run stops at the norm being measured. The norms can't be measured all at once, since each changes the input of
     the later ones; repeating that a few times doesn't converge.

@@ -100,9 +100,7 @@ class Edit:
 def given_images(data: str, side: int) -> list[Edit]:
     """Return the test images of one object, each as an edit that requests no change."""
     if not (Path(data) / "shapes.json").is_file():
-        raise UserError(
-            f"--data {data!r}: only a Shapes dataset is accepted, as scripts/make_dataset.py shapes writes it"
-        )
+        raise UserError(f"--data {data!r}: must be a Shapes dataset; write one with scripts/make_dataset.py shapes")
     dataset = ImageDataset(open_source(data, "test"), Framing(resolution=side), 0, shuffle=False)
     batch = dataset.__getitems__(range(len(dataset.source)))
     scenes = map(parse_caption, batch.captions)
@@ -128,7 +126,7 @@ def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callab
         after = replace(edit.before, objects=(thing, *edit.before.objects), relation=relation)
         edits.append(replace(edit, after=after, box=Box(left, top, left + w, top + h)))
     if len(edits) < count:
-        raise UserError(f"--images {count}: only {len(edits)} images of the dataset have room for another object")
+        raise UserError(f"--images {count}: at most {len(edits)}, as only these have room for another object")
     return edits[:count]
 
 
@@ -142,7 +140,7 @@ def direction(right: float, down: float) -> Relation:
 def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]:
     """Return `count` edits that change the background."""
     if len(given) < count:
-        raise UserError(f"--images {count}: the dataset has only {len(given)} test images of one object")
+        raise UserError(f"--images {count}: at most {len(given)}, as the dataset has no more test images of one object")
     others = [[name for name in BACKGROUNDS if name != edit.before.background] for edit in given[:count]]
     return [
         replace(edit, after=replace(edit.before, background=names[rng.integers(len(names))]))
@@ -162,8 +160,8 @@ def generate(pipe: LatentDiffusionPipeline, edits: Sequence[Edit], o: Options, *
         generators = [torch.Generator().manual_seed(o.seed + first + k) for k in range(len(part))]
         prompts = [edit.after.caption for edit in part]
         arguments: dict[str, Any] = {**o.sampling(), **how}
-        made = pipe(prompts, generator=generators, output_type="np", **arguments).images
-        generated.append(np.asarray(made))
+        images = pipe(prompts, generator=generators, output_type="np", **arguments).images
+        generated.append(np.asarray(images))
     return np.concatenate(generated)
 
 
@@ -210,11 +208,11 @@ def shares(check: Check, images: Images, edits: Sequence[Edit]) -> dict[str, flo
     return {name: round(float(np.mean([t[name] for t in passed])), 3) for name in passed[0]}
 
 
-def differences(made: Images, exact: Images) -> dict[str, float | bool]:
+def differences(images: Images, exact: Images) -> dict[str, float | bool]:
     """Return the differences of images in two precisions, in levels of 255: of all values, and per image."""
-    levels = 255 * np.abs(made - exact)
+    levels = 255 * np.abs(images - exact)
     return {
-        "finite": bool(np.isfinite(made).all()),
+        "finite": bool(np.isfinite(images).all()),
         "mean": round(float(levels.mean()), 2),
         "max": round(float(levels.max()), 1),
         "median image": round(float(np.median(levels.mean((1, 2, 3)))), 2),
@@ -247,9 +245,7 @@ def save_sheet(path: Path, edits: Sequence[Edit], generated: Sequence[Images]) -
 def main() -> None:
     o = overlay(Options, Options())
     if o.images < 1 or o.batch_size < 1 or o.seed < 0:
-        raise UserError(
-            f"--images {o.images} --batch-size {o.batch_size} --seed {o.seed}: at least 1, 1 and 0 are accepted"
-        )
+        raise UserError(f"--images {o.images} --batch-size {o.batch_size} --seed {o.seed}: must be at least 1, 1 and 0")
     rng = default_rng(o.seed)
     models = {"blending": o.model} | ({"trained to inpaint": o.inpaint_model} if o.inpaint_model else {})
     pipes = {name: LatentDiffusionPipeline.from_pretrained(folder) for name, folder in models.items()}

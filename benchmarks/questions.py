@@ -1,4 +1,4 @@
-"""Answer common questions by measurements on a model of the Shapes dataset; docs/mathematics.md shows the answers.
+"""Measure how the sampler's settings change the images of a Shapes model; docs/mathematics.md shows the results.
 
     python benchmarks/questions.py --model runs/demo/model --out docs/figures
 
@@ -28,7 +28,7 @@ from train.evaluation.sheets import sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Answer common questions by measurement."""
+    """Measure how the sampler's settings change the images: steps, eta, guidance and inversion."""
 
     model: str = "runs/demo/model"
     """Folder of a model trained on the Shapes dataset."""

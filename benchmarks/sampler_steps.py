@@ -69,7 +69,9 @@ def main() -> None:
     }
     report: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"measured": measured, "table": {}}
     if report["measured"] != measured:
-        raise UserError(f"{out} has measurements of {report['measured']}, not of {measured}: give another --out")
+        raise UserError(
+            f"--out {o.out!r}: contains measurements of {report['measured']}, not of {measured}; give another file"
+        )
     table: dict[str, dict[str, float]] = report["table"]
 
     def measured_once(name: str, **how: object) -> float:

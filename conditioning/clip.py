@@ -1,8 +1,8 @@
 """CLIP's text tower (Radford et al. 2021) as the condition of the diffusion (Rombach et al. 2022, sec. 3.3).
 
 The UNet gets every token's last hidden state after the final layer norm, including the padding, without a mask. This is
-the input of Stable Diffusion 1's UNet, so a stock pipeline with the saved folder gives the same numbers. Clip skip
-leaves out the last layers and keeps the final norm, as Stable Diffusion 2's checkpoints do.
+the input of Stable Diffusion 1's UNet, so diffusers' own pipeline gives the same numbers with the saved folder. Clip
+skip leaves out the last layers and keeps the final norm, as Stable Diffusion 2's checkpoints do.
 
 Prompts that are longer than the tower's input are read in chunks. Each chunk is encoded separately, with its own begin
 and end, and the UNet attends to the tokens of all chunks. The number of chunks is fixed for a model, so all conditions,
@@ -57,9 +57,12 @@ class ClipTextEncoder(nn.Module):
         config = model.config
         chunks = getattr(config, _CHUNKS, 1) if chunks is None else chunks
         if type(chunks) is not int or not 1 <= chunks <= MOST_CHUNKS:
-            raise UserError(f"chunks {chunks!r}: a whole number from 1 to {MOST_CHUNKS} is accepted")
+            raise UserError(f"chunks {chunks!r}: must be a whole number from 1 to {MOST_CHUNKS}")
         if len(tokenizer) > config.vocab_size:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder only {config.vocab_size}")
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, but the text encoder only {config.vocab_size}: "
+                "use a tokenizer and a text encoder of the same model"
+            )
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
         self.model, self.tokenizer = model, tokenizer
         self.max_length: int = tokenizer.model_max_length
@@ -143,7 +146,7 @@ class ClipTextEncoder(nn.Module):
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
     def stock_limits(self) -> str | None:
-        """Return one line that says what stock diffusers can't do with this text encoder; None if it can do all."""
+        """Return one line that says what unmodified diffusers can't do with this text encoder, else None."""
         if self.chunks > 1:
             return (
                 f"prompts have up to {self.chunks} chunks: stock diffusers reads only the first {self.max_length} "
@@ -168,12 +171,12 @@ def _find(source: str) -> tuple[Path, Path]:
         if folder.name == "text_encoder":  # inside a pipeline
             beside += (folder.with_name("tokenizer"),)
     else:
-        raise UserError(f"{source} contains no text encoder: neither text_encoder/config.json nor config.json is there")
+        raise UserError(f"{source} contains no text encoder: must contain config.json or text_encoder/config.json")
     tokens = next((f for f in beside if _has_tokenizer(f)), None)
     if tokens is None:
         raise UserError(
-            f"{source} contains no tokenizer: tokenizer.json, or vocab.json and merges.txt, were looked for in "
-            + ", ".join(map(str, beside))
+            f"{source} contains no tokenizer: it must have tokenizer.json, or vocab.json and merges.txt, in "
+            + " or ".join(map(str, beside))
         )
     return weights, tokens
 
@@ -183,7 +186,7 @@ def _remove_last_layers(model: CLIPTextModel, skip: int) -> None:
     encoder = tower_of(model).encoder
     count = len(encoder.layers)
     if not 0 <= skip < count:
-        raise UserError(f"clip_skip {skip}: 0 to {count - 1} are accepted for a text encoder of {count} layers")
+        raise UserError(f"clip_skip {skip}: must be 0 to {count - 1} for a text encoder of {count} layers")
     encoder.layers = encoder.layers[: count - skip]
     model.config.num_hidden_layers = count - skip
 
@@ -193,7 +196,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _read_tower(folder: Path) -> CLIPTextModel:
-    """Read only the text tower, with every weight required, in its stored dtype.
+    """Read only the text tower, in its stored dtype; every weight must be present.
 
     transformers' own loader fills missing weights with random numbers, and loads adapters and quantisations that a
     folder names. Here only weights and configuration values are read.
@@ -203,7 +206,7 @@ def _read_tower(folder: Path) -> CLIPTextModel:
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
-        raise UserError("no model.safetensors is beside config.json (pickled weights are never read)")
+        raise UserError("model.safetensors is missing beside config.json (pickled weights are never read)")
     weights = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -217,5 +220,5 @@ def _read_tower(folder: Path) -> CLIPTextModel:
 def _download(name: str) -> Path:
     """Download only the text encoder and the tokenizer of a hub repository, so no pickles."""
     if not is_hub_id(name):
-        raise UserError(f"{name} is neither a folder nor a hub id (owner/name)")
+        raise UserError(f"{name}: must be an existing folder or a hub id (owner/name)")
     return fetch(name, [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _FILES])

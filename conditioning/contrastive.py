@@ -187,7 +187,7 @@ def retrieval_accuracy(
     """Return the share of images whose caption is among the k captions nearest to them, and the reverse.
 
     image_features, text_features (n, d); caption_ids (n,). Any image or caption with an equal caption is correct, and
-    equal captions count once among the k. Ranks above n are left out. Values are () tensors.
+    equal captions count once among the k. Values of k above n are left out. The shares are scalar tensors.
     """
     image, text = (F.normalize(x.float(), dim=-1) for x in (image_features, text_features))
     similarity = image @ text.T  # (n images, n captions)

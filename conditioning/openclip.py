@@ -60,7 +60,7 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     tag = open_clip.get_pretrained_cfg(architecture, weights)
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-        raise UserError(f"weights {weights!r}: accepted are a .safetensors file and open_clip's own: {known}")
+        raise UserError(f"weights {weights!r}: must be a .safetensors file, or one of open_clip's tags: {known}")
     config["quick_gelu"] = bool(tag.get("quick_gelu"))  # the weights decide this, not the architecture
     model = open_clip.create_model(architecture, pretrained=weights, force_quick_gelu=config["quick_gelu"])
     return convert(model.state_dict(), config), tokenizer_of(config)
@@ -78,10 +78,10 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
     """Convert an open_clip configuration (open_clip.get_model_config). Raises UserError if the tower isn't CLIP's."""
     # CLIPTextModel doesn't support any other key (another tokenizer, no causal mask, a class token).
     if foreign := sorted(set(config["text_cfg"]) - set(_DEFAULTS)):
-        raise UserError(f"its text tower isn't CLIP's: it sets {', '.join(foreign)}")
+        raise UserError(f"its text tower sets {', '.join(foreign)}: only CLIP's text tower is supported")
     text = _DEFAULTS | config["text_cfg"]
     if text["vocab_size"] != LARGEST:
-        raise UserError(f"its vocabulary has {text['vocab_size']} tokens, CLIP's has {LARGEST}")
+        raise UserError(f"its vocabulary has {text['vocab_size']} tokens: only CLIP's, with {LARGEST}, is supported")
     return CLIPTextConfig(
         hidden_size=text["width"],
         intermediate_size=4 * text["width"],
@@ -110,7 +110,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextM
         parts = theirs.pop(name).detach().float().clone().chunk(len(ours))
         weights |= zip(ours, parts, strict=True)
     if theirs:
-        raise UserError(f"its text tower isn't CLIP's: it has a weight {next(iter(theirs))}")
+        raise UserError(f"its text tower has the weight {next(iter(theirs))}: only CLIP's text tower is supported")
     tower_of(converted).load_state_dict(weights, strict=True)
     return converted
 

@@ -56,7 +56,9 @@ class Echo(nn.Module):
         self.register_buffer("codes", torch.randn(vocab_size, code))
 
     def forward(self, tokens: Tensor, input_ids: Tensor, end_id: int) -> Tensor:
-        """Return the squared error (), a mean over each caption's tokens up to its end; 1 means no information.
+        """Return the mean squared error of the predicted codes, a scalar; an error of 1 means that nothing was learned.
+
+        The mean is over each caption's tokens up to its end token.
 
         tokens (b, n, width), input_ids (b, n).
         """
@@ -89,7 +91,7 @@ class TokenTasks(nn.Module):
     def forward(
         self, tokens: Tensor, input_ids: Tensor, end_id: int, pixels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss () and detached metrics.
+        """Return the weighted loss, a scalar, and detached metrics.
 
         tokens (b, n, d), input_ids (b, n), pixels (b, 3, h, w) in [-1, 1].
         """

@@ -41,9 +41,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     if `vocab_size` isn't in 514..49408 or `max_length` is below 3.
     """
     if not SMALLEST <= vocab_size <= LARGEST:
-        raise UserError(f"vocab_size {vocab_size}: {SMALLEST} (512 bytes, start, end) to {LARGEST} are accepted")
+        raise UserError(f"vocab_size {vocab_size}: must be {SMALLEST} (512 bytes, start, end) to {LARGEST}")
     if max_length < 3:
-        raise UserError(f"max_length {max_length}: at least 3 (start, one token, end) are accepted")
+        raise UserError(f"max_length {max_length}: must be at least 3 (start, one token, end)")
     blank = clip_tokenizer([], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
@@ -82,16 +82,16 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) -> Tensor:
-    """Return ids (b, chunks · max_length) int64: begin, text, end and padding, once for each chunk.
+    """Return ids (b, chunks · max_length) int64: each chunk has a begin token, its text, an end token and padding.
 
-    One chunk is the input of a stock Stable Diffusion pipeline. With more, the tokens fill one chunk after the other,
-    without regard to the ends of words. Chunks without text are those of the prompt "".
+    With one chunk, the ids are the input of diffusers' Stable Diffusion pipeline. With more, the tokens fill one chunk
+    after the other, and a word may be split between two. A chunk without text has the ids of the prompt "".
 
     A prompt that is too long for all chunks is truncated, with a PromptCut warning that quotes the ignored text or its
     beginning. Lone surrogates (half characters) are read as U+FFFD.
     """
     if isinstance(prompts, str):
-        raise ValueError(f"prompts {prompts!r} is one string: a sequence of strings is accepted")
+        raise ValueError(f"prompts {prompts!r}: must be a sequence of strings, not one string")
     if not prompts:
         return torch.empty(0, chunks * tokenizer.model_max_length, dtype=torch.int64)
     encoded = tokenizer(
@@ -110,7 +110,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
             rest = prompt[offsets[room][0] :]
             more = f" and {len(rest) - _QUOTED} more characters" if len(rest) > _QUOTED else ""
             warnings.warn(
-                f'a prompt has {len(ids)} tokens and {room} fit; this part of it is ignored: "{rest[:_QUOTED]}"{more}',
+                f'a prompt has {len(ids)} tokens but only {room} fit; this part is ignored: "{rest[:_QUOTED]}"{more}',
                 PromptCut,
                 stacklevel=2,
             )

@@ -117,7 +117,7 @@ def main() -> None:
     for weight in o.weights:
         right = 0
         for label, name in enumerate(NAMES):
-            made = pipe(
+            output = pipe(
                 "",
                 guidance_scale=1.0,
                 num_images_per_prompt=o.per_class,
@@ -125,7 +125,7 @@ def main() -> None:
                 classifier_scale=weight,
                 generator=torch.Generator().manual_seed(o.seed),
             ).images
-            images = [np.asarray(image) for image in made]
+            images = [np.asarray(image) for image in output]
             right += sum(read_scene(image).background == name for image in images)
             rows += in_rows(images[:8], 8)
         print(f"weight {weight:g}: {right / (len(NAMES) * o.per_class):.3f} have the requested background")

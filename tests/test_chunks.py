@@ -73,7 +73,7 @@ def test_a_long_prompt_is_encoded_chunk_by_chunk(pipe) -> None:
 
 def test_text_beyond_the_last_chunk_is_quoted(pipe) -> None:
     two = chunked(pipe, 2)
-    with pytest.warns(UserWarning, match='30 tokens and 28 fit; this part of it is ignored: "black star"') as caught:
+    with pytest.warns(UserWarning, match='30 tokens but only 28 fit; this part is ignored: "black star"') as caught:
         cut = two.encode([LONG])
     assert len(caught) == 1
     close(cut, two.encode([" ".join(LONG.split()[:28])]))
@@ -123,7 +123,7 @@ def test_other_numbers_of_chunks_are_refused(pipe, tmp_path: Path, wrong) -> Non
     pipe.text_encoder.save(tmp_path)
     file = tmp_path / "text_encoder/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prompt_chunks": wrong}))
-    with pytest.raises(UserError, match=f"chunks {wrong!r}: a whole number from 1 to 32"):
+    with pytest.raises(UserError, match=f"chunks {wrong!r}: must be a whole number from 1 to 32"):
         ClipTextEncoder.load(tmp_path)
     assert ClipTextEncoder.load(tmp_path, chunks=2).chunks == 2
     with pytest.raises(UserError, match="chunks 0"):
@@ -147,7 +147,7 @@ def test_stock_diffusers_reads_the_folder_and_generates_from_short_prompts(pipe,
     assert (ours - theirs).abs().max() <= 1 / 255
 
 
-@pytest.mark.filterwarnings("ignore:a prompt has 30 tokens and 14 fit")  # in the weaker model
+@pytest.mark.filterwarnings("ignore:a prompt has 30 tokens but only 14 fit")  # in the weaker model
 def test_all_prompts_of_an_image_have_the_same_number_of_chunks(pipe) -> None:
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 3), pipe.process)
 

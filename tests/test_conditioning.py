@@ -421,9 +421,7 @@ def test_clip_skip_is_an_earlier_layer_after_the_final_norm(tokenizer, tmp_path,
 @pytest.mark.parametrize("skip", [-1, 2, 3])
 def test_a_skip_that_leaves_no_layer_is_refused(encoder, tmp_path, skip):
     encoder.save(tmp_path)
-    with pytest.raises(
-        UserError, match=f"clip_skip {skip}: 0 to 1 are accepted for a text encoder of 2 layers"
-    ) as caught:
+    with pytest.raises(UserError, match=f"clip_skip {skip}: must be 0 to 1 for a text encoder of 2 layers") as caught:
         ClipTextEncoder.load(tmp_path, skip=skip)
     assert str(tmp_path) in str(caught.value)
 
@@ -489,13 +487,13 @@ def test_unreadable_folders_are_refused_with_a_reason(encoder, clip, tokenizer, 
         encoder.save(tmp_path / name)
         return tmp_path / name
 
-    refused("neither a folder nor", tmp_path / "nowhere")
-    refused("neither a folder nor", "conditioning/nowhere/model")
+    refused("must be an existing folder or a hub id", tmp_path / "nowhere")
+    refused("must be an existing folder or a hub id", "conditioning/nowhere/model")
     (tmp_path / "empty").mkdir()
-    refused("neither text_encoder/config.json nor config.json", tmp_path / "empty")
+    refused("must contain config.json or text_encoder/config.json", tmp_path / "empty")
     folder = broken("no tokenizer")
     (folder / "tokenizer").rename(folder / "elsewhere")
-    refused("no tokenizer: tokenizer.json, or vocab.json and merges.txt", folder)
+    refused("no tokenizer: it must have tokenizer.json, or vocab.json and merges.txt", folder)
     folder = broken("other model")
     (folder / "text_encoder" / "config.json").write_text('{"model_type": "t5"}')
     refused("model_type 't5'", folder)
@@ -518,7 +516,7 @@ def test_unreadable_folders_are_refused_with_a_reason(encoder, clip, tokenizer, 
     folder = broken("too many tokens")
     many = train_tokenizer([f"{a}{b} " * 3 for a in "abcdefgh" for b in "ijklmnop"], 700, LENGTH)
     save_tokenizer(many, folder / "tokenizer")
-    refused("tokens, the text encoder only 555", folder)
+    refused("tokens, but the text encoder only 555", folder)
 
 
 class Canary:
@@ -840,5 +838,5 @@ def test_truncated_captions_are_counted_and_the_first_is_quoted():
         read()
     assert truncated.count == 4
     assert len(messages) == 1
-    assert 'this part of it is ignored: "' in messages[0]
+    assert 'this part is ignored: "' in messages[0]
     assert "ground" in messages[0]

@@ -202,10 +202,10 @@ def test_a_folder_that_does_not_fit_is_refused(small, tmp_path: Path) -> None:
             ClipTextEncoder.load(f"openclip:{tmp_path}")
         assert "\n" not in str(caught.value)
 
-    refused("isn't CLIP's: it sets no_causal_mask", {"no_causal_mask": True})
-    refused("512 tokens, CLIP's has 49408", {"vocab_size": 512})
+    refused("its text tower sets no_causal_mask: only CLIP's", {"no_causal_mask": True})
+    refused("512 tokens: only CLIP's, with 49408", {"vocab_size": 512})
     refused("transformer.resblocks.3.attn.in_proj_weight .* missing", {"layers": 4})
-    refused("it has a weight transformer.resblocks.2", {"layers": 2})
+    refused("has the weight transformer.resblocks.2", {"layers": 2})
     refused("size mismatch", {"context_length": 76})
     refused("size mismatch", {"width": 48})
     refused("ln_final.bias .* missing", without="ln_final.bias")

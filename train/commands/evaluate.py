@@ -27,7 +27,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     """Measure a model and return the report, which is also written to `o.out` with a sample sheet."""
     for name, example in (("model", "runs/ldm/model"), ("data", "data/shapes")):
         if not getattr(o, name):
-            raise UserError(f"--{name} is missing: give it, e.g. --{name} {example}")
+            raise UserError(f"--{name} is missing: give e.g. --{name} {example}")
     require_at_least(0, o, "seed")
     require_at_least(1, o, "prompts", "images", "likelihoods", "batch_size")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))

@@ -27,7 +27,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     """Measure an autoencoder and return the report, which is also written to `o.out` with sample reconstructions."""
     for name, example in (("vae", "runs/vae/model"), ("data", "data/shapes")):
         if not getattr(o, name):
-            raise UserError(f"--{name} is missing: give it, e.g. --{name} {example}")
+            raise UserError(f"--{name} is missing: give e.g. --{name} {example}")
     require_at_least(0, o, "seed")
     require_at_least(1, o, "images", "batch_size")
     device = use_device(o.device)

@@ -35,7 +35,7 @@ class Emoji:
     size: int = 64
     """Side of the square images in pixels, 16 to 128."""
     font: str = str(FONT)
-    """Font file of Noto Color Emoji, in Debian from the package fonts-noto-color-emoji."""
+    """Font file of Noto Color Emoji; Debian's package fonts-noto-color-emoji installs it."""
     annotations: str = ""
     """Names and keywords of the emoji: the folder "common" of Unicode's CLDR, or one XML file from it. Default: the
     folder of Debian's package unicode-cldr-core. Without it, only emoji of one character are found, with one caption

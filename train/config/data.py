@@ -47,8 +47,8 @@ class SourceConfig:
     train_split: str = "train"
     """Name of the dataset's training split."""
     validation_split: str = ""
-    """Name of the dataset's validation split; empty: validation, val, dev or test, whichever there is.
-    If there is none of them, a share of the training images is held out (validation_fraction)."""
+    """Name of the dataset's validation split; empty: the first that exists of validation, val, dev and test.
+    If none of them exists, a share of the training images is held out (validation_fraction)."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the images, 0 to 1, held out if the dataset has no validation split; at most 1000 are held out."""
     stream_buffer: int = Field(default=1000, gt=0)
@@ -74,7 +74,7 @@ class SourceConfig:
         return encoding
 
     def columns(self, captioned: bool) -> Columns:
-        """Return the columns of the images and captions."""
+        """Return the names of the columns with the images and captions."""
         return Columns(
             image=self.image_column,
             caption=self.caption_column,
@@ -108,8 +108,8 @@ class DataConfig(SourceConfig):
     """Mirror half of the images, left to right.
     Unsuitable if captions mention left or right, or if images contain text."""
     buckets: int = Field(default=0, ge=0)
-    """Divisor of the sides, in pixels, e.g. 64, to train on rectangles instead of squares (stage 2 only); 0: squares.
-    A rectangle has about resolution² pixels, and its sides are multiples of this; a batch's images have one shape."""
+    """Train on rectangles whose sides are multiples of this number of pixels, e.g. 64 (stage 2 only); 0: on squares.
+    A rectangle has about resolution² pixels, and all images of a batch have the same shape."""
     bucket_ratio: float = Field(default=2.0, ge=1)
     """Largest aspect ratio of the rectangles: longer side / shorter side."""
     min_size: int = Field(default=0, ge=0)

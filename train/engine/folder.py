@@ -15,7 +15,7 @@ class RunFolder:
     """Paths in the folder of a run.
 
     out/config.yaml      the resolved configuration, with versions, commit and the fingerprints of its inputs
-    out/metrics.jsonl    one line per log
+    out/metrics.jsonl    one line each time that metrics are logged
     out/damaged.jsonl    images that can't be read
     out/samples/  out/checkpoints/  out/model/
     """

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the metrics of a run, one line per log."""
+"""metrics.jsonl: the metrics of a run, one line each time that they are logged."""
 
 import json
 import time

@@ -115,7 +115,7 @@ def state_license(folder: Path, license: str) -> None:
 
 
 def _settings(config: RunConfig) -> dict[str, str]:
-    """Return the settings that are the same in every stage, by name."""
+    """Return the card's rows for the settings that every stage has, by name."""
     optimizer, side = config.optimizer, config.input.resolution
     return {
         "images": f"{'about ' * bool(config.input.buckets)}{side} × {side} pixels, {config.batch_size} per step",

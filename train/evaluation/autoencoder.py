@@ -53,13 +53,14 @@ class FrechetSums:
         self.sums = reduce(self.sums)
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Return the mean (d,) and the unbiased covariance (d, d). Raises UserError for fewer than two images.
+        """Return the features' mean (d,) and unbiased covariance (d, d). Raises UserError for fewer than two images.
 
-        Σ f fᵀ − n μ μᵀ loses digits, but float64 has enough of them if the mean is below 10⁵ standard deviations.
+        The subtraction Σ f fᵀ − n μ μᵀ loses digits. float64 has enough of them if the mean is below 10⁵ standard
+        deviations.
         """
         n = self.sums[0, 0]
         if n < 2:
-            raise UserError(f"a Fréchet distance needs at least 2 images, got {int(n)}")
+            raise UserError(f"a Fréchet distance needs at least 2 images, but there are {int(n)}: give more images")
         mean = self.sums[0, 1:] / n
         return mean, (self.sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 

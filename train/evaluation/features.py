@@ -85,7 +85,11 @@ class TowerFeatures(Features):
     std: Tensor
 
     def __init__(self, name: str, tower: nn.Module, output: str, dim: int, side: int, processing: dict) -> None:
-        """output: field of the tower's output. side: of its input. processing: has image_mean and image_std."""
+        """Wrap a tower.
+
+        output: name of the output field with the features. side: side of the tower's input images, in pixels.
+        processing: mapping with image_mean and image_std.
+        """
         super().__init__(name, dim)
         self.tower, self.output, self.side = tower, output, side
         self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))

@@ -128,7 +128,7 @@ class LdmStage:
         sheet(in_rows(list(images), 4), prompts).save(path)
 
     def _inpainted(self) -> Image.Image:
-        """Return a sheet of held-out images without a masked area, each beside the image inpainted from its caption."""
+        """Return a sheet of held-out images whose masked area is grey, each beside its inpainted version."""
         config, count = self.config, min(_SHEET // 2, len(self.inputs.held_out))
         framing = config.input.center_framing(config.input.resolution)
         draws = partial(draw_masking, shape=(1, 1, 1))

@@ -1,4 +1,4 @@
-"""Networks with which stage 2 starts: random weights or those of another pipeline, widened for the task."""
+"""Initial networks of stage 2: random weights or those of another pipeline, widened for the task."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

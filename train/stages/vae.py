@@ -137,7 +137,8 @@ class VaeStage:
         batches = [VaeBatch(part.pixels, part.drawn, transform, adversarial) for part in parts]
         if adversarial and c.adversarial.adaptive and len(parts) > 1:
             # The weight depends on the whole batch, so it is computed before the first part's loss.
-            with autocast(self.run.accelerator.device, c.precision), frozen(vae, but=vae.decoder.conv_out.weight):
+            last_layer = vae.decoder.conv_out.weight
+            with autocast(self.run.accelerator.device, c.precision), frozen(vae, keep_trainable=last_layer):
                 weight = self.reconstruct.balance(map(self.reconstruct.image_losses, batches))
             batches = [replace(batch, adversarial_weight=weight) for batch in batches]
         return batches

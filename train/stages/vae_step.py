@@ -175,7 +175,7 @@ class AutoencoderLoss(nn.Module):
 
 
 def _distances(config: VaeConfig, perceptual: nn.Module | None) -> list[Term[Reconstruction]]:
-    """Return the terms that compare images. The adaptive weight relates the adversarial gradient to theirs."""
+    """Return the terms that compare images; `adaptive_weight` compares the adversarial gradient with their gradient."""
     kind = config.reconstruction
     terms = [Term[Reconstruction]("reconstruction", 1.0, lambda r: reconstruction_loss(kind, r.decoded, r.target))]
     if perceptual is not None:

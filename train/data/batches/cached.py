@@ -54,7 +54,7 @@ class Originals:
 
 
 class CachedDataset:
-    """Latents and text features by position; no network runs.
+    """Latents and text features for given positions in training; no network runs.
 
     One of the image's cached crops, plain or mirrored, is drawn. originals: for inpainting only; they are decoded, and
     masks are drawn. A batch's `damaged` lists images that are no longer readable.
@@ -96,7 +96,7 @@ class CachedDataset:
             indices[k] = next((index for index in candidates if not latents.damaged[index]), -1)
             if indices[k] < 0:
                 raise RunError(
-                    "no readable image found among those of one shape: replace the damaged images, "
+                    "no readable image found in one of the buckets: replace the damaged images, "
                     "or leave out --input.buckets"
                 )
         crops = (uniform(seed, Purpose.CROP, positions) * latents.crops).astype(np.int64)

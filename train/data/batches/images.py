@@ -34,7 +34,7 @@ ATTEMPTS = 1000  # largest number of substitutes tried for one position
 
 
 class ImageDataset(Generic[Drawn]):
-    """Images and captions by position.
+    """Images and captions for given positions in training.
 
     Images are squares or, with buckets, rectangles. shuffle: False for a pass over all images, where position p is
     example p mod n. Raises RunError if no readable image is found.

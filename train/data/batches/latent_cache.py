@@ -194,7 +194,7 @@ class _Latents:
         dtype: Stored,
         workers: int,
     ) -> None:
-        """keys, ambiguous: (n, 2) and (n,), for each image of the views."""
+        """keys: key of each image, (n, 2). ambiguous: whether another image has the same key, (n,)."""
         self.views, self.encode, self.shape, self.dtype, self.workers = views, encode, shape, dtype, workers
         self.keys = np.repeat(keys, views.per_image, 0)
         self.keys[:, 0] += np.tile(np.arange(views.per_image, dtype=np.uint64), len(keys))
@@ -242,7 +242,7 @@ class _Latents:
 
 
 def stored_place(name: str, crop: int) -> tuple[float, float]:
-    """Return the place of an image's stored crop number `crop`, in [0, 1) across and down; a function of the name."""
+    """Return the position of an image's cached crop, across and down, in [0, 1). It depends only on name and number."""
     digest = hashlib.blake2b(f"{crop} {name}".encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 

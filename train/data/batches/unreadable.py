@@ -42,7 +42,7 @@ class UnreadableCounter:
         return self.failures if self.total is None else len(self.names)
 
     def count(self, readable: int, unreadable: Iterable[tuple[str, str]], *, complete: bool = False) -> None:
-        """Count `readable` images that were read, and those that couldn't be: their (name, reason).
+        """Count images: `readable` of them were read, and `unreadable` has the (name, reason) of each that wasn't.
 
         complete: these are all the images of the dataset, not a sample of them. Raises RunError if the unreadable
         images exceed the accepted share of all images; or, by three standard deviations, that of the images read so

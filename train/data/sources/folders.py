@@ -85,7 +85,9 @@ class Folder(Catalogue):
 
 
 def find_folder(data: str, columns: Columns, names: Sequence[str]) -> Splits:
-    """Return the splits of a folder of images: those of `names` that are subfolders or, with metadata, begin its paths.
+    """Return the splits of a folder of images.
+
+    A split is a subfolder with one of `names` or, with metadata, the images whose paths begin with that name.
 
     Raises UserError, at once or from the returned openers, for a folder without images (with a list of what was
     searched for), for unreadable metadata, and for a row or a link that leads out of the folder.

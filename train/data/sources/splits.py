@@ -159,9 +159,10 @@ def _opened(opener: Opener, columns: Columns) -> Catalogue:
 def take(splits: Splits, split: Split, *, name: str = "", train: str = "train", fraction: float = 0.05) -> Source:
     """Return one split. If there is only a training split, a share of it is held out for validation and test.
 
-    The held-out images are those whose names have the lowest hashes, 1 to 1000 of them, so that an image keeps its
-    side when others are added (until 1000 are held out). name: name of the split for validation and test. train: name
-    of the training split. Both replace the usual names.
+    The held-out images are those whose names have the lowest hashes, 1 to 1000 of them, so that an image stays in
+    its split when others are added (until 1000 are held out).
+
+    name: name of the split for validation and test. train: name of the training split. Both replace the usual names.
     """
     if "" in splits and len(splits) > 1:
         raise UserError(

@@ -5,7 +5,8 @@
 
 gzip, bzip2 and xz are recognised. The samples of a shard are described in train/data/sources/webdataset.py. The content
 of a stream isn't known before it is read, so its fingerprint is computed from its addresses. The stream's first
-examples are its head. Some of them are held out, and the head is read for whatever needs examples before training.
+examples are its head. Some of them are held out. Code that needs examples before training, such as that of the
+tokenizer, uses the head.
 
 An epoch reads the shards in its own order into a buffer, and draws examples from the buffer until it is empty: each
 example once. A draw depends on (seed, position) and on the buffer, which depends on the earlier draws. So the examples

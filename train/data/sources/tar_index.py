@@ -1,11 +1,12 @@
-"""On-disk index of rows: 100 million of them take no memory and open at once.
+"""Index of a dataset's rows on disk: 100 million rows take no memory, and the index opens in a moment.
 
 A folder contains one or more generations G of:
 
-    G.rows     one record per row: offset of its line in its part's lines, offset of its image in the part, length of
-               the line, and a CRC-32 over all of these and the line
-    G.lines    one line per row, JSON of [name, size, captions]: their SHA-256 is the catalogue's fingerprint
-    G.parts    one JSON line per part (a tar): its path, size and times, its share of the two files, what it leaves out
+    G.parts    one JSON line per part (a tar): its path, size and times, how much of the two other files is about it,
+               and the entries that are left out
+    G.lines    one line per row, JSON of [name, size, captions]; the SHA-256 of this file is the dataset's fingerprint
+    G.rows     one record per row: offset of the row's line from the first line of its part, offset of the image in
+               the part, length of the line, and a CRC-32 over all of these and the line
     about.json name of the complete generation, with the statistics of all its rows
 
 about.json is written last and renamed into place, so an index is either complete or missing. A part's rows and lines
@@ -279,7 +280,10 @@ def _with_progress(located: Iterator[LocatedRow], bar: Any) -> Iterator[LocatedR
 
 
 def _reusable_parts(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
-    """Return the parts in the folder's generations: each part's generation, first row and first byte of lines there."""
+    """Return the parts that the folder's generations contain.
+
+    Each has the name of its generation, its first row there, the first byte of its lines, and its segment.
+    """
     reusable = {}
     complete = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):

@@ -100,7 +100,7 @@ class ShardIndex:
         return known
 
     def find_content(self, ids: Digests) -> NDArray[np.int64]:
-        """Return the row of each content ID (weak key XOR digest of the content), or -1."""
+        """Return the row of each content ID, or -1. The ID is a row's weak key XOR the digest of its file's content."""
         return locate(self.content_id[: len(self.shard)], ids)
 
     def ambiguous(self, keys: Digests) -> NDArray[np.bool_]:

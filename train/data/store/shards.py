@@ -50,7 +50,7 @@ class ComputedRows(NamedTuple):
 
     values: NDArray[Any]  # (b, *shape)
     contents: Digests
-    """Digest of the content that each row was computed from, (b, 2); 0 if the key is such a digest already."""
+    """Digest of the content that each row was computed from, (b, 2); 0 if the key itself is such a digest."""
     bad: list[str]
     """Reason why each row couldn't be computed, or an empty text."""
 
@@ -60,7 +60,7 @@ class Rows(Protocol):
 
     @property
     def keys(self) -> Digests:
-        """Key of each row, a digest that changes whenever the row may have changed, (n, 2)."""
+        """Key of each row, a digest, (n, 2). A row that may have changed, e.g. whose file is newer, has a new key."""
         ...
 
     @property
