@@ -3,6 +3,6 @@
 from typing import Literal
 
 ReconstructionKind = Literal["l1", "l2", "huber"]
-"""autoencoder/losses.py"""
+"""Names of the reconstruction errors; autoencoder/losses.py has the formulas."""
 AdversarialKind = Literal["hinge", "non_saturating", "saturating"]
-"""autoencoder/discriminator.py"""
+"""Names of the adversarial losses; autoencoder/discriminator.py has the formulas."""

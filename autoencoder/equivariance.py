@@ -33,6 +33,9 @@ class Transform(NamedTuple):
 
 
 def draw(uniforms: tuple[float, float, float], side: int, smallest: float) -> Transform:
-    """Map three numbers in [0, 1) to a transform: sides of `smallest` to 1 times `side`, and 0 to 3 quarter turns."""
+    """Map three numbers in [0, 1) to a transform of latents whose side is `side`.
+
+    The first two set the new height and width, between smallest · side and side; the third sets 0 to 3 quarter turns.
+    """
     height, width = (max(1, round(side * (smallest + (1 - smallest) * u))) for u in uniforms[:2])
     return Transform(height, width, int(4 * uniforms[2]))

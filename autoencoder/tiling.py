@@ -60,14 +60,15 @@ class Tile(NamedTuple):
     column: Span
 
     def at(self, scale: int) -> tuple[EllipsisType, slice, slice]:
-        """Return the tile's index in an image of `scale` elements per latent and side."""
+        """Return the tile's index in an image that has `scale` elements per latent along each side."""
         (top, bottom, _), (left, right, _) = self
         return ..., slice(top * scale, bottom * scale), slice(left * scale, right * scale)
 
     def own(self, x: Tensor) -> Tensor:
-        """Return the own part of an activation of the tile, which has any whole number of elements per latent and side.
+        """Return the part of the tile's activation that belongs to this tile and not to a neighbour.
 
-        The activation is (b, c, h, w), or (b, c, h w) in attention.
+        The activation is (b, c, h, w), or (b, c, h w) in attention. Along each side it has a whole number of elements
+        per latent.
         """
         rows, columns = self.row.stop - self.row.start, self.column.stop - self.column.start
         scale = math.isqrt(x[0, 0].numel() // (rows * columns))
@@ -77,7 +78,10 @@ class Tile(NamedTuple):
 
 
 def spans(n: int, tiles: Tiles) -> list[Span]:
-    """Return the tiles along an axis of n latents, all of full side if n is. The last one is moved back to end at n."""
+    """Return the tiles along an axis of n latents. The last one is moved back to end at n, so that all are full.
+
+    If n is less than a full side, there is one tile of n latents.
+    """
     if n <= tiles.side:
         return [Span(0, n, slice(0, n))]
     starts = [*range(0, n - tiles.side, tiles.side - tiles.overlap), n - tiles.side]

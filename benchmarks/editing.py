@@ -126,7 +126,7 @@ def to_inpaint(given: Sequence[Edit], count: int, rng: Generator, choose: Callab
         after = replace(edit.before, objects=(thing, *edit.before.objects), relation=relation)
         edits.append(replace(edit, after=after, box=Box(left, top, left + w, top + h)))
     if len(edits) < count:
-        raise UserError(f"--images {count}: at most {len(edits)}, as only these have room for another object")
+        raise UserError(f"--images {count}: must be at most {len(edits)}, the images with room for another object")
     return edits[:count]
 
 
@@ -140,7 +140,7 @@ def direction(right: float, down: float) -> Relation:
 def to_recolour(given: Sequence[Edit], count: int, rng: Generator) -> list[Edit]:
     """Return `count` edits that change the background."""
     if len(given) < count:
-        raise UserError(f"--images {count}: at most {len(given)}, as the dataset has no more test images of one object")
+        raise UserError(f"--images {count}: must be at most {len(given)}, the test images of one object in --data")
     others = [[name for name in BACKGROUNDS if name != edit.before.background] for edit in given[:count]]
     return [
         replace(edit, after=replace(edit.before, background=names[rng.integers(len(names))]))

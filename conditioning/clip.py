@@ -218,7 +218,7 @@ def _read_tower(folder: Path) -> CLIPTextModel:
 
 
 def _download(name: str) -> Path:
-    """Download only the text encoder and the tokenizer of a hub repository, so no pickles."""
+    """Download only the text encoder and the tokenizer of a hub repository, and never pickles."""
     if not is_hub_id(name):
         raise UserError(f"{name}: must be an existing folder or a hub id (owner/name)")
     return fetch(name, [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _FILES])

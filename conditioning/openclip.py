@@ -75,7 +75,10 @@ def _read_folder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
-    """Convert an open_clip configuration (open_clip.get_model_config). Raises UserError if the tower isn't CLIP's."""
+    """Convert the configuration of open_clip.get_model_config to that of transformers' text tower.
+
+    Raises UserError if it isn't a CLIP text tower.
+    """
     # CLIPTextModel doesn't support any other key (another tokenizer, no causal mask, a class token).
     if foreign := sorted(set(config["text_cfg"]) - set(_DEFAULTS)):
         raise UserError(f"its text tower sets {', '.join(foreign)}: only CLIP's text tower is supported")
@@ -97,7 +100,7 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
 
 
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextModel:
-    """Convert the weights of a whole open_clip model (its state_dict) and its configuration to the text tower.
+    """Build transformers' text tower from the state_dict and the configuration of a whole open_clip model.
 
     Raises UserError if a weight is missing or has no counterpart, RuntimeError if a shape differs.
     """

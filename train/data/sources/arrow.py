@@ -61,7 +61,9 @@ class Table(Catalogue):
         if (data := self.bytes[number]) is not None:
             return data
         if (file := self._cached(self.paths[number])) is None:
-            raise DamagedImage(self.row(k).name, "its file is no longer in the cache of the datasets library")
+            raise DamagedImage(
+                self.row(k).name, "its file is no longer in the cache of the datasets library; load the dataset again"
+            )
         return file.read_bytes()
 
     def __getstate__(self) -> dict[str, Any]:

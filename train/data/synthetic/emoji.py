@@ -218,7 +218,7 @@ def held_out(texts: Iterable[str], fraction: float, seed: int) -> set[str]:
 
 
 class Font:
-    """A colour font as a `Render`: the complete glyph, centred, at the font's own resolution."""
+    """Renderer of emoji with a colour font: the complete glyph, centred, at the font's own resolution."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
