@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from support import ROOT
 from support.commands import run_script
 from train.commands.inspect_data import difference_hash, equal_groups, look_alikes
 
@@ -98,6 +99,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: P
         "chunks_for_all": 2,
         "left_or_right": 2,
         "tokenizer": str(small_clip),
+        "room_from": "--text-encoder",
     }
     assert report["images"] == {
         "read": 13,
@@ -165,6 +167,72 @@ def test_workers_make_no_difference(known: Path, tmp_path: Path) -> None:
         del reports[-1]["settings"]
     assert reports[0] == reports[1]
     assert reports[0]["captions"]["room"] == 77
+
+
+OWN = "text: {max_length: 20, vocab_size: 600}\ninput: {resolution: 40}\n"
+DEFAULT = "the default of stage 0; give its configuration"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "room", "source"),
+    [
+        ((), 77, DEFAULT),
+        (("pictures/clip",), 32, "pictures/clip"),
+        (("configs/shapes/clip.yaml",), 16, "configs/shapes/clip.yaml"),
+        (("own.yaml",), 20, "own.yaml"),
+        (("--text.max-length", 24), 24, "--text.max-length"),
+        (("pictures/clip", "--text.max-length", 24), 24, "--text.max-length"),
+        (("pictures/ldm", "--text-encoder", "{clip}"), 8, "--text-encoder"),
+        (("pictures/ldm", "--text-encoder", "{clip}", "--text-chunks", 2), 14, "--text-encoder"),
+        (("two.yaml", "--text-encoder", "{clip}"), 14, "--text-encoder"),
+        (("pictures/ldm",), 77, DEFAULT),
+        (("pictures/vae",), 77, DEFAULT),
+    ],
+)
+def test_tokens_are_counted_against_the_length_of_the_training(
+    small_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...],
+    room: int,
+    source: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "own.yaml").write_text(OWN)
+    (tmp_path / "two.yaml").write_text("text_chunks: 2\n")
+    (tmp_path / "data").mkdir()
+    for k in range(3):
+        image(k).save(tmp_path / f"data/{k}.png")
+        (tmp_path / f"data/{k}.txt").write_text("a long caption of many different words " * 3)
+    words = [str(word).format(clip=small_clip) for word in arguments]
+    status, printed, error = inspect(*words, "--data", "data", "--workers", 0)
+    assert status == 0, error
+    report = json.loads(Path("report-data/report.json").read_text())
+    assert report["captions"]["room"] == room
+    assert report["captions"]["room_from"].startswith(source)
+    assert f"up to {room} fit, including the begin and end tokens (from {source}" in printed
+    assert report["captions"]["too_long"] == (3 if room < 23 else 0)
+    assert (report["settings"]["resolution"] == 40) == ("own.yaml" in words)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ("pictures/clop", "no configuration has this name; names: emoji/clip, "),
+        ("wrong.yaml", "unknown key 'stepz' in the configuration: did you mean 'steps'?"),
+        ("pipe.yaml", "commands aren't allowed in a configuration file"),
+    ],
+)
+def test_wrong_configurations_of_an_inspection_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("stepz: 3\n")
+    Path("pipe.yaml").write_text("data: 'pipe:touch x'\n")
+    status, _, printed = inspect(given)
+    assert (status, printed.count("\n")) == (2, 1)
+    assert error in printed
 
 
 def test_good_images_need_no_advice_and_clear_old_lists(shapes: Path, tmp_path: Path) -> None:

@@ -14,8 +14,13 @@ from train.config.clip import ClipConfig
 from train.config.convert import ConvertOptions
 from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, Txt2ImgOptions
 from train.config.ldm import LdmConfig
-from train.config.load import overlay, parse
-from train.config.reports import EvaluateOptions, EvaluateVaeOptions, InspectOptions
+from train.config.load import overlay, parse, parse_any
+from train.config.reports import (
+    EvaluateOptions,
+    EvaluateVaeOptions,
+    InspectOptions,
+    inspection_of,
+)
 from train.config.vae import VaeConfig
 
 
@@ -126,11 +131,20 @@ def convert() -> None:
 @command
 def inspect_data() -> None:
     """Inspect images and captions before training: write statistics, problems and a contact sheet."""
-    o = overlay(InspectOptions, InspectOptions())
+    arguments = sys.argv[1:]
+    given = arguments.pop(0) if arguments and not arguments[0].startswith("-") else ""
+    config = parse_any((ClipConfig, LdmConfig, VaeConfig), given) if given else None
+    default = InspectOptions() if config is None else inspection_of(config)
+    about = (
+        "CONFIG, the first argument: configuration of the training to inspect the data for, best of stage 0 or of "
+        "stage 2, by path or name, e.g. pictures/clip. Options override its settings."
+    )
+    o = overlay(InspectOptions, default, arguments, usage="[CONFIG]", about=about)
     from train.commands.inspect import inspect
     from train.commands.inspect_report import describe
 
-    report = inspect(o)
+    configured = isinstance(config, ClipConfig) and o.text.max_length == default.text.max_length
+    report = inspect(o, given if configured else "")
     print(describe(report))
     print(f"\nwritten to {o.out}: {', '.join(sorted(path.name for path in Path(o.out).iterdir()))}")
 

@@ -24,8 +24,7 @@ from train.commands.inspect_data import (
 )
 from train.commands.inspect_report import advice
 from train.commands.main import require_at_least
-from train.config.clip import TextTowerConfig
-from train.config.reports import InspectOptions
+from train.config.reports import InspectOptions, TokenizerOptions
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.sheets import in_rows, sheet, to_uint8
@@ -33,30 +32,32 @@ from train.evaluation.sheets import in_rows, sheet, to_uint8
 _SHOWN, _COLUMNS, _SIDE = 48, 8, 128  # images, columns and side in pixels of the contact sheet
 
 
-def inspect(o: InspectOptions) -> Report:
-    """Inspect a dataset and return the report, which is also written to `o.out` with a contact sheet."""
+def inspect(o: InspectOptions, config: str = "") -> Report:
+    """Inspect a dataset and return the report, which is also written to `o.out` with a contact sheet.
+
+    config: configuration that the length of a caption is from; empty: it is from an option.
+    """
     if not o.data:
         raise UserError("--data is missing: give the images to inspect, e.g. --data data/shapes")
     require_at_least(8, o, "resolution")
-    require_at_least(0, o, "limit", "workers")
-    encoder = ClipTextEncoder.load(o.text_encoder) if o.text_encoder else None
+    require_at_least(0, o, "limit", "workers", "text_chunks")
+    encoder = ClipTextEncoder.load(o.text_encoder, chunks=o.text_chunks or None) if o.text_encoder else None
     inputs = open_inputs(o.data, o.input, captioned=False)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     selection = Selection([s for s in (inputs.source, inputs.held_out) if o.split in ("all", s.split)], o.limit)
     if encoder is None:
-        tower, texts = TextTowerConfig(), Selection([inputs.source], o.limit).texts()
-        tokenizer, chunks = train_tokenizer(texts, tower.vocab_size, tower.max_length), 1
+        texts = Selection([inputs.source], o.limit).texts()
+        tokenizer, chunks = train_tokenizer(texts, o.text.vocab_size, o.text.max_length), o.text_chunks or 1
     else:
         tokenizer, chunks = encoder.tokenizer, encoder.chunks
     images = InspectedImages(selection, o.input.center_framing(_SIDE), o.workers)
     duplicates, left_out = images.duplicates(), left_out_files(inputs)
-    tokenizer_name = (
-        o.text_encoder or "the one that stage 0 would train on these captions (with the default --text.max-length)"
-    )
+    tokenizer_name = o.text_encoder or "the one that stage 0 would train on these captions"
     report: Report = {
         "data": {"place": o.data, **data_report(inputs), "split": o.split, "looked_at": len(selection)},
-        "captions": caption_report(selection, tokenizer, chunks) | {"tokenizer": tokenizer_name},
+        "captions": caption_report(selection, tokenizer, chunks)
+        | {"tokenizer": tokenizer_name, "room_from": _room_from(o, config)},
         "images": images.report(o.resolution),
         "left_out": list_report(left_out),
         "damaged": list_report(images.damaged),
@@ -70,6 +71,17 @@ def inspect(o: InspectOptions) -> Report:
     )
     contact_sheet(images).save(folder / "contact_sheet.png")
     return report
+
+
+def _room_from(o: InspectOptions, config: str) -> str:
+    """Return where the number of tokens that fit comes from."""
+    if o.text_encoder:
+        return "--text-encoder"
+    if config:
+        return config
+    if o.text.max_length != TokenizerOptions().max_length:
+        return "--text.max-length"
+    return "the default of stage 0; give its configuration, e.g. pictures/clip, or --text.max-length or --text-encoder"
 
 
 def contact_sheet(images: InspectedImages) -> Image.Image:

@@ -31,6 +31,8 @@ def advice(report: Report) -> list[str]:
     if captions.get("too_long"):
         long = _share(captions["too_long"], captions["count"], "caption")
         remedy = f"--text-chunks {captions['chunks_for_all']} in stage 2 avoids this"
+        if captions["room_from"] != "--text-encoder":
+            remedy = f"--text.max-length {captions['longest']} in stage 0 or {remedy}"
         lines.append(f"captions over {captions['room']} tokens: {long}; the rest of them is ignored; {remedy}")
     if captions.get("left_or_right"):
         count = _share(captions["left_or_right"], captions["count"], "caption")
@@ -108,7 +110,7 @@ def _caption_rows(captions: Report) -> list[tuple[str, str]]:
             "tokens",
             f"median {captions['median']}, 95 % have at most {captions['95_percent']}, longest {captions['longest']}",
         ),
-        ("", f"up to {captions['room']} fit, including the begin and end tokens"),
+        ("", f"up to {captions['room']} fit, including the begin and end tokens (from {captions['room_from']})"),
         ("tokenizer", captions["tokenizer"]),
         ("longest", _quoted(captions["longest_caption"])),
     ]

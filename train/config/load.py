@@ -1,5 +1,6 @@
 """Read a typed configuration from a YAML file and the command line, and write it as YAML."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -56,6 +57,22 @@ def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
         print(dump(config), end="")
         raise SystemExit(0)
     return config
+
+
+def parse_any(kinds: Sequence[type[Stage]], given: str) -> Stage:
+    """Read a configuration file of any of these kinds, given by its path or name. Raises UserError if none fits."""
+    named = [kind for kind in kinds if given in shipped(kind.stage)]
+    if not os.path.isfile(given) and not named:
+        names = ", ".join(name for kind in kinds for name in shipped(kind.stage))
+        raise UserError(f"{given!r}: no such file, and no configuration has this name; names: {names}")
+    likely = [kind for kind in kinds if Path(given).name.startswith(kind.stage)]
+    errors = []
+    for kind in (*likely, *(k for k in kinds if k not in likely)):
+        try:
+            return parse(kind, [given])
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,12 +1,15 @@
 """The options of the commands that measure and write a report."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Literal
 
 import tyro
 
+from train.config.clip import ClipConfig, TextTowerConfig
 from train.config.data import SourceConfig
+from train.config.ldm import LdmConfig
+from train.config.run import RunConfig
 from train.config.sampling import SamplingOptions
 
 
@@ -76,6 +79,16 @@ class EvaluateVaeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """Settings of the tokenizer that stage 0 learns, with the names that they have there."""
+
+    vocab_size: int = TextTowerConfig.vocab_size
+    """Largest number of tokens in the vocabulary that is learned from the captions, 600 to 49408."""
+    max_length: int = TextTowerConfig.max_length
+    """Length of a caption in tokens, including begin and end tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions:
     """Inspect images and captions before training on them."""
 
@@ -88,6 +101,11 @@ class InspectOptions:
     text_encoder: str = ""
     """Text encoder whose tokenizer counts the captions' tokens: a folder, a hub id or openclip:ARCHITECTURE/TAG.
     Empty: the tokenizer that stage 0 would learn from these captions."""
+    text: TokenizerOptions = field(default_factory=TokenizerOptions)
+    """Tokenizer that stage 0 would learn."""
+    text_chunks: int = 0
+    """Number of chunks into which stage 2 would split a long caption, each as long as the text encoder accepts.
+    0: the number saved with the text encoder, else 1."""
     limit: int = 0
     """Largest number of images to inspect, spread evenly over the dataset; 0: all."""
     out: str = "report-data"
@@ -96,3 +114,17 @@ class InspectOptions:
     """Number of decoding processes; 0 decodes in the main process."""
     input: SourceConfig = field(default_factory=SourceConfig)
     """Settings to find and decode the images and captions."""
+
+
+def inspection_of(config: RunConfig) -> InspectOptions:
+    """Return the options that inspect a dataset as a training command with this configuration would read it."""
+    shared = {f.name: getattr(config.input, f.name) for f in fields(SourceConfig)}
+    options = InspectOptions(data=config.data, resolution=config.input.resolution, input=SourceConfig(**shared))
+    match config:
+        case ClipConfig():
+            tokenizer = TokenizerOptions(vocab_size=config.text.vocab_size, max_length=config.text.max_length)
+            return replace(options, text=tokenizer)
+        case LdmConfig():
+            return replace(options, text_encoder=config.text_encoder, text_chunks=config.text_chunks)
+        case _:
+            return options
