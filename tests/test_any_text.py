@@ -26,7 +26,7 @@ def run(environment: dict[str, str], *words: str | bytes | Path) -> Ended:
 
 
 def dataset(folder: Path) -> Path:
-    """Write images with captions in Japanese, with an emoji, with half a character, and with control characters."""
+    """Write images with captions in Japanese, with an emoji, with half of a character, and with control characters."""
     folder.mkdir()
     captions = [JAPANESE, "👩‍🚀 naïve", "half \ud83d", "a\x00\x1b[31m\u2028b"] * 5
     rows = [{"file_name": f"{k}-é.png", "text": caption} for k, caption in enumerate(captions)]

@@ -229,14 +229,14 @@ def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: li
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--printconfig"], "unknown option --printconfig: did you mean --print-config?"),
         (["--steps", "3", "shapes/ldm"], "the configuration must be the first argument"),
     ],
 )
-def test_configurations_and_their_print_are_named(arguments: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_configurations_and_their_print_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         parse(LdmConfig, arguments)
 
 

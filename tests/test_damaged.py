@@ -63,7 +63,7 @@ def test_the_share_of_a_small_dataset_is_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
 @pytest.mark.parametrize("way", ["a higher limit", "without the files", "repaired"])
 def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage: str, way: str) -> None:
-    data, whole, out = pictures(tmp_path / "data", bad=9), pictures(tmp_path / "whole", bad=0), tmp_path / "run"
+    data, intact, out = pictures(tmp_path / "data", bad=9), pictures(tmp_path / "intact", bad=0), tmp_path / "run"
     run: dict[str, Any] = {"steps": 4, "checkpoint_every": 1, "validate_every": 4, "log_every": 1}
     run["cache"] = str(tmp_path / "cache") if stage == "ldm" else ""
     with pytest.raises(RunError, match=r"of \d+ images can't be read"):
@@ -75,7 +75,7 @@ def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage
             start_stage(stage, data, out, parts, **run, input=HIGHER)
         case "repaired":
             for name in [f"{k:02d}.png" for k in range(9)]:
-                (data / "train" / name).write_bytes((whole / "train" / name).read_bytes())
+                (data / "train" / name).write_bytes((intact / "train" / name).read_bytes())
             with pytest.raises(UserError, match="--data: not the same content"):  # another file has another size
                 start_stage(stage, data, out, parts, **run, input=LIMIT)
             start_stage(stage, data, out, parts, **run, input=LIMIT, accept_changed_data=True)

@@ -1,4 +1,4 @@
-"""Datasets as other programs and people write them: what is read, what is guessed, and what is reported."""
+"""Datasets as other programs and people write them: how they are read, guesses, and reports."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ def image(path: Path, kind: str = "PNG") -> Path:
 
 
 def write(folder: Path, content: dict[str, object]) -> Path:
-    """Write images (None), texts, bytes and JSON by name."""
+    """Write files by name: images (None), texts, bytes and JSON."""
     for name, of in content.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write(folder: Path, content: dict[str, object]) -> Path:
 
 
 def rows(folder: Path, **how) -> dict[str, tuple[str, ...]]:
-    """Captions by image of a folder without splits, or of its splits together."""
+    """Return captions by image, of a folder without splits or of all its splits."""
     found = [opener() for opener in find_splits(str(folder), Columns(**how)).values()]
     return {row.name: row.captions for catalogue in found for row in catalogue}
 
@@ -185,7 +185,7 @@ def test_splits_may_be_in_any_case(tmp_path, train, valid):
         assert set(find_splits(str(tmp_path / "f"), Columns(reading=1))) <= {"", "train"}
 
 
-def test_what_is_beside_splits_is_named(tmp_path):
+def test_files_next_to_splits_are_reported(tmp_path):
     write(tmp_path, {"train/a.png": None, "train/a.txt": "a", "test/b.png": None, "test/b.txt": "b"})
     write(tmp_path, {"c.png": None, "old/d.png": None})
     assert "not read, because beside the splits train, test: 1 image, the folder 'old'" in notes(tmp_path)
@@ -261,7 +261,7 @@ def test_backslashes_in_csv(tmp_path):
     assert rows(tmp_path) == {"b.png": ("b\\n",), "sub/a.png": ('a "b" \\',)}
 
 
-def test_captions_with_commas_outside_quotes_are_whole(tmp_path):
+def test_captions_with_commas_outside_quotes_are_complete(tmp_path):
     write(tmp_path, {"a.png": None, "metadata.csv": "file_name,text\na.png,a dog, brown, running\n"})
     assert rows(tmp_path) == {"a.png": ("a dog, brown, running",)}
     assert "1 rows have more fields than the header" in notes(tmp_path)
@@ -277,7 +277,7 @@ def test_csv_without_a_header_is_refused(tmp_path):
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_jpeg_by_other_names_and_files_that_are_no_images(tmp_path):
+def test_jpeg_by_other_names_and_files_that_are_not_images(tmp_path):
     for name in ("a.jfif", "b.JPE", "c.jpg"):
         image(tmp_path / name, "JPEG")
         write(tmp_path, {f"{Path(name).stem}.txt": name})
@@ -411,7 +411,7 @@ def test_parquet_that_is_a_link_is_read_on_request(tmp_path):
     assert rows(tmp_path / "in", follow_links=True) == {"00000000": ("t",)}
 
 
-# -- lines and whole files --------------------------------------------------------------------------------------------
+# -- lines and complete files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x0b", "\u0085", "\x0c", "\x1c", "\u2029"])
@@ -437,7 +437,7 @@ def test_a_file_may_be_one_caption(tmp_path):
     assert rows(tmp_path / "x.tar", whole_files=True) == {"a.png": (text.strip(),)}
 
 
-def test_the_settings_reach_the_reading():
+def test_settings_of_captions_are_used_in_reading():
     settings = {"caption_from_names": True, "encoding": "cp932", "follow_links": True, "reading": 1}
     columns = DataConfig(**settings, caption_files="whole").columns(True)
     assert (columns.from_names, columns.whole_files, columns.encoding) == (True, True, "cp932")
@@ -517,7 +517,7 @@ ALL = [
         ({"x/9.png": None, "x/9.TXT": "new"}, "'x/9.png' had the caption '', now 'new'"),
     ],
 )
-def test_a_run_of_the_first_rules_goes_on_if_the_dataset_reads_the_same(tmp_path, added, change):
+def test_a_run_of_the_first_rules_is_continued_if_the_dataset_reads_the_same(tmp_path, added, change):
     folder = "Train/" if any(name.startswith("Valid") for name in added) else ""
     write(tmp_path / "data", {f"{folder}{k}.png": None for k in range(6)})
     write(tmp_path / "data", {f"{folder}{k}.txt": f"image {k}" for k in range(6)})

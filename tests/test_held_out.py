@@ -1,4 +1,4 @@
-"""Held-out images in validation, sheets and reports are chosen by the seed, because a dataset may be sorted by class."""
+"""Held-out images in validation, sheets and reports are chosen by the seed: a dataset may be sorted by class."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ HELD_OUT = 24
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The indices of the held-out images that are used, in order."""
+    """The indices of the used held-out images, in order."""
     indices: list[int] = []
 
     def recorded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def test_sheets_show_the_captions_of_the_seeds_choice(
     held_out = open_source(shapes, "test")
     assert shown == [[held_out[k].captions[0] for k in choose(16, HELD_OUT, 3)]]
 
-    (shapes / "shapes.json").rename(shapes / "hidden.json")  # else the report's sheet shows other prompts
+    (shapes / "shapes.json").rename(shapes / "hidden.json")  # otherwise the report's sheet shows other prompts
     try:
         settings: dict[str, Any] = {"model": str(tmp_path / "run/model"), "data": str(shapes), "steps": 1}
         evaluate(EvaluateOptions(**settings, out=str(tmp_path / "report"), images=8, likelihoods=1, seed=5))

@@ -70,7 +70,7 @@ def test_other_settings_get_another_name_and_the_same_settings_the_same(
     assert len(both) == len(one) + len(two)
     assert [run_script(*how).paths, run_script(*how, *other).paths] == [one, two]
     assert content(tmp_path / "out") == both
-    if script == "interpolate":  # one name for the frames and the animation
+    if script == "interpolate":  # the frames and the animation have one name
         assert len({path.name[: len(two[-1].stem)] for path in two}) == 1
 
 
@@ -86,7 +86,7 @@ def test_grids_of_other_images_get_another_name(model: Path, tmp_path: Path) -> 
 
 
 def test_another_model_or_input_image_gets_another_name(model: Path, image: Path, tmp_path: Path) -> None:
-    """The content counts, not the path."""
+    """The name depends on the content and not on the path."""
     how = ("img2img", "--prompt", "x", "--steps", 2, "--out", tmp_path / "out", "--model", model, "--image")
     (one,) = run_script(*how, image).paths
     (tmp_path / "copy").mkdir()

@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains, and where: the console, samples/ and the trackers."""
+"""The progress of a run on the console, in samples/ and in the trackers."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from train.data.store.shards import duration
 from train.engine.metrics import Metrics
 
 ALWAYS = 1e-9
-"""Minutes after which every first step ends."""
+"""A number of minutes that every first step exceeds."""
 
 
 def sheets(out: Path) -> list[str]:
@@ -54,7 +54,9 @@ def test_the_duration_is_printed_once_after_the_first_steps(
         train_stage(clip_config(shapes, tmp_path / "clip", steps=2000), Crash(9))
     line = r"^about ([\w ]+) for 2,000 steps, ([\d.e-]+) s per step, without validation$"
     ((total, each),) = re.findall(line, capsys.readouterr().out, re.MULTILINE)
-    around = (duration(2000 * float(each) * share) for share in np.linspace(0.9, 1.1, 1000))  # it is rounded
+    around = (
+        duration(2000 * float(each) * share) for share in np.linspace(0.9, 1.1, 1000)
+    )  # because the duration is rounded
     assert total in set(around)
     with pytest.raises(KeyboardInterrupt):
         train_stage(clip_config(shapes, tmp_path / "clip", steps=2000), Crash(16))

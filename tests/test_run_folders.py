@@ -21,7 +21,7 @@ from train.evaluation.features import load_features
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of the three stages' runs, and of a run that has no model yet."""
+    """A folder with runs of the three stages, and a run that has no model yet."""
     root, pipe = tmp_path_factory.mktemp("runs"), tiny_pipeline()
     for name in ("clip", "vae", "ldm", "early"):
         (root / name / "checkpoints").mkdir(parents=True)

@@ -12,25 +12,29 @@ from PIL import Image
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
+    """Return the bytes of a file in a format of Pillow's."""
     image.save(file := io.BytesIO(), form, **options)
     return file.getvalue()
 
 
 def noise(rng: np.random.Generator, channels: int = 3, dtype=np.uint8) -> np.ndarray:
+    """Return random pixels of a random size."""
     height, width = rng.integers(12, 40, 2)
     return rng.integers(0, np.iinfo(dtype).max + 1, (height, width, channels), dtype=dtype)
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG file."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png(width: int, height: int, depth: int, colour_type: int, data: bytes) -> bytes:
+    """Return a PNG file with these rows, whether or not they fit its size."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-# -- fourteen kinds -------------------------------------------------------------------------------------------------
+# -- kinds of files --------------------------------------------------------------------------------------------------
 
 FORMS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 Made = tuple[bytes, str]  # a file, and its extension
@@ -43,8 +47,8 @@ def good(k: int, rng) -> Made:
 
 def truncated(k: int, rng) -> Made:
     form = FORMS[k % 6]
-    whole = encoded(Image.fromarray(noise(rng)), form)
-    return whole[: int(len(whole) * rng.uniform(0.05, 0.85))], form.lower()
+    content = encoded(Image.fromarray(noise(rng)), form)
+    return content[: int(len(content) * rng.uniform(0.05, 0.85))], form.lower()
 
 
 def flipped(k: int, rng) -> Made:
@@ -59,8 +63,12 @@ def empty(k: int, rng) -> Made:
 
 
 def text(k: int, rng) -> Made:
-    said = ("<!DOCTYPE html><title>404</title>", "<svg xmlns='http://www.w3.org/2000/svg'/>", "version https://git-lfs")
-    return said[k % 3].encode(), "png"
+    contents = (
+        "<!DOCTYPE html><title>404</title>",
+        "<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "version https://git-lfs",
+    )
+    return contents[k % 3].encode(), "png"
 
 
 def no_size(k: int, rng) -> Made:
@@ -100,7 +108,7 @@ def animated(k: int, rng) -> Made:
 
 def rotated(k: int, rng) -> Made:
     exif = Image.Exif()
-    exif[0x0112] = k % 10  # 0 and 9 mean nothing
+    exif[0x0112] = k % 10  # 0 and 9 are undefined
     form = ("JPEG", "PNG", "WEBP", "TIFF")[k % 4]
     return encoded(Image.fromarray(noise(rng)), form, exif=exif), form.lower()
 
@@ -125,9 +133,9 @@ EITHER = (flipped,)
 
 
 def write_odd_images(folder: Path, many: int = 1000) -> tuple[set[str], set[str], set[str], set[str]]:
-    """`many` good images and as many of 14 other kinds in a folder, mixed, with metadata.jsonl.
+    """Write `many` good images and as many of 14 other kinds to a folder, mixed, with metadata.jsonl.
 
-    Returns their names: the good, the odd that must be read, the damaged, and those that may be either.
+    Returns the names of the good images, the odd ones to be read, the damaged ones, and those that may be either.
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups: tuple[set[str], ...] = (set(), set(), set(), set())

@@ -57,8 +57,8 @@ def write_card(
 ) -> None:
     """Write README.md into a model's folder, and the run's newest sample sheet as sample.png.
 
-    name: name of the run. fingerprint: fingerprint of the data. earlier: those of datasets before it. samples: folder of the sample sheets. metrics: metrics
-    of the last validation, which was at step `measured_at`.
+    name: name of the run. fingerprint: fingerprint of the data. earlier: those of datasets before it. samples: folder
+    of the sample sheets. metrics: metrics of the last validation, which was at step `measured_at`.
     """
     progress = "the run is finished." if final else "the run is **not finished**, so these are not its final weights."
     blocks = [

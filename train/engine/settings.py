@@ -23,7 +23,8 @@ def write_settings(path: Path, config: Config, inputs: Mapping[str, str]) -> Con
     """Write the settings of a new or continued run. Returns them, with the licence that was stated earlier, if any.
 
     inputs: fingerprint of each input of the run, by name, e.g. {"data": fingerprint}. Raises UserError if the inputs of
-    the existing run were different (data: unless this is accepted), or if a setting differs that must not change (`train.config.resumable`).
+    the existing run were different (data: unless this is accepted), or if a setting differs that must not change
+    (`train.config.resumable`).
     """
     final, out = config, str(path.parent)
     earlier: list[str] = []

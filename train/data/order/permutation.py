@@ -78,7 +78,7 @@ def permute(places: ArrayLike, n: int, seed: int, epoch: int) -> NDArray[np.int6
 
 
 def choose(count: int, n: int, seed: int) -> list[int]:
-    """Return `count` of n examples, or all if there are fewer: the first of `Shuffled`, because a dataset may be sorted."""
+    """Return `count` of n examples, or all if there are fewer: the first of `Shuffled`, as a dataset may be sorted."""
     return permute(np.arange(min(count, n)), n, seed, 0).tolist()
 
 

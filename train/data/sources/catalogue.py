@@ -136,7 +136,7 @@ _SYSTEM |= {"system volume information", "thumbs.db", "desktop.ini", "icon\r"}
 
 
 def ignored(name: str, reading: int = READING) -> bool:
-    """Return whether a file or folder is hidden, or belongs to a system (macOS, Windows, NAS) and not to the dataset."""
+    """Return whether a file or folder is hidden, or belongs to a system (macOS, Windows, NAS) and not the dataset."""
     return name.startswith((".", "__MACOSX")) or (reading > 1 and name.lower() in _SYSTEM)
 
 
@@ -156,7 +156,10 @@ def split_prefix(name: str, names: Sequence[str], reading: int = READING) -> str
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text file as reading 1 does: UTF-16 if it begins with its byte order mark, else UTF-8 or, if that fails, Windows-1252."""
+    """Decode a text file as reading 1 does.
+
+    It is UTF-16 if it begins with its byte order mark, else UTF-8 or, if that fails, Windows-1252.
+    """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace")
     try:

@@ -1,4 +1,4 @@
-"""Files of an untrusted folder: their names, sizes and times of change, links, and names that metadata writes differently."""
+"""Files of an untrusted folder: names, sizes, times of change, links, and names that metadata writes differently."""
 
 import os
 import re

@@ -52,9 +52,8 @@ class Tars(Catalogue):
         self.uncaptioned = self.index.uncaptioned
         if not len(self):
             reason = f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
-            raise UserError(
-                f"no images in {location}: looked for members with the extensions {', '.join(image_extensions(columns))}{reason}"
-            )
+            extensions = ", ".join(image_extensions(columns))
+            raise UserError(f"no images in {location}: looked for members with the extensions {extensions}{reason}")
         if columns.captioned and self.uncaptioned == len(self):
             reason = f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""
             raise UserError(f"{location} has {len(self):,} images but no captions: looked for {CAPTION_FILES}{reason}")

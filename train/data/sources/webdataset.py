@@ -108,7 +108,8 @@ def read_samples(
             if columns.reading > 1:
                 if hash(key) in keys:
                     raise _Unusable(
-                        "its key occurs before, with other files between: in a stream, a sample's files must be adjacent"
+                        "its key occurs before, with other files between: "
+                        "in a stream, a sample's files must be adjacent"
                     )
                 keys.add(hash(key))
             yield _sample(tar, members, columns, images, guess, leave_out)
