@@ -257,6 +257,11 @@ def test_backslashes_in_csv(tmp_path):
     write(tmp_path, {"metadata.csv": 'file_name,text\nsub\\a.png,"says \\"hi\\", twice"\nb.png,b\n'})
     assert rows(tmp_path) == {"b.png": ("b",), "sub/a.png": ('says "hi", twice',)}
     assert "escaped by backslashes" in notes(tmp_path)
+    write(tmp_path, {"metadata.jsonl": b'{"file_name": "b.png", "text": "caf\xe9"}'})
+    with pytest.raises(UserError, match=r"line 1: 'utf-8' .*; save it as UTF-8, or set --input.encoding"):
+        rows(tmp_path)
+    assert rows(tmp_path, encoding="cp1252") == {"b.png": ("café",)}
+    (tmp_path / "metadata.jsonl").unlink()
     write(tmp_path, {"metadata.csv": 'file_name,text\nsub\\a.png,"a ""b"" \\"\nb.png,b\\n\n'})
     assert rows(tmp_path) == {"b.png": ("b\\n",), "sub/a.png": ('a "b" \\',)}
 
@@ -359,6 +364,14 @@ def hub_snapshot(root: Path) -> Path:
         write(blob.parent, {blob.name: lines}) if name[0] == "m" else image(blob)
         (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
     return snapshot
+
+
+def test_links_that_the_metadata_does_not_name_are_not_opened(tmp_path):
+    image(tmp_path / "out.png")
+    write(tmp_path / "in", {"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "text": "a"}'})
+    (tmp_path / "in" / "b.png").symlink_to(tmp_path / "out.png")
+    assert rows(tmp_path / "in") == {"a.png": ("a",)}
+    assert "metadata.jsonl doesn't name are left out: 1 .png, e.g. 'b.png'" in notes(tmp_path / "in")
 
 
 def test_a_hub_snapshot_is_read_on_request(tmp_path):

@@ -116,10 +116,11 @@ class Files:
             return prefix + "/".join(part for part in name.split("/") if part not in ("", "."))
         if not windows and self.columns.reading > 1:
             path = os.path.normpath(self.folder / prefix / name)
-            if Path(path).is_relative_to(self.folder) and name[0] == "/":
-                return os.path.relpath(path, self.folder)
-            if self.columns.follow_links:
-                return os.path.relpath(path, self.folder) if Path(path).is_relative_to(self.folder) else path
+            if not Path(path).is_relative_to(self.folder) and Path(os.path.realpath(path)).is_relative_to(self.folder):
+                path = os.path.realpath(path)
+            inside = Path(path).is_relative_to(self.folder)
+            if self.columns.follow_links or (inside and name[0] == "/"):
+                return os.path.relpath(path, self.folder) if inside else path
         remedy = "" if windows or self.columns.reading == 1 else ", or set --input.follow-links True"
         raise UserError(f"{where}: {column} {name[:200]!r} is outside the folder; must be a path inside it{remedy}")
 

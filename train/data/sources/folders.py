@@ -5,6 +5,7 @@ the metadata and the target of every link must be inside the folder, unless --in
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -152,7 +153,7 @@ def list_folder(folder: Path, columns: Columns) -> Folder:
     if not listed.standard:
         _add_images(files, listed)
     if columns.reading > 1:
-        unnamed = [name for name in files.images if name not in listed.seen]
+        unnamed = [name for name in files.found if files.is_image(name) and name not in listed.seen]
         if unnamed:
             where = next(iter(listed.tables), "the metadata")
             listed.notes.append(
@@ -208,9 +209,10 @@ def _add_metadata(files: Files, listed: _Listed) -> None:
         return
     if columns.reading == 1 or (columns.template and not columns.caption):
         return
+    images = sorted(files.images)
     for name in other_metadata(files.found):
         prefix = name[: name.rfind("/") + 1]
-        inside = [image for image in files.images if image.startswith(prefix)]
+        inside = images[bisect_left(images, prefix) : bisect_left(images, prefix[:-1] + "0")] if prefix else images
         if not inside or (not is_standard(name) and any(caption_file(image, files) for image in inside)):
             continue
         notes: list[str] = []

@@ -149,7 +149,8 @@ def _rows(path: Path, columns: Columns, notes: list[str]) -> Iterator[dict[str, 
     except UserError:
         raise
     except (ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path} can't be read near line {max(number, 1)}: {error}") from None
+        remedy = "; save it as UTF-8, or set --input.encoding" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"{path} can't be read near line {max(number, 1)}: {error}{remedy}") from None
 
 
 def _json_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:

@@ -49,7 +49,7 @@ LocatedRow = tuple[int, Row]
 """Offset of a row's image in its part, and the row."""
 LeftOut = list[tuple[str, str]]
 Read = Callable[["Part", LeftOut], Iterator[LocatedRow]]
-"""Reader of a part's rows, in its order; it adds (name, reason) of what it leaves out."""
+"""Reader of a part's rows, in its order; it adds (name, reason) of what it leaves out, and notes under the name ""."""
 
 
 class Part(NamedTuple):
@@ -70,6 +70,10 @@ class Segment(NamedTuple):
     line_bytes: int
     uncaptioned: int
     left_out: LeftOut
+
+
+class ReadAgain(Exception):
+    """Error of a reader that reads the part in another way if the error's text is in `left_out`, under the name ""."""
 
 
 class NoValidIndex(Exception):
@@ -267,7 +271,11 @@ def _build(folder: Path, parts: Sequence[Part], read: Read) -> None:
                     )
                     bar.update(part.size)
                     continue
-            writer.add(part, _with_progress(read(part, left_out), bar), left_out)
+            try:
+                writer.add(part, _with_progress(read(part, left_out), bar), left_out)
+            except ReadAgain as note:
+                left_out[:] = [("", str(note))]
+                writer.add(part, _with_progress(read(part, left_out), bar), left_out)
             bar.update(start + part.size - bar.n)
         writer.commit()
 

@@ -15,9 +15,9 @@ from typing import TypeVar
 from ldm.errors import RunError, UserError
 from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits, split_named, split_prefix
-from train.data.sources.tar_index import LeftOut, LocatedRow, Part, open_index
+from train.data.sources.tar_index import LeftOut, LocatedRow, Part, ReadAgain, open_index
 from train.data.sources.text import guess_encoding
-from train.data.sources.webdataset import DAMAGE, Header, image_extensions, is_scattered, read_samples, unclear_texts
+from train.data.sources.webdataset import DAMAGE, Header, Scattered, image_extensions, read_samples, unclear_texts
 
 Result = TypeVar("Result")
 
@@ -147,8 +147,13 @@ def expand(pattern: str) -> list[str]:
 
 
 def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRow]:
-    """Yield a tar's rows for the index. Raises UserError for a file that isn't a tar."""
+    """Yield a tar's rows for the index. Raises UserError for a file that isn't a tar.
+
+    If the members of a sample aren't adjacent, raises ReadAgain with a note. In the second call the note is in
+    `left_out`, and the members are collected.
+    """
     shard, unlisted, count = os.path.basename(part.path), 0, 0
+    scattered = bool(left_out)
 
     def leave_out(name: str, reason: str) -> None:
         nonlocal unlisted
@@ -170,9 +175,6 @@ def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRo
         except DAMAGE as error:
             raise UserError(f"{part.path} is not a tar file ({error}); WebDataset's .tar files are accepted") from None
         with tar:
-            scattered = columns.reading > 1 and _opened_again(part.path, lambda again: is_scattered(again, columns))
-            if scattered:
-                left_out.append(("", f"{shard}: the files of a sample aren't adjacent; they were collected"))
 
             @cache
             def guess() -> str:
@@ -189,6 +191,8 @@ def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRo
                 for sample in read_samples(tar, columns, leave_out, scattered=scattered, guess=guess):
                     count += 1
                     yield sample.offset, Row(sample.name, sample.size, part.changed_ns, sample.captions)
+            except Scattered:
+                raise ReadAgain(f"{shard}: the files of a sample aren't adjacent; they were collected") from None
             except DAMAGE as error:
                 left_out.append((shard, f"damaged or truncated after {count:,} images: {error}"))
     if unlisted:

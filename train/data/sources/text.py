@@ -40,9 +40,8 @@ def evident_encoding(data: bytes) -> str:
 
 
 def _usual_share(data: bytes, encoding: str) -> float:
-    if not _decodes([data], encoding):
-        return 0.0
-    text = data.decode(encoding)
+    """Return the share of characters of common scripts. `data` may end within a character."""
+    text = data.decode(encoding, "replace")
     return len(_USUAL.findall(text)) / len(text)
 
 

@@ -70,6 +70,10 @@ class _Member(NamedTuple):
     header: tarfile.TarInfo
 
 
+class Scattered(Exception):
+    """Error for a tar in which the members of a sample aren't adjacent."""
+
+
 class _Unusable(Exception):
     """A sample that is left out, and the reason."""
 
@@ -80,15 +84,16 @@ def read_samples(
     leave_out: Callable[[str, str], object],
     *,
     images: bool = False,
-    scattered: bool = False,
+    scattered: bool | None = None,
     guess: Callable[[], str] = str,
 ) -> Iterator[Sample]:
     """Yield the samples of an open tar, in order; `leave_out` receives (name, reason) of those that can't be used.
 
-    images: whether to include each image's bytes. scattered: whether a sample's members aren't adjacent; the tar must
-    be seekable, and its headers are kept in memory. Otherwise only one sample at a time is in memory, and one whose key
-    has occurred before is left out. guess: function that returns the encoding of text that isn't UTF-8, "" if unknown.
-    Raises one of DAMAGE if the tar is damaged; the sample that is incomplete there isn't yielded.
+    images: whether to include each image's bytes. scattered: whether a sample's members are anywhere in the tar, which
+    must be seekable, and whose headers are then kept in memory. Otherwise only one sample at a time is in memory. If a
+    key occurs again after other members, False raises Scattered, and None leaves these members out. guess: function
+    that returns the encoding of text that isn't UTF-8, "" if unknown. Raises one of DAMAGE if the tar is damaged; the
+    sample that is incomplete there isn't yielded.
     """
     if scattered:
         collected: dict[str, list[_Member]] = {}
@@ -106,6 +111,8 @@ def read_samples(
     for key, members in groups:
         try:
             if columns.reading > 1:
+                if hash(key) in keys and scattered is False:
+                    raise Scattered
                 if hash(key) in keys:
                     raise _Unusable(
                         "its key occurs before, with other files between: "
@@ -117,19 +124,6 @@ def read_samples(
             leave_out(key, str(error))
     if damage:
         raise damage
-
-
-def is_scattered(tar: tarfile.TarFile, columns: Columns) -> bool:
-    """Return whether members with the same key aren't adjacent in an open tar, by reading its headers."""
-    keys = set[int]()
-    try:
-        for key, _ in itertools.groupby(_members(tar, columns), lambda member: member.key):
-            if hash(key) in keys:
-                return True
-            keys.add(hash(key))
-    except DAMAGE:
-        pass
-    return False
 
 
 def unclear_texts(tar: tarfile.TarFile, columns: Columns) -> Iterator[tuple[str, bytes]]:
@@ -201,7 +195,8 @@ def _sample(
     if found is None:
         hint = f": a key ends at the first dot of a name; rename {dotted[-80:]!r}" if dotted else ""
         listed = " or ".join(accepted if columns.reading == 1 or columns.image else accepted[:3])
-        raise _Unusable(f"no image with this name and the extension {listed}{hint}")
+        others = f"; its extensions are {', '.join(sorted(extensions))[:80]}" if columns.reading > 1 else ""
+        raise _Unusable(f"no image with this name and the extension {listed}{others}{hint}")
     if columns.from_names:
         return found._replace(captions=(columns.of_name(key.rpartition("/")[2]) or "",))
     return found._replace(captions=_captions(texts, columns))
