@@ -3,7 +3,7 @@
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
@@ -80,6 +80,8 @@ def _read_options(kind: type[Options], path: str) -> tuple[Options, dict[str, st
     metadata.pop("grid", None)
     sha256 = validate(_Files, {"sha256": metadata.pop("sha256", {})}).sha256
     known = {f.name for f in fields(kind)} - _UNSAVED
+    if "resize" in known:
+        metadata.setdefault("resize", "never")  # images of earlier versions
     if unknown := next((key for key in metadata if key not in known), None):
         raise ValueError(f"this command has no setting {unknown[:50]!r}; use the command that generated the image")
     return validate(kind, metadata), sha256
@@ -149,6 +151,8 @@ class ImageJob:
     seed: int
     image: Image.Image | None = None
     """Image to start from."""
+    finish: Callable[[Image.Image], Image.Image] = lambda image: image
+    """Last change of the generated image, e.g. to the size of the given one."""
     name: str = ""
     """Prefix of the output file's name, before the prompt."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -256,6 +260,7 @@ class ImageGenerator:
                 folder.mkdir(parents=True, exist_ok=True)  # not before all settings are known to be valid
                 for job, image in zip(batch, images, strict=True):
                     own = next(remaining)
+                    image = job.finish(image)
                     yield write_png(image, folder, job.file, own)
                     if o.grid:
                         generated.append(image)

@@ -1,11 +1,14 @@
 """Generate images that start from given images."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ldm.errors import UserError
 from ldm.formats.png import slug
 from train.commands.generate import ImageGenerator, open_image, options_like
+from train.commands.sizes import fitted, restored
 from train.config.generation import Img2ImgOptions
 
 
@@ -18,11 +21,15 @@ def img2img(o: Img2ImgOptions) -> Iterator[Path]:
     names = [f"{stem}-" for stem in stems]
     if len(set(stems)) < len(stems):  # files of the same name in several folders
         names = [f"{k}-{name}" for k, name in enumerate(names)]
-    inputs = [
+    inputs: list[dict[str, Any]] = [
         {"image": open_image(path, "--image"), "name": name, "metadata": {"image": [path]}, "files": {"image": path}}
         for path, name in zip(o.image, names, strict=True)
     ]
     generator = ImageGenerator(o)
+    for path, fields in zip(o.image, inputs, strict=True):
+        given = fields["image"]
+        fields["image"] = fitted(generator.pipe, given, o.resize, f"--image {path!r}")
+        fields["finish"] = partial(restored, given=given)
     prompts = generator.prompts
     n = max(len(inputs), len(prompts))
     if not {len(inputs), len(prompts)} <= {1, n}:

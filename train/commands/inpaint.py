@@ -1,6 +1,7 @@
 """Inpaint the masked part of an image, or extend the image beyond its borders; the rest doesn't change."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from ldm.errors import UserError
 from ldm.formats import MAX_PIXELS
 from ldm.formats.png import slug
 from train.commands.generate import ImageGenerator, open_image, options_like
+from train.commands.sizes import fitted, restored
 from train.config.generation import InpaintOptions
 
 
@@ -30,8 +32,13 @@ def inpaint(o: InpaintOptions) -> Iterator[Path]:
         )  # the extension stays white
     generator = ImageGenerator(o)
     files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
-    name = f"{slug(Path(o.image).stem)}-"
-    jobs = [j for prompt in generator.prompts for j in generator.jobs(prompt, image=image, name=name, files=files)]
+    fields = {
+        "image": fitted(generator.pipe, image, o.resize, f"--image {o.image!r}"),
+        "finish": partial(restored, given=image, mask=mask),
+        "name": f"{slug(Path(o.image).stem)}-",
+        "files": files,
+    }
+    jobs = [job for prompt in generator.prompts for job in generator.jobs(prompt, **fields)]
     return generator.generate(jobs, mask_image=mask, strength=o.strength)
 
 

@@ -21,6 +21,7 @@ from ldm.samplers import make_sampler
 from train.commands.generate import check_seed, load, read_prompts, settings
 from train.commands.main import require_at_least
 from train.commands.outputs import image_key, key_of_gif, write_file, write_png
+from train.commands.sizes import warn_if_far
 from train.config.generation import InterpolateOptions
 
 
@@ -54,6 +55,7 @@ class Interpolation:
         own = ("to", "to_seed", "frames", "fps", "loop")  # saved in another form, see `frame_metadata`
         self.metadata = {name: value for name, value in settings(o).items() if name not in own}
         self.features = [self.pipe.encode([prompt]) for prompt in self.prompts]  # encoded separately, as in txt2img.py
+        warn_if_far(self.pipe, o.width, o.height)
         size = self.pipe.latent_size(o.height, o.width)
         self.shape = (1, self.pipe.autoencoder.latent_channels, *size)
         self.last = (len(self.prompts) - 1) * (o.frames - 1)

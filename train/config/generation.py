@@ -1,7 +1,7 @@
 """The options of the commands that generate images."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -9,6 +9,8 @@ from ldm.kinds import AttentionBackend
 from ldm.samplers import SamplerKind
 from train.config.run import Precision
 from train.config.sampling import SamplingOptions
+
+Resize = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,16 @@ class Txt2ImgOptions(GenerateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Img2ImgOptions(GenerateOptions):
+class EditOptions(GenerateOptions):
+    """Options of all commands that edit given images."""
+
+    resize: Resize = "auto"
+    """Resizing of a given image to about the number of pixels that the model was trained at, and of the result back.
+    `auto`: if the two differ by a factor of more than 2.25; `never`: the image is generated at its own size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Img2ImgOptions(EditOptions):
     """Generate images that start from given images: variations, or changes that follow a prompt."""
 
     image: tuple[str, ...] = ()
@@ -109,7 +120,7 @@ class InterpolateOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintOptions(GenerateOptions):
+class InpaintOptions(EditOptions):
     """Inpaint the masked part of an image, or extend it beyond its borders; all other pixels stay exactly the same."""
 
     sampler: SamplerKind = "dpmpp_2m_sde"
