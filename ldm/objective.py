@@ -112,7 +112,7 @@ class Losses:
     index: Tensor
     """Index of each example's timestep, (b,)."""
     uncorrected: Tensor
-    """`weighted` without the importance weights. Importance sampling is adapted to it."""
+    """The loss with the weighting but without the importance weights. Importance sampling adapts to it."""
     prediction: Prediction
     """The network's prediction, for further losses."""
 

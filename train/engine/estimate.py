@@ -20,8 +20,8 @@ _SECONDS = 3.0
 def estimate(run: AnyRun, stage: Stage, parts: list[Batch], start: int) -> float:
     """Print the number of parameters and the memory of a step, after trial passes over one part. No weight changes.
 
-    start: the run's next step. Returns how many times as long the run's last step takes as this one, in which a
-    network may not be trained yet.
+    start: the run's next step. Returns the time of the run's last step divided by the time of step `start`. It is more
+    than 1 if a phase, such as the discriminator's training, starts later.
     """
     config, device = run.config, run.accelerator.device
     last = config.steps - 1
@@ -44,7 +44,7 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], start: int) -> float
 class Duration:
     """Report of a run's duration, printed once, after its first steps.
 
-    growth: how many times as long a step takes once the last phase has started.
+    growth: time of a step after the start of the last phase, divided by the time of a step before.
     """
 
     def __init__(self, run: AnyRun, stage: Stage, start: int, growth: float, training: Stopwatch) -> None:
@@ -54,7 +54,7 @@ class Duration:
         self.warm, self.reported = 0.0, False
 
     def step(self, done: int) -> None:
-        """Note that `done` steps are done, and print the line when enough of them are timed."""
+        """Record that `done` steps are done, and print the line when enough of them have been timed."""
         timed = done - self.start - _WARM_UP
         if self.reported or timed < 0:
             return

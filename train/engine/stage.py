@@ -19,7 +19,7 @@ class StepOutput(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    """Detached scalars, logged beside the loss."""
+    """Detached scalars, logged in addition to the loss."""
     batch: Batch
     """Input of the later phases, which replaces the part; detached."""
 

@@ -139,7 +139,7 @@ def measure(
 
 
 class _Shapes:
-    """`Rows` of width and height."""
+    """Computation of each image's width and height, as rows of a cache (`Rows`)."""
 
     def __init__(self, source: Source, max_pixels: int, workers: int) -> None:
         self.headers, self.workers = _Headers(source, max_pixels), workers

@@ -1,4 +1,4 @@
-"""Random numbers that accompany images, as functions of seed and positions."""
+"""Random numbers of a batch besides its images, such as noise and masks, as functions of seed and positions."""
 
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ Drawn_co = TypeVar("Drawn_co", covariant=True)
 
 
 class Draws(Protocol[Drawn_co]):
-    """Source of random numbers that accompany images."""
+    """Source of a batch's random numbers besides its images, such as noise and masks."""
 
     def __call__(self, seed: int, positions: NDArray[np.int64], size: Size, /) -> Drawn_co:
         """Return the random numbers for positions (b,) and images of this size."""
@@ -24,7 +24,7 @@ class Draws(Protocol[Drawn_co]):
 
 
 class PosteriorNoise(NamedTuple):
-    """`Draws` of the noise with which a posterior is sampled, (b, c, h, w)."""
+    """Source of the noise with which a posterior is sampled, (b, c, h, w)."""
 
     channels: int
     factor: int
@@ -66,7 +66,7 @@ DEFAULT_NOISING = Noising()
 
 
 class LatentNoise(NamedTuple):
-    """`Draws` for diffusion training on images that are encoded during training."""
+    """Source of the random numbers of diffusion training, if images are encoded during training."""
 
     noising: Noising
     channels: int

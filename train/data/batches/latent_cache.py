@@ -182,7 +182,7 @@ class _Views:
 
 
 class _Latents:
-    """`Rows` of posteriors."""
+    """Computation of the latents' posteriors, as rows of a cache (`Rows`)."""
 
     def __init__(
         self,

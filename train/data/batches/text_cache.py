@@ -74,7 +74,7 @@ class TextCache:
 
 
 class _Texts:
-    """`Rows` of caption features."""
+    """Computation of caption features, as rows of a cache (`Rows`)."""
 
     def __init__(self, captions: Sequence[str], encode: CaptionEncoder, shape: tuple[int, ...], dtype: Stored) -> None:
         self.captions, self.encode, self.shape, self.dtype = captions, encode, shape, dtype

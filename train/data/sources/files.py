@@ -125,7 +125,10 @@ class Files:
         raise UserError(f"{where}: {column} {name[:200]!r} is outside the folder; must be a path inside it{remedy}")
 
     def notes(self, read: Iterable[str]) -> list[str]:
-        """Return lines on files outside the folder, and on files that were seen and aren't images nor in `read`."""
+        """Return lines for the user: on files that are read from outside the folder, and on files that aren't read.
+
+        read: names of the metadata and text files that are read.
+        """
         lines = []
         if self.outside:
             name, real = next(iter(self.outside.items()))

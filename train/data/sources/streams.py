@@ -226,11 +226,14 @@ class _Reader:
             data: bytes = self.file.read(count)
         except Exception as error:  # each protocol has its own exceptions
             raise RunError(
-                f"reading {self.url} failed after {self.bytes_read:,} bytes: {one_line(error, 300)}"
+                f"reading {self.url} failed after {self.bytes_read:,} bytes ({one_line(error, 300)}): "
+                "run the same command again"
             ) from error
         self.bytes_read += len(data)
         if not data and self.length is not None and self.bytes_read < self.length:
-            raise RunError(f"{self.url} ended after {self.bytes_read:,} of {self.length:,} bytes")
+            raise RunError(
+                f"{self.url} ended after {self.bytes_read:,} of {self.length:,} bytes: run the same command again"
+            )
         return data
 
 

@@ -48,7 +48,7 @@ class Sample(NamedTuple):
 
 
 class Header(tarfile.TarInfo):
-    """Tar header with bounded memory use, which never makes tarfile go backwards; a damaged one raises an error."""
+    """Tar header that limits memory use and never makes tarfile seek backwards. A damaged header raises an error."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

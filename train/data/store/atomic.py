@@ -2,7 +2,7 @@
 
 Content is written beside its final place under a name that begins with a dot, synchronised, and renamed; then the
 parent folder is synchronised. A process that is killed at any moment leaves the old content or the new. All fsyncs of
-the project are here, and all renames except one (of single files).
+the project are here. All renames are here too, except that of a single-file model.
 """
 
 import ctypes

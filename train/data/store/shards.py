@@ -56,7 +56,7 @@ class ComputedRows(NamedTuple):
 
 
 class Rows(Protocol):
-    """Computation of rows, and the keys that identify them."""
+    """Computation of the rows of a cache, and the keys that identify them."""
 
     @property
     def keys(self) -> Digests:
