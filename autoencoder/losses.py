@@ -112,6 +112,6 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, limit: float = 
     this weight, the adversarial loss changes the layer as much as the reconstruction does. The result is NaN if a
     gradient isn't finite, so that the step is skipped.
     """
-    ours, theirs = (torch.linalg.vector_norm(g.double()) for g in (reconstruction, adversarial))  # no overflow
-    weight = torch.nan_to_num(ours / theirs, nan=0.0, posinf=limit).clamp(0, limit)  # 0 / 0 gives 0
-    return torch.where(torch.isfinite(ours) & torch.isfinite(theirs), weight, torch.nan).float().detach()
+    base, other = (torch.linalg.vector_norm(g.double()) for g in (reconstruction, adversarial))  # no overflow
+    weight = torch.nan_to_num(base / other, nan=0.0, posinf=limit).clamp(0, limit)  # 0 / 0 gives 0
+    return torch.where(torch.isfinite(base) & torch.isfinite(other), weight, torch.nan).float().detach()

@@ -145,12 +145,12 @@ class ClipTextEncoder(nn.Module):
         save_file(self._weights(), folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
-    def stock_limits(self) -> str | None:
-        """Return one line that says what unmodified diffusers can't do with this text encoder, else None."""
+    def diffusers_limits(self) -> str | None:
+        """Return one line that says what diffusers can't do with this text encoder; None if it can do everything."""
         if self.chunks > 1:
             return (
-                f"prompts have up to {self.chunks} chunks: stock diffusers reads only the first {self.max_length} "
-                "tokens of a prompt, ldm-txt2img and this project's pipeline read all of them"
+                f"prompts have up to {self.chunks} chunks: diffusers reads only the first {self.max_length} "
+                "tokens of a prompt; use ldm-txt2img or LatentDiffusionPipeline"
             )
         return None
 

@@ -73,7 +73,10 @@ class ClassifierFree:
         return replace(guided, x0=self._rescaled(guided.x0, _weighted_sum(self.shares, denoised.x0), x_t, level))
 
     def _rescaled(self, guided: Tensor, conditional: Tensor, x_t: Tensor, level: Level) -> Tensor:
-        """Return the guided x0, rescaled in the network's target: unlike guidance, rescaling depends on the target."""
+        """Return the guided x0 after `rescale`.
+
+        x0 is converted to the network's target first, because rescaling gives another result in each target.
+        """
         kind, alpha, sigma = self.denoiser.target, level.alpha, level.sigma
         output, reference = (
             target_of(kind, x0, to_eps("x0", x0, x_t, alpha, sigma), alpha, sigma) for x0 in (guided, conditional)

@@ -8,16 +8,16 @@ from typing import Literal
 
 BetaKind = Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid"]
 ScheduleKind = Literal[BetaKind, "flow"]
-"""ldm/schedule.py"""
+"""Noise schedules; formulas: ldm/schedule.py"""
 Target = Literal["eps", "x0", "v", "flow"]
-"""ldm/parameterization.py"""
+"""Prediction targets; formulas: ldm/parameterization.py"""
 VarianceKind = Literal["fixed_small", "fixed_large", "learned"]
-"""ldm/process.py"""
+"""Variances of the reverse process; formulas: ldm/process.py"""
 ObjectiveKind = Literal["simple", "vlb", "hybrid"]
-"""ldm/objective.py"""
+"""Training objectives; formulas: ldm/objective.py"""
 LossKind = Literal["l2", "l1", "huber"]
-"""ldm/objective.py"""
+"""Losses of the prediction; formulas: ldm/objective.py"""
 Spacing = Literal["leading", "trailing", "linspace", "karras"]
-"""ldm/spacing.py"""
+"""Spacings of the sampler's steps; formulas: ldm/spacing.py"""
 AttentionBackend = Literal["sdpa", "xformers", "auto"]
-"""ldm/networks/attention.py"""
+"""Implementations of attention: ldm/networks/attention.py"""

@@ -1,7 +1,7 @@
 """A trained model: its networks, and functions that load, save, move and call them.
 
 The folder that stores a model is a complete diffusers checkpoint in the shape of Stable Diffusion, with all settings
-explicit. Stock `diffusers.DiffusionPipeline.from_pretrained` loads it and generates the same image, given the same
+explicit. `diffusers.DiffusionPipeline.from_pretrained` loads it and generates the same image, given the same
 seed, sampler and steps.
 """
 
@@ -48,7 +48,7 @@ class Model:
         process: Process,
         task: Task | None = None,
     ) -> None:
-        """Combine the parts; the backbone's channels decide the task unless it is given.
+        """Combine the parts. task: task of the model; None: decided by the backbone's channels.
 
         Raises UserError if the parts don't fit together.
         """
@@ -168,7 +168,7 @@ class Model:
         self.text_encoder.save(folder)
         scheduler.save_pretrained(str(folder / "scheduler"))
         for part in (self.process, self.text_encoder, backbone):
-            if limits := part.stock_limits():
+            if limits := part.diffusers_limits():
                 _warn_once(limits)
         network = type(backbone.module)
         index = {

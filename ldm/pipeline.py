@@ -60,7 +60,7 @@ class LatentDiffusionPipeline:
         process: Process,
         task: Task | None = None,
     ) -> None:
-        """Combine the parts; the backbone's channels decide the task unless it is given.
+        """Combine the parts. task: task of the model; None: decided by the backbone's channels.
 
         Raises UserError if the parts don't fit together.
         """

@@ -76,7 +76,7 @@ def prepare(
     """Prepare a trajectory from noise, from an image, or inside a mask. latents: the initial noise; None: drawn.
 
     Noise is drawn here in diffusers' order: for the image's posterior, for the first state, and for the posterior of
-    the masked image. Each generated image gets its own noise in all three cases, while stock diffusers uses the same
+    the masked image. Each generated image gets its own noise in all three cases, while diffusers uses the same
     posterior sample for all images of one prompt.
     """
     image, inpaints, expand = request.image, model.task == "inpaint", request.expand

@@ -106,7 +106,7 @@ def test_a_transformer_trains_and_generates(
         )
     assert (once / "model/transformer/weights.safetensors").is_file()
     assert not (once / "model/unet").exists()
-    limits = "variance learned" if out == 8 else "network Transformer: stock diffusers can't load this model"
+    limits = "variance learned" if out == 8 else "network Transformer: diffusers can't load this model"
     assert f"Note: {limits}" in (once / "model/README.md").read_text()
     assert final_state(once, 4) == final_state(twice, 4)
 
@@ -195,7 +195,7 @@ def test_the_unet_reports_its_properties() -> None:
     unet = pipe.backbone
     facts = unet.latent_channels, unet.context_channels, unet.out_channels, unet.condition_width, unet.sample_size
     assert facts == (4, 5, 8, 32, (16, 16))
-    assert (unet.size_multiple, unet.describe(), unet.stock_limits()) == (2, "channels 32, 64", None)
+    assert (unet.size_multiple, unet.describe(), unet.diffusers_limits()) == (2, "channels 32, 64", None)
     assert UNet.wrap(tiny_pipeline().unet, 4).adapt(5, 8).sample_size == (8, 8)
     assert pipe.unet is unet.module
     other = tiny_pipeline()

@@ -141,7 +141,7 @@ def test_stock_diffusers_reads_the_folder_and_generates_from_short_prompts(pipe,
     stock.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 5, "guidance_scale": 3.0, "generator": generators(2, 5)}
     theirs = torch.from_numpy(stock([SHORT, "a red star"], output_type="np", **how).images).permute(0, 3, 1, 2)
-    first = LatentDiffusionPipeline.from_pretrained(tmp_path, chunks=1)  # stock diffusers' input
+    first = LatentDiffusionPipeline.from_pretrained(tmp_path, chunks=1)  # diffusers' input
     how["generator"] = generators(2, 5)
     ours = first([SHORT, "a red star"], sampler="ddim", output_type="pt", **how).images
     assert (ours - theirs).abs().max() <= 1 / 255

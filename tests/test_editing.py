@@ -1,4 +1,4 @@
-"""Image to image and inpainting: equality with stock diffusers, exact unmasked pixels, and invalid arguments."""
+"""Image to image and inpainting: equality with diffusers, exact unmasked pixels, and invalid arguments."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def saved(pipe, tmp_path_factory):
     return folder
 
 
-# -- stock diffusers ------------------------------------------------------------------------------------------------
+# -- diffusers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])

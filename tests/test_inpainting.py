@@ -1,4 +1,4 @@
-"""A UNet trained to inpaint: its inputs, its start as the given model, and equality with stock diffusers."""
+"""A UNet trained to inpaint: its inputs, its start as the given model, and equality with diffusers."""
 
 import json
 import shutil

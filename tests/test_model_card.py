@@ -206,7 +206,7 @@ def test_the_card_states_that_stock_diffusers_cannot_sample_a_process(
     train.stages.ldm.train(ldm_config(shapes, tmp_path / "run", parts, steps=1, diffusion=flow))
     page = (tmp_path / "run/model/README.md").read_text()
     assert len(code_of(page)) == 1
-    assert "stock diffusers' StableDiffusionPipeline can't sample this model" in page
+    assert "diffusers' StableDiffusionPipeline can't sample this model" in page
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""OpenCLIP's converted text tower against open_clip itself, and as the condition of stock diffusers' images."""
+"""OpenCLIP's converted text tower against open_clip itself, and as the condition of diffusers' images."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""The pipeline: its saved folder is complete, and stock diffusers generates the same images from it."""
+"""The pipeline: its saved folder is complete, and diffusers generates the same images from it."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def stock(folder: Path, sampler: str) -> StableDiffusionPipeline:
 
 
 def difference(folder: Path, sampler: str, steps: int, scale: float, negative: str, rescale: float = 0.0) -> float:
-    """Return the greatest difference of our images and stock diffusers', from one folder."""
+    """Return the greatest difference of our images and diffusers', from one folder."""
     mine = LatentDiffusionPipeline.from_pretrained(folder)(
         PROMPTS,
         negative,
@@ -163,8 +163,8 @@ def test_a_process_that_stock_diffusers_cannot_sample_gives_one_warning(
 ) -> None:
     for process, message in (
         ({}, None),
-        ({"schedule": "flow", "target": "flow"}, "schedule or target flow: stock diffusers"),
-        ({"target": "flow"}, "schedule or target flow: stock diffusers"),
+        ({"schedule": "flow", "target": "flow"}, "schedule or target flow: diffusers"),
+        ({"target": "flow"}, "schedule or target flow: diffusers"),
         ({"spacing": "karras"}, "DDIM uses linspace instead"),
         ({"variance": "learned"}, "only with DDPMScheduler"),
     ):

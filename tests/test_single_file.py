@@ -229,7 +229,7 @@ def test_a_step_equals_that_of_stock_diffusers(made: Any, kind: str) -> None:
 
 
 def one_step(file: Path, folder: Path, **size: int) -> tuple[float, float]:
-    """Return the greatest difference of our latents and stock diffusers' after a step of ddim, and their deviation."""
+    """Return the greatest difference of our latents and diffusers' after a step of ddim, and their deviation."""
     theirs = stock(file, folder)
     theirs.scheduler = DDIMScheduler.from_config(
         theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False

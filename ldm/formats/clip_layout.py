@@ -18,7 +18,7 @@ _OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's name
 
 
 def tower_of(model: CLIPTextModel) -> Any:
-    """Return the module with the weights: in older transformers a submodule of the model, else the model itself."""
+    """Return the module with the weights: the model itself, or a submodule in older versions of transformers."""
     return getattr(model, "text_model", model)
 
 

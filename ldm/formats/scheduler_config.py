@@ -21,7 +21,7 @@ _VARIANCES: dict[str, VarianceKind] = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned",
 }
-"""Our variance for each of diffusers' names. Its "learned" is left out: unlike "learned_range", it has no bounds."""
+"""Variance for each of diffusers' names. "learned" is left out: unlike "learned_range", it has no bounds."""
 _LEADING = ("DDIM", "DDPM", "PNDM", "LCM", "TCD")
 """Schedulers whose default timestep_spacing is leading; the default of all others is linspace."""
 
@@ -88,8 +88,8 @@ class Process:
         """Return a scheduler with an explicit configuration, from which `from_config` makes every other scheduler.
 
         It is a DDPMScheduler for a learned variance, a FlowMatchEulerDiscreteScheduler for a flow, and otherwise a
-        DDIMScheduler, since stock pipelines can then sample with any scheduler. Its configuration also has our keys
-        that the scheduler itself ignores.
+        DDIMScheduler, since diffusers' pipelines can then sample with any scheduler. Its configuration also has keys of
+        this project, which the scheduler ignores.
         """
         T = self.schedule.T
         shared: dict[str, Any] = {
@@ -124,21 +124,21 @@ class Process:
         scheduler.register_to_config(**extra)
         return scheduler
 
-    def stock_limits(self) -> str | None:
-        """Return one line that says what stock diffusers can't do with this process; None if it can do everything."""
+    def diffusers_limits(self) -> str | None:
+        """Return one line that says what diffusers can't do with this process; None if it can do everything."""
         if isinstance(self.schedule, RectifiedFlow) or self.target == "flow":
             return (
-                "schedule or target flow: stock diffusers' StableDiffusionPipeline can't sample this model; use "
+                "schedule or target flow: diffusers' StableDiffusionPipeline can't sample this model; use "
                 "ldm-txt2img or LatentDiffusionPipeline"
             )
         if self.variance == "learned":
             return (
-                "variance learned: stock diffusers can sample this model only with DDPMScheduler, the scheduler that "
+                "variance learned: diffusers can sample this model only with DDPMScheduler, the scheduler that "
                 "is saved with it"
             )
         if self.spacing == "karras":
             return (
-                "spacing karras: stock diffusers' DDIM uses linspace instead; choose one that supports it, such "
+                "spacing karras: diffusers' DDIM uses linspace instead; choose one that supports it, such "
                 "as DPMSolverMultistepScheduler.from_config"
             )
         return None

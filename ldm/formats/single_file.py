@@ -3,7 +3,7 @@
 The networks are the same; the names and positions of their weights differ. Rombach et al.'s UNet numbers its blocks in
 one sequence (`input_blocks`, `middle_block`, `output_blocks`). Their decoder counts its levels from the image's side.
 The autoencoder's attention consists of 1×1 convolutions, and OpenCLIP's text tower (Stable Diffusion 2) has query, key
-and value in one matrix. So a layout is a table from each original name to the names of our weights that it consists of.
+and value in one matrix. So a layout is a table from each original name to the names of the diffusers weights in it.
 The table follows from the configuration. A single file doesn't contain it, so reading one needs a folder that does.
 
 A model is refused if it differs from the values that are built into the original code (`_BUILT_IN`), or if it has
@@ -97,7 +97,10 @@ _BLOCKS = {
 
 
 class Parts(NamedTuple):
-    """Networks and process of a file and its configuration: frozen, in evaluation mode, float32, on the CPU."""
+    """Networks and diffusion process that are read from a file and its configuration.
+
+    The networks are frozen, in evaluation mode, float32 and on the CPU.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -112,7 +115,7 @@ class _Autoencoder(Protocol):
 class _TextEncoder(Protocol):
     model: CLIPTextModel
 
-    def stock_limits(self) -> str | None: ...
+    def diffusers_limits(self) -> str | None: ...
 
 
 class Model(Protocol):
@@ -186,7 +189,7 @@ def save_single_file(model: Model, path: str | Path) -> None:
 
 def _limits(model: Model) -> list[str]:
     """Return one line for each thing that other tools can't do with the file."""
-    lines = [line for part in (model.process, model.text_encoder) if (line := part.stock_limits())]
+    lines = [line for part in (model.process, model.text_encoder) if (line := part.diffusers_limits())]
     if (scale := model.autoencoder.vae.config.scaling_factor) != SCALING_FACTOR:
         lines.append(f"scaling factor {scale}: tools that assume {SCALING_FACTOR} will generate different images")
     for network, config in (("unet", _unet(model).config), ("vae", model.autoencoder.vae.config)):
@@ -313,7 +316,10 @@ def from_original(state: Mapping[str, Tensor], config: str | Path) -> Parts:
 
 
 def _split_weight(name: str, value: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Split an original weight into ours: float32 copies with these shapes, which don't share the file's memory."""
+    """Split an original weight into weights of these names and shapes.
+
+    They are float32 copies that don't share the file's memory.
+    """
     if _POINTWISE.fullmatch(name) and value.shape[2:].numel() == 1:
         value = value.reshape(value.shape[:2])
     rows, *others = next(iter(shapes.values()))
@@ -358,7 +364,7 @@ def _empty_networks(folder: Path) -> Parts:
 
 
 def _layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[str, tuple[str, ...]]]]:
-    """Yield each network and its table: original name → names of our weights, which are concatenated along the rows."""
+    """Yield each network and its table: original name → names of the diffusers weights that are joined by rows."""
     tower = tower_of(parts.text_encoder)
     yield parts.unet, _layout(parts.unet, _unet_names(parts.unet), _UNET, "unet")
     yield parts.vae, _layout(parts.vae, _vae_names(parts.vae), _VAE, "vae")
@@ -369,7 +375,7 @@ def _layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[
 
 
 def _layout(module: nn.Module, names: Mapping[str, str], prefix: str, network: str) -> dict[str, tuple[str, ...]]:
-    """Return the table of a network. names: our name of a module → its original name; names inside it are the same."""
+    """Return the table of a network. names: module's name in diffusers → original name; names inside it are the same."""
 
     def original(key: str) -> str:
         parent = key

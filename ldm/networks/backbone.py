@@ -57,10 +57,10 @@ class Backbone(ABC):
     def save(self, folder: Path) -> None:
         """Write the weights, and the files needed to load them, into a separate folder."""
 
-    def stock_limits(self) -> str | None:
-        """Return one line that says what stock diffusers can't do with this network; None if it can do everything."""
+    def diffusers_limits(self) -> str | None:
+        """Return one line that says what diffusers can't do with this network; None if it can do everything."""
         return (
-            f"network {type(self.module).__name__}: stock diffusers can't load this model; load it with "
+            f"network {type(self.module).__name__}: diffusers can't load this model; load it with "
             "LatentDiffusionPipeline.from_pretrained(folder, backbone=...)"
         )
 

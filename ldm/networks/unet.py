@@ -18,7 +18,7 @@ from ldm.networks.attention import AttentionBackend, use_attention
 from ldm.networks.backbone import Backbone
 
 _WEIGHTS = "diffusion_pytorch_model"  # start of the names of the weights' files
-_STOCK_INPAINTING_CHANNELS = 9  # input channels of stock inpainting UNets
+_INPAINTING_CHANNELS = 9  # input channels of diffusers' inpainting UNets
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class UNet(Backbone):
     def save(self, folder: Path) -> None:
         self.module.save_pretrained(str(folder), safe_serialization=True)
 
-    def stock_limits(self) -> str | None:
-        if not self.context_channels or self.in_channels == _STOCK_INPAINTING_CHANNELS:
+    def diffusers_limits(self) -> str | None:
+        if not self.context_channels or self.in_channels == _INPAINTING_CHANNELS:
             return None
         return (
-            f"inpainting UNet with {self.in_channels} input channels: stock diffusers' StableDiffusionInpaintPipeline "
-            f"supports only {_STOCK_INPAINTING_CHANNELS}; use ldm-inpaint or LatentDiffusionPipeline"
+            f"inpainting UNet with {self.in_channels} input channels: diffusers' StableDiffusionInpaintPipeline "
+            f"supports only {_INPAINTING_CHANNELS}; use ldm-inpaint or LatentDiffusionPipeline"
         )
 
     def describe(self) -> str:

@@ -76,7 +76,7 @@ class DiffusionConfig:
 
     schedule: ScheduleKind = "scaled_linear"
     """Noise schedule, a variance-preserving one or `flow`; docs/mathematics.md gives the formulas.
-    `flow` is rectified flow: it needs target flow, v or x0, and unmodified diffusers can't sample the model."""
+    `flow` is rectified flow: it needs target flow, v or x0, and diffusers can't sample the model."""
     timesteps: int = Field(default=1000, gt=1)
     """Number of discrete timesteps T, at least 2."""
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
@@ -205,7 +205,7 @@ class LdmConfig(RunConfig):
     """Number of layers to skip at the end of the text encoder: 0 uses the last layer's features, 1 the one before."""
     text_chunks: int = Field(default=0, ge=0, le=MOST_CHUNKS)
     """Number of chunks into which a long caption is split, each as long as the text encoder accepts.
-    Longer captions are truncated. Unmodified diffusers reads only 1 chunk.
+    Longer captions are truncated. diffusers reads only 1 chunk.
     0: the number saved with the text encoder, else 1."""
     unet: UnetConfig = Field(default_factory=UnetConfig)
     """Shape of the UNet."""

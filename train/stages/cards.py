@@ -117,7 +117,7 @@ def about_vae(config: VaeConfig, vae: AutoencoderKL) -> About:
 
 def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
     d, inpaints = config.diffusion, config.task == "inpaint"
-    limits = d.build_process().stock_limits() or backbone.stock_limits()
+    limits = d.build_process().diffusers_limits() or backbone.diffusers_limits()
     example = {
         "prompt": repr(config.prompts[0][:_LONGEST]) if config.prompts else _prompt(inputs),
         "steps": config.sample_steps,
