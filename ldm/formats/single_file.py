@@ -375,7 +375,7 @@ def _layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[
 
 
 def _layout(module: nn.Module, names: Mapping[str, str], prefix: str, network: str) -> dict[str, tuple[str, ...]]:
-    """Return the table of a network. names: module's name in diffusers → original name; names inside it are the same."""
+    """Return the table of a network. names: module's name in diffusers → original name; names inside it stay."""
 
     def original(key: str) -> str:
         parent = key
