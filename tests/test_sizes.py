@@ -1,4 +1,4 @@
-"""Given images of any size are edited at the size that the model was trained at, and sizes that can't be good are warned of."""
+"""Given images are edited at the size of the model's training, and sizes that can't be good give a warning."""
 
 from pathlib import Path
 
@@ -143,3 +143,13 @@ def test_images_of_earlier_versions_are_repeated_at_their_own_size(model: Path, 
     earlier = write_png(Image.open(made), tmp_path, "earlier.png", settings)
     (again,) = run_script("img2img", "--like", earlier, "--out", tmp_path / "again").paths
     assert np.abs(np.asarray(Image.open(again), int) - np.asarray(Image.open(made), int)).max() <= 1
+
+
+@pytest.mark.parametrize("change", [["--strength", 2], ["--mask", "black"]])
+def test_an_error_isnt_preceded_by_a_warning(model: Path, tmp_path: Path, change: list[object]) -> None:
+    given = photo(tmp_path / "a.png", (200, 200))
+    Image.new("L", (200, 200)).save(tmp_path / "black.png")
+    how = (*HOW, model, "--image", given, "--mask", tmp_path / "mask.png", "--out", tmp_path / "out")
+    change = [tmp_path / "black.png" if word == "black" else word for word in change]
+    ended = run_script("inpaint", *how, *change)
+    assert (ended.status, ended.err.count("\n"), (tmp_path / "out").exists()) == (2, 1, False)

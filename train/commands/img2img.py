@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldm.editing import steps_for_strength
 from ldm.errors import UserError
 from ldm.formats.png import slug
 from train.commands.generate import ImageGenerator, open_image, options_like
@@ -15,6 +16,7 @@ from train.config.generation import Img2ImgOptions
 def img2img(o: Img2ImgOptions) -> Iterator[Path]:
     """Generate and write the images, and yield the path of each one."""
     o = options_like(o)
+    steps_for_strength(o.strength, o.steps)  # raises UserError for a wrong strength, before any warning
     if not o.image:
         raise UserError("--image is missing: give one or more images to start from")
     stems = [slug(Path(path).stem) for path in o.image]

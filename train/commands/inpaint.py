@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from ldm.editing import steps_for_strength, to_mask
 from ldm.errors import UserError
 from ldm.formats import MAX_PIXELS
 from ldm.formats.png import slug
@@ -18,6 +19,7 @@ from train.config.generation import InpaintOptions
 def inpaint(o: InpaintOptions) -> Iterator[Path]:
     """Generate and write the images, and yield the path of each one."""
     o = options_like(o)
+    steps_for_strength(o.strength, o.steps)  # raises UserError for a wrong strength, before any warning
     image = open_image(o.image, "--image")
     if not o.mask and not any(o.extend):
         raise UserError("--mask is missing: give an image that is white in the area to inpaint; or give --extend")
@@ -30,6 +32,7 @@ def inpaint(o: InpaintOptions) -> Iterator[Path]:
         mask = ImageChops.lighter(
             mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), extension
         )  # the extension stays white
+    to_mask(mask, (mask.height, mask.width))  # raises UserError for a black mask, before any warning
     generator = ImageGenerator(o)
     files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
     fields = {
