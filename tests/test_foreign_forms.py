@@ -207,6 +207,15 @@ def test_encodings_of_caption_files_are_guessed_together(tmp_path, encoding):
     assert f"guessed {encoding}, e.g. '0.txt'" in notes(tmp_path / "x.tar")
 
 
+def test_all_splits_are_read_in_the_same_encoding(tmp_path):
+    """One short text alone would be taken for Big5."""
+    for k, text in enumerate(TEXTS["cp949"]):
+        write(tmp_path, {f"train/{k}.png": None, f"train/{k}.txt": text.encode("cp949")})
+    write(tmp_path, {"test/0.png": None, "test/0.txt": "빨간 개".encode("cp949")})
+    assert guess_encoding(["빨간 개".encode("cp949")]) == "big5"
+    assert open_source(tmp_path, "test")[0].captions == ("빨간 개",)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-8-sig", "utf-32"])
 @pytest.mark.parametrize("text", ["a dog", "красная собака", "犬 dog"])
 def test_unicode_is_recognised_without_a_guess(encoding, text):
@@ -269,7 +278,7 @@ def test_backslashes_in_csv(tmp_path):
 def test_captions_with_commas_outside_quotes_are_complete(tmp_path):
     write(tmp_path, {"a.png": None, "metadata.csv": "file_name,text\na.png,a dog, brown, running\n"})
     assert rows(tmp_path) == {"a.png": ("a dog, brown, running",)}
-    assert "1 rows have more fields than the header" in notes(tmp_path)
+    assert "1 row has more fields than the header" in notes(tmp_path)
     assert rows(tmp_path, reading=1) == {"a.png": ("a dog",)}
 
 
@@ -441,7 +450,7 @@ def test_a_file_may_be_one_caption(tmp_path):
     text = "A dog runs.\n\nThe sky is blue,\nwith clouds.\n"
     write(tmp_path / "f", {"a.png": None, "a.txt": text})
     assert rows(tmp_path / "f") == {"a.png": ("A dog runs.", "The sky is blue,", "with clouds.")}
-    assert "1 caption files have empty lines" in notes(tmp_path / "f")
+    assert "1 caption file has empty lines" in notes(tmp_path / "f")
     assert "--input.caption-files whole" in notes(tmp_path / "f")
     assert rows(tmp_path / "f", whole_files=True) == {"a.png": (text.strip(),)}
     assert notes(tmp_path / "f", whole_files=True) == ""
@@ -553,8 +562,10 @@ def test_a_run_of_the_first_rules_is_continued_if_the_dataset_reads_the_same(tmp
 def test_the_log_of_a_run_has_the_notes(tmp_path):
     for k, text in enumerate(JAPANESE * 2):
         write(tmp_path / "data", {f"{k}.png": None, f"{k}.txt": text.encode("cp932"), f"{k}.svg": "<svg/>"})
+        write(tmp_path / "data", {f"{k}.json": "not read", "x.png": None, "x.json": "["})
     ended = run_script("train_clip", "--data", tmp_path / "data", "--out", tmp_path / "run", *ALL, "--steps", 1)
     assert ended.status == 0, ended.err
+    assert "left out of the dataset: 1, listed in" in ended.out
     assert ended.out.count("guessed cp932") == 1
     assert "6 .svg (convert them to PNG)" in ended.out
 

@@ -73,6 +73,8 @@ def select_images(inputs: Inputs, run: "AnyRun", multiple: int = 1) -> Inputs:
     config = run.config.input
     for note in dict.fromkeys((*inputs.source.notes, *inputs.held_out.notes)):
         run.print(note)
+    if left_out := set(inputs.source.left_out) | set(inputs.held_out.left_out):
+        run.print(f"left out of the dataset: {len(left_out):,}, listed in {run.folder.damaged}")
     if config.flip and (found := next(filter(LEFT_OR_RIGHT.search, inputs.source.captions(_CAPTIONS_SEARCHED)), None)):
         run.print(
             f"--input.flip mirrors half of the images, but some captions contain left or right, e.g. {found[:100]!r}: "

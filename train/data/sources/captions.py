@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from train.data.sources.catalogue import Columns, decode_text
-from train.data.sources.files import Files
+from train.data.sources.files import Files, scan
 from train.data.sources.metadata import CAPTIONS, METADATA
 from train.data.sources.text import captions_in_json, evident_encoding, guess_encoding, require_encoding
 
@@ -86,7 +86,8 @@ def read_captions(names: dict[str, str], files: Files, notes: list[str]) -> tupl
     encoding = columns.encoding
     if unclear and not encoding:
         first = next(iter(unclear))
-        encoding = require_encoding(guess_encoding(unclear.values()), str(files.folder / names[first]))
+        samples = unclear.values() if files.root == files.folder else _unclear_texts(files)
+        encoding = require_encoding(guess_encoding(samples), str(files.folder / names[first]))
         example = unclear[first].decode(encoding, "replace").strip()[:80]
         count = "1 caption file isn't" if len(unclear) == 1 else f"{len(unclear):,} caption files aren't"
         notes.append(
@@ -100,10 +101,19 @@ def read_captions(names: dict[str, str], files: Files, notes: list[str]) -> tupl
             reasons[image] = f"its caption file {names[image][-80:]!r} isn't {encoding}"
     if paragraphs and not columns.whole_files:
         notes.append(
-            f"{paragraphs:,} caption files have empty lines between their lines: each line is a caption of its own; "
-            "to make one caption of each file, set --input.caption-files whole"
+            f"{paragraphs:,} caption file{'s have' if paragraphs > 1 else ' has'} empty lines inside: each "
+            "line is a caption of its own; to make one caption of each file, set --input.caption-files whole"
         )
     return captions, reasons
+
+
+def _unclear_texts(files: Files) -> Iterator[bytes]:
+    """Yield the caption files in all splits of the dataset whose encoding isn't evident, so that all splits agree."""
+    for name, found in sorted(scan(files.root, files.columns), key=lambda entry: entry[0]):
+        if name.lower().endswith((".txt", ".caption")) and found and found[0] <= _MAX_BYTES:
+            content = (files.root / name).read_bytes()
+            if not evident_encoding(content):
+                yield content
 
 
 def require_no_column(folder: Path, columns: Columns) -> None:

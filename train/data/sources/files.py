@@ -34,8 +34,9 @@ def suffixes(reading: int) -> tuple[str, ...]:
 class Files:
     """Files of a resolved folder, by their paths in it. Links are resolved when they are asked for."""
 
-    def __init__(self, folder: Path, columns: Columns) -> None:
-        self.folder, self.columns = folder, columns
+    def __init__(self, folder: Path, columns: Columns, root: Path | None = None) -> None:
+        """root: folder of the dataset, if this is the folder of a split."""
+        self.folder, self.columns, self.root = folder, columns, root or folder
         self.found = dict(scan(folder, columns))
         self.outside: dict[str, str] = {}
         """Real paths of the files outside the folder that are read, by name."""

@@ -141,14 +141,17 @@ def _split_folder(root: Path, name: str, columns: Columns, notes: tuple[str, ...
             f"{root / name} is a link to a folder outside {root}: give the target of the link as --data, or set "
             "--input.follow-links True"
         )
-    found = list_folder(folder, columns)
+    found = list_folder(folder, columns, root)
     found.notes = (*notes, *found.notes)
     return found
 
 
-def list_folder(folder: Path, columns: Columns) -> Folder:
-    """List the images of a resolved folder with their captions. Raises as `find_folder`."""
-    files, listed = Files(folder, columns), _Listed()
+def list_folder(folder: Path, columns: Columns, root: Path | None = None) -> Folder:
+    """List the images of a resolved folder with their captions. Raises as `find_folder`.
+
+    root: folder of the dataset, if this is the folder of a split.
+    """
+    files, listed = Files(folder, columns, root), _Listed()
     _add_metadata(files, listed)
     if not listed.standard:
         _add_images(files, listed)

@@ -213,8 +213,8 @@ def _csv_rows(lines: io.TextIOWrapper, path: Path, columns: Columns, notes: list
         yield row
     if rejoined:
         notes.append(
-            f"{path}: {rejoined:,} rows have more fields than the header; what follows the last column {fields[-1]!r} "
-            "was added to it"
+            f"{path}: {rejoined:,} row{'s have' if rejoined > 1 else ' has'} more fields than the header; the rest was "
+            f"added to the last column, {fields[-1]!r}"
         )
 
 

@@ -49,8 +49,11 @@ def guess_encoding(texts: Iterable[bytes]) -> str:
     """Return the most likely encoding of texts that have no evident one, "" if there is none."""
     from charset_normalizer import from_bytes
 
-    distinct, size = [], 0
-    for text in dict.fromkeys(texts):
+    distinct, seen, size = list[bytes](), set[bytes](), 0
+    for text in texts:
+        if text in seen:
+            continue
+        seen.add(text)
         distinct.append(text)
         if (size := size + len(text)) > _GUESS_BYTES:
             break
