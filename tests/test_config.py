@@ -191,6 +191,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, words: list[
     file.write_text(text)
     with pytest.raises(UserError) as caught:
         parse(LdmConfig, [str(file)])
+    assert str(caught.value).startswith(str(file))
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -210,10 +211,21 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, words: list[
         (["--learning-rate", "3"], ["did you mean --optimizer.lr?"]),
         (["--hepl"], ["did you mean --help?"]),
         (["--lr", "1e-3"], ["--lr", "did you mean --optimizer.lr?"]),
-        (["--steps", "3", "4"], ["'4'", "isn't the value of any option"]),
+        (["--steps", "3", "4"], ["'4'", "isn't the value of any option", "in quotes"]),
         (["--unet.channels", "64", "x"], ["--unet.channels 64 x", "integer"]),
-        (["--input.background", "0", "0"], ["--input.background", "3 values", "0 0"]),
-        (["--steps"], ["--steps takes 1 value, not none"]),
+        (["--input.background", "0", "0"], ["--input.background 0 0: needs 3 values"]),
+        (["--steps"], ["--steps: needs a value"]),
+        (["--precision"], ["--precision: needs a value: fp32, bf16 or fp16"]),
+        (["--width", "3"], ["unknown option --width", "--help"]),
+        (["-steps", "3"], ["unknown option -steps", "did you mean --steps?"]),
+        (["--unet.channels"], ["--unet.channels: must have at least 1 value"]),
+        (["--unet.channels", "0", "64"], ["--unet.channels 0 64: must be greater than 0"]),
+        (["--unet.heads", "0", "4"], ["--unet.heads 0 4: must be greater than 0"]),
+        (["--unet.heads", "4"], ["unet.channels (128, 256)", "one entry per level"]),
+        (["--optimizer.betas", "0.9", "1"], ["--optimizer.betas 0.9 1: must be less than 1"]),
+        (["--text-chunks", "33"], ["--text-chunks 33: must be at most 32"]),
+        (["--input.resolution", "4"], ["--input.resolution 4: must be at least 8"]),
+        (["--optimizer.lr", "fast"], ["--optimizer.lr fast: must be a number"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--steps", "0"], ["steps", "greater than 0"]),
         (["--precision", "fp8"], ["fp8", "bf16"]),
@@ -280,10 +292,14 @@ class GeneratingConfig:
         ("--span 0.5 4 --corner -1 2", {"span": (0.5, 4.0), "corner": (-1, 2)}),
         ("--compose a 2 b 0.5 --name=a=b", {"compose": (("a", 2.0), ("b", 0.5)), "name": "a=b"}),
         ("--compose --name -x", {"name": "-x"}),
-        ("--loop True", "'True' isn't the value of any option"),
-        ("--compose a", "--compose a: "),
-        ("--tile --loop", "--tile takes 1 value, not none"),
-        ("--span 1", "--span takes 2 values, not 1"),
+        ("--loop True", "--loop True: --loop takes no value; give --loop or --no-loop"),
+        ("--no-loop=x", "--no-loop=x: --no-loop takes no value; give --loop or --no-loop"),
+        ("--compose a", "--compose a: needs 2 values for each entry"),
+        ("--compose a 1 b", "--compose a 1 b: needs 2 values for each entry"),
+        ("--compose a two", "--compose a two: must be a number"),
+        ("--tile --loop", "--tile: needs a value"),
+        ("--tile=", "--tile '': must be an integer"),
+        ("--span 1", "--span 1: needs 2 values"),
         ("--no-tile", "unknown option --no-tile"),
     ],
 )
@@ -329,12 +345,15 @@ def test_help_names_the_program_and_the_configurations(
     kind: type, typed: str, usage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [typed, "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         parse(kind) if kind is LdmConfig else overlay(kind, kind())
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: {usage} ")
+    text = " ".join(printed.split())
     for word in ("shapes/ldm, shapes/ldm_inpaint, ", "CONFIG, the first argument:", "--print-config: print all"):
-        assert (word in printed) == (kind is LdmConfig)
+        assert (word in text) == (kind is LdmConfig)
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_configurations_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,8 +379,8 @@ def test_an_unknown_name_is_refused_with_the_names_of_the_stage(given: str) -> N
     with pytest.raises(UserError) as caught:
         parse(VaeConfig, [given])
     assert str(caught.value) == (
-        f"{given!r}: no such file, and no configuration has this name; names: emoji/vae, emoji128/vae, pictures/vae, "
-        "sd15/vae, sd15/vae_ft_mse, sd15/vae_mosaic, shapes/vae, shapes128/vae"
+        f"{given!r}: no such file, and not the name of a configuration of this command; names: emoji/vae, "
+        "emoji128/vae, pictures/vae, sd15/vae, sd15/vae_ft_mse, sd15/vae_mosaic, shapes/vae, shapes128/vae"
     )
 
 
@@ -392,7 +411,7 @@ def test_help_lists_every_field_with_its_meaning() -> None:
         ("--diffusion.target eps --diffusion.zero-terminal-snr True", "choose v, x0 or flow"),
         ("--diffusion.objective vlb --diffusion.offset-noise 0.1", "offset_noise 0.1 with objective vlb"),
         ("--sample-steps 1001", "1001 sampling steps"),
-        ("--unet.channels 64", "unet: channels (64,)"),
+        ("--unet.channels 64", "unet.channels (64,)"),
         ("--diffusion.shift 2", "shift 2.0: can't be used with schedule scaled_linear"),
     ],
 )

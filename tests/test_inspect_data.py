@@ -219,8 +219,8 @@ def test_tokens_are_counted_against_the_length_of_the_training(
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ("pictures/clop", "no configuration has this name; names: emoji/clip, "),
-        ("wrong.yaml", "unknown key 'stepz' in the configuration: did you mean 'steps'?"),
+        ("pictures/clop", "not the name of a configuration; names: emoji/clip, "),
+        ("wrong.yaml", "wrong.yaml: unknown key 'stepz': did you mean 'steps'?"),
         ("pipe.yaml", "commands aren't allowed in a configuration file"),
     ],
 )

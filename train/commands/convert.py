@@ -11,9 +11,11 @@ from train.data.store.atomic import atomic_folder
 
 def convert(model: str, config: str, out: str) -> None:
     """Write a model to `out`, a .safetensors file or a folder. config: diffusers folder, for a single-file model."""
-    if not model or not out:
+    if not model:
+        raise UserError("--model is missing: give the folder or file to convert, e.g. --model runs/ldm/model")
+    if not out:
         raise UserError(
-            "--model and --out are needed: the model to convert, and the .safetensors file or folder to write"
+            "--out is missing: give the .safetensors file or the folder to write, e.g. --out my.safetensors"
         )
     target = Path(out)
     if target.exists():
@@ -39,7 +41,11 @@ def load(model: Path, config: str) -> LatentDiffusionPipeline:
     if not model.is_file():
         raise UserError(f"--model {str(model)!r}: no such file or folder")
     config = str(model_folder(config)) if config else ""
-    if not config or not Path(config, "tokenizer").is_dir():
+    if not config:
+        raise UserError(
+            f"--config is missing: give a diffusers folder of a model with the same architecture as {str(model)!r}"
+        )
+    if not Path(config, "tokenizer").is_dir():
         raise UserError(
             f"--config {config!r}: must be a diffusers folder of the model's architecture that contains tokenizer/"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.commands.main import require_at_least, use_device
+from train.commands.main import require_at_least, require_folder, use_device
 from train.config.reports import EvaluateOptions
 from train.data.batches.draws import PosteriorNoise
 from train.data.batches.images import ImageDataset
@@ -28,6 +28,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     for name, example in (("model", "runs/ldm/model"), ("data", "data/shapes")):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing: give e.g. --{name} {example}")
+    require_folder(o.out)
     require_at_least(0, o, "seed")
     require_at_least(1, o, "prompts", "images", "likelihoods", "batch_size")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))

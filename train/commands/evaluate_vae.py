@@ -11,7 +11,7 @@ from torch import Tensor
 from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
-from train.commands.main import require_at_least, use_device
+from train.commands.main import require_at_least, require_folder, use_device
 from train.config.reports import EvaluateVaeOptions
 from train.config.vae import PerceptualConfig
 from train.data.batches.draws import PosteriorNoise
@@ -28,6 +28,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     for name, example in (("vae", "runs/vae/model"), ("data", "data/shapes")):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing: give e.g. --{name} {example}")
+    require_folder(o.out)
     require_at_least(0, o, "seed")
     require_at_least(1, o, "images", "batch_size")
     device = use_device(o.device)

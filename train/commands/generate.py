@@ -19,7 +19,7 @@ from ldm.formats.hub import find_pipeline, model_folder
 from ldm.formats.png import file_name, read_png
 from ldm.networks.unet import weight_files
 from ldm.pipeline import LatentDiffusionPipeline
-from train.commands.main import require_at_least, use_device
+from train.commands.main import require_at_least, require_folder, use_device
 from train.commands.outputs import INPUTS, MODELS, image_key, would_replace, write_png
 from train.config.generation import GenerateOptions, ModelOptions
 from train.config.load import overlay, validate
@@ -226,8 +226,7 @@ class ImageGenerator:
         the --like image.
         """
         o, folder, metadata = self.o, Path(self.o.out), settings(self.o)
-        if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-            raise UserError(f"--out {o.out!r}: can't be a folder, because {str(file)!r} is a file")
+        require_folder(o.out)
         saved = [self._saved(job, metadata) for job in jobs]
         grid = saved[0] | {"grid": [image_key(one)[:8] for one in saved]}
         grid_name = f"grid-{file_name(jobs[0].prompt, jobs[0].seed)}"

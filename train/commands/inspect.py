@@ -23,7 +23,7 @@ from train.commands.inspect_data import (
     list_report,
 )
 from train.commands.inspect_report import advice
-from train.commands.main import require_at_least
+from train.commands.main import require_at_least, require_folder
 from train.config.reports import InspectOptions, TokenizerOptions
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
@@ -39,6 +39,7 @@ def inspect(o: InspectOptions, config: str = "") -> Report:
     """
     if not o.data:
         raise UserError("--data is missing: give the images to inspect, e.g. --data data/shapes")
+    require_folder(o.out)
     require_at_least(8, o, "resolution")
     require_at_least(0, o, "limit", "workers", "text_chunks")
     encoder = ClipTextEncoder.load(o.text_encoder, chunks=o.text_chunks or None) if o.text_encoder else None

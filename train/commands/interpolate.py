@@ -19,7 +19,7 @@ from ldm.errors import UserError
 from ldm.formats.png import slug
 from ldm.samplers import make_sampler
 from train.commands.generate import check_seed, load, read_prompts, settings
-from train.commands.main import require_at_least
+from train.commands.main import require_at_least, require_folder
 from train.commands.outputs import image_key, key_of_gif, write_file, write_png
 from train.commands.sizes import warn_if_far
 from train.config.generation import InterpolateOptions
@@ -40,6 +40,7 @@ class Interpolation:
                     "nothing to interpolate: give --to PROMPT, --prompts FILE with several prompts, or --to-seed SEED"
                 )
             self.prompts *= 2
+        require_folder(o.out)
         require_at_least(2, o, "frames")
         require_at_least(1, o, "batch_size")
         if not 1 <= o.fps <= 50:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
@@ -125,12 +126,22 @@ def require_at_least(least: int, options: object, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
+def require_folder(out: str) -> None:
+    """Raise UserError if --out can't be a folder, because it or a folder above it is a file."""
+    folder = Path(out)
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise UserError(f"--out {out!r}: can't be a folder, because {str(file)!r} is a file; choose another")
+
+
 def use_device(name: str) -> "torch.device":
     """Return the named device; without a name, the GPU if there is one. Raises UserError if it can't be used."""
     import torch
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name!r}: must be a device of torch, e.g. cpu, cuda or cuda:1") from None
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name!r}: can't be used: {one_line(error, 200)}") from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
-from train.config.load import overlay
+from train.config.load import overlay, wrapped
 from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_annotations, write_emoji
 
 
@@ -85,7 +85,10 @@ def make(arguments: list[str]) -> None:
         case "emoji":
             make_emoji(overlay(Emoji, Emoji(), options, usage=kind))
         case "--help" | "-h":
-            print(f"usage: {program} [-h] {{shapes,emoji}} [OPTIONS]\n\n{__doc__}")
-            print(f"  shapes  {Shapes.__doc__}\n  emoji   {Emoji.__doc__}")
+            print(f"usage: {program} [-h] {{shapes,emoji}} [OPTIONS]\n\n{__doc__}\n")
+            for name, dataset in (("shapes", Shapes), ("emoji", Emoji)):
+                print(wrapped(f"{name}: {dataset.__doc__}"))
+            print(f"\n{program} shapes --help and {program} emoji --help list the options.")
         case _:
-            raise UserError(f"the first argument must be the dataset to make, shapes or emoji, not {kind!r}")
+            problem = f"{kind!r}: must be shapes or emoji" if kind else "the dataset is missing"
+            raise UserError(f"{problem}; give it as the first argument, e.g. {program} shapes --out data/shapes")

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from conditioning import MOST_CHUNKS
 from ldm.kinds import AttentionBackend, LossKind, ObjectiveKind, ScheduleKind, Spacing, Target, VarianceKind
 from ldm.task import Task
-from train.config.optimizer import strict
+from train.config.optimizer import Count, strict
 from train.config.resumable import Location, Resumable
 from train.config.run import RunConfig
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class UnetConfig:
     """Shape of the UNet, a diffusers UNet2DConditionModel."""
 
-    channels: tuple[int, ...] = (128, 256)
+    channels: tuple[Count, ...] = Field(default=(128, 256), min_length=1)
     """Number of channels of each level, finest level first."""
     layers: int = Field(default=1, gt=0)
     """Number of residual blocks per level (the upward half has one more)."""
     attention: tuple[bool, ...] = (True, True)
     """Transformer blocks (self- and cross-attention) at each level: True or False per level, finest first."""
-    heads: tuple[int, ...] = (4, 8)
+    heads: tuple[Count, ...] = (4, 8)
     """Number of attention heads of each level, finest first; a head has channels / heads features."""
     depth: int = Field(default=1, gt=0)
     """Number of transformer blocks after each residual block, at levels that have them."""

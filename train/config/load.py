@@ -1,12 +1,14 @@
 """Read a typed configuration from a YAML file and the command line, and write it as YAML."""
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import tyro
 import yaml
@@ -15,6 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from ldm.errors import UserError, one_line
 from train.config.options import Option, field_names, read_options, similar
 from train.config.shipped import find_config, shipped
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Checked(Protocol):
@@ -38,19 +43,22 @@ def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show = "--print-config" in arguments
     arguments = [a for a in arguments if a != "--print-config"]
-    named = bool(arguments) and not arguments[0].startswith("-")
-    values = read_yaml(find_config(arguments.pop(0), kind.stage)) if named else {}
+    file = find_config(arguments.pop(0), kind.stage) if arguments and not arguments[0].startswith("-") else None
+    values = {} if file is None else read_yaml(file)
     if str(values.get("data", "")).startswith("pipe:"):
         raise UserError(
             f"data {values['data']!r}: commands aren't allowed in a configuration file; give this one as --data instead"
         )
+    try:
+        default = validate(kind, values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     about = (
         f"CONFIG, the first argument: YAML file with the settings below, or one of the names "
         f"{', '.join(shipped(kind.stage))}. Options override its settings.\n\n"
         "--print-config: print all settings as YAML and exit."
     )
     usage = "[CONFIG] [--print-config]"
-    default = validate(kind, values)
     config = overlay(kind, default, arguments, flags=False, usage=usage, about=about, also=["print_config"])
     config.check()
     if show:
@@ -64,7 +72,7 @@ def parse_any(kinds: Sequence[type[Stage]], given: str) -> Stage:
     named = [kind for kind in kinds if given in shipped(kind.stage)]
     if not os.path.isfile(given) and not named:
         names = ", ".join(name for kind in kinds for name in shipped(kind.stage))
-        raise UserError(f"{given!r}: no such file, and no configuration has this name; names: {names}")
+        raise UserError(f"{given!r}: no such file, and not the name of a configuration; names: {names}")
     likely = [kind for kind in kinds if Path(given).name.startswith(kind.stage)]
     errors = []
     for kind in (*likely, *(k for k in kinds if k not in likely)):
@@ -131,7 +139,7 @@ def overlay(
         tyro.cli(
             kind,
             prog=f"{Path(sys.argv[0]).name} {usage}".rstrip(),
-            description=f"{kind.__doc__}\n\n{about}".rstrip(),
+            description="\n\n".join(map(wrapped, f"{kind.__doc__}\n\n{about}".rstrip().split("\n\n"))),
             default=default,
             args=["--help"],
             config=() if flags else (tyro.conf.FlagConversionOff,),
@@ -145,6 +153,15 @@ def overlay(
         return TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
         raise UserError(first_error(error, options)) from None
+
+
+def wrapped(text: str) -> str:
+    """Break a paragraph of `--help` into lines that fit the terminal.
+
+    Further lines are indented, because tyro joins lines that begin with a letter.
+    """
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def plain(config: object) -> dict[str, Any]:
@@ -163,13 +180,38 @@ def first_error(error: ValidationError, options: Mapping[str, Option] | None = N
     names: all settings, one of which an unknown one may mean.
     """
     first = error.errors()[0]
-    name, reason = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    name, reason = ".".join(str(part) for part in first["loc"]), _reason(first)
     if first["type"] == "unexpected_keyword_argument":
         found = [repr(n) for n in similar(name.replace("-", "_").lower(), names)]
-        hint = f"did you mean {' or '.join(found)}?" if found else "--help lists all of them"
-        return f"unknown key {name!r} in the configuration: {hint}"
+        hint = f"did you mean {' or '.join(found)}?" if found else "--help lists all keys as options"
+        return f"unknown key {name!r}: {hint}"
     if option := next((o for n, o in (options or {}).items() if f"{name}.".startswith(f"{n}.")), None):
         return f"{option.text}: {reason}"
-    if not name or first["type"] == "value_error":  # several fields of a record contradict each other
-        return f"{name}: {reason}".removeprefix(": ")
+    if first["type"] == "value_error":
+        if not name or reason.startswith(name):
+            return reason
+        # Fields of a record contradict each other, and the reason starts with the name of one; or a value is wrong.
+        return f"{name}.{reason}" if isinstance(first["input"], dict) else f"{name}: {reason}"
     return f"{name} = {first['input']!r}: {reason}"
+
+
+def _reason(first: "ErrorDetails") -> str:
+    """Return what is accepted instead of a wrong value."""
+    limits = first.get("ctx", {})
+    match first["type"]:
+        case "value_error":
+            return first["msg"].removeprefix("Value error, ")
+        case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
+            return "must be an integer"
+        case "float_parsing" | "float_type":
+            return "must be a number"
+        case "bool_parsing" | "bool_type":
+            return "must be True or False"
+        case "greater_than_equal":
+            return f"must be at least {limits['ge']}"
+        case "less_than_equal":
+            return f"must be at most {limits['le']}"
+        case "too_short":
+            return f"must have at least {limits['min_length']} value{'s' * (limits['min_length'] > 1)}"
+        case _:
+            return first["msg"].replace("Input should be", "must be", 1)

@@ -1,7 +1,7 @@
 """The configuration of the optimizer, and the rule that configurations reject unknown keys and non-finite numbers."""
 
 import math
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+Count = Annotated[int, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -29,16 +31,16 @@ class OptimizerConfig:
     """Learning rate at the last step as a share of the peak, 0 to 1, in schedules cosine and linear."""
     warmup: int = Field(default=500, ge=0)
     """Number of steps in which the learning rate rises linearly from 0 to its peak."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's running means of the gradient and of its square, 0 to 1 each."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay rates of AdamW's running means of the gradient and of its square, each at least 0 and less than 1."""
     eps: float = Field(default=1e-8, gt=0)
-    """Constant added to the root of AdamW's running mean of the squared gradient, by which the update is divided."""
+    """Small constant in the denominator of AdamW's update, which keeps the update finite if the gradient is 0."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of Muon's running mean of the gradient, 0 to 1."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Strength of the decoupled weight decay, on matrices and convolution kernels only; 0: none."""
     clip: float = Field(default=1.0, ge=0)
-    """Largest norm of the gradient over all parameters, to which larger ones are clipped; 0: no clipping."""
+    """Largest norm of the gradient over all parameters; a larger gradient is scaled down to it. 0: no clipping."""
 
     def lr_share(self, step: int, steps: int) -> float:
         """Return the learning rate at `step` of `steps` as a share of the peak: a linear rise, then a decay."""

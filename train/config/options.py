@@ -4,8 +4,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from shlex import join
 from types import NoneType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ldm.errors import UserError
 
@@ -16,7 +17,7 @@ class Option(NamedTuple):
     value: Any
     """Words of the option, nested like its type; for a flag, True or False."""
     text: str
-    """Text of the option: its name and words."""
+    """Text of the option as typed in a shell: its name and words."""
 
 
 _ELSEWHERE = {  # names of the same options in diffusers and other programs
@@ -36,24 +37,32 @@ def read_options(kind: type, arguments: Sequence[str], *, flags: bool, also: Col
     """Return the options by dotted field name; a later option replaces an earlier one with the same name.
 
     flags: a boolean is given as --name or --no-name. also: words that the program accepts besides, for suggestions.
-    Raises UserError for unknown options and for too few values.
+    Raises UserError for unknown options and for too few or too many values.
     """
-    types, options, remaining = dict(_fields(kind)), {}, list(arguments)
+    types, remaining = dict(_fields(kind)), list(arguments)
+    options: dict[str, Option] = {}
     switches = {name for name, hint in types.items() if flags and hint is bool}
     while remaining:
         word, equals, value = remaining.pop(0).partition("=")
         name = word.removeprefix("--").replace("-", "_")
-        if name.removeprefix("no_") in switches and not equals:
-            options[name.removeprefix("no_")] = Option(name in switches, word)
+        if (switch := name.removeprefix("no_")) in switches and _is_option_name(word):
+            if equals or (remaining and not _is_option_name(remaining[0])):
+                text = f"{word}={value}" if equals else join([word, remaining[0]])
+                flag = switch.replace("_", "-")
+                raise UserError(f"{text}: {word} takes no value; give --{flag} or --no-{flag}")
+            options[switch] = Option(name in switches, word)
             continue
-        if not _is_option_name(word) or name not in types or name in switches:
+        if not _is_option_name(word) or name not in types:
             raise UserError(_unknown(word + equals + value, [*types, "help", *also]))
         words, count = [value] if equals else [], _word_count(types[name])
         while remaining and not _is_option_name(remaining[0]) and len(words) < (count or len(arguments)):
             words.append(remaining.pop(0))
+        text = join([word, *words])
         if count and len(words) != count and words != ["None"]:
-            raise UserError(f"{word} takes {count} value{'s' * (count > 1)}, not {' '.join(words) or 'none'}")
-        options[name] = Option(_nested(types[name], words), " ".join([word, *words]))
+            raise UserError(f"{text}: needs " + (f"{count} values" if count > 1 else f"a value{_few(types[name])}"))
+        if (group := _group_size(types[name])) and len(words) % group:
+            raise UserError(f"{text}: needs {group} values for each entry; --help describes them")
+        options[name] = Option(_nested(types[name], words), text)
     return options
 
 
@@ -98,10 +107,16 @@ def _unknown(word: str, names: Collection[str]) -> str:
     """Return a message on a word that isn't an option or a value of one, with similar options if there are any."""
     name = word.partition("=")[0]
     if not _is_option_name(word) and not (word.startswith("-") and name.lstrip("-").replace("-", "_") in names):
-        first = "; the configuration must be the first argument" if "print_config" in names else ""
-        return f"{word!r} isn't the value of any option{first}: --help lists all options"
+        first = "the configuration must be the first argument, and " if "print_config" in names else ""
+        return f"{word!r} isn't the value of any option: {first}a value that contains spaces must be in quotes"
     found = [f"--{n.replace('_', '-')}" for n in similar(name.lstrip("-").replace("-", "_").lower(), names)]
     return f"unknown option {word}: " + (f"did you mean {' or '.join(found)}?" if found else "--help lists all options")
+
+
+def _few(hint: Any) -> str:
+    """Return the values of a type that has few, after a colon; "" for other types."""
+    choices = (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
+    return f": {', '.join(map(str, choices[:-1]))} or {choices[-1]}" if choices else ""
 
 
 def _word_count(hint: Any) -> int | None:
@@ -110,6 +125,12 @@ def _word_count(hint: Any) -> int | None:
     if get_origin(hint) is tuple:
         return None if parts[-1] is ... else len(parts)
     return _word_count(parts[0]) if NoneType in get_args(hint) else 1
+
+
+def _group_size(hint: Any) -> int | None:
+    """Return the number of words in each entry of a sequence of tuples; None for other types."""
+    parts = get_args(hint)
+    return _word_count(parts[0]) if get_origin(hint) is tuple and parts[-1] is ... else None
 
 
 def _nested(hint: Any, words: Sequence[str]) -> Any:

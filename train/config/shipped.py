@@ -24,5 +24,7 @@ def find_config(given: str, stage: str) -> Path:
         return Path(given)
     names = shipped(stage)
     if given not in names:
-        raise UserError(f"{given!r}: no such file, and no configuration has this name; names: {', '.join(names)}")
+        raise UserError(
+            f"{given!r}: no such file, and not the name of a configuration of this command; names: {', '.join(names)}"
+        )
     return names[given]

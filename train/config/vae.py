@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from autoencoder import AdversarialKind, ReconstructionKind
 from ldm.errors import UserError
-from train.config.optimizer import strict
+from train.config.optimizer import Count, strict
 from train.config.resumable import Location, Resumable
 from train.config.run import RunConfig, require_squares
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class AutoencoderConfig:
     """Shape of the AutoencoderKL. A latent's sides are 2^(levels − 1) times shorter than the image's."""
 
-    channels: tuple[int, ...] = (64, 128, 128)
-    """Number of channels of each level, finest level first."""
+    channels: tuple[Count, ...] = Field(default=(64, 128, 128), min_length=1)
+    """Number of channels of each level, finest level first; each further level halves the sides of the latents."""
     layers: int = Field(default=1, gt=0)
     """Number of residual blocks per level (the decoder has one more)."""
     latent_channels: int = Field(default=4, gt=0)

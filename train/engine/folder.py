@@ -70,7 +70,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"--out {str(self)!r}: can't be created: {error.strerror}: {error.filename}") from None
+            raise UserError(
+                f"--out {str(self)!r}: can't be a folder, because {error.filename!r} is a file; choose another"
+            ) from None
         with open(self.path / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
