@@ -17,13 +17,13 @@ class Shapes:
     out: str = "data/shapes"
     """Output folder. If it contains exactly this dataset already, it is kept; any other content is an error."""
     size: int = 32
-    """Side of the square images in pixels, at least 32."""
+    """Side of the square images in pixels, 32 to 2048."""
     train: int = 20000
     """Number of training images."""
     test: int = 1000
     """Number of test images. Half of them show a pair of colour and shape that no training image has."""
     seed: int = 0
-    """Seed of the random scenes, an integer."""
+    """Seed of the random scenes, at least 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,14 @@ class Emoji:
     font: str = str(FONT)
     """Font file of Noto Color Emoji; Debian's package fonts-noto-color-emoji installs it."""
     annotations: str = ""
-    """Names and keywords of the emoji: the folder "common" of Unicode's CLDR, or one XML file from it. Default: the
-    folder of Debian's package unicode-cldr-core. Without it, only emoji of one character are found, with one caption
-    each."""
+    """Names and keywords of the emoji: the folder `common` of Unicode's CLDR, or one XML file from it.
+    Empty: the folder of Debian's package unicode-cldr-core.
+    Without it, only emoji of one character are found, with one caption each."""
     test_fraction: float = 0.05
-    """Share of the emoji that are test images. All skin tones, hair styles and genders of an emoji are in one split."""
+    """Share of the emoji that are test images, 0.001 to 0.5.
+    All skin tones, hair styles and genders of an emoji are in one split."""
     seed: int = 0
-    """Seed of the random choice of test emoji, an integer."""
+    """Seed of the random choice of test emoji, at least 0."""
 
 
 def make_shapes(o: Shapes) -> None:

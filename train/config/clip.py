@@ -49,9 +49,11 @@ class TokenTasksConfig:
     """Additional training tasks of the text tower, which make its tokens more useful to the diffusion model."""
 
     sketch: float = Field(default=100.0, ge=0)
-    """Weight of the task to predict the image from the tokens, so that they encode positions of objects; 0: no task."""
+    """Weight of the task to predict the image from the tokens; 0: no task.
+    It makes the tokens encode the positions of objects."""
     echo: float = Field(default=10.0, ge=0)
-    """Weight of the task to predict, at each token, the last words up to it, so that no word is lost; 0: no task."""
+    """Weight of the task to predict, from each token, that token and the three before it; 0: no task.
+    It keeps every word of the caption in the features."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)

@@ -8,10 +8,12 @@ class ConvertOptions:
     """Convert a model from a folder to a file, or from a file to a folder."""
 
     model: str = ""
-    """Model to convert: a diffusers folder, or a single .safetensors or .ckpt file with the original key names.
+    """Model to convert: a diffusers folder, or a single .safetensors or .ckpt file. Required.
+    A single file must have Stable Diffusion's original key names.
     A .ckpt file is a pickle; only plain weights are loaded from it, never code."""
     config: str = ""
     """Diffusers folder of a model with the same architecture, needed for a single-file --model.
     Only its JSON files and its tokenizer are read."""
     out: str = ""
-    """Output: a single file if the name ends in .safetensors, else a diffusers folder. It must not exist yet."""
+    """Output: a single file if the name ends in .safetensors, else a diffusers folder. Required.
+    It must not exist yet."""

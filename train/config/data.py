@@ -27,11 +27,11 @@ class SourceConfig:
 
     image_column: str = ""
     """Column of the image (in tars: its file extension).
-    Empty: file_name in metadata files; the only column with images in tables."""
+    Empty: `file_name` in metadata files, and the only column with images in parquet files and datasets."""
     caption_column: str = ""
     """Column of the caption (in tars: its file extension, or a key of the .json); empty: `text`, else `caption`."""
     caption_template: str = ""
-    """Template that turns class labels into captions, e.g. "a photo of a {}"; empty: the captions are texts.
+    """Template that turns class labels into captions, e.g. "a photo of a {}"; empty: the captions are read as texts.
     Labels are folder names or the values of the caption column; {} is replaced by the label."""
     caption_from_names: Annotated[bool, Resumable()] = False
     """Use the names of the files as captions (in folders and tars); a_red_dog.png is "a red dog"."""
@@ -52,7 +52,8 @@ class SourceConfig:
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the images, 0 to 1, held out if the dataset has no validation split; at most 1000 are held out."""
     stream_buffer: int = Field(default=1000, gt=0)
-    """Size of the shuffle buffer of streamed data, in images; a larger one shuffles better and needs more memory."""
+    """Number of images in the shuffle buffer of a stream (a URL or `pipe:` as --data).
+    A larger buffer shuffles better and needs more memory."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0)
     """Largest accepted size of an image, in pixels (width × height); larger images count as damaged."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
@@ -111,7 +112,7 @@ class DataConfig(SourceConfig):
     """Train on rectangles whose sides are multiples of this number of pixels, e.g. 64 (stage 2 only); 0: on squares.
     A rectangle has about resolution² pixels, and all images of a batch have the same shape."""
     bucket_ratio: float = Field(default=2.0, ge=1)
-    """Largest aspect ratio of the rectangles: longer side / shorter side."""
+    """Largest aspect ratio of the rectangles of `buckets`, longer side / shorter side; at least 1."""
     min_size: int = Field(default=0, ge=0)
     """Smallest accepted length of an image's shorter side, in pixels; smaller images are left out."""
     max_damaged: Annotated[float, Resumable()] = Field(default=0.1, ge=0, le=1)

@@ -18,24 +18,25 @@ class ModelOptions(SamplingOptions):
     """Options of all commands that run a model."""
 
     model: str = ""
-    """Model to run: folder of a stage 2 run, or folder or hub id of a diffusers pipeline like Stable Diffusion."""
+    """Model to run: folder of a stage 2 run, or folder or hub id of a diffusers pipeline like Stable Diffusion.
+    Required."""
     prompt: str = ""
-    """Text that describes the image."""
+    """Text that describes the image; empty: an image of any content."""
     prompts: str = ""
     """Text file (UTF-8) with one prompt per line, used instead of --prompt."""
     negative_prompt: str = ""
-    """Text that describes what the image should not show."""
+    """Text that describes what the image should not show; it has no effect with --guidance-scale 1."""
     out: str = "out"
     """Output folder of the images."""
     seed: int = 0
-    """Seed of the first image's noise, an integer."""
+    """Seed of the first image's noise, at least 0."""
     batch_size: int = 8
-    """Number of images generated at once."""
+    """Number of images generated at once; fewer need less memory."""
     device: str = ""
     """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
     """Side of the tiles in which a large image is decoded to save memory, in latent pixels, e.g. 64.
-    Default: no tiles."""
+    None: no tiles."""
     slice: bool = False
     """Decode the images of a batch one by one, to save memory."""
     offload: bool = False
@@ -46,7 +47,7 @@ class ModelOptions(SamplingOptions):
     """Attention implementation of the UNet: sdpa (torch), xformers, or auto (xformers if it works, else sdpa)."""
     chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Number of chunks into which a long prompt is split, each as long as the text encoder accepts.
-    Default: the model's own number."""
+    None: the model's own number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +57,15 @@ class GenerateOptions(ModelOptions):
     num_images: int = 1
     """Number of images per prompt; image k (from 0) has seed + k."""
     compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
-    """Additional prompts for the same image, each followed by its guidance scale."""
+    """Additional prompts for the same image, each followed by its guidance scale, e.g. "a blue star" 2."""
     weak_model: str = ""
     """Folder of a weaker model to guide away from, e.g. an earlier checkpoint of the same model.
-    Use it with --guidance-scale 1, as both scales multiply."""
+    Use it with --guidance-scale 1, because the two scales are multiplied."""
     weak_scale: float = 2.0
     """Guidance scale away from the weaker model; 1: no guidance away from it."""
     like: str = ""
-    """PNG made by this command, whose settings are used again; other options on the command line override them."""
+    """PNG made by this command, whose settings are used again, including its model and input images.
+    Other options on the command line override them."""
     grid: bool = False
     """Also write a PNG with all images in a grid, and with the settings of the first image."""
     preview: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
@@ -75,9 +77,9 @@ class Txt2ImgOptions(GenerateOptions):
     """Generate images from a prompt, or from each prompt of a file."""
 
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Image width. Default: the model's own."""
+    """Image width. None: the model's own."""
     height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Image height. Default: the model's own."""
+    """Image height. None: the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,11 @@ class Img2ImgOptions(EditOptions):
     """Generate images that start from given images: variations, or changes that follow a prompt."""
 
     image: tuple[str, ...] = ()
-    """Images to start from, of any size; each is used --num-images times. With --prompts: one, or one per prompt."""
+    """Images to start from, of any size; each is used --num-images times. Required.
+    With --prompts: one image, or one per prompt."""
     strength: float = 0.8
-    """Amount of change: 0 keeps the image, 1 keeps only its size. Only the last strength · steps steps are run."""
+    """Amount of change, 0 to 1: 0 keeps the image, 1 keeps only its size.
+    Only the last strength · steps steps are run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +108,10 @@ class InterpolateOptions(ModelOptions):
     """Interpolate from one prompt to another, or from one seed to another, and write the frames and an animation."""
 
     to: tuple[str, ...] = ()
-    """Prompts to interpolate to, in order; the first frame has --prompt."""
+    """Prompts to interpolate to, in order; the first frame has --prompt. Required without --prompts and --to-seed."""
     to_seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Seed of the last frame's noise; the first frame has --seed, and the noise changes gradually in between."""
+    """Seed of the last frame's noise; the first frame has --seed, and the noise changes gradually in between.
+    None: all frames have --seed."""
     frames: int = 25
     """Number of frames from one prompt to the next, including both ends."""
     fps: float = 12.5
@@ -114,9 +119,9 @@ class InterpolateOptions(ModelOptions):
     loop: bool = True
     """Repeat the animation endlessly."""
     width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Image width, in pixels. Default: the model's own."""
+    """Image width. None: the model's own."""
     height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
-    """Image height, in pixels. Default: the model's own."""
+    """Image height. None: the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +131,10 @@ class InpaintOptions(EditOptions):
     sampler: SamplerKind = "dpmpp_2m_sde"
     """Sampler; samplers that draw noise at each step match the new part to its surroundings better."""
     image: str = ""
-    """Image file to inpaint, of any size."""
+    """Image file to inpaint, of any size. Required."""
     mask: str = ""
     """Mask file, of any size: white areas are inpainted, black and transparent ones are kept, grey ones are mixed.
-    Optional with --extend."""
+    Required without --extend."""
     strength: float = 1.0
     """Amount of change inside the mask, 0 to 1: 0 keeps the image, 1 replaces it completely."""
     feather: float = 0.0

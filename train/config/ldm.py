@@ -80,20 +80,20 @@ class DiffusionConfig:
     timesteps: int = Field(default=1000, gt=1)
     """Number of discrete timesteps T, at least 2."""
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
-    """Beta of the first timestep, 0 to 1, in schedules linear, sigmoid and scaled_linear (also called quadratic)."""
+    """Beta of the first timestep, between 0 and 1, in schedules linear, sigmoid, and scaled_linear or quadratic."""
     beta_end: float = Field(default=0.012, gt=0, lt=1)
-    """Beta of the last timestep, 0 to 1, in the same schedules."""
+    """Beta of the last timestep, between 0 and 1, in the same schedules."""
     zero_terminal_snr: bool = False
     """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024); needs target v, x0 or flow."""
     shift: float = Field(default=1.0, gt=0)
     """Shift of schedule `flow` towards more noise, for higher resolutions (Esser et al. 2024); 1: no shift.
-    For latents with n times as many elements as those for which 1 is best, use √n."""
+    If 1 is best for some resolution, use √n for latents with n times as many elements."""
     target: Target = "eps"
     """Prediction target of the network: `eps` (the noise), `x0` (the clean latent), or one of two velocities.
     `v` is the velocity of Salimans & Ho (2022), `flow` that of rectified flow."""
     variance: VarianceKind = "fixed_small"
     """Variance of the steps of sampler ddpm: `fixed_small` and `fixed_large` are the two choices of Ho et al. 2020.
-    `learned` (Nichol & Dhariwal 2021) lies in between, and doubles the network's output channels."""
+    `learned` (Nichol & Dhariwal 2021) interpolates between them, and doubles the network's output channels."""
     objective: ObjectiveKind = "simple"
     """Training objective: `simple` (weighted error of the prediction), `vlb` (variational bound) or `hybrid`.
     `hybrid` is `simple`, plus the bound to train a learned variance."""
@@ -116,9 +116,9 @@ class DiffusionConfig:
     logit_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit-normal distribution of timesteps."""
     stratified: bool = False
-    """Spread the timesteps of a batch evenly: draw one from each of batch_size equal intervals."""
+    """Spread the timesteps of a batch evenly: divide their range into batch_size intervals, and draw one from each."""
     offset_noise: float = Field(default=0.0, ge=0)
-    """Strength of additional noise with the same value in a whole channel; 0: none.
+    """Strength of additional noise that is constant over each channel of a latent; 0: none.
     About 0.1 lets the model generate very dark and very bright images."""
     spacing: Spacing = "trailing"
     """Spacing of the samplers' steps over the timesteps; saved with the model as its default.
@@ -191,16 +191,16 @@ class LdmConfig(RunConfig):
     stage: ClassVar = "ldm"
     task: Task = "txt2img"
     """Task of the model: `txt2img` (text to image), or `inpaint` (fill the masked area of an image).
-    For `inpaint`, the UNet also receives a mask and the masked image: 2 · latent channels + 1 input channels in all.
+    For `inpaint`, the UNet also receives a mask and the masked image: it has 2 · latent channels + 1 input channels.
     It is best initialised from a text-to-image model (`init`)."""
     init: Location = ""
-    """Folder or hub id of a pipeline whose UNet to train further; its shape replaces `unet`. Empty: random weights.
+    """Folder or hub id of a pipeline whose UNet is trained further; its shape replaces `unet`. Empty: random weights.
     Its autoencoder and text encoder are used too, unless `vae` and `text_encoder` are given."""
     vae: Location = ""
-    """Folder or hub id of the autoencoder: a stage 1 run, or a diffusers AutoencoderKL."""
+    """Folder or hub id of the autoencoder: a stage 1 run, or a diffusers AutoencoderKL. Required without `init`."""
     text_encoder: Location = ""
-    """Folder or hub id of the text encoder: a stage 0 run, a CLIP, or a pipeline that has one.
-    An OpenCLIP is given as openclip:ARCHITECTURE/TAG."""
+    """Folder or hub id of the text encoder: a stage 0 run, a CLIP, or a pipeline that has one. Required without `init`.
+    For an OpenCLIP: openclip:ARCHITECTURE/TAG, e.g. openclip:ViT-B-32/laion2b_s34b_b79k."""
     clip_skip: int = Field(default=0, ge=0)
     """Number of layers to skip at the end of the text encoder: 0 uses the last layer's features, 1 the one before."""
     text_chunks: int = Field(default=0, ge=0, le=MOST_CHUNKS)
@@ -212,7 +212,8 @@ class LdmConfig(RunConfig):
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     """Diffusion process and loss."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of examples, 0 to 1, with an empty caption, for classifier-free guidance (Ho & Salimans 2022)."""
+    """Share of examples, 0 to 1, whose caption is replaced by an empty one.
+    Classifier-free guidance (Ho & Salimans 2022) needs a model that is also trained without captions."""
     attention: Annotated[AttentionBackend, Resumable()] = "sdpa"
     """Attention implementation: `sdpa` (torch), `xformers` or `auto` (xformers if it works, else sdpa).
     `xformers` needs a GPU and `pip install xformers`."""

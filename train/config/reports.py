@@ -18,9 +18,9 @@ class EvaluateOptions(SamplingOptions):
     """Measure a model: reconstruction and likelihood of held-out images, and prompt accuracy if they are Shapes."""
 
     model: str = ""
-    """Folder or hub id of the model, e.g. runs/ldm/model."""
+    """Folder or hub id of the model, e.g. runs/ldm/model. Required."""
     data: str = ""
-    """Captioned images, in any form that training accepts (docs/data.md)."""
+    """Captioned images, in any form that training accepts (docs/data.md). Required."""
     split: Literal["test", "train"] = "test"
     """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     out: str = "report"
@@ -46,26 +46,29 @@ class EvaluateVaeOptions:
     """Measure an autoencoder: the quality of its reconstructions and the statistics of its latents."""
 
     vae: str = ""
-    """Folder or hub id of a diffusers AutoencoderKL, or of a pipeline that has one, e.g. runs/vae/model."""
+    """Folder or hub id of a diffusers AutoencoderKL, or of a pipeline that has one, e.g. runs/vae/model. Required."""
     data: str = ""
-    """Images, in any form that training accepts (docs/data.md), with or without captions."""
+    """Images, in any form that training accepts (docs/data.md), with or without captions. Required."""
     split: Literal["test", "train"] = "test"
     """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     resolution: int = 256
-    """Side of the square images, in pixels; must be a multiple of the autoencoder's factor, e.g. 8."""
+    """Side of the square images, in pixels; must be a multiple of the autoencoder's downsampling factor (often 8)."""
     images: int = 1000
     """Largest number of images to measure. If there are more, --seed chooses them."""
     perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
-    """Perceptual distance to measure: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet, or one in CLIP's features."""
+    """Perceptual distance to measure.
+    `lpips_vgg`, `lpips_alex`: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet.
+    `clip`: the distance between features of a CLIP's image tower."""
     perceptual_model: str = ""
     """Folder or hub id of the CLIP, or file of torchvision's VGG16 or AlexNet weights.
     Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
     """Side of the tiles in which a large image is encoded and decoded to save memory, in latent pixels, e.g. 64.
-    Default: no tiles."""
+    None: no tiles."""
     features: str = ""
-    """Network whose features the Fréchet distance uses: `inception`, `inception:WEIGHTS.pth`, `dinov2` or `clip`.
-    Or the folder or hub id of another CLIP or DINOv2. Empty: the distance isn't measured."""
+    """Network that computes features for the Fréchet distance between images and reconstructions.
+    One of `inception`, `inception:WEIGHTS.pth`, `dinov2` and `clip`, or folder or hub id of another CLIP or DINOv2.
+    Empty: the distance isn't measured."""
     out: str = "report-vae"
     """Output folder for report.json and reconstructions.png."""
     seed: int = 0
@@ -93,7 +96,7 @@ class InspectOptions:
     """Inspect images and captions before training on them."""
 
     data: str = ""
-    """Images, in any form that training accepts (docs/data.md), with or without captions."""
+    """Images, in any form that training accepts (docs/data.md), with or without captions. Required."""
     split: Literal["all", "train", "test"] = "all"
     """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     resolution: int = 256

@@ -25,10 +25,11 @@ class RunConfig:
     stage: ClassVar[str]
     """Name of the stage; the names of its configuration files begin with it."""
     data: Location = ""
-    """Images with captions (stage 1 needs none): a folder with metadata.jsonl, metadata.csv or a .txt file per image.
+    """Images with captions (stage 1 needs no captions). Required.
+    A folder with metadata.jsonl, metadata.csv, a .txt file per image, or a folder per class (caption_template).
     Or parquet files, WebDataset tar files, a folder saved by datasets' save_to_disk, or a hub id; see docs/data.md."""
     out: Location = ""
-    """Output folder of the run. Running the same command again continues the run."""
+    """Output folder of the run. Required. Running the same command again continues the run."""
     steps: Annotated[int, Resumable()] = Field(default=1000, gt=0)
     """Total number of optimizer steps of the run."""
     batch_size: int = Field(default=32, gt=0)
@@ -42,25 +43,28 @@ class RunConfig:
     keep_checkpoints: Annotated[int, Resumable()] = Field(default=2, ge=2)
     """Number of newest checkpoints to keep; at least 2."""
     validate_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
-    """Number of steps between two validations; each also writes a sheet of images to samples/."""
+    """Number of steps between two validations; each also writes a sample sheet to samples/."""
     first_samples: Annotated[float, Resumable()] = Field(default=2.0, ge=0)
-    """Minutes of training after which the first sheet of images is written, besides those of validations; 0: none."""
+    """Minutes of training after which the first sample sheet is written, besides those of validations; 0: none."""
     log_every: Annotated[int, Resumable()] = Field(default=50, gt=0)
     """Number of steps between two lines of metrics.jsonl."""
     precision: Precision = "fp32"
     """Number format of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
     # New latents differ from cached ones in their last bits, so a run may neither turn its cache off nor on.
     cache: Annotated[str, Resumable(location=True, unless="off")] = ""
-    """Folder for results that are computed from the data once; empty: folder `cache` beside the run's folder.
+    """Folder for results that are computed from the data only once, such as latents and text features.
+    Empty: folder `cache` beside the run's folder.
     `off`: no cache; stage 2 encodes images and captions again in each step."""
     workers: Annotated[int, Resumable()] = Field(default=0, ge=0)
-    """Number of processes that read ahead; 0: the training process reads. The batches are the same for any number."""
+    """Number of additional processes that load images in advance; 0: the training process loads them.
+    The batches are the same for any number."""
     roll_back_after: Annotated[int, Resumable()] = Field(default=25, gt=0)
     """Number of steps in a row with non-finite loss or gradient before the last checkpoint's weights are restored."""
     trackers: Annotated[tuple[Tracker, ...], Resumable()] = ("tensorboard",)
-    """Experiment trackers that receive the metrics, through accelerate; metrics.jsonl is always written."""
+    """Experiment trackers that receive the metrics; no name: no tracker. metrics.jsonl is always written."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    """Largest decay per step of the weights' moving average; it rises to this from 0.1 in the first steps.
+    """Decay per step of the weights' moving average, 0 (no average) to 1.
+    In the first steps, the decay rises from at most 0.1 to this value.
     Validation, samples and model/ use the averaged weights."""
     accept_changed_data: Annotated[bool, Resumable()] = False
     """Continue the run although its dataset has changed, for example after damaged images were removed.

@@ -30,15 +30,16 @@ class SamplingOptions:
     guidance_scale: float = 3.0
     """Guidance scale: 1 is no guidance; larger values follow the prompt more closely."""
     guidance_rescale: float = 0.0
-    """Share, 0 to 1, of the excess contrast from a large guidance scale that is removed (Lin et al. 2024)."""
+    """Share of a large guidance scale's excess contrast that is removed, 0 to 1 (Lin et al. 2024)."""
     guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
-    """Range of noise levels sigma / alpha in which guidance is used, e.g. 0.5 4. Default: all levels.
+    """Range of noise levels sigma / alpha in which guidance is used, e.g. 0.5 4. None: all levels.
     Steps outside the range take half the time."""
     sampler: SamplerKind = "dpmpp_2m"
     """Sampler; docs/mathematics.md describes the samplers and compares the number of steps that they need."""
     spacing: Spacing | None = None
-    """Spacing of the steps over the noise levels (Lin et al. 2024; Karras et al. 2022). Default: the model's own.
-    With linspace, ddim leaves noise in the image; karras can't be used with ddim, ddpm, a flow or zero terminal SNR."""
+    """Spacing of the steps over the noise levels (Lin et al. 2024; Karras et al. 2022). None: the model's own.
+    With linspace, ddim leaves noise in the image.
+    karras can't be used with ddim or ddpm, nor with models of schedule flow or zero terminal SNR."""
     eta: float = 0.0
     """Amount of noise that ddim adds at each step, 0 (none) to 1 (as much as ddpm)."""
 

@@ -31,7 +31,7 @@ class AutoencoderConfig:
     groups: int = Field(default=32, gt=0)
     """Number of groups of the group normalisation; must divide the channels of every level."""
     attention: bool = True
-    """Self-attention in the middle block."""
+    """Self-attention in the middle block, at the lowest resolution."""
 
     def build(self, resolution: int) -> "AutoencoderKL":
         """Return the network with random weights, for images with sides of `resolution` pixels."""
@@ -64,7 +64,9 @@ class PerceptualConfig:
     """Perceptual loss: a distance in the features of a frozen network, added to the reconstruction error."""
 
     kind: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
-    """Distance: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet, or `clip`: in features of a CLIP's image tower."""
+    """Perceptual distance; `none`: no perceptual loss.
+    `lpips_vgg`, `lpips_alex`: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet.
+    `clip`: the distance between features of a CLIP's image tower."""
     model: Location = ""
     """Folder or hub id of the CLIP, e.g. a stage 0 run, or file of torchvision's VGG16 or AlexNet weights.
     Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
@@ -106,7 +108,7 @@ class AdversarialConfig:
 
     kind: Literal["none", AdversarialKind] = "none"
     """Kind of adversarial loss; `none`: no discriminator. `hinge`: Lim & Ye 2017.
-    `saturating`, `non_saturating`: cross-entropy, with either generator loss of Goodfellow et al. 2014."""
+    `saturating`, `non_saturating`: cross-entropy with the two generator losses of Goodfellow et al. 2014."""
     weight: float = Field(default=0.5, gt=0)
     """Weight of the adversarial loss in the autoencoder's loss."""
     adaptive: bool = True
@@ -131,9 +133,10 @@ class EquivarianceConfig:
     """Equivariance of the latents to rotation and scaling, for easier diffusion (EQ-VAE, Kouzelis et al. 2025)."""
 
     share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps, 0 to 1, in which latents are transformed before decoding; 0: none; the paper uses 0.5."""
+    """Share of the steps, 0 to 1, in which latents are rotated and scaled before decoding; 0: none.
+    EQ-VAE (Kouzelis et al. 2025) uses 0.5."""
     smallest: float = Field(default=0.25, gt=0, le=1)
-    """Smallest factor, at most 1, by which a side is scaled; factors are drawn between this and 1."""
+    """Smallest factor by which a side is scaled, greater than 0 and at most 1; factors are drawn between it and 1."""
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -151,7 +154,8 @@ class VaeConfig(RunConfig):
     """Error of each pixel value: `l1` (absolute), `l2` (squared) or `huber` (squared below 0.1, absolute above).
     Pixel values are in [−1, 1]."""
     kl_weight: float = Field(default=1e-6, ge=0)
-    """Weight of the KL divergence from N(0, 1), in nats: its sum over a latent, divided by the image's 3·h·w values."""
+    """Weight of the KL divergence of the latents from N(0, 1).
+    The divergence is summed over an image's latents, in nats, and divided by the image's number of values (3·h·w)."""
     learn_logvar: bool = False
     """Learn a scale s for the sum of reconstruction and perceptual loss: divide it by exp(s), and add s to the loss."""
     perceptual: PerceptualConfig = Field(default_factory=PerceptualConfig)
@@ -165,8 +169,9 @@ class VaeConfig(RunConfig):
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
     """Largest number of held-out images that a validation reconstructs. If there are more, the seed chooses them."""
     validation_features: Location = ""
-    """Network whose features the Fréchet distance of reconstructions uses: `inception`, `dinov2`, `clip`.
-    Or the folder or hub id of another CLIP or DINOv2. Empty: the distance isn't measured."""
+    """Network that computes features for the Fréchet distance between images and reconstructions.
+    One of `inception`, `inception:WEIGHTS.pth`, `dinov2` and `clip`, or folder or hub id of another CLIP or DINOv2.
+    Empty: the distance isn't measured."""
 
     @model_validator(mode="after")
     def _requires_squares(self) -> Self:
