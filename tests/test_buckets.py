@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.errors import RunError, UserError
 from support.batches import flat, joined, same
-from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure
+from train.data.batches.buckets import Buckets, assign, bucket_sizes, measure, no_rectangles
 from train.data.batches.cached import CachedDataset
 from train.data.batches.draws import LatentNoise, Noising
 from train.data.batches.images import ImageDataset
@@ -71,6 +71,35 @@ def test_rectangles_have_the_area_of_the_square(resolution, step, ratio):
         assert width * height <= resolution**2 < (max(width, height) + step) * min(width, height)  # the longest
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ((32, 16, 2.0), "set --input.buckets 8"),
+        ((64, 64, 2.0), "set --input.buckets 16"),  # side by side with resolution = buckets
+        ((64, 8, 1.0), "give a higher --input.bucket-ratio"),
+        ((32, 16, 2.0, 16), "give a higher --input.bucket-ratio"),  # the networks need multiples of 16
+    ],
+)
+def test_buckets_that_have_no_effect_are_reported_with_a_remedy(settings, remedy):
+    resolution, step, *_ = settings
+    warning = no_rectangles(*settings)
+    assert f"--input.buckets {step} has no effect" in warning
+    assert f"{resolution}×{resolution} is the only rectangle" in warning
+    assert remedy in warning
+    assert not no_rectangles(64, 16, 2.0)
+    if "set" in remedy:
+        assert not no_rectangles(resolution, int(remedy.split()[-1]), *settings[2:])
+
+
+def test_images_of_one_shape_in_one_bucket_are_reported():
+    same = Buckets.assigned(np.array([(64, 64)] * 40), bucket_sizes(64, 16, 2.0), 8, 0)
+    assert "1 bucket (64×64: 40)" in str(same)
+    assert "all images are in one bucket" in str(same)
+    few = Buckets.assigned(np.array([(64, 64)] * 40 + [(64, 32)] * 3), bucket_sizes(64, 16, 2.0), 8, 0)
+    assert "all images are in one bucket" in str(few)
+    assert "one bucket" not in str(Buckets.assigned(np.array([(64, 64), (64, 32)] * 20), few.sizes, 8, 0))
+
+
 def test_a_resolution_that_is_not_a_multiple_is_refused():
     with pytest.raises(UserError, match=r"--input.resolution 100: must be a multiple of --input.buckets 64"):
         bucket_sizes(100, 64, 2.0)
@@ -95,7 +124,7 @@ def test_a_batch_has_one_shape_and_an_epoch_every_image():
         assert all(len({buckets.size(k) for k in batch}) == 1 for batch in found)
         counts = np.bincount(found.ravel(), minlength=101)
         assert counts.min() == 1
-        assert counts.sum() - 101 == buckets.repeats
+        assert counts.sum() - 101 == buckets.filled
         for members in buckets.members:  # repeats that fill a bucket's last batch are spread evenly
             assert not len(members) or counts[members].max() - counts[members].min() <= 1
         epochs.append(found)
@@ -103,7 +132,7 @@ def test_a_batch_has_one_shape_and_an_epoch_every_image():
     assert not (epochs[0] == epochs[1]).all()
     first = [[buckets.bucket_of[b[0]] for b in epoch] for epoch in epochs]
     assert first[0] != first[1]  # the buckets are in another order
-    assert f"an epoch has {batches} batches, in which {buckets.repeats} images are repeats" in str(buckets)
+    assert f"an epoch has {batches} batches, in which {buckets.filled} images are repeats" in str(buckets)
 
 
 def test_every_order_of_a_bucket_is_equally_likely():

@@ -44,6 +44,9 @@ class SourceConfig:
     reading: Annotated[int, Resumable()] = Field(default=READING, ge=1, le=READING)
     """Version of the rules by which datasets are read. 1 continues runs that were started before there was a choice.
     A run is refused if another version reads its dataset differently."""
+    repeats: str = ""
+    """Column (in tars: key of the .json) with the number of times that each image appears in an epoch of training.
+    Or `folders`: the number before the first _ in the name of the image's folder, e.g. 10_cat. Empty: once each."""
     train_split: str = "train"
     """Name of the dataset's training split."""
     validation_split: str = ""
@@ -86,6 +89,8 @@ class SourceConfig:
             encoding=self.encoding,
             follow_links=self.follow_links,
             reading=self.reading,
+            numbered=self.repeats == "folders",
+            repeats="" if self.repeats == "folders" else self.repeats,
         )
 
     def center_framing(self, resolution: int) -> "Framing":

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ldm.errors import UserError
 from train.config.data import SourceConfig
-from train.data.batches.buckets import Buckets, bucket_sizes, measure
+from train.data.batches.buckets import Buckets, bucket_sizes, measure, no_rectangles
 from train.data.batches.images import Inputs
 from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from train.engine.run import AnyRun
 
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_IN_FOLDER = re.compile(r"(?:.*/)?(\d{1,6})_[^/]*/")  # the innermost folder with a number, e.g. 10_cat/1.png
 _CAPTIONS_SEARCHED = 10_000  # images whose captions are searched for "left" and "right"
 
 
@@ -29,11 +30,35 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     columns = config.columns(captioned)
     if is_stream(data):
         stream = Stream(data, columns, fraction=config.validation_fraction, buffer_size=config.stream_buffer)
+        if config.repeats:
+            raise UserError(f"--input.repeats {config.repeats}: a stream's images can't be repeated; download the data")
         return Inputs(Source(stream.training), Source(stream.held_out, "test"), stream)
     splits = find_splits(data, columns, (config.train_split, config.validation_split))
     names: dict[str, Any] = {"name": config.validation_split, "train": config.train_split}
     share = config.validation_fraction
-    return Inputs(take(splits, "train", **names, fraction=share), take(splits, "test", **names, fraction=share))
+    source, held_out = (take(splits, split, **names, fraction=share) for split in ("train", "test"))
+    return Inputs(with_repeats(source, config.repeats) if config.repeats else source, held_out)
+
+
+def with_repeats(source: Source, repeats: str) -> Source:
+    """Return a source of training images with their numbers of repeats, without those that have 0.
+
+    repeats: `folders`, or the column that the catalogue has read. Raises UserError if all numbers are 0, or if no
+    folder gives one.
+    """
+    if repeats == "folders":
+        found = (_IN_FOLDER.match(row.name) for row in source)
+        counts = np.fromiter((int(match[1]) if match else 1 for match in found), np.int64, len(source))
+        if (counts == 1).all():
+            raise UserError(
+                f"--input.repeats folders: no folder in {source.location} is named like 10_cat, with a number of "
+                "repeats and _; rename the folders, or leave the option out"
+            )
+    else:
+        counts = np.fromiter((row.repeats for row in source), np.int64, len(source))
+    if not counts.any():
+        raise UserError(f"--input.repeats {repeats}: all images have 0 repeats")
+    return source.repeated(counts)
 
 
 def reading_change(data: str, config: SourceConfig, reading: int, fingerprint: str) -> str:
@@ -82,6 +107,13 @@ def select_images(inputs: Inputs, run: "AnyRun", multiple: int = 1) -> Inputs:
         )
     if without := inputs.source.catalogue.uncaptioned:
         run.print(f"{without:,} of {len(inputs.source.catalogue):,} images have no caption")
+    if (repeats := inputs.source.repeats) is not None:
+        n, total = len(repeats), int(repeats.sum())
+        run.print(
+            f"--input.repeats {config.repeats}: an epoch has {total:,} examples of {n:,} images, which appear "
+            f"{int(repeats.min()):,} to {int(repeats.max()):,} times"
+            + ("; as all appear once, the option has no effect" if total == n else "")
+        )
     if config.min_size and inputs.stream is not None:
         raise UserError(
             f"--input.min-size {config.min_size}: the sizes of a stream's images aren't known; leave this option out"
@@ -95,7 +127,9 @@ def select_images(inputs: Inputs, run: "AnyRun", multiple: int = 1) -> Inputs:
     held_out = select_by_size(inputs.held_out, run)[0] if config.min_size else inputs.held_out
     if not sizes:
         return replace(inputs, source=source, held_out=held_out)
-    buckets = Buckets.assigned(shapes, sizes, run.config.batch_size, run.config.seed)
+    if warning := no_rectangles(config.resolution, config.buckets, config.bucket_ratio, multiple):
+        run.print(warning)
+    buckets = Buckets.assigned(shapes, sizes, run.config.batch_size, run.config.seed, source.repeats)
     run.print(str(buckets))
     return replace(inputs, source=source, held_out=held_out, buckets=buckets)
 

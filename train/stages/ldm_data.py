@@ -92,4 +92,4 @@ def cached(
     if truncated.count > 1:
         run.print(f"{truncated.count:,} captions were truncated")
     originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
-    return CachedDataset(latents, text, config.seed, noising, originals=originals)
+    return CachedDataset(latents, text, config.seed, noising, repeats=source.repeats, originals=originals)

@@ -41,6 +41,23 @@ def bucket_sizes(resolution: int, step: int, ratio: float) -> list[Size]:
     return sorted({*wide, *((height, width) for width, height in wide)}, key=lambda size: size[0] / size[1])
 
 
+def no_rectangles(resolution: int, step: int, ratio: float, multiple: int = 1) -> str:
+    """Return a warning if the square is the only rectangle (see `bucket_sizes`), else an empty text.
+
+    multiple: number of which `step` must be a multiple.
+    """
+    if len(bucket_sizes(resolution, step, ratio)) > 1:
+        return ""
+    steps = [n for n in range(step - 1, 0, -1) if resolution % n == 0 and n % multiple == 0]
+    smaller = next((n for n in steps if len(bucket_sizes(resolution, n, ratio)) > 1), 0)
+    remedy = f"set --input.buckets {smaller}" if smaller else "give a higher --input.bucket-ratio or --input.resolution"
+    return (
+        f"--input.buckets {step} has no effect: with --input.resolution {resolution} and --input.bucket-ratio "
+        f"{ratio:g}, {resolution}×{resolution} is the only rectangle, so every image is cropped to a square; {remedy}, "
+        "or leave the option out"
+    )
+
+
 class Buckets:
     """Rectangle of each image, and an `Order` whose batches each contain images of one rectangle.
 
@@ -50,25 +67,45 @@ class Buckets:
     """
 
     def __init__(
-        self, sizes: Sequence[Size], bucket_of: NDArray[np.int64], batch_size: int, seed: int, merged: int = 0
+        self,
+        sizes: Sequence[Size],
+        bucket_of: NDArray[np.int64],
+        batch_size: int,
+        seed: int,
+        merged: int = 0,
+        repeats: NDArray[np.int64] | None = None,
     ) -> None:
-        """bucket_of: (n,) index in `sizes` per image. batch_size: of all processes. merged: count of merged sizes."""
+        """bucket_of: (n,) index in `sizes` per image. batch_size: of all processes. merged: count of merged sizes.
+
+        repeats: number of times of each image in an epoch, (n,).
+        """
         self.sizes, self.bucket_of, self.batch_size, self.seed = list(sizes), bucket_of, batch_size, seed
         self.merged = merged
         counts = np.bincount(bucket_of, minlength=len(sizes))
         self.members = np.split(np.argsort(bucket_of, kind="stable"), np.cumsum(counts)[:-1])
+        self.epochs = self.members  # the images of each bucket, as often as an epoch contains them
+        if repeats is not None:
+            self.epochs = [np.repeat(members, repeats[members]) for members in self.members]
+            counts = np.array([len(epoch) for epoch in self.epochs])
         self.batches = -(-counts // batch_size)  # number of batches of each bucket in an epoch
-        self.repeats = int((self.batches * batch_size - counts).sum())
+        self.filled = int((self.batches * batch_size - counts).sum())
 
     @classmethod
-    def assigned(cls, shapes: NDArray[np.int64], sizes: Sequence[Size], batch_size: int, seed: int) -> Self:
+    def assigned(
+        cls,
+        shapes: NDArray[np.int64],
+        sizes: Sequence[Size],
+        batch_size: int,
+        seed: int,
+        repeats: NDArray[np.int64] | None = None,
+    ) -> Self:
         """Assign each image to the nearest of the sizes that have at least a batch of images.
 
-        shapes: width and height of each image, (n, 2).
+        shapes: width and height of each image, (n, 2). repeats: number of times of each in an epoch, (n,).
         """
-        bucket_of = assign(shapes, sizes, least=batch_size)
+        bucket_of = assign(shapes, sizes, batch_size, repeats)
         merged = len(set(assign(shapes, sizes).tolist())) - len(set(bucket_of.tolist()))
-        return cls(sizes, bucket_of, batch_size, seed, merged)
+        return cls(sizes, bucket_of, batch_size, seed, merged, repeats)
 
     @cached_property
     def _first(self) -> NDArray[np.int64]:
@@ -82,13 +119,13 @@ class Buckets:
             epoch, place = divmod(int(step), int(self.batches.sum()))
             batch = int(permute([place], int(self.batches.sum()), fork(self.seed, Purpose.BUCKET), epoch)[0])
             bucket = int(np.searchsorted(self._first, batch, side="right")) - 1
-            members, in_step = self.members[bucket], steps == step
+            members, in_step = self.epochs[bucket], steps == step
             places = ((batch - self._first[bucket]) * self.batch_size + slots[in_step]) % len(members)
             indices[in_step] = members[permute(places, len(members), self.seed, epoch)]
         return indices
 
     def substitute(self, position: int, attempt: int) -> int:
-        members = self.members[self.bucket_of[self.at([position])[0]]]
+        members = self.epochs[self.bucket_of[self.at([position])[0]]]
         return int(members[substitute(position, attempt, len(members), self.seed)])
 
     def size(self, index: int) -> Size:
@@ -100,17 +137,21 @@ class Buckets:
         )
         listed = ", ".join(f"{w}×{h}: {count:,}" for count, (w, h) in used[:12]) + (", …" if len(used) > 12 else "")
         merged = f"; {self.merged} shapes with fewer images than a batch were merged with others" if self.merged else ""
+        if len(used) == 1 < len(self.sizes):
+            merged += "; all images are in one bucket, so the other shapes aren't used"
         return (
             f"{len(used)} bucket{'s' * (len(used) > 1)} ({listed}); an epoch has {int(self.batches.sum()):,} batches, "
-            f"in which {self.repeats:,} images are repeats{merged}"
+            f"in which {self.filled:,} images are repeats{merged}"
         )
 
 
-def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> NDArray[np.int64]:
+def assign(
+    shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1, repeats: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
     """Return the nearest of the sizes, (n,), for each image's width and height, (n, 2).
 
     The sizes must be in ascending order of width / height. While a size has fewer than `least` images, the size with
-    the fewest is removed.
+    the fewest is removed. repeats: number of times that each image counts, (n,).
     """
     ratios = np.log([width / height for width, height in sizes])
     image_ratios = np.log(shapes[:, 0] / shapes[:, 1])
@@ -118,7 +159,7 @@ def assign(shapes: NDArray[np.int64], sizes: Sequence[Size], least: int = 1) -> 
     while True:
         between = (ratios[kept][1:] + ratios[kept][:-1]) / 2
         nearest = np.searchsorted(between, image_ratios)
-        counts = np.bincount(nearest, minlength=len(kept))
+        counts = np.bincount(nearest, repeats, minlength=len(kept))
         if len(kept) == 1 or counts.min() >= least:
             return kept[nearest]
         kept = np.delete(kept, counts.argmin())

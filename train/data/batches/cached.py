@@ -16,7 +16,7 @@ from train.data.batches.records import CachedBatch
 from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.images.decode import DamagedImage
-from train.data.order.permutation import Order, Shuffled
+from train.data.order.permutation import Order, shuffled
 from train.data.order.rng import Positions, Purpose, uniform
 from train.data.sources.splits import Source
 
@@ -56,7 +56,8 @@ class Originals:
 class CachedDataset:
     """Latents and text features for given positions in training; no network runs.
 
-    One of the image's cached crops, plain or mirrored, is drawn. originals: for inpainting only; they are decoded, and
+    One of the image's cached crops, plain or mirrored, is drawn. repeats: number of times of each image in an
+    epoch, (n,). originals: for inpainting only; they are decoded, and
     masks are drawn. A batch's `damaged` lists images that are no longer readable.
     """
 
@@ -67,6 +68,7 @@ class CachedDataset:
         seed: int,
         noising: Noising = DEFAULT_NOISING,
         *,
+        repeats: NDArray[np.int64] | None = None,
         originals: Originals | None = None,
     ) -> None:
         if len(latents) != len(text):
@@ -74,7 +76,7 @@ class CachedDataset:
                 f"latents of {len(latents)} images and captions of {len(text)}: must be caches of the same source"
             )
         self.latents, self.text, self.seed, self.noising, self.originals = latents, text, seed, noising, originals
-        self.order: Order = latents.buckets or Shuffled(len(latents), seed)
+        self.order: Order = latents.buckets or shuffled(len(latents), seed, repeats)
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -25,7 +25,7 @@ from train.data.batches.draws import Draws
 from train.data.batches.records import Drawn, ImageBatch
 from train.data.images.crop import Framing, Size
 from train.data.images.decode import DamagedImage
-from train.data.order.permutation import InOrder, Order, Shuffled
+from train.data.order.permutation import InOrder, Order, shuffled
 from train.data.order.rng import Positions, Purpose, uniform, uniforms
 from train.data.sources.splits import Source
 from train.data.sources.streams import Example, Stream
@@ -52,7 +52,9 @@ class ImageDataset(Generic[Drawn]):
     ) -> None:
         self.source, self.buckets = source, buckets
         self.builder = _BatchBuilder(framing, seed, draws)
-        self.order: Order = buckets or (Shuffled if shuffle else InOrder)(len(source), seed)
+        self.order: Order = buckets or (
+            shuffled(len(source), seed, source.repeats) if shuffle else InOrder(len(source), seed)
+        )
 
     def __len__(self) -> int:
         return len(self.source)

@@ -47,6 +47,26 @@ class Shuffled:
         return substitute(position, attempt, self.n, self.seed)
 
 
+class Repeated:
+    """Epochs in which each example appears its number of times, shuffled together."""
+
+    def __init__(self, repeats: NDArray[np.int64], seed: int) -> None:
+        """repeats: number of times of each example, (n,)."""
+        self.ends, self.seed = np.cumsum(repeats), seed
+
+    def at(self, positions: Positions) -> NDArray[np.int64]:
+        return np.searchsorted(self.ends, index_at(positions, int(self.ends[-1]), self.seed), side="right")
+
+    def substitute(self, position: int, attempt: int) -> int:
+        place = substitute(position, attempt, int(self.ends[-1]), self.seed)
+        return int(np.searchsorted(self.ends, place, side="right"))
+
+
+def shuffled(n: int, seed: int, repeats: NDArray[np.int64] | None = None) -> Order:
+    """Return the training order of n examples, which appear once in each epoch, or as often as `repeats` (n,) says."""
+    return Shuffled(n, seed) if repeats is None else Repeated(repeats, seed)
+
+
 @dataclass(frozen=True)
 class InOrder:
     """Order for a pass over all examples: position p is example p mod n."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ldm.errors import UserError, one_line
 from train.data.images.decode import DamagedImage
-from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row
+from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, repeat_count, require_column
 
 _IMAGES = ("image", "jpg", "png", "img", "picture")
 _CAPTIONS = ("text", "caption")
@@ -39,6 +39,7 @@ class Table(Catalogue):
         self.dataset = dataset.select_columns([c for c in (self.image, self.caption) if c])
         self._check()
         self._open()
+        self.repeats = _repeats(dataset, columns.repeats, location) if columns.repeats else None
         sizes, left_out = self._sizes()
         self.sizes, self.left_out = sizes[sizes >= 0], tuple(left_out)
         self.numbers = np.flatnonzero(sizes >= 0) if left_out else None  # table numbers of the kept rows
@@ -54,7 +55,8 @@ class Table(Catalogue):
     def row(self, k: int) -> Row:
         number = self._number(k)
         name = _safe_path(self.paths[number]) if self.named else f"{number:08d}"
-        return Row(name, int(self.sizes[k]), self.changed_ns, self._captions(self.texts[number]))
+        repeats = 1 if self.repeats is None else int(self.repeats[number])
+        return Row(name, int(self.sizes[k]), self.changed_ns, self._captions(self.texts[number]), repeats)
 
     def read(self, k: int) -> bytes:
         number = self._number(k)
@@ -136,6 +138,20 @@ class Table(Catalogue):
         if self.columns.template:
             return tuple(self.columns.of_label(text) for text in texts if text) or ("",)
         return tuple(filter(None, texts)) or ("",)
+
+
+def _repeats(dataset: Any, column: str, location: str) -> NDArray[np.int64]:
+    """Return each row's number of repeats. Raises UserError."""
+    require_column(column, dataset.column_names, location)
+    counts = []
+    for number, value in enumerate(Cells(dataset.data.table[column])):
+        try:
+            counts.append(repeat_count(value))
+        except ValueError:
+            raise UserError(
+                f"{location}, row {number}: {column} {str(value)[:80]!r}: must be a whole number of repeats"
+            ) from None
+    return np.array(counts, np.int64)
 
 
 class Cells:

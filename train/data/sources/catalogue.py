@@ -11,12 +11,15 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from ldm.errors import UserError
+
 MOST_HELD_OUT = 1000  # largest number of images held out of a training split
+MOST_REPEATS = 1_000_000  # largest number of repeats of an image in an epoch
 MAX_BYTES = 2**30  # largest accepted file of an image
 READING = 2
 """Version of the rules by which folders, tars and captions are read; a run may be continued with older ones.
@@ -39,6 +42,8 @@ class Row(NamedTuple):
     It changes with content, modification time, permissions and name. It is part of the caches' keys only."""
     captions: tuple[str, ...]
     """Captions, at least one; "" is the null condition."""
+    repeats: int = 1
+    """Number of times that the image appears in an epoch of training, from `Columns.repeats`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +68,17 @@ class Columns:
     """Whether links and paths may lead out of the dataset's folder."""
     reading: int = READING
     """Version of the rules of reading, 1 or 2."""
+    numbered: bool = False
+    """Whether the names of class folders begin with a number of repeats, which isn't part of the label."""
+    repeats: str = ""
+    """Column (in tars: key in the sample's .json) of the number of repeats; empty: no column."""
 
     def identity(self) -> list[object]:
         """Return what determines how tars are read; unchanged since the first version for what that had."""
         first: list[object] = [self.image, self.caption, self.template]
-        return first if self.reading == 1 else [*first, self.from_names, self.whole_files, self.encoding, self.reading]
+        if self.reading > 1:
+            first += [self.from_names, self.whole_files, self.encoding, self.reading]
+        return [*first, {"repeats": self.repeats}] if self.repeats else first
 
     def texts(self, content: str) -> list[str]:
         """Return the captions in the content of a caption file."""
@@ -168,11 +179,36 @@ def decode_text(data: bytes) -> str:
         return data.decode("cp1252", "replace")
 
 
+def repeat_count(value: object) -> int:
+    """Return the number of repeats that a column's value gives; 1 for an empty one. Raises ValueError."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return 1
+    number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else -1.0
+    if not (number.is_integer() and 0 <= number <= MOST_REPEATS):
+        raise ValueError
+    return int(number)
+
+
+def require_column(column: str, columns: Iterable[str], where: str) -> None:
+    """Raise UserError if the column of repeats is missing."""
+    if column not in (names := [str(name) for name in columns]):
+        raise UserError(
+            f"--input.repeats {column}: {where} has no such column; its columns are: {', '.join(names)[:300]}; "
+            "name one of them, or set --input.repeats folders for folders such as 10_cat"
+        )
+
+
+def line_of(row: Row) -> bytes:
+    """Return the row's line in an index, of which fingerprints are made."""
+    repeats = [row.repeats] if row.repeats != 1 else []
+    return os.fsencode(json.dumps([row.name, row.size, row.captions, *repeats])) + b"\n"
+
+
 def fingerprint(rows: Iterator[Row] | Catalogue) -> str:
     """Return the fingerprint of rows; see `Catalogue.fingerprint`."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(os.fsencode(json.dumps([row.name, row.size, row.captions])) + b"\n")
+        digest.update(line_of(row))
     return digest.hexdigest()
 
 

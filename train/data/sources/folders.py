@@ -5,6 +5,7 @@ the metadata and the target of every link must be inside the folder, unless --in
 """
 
 import os
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Folder(Catalogue):
         self.names = Strings(r.name for r in rows)
         self.sizes = np.array([r.size for r in rows], np.int64)
         self.changed_ns = np.array([r.changed_ns for r in rows], np.int64)
+        self.repeats = np.array([r.repeats for r in rows], np.int32)
         self.texts = Strings(text for r in rows for text in r.captions)
         self.first_text = np.cumsum([0, *(len(r.captions) for r in rows)])
 
@@ -66,7 +68,8 @@ class Folder(Catalogue):
 
     def row(self, k: int) -> Row:
         texts = range(self.first_text[k], self.first_text[k + 1])
-        return Row(self.names[k], int(self.sizes[k]), int(self.changed_ns[k]), tuple(self.texts[t] for t in texts))
+        captions = tuple(self.texts[t] for t in texts)
+        return Row(self.names[k], int(self.sizes[k]), int(self.changed_ns[k]), captions, int(self.repeats[k]))
 
     def read(self, k: int) -> bytes:
         try:
@@ -170,6 +173,11 @@ def list_folder(folder: Path, columns: Columns, root: Path | None = None) -> Fol
             f".txt{'' if columns.reading == 1 else ', .caption or .json'} beside each image; for one folder per class, "
             f"set --input.caption-template 'a photo of a {{}}'{hint}"
         )
+    if columns.repeats and not listed.tables:
+        raise UserError(
+            f"--input.repeats {columns.repeats}: {folder} has no metadata.jsonl or metadata.csv with columns; add one, "
+            "or set --input.repeats folders for folders such as 10_cat"
+        )
     form = f"a folder with {', '.join(listed.tables[:3])}" if listed.tables else "a folder of images"
     return Folder(folder, listed.rows, listed.left_out, form=form, notes=listed.notes, from_root=listed.from_root)
 
@@ -181,6 +189,8 @@ class _Listed:
     rows: list[Row] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    repeats: dict[str, int] = field(default_factory=dict)
+    """Numbers of repeats that metadata gives, by image."""
     seen: set[str] = field(default_factory=set)
     """Images that are rows or are left out."""
     used: set[str] = field(default_factory=set)
@@ -200,7 +210,7 @@ def _add_metadata(files: Files, listed: _Listed) -> None:
         return
     if metadata := find_metadata(folder, columns):
         name = next((n for n in files.found if n.lower() == metadata.name.lower()), metadata.name)
-        captions = read_metadata(metadata, files, "", listed.notes)
+        captions = read_metadata(metadata, files, "", listed.notes, listed.repeats)
         count = len(captions)
         _add_rows(captions, files, listed)
         if not listed.rows:
@@ -220,7 +230,7 @@ def _add_metadata(files: Files, listed: _Listed) -> None:
             continue
         notes: list[str] = []
         try:
-            captions = read_metadata(folder / name, files, prefix, notes) if files.stat(name) else {}
+            captions = read_metadata(folder / name, files, prefix, notes, listed.repeats) if files.stat(name) else {}
             if not any(image in files.found for image in captions):
                 raise UserError(f"{folder / name}: names none of the images")
         except UserError as error:
@@ -239,7 +249,8 @@ def _add_metadata(files: Files, listed: _Listed) -> None:
 def _add_rows(captions: dict[str, list[str]], files: Files, listed: _Listed) -> None:
     for name, texts in captions.items():
         if found := files.stat(name):
-            listed.rows.append(Row(name, *found, tuple(t for t in texts if t) or ("",)))
+            captions_of = tuple(t for t in texts if t) or ("",)
+            listed.rows.append(Row(name, *found, captions_of, listed.repeats.get(name, 1)))
             listed.seen.add(name)
         else:
             listed.left_out.append((name, "listed in the metadata, but the file doesn't exist"))
@@ -275,6 +286,7 @@ def _add_images(files: Files, listed: _Listed) -> None:
             own = [columns.of_name(os.path.splitext(name)[0].rpartition("/")[2])]
         elif labels:
             label = os.path.basename(os.path.dirname(name))
+            label = re.sub(r"^\d+_", "", label) if columns.numbered else label
             own = [columns.of_label(label)] if label else []
         elif columns.template:
             own = [columns.of_label(text) for text in own if text]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from train.data.sources.catalogue import Columns
+from train.data.sources.catalogue import Columns, repeat_count, require_column
 from train.data.sources.files import Files, outside_message
 from train.data.sources.text import evident_encoding, guess_encoding, require_encoding
 
@@ -75,14 +75,18 @@ def is_standard(name: str) -> bool:
     return name.rpartition("/")[2].lower() in METADATA
 
 
-def read_metadata(path: Path, files: Files, prefix: str, notes: list[str]) -> dict[str, list[str]]:
+def read_metadata(
+    path: Path, files: Files, prefix: str, notes: list[str], repeats: dict[str, int]
+) -> dict[str, list[str]]:
     """Return the captions by the name of the image's file. Several rows of one image are its captions.
 
     prefix: path of the metadata's folder in `files`, with "/" at its end. notes: receives lines on what was guessed.
+    repeats: receives the number of repeats by name, the largest one if rows of an image differ.
     Raises UserError for a file that can't be read, for missing columns, and for a row that leads out of the folder.
     """
     columns = files.columns
     captions: dict[str, list[str]] = {}
+    seen: dict[str, Any] = {}
     image, column = columns.image, ""
     for number, row in enumerate(_rows(path, columns, notes), 1):
         where = f"{path}, row {number}"
@@ -101,6 +105,11 @@ def read_metadata(path: Path, files: Files, prefix: str, notes: list[str]) -> di
                 )
         name = files.meant(files.safe_name(row.get(image), where, image, prefix))
         captions.setdefault(name, []).extend(_captions(row.get(column), where, columns))
+        seen.update(row)
+        if columns.repeats:
+            repeats[name] = max(_repeats(row.get(columns.repeats), where, columns.repeats), repeats.get(name, 0))
+    if columns.repeats and captions:
+        require_column(columns.repeats, seen, str(path))  # rows of JSON needn't have it
     if not captions:
         raise UserError(
             f"{path} has no rows: must have one row per image, with the columns "
@@ -113,6 +122,13 @@ def _one_of(row: dict[str, Any], names: Iterable[str]) -> str:
     """Return the first of the names if it is a column, else the only one that is, else ""."""
     found = [name for name in names if name in row]
     return found[0] if found and (len(found) == 1 or found[0] == FILE_NAME) else ""
+
+
+def _repeats(value: Any, where: str, column: str) -> int:
+    try:
+        return repeat_count(value)
+    except ValueError:
+        raise UserError(f"{where}: {column} {str(value)[:80]!r}: must be a whole number of repeats") from None
 
 
 def _captions(value: Any, where: str, columns: Columns) -> list[str]:

@@ -10,6 +10,7 @@ Splits are subfolders (train, validation or val, test), prefixes of file names (
 hub dataset.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -61,6 +62,7 @@ class Source:
         left_out: (name, reason) of entries that aren't rows; by default the catalogue's.
         """
         self.catalogue, self.split, self.only = catalogue, split, only
+        self.repeats: NDArray[np.int64] | None = None  # number of times of each image in an epoch of training, (n,)
         self.left_out = tuple(catalogue.left_out if left_out is None else left_out)
         self.without = np.empty(0, np.int64) if without is None else without
         self._gaps = self.without - np.arange(len(self.without))
@@ -94,7 +96,15 @@ class Source:
     def only_where(self, keep: NDArray[np.bool_], left_out: Sequence[tuple[str, str]] = ()) -> "Source":
         """Return a source of the images where `keep` (n,) is true. left_out: (name, reason) of removals to report."""
         rows = np.array([self._row(int(k)) for k in np.flatnonzero(keep)], np.int64)
-        return Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
+        source = Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
+        source.repeats = None if self.repeats is None else self.repeats[keep]
+        return source
+
+    def repeated(self, counts: NDArray[np.int64]) -> "Source":
+        """Return a source without the images whose count is 0; each other one appears `counts` (n,) times an epoch."""
+        source = copy.copy(self)
+        source.repeats = counts
+        return source if counts.all() else source.only_where(counts > 0)
 
     @property
     def location(self) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ldm.errors import RunError, UserError, one_line
 from train.data.sources.arrow import Table, choose_columns
-from train.data.sources.catalogue import Columns, Splits, split_named, split_prefix
+from train.data.sources.catalogue import Columns, Splits, require_column, split_named, split_prefix
 from train.data.sources.files import outside_message
 
 _HUB_ID = re.compile(
@@ -94,7 +94,11 @@ def _open_parquet(files: Sequence[Path], columns: Columns, location: str) -> Tab
         with _reading(str(file)), pq.ParquetFile(file) as parquet:
             schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
             features = datasets.Features.from_arrow_schema(schema)
-        chosen = chosen or [c for c in choose_columns(features, columns, location) if c]
+        if columns.repeats:
+            require_column(columns.repeats, schema.names, str(file))
+        if not chosen:
+            names = (*choose_columns(features, columns, location), columns.repeats)
+            chosen = list(dict.fromkeys(filter(None, names)))
         if missing := [c for c in chosen if c not in schema.names]:
             raise UserError(f"{file} has no column {', '.join(missing)}, but {files[0].name} has")
         non_empty += [file] if rows else []

@@ -4,7 +4,8 @@ A folder contains one or more generations G of:
 
     G.parts    one JSON line per part (a tar): its path, size and times, how much of the two other files is about it,
                and the entries that are left out
-    G.lines    one line per row, JSON of [name, size, captions]; the SHA-256 of this file is the dataset's fingerprint
+    G.lines    one line per row, JSON of [name, size, captions] and, if not 1, repeats; the SHA-256 of this
+               file is the dataset's fingerprint
     G.rows     one record per row: offset of the row's line from the first line of its part, offset of the image in
                the part, length of the line, and a CRC-32 over all of these and the line
     about.json name of the complete generation, with the statistics of all its rows
@@ -36,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.errors import RunError
-from train.data.sources.catalogue import Row, lowest_hashes
+from train.data.sources.catalogue import Row, line_of, lowest_hashes
 from train.data.store.atomic import atomic_file, sync
 
 _FORMAT = 1
@@ -209,7 +210,7 @@ class Writer:
         rows = length = uncaptioned = 0
         try:
             for image, row in located:
-                line = os.fsencode(json.dumps([row.name, row.size, row.captions])) + b"\n"
+                line = line_of(row)
                 self.rows.write(_RECORD.pack(length, image, len(line), checksum(length, image, line)))
                 self.lines.write(line)
                 rows, length, uncaptioned = rows + 1, length + len(line), uncaptioned + (not any(row.captions))
@@ -345,8 +346,8 @@ def _verified(record: bytes, line: bytes, start: int, part: Part) -> LocatedRow:
 
 
 def _row(line: bytes, changed_ns: int) -> Row:
-    name, size, captions = json.loads(line)
-    return Row(name, size, changed_ns, tuple(captions))
+    name, size, captions, *repeats = json.loads(line)
+    return Row(name, size, changed_ns, tuple(captions), *repeats)
 
 
 def _segment(line: bytes) -> Segment:

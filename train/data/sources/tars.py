@@ -190,7 +190,7 @@ def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRo
             try:
                 for sample in read_samples(tar, columns, leave_out, scattered=scattered, guess=guess):
                     count += 1
-                    yield sample.offset, Row(sample.name, sample.size, part.changed_ns, sample.captions)
+                    yield sample.offset, Row(sample.name, sample.size, part.changed_ns, sample.captions, sample.repeats)
             except Scattered:
                 raise ReadAgain(f"{shard}: the files of a sample aren't adjacent; they were collected") from None
             except DAMAGE as error:

@@ -16,6 +16,7 @@ isn't trained on without its captions. Members are read only from the tar itself
 
 import contextlib
 import itertools
+import json
 import lzma
 import re
 import tarfile
@@ -23,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self
 
-from train.data.sources.catalogue import MAX_BYTES, Columns, decode_text, ignored
+from train.data.sources.catalogue import MAX_BYTES, Columns, decode_text, ignored, repeat_count
 from train.data.sources.files import suffixes
 from train.data.sources.text import captions_in_json, evident_encoding
 
@@ -45,6 +46,7 @@ class Sample(NamedTuple):
     captions: tuple[str, ...]
     image: bytes
     """Content of the image's file; empty unless requested."""
+    repeats: int = 1
 
 
 class Header(tarfile.TarInfo):
@@ -197,9 +199,10 @@ def _sample(
         listed = " or ".join(accepted if columns.reading == 1 or columns.image else accepted[:3])
         others = f"; its extensions are {', '.join(sorted(extensions))[:80]}" if columns.reading > 1 else ""
         raise _Unusable(f"no image with this name and the extension {listed}{others}{hint}")
+    repeats = _repeats(texts, columns.repeats) if columns.repeats else 1
     if columns.from_names:
-        return found._replace(captions=(columns.of_name(key.rpartition("/")[2]) or "",))
-    return found._replace(captions=_captions(texts, columns))
+        return found._replace(captions=(columns.of_name(key.rpartition("/")[2]) or "",), repeats=repeats)
+    return found._replace(captions=_captions(texts, columns), repeats=repeats)
 
 
 def _check(member: _Member, max_bytes: int | None) -> None:
@@ -259,6 +262,17 @@ def _captions(texts: dict[str, str | _Unusable], columns: Columns) -> tuple[str,
             found, labels = columns.texts(_text_or_raise(texts["cls"])), True
     cleaned = (text.encode(errors="replace").decode().strip() for text in found)
     return tuple(columns.of_label(text) if labels else text for text in cleaned if text) or ("",)
+
+
+def _repeats(texts: dict[str, str | _Unusable], key: str) -> int:
+    """Return the number of repeats in a sample's .json; 1 if there is none."""
+    if "json" not in texts:
+        return 1
+    try:
+        row = json.loads(_text_or_raise(texts["json"]))
+        return repeat_count(row.get(key) if isinstance(row, dict) else None)
+    except (ValueError, RecursionError):
+        raise _Unusable(f"{key} in its .json must be a whole number of repeats") from None
 
 
 def _text_or_raise(text: str | _Unusable) -> str:
