@@ -165,7 +165,7 @@ def test_averages_run_over_examples():
     kept = (1 - rate) ** 3
     expected = [kept * 4 + (1 - kept) * 35 / 3, 4, 4, (1 - rate) * 4 + rate * 49]
     assert importance.mean_square.tolist() == pytest.approx(expected)
-    importance.update()  # without notes, nothing changes
+    importance.update()  # without recorded losses, nothing changes
     assert importance.mean_square.tolist() == pytest.approx(expected)
     assert importance.seen.tolist() == [13, 10, 10, 11]
 
