@@ -11,9 +11,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train.engine.estimate
+from ldm.errors import UserError
+from support import ROOT
+from support.commands import run_script
 from support.runs import Crash, Start, clip_config, final_state, losses, train_stage, vae_config
-from train.config.vae import AdversarialConfig
+from train.commands.next_command import next_command
+from train.config.clip import ClipConfig
+from train.config.ldm import LdmConfig
+from train.config.run import RunConfig
+from train.config.vae import AdversarialConfig, VaeConfig
 from train.data.store.shards import duration
+from train.engine.device import launcher_warnings, open_accelerator
 from train.engine.metrics import Metrics
 
 ALWAYS = 1e-9
@@ -102,3 +110,118 @@ def test_other_trackers_receive_the_sheets(name: str, as_list: bool, tmp_path: P
     image = values["samples"][0] if as_list else values["samples"]
     assert step == 7
     assert np.array_equal(image, sheet)
+
+
+# -- the start and the end of a run ---------------------------------------------------------------------------
+
+
+def test_a_run_starts_with_its_device_and_settings(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tmp_path / "run", steps=1, accumulation=2)
+    device = r"device cpu \(1 threads\), 1 process, precision fp32"
+    line = rf"^{device}, attention sdpa, batch size 8 \(8 per process in 2 parts\)$"
+    assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == 1
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+"""Environment variables that accelerate launch sets for one process."""
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "gpus", "message"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, 1, 0, "mixed precision bf16 has no effect: .* --precision fp32"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8", "WORLD_SIZE": "2"}, 2, 2, "mixed precision fp8"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, 1, 0, "accumulation 4 has no effect: .* --accumulation 1"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, 1, 0, "compiles the networks with inductor"),
+        ({"MASTER_ADDR": "127.0.0.1"}, 1, 0, "several processes but started one"),
+        ({}, 1, 2, "1 of 2 GPUs is used"),
+    ],
+)
+def test_settings_of_the_launcher_without_effect_are_reported(
+    environment: dict[str, str], processes: int, gpus: int, message: str
+) -> None:
+    (line,) = launcher_warnings(ClipConfig(), processes, gpus, LAUNCHED | environment)
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "gpus"),
+    [
+        ({}, 1, 0),
+        (LAUNCHED, 1, 1),
+        (LAUNCHED | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"}, 2, 2),
+        ({"MASTER_ADDR": "127.0.0.1"}, 1, 0),  # of another launcher
+    ],
+)
+def test_settings_of_the_launcher_with_effect_are_not_reported(
+    environment: dict[str, str], processes: int, gpus: int
+) -> None:
+    assert launcher_warnings(ClipConfig(), processes, gpus, environment) == []
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_sharding_by_the_launcher_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"accelerate's {name} isn't supported"):
+        open_accelerator(ClipConfig(out="run"))
+
+
+def test_fewer_steps_than_are_done_change_nothing(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tmp_path / "run", steps=6)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        start(tmp_path / "run", steps=4)
+    assert not ended.value.code
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'run'} is at step 6, beyond --steps 4: nothing to do; give a larger --steps to continue it\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("config", "argv", "expected"),
+    [
+        (
+            ClipConfig(data="my/pictures", out="runs/clip"),
+            ["scripts/train_clip.py", "configs/pictures/clip.yaml"],
+            "python scripts/train_vae.py configs/pictures/vae.yaml --data my/pictures --out runs/vae",
+        ),
+        (
+            VaeConfig(data="my pictures", out="runs/vae"),
+            ["/usr/bin/ldm-train-vae", "pictures/vae"],
+            "ldm-train-ldm pictures/ldm --data 'my pictures' --out runs/ldm --vae runs/vae/model --text-encoder FOLDER",
+        ),
+        (
+            VaeConfig(data="d", out="runs/vae"),
+            ["scripts/train_vae.py", "--data", "d"],
+            "python scripts/train_ldm.py --data d --out runs/ldm --vae runs/vae/model --text-encoder FOLDER",
+        ),
+        (
+            LdmConfig(data="d", out="runs/ldm"),
+            ["scripts/train_ldm.py", "pictures/ldm"],
+            "python scripts/txt2img.py --model runs/ldm/model --prompt 'a caption' --out out",
+        ),
+    ],
+)
+def test_the_next_command_is_in_the_form_of_this_one(
+    config: RunConfig, argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert next_command(config, argv) == expected
+
+
+def test_a_finished_run_ends_with_the_next_command(parts: Path, shapes: Path) -> None:
+    line = f"--data {shapes} --out {parts / 'more'} --steps 1 --batch-size 4 --input.resolution 32 --trackers"
+    small = "--text.width 8 --text.layers 1 --text.heads 2 --image.width 8 --image.layers 1 --image.heads 2"
+    for times in ("first", "again"):
+        ended = run_script("train_clip", *line.split(), *small.split(), "--image.patch-size", 8)
+        assert ended.status == 0, ended.err
+        *_, before, last = ended.out.splitlines()
+        following = f"python {ROOT / 'scripts/train_vae.py'} --data {shapes} --out {parts / 'vae'}"
+        assert last == f"done, in {parts / 'more/model'}; next: {following}"
+        assert ("states no licence" if times == "first" else "is finished") in before

@@ -121,8 +121,10 @@ def test_every_form_states_repeats(tmp_path: Path, form: str) -> None:
     epoch = images.__getitems__(np.arange(42)).index.numpy()
     np.testing.assert_array_equal(np.bincount(epoch), source.repeats)
     for workers, world in ((2, 1), (0, 2)):  # the same examples for any workers and processes
-        parts = [list(loader(images, start_step=3, steps=9, batch_size=8, rank=r, world=world, workers=workers))
-                 for r in range(world)]
+        parts = [
+            list(loader(images, start_step=3, steps=9, batch_size=8, rank=r, world=world, workers=workers))
+            for r in range(world)
+        ]
         steps = [joined([part for rank in parts for part in rank[step]]) for step in range(6)]
         whole = list(loader(images, start_step=0, steps=9, batch_size=8))[3:]
         assert all(same(step, joined(batch)) for step, batch in zip(steps, whole, strict=True))

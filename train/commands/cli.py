@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.commands.main import command
+from train.commands.next_command import print_next
 from train.config.clip import ClipConfig
 from train.config.convert import ConvertOptions
 from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, Txt2ImgOptions
@@ -31,6 +32,7 @@ def train_clip() -> None:
     from train.stages.clip import train
 
     train(config)
+    print_next(config)
 
 
 @command
@@ -40,6 +42,7 @@ def train_vae() -> None:
     from train.stages.vae import train
 
     train(config)
+    print_next(config)
 
 
 @command
@@ -49,6 +52,7 @@ def train_ldm() -> None:
     from train.stages.ldm import train
 
     train(config)
+    print_next(config)
 
 
 @command

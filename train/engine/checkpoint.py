@@ -217,6 +217,10 @@ class Checkpoints:
             self._prune(final)
         return final
 
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint, which isn't verified; 0 if there is none."""
+        return next((step for step, _ in self._committed()), 0)
+
     def latest(self) -> LatestCheckpoint | None:
         """Return the newest valid checkpoint, verified from its files; None if none was ever committed.
 

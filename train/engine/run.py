@@ -12,6 +12,7 @@ from train.config.run import RunConfig
 from train.data.batches.unreadable import UnreadableReport
 from train.data.store.shards import Processes
 from train.engine.console import Console
+from train.engine.device import describe
 from train.engine.feed import Feed
 from train.engine.folder import RunFolder
 from train.engine.metrics import Metrics
@@ -51,9 +52,12 @@ AnyRun = Run[Any]
 
 
 @contextmanager
-def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> Iterator[Run[Config]]:
+def open_run(
+    config: Config, accelerator: Accelerator, inputs: Mapping[str, str], attention: str = "sdpa"
+) -> Iterator[Run[Config]]:
     """Start or continue the run in `config.out`, and keep other processes from training in it.
 
+    attention: name of the networks' attention, to print.
     Raises UserError if the folder was made with other settings or inputs.
     """
     main, folder = accelerator.is_main_process, RunFolder(Path(config.out))
@@ -70,6 +74,7 @@ def open_run(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]
             # A tracker whose package is missing should fail now, not at the first log.
             accelerator.init_trackers(folder.name)
         accelerator.wait_for_everyone()
+        console(describe(config, accelerator, attention))
         damage = UnreadableReport(folder.damaged, config.input.max_damaged, console, main)
         try:
             yield Run(

@@ -177,11 +177,10 @@ def train(
             f"--data {config.data!r} is a stream, which has no cache and no known image sizes: "
             "set --cache off and no input.buckets, or download the data"
         )
-    with open_run(config, accelerator, {"data": inputs.fingerprint, **components.digests}) as run:
+    digests = {"data": inputs.fingerprint, **components.digests}
+    with open_run(config, accelerator, digests, components.attention) as run:
         for change in components.changes:
             run.print(change)
-        if config.attention == "auto":
-            run.print(f"attention auto: {components.attention} is used")
         inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)
         stage = LdmStage(run, components, inputs, *open_examples(run, components, inputs), terms)
         fit(run, stage, publisher(run, stage), hooks)
