@@ -98,7 +98,7 @@ def test_features_add_up_and_too_few_or_non_finite_ones_give_no_distance() -> No
         parts.add(part)
     torch.testing.assert_close(parts.sums, sums(x).sums, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.gaussian()[1], torch.cov(x.double().T), rtol=1e-10, atol=1e-12)
-    with pytest.raises(UserError, match="got 1"):
+    with pytest.raises(UserError, match="there are 1"):
         frechet(sums(x[:1]), sums(x))
     assert math.isnan(frechet(sums(x), sums(x / 0)))
 
