@@ -374,6 +374,11 @@ def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert parse(VaeConfig, ["shapes/vae"]).steps == 400
 
 
+def test_a_folder_as_configuration_is_refused_with_the_option_for_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder, not a configuration; give images as --data "):
+        parse(VaeConfig, [str(tmp_path)])
+
+
 @pytest.mark.parametrize("given", ["shapes/vea", "shapes/ldm", "shapes", "", "no.yaml"])
 def test_an_unknown_name_is_refused_with_the_names_of_the_stage(given: str) -> None:
     with pytest.raises(UserError) as caught:

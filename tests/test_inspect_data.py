@@ -219,7 +219,7 @@ def test_tokens_are_counted_against_the_length_of_the_training(
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ("pictures/clop", "not the name of a configuration; names: emoji/clip, "),
+        ("pictures/clop", "not the name of a configuration of this command; names: emoji/clip, "),
         ("wrong.yaml", "wrong.yaml: unknown key 'stepz': did you mean 'steps'?"),
         ("pipe.yaml", "commands aren't allowed in a configuration file"),
     ],

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ldm.errors import UserError, one_line
 from train.config.options import Option, field_names, read_options, similar
-from train.config.shipped import find_config, shipped
+from train.config.shipped import find_config, shipped, unknown_config
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -71,8 +71,7 @@ def parse_any(kinds: Sequence[type[Stage]], given: str) -> Stage:
     """Read a configuration file of any of these kinds, given by its path or name. Raises UserError if none fits."""
     named = [kind for kind in kinds if given in shipped(kind.stage)]
     if not os.path.isfile(given) and not named:
-        names = ", ".join(name for kind in kinds for name in shipped(kind.stage))
-        raise UserError(f"{given!r}: no such file, and not the name of a configuration; names: {names}")
+        raise unknown_config(given, [name for kind in kinds for name in shipped(kind.stage)])
     likely = [kind for kind in kinds if Path(given).name.startswith(kind.stage)]
     errors = []
     for kind in (*likely, *(k for k in kinds if k not in likely)):

@@ -1,6 +1,7 @@
 """The configurations that come with the packages. Each has a name: shapes/ldm is configs/shapes/ldm.yaml."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.errors import UserError
@@ -24,7 +25,14 @@ def find_config(given: str, stage: str) -> Path:
         return Path(given)
     names = shipped(stage)
     if given not in names:
-        raise UserError(
-            f"{given!r}: no such file, and not the name of a configuration of this command; names: {', '.join(names)}"
-        )
+        raise unknown_config(given, names)
     return names[given]
+
+
+def unknown_config(given: str, names: Iterable[str]) -> UserError:
+    """Return the error on a configuration that is neither a file nor one of these names."""
+    if os.path.isdir(given):
+        return UserError(f"{given!r}: is a folder, not a configuration; give images as --data {given}")
+    return UserError(
+        f"{given!r}: no such file, and not the name of a configuration of this command; names: {', '.join(names)}"
+    )
