@@ -47,6 +47,10 @@ class SourceConfig:
     repeats: str = ""
     """Column (in tars: key of the .json) with the number of times that each image appears in an epoch of training.
     Or `folders`: the number before the first _ in the name of the image's folder, e.g. 10_cat. Empty: once each."""
+    duplicates: str = ""
+    """File duplicates.jsonl of inspect_data.py, whose copies are left out (see `copies`); empty: copies are kept."""
+    copies: Literal["held_out", "all"] = "held_out"
+    """Copies that are left out: `held_out` images that are also trained on, or `all` except one of each group."""
     train_split: str = "train"
     """Name of the dataset's training split."""
     validation_split: str = ""

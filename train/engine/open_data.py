@@ -1,13 +1,15 @@
 """The images of a run: open the dataset, leave out images that are too small, and assign the others to buckets."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
 from train.config.data import SourceConfig
 from train.data.batches.buckets import Buckets, bucket_sizes, measure, no_rectangles
 from train.data.batches.images import Inputs
@@ -30,6 +32,8 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     columns = config.columns(captioned)
     if is_stream(data):
         stream = Stream(data, columns, fraction=config.validation_fraction, buffer_size=config.stream_buffer)
+        if config.duplicates:
+            raise UserError(f"--input.duplicates {config.duplicates}: a stream's images can't be left out by name")
         if config.repeats:
             raise UserError(f"--input.repeats {config.repeats}: a stream's images can't be repeated; download the data")
         return Inputs(Source(stream.training), Source(stream.held_out, "test"), stream)
@@ -37,7 +41,69 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     names: dict[str, Any] = {"name": config.validation_split, "train": config.train_split}
     share = config.validation_fraction
     source, held_out = (take(splits, split, **names, fraction=share) for split in ("train", "test"))
-    return Inputs(with_repeats(source, config.repeats) if config.repeats else source, held_out)
+    notes: tuple[str, ...] = ()
+    if config.duplicates:
+        source, held_out, note = without_copies(source, held_out, config.duplicates, config.copies == "all")
+        notes = (note,)
+    return Inputs(with_repeats(source, config.repeats) if config.repeats else source, held_out, notes=notes)
+
+
+def without_copies(source: Source, held_out: Source, file: str, all_copies: bool) -> tuple[Source, Source, str]:
+    """Return the training and held-out images without copies, and a line on what was left out.
+
+    file: duplicates.jsonl; its groups that share an image are one group. Held-out images of a group with training
+    images are left out. all_copies: of each group, only the first image is kept. Raises UserError for another file,
+    or if it names no images of the dataset, or if no held-out image is left.
+    """
+    sides = {"train": source, "test": held_out}
+    same = source.catalogue is held_out.catalogue  # else names of the two may be equal, and the report's side counts
+    groups = _groups(file, same)
+    named = set().union(*groups)
+    where: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for side, images in sides.items():
+        for k, row in enumerate(images):
+            if (key := ("" if same else side, row.name)) in named:
+                where.setdefault(key, []).append((side, k))
+    if groups and not where:
+        raise UserError(f"--input.duplicates {file}: names no image of {source.location}; inspect this dataset again")
+    keep = {side: np.ones(len(images), bool) for side, images in sides.items()}
+    reasons: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    for group in groups:
+        found = [(side, key[1], k) for key in group for side, k in where.get(key, ())]
+        members = sorted(found, key=lambda member: (member[0] == "test", *member[1:]))
+        trained = bool(members) and members[0][0] == "train"
+        for side, name, k in members[1:]:
+            if all_copies or (trained and side == "test"):
+                keep[side][k] = False
+                reasons[side].append((name, f"a copy of {members[0][1]} (--input.duplicates)"))
+    if not keep["test"].any():
+        raise UserError(f"--input.duplicates {file}: all held-out images are copies of training images")
+    kept = {s: images.only_where(keep[s], reasons[s]) if reasons[s] else images for s, images in sides.items()}
+    note = (
+        f"--input.duplicates {file}: left out {len(reasons['test']):,} held-out and {len(reasons['train']):,} training "
+        "images, which are copies of others"
+    )
+    return kept["train"], kept["test"], note
+
+
+def _groups(file: str, same: bool) -> list[set[tuple[str, str]]]:
+    """Return the groups of a duplicates.jsonl, as (side, name) pairs; same: the side is "", because it may change."""
+    groups: dict[int, set[tuple[str, str]]] = {}
+    owner: dict[tuple[str, str], int] = {}
+    try:
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
+            entry = json.loads(line)
+            group = {("" if same else side, str(name)) for side in ("train", "test") for name in entry[side]}
+            for other in {owner[key] for key in group if key in owner}:
+                group |= groups.pop(other)
+            groups[number] = group
+            owner.update(dict.fromkeys(group, number))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--input.duplicates {file}: can't be read ({one_line(error, 200)}); must be duplicates.jsonl, which "
+            "inspect_data.py writes"
+        ) from None
+    return list(groups.values())
 
 
 def with_repeats(source: Source, repeats: str) -> Source:
@@ -107,6 +173,8 @@ def select_images(inputs: Inputs, run: "AnyRun", multiple: int = 1) -> Inputs:
         )
     if without := inputs.source.catalogue.uncaptioned:
         run.print(f"{without:,} of {len(inputs.source.catalogue):,} images have no caption")
+    for note in inputs.notes:
+        run.print(note)
     if (repeats := inputs.source.repeats) is not None:
         n, total = len(repeats), int(repeats.sum())
         run.print(

@@ -177,6 +177,8 @@ class Inputs:
     """Training images if the data is a stream."""
     buckets: Buckets | None = None
     """Buckets of the training images; None if these are squares."""
+    notes: tuple[str, ...] = ()
+    """Lines for the log on what was left out when the dataset was opened."""
 
     @property
     def count(self) -> int | None:
