@@ -364,6 +364,7 @@ def with_text(path: Path, text: str, key: str = "ldm") -> Path:
         ({"model": "\0"}, "not an existing folder"),
         ({"model": 3}, "model"),
         ({"weak_model": "owner/name"}, "--weak-model"),
+        ({"weak_scale": 3.0}, "no effect without --weak-model"),
         ({"width": "wide"}, "width"),
         ({"width": -32}, "32"),
         ({"tile": 0}, "0"),

@@ -208,6 +208,8 @@ class ImageGenerator:
         require_at_least(1, o, "num_images", "batch_size")
         require_at_least(0, o, "preview")
         check_seed("--seed", o.seed, o.num_images)
+        if not o.weak_model and o.weak_scale != type(o).weak_scale:
+            raise UserError(f"--weak-scale {o.weak_scale:g}: has no effect without --weak-model; give both")
         self.o, self.prompts = o, read_prompts(o)
         self.pipe = load(o, o.model)
         self.weak = load(o, o.weak_model) if o.weak_model else None
