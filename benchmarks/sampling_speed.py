@@ -19,18 +19,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
-from training_step import SHAPES, matrix_rate, milliseconds, network
+from training_step import PROMPT, SHAPES, matrix_rate, milliseconds, network, text_encoder
 
 from autoencoder.model import Autoencoder, build_autoencoder
-from conditioning.clip import ClipTextEncoder
-from conditioning.contrastive import build_clip
-from conditioning.tokenizer import train_tokenizer
 from ldm.formats.scheduler_config import Process
 from ldm.pipeline import LatentDiffusionPipeline, OutputType
 from ldm.schedule import Schedule
 from train.engine.provenance import versions
 
-PROMPT = "a large red circle on a white background"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,22 +34,9 @@ def pipelines(
     shape: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[LatentDiffusionPipeline, StableDiffusionPipeline]:
     """Return ldm's pipeline and diffusers', each with its own copy of the same networks."""
-    _, _, tokens, width = SHAPES[shape]
     sd = shape != "demo"
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([PROMPT], 600, tokens)
-    clip = build_clip(
-        tokenizer,
-        text_width=width,
-        text_layers=12 if sd else 3,
-        text_heads=width // 64 if sd else 4,
-        vision_width=16,
-        vision_layers=1,
-        vision_heads=2,
-        patch_size=8,
-        image_size=16,
-        projection_dim=16,
-    )
+    encoder = text_encoder(shape, 12 if sd else 3, SHAPES[shape][3] // 64 if sd else 4)
     vae: AutoencoderKL = build_autoencoder(
         channels=(128, 256, 512, 512) if sd else (32, 64, 64),
         layers=2 if sd else 1,
@@ -73,8 +56,8 @@ def pipelines(
     other.set_attn_processor(AttnProcessor2_0())
     stock = StableDiffusionPipeline(
         copy.deepcopy(vae),
-        copy.deepcopy(clip.text_model),
-        tokenizer,
+        copy.deepcopy(encoder.model),
+        encoder.tokenizer,
         other,
         scheduler,
         None,
@@ -82,7 +65,7 @@ def pipelines(
         requires_safety_checker=False,
     ).to(device, dtype)
     stock.set_progress_bar_config(disable=True)
-    ours = LatentDiffusionPipeline(unet, Autoencoder(vae), ClipTextEncoder(clip.text_model, tokenizer), process)
+    ours = LatentDiffusionPipeline(unet, Autoencoder(vae), encoder, process)
     return ours.to(device, dtype=dtype), stock
 
 

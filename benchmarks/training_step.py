@@ -65,6 +65,7 @@ SHAPES = {  # UNet, side of the latents, tokens, width of the text features
         1024,
     ),
 }
+PROMPT = "a large red circle on a white background"
 Step = Callable[[], object]
 
 
@@ -73,6 +74,25 @@ def network(shape: str, device: torch.device) -> UNet2DConditionModel:
     torch.manual_seed(0)
     with torch.device(device):
         return unet.build(latent_channels=4, latent_size=side, text_width=width).train()
+
+
+def text_encoder(shape: str, layers: int, heads: int) -> ClipTextEncoder:
+    """Return a text encoder with random weights, whose features have the shape's width and tokens."""
+    _, _, tokens, width = SHAPES[shape]
+    tokenizer = train_tokenizer([PROMPT], 600, tokens)
+    clip = build_clip(
+        tokenizer,
+        text_width=width,
+        text_layers=layers,
+        text_heads=heads,
+        vision_width=16,
+        vision_layers=1,
+        vision_heads=2,
+        patch_size=8,
+        image_size=16,
+        projection_dim=16,
+    )
+    return ClipTextEncoder(clip.text_model, tokenizer)
 
 
 def batch_of(shape: str, b: int, device: torch.device) -> CachedBatch:
@@ -90,7 +110,6 @@ def batch_of(shape: str, b: int, device: torch.device) -> CachedBatch:
 def ldm_step(shape: str, b: int, precision: Precision, device: torch.device, how: set[str]) -> Step:
     """Return ldm's training step."""
     out = tempfile.mkdtemp()
-    _, _, tokens, width = SHAPES[shape]
     config = LdmConfig(
         out=out,
         batch_size=b,
@@ -100,26 +119,12 @@ def ldm_step(shape: str, b: int, precision: Precision, device: torch.device, how
         optimizer=OptimizerConfig(warmup=0),
         ema_decay=0.9999,
     )
-    tokenizer = train_tokenizer(["a red star"], 600, tokens)
-    clip = build_clip(
-        tokenizer,
-        text_width=width,
-        text_layers=1,
-        text_heads=2,
-        vision_width=16,
-        vision_layers=1,
-        vision_heads=2,
-        patch_size=8,
-        image_size=16,
-        projection_dim=16,
-    )
     autoencoder = Autoencoder(build_autoencoder(channels=(32,), layers=1, latent_channels=4))
     unet = network(shape, device)
     if "cl" in how:
         unet.to(memory_format=torch.channels_last)
-    text_encoder = ClipTextEncoder(clip.text_model, tokenizer)
     components = Components(
-        UNet.wrap(unet, 4), autoencoder, text_encoder.to(device), config.build_objective(), {}, "sdpa", ()
+        UNet.wrap(unet, 4), autoencoder, text_encoder(shape, 1, 2).to(device), config.build_objective(), {}, "sdpa", ()
     )
     run = contextlib.ExitStack().enter_context(open_run(config, open_accelerator(config), {}))
     stage = LdmStage(run, components, None, None, None)  # type: ignore[arg-type]  # its batches are made here
