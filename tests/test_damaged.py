@@ -27,7 +27,7 @@ LIMIT = DataConfig(resolution=32, max_damaged=0.1)
 HIGHER = DataConfig(resolution=32, max_damaged=0.5)
 
 
-def pictures(folder: Path, bad: int, count: int = 28) -> Path:
+def write_images(folder: Path, bad: int, count: int = 28) -> Path:
     rng = np.random.default_rng(0)
     for split, n in (("train", count), ("test", 8)):
         (folder / split).mkdir(parents=True)
@@ -43,7 +43,7 @@ def pictures(folder: Path, bad: int, count: int = 28) -> Path:
 @pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_counts_once_however_often_it_is_drawn(tmp_path: Path, start: int, workers: int) -> None:
-    source = open_source(pictures(tmp_path, bad=2), "train")
+    source = open_source(write_images(tmp_path, bad=2), "train")
     images = ImageDataset(source, Framing(resolution=32), 0)
     damage = UnreadableCounter(tmp_path / "damaged.jsonl", 0.1, print=lambda _: None, total=len(source))
     for _ in loader(images, start_step=start, steps=40, batch_size=8, workers=workers, counter=damage):
@@ -53,7 +53,7 @@ def test_an_image_counts_once_however_often_it_is_drawn(tmp_path: Path, start: i
 
 
 def test_the_share_of_a_small_dataset_is_exact(tmp_path: Path) -> None:
-    images = ImageDataset(open_source(pictures(tmp_path, bad=3), "train"), Framing(resolution=32), 0)
+    images = ImageDataset(open_source(write_images(tmp_path, bad=3), "train"), Framing(resolution=32), 0)
     damage = UnreadableCounter(tmp_path / "damaged.jsonl", 0.1, print=lambda _: None, total=28)
     with pytest.raises(RunError, match=r"^3 of \d+ images can't be read, but --input.max-damaged 0\.1 .*higher limit"):
         list(loader(images, start_step=0, steps=40, batch_size=8, counter=damage))
@@ -63,7 +63,11 @@ def test_the_share_of_a_small_dataset_is_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
 @pytest.mark.parametrize("way", ["a higher limit", "without the files", "repaired"])
 def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage: str, way: str) -> None:
-    data, intact, out = pictures(tmp_path / "data", bad=9), pictures(tmp_path / "intact", bad=0), tmp_path / "run"
+    data, intact, out = (
+        write_images(tmp_path / "data", bad=9),
+        write_images(tmp_path / "intact", bad=0),
+        tmp_path / "run",
+    )
     run: dict[str, Any] = {"steps": 4, "checkpoint_every": 1, "validate_every": 4, "log_every": 1}
     run["cache"] = str(tmp_path / "cache") if stage == "ldm" else ""
     with pytest.raises(RunError, match=r"of \d+ images can't be read"):
@@ -92,7 +96,7 @@ def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage
 
 
 def test_accepting_a_change_changes_nothing_without_one(tmp_path: Path, parts: Path) -> None:
-    data = pictures(tmp_path / "data", bad=0)
+    data = write_images(tmp_path / "data", bad=0)
     for name, accept in (("one", False), ("two", True)):
         start_stage("vae", data, tmp_path / name, parts, steps=2)
         start_stage("vae", data, tmp_path / name, parts, steps=4, accept_changed_data=accept)

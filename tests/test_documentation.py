@@ -1,6 +1,5 @@
 """The Markdown pages: their links have targets, and the repository's host and the site render them alike."""
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 
 import ldm
 from support import ROOT
+from support.commands import load_module
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/stored/README.md"])
 LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")
@@ -80,13 +80,9 @@ def test_versions_agree() -> None:
 
 
 def test_docstrings_become_lists_and_columns() -> None:
-    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs/docstrings.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    as_markdown = load_module(ROOT / "docs/docstrings.py").as_markdown
     text = "Return it.\n\nof x: not one.\nx, y: the place,\n    in two. z: the depth.\nRaises UserError: never."
     listed = "- `x, y`: the place,\n    in two.\n- `z`: the depth."
     shown = f"Return it.\n\nof x: not one.\n\n{listed}\n\nRaises UserError: never."
-    assert module.as_markdown(text, {"x", "y", "z"}) == shown
-    assert module.as_markdown("A      one\nB      two", set()) == "    A      one\n    B      two"
+    assert as_markdown(text, {"x", "y", "z"}) == shown
+    assert as_markdown("A      one\nB      two", set()) == "    A      one\n    B      two"

@@ -152,9 +152,9 @@ def tower(small_clip) -> ClipPerceptual:
     return ClipPerceptual(str(small_clip))
 
 
-@pytest.mark.parametrize("judge", ["lpips", "tower"])
-def test_perceptual_losses_have_gradients_only_for_the_image(judge: str, request) -> None:
-    perceptual = request.getfixturevalue(judge)
+@pytest.mark.parametrize("fixture", ["lpips", "tower"])
+def test_perceptual_losses_have_gradients_only_for_the_image(fixture: str, request) -> None:
+    perceptual = request.getfixturevalue(fixture)
     x = smooth_pixels(4)
     made = (x + 0.1 * noise(*x.shape)).requires_grad_()
     loss = perceptual(made, x)
@@ -170,10 +170,10 @@ def test_perceptual_losses_have_gradients_only_for_the_image(judge: str, request
     torch.testing.assert_close(torch.stack(parts).mean(), loss.detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("judge", ["lpips", "tower"])
+@pytest.mark.parametrize("fixture", ["lpips", "tower"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_perceptual_gradients_are_finite_in_half_precision(judge: str, dtype: torch.dtype, request) -> None:
-    perceptual, x = request.getfixturevalue(judge), smooth_pixels(4)
+def test_perceptual_gradients_are_finite_in_half_precision(fixture: str, dtype: torch.dtype, request) -> None:
+    perceptual, x = request.getfixturevalue(fixture), smooth_pixels(4)
     grey = torch.zeros_like(x)  # here some features of LPIPS are all zero
     for made in (x + 0.1 * noise(*x.shape), grey):
         exact = known(lambda y: perceptual(y, x), made)

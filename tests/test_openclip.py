@@ -133,7 +133,7 @@ def test_stock_diffusers_generates_the_same_from_it(small, tmp_path: Path, skip:
     stock.set_progress_bar_config(disable=True)
     prompts, how = ["a red star", "naïve café, 東京 \U0001f600"], {"num_inference_steps": 5, "guidance_scale": 5.0}
     ours, theirs = (
-        paint(
+        pipeline(
             prompts,
             negative_prompt=["", "a teal hippopotamus"],
             output_type="np",
@@ -141,7 +141,7 @@ def test_stock_diffusers_generates_the_same_from_it(small, tmp_path: Path, skip:
             **how,
             **more,
         ).images
-        for paint, more in ((pipe, {"sampler": "ddim"}), (stock, {}))
+        for pipeline, more in ((pipe, {"sampler": "ddim"}), (stock, {}))
     )
     assert np.asarray(ours).std() > 0.01
     assert np.abs(ours - theirs).max() <= 2 / 255

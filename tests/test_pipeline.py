@@ -93,7 +93,7 @@ def difference(folder: Path, sampler: str, steps: int, scale: float, negative: s
     return np.abs(mine - theirs).max()
 
 
-PAINTED = [
+COMBINATIONS = [
     (sampler, target, spacing)
     for sampler, target, spacing in itertools.product(STOCK, ["eps", "x0", "v"], ["trailing", "leading", "karras"])
     # diffusers' schedulers don't have the others.
@@ -102,7 +102,7 @@ PAINTED = [
 ]
 
 
-@pytest.mark.parametrize(("sampler", "target", "spacing"), PAINTED)
+@pytest.mark.parametrize(("sampler", "target", "spacing"), COMBINATIONS)
 def test_images_equal_those_of_stock_diffusers(tmp_path: Path, sampler: str, target: str, spacing: str) -> None:
     tiny_pipeline(target, spacing).save_pretrained(tmp_path)
     for steps, scale, negative in ((10, 3.0, ""), (7, 1.0, ""), (10, 5.0, "a large green cross on a pink background")):

@@ -147,9 +147,9 @@ def test_text_becomes_images_that_carry_their_settings(
     run = command if kind == "shapes" else forked
     ended = run(f"{line} {tmp_path}/a")
     assert ended.status == 0, ended.err
-    painted = [Path(name) for name in ended.out.split()]
-    assert [p.name for p in painted] == ["ellipse-7.png", "ellipse-8.png"]
-    for path, seed in zip(painted, (7, 8), strict=True):
+    paths = [Path(name) for name in ended.out.split()]
+    assert [p.name for p in paths] == ["ellipse-7.png", "ellipse-8.png"]
+    for path, seed in zip(paths, (7, 8), strict=True):
         side = 32 if kind == "shapes" else 64
         assert Image.open(path).size == (side, side)
         settings = read_png(path)
@@ -164,9 +164,9 @@ def test_images_become_images(shapes_runs: Path, tmp_path: Path, forked: Callabl
     how = f"--model {shapes_runs}/runs/ldm/model --prompt star --steps 2 --num-images 2 --out {tmp_path}"
     ended = forked(f"scripts/img2img.py --image {first} {second} --strength 0.5 {how}")
     assert ended.status == 0, ended.err
-    painted = [Path(name) for name in ended.out.split()]
-    assert [p.name for p in painted] == [f"{p.stem}-star-{seed}.png" for p in (first, second) for seed in (0, 1)]
-    assert read_png(painted[0])["strength"] == 0.5
+    paths = [Path(name) for name in ended.out.split()]
+    assert [p.name for p in paths] == [f"{p.stem}-star-{seed}.png" for p in (first, second) for seed in (0, 1)]
+    assert read_png(paths[0])["strength"] == 0.5
 
     given = np.asarray(Image.open(first).convert("RGB"))
     mask = np.zeros((32, 32), np.uint8)

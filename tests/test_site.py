@@ -1,7 +1,6 @@
 """The documentation's site: it builds without a warning, and its reference contains every public name."""
 
 import ast
-import importlib.util
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,18 +9,14 @@ from types import ModuleType
 import pytest
 
 from support import ROOT
+from support.commands import load_module
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs/build_site.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "docs/build_site.py")
 
 
 class Page(HTMLParser):

@@ -1,6 +1,7 @@
 """Commands, run as a user would."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import runpy
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -30,6 +32,16 @@ class Ended(NamedTuple):
         """Paths that a successful command printed, one a line."""
         assert self.status == 0, self.err
         return [Path(line) for line in self.out.splitlines()]
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a file that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_script(script: str, *arguments: object) -> Ended:

@@ -64,9 +64,8 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except MemoryError:
         _exit(1, f"out of memory: {_SAVE_MEMORY}")
     except RuntimeError as error:
-        if (
-            type(error).__name__ == "OutOfMemoryError"
-        ):  # torch's class, compared by name because torch may not be imported
+        # torch's class is compared by name, because torch may not be imported.
+        if type(error).__name__ == "OutOfMemoryError":
             _exit(1, f"out of memory on the device: {_SAVE_MEMORY}")
         if "can't allocate memory" not in str(error):
             raise
