@@ -56,7 +56,7 @@ def without_copies(source: Source, held_out: Source, file: str, all_copies: bool
     or if it names no images of the dataset, or if no held-out image is left.
     """
     sides = {"train": source, "test": held_out}
-    same = source.catalogue is held_out.catalogue  # else names of the two may be equal, and the report's side counts
+    same = source.catalogue is held_out.catalogue  # else both may have an image of this name
     groups = _groups(file, same)
     named = set().union(*groups)
     where: dict[tuple[str, str], list[tuple[str, int]]] = {}
@@ -87,7 +87,10 @@ def without_copies(source: Source, held_out: Source, file: str, all_copies: bool
 
 
 def _groups(file: str, same: bool) -> list[set[tuple[str, str]]]:
-    """Return the groups of a duplicates.jsonl, as (side, name) pairs; same: the side is "", because it may change."""
+    """Return the groups of a duplicates.jsonl as (side, name) pairs, side "train" or "test".
+
+    same: whether both sides come from one folder without splits. Names are then unique and the side is "".
+    """
     groups: dict[int, set[tuple[str, str]]] = {}
     owner: dict[tuple[str, str], int] = {}
     try:

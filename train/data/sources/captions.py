@@ -5,7 +5,7 @@
     a.png, captions/a.txt      also captions/ beside images/
     a.png                      by --input.caption-from-names: "a"
 
-An image uses the first that exists.
+The first file that exists is used.
 """
 
 import os
@@ -30,7 +30,7 @@ def caption_file(name: str, files: Files) -> str:
     stem = os.path.splitext(name)[0]
     if files.columns.reading == 1:
         return text if (text := f"{stem}.txt") in files.found and files.stat(text) else ""
-    found = (files.beside(candidate) for candidate in _candidates(name, stem, files.columns))
+    found = (files.find_text(candidate) for candidate in _candidates(name, stem, files.columns))
     return next((text for text in found if text and files.stat(text)), "")
 
 
@@ -50,7 +50,7 @@ def _candidates(name: str, stem: str, columns: Columns) -> Iterator[str]:
 
 
 def read_captions(names: dict[str, str], files: Files, notes: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return the captions by image, and the reason by image whose caption file can't be used.
+    """Return the captions of each image, and for each image whose caption file can't be used, the reason.
 
     names: caption files by image. The encoding of files that aren't UTF-8 is guessed from all of them together. notes:
     receives lines on what was guessed. Raises UserError if no encoding can be guessed.

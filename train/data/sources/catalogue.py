@@ -152,7 +152,7 @@ def ignored(name: str, reading: int = READING) -> bool:
 
 
 def split_named(name: str, names: Sequence[str], reading: int = READING) -> str:
-    """Return the one of `names` that a folder's or file's name is, in upper or lower case, or ""."""
+    """Return the split, one of `names`, whose name a folder or file has, in upper or lower case; "" if none."""
     if name in names:
         return name
     lower = name.lower()
@@ -160,7 +160,7 @@ def split_named(name: str, names: Sequence[str], reading: int = READING) -> str:
 
 
 def split_prefix(name: str, names: Sequence[str], reading: int = READING) -> str:
-    """Return the one of `names` that begins a file's name ("train-0001.tar", not "training.tar"), or ""."""
+    """Return the split, one of `names`, that begins a file's name ("train-0001.tar", not "training.tar"), or ""."""
     flags = re.IGNORECASE if reading > 1 else 0
     found = re.match(f"({'|'.join(map(re.escape, names))})(?![A-Za-z])", name, flags) if names else None
     return split_named(found[1], names, reading) if found else ""

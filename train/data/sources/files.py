@@ -1,4 +1,4 @@
-"""Files of an untrusted folder: names, sizes, times of change, links, and names that metadata writes differently."""
+"""Files of an untrusted folder: names, sizes, times of change and links; metadata may spell names differently."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _ABOUT = ("readme", "license", "licence", ".md")  # files about the dataset, not
 _MOST_KINDS = 8  # kinds of files that a note lists
 
 Stat = tuple[int, int]
-"""Size and changed_ns."""
+"""A file's size in bytes and its time of change in nanoseconds (st_ctime_ns)."""
 
 
 def suffixes(reading: int) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def suffixes(reading: int) -> tuple[str, ...]:
 
 
 class Files:
-    """Files of a resolved folder, by their paths in it. Links are resolved when they are asked for."""
+    """Files of a resolved folder, by their paths in it. Links are resolved only when they are needed."""
 
     def __init__(self, folder: Path, columns: Columns, root: Path | None = None) -> None:
         """root: folder of the dataset, if this is the folder of a split."""
@@ -68,13 +68,16 @@ class Files:
             self.outside[name] = str(real)
         return info.st_size, info.st_ctime_ns
 
-    def beside(self, name: str) -> str:
-        """Return the name of the file that isn't an image and is called so, if need be in another case or form."""
+    def find_text(self, name: str) -> str:
+        """Return the text file of this name, whatever its upper and lower case and Unicode form; "" if none."""
         return name if name in self.found else self._others.get(_loose(name), "")
 
-    def meant(self, name: str) -> str:
-        """Return the name of the file that metadata calls so: in another Unicode form, with backslashes, without a
-        suffix. Returns the same name if there is none or more than one."""
+    def find_named(self, name: str) -> str:
+        """Return the file to which a name in metadata refers.
+
+        The metadata may use another Unicode form, backslashes, or leave out the suffix. Returns the name itself if no
+        file fits, or more than one.
+        """
         if name in self.found or self.columns.reading == 1:
             return name
         for written in (name, name.replace("\\", "/")):
@@ -99,7 +102,7 @@ class Files:
         return _grouped((unicodedata.normalize("NFC", os.path.splitext(name)[0]), name) for name in images)
 
     def safe_name(self, name: object, where: str, column: str, prefix: str = "") -> str:
-        """Return a normalised path inside the folder; with follow_links, possibly an absolute one outside it.
+        """Check a file name from metadata, and return it as a path in the folder or, with follow_links, outside it.
 
         prefix: path of the folder that contains the metadata. Raises UserError for other paths.
         """

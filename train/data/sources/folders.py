@@ -52,7 +52,7 @@ class Folder(Catalogue):
         notes: Iterable[str] = (),
         from_root: bool = False,
     ) -> None:
-        """form: what it is, for reports. from_root: whether a metadata file of the folder itself was read."""
+        """form: the folder's format, for reports. from_root: whether a metadata file of the folder itself was read."""
         rows = sorted(rows)
         self.folder, self.location, self.left_out = folder, str(folder), tuple(left_out)
         self.form, self.notes, self.from_root = form, tuple(notes), from_root
@@ -184,7 +184,7 @@ def list_folder(folder: Path, columns: Columns, root: Path | None = None) -> Fol
 
 @dataclass
 class _Listed:
-    """What a folder's listing has found so far."""
+    """Images and captions found so far in the listing of a folder."""
 
     rows: list[Row] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)

@@ -78,7 +78,7 @@ def is_standard(name: str) -> bool:
 def read_metadata(
     path: Path, files: Files, prefix: str, notes: list[str], repeats: dict[str, int]
 ) -> dict[str, list[str]]:
-    """Return the captions by the name of the image's file. Several rows of one image are its captions.
+    """Return the captions by the name of the image's file. An image with several rows has the captions of all of them.
 
     prefix: path of the metadata's folder in `files`, with "/" at its end. notes: receives lines on what was guessed.
     repeats: receives the number of repeats by name, the largest one if rows of an image differ.
@@ -103,7 +103,7 @@ def read_metadata(
                     f"{where} has no column {', '.join(missing)}; its columns are: {', '.join(map(str, row))[:300]}; "
                     "choose other columns with --input.image-column and --input.caption-column"
                 )
-        name = files.meant(files.safe_name(row.get(image), where, image, prefix))
+        name = files.find_named(files.safe_name(row.get(image), where, image, prefix))
         captions.setdefault(name, []).extend(_captions(row.get(column), where, columns))
         seen.update(row)
         if columns.repeats:
