@@ -80,11 +80,13 @@ def prepare(
     posterior sample for all images of one prompt.
     """
     image, inpaints, expand = request.image, model.task == "inpaint", request.expand
-    step = sampler.step(model.process.schedule, model.process.variance)
+    schedule, variance = model.process.schedule, model.process.variance
     if image is None:
+        step = sampler.step(schedule, variance, len(plan.pairs))
         x = plan.start(noise.start(latents))
         return Prepared(x, plan.pairs, step, model.white_context(*noise.shape[2:]) if inpaints else None)
     pairs = plan.pairs[len(plan.pairs) - steps_for_strength(image.strength, len(plan.pairs)) :]
+    step = sampler.step(schedule, variance, len(pairs))
     pixels = pad(image.pixels, model.size_multiple) * 2 - 1
     mask = None if image.mask is None else pad(image.mask, model.size_multiple)
     masks = None if mask is None else inpaint_masks(mask, model.autoencoder.factor, mask_is_input=inpaints)

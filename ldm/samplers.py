@@ -11,7 +11,18 @@ if TYPE_CHECKING:
     from ldm.steps import Sampler
 
 SamplerKind = Literal[
-    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "predictor_corrector"
+    "ddpm",
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "unipc_b1",
+    "unipc_3",
+    "unipc_3_b1",
+    "predictor_corrector",
 ]
 
 
@@ -32,7 +43,7 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
     match kind:
         case "ddpm":
             grid = Grid(karras=False)
-            return Sampler(lambda _, variance: DDPM(variance), grid, draws_noise=True, uses_learned_variance=True)
+            return Sampler(lambda _, variance, __: DDPM(variance), grid, draws_noise=True, uses_learned_variance=True)
         case "ddim":
             grid = Grid(karras=False, fixed_stride=True)
             return Sampler(lambda *_: Multistep(1, eta), grid, draws_noise=eta > 0)
@@ -41,16 +52,24 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
         case "euler_ancestral":
             return Sampler(lambda *_: Multistep(1, 1.0), euler_grid, draws_noise=True)
         case "heun":  # integrates the flow's equation if the first level is pure noise
-            return Sampler(lambda schedule, _: Heun(straight=schedule.zero_terminal_snr), euler_grid, draws_noise=False)
+            return Sampler(
+                lambda schedule, *_: Heun(straight=schedule.zero_terminal_snr), euler_grid, draws_noise=False
+            )
         case "dpmpp_2m":
             return Sampler(lambda *_: Multistep(2), dpm_solver_grid, draws_noise=False)
         case "dpmpp_2m_sde":
             return Sampler(lambda *_: Multistep(2, 1.0), dpm_solver_grid, draws_noise=True)
         case "unipc":
             return Sampler(lambda *_: UniPC(), dpm_solver_grid, draws_noise=False)
+        case "unipc_b1":
+            return Sampler(lambda *_: UniPC(b="h"), dpm_solver_grid, draws_noise=False)
+        case "unipc_3":
+            return Sampler(lambda _, __, n: UniPC(3, steps=n), dpm_solver_grid, draws_noise=False)
+        case "unipc_3_b1":
+            return Sampler(lambda _, __, n: UniPC(3, "h", n), dpm_solver_grid, draws_noise=False)
         case "predictor_corrector":
             return Sampler(
-                lambda _, variance: PredictorCorrector(DDPM(variance)),
+                lambda _, variance, __: PredictorCorrector(DDPM(variance)),
                 Grid(starts_at_sigma=("karras",)),
                 draws_noise=True,
                 uses_learned_variance=True,

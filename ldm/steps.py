@@ -6,7 +6,7 @@ Euler      Karras et al. 2022, arXiv 2206.00364, algorithm 1, lines 4 and 5: DDI
            Euler's on the straight path; ancestral: DDIM's step with eta 1
 Heun       Karras et al. 2022, algorithm 1
 DPM++ 2M   Lu et al. 2022, arXiv 2211.01095, algorithm 2: DDIM's step with x̂0 extrapolated; its SDE form, with eta 1
-UniPC      Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2, of order 2 with B(h) = e^h - 1
+UniPC      Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2, of order 2 or 3
 predictor–corrector  Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3
 
 For every sampler and path, the state is x_t = alpha x0 + sigma eps. Apart from its scale, everything depends only on
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from ldm.denoiser import Denoise
@@ -45,8 +46,8 @@ class Step(Protocol):
 class Sampler:
     """Everything that distinguishes one sampler from another."""
 
-    make_step: Callable[[Schedule, VarianceKind], Step]
-    """Constructor of the step for one trajectory: (the model's schedule, the model's variance) → step."""
+    make_step: Callable[[Schedule, VarianceKind, int | None], Step]
+    """Constructor of the step for one trajectory: (the model's schedule, its variance, number of steps) → step."""
     grid: Grid
     """Rules for the visited levels and the first state."""
     draws_noise: bool
@@ -54,9 +55,12 @@ class Sampler:
     uses_learned_variance: bool = False
     """Whether the steps use the learned variance of a network that has one."""
 
-    def step(self, schedule: Schedule, variance: VarianceKind = "fixed_small") -> Step:
-        """Make the step for one trajectory. Without `draws_noise`, the step raises RuntimeError if it draws noise."""
-        step = self.make_step(schedule, variance)
+    def step(self, schedule: Schedule, variance: VarianceKind = "fixed_small", steps: int | None = None) -> Step:
+        """Make the step for one trajectory. Without `draws_noise`, the step raises RuntimeError if it draws noise.
+
+        steps: the number of steps; None: unknown.
+        """
+        step = self.make_step(schedule, variance, steps)
         return step if self.draws_noise else _WithoutNoise(step)
 
 
@@ -159,37 +163,72 @@ class Multistep:
 
 @dataclass
 class UniPC:
-    """DPM++ 2M's step, which the next step corrects with the network's output at its end. One evaluation per step."""
+    """UniPC: a multistep predictor, whose step the next step corrects with x̂0 at its end. One evaluation per step.
 
-    last: tuple[Tensor, Tensor, Level] | None = None
-    """State, x̂0 and level at the start of the last step."""
-    second_last: tuple[Tensor, Level] | None = None
-    """x̂0 and level at the start of the step before the last."""
+    Each step uses as many estimates x̂0 as `order`, fewer while there are no more, and ends with order 2, then 1, like
+    diffusers. Zhao et al. 2023, algorithms 1 and 2. They divide their equation 9 by a function B(h). It cancels unless
+    only one weight is unknown, which they set to 1/2: then B(h) = h or e^h - 1 makes a difference.
+    """
+
+    order: Literal[2, 3] = 2
+    b: Literal["h", "expm1"] = "expm1"
+    """B(h): h is their B1, e^h - 1 is their B2."""
+    steps: int | None = None
+    """Number of steps of the trajectory; None: unknown, and only the step to t = 0 has a lower order."""
+    start: Tensor | None = None
+    """State at the start of the last step."""
+    outputs: tuple[tuple[Tensor, Level], ...] = ()
+    """x̂0 and level at the starts of the last steps, the newest first."""
+    used: int = 0
+    """Order of the last step."""
+    taken: int = 0
+    """Number of steps taken."""
 
     def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
-        x0 = denoise(x, now).x0
-        previous = None
-        if self.last is not None:
-            x, previous = self._correct(*self.last, x0, now), self.last[1:]
-        self.second_last, self.last = previous, (x, x0, now)
+        output = denoise(x, now).x0, now
+        if self.start is not None:
+            x = self._step(self.start, (*self.outputs[: self.used], output), now)
+        self.start, self.outputs = x, (output, *self.outputs)[: self.order]
+        remaining = self.order if self.steps is None else self.steps - self.taken
+        self.taken, self.used = self.taken + 1, 1 if next.is_last else min(len(self.outputs), remaining)
+        used = self.outputs[: self.used]
         if next.is_last:
-            self.second_last = self.last = None
-        return move(x, x0 + _half_step_change(x0, previous, now, next), now, next, next.sigma)
+            self.start, self.outputs, self.taken = None, (), 0
+        return self._step(x, used, next)
 
-    def _correct(self, x: Tensor, x0: Tensor, start: Level, x0_end: Tensor, end: Level) -> Tensor:
-        """Repeat the last step, now that x̂0 at its end is known: Zhao et al. 2023, algorithm 1."""
-        h = start.half_log_snr - end.half_log_snr  # their -h, since x̂0 is integrated
-        phi = math.expm1(h)
-        first = (phi / h - 1) / phi
-        if self.second_last is None:
-            correction = (x0_end - x0) / 2
-        else:
-            second = 2 * ((phi / h - 1) / h - 0.5) / phi
-            x0_before, before = self.second_last
-            r = (start.half_log_snr - before.half_log_snr) / h  # negative, in units of this step
-            weight = (second - first) / (r - 1)
-            correction = weight / r * (x0_before - x0) + (first - weight) * (x0_end - x0)
-        return move(x, x0 + correction, start, end, end.sigma)
+    def _step(self, x: Tensor, outputs: Sequence[tuple[Tensor, Level]], end: Level) -> Tensor:
+        """Step from the state x to the level `end`. outputs: the one at the start of the step, then the others."""
+        (x0, start), *others = outputs
+        h = end.half_log_snr - start.half_log_snr
+        places = [1.0 if level is end else (level.half_log_snr - start.half_log_snr) / h for _, level in others]
+        weights = self._weights(places, h)
+        change = sum(w * (other - x0) for w, (other, _) in zip(weights, others, strict=True))
+        return move(x, x0 + change, start, end, end.sigma)
+
+    def _weights(self, places: list[float], h: float) -> list[float]:
+        """Return the weights of the differences of x̂0 at these places: 0 is the step's start, 1 is its end.
+
+        They make the step exact for every polynomial x̂0 of their number: the weighted sum of places^i is
+        i! phi_{i+1} / phi_1 (their equation 9).
+        """
+        if len(places) == 1:
+            scale = 1.0 if self.b == "expm1" or math.isinf(h) else 1 / _phi(1, -h)
+            return [scale / 2 / places[0]]
+        finite = [r for r in places if math.isfinite(r)]  # pure noise is infinitely far away, and has weight 0
+        degrees = range(1, len(finite) + 1)
+        sums = [math.factorial(i) * _phi(i + 1, -h) / _phi(1, -h) for i in degrees]
+        weights = iter(np.linalg.solve([[r**i for r in finite] for i in degrees], sums).tolist() if finite else [])
+        return [next(weights) if math.isfinite(r) else 0.0 for r in places]
+
+
+def _phi(k: int, h: float) -> float:
+    """Return phi_k(h) = Σ_j h^j / (j + k)!, so that phi_0 is e^h and phi_k = (phi_{k-1} - 1/(k-1)!) / h."""
+    if abs(h) < 1:  # the recursion would lose digits
+        return sum(h**j / math.factorial(j + k) for j in range(18))
+    value = math.exp(h)
+    for i in range(k):
+        value = (value - 1 / math.factorial(i)) / h
+    return value
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ SAMPLERS = [
     ("dpmpp_2m", 0.0),
     ("dpmpp_2m_sde", 0.0),
     ("unipc", 0.0),
+    ("unipc_b1", 0.0),
+    ("unipc_3", 0.0),
+    ("unipc_3_b1", 0.0),
 ]
 SCHEDULERS = {
     "ddpm": DDPMScheduler,
@@ -55,6 +58,9 @@ SCHEDULERS = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "dpmpp_2m_sde": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
+    "unipc_b1": UniPCMultistepScheduler,
+    "unipc_3": UniPCMultistepScheduler,
+    "unipc_3_b1": UniPCMultistepScheduler,
 }
 ON_KARRAS_ODE = ("euler", "euler_ancestral", "heun")  # there their state is x / alpha
 
@@ -81,7 +87,7 @@ def our_trajectory(schedule, kind, eta, target, spacing, n, noise, generator, va
         Conditioned(Denoiser(network, target), None),
         route.start(noise),
         route.pairs,
-        make_sampler(kind, eta).step(schedule, variance),
+        make_sampler(kind, eta).step(schedule, variance, n),
         normal(generator, noise.shape),
         callback=lambda k, pair, x: (states.append(x), x)[1],
     )
@@ -102,6 +108,9 @@ def their_scheduler(schedule, kind, target, spacing, variance="fixed_small"):
     )
     special = {
         "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+        "unipc_b1": {"solver_type": "bh1"},
+        "unipc_3": {"solver_order": 3},
+        "unipc_3_b1": {"solver_order": 3, "solver_type": "bh1"},
         "ddpm": {"variance_type": "learned_range" if variance == "learned" else variance},
     }
     return SCHEDULERS[kind].from_config(base.config, **karras, **special.get(kind, {}))
