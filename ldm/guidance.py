@@ -6,6 +6,7 @@ prediction is an affine function a y + b of any other. If the weights sum to 1, 
 A wrapper doesn't evaluate a network whose output it doesn't need.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -125,6 +126,34 @@ class Autoguided:
             return (self.main if self.scale else self.weak)(x_t, level)
         weak, main = self.weak(x_t, level), self.main(x_t, level)
         return replace(main, x0=torch.lerp(weak.x0, main.x0, self.scale))
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Dynamic thresholding against oversaturation by a large guidance scale: Saharia et al. 2022 (arXiv 2205.11487).
+
+    If the quantile `share` of an image's |x̂0| is above `limit`, x̂0 is clipped there, and scaled so that the quantile
+    becomes `limit` (their section 2.3). limit: the largest usual value of data, 1 for pixels in [-1, 1], as in the
+    paper; latents have variance 1 and no bounds, and need more. Raises UserError unless 0 < share <= 1 and limit > 0.
+    """
+
+    denoise: Denoise
+    share: float
+    limit: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share <= 1 and 0 < self.limit < math.inf):
+            raise UserError(
+                f"dynamic threshold {self.share} {self.limit}: must be a share of the values, above 0 and at most 1, "
+                "and a limit above 0"
+            )
+
+    def __call__(self, x_t: Tensor, level: Level) -> Denoised:
+        denoised = self.denoise(x_t, level)
+        x0 = denoised.x0
+        bound = x0.abs().flatten(1).quantile(self.share, 1).clamp_min(self.limit)  # (b,)
+        bound = bound.view(-1, *[1] * (x0.ndim - 1))
+        return replace(denoised, x0=x0.clamp(-bound, bound) * (self.limit / bound))
 
 
 @dataclass(frozen=True)

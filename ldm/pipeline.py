@@ -113,6 +113,7 @@ class LatentDiffusionPipeline:
         guidance_scale: float = 3.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        dynamic_threshold: tuple[float, float] | None = None,
         compose: Sequence[tuple[str, float]] = (),
         weak: "LatentDiffusionPipeline | None" = None,
         weak_scale: float = 2.0,
@@ -145,6 +146,8 @@ class LatentDiffusionPipeline:
         guidance_rescale: 0 to 1; reduces the contrast that a large scale causes (Lin et al. 2024).
         guidance_interval: lowest and highest noise level sigma / alpha with guidance. At other levels the prediction is
             that of `prompt`, without guidance. None: guidance at all levels.
+        dynamic_threshold: share of the values and limit of the prediction's values (Saharia et al. 2022). None: no
+            limit.
         compose: further prompts that every image follows too, each with its own guidance scale (Liu et al. 2022).
         weak, weak_scale: a weaker model to guide away from (Karras et al. 2024). Best with guidance_scale 1, since the
             two scales multiply. weak_scale 1 turns it off.
@@ -165,6 +168,7 @@ class LatentDiffusionPipeline:
             scale=guidance_scale,
             rescale=guidance_rescale,
             interval=guidance_interval,
+            threshold=dynamic_threshold,
             compose=compose,
             weak=weak.model if weak else None,
             weak_scale=weak_scale,

@@ -21,7 +21,15 @@ from ldm.editing import (
     steps_for_strength,
 )
 from ldm.errors import UserError
-from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval, LogProbability
+from ldm.guidance import (
+    Autoguided,
+    ClassifierFree,
+    ClassifierGuided,
+    Conditioned,
+    DynamicThreshold,
+    Interval,
+    LogProbability,
+)
 from ldm.model import Model
 from ldm.request import Request
 from ldm.spacing import LevelPair, Plan
@@ -127,6 +135,7 @@ class GuidanceSettings:
     scale: float
     rescale: float
     interval: tuple[float, float] | None
+    threshold: tuple[float, float] | None
     compose: Sequence[tuple[str, float]]
     weak: Model | None
     weak_scale: float
@@ -167,6 +176,8 @@ def guide(model: Model, request: Request, guidance: GuidanceSettings, context: T
         denoise = Autoguided(denoise, weaker, guidance.weak_scale)
     if guidance.classifier is not None:
         denoise = ClassifierGuided(denoise, guidance.classifier, guidance.classifier_scale)
+    if guidance.threshold is not None:
+        denoise = DynamicThreshold(denoise, *guidance.threshold)
     return denoise
 
 

@@ -52,9 +52,7 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
         case "euler_ancestral":
             return Sampler(lambda *_: Multistep(1, 1.0), euler_grid, draws_noise=True)
         case "heun":  # integrates the flow's equation if the first level is pure noise
-            return Sampler(
-                lambda schedule, *_: Heun(straight=schedule.zero_terminal_snr), euler_grid, draws_noise=False
-            )
+            return Sampler(lambda path, *_: Heun(straight=path.zero_terminal_snr), euler_grid, draws_noise=False)
         case "dpmpp_2m":
             return Sampler(lambda *_: Multistep(2), dpm_solver_grid, draws_noise=False)
         case "dpmpp_2m_sde":

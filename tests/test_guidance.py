@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm.denoiser import Denoised, Denoiser
 from ldm.errors import UserError
-from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, Interval
+from ldm.guidance import Autoguided, ClassifierFree, ClassifierGuided, Conditioned, DynamicThreshold, Interval
 from ldm.parameterization import target_of, to_eps, to_x0
 from ldm.process import score
 from ldm.samplers import make_sampler
@@ -195,6 +196,18 @@ def test_rescaling_outside_0_to_1_is_refused():
 
 
 # -- interval -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.995, 1.0])
+@pytest.mark.parametrize("limit", [1.0, 2.5])
+def test_dynamic_thresholding_equals_diffusers(share, limit):
+    # diffusers knows only limit 1: thresholding commutes with a change of units.
+    scheduler = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=share, sample_max_value=1e9)
+    x0 = draw(3, 4, 6, 6) * torch.tensor([0.2, 1.0, 9.0]).double().view(3, 1, 1, 1)
+    expected = limit * scheduler._threshold_sample(x0 / limit)
+    guided = DynamicThreshold(lambda x, level: Denoised(x0), share, limit)(x0, VP.level(500))
+    torch.testing.assert_close(guided.x0, expected, rtol=1e-12, atol=0)
+    assert torch.equal(guided.x0[0], x0[0])  # it is within the limit already
 
 
 def test_an_interval_guides_only_inside_and_saves_evaluations_outside():

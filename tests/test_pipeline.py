@@ -208,6 +208,7 @@ def test_guidance_options_change_the_image(folder: Path) -> None:
             weight *= 0.9
     # No effect with neutral settings …
     assert torch.equal(plain, generated(guidance_interval=(0.0, 1e9)))
+    assert torch.equal(plain, generated(dynamic_threshold=(1.0, 1e9)))
     assert torch.equal(plain, generated(weak=other, weak_scale=1.0))
     assert torch.equal(plain, generated(classifier=lambda x, level: x.sum((1, 2, 3)), classifier_scale=0.0))
     assert torch.equal(generated(guidance_scale=1.0), generated(guidance_interval=(1e8, 1e9)))
@@ -218,6 +219,7 @@ def test_guidance_options_change_the_image(folder: Path) -> None:
     for how in (
         {"guidance_interval": (0.5, 3.0)},
         {"guidance_rescale": 0.7},
+        {"dynamic_threshold": (0.9, 0.5)},
         {"weak": other, "weak_scale": 2.0},
         {"classifier": lambda x, level: x.sum((1, 2, 3))},
         {"compose": [("a red star", 2.0)]},
@@ -395,6 +397,8 @@ def test_invalid_prompts_and_options_are_refused(folder: Path, tmp_path: Path) -
         {"spacing": "even"},
         {"guidance_rescale": 1.5},
         {"guidance_interval": (5.0, 0.2)},
+        {"dynamic_threshold": (1.5, 3.0)},
+        {"dynamic_threshold": (0.9, 0.0)},
         {"guidance_scale": float("nan")},
         {"compose": [("a red star", float("inf"))]},
         {"weak": tiny_pipeline(schedule="cosine")},

@@ -16,6 +16,7 @@ class Sampling(TypedDict):
     guidance_scale: float
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
+    dynamic_threshold: tuple[float, float] | None
     sampler: SamplerKind
     spacing: Spacing | None
     eta: float
@@ -34,6 +35,10 @@ class SamplingOptions:
     guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
     """Range of noise levels sigma / alpha in which guidance is used, e.g. 0.5 4. None: all levels.
     Steps outside the range take half the time."""
+    dynamic_threshold: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="SHARE LIMIT")] = None
+    """Limit of the latents' values, e.g. 0.995 3, against the oversaturation that a large guidance scale causes.
+    If less than SHARE of an image's values is within LIMIT, all are clipped and scaled (Saharia et al. 2022).
+    None: no limit."""
     sampler: SamplerKind = "dpmpp_2m"
     """Sampler; docs/mathematics.md describes the samplers and compares the number of steps that they need."""
     spacing: Spacing | None = None
@@ -50,6 +55,7 @@ class SamplingOptions:
             guidance_scale=self.guidance_scale,
             guidance_rescale=self.guidance_rescale,
             guidance_interval=self.guidance_interval,
+            dynamic_threshold=self.dynamic_threshold,
             sampler=self.sampler,
             spacing=self.spacing,
             eta=self.eta,
