@@ -1,17 +1,21 @@
 """Sheets of images for visual inspection."""
 
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from autoencoder.model import Autoencoder
 from train.evaluation.features import eight_bits
+from train.evaluation.fonts import Fonts
 
 _TILE = 128  # side in pixels to which small images are enlarged, approximately and without interpolation
+_LINE = 13  # height of a line of a caption
+_FONTS = Fonts()
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -19,26 +23,36 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return eight_bits(pixels).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = ()) -> Image.Image:
-    """Draw rows of uint8 images (h, w, 3) of one size, with optional captions below them, in row order."""
+def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), fonts: Fonts = _FONTS) -> Image.Image:
+    """Draw rows of uint8 images (h, w, 3) of one size, with optional captions below them, in row order.
+
+    fonts: where fonts for characters outside ASCII are found.
+    """
     h, w = rows[0][0].shape[:2]
     scale = max(1, _TILE // max(h, w))
-    font = ImageFont.load_default(11)
-    wrapped = [textwrap.wrap(c, max(8, w * scale // 6))[:4] for c in captions]
+    wrapped = [wrap(c, max(8, w * scale // (6 if c.isascii() else 7)))[:4] for c in captions]
+    fonts.search(line for lines in wrapped for line in lines)
     caption_h = 14 * max(map(len, wrapped), default=0) + (4 if wrapped else 0)
     gap = 4
     cell_w, cell_h = w * scale + gap, h * scale + caption_h + gap
     canvas = Image.new("RGB", (cell_w * max(map(len, rows)) + gap, cell_h * len(rows) + gap), (245, 245, 245))
-    draw = ImageDraw.Draw(canvas)
     number = 0
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             x, y = gap + c * cell_w, gap + r * cell_h
             canvas.paste(Image.fromarray(image).resize((w * scale, h * scale), Image.Resampling.NEAREST), (x, y))
-            if number < len(wrapped):
-                draw.multiline_text((x, y + h * scale + 2), "\n".join(wrapped[number]), (40, 40, 40), font, spacing=2)
+            for k, line in enumerate(wrapped[number] if number < len(wrapped) else ()):
+                fonts.draw(canvas, (x, y + h * scale + _LINE * (k + 1)), line, (40, 40, 40))
             number += 1
     return canvas
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Split a caption into lines of at most `width` columns; East Asian characters and emoji have two columns."""
+    filler = "\U0010ffff"  # a second column
+    text = unicodedata.normalize("NFC", text.encode(errors="replace").decode())
+    wide = "".join(c + filler if unicodedata.east_asian_width(c) in "WF" else c for c in text)
+    return [line.replace(filler, "") for line in textwrap.wrap(wide, width)]
 
 
 def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Image:
