@@ -58,8 +58,8 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
     with (
         Stop(run.accelerator) as stop,
         tqdm(
-            initial=start * config.batch_size,
-            total=config.steps * config.batch_size,
+            initial=run.feed.position(start),
+            total=run.feed.position(config.steps),
             unit="img",
             disable=not run.main,
             dynamic_ncols=True,

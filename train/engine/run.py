@@ -78,7 +78,15 @@ def open_run(
         damage = UnreadableReport(folder.damaged, config.input.max_damaged, console, main)
         try:
             yield Run(
-                config, inputs, accelerator, folder, console, metrics, Feed(config, accelerator), damage, processes
+                config,
+                inputs,
+                accelerator,
+                folder,
+                console,
+                metrics,
+                Feed(config, accelerator, inputs["data"], console),
+                damage,
+                processes,
             )
         finally:
             accelerator.end_training()

@@ -166,7 +166,9 @@ class Trainer:
         checkpoint = self.checkpoints.latest()
         if checkpoint is None:
             return 0
-        self.restore(self.checkpoints.load(checkpoint))
+        state = self.checkpoints.load(checkpoint)
+        self.restore(state)
+        self.run.feed.restore(checkpoint.step, state.get("examples"))
         self.run.print(f"continuing from step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint.step
 
@@ -178,6 +180,6 @@ class Trainer:
                 "was not finite"
             )
         if self.run.main:
-            self.checkpoints.save(step, self.state())
+            self.checkpoints.save(step, self.state() | {"examples": self.run.feed.state(step)})
         self.run.accelerator.wait_for_everyone()
         self.checkpoints_saved += 1

@@ -4,6 +4,7 @@ Each image belongs to the rectangle nearest in aspect ratio, and a batch contain
 2022, "Improvements on Stable Diffusion"). This requires every image's size, which is read once and cached.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +89,8 @@ class Buckets:
             self.epochs = [np.repeat(members, repeats[members]) for members in self.members]
             counts = np.array([len(epoch) for epoch in self.epochs])
         self.batches = -(-counts // batch_size)  # number of batches of each bucket in an epoch
-        self.filled = int((self.batches * batch_size - counts).sum())
+        self.length = int(self.batches.sum()) * batch_size
+        self.filled = self.length - int(counts.sum())
 
     @classmethod
     def assigned(
@@ -111,6 +113,12 @@ class Buckets:
     def _first(self) -> NDArray[np.int64]:
         """Index of each bucket's first batch."""
         return np.cumsum(self.batches) - self.batches
+
+    @property
+    def identity(self) -> str:
+        content = hashlib.sha256(repr([self.sizes, self.batch_size, self.seed]).encode())
+        content.update(b"".join(epoch.tobytes() for epoch in self.epochs))
+        return content.hexdigest()
 
     def at(self, positions: Positions) -> NDArray[np.int64]:
         steps, slots = np.divmod(np.asarray(positions, np.int64), self.batch_size)

@@ -1,6 +1,8 @@
 """Batches from the caches: latents and text features by position, and the original images for inpainting."""
 
+import copy
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from train.data.batches.records import CachedBatch
 from train.data.batches.text_cache import TextCache
 from train.data.images.crop import Framing
 from train.data.images.decode import DamagedImage
-from train.data.order.permutation import Order, shuffled
+from train.data.order.permutation import Order, Shifted, shuffled
 from train.data.order.rng import Positions, Purpose, uniform
 from train.data.sources.splits import Source
 
@@ -80,6 +82,12 @@ class CachedDataset:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def shifted(self, shift: int) -> Self:
+        """Return the same dataset in an order in which position p is now p + shift; see `Shifted`."""
+        dataset = copy.copy(self)
+        dataset.order = Shifted(self.order, shift)
+        return dataset
 
     def __getitems__(self, positions: Positions, /) -> CachedBatch:
         damaged: list[tuple[str, str]] = []

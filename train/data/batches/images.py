@@ -5,6 +5,7 @@ position determines an example (train/data/order/permutation.py) and all its ran
 so the number of workers, processes and restarts makes no difference.
 """
 
+import copy
 import hashlib
 import itertools
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, Self
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from train.data.batches.draws import Draws
 from train.data.batches.records import Drawn, ImageBatch
 from train.data.images.crop import Framing, Size
 from train.data.images.decode import DamagedImage
-from train.data.order.permutation import InOrder, Order, shuffled
+from train.data.order.permutation import InOrder, Order, Shifted, shuffled
 from train.data.order.rng import Positions, Purpose, uniform, uniforms
 from train.data.sources.splits import Source
 from train.data.sources.streams import Example, Stream
@@ -59,6 +60,12 @@ class ImageDataset(Generic[Drawn]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def shifted(self, shift: int) -> Self:
+        """Return the same dataset in an order in which position p is now p + shift; see `Shifted`."""
+        dataset = copy.copy(self)
+        dataset.order = Shifted(self.order, shift)
+        return dataset
+
     def __getitems__(self, positions: Positions, /) -> ImageBatch[Drawn]:
         positions = np.asarray(positions, np.int64)
         indices = self.order.at(positions)
@@ -74,6 +81,14 @@ class ImageDataset(Generic[Drawn]):
             index = self.order.substitute(position, attempt)
 
 
+@dataclass(frozen=True)
+class StreamOrder:
+    """Order of a stream's examples, whose epochs have a length that isn't known."""
+
+    identity: str
+    length: int = 0
+
+
 class StreamDataset(Generic[Drawn]):
     """Images and captions of a stream, in order from any start position. An example's index is its position.
 
@@ -81,8 +96,15 @@ class StreamDataset(Generic[Drawn]):
     """
 
     def __init__(self, stream: Stream, framing: Framing, seed: int, *, draws: Draws[Drawn] | None = None) -> None:
-        self.stream, self.seed, self.reported = stream, seed, 0
+        self.stream, self.seed, self.reported, self.shift = stream, seed, 0, 0
+        self.order = StreamOrder(f"{stream.buffer_size} {seed}")
         self.builder = _BatchBuilder(framing, seed, draws)
+
+    def shifted(self, shift: int) -> Self:
+        """Return the same dataset in an order in which position p is now p + shift, which must be at least 0."""
+        dataset = copy.copy(self)
+        dataset.shift = shift
+        return dataset
 
     def read(self, parts: Iterable[Sequence[int]], workers: int, ahead: int) -> Iterator[ImageBatch[Drawn]]:
         """Yield a batch for each part. The positions of a part must be consecutive, and later than the last part's."""
@@ -91,7 +113,7 @@ class StreamDataset(Generic[Drawn]):
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for part in parts:
                 if examples is None:
-                    examples, following = self.stream.examples(self.seed, part[0]), part[0]
+                    examples, following = self.stream.examples(self.seed, part[0] + self.shift), part[0]
                 own = list(itertools.islice(examples, part[0] - following, part[-1] + 1 - following))
                 following = part[-1] + 1
                 pending.append(pool.submit(self._batch, part, own))

@@ -18,6 +18,7 @@ def loader(
     start_step: int,
     steps: int,
     batch_size: int,
+    offset: int = 0,
     rank: int = 0,
     world: int = 1,
     accumulation: int = 1,
@@ -27,11 +28,14 @@ def loader(
 ) -> Iterator[list[Batch]]:
     """Prefetch this rank's `accumulation` parts of the batch of each step start_step … steps − 1, in workers.
 
-    The batches are the same for any number of workers. Raises UserError if the batch size isn't divisible.
+    offset: position of step 0's first example; not 0 if earlier steps had another batch size. The batches are the same
+    for any number of workers. Raises UserError if the batch size isn't divisible.
     """
     positions(0, batch_size, rank, world, accumulation)  # raise here rather than in a worker
     plan = (
-        p.tolist() for step in range(start_step, steps) for p in positions(step, batch_size, rank, world, accumulation)
+        (p + offset).tolist()
+        for step in range(start_step, steps)
+        for p in positions(step, batch_size, rank, world, accumulation)
     )
     batches: Iterator[Any]
     if isinstance(dataset, StreamDataset):

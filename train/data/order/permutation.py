@@ -1,6 +1,6 @@
 """Order of examples in training: a permutation that is computed, not stored.
 
-Training position epoch · n + place has the example permutation(seed, epoch)[place]. The permutation is a Feistel
+Position epoch · n + place has the example permutation(seed, epoch)[place]. The permutation is a Feistel
 network (Luby & Rackoff 1988) over the smallest power of four that is at least n, with the round function splitmix64
 (Steele et al. 2014). A value outside [0, n) passes through the network again until it is inside ("cycle walking",
 Black & Rogaway 2002), which keeps the map a bijection. Memory is constant and any place can be computed directly, so
@@ -8,6 +8,7 @@ resuming needs one number. For few examples, such a small Feistel network doesn'
 the order is drawn directly.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +22,22 @@ _ROUNDS = 8
 _DIRECT_LIMIT = 1024  # up to this many examples, the order is drawn directly
 
 
-class Order(Protocol):
-    """Order of examples: the example at each training position, and its substitutes if it is damaged."""
+class Epochs(Protocol):
+    """Division of an order of examples into epochs."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions in an epoch; 0 if it isn't known in advance."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for equal orders of the same dataset."""
+        ...
+
+
+class Order(Epochs, Protocol):
+    """Order of examples: the example at each position, and its substitutes if it is damaged."""
 
     def at(self, positions: Positions, /) -> NDArray[np.int64]:
         """Return the examples at these positions, (b,)."""
@@ -40,6 +55,14 @@ class Shuffled:
     n: int
     seed: int
 
+    @property
+    def length(self) -> int:
+        return self.n
+
+    @property
+    def identity(self) -> str:
+        return f"{self.n} {self.seed}"
+
     def at(self, positions: Positions) -> NDArray[np.int64]:
         return index_at(positions, self.n, self.seed)
 
@@ -53,12 +76,17 @@ class Repeated:
     def __init__(self, repeats: NDArray[np.int64], seed: int) -> None:
         """repeats: number of times of each example, (n,)."""
         self.ends, self.seed = np.cumsum(repeats), seed
+        self.length = int(self.ends[-1])
+
+    @property
+    def identity(self) -> str:
+        return f"{hashlib.sha256(self.ends.tobytes()).hexdigest()} {self.seed}"
 
     def at(self, positions: Positions) -> NDArray[np.int64]:
-        return np.searchsorted(self.ends, index_at(positions, int(self.ends[-1]), self.seed), side="right")
+        return np.searchsorted(self.ends, index_at(positions, self.length, self.seed), side="right")
 
     def substitute(self, position: int, attempt: int) -> int:
-        place = substitute(position, attempt, int(self.ends[-1]), self.seed)
+        place = substitute(position, attempt, self.length, self.seed)
         return int(np.searchsorted(self.ends, place, side="right"))
 
 
@@ -68,11 +96,41 @@ def shuffled(n: int, seed: int, repeats: NDArray[np.int64] | None = None) -> Ord
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """Another order that starts at another position: position p is `order`'s position p + shift."""
+
+    order: Order
+    shift: int
+
+    @property
+    def length(self) -> int:
+        return self.order.length
+
+    @property
+    def identity(self) -> str:
+        return self.order.identity
+
+    def at(self, positions: Positions) -> NDArray[np.int64]:
+        return self.order.at(np.asarray(positions, np.int64) + self.shift)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        return self.order.substitute(position + self.shift, attempt)
+
+
+@dataclass(frozen=True)
 class InOrder:
     """Order for a pass over all examples: position p is example p mod n."""
 
     n: int
     seed: int
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    @property
+    def identity(self) -> str:
+        return f"{self.n} in order"
 
     def at(self, positions: Positions) -> NDArray[np.int64]:
         return np.mod(np.asarray(positions, np.int64), self.n)
