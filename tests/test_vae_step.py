@@ -86,6 +86,19 @@ def test_the_loss_is_the_sum_of_its_terms(learn_logvar: bool, adaptive: bool, tr
     assert float(out.metrics["adversarial_weight"]) == pytest.approx(float(weight), rel=1e-4)
 
 
+def test_a_perceptual_distance_of_weight_0_is_measured_but_not_trained_on(
+    shapes: Path, tmp_path: Path, small_clip: Path
+) -> None:
+    measured = PerceptualConfig(kind="clip", model=str(small_clip), weight=0)
+    for name, perceptual in (("measured", measured), ("none", PerceptualConfig())):
+        train.stages.vae.train(config(shapes, tmp_path / name, steps=2, perceptual=perceptual))
+    with_distance, without = (logged(tmp_path / name) for name in ("measured", "none"))
+    assert any(line.get("val_perceptual", 0) > 0 for line in with_distance)
+    assert not any("perceptual" in line for line in with_distance)
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (with_distance, without)]
+    assert losses[0] == losses[1]
+
+
 def test_the_loss_weights_of_rombach_et_al_apply() -> None:
     """Their loss, a sum over an image, is ours times 3·H·W, and so is the gradient, adaptive weight included."""
     vae, discriminator, b = small_vae(), PatchDiscriminator(8, 2), vae_batch()

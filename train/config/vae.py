@@ -70,8 +70,9 @@ class PerceptualConfig:
     model: Location = ""
     """Folder or hub id of the CLIP, e.g. a stage 0 run, or file of torchvision's VGG16 or AlexNet weights.
     Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
-    weight: float = Field(default=1.0, gt=0)
-    """Weight of the perceptual loss; the reconstruction error has weight 1."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the perceptual loss; the reconstruction error has weight 1.
+    0: the distance is measured on the held-out images, but not trained on."""
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:

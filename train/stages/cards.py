@@ -100,7 +100,7 @@ def about_vae(config: VaeConfig, vae: AutoencoderKL) -> About:
     shape, adversarial, distance = vae.config, config.adversarial, config.perceptual
     factor = 2 ** (len(shape.block_out_channels) - 1)
     loss = [config.reconstruction, f"KL × {config.kl_weight:g}"]
-    loss += [f"{distance.kind} × {distance.weight:g}"] * (distance.kind != "none")
+    loss += [f"{distance.kind} × {distance.weight:g}"] * (distance.kind != "none" and distance.weight > 0)
     loss += [f"{adversarial.kind} discriminator × {adversarial.weight:g}"] * (adversarial.kind != "none")
     return About(
         name="autoencoder",

@@ -178,7 +178,7 @@ def _distances(config: VaeConfig, perceptual: nn.Module | None) -> list[Term[Rec
     """Return the terms that compare images; `adaptive_weight` compares the adversarial gradient with their gradient."""
     kind = config.reconstruction
     terms = [Term[Reconstruction]("reconstruction", 1.0, lambda r: reconstruction_loss(kind, r.decoded, r.target))]
-    if perceptual is not None:
+    if perceptual is not None and config.perceptual.weight:
         terms.append(Term("perceptual", config.perceptual.weight, lambda r: perceptual(r.decoded, r.target)))
     return terms
 
