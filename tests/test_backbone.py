@@ -1,6 +1,7 @@
 """The interface of backbones with a second network, a transformer that only this file defines; and tasks."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,7 +20,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.samplers import SamplerKind
 from support.draws import generators
 from support.images import box_mask, smooth_images
-from support.models import PROMPTS, tiny_pipeline
+from support.models import PROMPTS, small_unet, tiny_pipeline
 from support.runs import final_state, ldm_config
 from train.config.ldm import DiffusionConfig, LdmConfig
 from train.config.optimizer import OptimizerConfig
@@ -202,3 +203,11 @@ def test_the_unet_reports_its_properties() -> None:
     other.autoencoder.latent_channels = 8
     with pytest.raises(UserError, match="the network has 4 input channels, but the autoencoder's latents have 8"):
         LatentDiffusionPipeline(other.unet, other.autoencoder, other.text_encoder, other.process)
+
+
+def test_the_time_embedding_of_the_unet_is_sinusoidal() -> None:
+    d = small_unet().config.block_out_channels[0]
+    index = torch.tensor([0, 1, 500, 999])
+    waves = [10000 ** (-2 * k / d) for k in range(d // 2)]
+    expected = [[math.cos(w * i) for w in waves] + [math.sin(w * i) for w in waves] for i in index.tolist()]
+    torch.testing.assert_close(small_unet().time_proj(index), torch.tensor(expected), rtol=0, atol=1e-4)

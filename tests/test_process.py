@@ -264,6 +264,19 @@ def transported(velocity, x, start, end, steps):
     return x
 
 
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (300, 301), (500, 900), (998, 999)])
+def test_the_noise_of_one_step_is_regressed_on_all_the_noise(s, t):
+    # Noise of x_t, sigma_t eps = alpha_ts sigma_s eps_s + sqrt(beta) z: E[z | x_t] = slope E[eps | x_t].
+    schedule = Schedule.build("scaled_linear")
+    s, t = schedule.level(s), schedule.level(t)
+    earlier, step = t.alpha / t.sigma * s.sigma / s.alpha, math.sqrt(step_variance(s, t)) / t.sigma
+    assert math.hypot(earlier, step) == pytest.approx(1)  # eps has variance 1, so the slope is the covariance
+    eps_s, z = draw(2, 100_000, seed=7)
+    eps = earlier * eps_s + step * z
+    assert float((eps * z).mean()) == pytest.approx(step, abs=0.02)
+    assert float((z - step * eps).var()) == pytest.approx(1 - step**2, abs=0.02)
+
+
 CELLS = 32  # a power of 2, so steps start on the grid without rounding
 ODES = {
     "linear": Schedule.build("linear", CELLS, 0.005, 0.3),
