@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from ldm.errors import RunError, UserError, one_line
 from train.config.load import first_error
+from train.output import make_printable
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
 
 
 def _run(main: Callable[[], None]) -> NoReturn:
-    _print_any_text()
+    make_printable()
     warnings.filterwarnings("ignore", module="huggingface_hub")  # its warnings are about calls by other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()
@@ -80,18 +80,6 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         _exit(130, "interrupted")
     raise SystemExit(0)
-
-
-def _print_any_text() -> None:
-    """Print characters that the terminal's encoding doesn't have as escapes, here and in the processes started here.
-
-    Captions, prompts and file names may contain any character. Without this, printing one of them may end a command.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]
-    os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
 
 
 def _quieten() -> None:

@@ -14,9 +14,10 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.errors import UserError, one_line
+from ldm.errors import UserError, is_printable, one_line
 from train.config.options import Option, field_names, read_options, similar
 from train.config.shipped import find_config, shipped, unknown_config
+from train.output import help_output, unescaped
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -62,7 +63,8 @@ def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
     config = overlay(kind, default, arguments, flags=False, usage=usage, about=about, also=["print_config"])
     config.check()
     if show:
-        print(dump(config), end="")
+        text = dump(config)
+        unescaped(text).write(text)
         raise SystemExit(0)
     return config
 
@@ -135,14 +137,15 @@ def overlay(
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
-        tyro.cli(
-            kind,
-            prog=f"{Path(sys.argv[0]).name} {usage}".rstrip(),
-            description="\n\n".join(map(wrapped, f"{kind.__doc__}\n\n{about}".rstrip().split("\n\n"))),
-            default=default,
-            args=["--help"],
-            config=() if flags else (tyro.conf.FlagConversionOff,),
-        )
+        with help_output(yaml.safe_dump(plain(default), allow_unicode=True)):  # the defaults are shown
+            tyro.cli(
+                kind,
+                prog=f"{Path(sys.argv[0]).name} {usage}".rstrip(),
+                description="\n\n".join(map(wrapped, f"{kind.__doc__}\n\n{about}".rstrip().split("\n\n"))),
+                default=default,
+                args=["--help"],
+                config=() if flags else (tyro.conf.FlagConversionOff,),
+            )
     options = read_options(kind, arguments, flags=flags, also=also)
     tree = asdict(default)  # type: ignore[call-overload]
     for name, option in options.items():
@@ -169,8 +172,10 @@ def plain(config: object) -> dict[str, Any]:
 
 
 def dump(config: object) -> str:
-    """Convert a configuration to YAML that `parse` can read."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    """Convert a configuration to YAML that `parse` can read. Unprintable characters are escaped as in YAML."""
+    values = plain(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text if is_printable(text) else yaml.safe_dump(values, sort_keys=False)
 
 
 def first_error(error: ValidationError, options: Mapping[str, Option] | None = None, names: Sequence[str] = ()) -> str:

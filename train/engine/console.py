@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from ldm.errors import printable
+
 Item = TypeVar("Item")
 
 
@@ -17,7 +19,7 @@ class Console:
 
     def __call__(self, text: str) -> None:
         if self.main:
-            tqdm.write(text)
+            tqdm.write(printable(text))
             sys.stdout.flush()
 
     def progress(self, items: Iterable[Item], total: int, doing: str) -> Iterable[Item]:
