@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoencoder.preview import Colours
 from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
-from ldm.formats.hub import is_hub_id, load_network, model_folder
+from ldm.formats.hub import WEIGHTS, fetch, is_hub_id, load_network, model_folder
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
 _FIRST_LOGVAR = -6.0  # log variance of the posterior before training, a standard deviation of 0.05
@@ -106,21 +106,24 @@ class Autoencoder:
         """Read a folder (an AutoencoderKL, a pipeline with `vae/` in it, or a run) or a hub id; safetensors only."""
         where = model_folder(where)
         folder = Path(where)
-        if folder.is_dir():
-            folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-            if not (folder / "config.json").is_file():
-                raise UserError(f"{str(where)!r} contains no autoencoder: must contain config.json or vae/config.json")
-            where = folder
-        elif not is_hub_id(str(where)):
-            raise UserError(f"no autoencoder at {str(where)!r}: give the model/ folder of a train_vae run, or a hub id")
-        vae: AutoencoderKL = load_network(AutoencoderKL, where, f"an autoencoder from {str(where)!r}")
+        if not folder.is_dir():
+            if not is_hub_id(str(where)):
+                raise UserError(
+                    f"no autoencoder at {str(where)!r}: give the model/ folder of a train_vae run, or a hub id"
+                )
+            files = [part + file for part in ("", "vae/") for file in ("config.json", "preview.json")]
+            folder = fetch(str(where), files, {"": WEIGHTS, "vae/": WEIGHTS})
+        folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{str(where)!r} contains no autoencoder: must contain config.json or vae/config.json")
+        vae: AutoencoderKL = load_network(AutoencoderKL, folder, f"an autoencoder from {str(where)!r}")
         if vae.config.get("shift_factor") or vae.config.get("latents_mean"):
             raise UserError(
                 f"the autoencoder at {str(where)!r} sets shift_factor or latents_mean, which diffusers' own "
                 "pipelines ignore: use one that sets only scaling_factor"
             )
         autoencoder = cls(vae)
-        autoencoder.colours = Colours.load(where, autoencoder.latent_channels)
+        autoencoder.colours = Colours.load(folder, autoencoder.latent_channels)
         return autoencoder
 
     def save(self, folder: str | Path) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -29,15 +28,18 @@ from conditioning.openclip import PREFIX, load_openclip
 from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize
 from ldm.errors import UserError, one_line
 from ldm.formats.clip_layout import empty_text_model, tower_of
-from ldm.formats.hub import fetch, is_hub_id, model_folder
+from ldm.formats.hub import fetch, fill, is_hub_id, model_folder, read_weights, weight_files
 
 # Names of the text tower's weights in a CLIPModel or a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
 _PREFIX = "text_model."
+_STEM = "model"  # start of the names of the weights' files
 _CHUNKS = "prompt_chunks"  # key in the text encoder's config.json, which transformers ignores
-_FILES = (  # files of a hub repository
-    *("config.json", "model.safetensors", "model-*-of-*.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+_UNUSED = re.compile(  # weights of a whole CLIP that aren't in its text tower's encodings
+    r"(?:text_model\.)?embeddings\.position_ids|vision_model\..+|(?:visual|text)_projection\..+|logit_(?:scale|bias)"
+)
+_FILES = (  # files of a hub repository, besides the weights
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
 )
 
 
@@ -203,17 +205,15 @@ def _read_tower(folder: Path) -> CLIPTextModel:
     """
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = empty_text_model(stored)  # without memory or random numbers until the shapes are checked
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise UserError("model.safetensors is missing beside config.json (pickled weights are never read)")
-    weights = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in list(tensors.keys()):
-                if (name := _TOWER.fullmatch(key)) and not key.endswith("position_ids"):
-                    weights[name[1]] = tensors.get_tensor(key)
-    tower_of(model).load_state_dict(weights, strict=True, assign=True)
+    weights = read_weights(weight_files(folder, _STEM))
+    fill(
+        tower_of(model),
+        {
+            match[1] if (match := _TOWER.fullmatch(name)) else name: value
+            for name, value in weights.items()
+            if not _UNUSED.fullmatch(name)
+        },
+    )
     return model
 
 
@@ -221,4 +221,5 @@ def _download(name: str) -> Path:
     """Download only the text encoder and the tokenizer of a hub repository, and never pickles."""
     if not is_hub_id(name):
         raise UserError(f"{name}: must be an existing folder or a hub id (owner/name)")
-    return fetch(name, [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _FILES])
+    files = [part + file for part in ("", "text_encoder/", "tokenizer/") for file in _FILES]
+    return fetch(name, files, {"": _STEM, "text_encoder/": _STEM})

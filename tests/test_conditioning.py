@@ -500,11 +500,11 @@ def test_unreadable_folders_are_refused_with_a_reason(encoder, clip, tokenizer, 
     folder = broken("missing weight")
     weights = load_file(folder / "text_encoder" / "model.safetensors")
     save_file(dict(list(weights.items())[1:]), folder / "text_encoder" / "model.safetensors")
-    refused("Missing key", folder)
+    refused("the weight .* is missing", folder)
     folder = broken("other shape")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    refused("size mismatch", folder)
+    refused(r"has shape \(.*, but config.json needs", folder)
     folder = broken("truncated")
     file = folder / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -408,17 +408,3 @@ def test_other_channel_counts_are_refused(pipe):
     widen(unet, 8)
     with pytest.raises(UserError, match="has 8 input channels"):
         LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process)
-
-
-@pytest.mark.parametrize("part", ["unet", "vae"])
-def test_folders_without_plain_safetensors_are_refused_in_one_line(saved, tmp_path, part):
-    """Folders with pickled weights, and with variants such as fp16."""
-    folder = tmp_path / "model"
-    shutil.copytree(saved, folder)
-    weights = folder / part / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(UserError, match=r"it has no diffusion_pytorch_model\.safetensors; pickles and variants"):
-        LatentDiffusionPipeline.from_pretrained(folder)
-    weights.with_name("diffusion_pytorch_model.fp16.safetensors").rename(weights.with_suffix(".bin"))
-    with pytest.raises(UserError, match=r"it has no diffusion_pytorch_model\.safetensors; pickles and variants"):
-        LatentDiffusionPipeline.from_pretrained(folder)

@@ -1,29 +1,28 @@
-"""Models by name: a local folder or a hub repository."""
+"""Models by name: a local folder or a hub repository, and the weights in it, all of which must fit."""
 
+import json
 import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ldm.errors import UserError, one_line
 
-_WEIGHTS = "diffusion_pytorch_model"  # start of the names of diffusers' weight files
-_PATTERNS = [  # files that are downloaded
-    "model_index.json",
-    "*/*config.json",
-    "tokenizer/*.json",
-    "tokenizer/*.txt",
-    "vae/preview.json",
-    *(
-        f"{part}/{_WEIGHTS}{kind}"
-        for part in ("unet", "vae")
-        for kind in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
-    ),
-    *(f"text_encoder/model{kind}" for kind in (".safetensors", "-*-of-*.safetensors")),
-]
+WEIGHTS = "diffusion_pytorch_model"
+"""Start of the names of diffusers' weight files."""
+_STEMS = {"unet/": WEIGHTS, "vae/": WEIGHTS, "text_encoder/": "model"}
+_VARIANTS = ("fp16", "bf16")  # variants of weights that are read if there are no others
+_FILES = ("model_index.json", "*/*config.json", "tokenizer/*.json", "tokenizer/*.txt", "vae/preview.json")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+_ADAPTER = re.compile(r"\.base_layer\.|\.lora_|_lora\.")
+_EARLIER_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 """Subfolders of a pipeline's folder."""
 
@@ -56,11 +55,28 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "model_index.json"))
 
 
-def fetch(name: str, patterns: Sequence[str]) -> Path:
+def fetch(name: str, patterns: Sequence[str], stems: Mapping[str, str] | None = None) -> Path:
     """Download the files of a hub repository that match the patterns, and return their folder.
 
-    Raises UserError if that fails.
+    stems: start of the names of weights to download too, by their folder's prefix; a variant only if there are no
+    others. Raises UserError if that fails.
     """
+    stems = dict(stems or {})
+    folder = _fetch(name, [*patterns, *_patterns(stems, "")])
+    tried = [""]
+    for variant in _VARIANTS:
+        for prefix in [*stems]:
+            part = folder / prefix
+            found = any(any(part.glob(kind)) for each in tried for kind in _patterns({"": stems[prefix]}, each))
+            if found or not (part / "config.json").is_file():
+                del stems[prefix]
+        if stems:
+            tried.append(f".{variant}")
+            folder = _fetch(name, [*patterns, *_patterns(stems, tried[-1])])
+    return folder
+
+
+def _fetch(name: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*patterns]))
     except Exception as error:  # the hub's client raises many errors without a common base class
@@ -68,25 +84,114 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"{name!r} is not a local folder, and can't be downloaded from the hub: {reason}") from error
 
 
-def load_network(network_class: Any, folder: str | Path, description: str) -> Any:
-    """Load a network of a diffusers class from a folder or a hub id, on the CPU, from safetensors only.
+def _patterns(stems: Mapping[str, str], variant: str) -> list[str]:
+    """Return patterns of the weights' files. variant: "" or its name after a point."""
+    kinds = (f"{variant}.safetensors", f"{variant}-*-of-*.safetensors", f".safetensors.index{variant}.json")
+    return [prefix + stem + kind for prefix, stem in stems.items() for kind in kinds]
 
-    Raises UserError if it can't be read. description: the network in that message, e.g. "the UNet of 'runs/ldm/model'".
+
+def weight_files(folder: str | Path, stem: str = WEIGHTS) -> list[Path]:
+    """Return the safetensors files of a network: one, or the shards that an index names; else those of a variant.
+
+    stem: start of the files' names. Raises UserError if there are none, or if a shard is missing.
     """
+    folder = Path(folder)
+    for variant in ("", *(f".{name}" for name in _VARIANTS)):
+        single = folder / f"{stem}{variant}.safetensors"
+        if single.is_file():
+            return [single]
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        shards = [_SHARD.fullmatch(path.name) for path in sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))]
+        names: set[str] = set()
+        if index.is_file():
+            names = _shards_of(index)
+        elif shards and (shard := shards[0]):
+            names = {f"{shard[1]}-{k + 1:05}-of-{shard[2]}.safetensors" for k in range(int(shard[2]))}
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            raise UserError(f"the shard {missing[0]} is missing: copy or download it again")
+        if names:
+            return [folder / name for name in sorted(names)]
+    raise UserError(
+        f"it has no {stem}.safetensors, nor a variant of it ({', '.join(_VARIANTS)}); pickles are never read"
+    )
+
+
+def _shards_of(index: Path) -> set[str]:
+    """Return the names of the files that an index lists. Raises UserError if it isn't an index of its folder."""
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    if outside := next((n for n in names if not isinstance(n, str) or Path(n).name != n), None):
+        raise UserError(f"{index.name} names {outside!r}: must be a file in the same folder")
+    return set(names)
+
+
+def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Read safetensors files, by the weights' names. Raises UserError if one can't be read."""
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                weights |= {name: file.get_tensor(name) for name in list(file.keys())}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path.name} can't be read as safetensors: {one_line(error, 200)}") from None
+    return weights
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Give a module weights of exactly its names and shapes, as copies. dtype: None keeps that of the weights.
+
+    The module may have been built without memory. Raises UserError that names the first weight that is missing,
+    unexpected, of another shape, or not a finite floating-point number.
+    """
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    adapter = any(map(_ADAPTER.search, weights))
+    hint = "; an adapter is attached: merge it into the weights, or remove it, and save again" if adapter else ""
+    for name in sorted(shapes.keys() - weights.keys()):
+        raise UserError(f"the weight {name} is missing{hint}")
+    for name in sorted(weights.keys() - shapes.keys()):
+        raise UserError(f"it has a weight {name}, which the network in config.json doesn't have{hint}")
+    for name, shape in shapes.items():
+        weight = weights[name]
+        if tuple(weight.shape) != shape:
+            raise UserError(f"the weight {name} has shape {tuple(weight.shape)}, but config.json needs {shape}")
+        if not weight.is_floating_point():
+            raise UserError(f"the weight {name} is {weight.dtype}: must be floating-point numbers")
+    copies = {name: weight.to(dtype or weight.dtype, copy=True) for name, weight in weights.items()}
+    for name, weight in copies.items():
+        if not weight.isfinite().all():
+            raise UserError(f"the weight {name} contains NaN or infinity: use an earlier copy of the model")
+    module.load_state_dict(copies, strict=True, assign=True)
+
+
+def load_network(
+    network_class: Any, folder: str | Path, description: str, check: Callable[[Mapping[str, Any]], None] | None = None
+) -> Any:
+    """Load a network of a diffusers class from a folder, float32, on the CPU, from safetensors only; see `fill`.
+
+    check: called with its configuration, before weights are read. description: the network in an error's message,
+    e.g. "the UNet of 'runs/ldm/model'". Raises UserError if the network can't be read.
+    """
+    folder, expected = Path(folder), network_class.__name__
     try:
-        expected = network_class.__name__
-        class_name = network_class.load_config(str(folder)).get("_class_name", expected)
-        if class_name != expected:  # diffusers only warns, and initialises weights that don't fit at random
-            raise ValueError(f"its config.json has _class_name {class_name}, not {expected}")
-        network = network_class.from_pretrained(str(folder), use_safetensors=True, low_cpu_mem_usage=False)
-        network.register_to_config(_name_or_path="")  # else saved files would contain this machine's paths
-        return network
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = one_line(error)
-        weights = [*Path(folder).glob(f"{_WEIGHTS}.safetensors"), *Path(folder).glob(f"{_WEIGHTS}-*")]
-        if os.path.isdir(folder) and not weights:
-            reason = f"it has no {_WEIGHTS}.safetensors; pickles and variants such as fp16 aren't read"
-        raise UserError(f"can't load {description}: {reason}") from None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise UserError("its config.json is not a JSON object")
+        if (class_name := config.get("_class_name", expected)) != expected:
+            raise UserError(f"its config.json has _class_name {class_name}, not {expected}")
+        if kind := config.get("quantization_config"):
+            raise UserError(f"its weights are quantised ({one_line(kind, 60)}): use the original ones")
+        if check is not None:
+            check(config)
+        with torch.device("meta"):
+            network = network_class.from_config(config)
+        weights = read_weights(weight_files(folder))
+        renamed = {_EARLIER_ATTENTION.sub(lambda m: _ATTENTION[m[0]], name): value for name, value in weights.items()}
+        fill(network, renamed, torch.float32)
+    except MemoryError:
+        raise
+    except Exception as error:  # for a damaged configuration, diffusers may raise any error
+        raise UserError(f"can't load {description}: {one_line(error, 300)}") from None
+    network.register_to_config(_name_or_path="")  # else saved files would contain this machine's paths
+    return network.eval()
 
 
 def find_pipeline(folder_or_id: str | Path, parts: Sequence[str] = PARTS) -> Path:
@@ -100,7 +205,7 @@ def find_pipeline(folder_or_id: str | Path, parts: Sequence[str] = PARTS) -> Pat
             raise UserError(
                 f"no pipeline at {str(folder_or_id)!r}: give a folder such as runs/ldm/model, or a hub id owner/name"
             )
-        folder = fetch(str(folder_or_id), _PATTERNS)
+        folder = fetch(str(folder_or_id), _FILES, _STEMS)
     if missing := [part for part in parts if not (folder / part).is_dir()]:
         subfolders = ", ".join(f"{part}/" for part in missing)
         raise UserError(f"{str(folder_or_id)!r} is not a complete pipeline folder: missing {subfolders}")

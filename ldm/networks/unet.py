@@ -3,22 +3,46 @@
 Only this module and the single-file format, which stores a UNet, read the fields of diffusers' UNet2DConditionModel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.formats.hub import load_network
+from ldm.formats.hub import WEIGHTS, load_network
 from ldm.networks.attention import AttentionBackend, use_attention
 from ldm.networks.backbone import Backbone
 
-_WEIGHTS = "diffusion_pytorch_model"  # start of the names of the weights' files
 _INPAINTING_CHANNELS = 9  # input channels of diffusers' inpainting UNets
+_BLOCKS = (
+    "CrossAttnDownBlock2D",
+    "DownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UNetMidBlock2D",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+    "ResnetUpsampleBlock2D",
+)
+_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "addition_embed_type": ((None, "text"), "a UNet with additional inputs"),
+    "time_cond_proj_dim": ((None,), "a UNet that reads the guidance scale, such as a latent consistency model"),
+    "class_embed_type": ((None,), "a class-conditional UNet"),
+    "num_class_embeds": ((None,), "a class-conditional UNet"),
+    "encoder_hid_dim": ((None,), "a UNet with a projection of its condition"),
+    "encoder_hid_dim_type": ((None,), "a UNet with a projection of its condition"),
+    "dual_cross_attention": ((False, None), "a UNet with two conditions"),
+    "attention_type": (("default",), "a UNet with positioned objects (GLIGEN)"),
+    "cross_attention_norm": ((None,), "a UNet whose attention normalises its condition"),
+    "only_cross_attention": ((False, None), "a UNet without self-attention"),
+    "mid_block_only_cross_attention": ((None, False), "a UNet without self-attention"),
+}
+"""Supported values of a UNet's config.json, the default first, and what another value means. `AttentionProcessor` and
+the calls of the UNet would ignore such a setting or fail."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +168,32 @@ def build_unet(
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
     """Load the UNet of a pipeline's folder, on the CPU. Raises UserError if it can't be read."""
     unet: UNet2DConditionModel = load_network(
-        UNet2DConditionModel, Path(folder) / UNet.part, f"the UNet of {str(folder)!r}"
+        UNet2DConditionModel, Path(folder) / UNet.part, f"the UNet of {str(folder)!r}", check_supported
     )
     use_attention(unet)
     return unet
 
 
+def check_supported(config: Mapping[str, Any]) -> None:
+    """Raise UserError for the config.json of a UNet that needs other inputs or attention than Stable Diffusion's."""
+    for name, (supported, kind) in _SUPPORTED.items():
+        if (value := config.get(name, supported[0])) not in supported:
+            if name == "addition_embed_type" and value == "text_time":
+                kind = "a UNet of Stable Diffusion XL"
+            raise UserError(f"{name} {value!r}: {kind}, which isn't supported; use a UNet like Stable Diffusion 1 or 2")
+    blocks = (*config.get("down_block_types", ()), config.get("mid_block_type"), *config.get("up_block_types", ()))
+    if unsupported := [block for block in blocks if block and block not in _BLOCKS]:
+        raise UserError(f"block {unsupported[0]!r}: must be one of {', '.join(_BLOCKS)}")
+    side, width = config.get("sample_size"), config.get("cross_attention_dim", 1280)
+    if not isinstance(side, int) and not (isinstance(side, list) and len(side) == 2):
+        raise UserError(f"sample_size {side!r}: must be the side of the latents, e.g. 64, or their height and width")
+    if not isinstance(width, int):
+        raise UserError(f"cross_attention_dim {width!r}: must be one number for the whole UNet")
+
+
 def weight_files(folder: str | Path) -> list[Path]:
     """Return the UNet's weight files in a pipeline's folder, sorted by name."""
-    return sorted((Path(folder) / UNet.part).glob(f"{_WEIGHTS}*.safetensors"))
+    return sorted((Path(folder) / UNet.part).glob(f"{WEIGHTS}*.safetensors"))
 
 
 @torch.no_grad()
