@@ -23,6 +23,7 @@ from ldm.errors import one_line
 from ldm.formats import MAX_PIXELS
 from ldm.formats.images import is_sideways, to_rgb
 from train.data.images import Crop
+from train.data.images.complete import load_complete
 
 
 def _register_heif() -> bool:
@@ -70,14 +71,14 @@ def load_image(
 
     name: for messages; empty: the path. Raises DamagedImage, or OSError if the machine failed and not the file.
     """
-    with _open(file, name, max_pixels) as image:
-        image.load()
+    with _open(file, name, max_pixels) as (image, content):
+        load_complete(image, content)
         return to_rgb(image, background)
 
 
 def image_size(file: bytes | Path, *, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return width and height of load_image's result, read from the file's header. Raises the same errors."""
-    with _open(file, name, max_pixels) as image:
+    with _open(file, name, max_pixels) as (image, _):
         width, height = image.size
         return (height, width) if is_sideways(image) else (width, height)
 
@@ -120,17 +121,21 @@ def to_tensor(
 
 
 @contextmanager
-def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image within the limit, without decoding it. Errors inside become DamagedImage."""
+def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[tuple[Image.Image, bytes]]:
+    """Open an image within the limit, without decoding it. Errors inside become DamagedImage.
+
+    Yields the image and the file's content.
+    """
     name = name or (str(file) if isinstance(file, Path) else "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged file raises an exception; warnings add nothing
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            content = file.read_bytes() if isinstance(file, Path) else file
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     reason = f"{image.width} × {image.height} pixels; up to {max_pixels:,} are accepted"
                     raise DamagedImage(name, reason)
-                yield image
+                yield image, content
     except (DamagedImage, MemoryError):
         raise
     except UnidentifiedImageError:
