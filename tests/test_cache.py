@@ -116,10 +116,10 @@ def latents_of(tmp_path, source, encode, digest="one", messages=None, **options)
     )
 
 
-def text_of(tmp_path, source, encode, **options):
+def text_of(tmp_path, source, encode, digest="text", **options):
     processes = options.pop("processes", Processes(print=lambda _: None))
     return TextCache.open(
-        tmp_path / "cache", source, encode, digest="text", shape=TEXT, batch_size=4, processes=processes, **options
+        tmp_path / "cache", source, encode, digest=digest, shape=TEXT, batch_size=4, processes=processes, **options
     )
 
 
@@ -468,6 +468,45 @@ def test_only_a_damaged_shard_is_built_again(tmp_path, where):
     assert latents.damaged.nonzero()[0].tolist() == [9]
     assert others.items() <= stamps(tmp_path).items()
     assert path.exists() == (where in ("missing records", "missing json"))  # another process may be writing them
+    latents_of(tmp_path, source, never)
+
+
+@pytest.mark.parametrize("made_by", ["another encoder", "another type of number", "an earlier version's other type"])
+def test_another_cache_in_place_of_a_folder_is_not_used(tmp_path, made_by):
+    """All its sums are right, so nothing but the name in the shards, or their shape and type, tells them apart."""
+    source, messages = source_of(tmp_path), []
+    expected = latents_of(tmp_path, source, Encoder()).gather(np.arange(30))
+    mine = shard_files(tmp_path)[0].parent
+    other = {"digest": "other"} if made_by == "another encoder" else {"dtype": "float16"}
+    latents_of(tmp_path, source, lambda pixels: [2 * part for part in Encoder()(pixels)], **other)
+    (theirs,) = {path.parent for path in shard_files(tmp_path)} - {mine}
+    if made_by.startswith("an earlier version"):  # which didn't write the folder's name
+        for about in theirs.glob("*.json"):
+            about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "for"}))
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    assert torch.equal(latents_of(tmp_path, source, Encoder(), messages=messages).gather(np.arange(30)), expected)
+    assert ("damaged shards" if "earlier" in made_by else f"shards of another cache, {theirs.name!r}: 4") in messages[0]
+    assert torch.equal(latents_of(tmp_path, source, never).gather(np.arange(30)), expected)
+
+
+def test_a_text_cache_of_another_encoder_is_not_used(tmp_path):
+    """Its keys are the captions, which are the same."""
+    source = source_of(tmp_path)
+    expected = text_of(tmp_path, source, TextEncoder()).gather(np.arange(22))
+    mine = shard_files(tmp_path, "text")[0].parent
+    text_of(tmp_path, source, lambda captions: TextEncoder()(captions) + 1, digest="other")
+    (theirs,) = {path.parent for path in shard_files(tmp_path, "text")} - {mine}
+    shutil.rmtree(mine)
+    theirs.rename(mine)
+    assert torch.equal(text_of(tmp_path, source, TextEncoder()).gather(np.arange(22)), expected)
+
+
+def test_shards_of_earlier_versions_are_used(tmp_path):
+    source = source_of(tmp_path)
+    latents_of(tmp_path, source, Encoder())
+    for about in shard_files(tmp_path, suffix="json"):
+        about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "for"}))
     latents_of(tmp_path, source, never)
 
 

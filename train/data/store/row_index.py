@@ -53,6 +53,7 @@ class ShardIndex:
         self.listing = listing(folder)
         self.file_hashes: dict[str, str] = {}  # by shard: hash of its .npy
         self.damaged: list[str] = []  # shards with a wrong hash
+        self.foreign: dict[str, str] = {}  # shards of another folder, and its name
         self.bad: dict[int, str] = {}  # reasons, by shard << 32 | slot
         key, content_id, weak_keys, counts, aliases = bytearray(), bytearray(), bytearray(), [0], []
         unread = bytearray()  # content IDs of rows whose files couldn't be read
@@ -61,14 +62,17 @@ class ShardIndex:
                 about = json.loads((folder / f"{name}.json").read_bytes())
                 raw = (folder / f"{name}.idx").read_bytes()
                 intact = about["sum"] == about_hash(about) and about["index"] == hashlib.sha256(raw).hexdigest()
+                records = np.frombuffer(raw, "<u8").reshape(-1, 3, 2)
             except OSError:  # another process may be removing it now
                 continue
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 intact = False
             if not intact:
                 self.damaged.append(name)
                 continue
-            records = np.frombuffer(raw, "<u8").reshape(-1, 3, 2)
+            if (made_for := about.get("for", folder.name)) != folder.name:  # earlier versions didn't write it
+                self.foreign[name] = str(made_for)
+                continue
             if not about["rows"]:
                 aliases.append(records)
                 continue

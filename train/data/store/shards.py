@@ -4,7 +4,7 @@ All rows in a folder depend on the same settings. They are stored in shards of t
 
     NAME.npy    the rows, in any order
     NAME.idx    a record per row: digests of its key, its weak key and its content
-    NAME.json   the hashes of both, and the rows that couldn't be computed; written last
+    NAME.json   the hashes of both, the rows that couldn't be computed, and the folder's name; written last
 
 The key (a caption; or an image's location, name, size and time of change) identifies a row without reading its file.
 It changes if a file is copied or touched. So if no row has the key, the row is looked up by its weak key (the image's
@@ -160,7 +160,7 @@ def open_shards(
     _write_aliases(folder, rows, keys, np.flatnonzero(found < 0), index, processes)
     processes.barrier()
     index, found = _refresh(folder, keys, index, found)
-    _verify(folder, kind, index, found, processes)
+    _verify(folder, kind, index, found, shape, dtype, processes)
     processes.barrier()
     index, found = _refresh(folder, keys, index, found)
     missing = np.flatnonzero(found < 0)
@@ -222,18 +222,35 @@ def _write_aliases(
         _write(folder, np.stack([keys[own], weak_keys, contents], 1)[known])
 
 
-def _verify(folder: Path, kind: str, index: ShardIndex, found: NDArray[np.int64], processes: Processes) -> None:
-    """Remove damaged shards among those in use. Only a shard's name decides which process verifies it."""
+def _verify(
+    folder: Path,
+    kind: str,
+    index: ShardIndex,
+    found: NDArray[np.int64],
+    shape: tuple[int, ...],
+    dtype: Stored,
+    processes: Processes,
+) -> None:
+    """Remove damaged shards among those in use, and those of another folder.
+
+    Only a shard's name decides which process verifies it.
+    """
     stored = index.content_id[: len(index.shard)]
     in_use = locate(index.content_id[found[found >= 0]], stored) >= 0  # all copies of a row: any may be read later
     used = set(np.unique(index.shard[in_use]).tolist())
     own = {name for name in index.listing if zlib.crc32(name.encode()) % processes.world == processes.rank}
     to_verify = [name for k, name in enumerate(index.file_hashes) if k in used and name in own]
 
+    counts = dict(zip(index.file_hashes, np.bincount(index.shard, minlength=len(index.file_hashes)), strict=True))
+
     def is_intact(name: str) -> bool:
+        path = folder / f"{name}.npy"
         try:
-            return index.file_hashes[name] == _file_hash(folder / f"{name}.npy")
-        except FileNotFoundError:
+            if index.file_hashes[name] != _file_hash(path):
+                return False
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # only the header is read
+            return (rows.shape, rows.dtype) == ((counts[name], *shape), np.dtype(dtype))
+        except (FileNotFoundError, EOFError, ValueError, TypeError, OverflowError):
             return False
 
     with ThreadPoolExecutor(4) as pool:  # threads, because hashing releases the interpreter lock
@@ -244,7 +261,13 @@ def _verify(folder: Path, kind: str, index: ShardIndex, found: NDArray[np.int64]
     damaged += own.intersection(index.damaged)
     if damaged:
         processes.print(f"cache {folder}: damaged shards: {len(damaged)}; their rows are computed again")
-    for name in damaged:
+    foreign = own.intersection(index.foreign)
+    if foreign:
+        other = index.foreign[min(foreign)][:80]
+        processes.print(
+            f"cache {folder}: shards of another cache, {other!r}: {len(foreign)}; their rows are computed again"
+        )
+    for name in (*damaged, *foreign):
         _remove(folder, name)
 
 
@@ -319,7 +342,7 @@ def _write(
     """
     name, raw = secrets.token_hex(8), records.astype("<u8").tobytes()
     try:
-        about = {"rows": "", "index": hashlib.sha256(raw).hexdigest(), "bad": list(bad)}
+        about = {"rows": "", "index": hashlib.sha256(raw).hexdigest(), "bad": list(bad), "for": folder.name}
         if values is not None:
             path = folder / f"{name}.npy"
             with atomic_file(path) as file:
