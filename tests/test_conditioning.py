@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from conditioning.clip import ClipTextEncoder
@@ -30,6 +30,7 @@ from conditioning.token_tasks import Echo, Sketch, TokenTasks
 from conditioning.tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 from ldm.errors import UserError
 from support.models import small_clip_model
+from support.processes import run_in_processes
 from train.stages.caption_warnings import TruncatedCaptions
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -668,7 +669,7 @@ def test_two_processes_give_the_gradients_of_one(clip, tokenizer, tmp_path):
     """Captions with equal ids (here of different text, so they count) are on both processes: both must be gathered."""
     save_clip(clip, tokenizer, tmp_path)
     contrast_on(0, 1, str(tmp_path))
-    multiprocessing.spawn(contrast_on, (2, str(tmp_path)), nprocs=2)
+    run_in_processes(contrast_on, 2, str(tmp_path))
     one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     for name, value in one.items():
         for other in two:

@@ -1,18 +1,15 @@
 """The commands as a user runs them: all stages on a synthetic dataset and on own images, and their errors.
 
-The commands on Shapes run in their own processes. The others are forked from a server that has imported the libraries
+Some commands on Shapes start a Python of their own. The others are forked from a server that has imported the libraries
 already; each has its own arguments, outputs and exit status.
 """
 
 import hashlib
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from PIL import Image, ImageDraw
 from ldm.formats.png import read_png
 from support import ROOT
 from support.commands import OFFLINE, Ended, run_command
+from support.processes import run_forked
 
 TRAIN = "--steps 4 --batch-size 8 --optimizer.warmup 0 --log-every 1 --checkpoint-every 2"
 CLIP = f"{TRAIN} --text.width 32 --text.layers 1 --text.heads 2 --image.width 32 --image.layers 1 --image.heads 2"
@@ -33,37 +31,11 @@ def command(line: str) -> Ended:
     return run_command(*line.split())
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ended]]:
-    """forked(line) runs a command in a child of a server that has imported everything."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["train.stages.clip", "train.stages.vae", "train.stages.ldm", "diffusers.models.autoencoders"]
-    )
-
-    def run(line: str) -> Ended:
-        process = context.Process(target=_script, args=(line.split(), str(outputs)))
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, f"{line} does not end"
-        return Ended(process.exitcode, *((outputs / name).read_text() for name in ("out", "err")))
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in OFFLINE.items():
-            patch.setenv(name, value)
-        yield run
+def forked(line: str) -> Ended:
+    return run_forked(*line.split())
 
 
-def _script(line: list[str], outputs: str) -> None:
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{outputs}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.chdir(ROOT)
-    sys.argv = line
-    runpy.run_path(line[0], run_name="__main__")
-
-
-def train_all_stages(run: Callable[[str], Ended], kind: str, data: Path, runs: Path, unet: str) -> None:
+def train_all_stages(kind: str, data: Path, runs: Path, unet: str) -> None:
     """Train the three stages with the configurations of `kind`, reduced in size."""
     for line in (
         f"scripts/train_clip.py configs/{kind}/clip.yaml --data {data} --out {runs}/clip {CLIP}",
@@ -71,7 +43,7 @@ def train_all_stages(run: Callable[[str], Ended], kind: str, data: Path, runs: P
         f"scripts/train_ldm.py configs/{kind}/ldm.yaml --data {data} --vae {runs}/vae/model "
         f"--text-encoder {runs}/clip/model --out {runs}/ldm {LDM} {unet}",
     ):
-        ended = run(line)
+        ended = forked(line)
         assert ended.status == 0, ended.err
         assert "Warning" not in ended.err
 
@@ -82,16 +54,16 @@ def shapes_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
     made = command(f"scripts/make_dataset.py shapes --out {root}/data --size 32 --train 32 --test 8 --seed 3")
     assert made.status == 0, made.err
-    train_all_stages(command, "shapes", root / "data", root / "runs", "--unet.channels 32 32")
+    train_all_stages("shapes", root / "data", root / "runs", "--unet.channels 32 32")
     return root
 
 
 @pytest.fixture(scope="module")
-def pictures_runs(tmp_path_factory: pytest.TempPathFactory, forked: Callable[[str], Ended]) -> Path:
+def pictures_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data/, 24 images and a damaged one, and runs/, all stages trained on them."""
     root = tmp_path_factory.mktemp("pictures")
     draw_images(root / "data")
-    train_all_stages(forked, "pictures", root / "data", root / "runs", "--unet.channels 32 32 32")
+    train_all_stages("pictures", root / "data", root / "runs", "--unet.channels 32 32 32")
     return root
 
 
@@ -140,7 +112,7 @@ def test_every_stage_writes_a_run(kind: str, request: pytest.FixtureRequest) -> 
 
 @pytest.mark.parametrize("kind", ["shapes", "pictures"])
 def test_text_becomes_images_that_carry_their_settings(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, forked: Callable[[str], Ended]
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     runs: Path = request.getfixturevalue(f"{kind}_runs") / "runs"
     line = f"scripts/txt2img.py --model {runs}/ldm/model --prompt ellipse --num-images 2 --seed 7 --steps 2 --out "
@@ -158,7 +130,7 @@ def test_text_becomes_images_that_carry_their_settings(
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_images_become_images(shapes_runs: Path, tmp_path: Path, forked: Callable[[str], Ended]) -> None:
+def test_images_become_images(shapes_runs: Path, tmp_path: Path) -> None:
     """Image to image, inpainting and outpainting; the unmasked area is unchanged bit for bit."""
     first, second = sorted((shapes_runs / "data/test").rglob("*.png"))[:2]
     how = f"--model {shapes_runs}/runs/ldm/model --prompt star --steps 2 --num-images 2 --out {tmp_path}"
@@ -214,9 +186,7 @@ def test_the_report_on_shapes(shapes_runs: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_examples_and_benchmarks_run(
-    shapes_runs: Path, tmp_path: Path, forked: Callable[[str], Ended], line: str, message: str
-) -> None:
+def test_examples_and_benchmarks_run(shapes_runs: Path, tmp_path: Path, line: str, message: str) -> None:
     data = f" --data {shapes_runs}/data" if "classifier" in line else ""
     ended = forked(f"{line.format(out=tmp_path)} --model {shapes_runs}/runs/ldm/model{data}")
     assert ended.status == 0, ended.err
@@ -224,9 +194,7 @@ def test_examples_and_benchmarks_run(
     assert any(tmp_path.iterdir())
 
 
-def test_the_report_on_images_has_no_alignment(
-    pictures_runs: Path, tmp_path: Path, forked: Callable[[str], Ended]
-) -> None:
+def test_the_report_on_images_has_no_alignment(pictures_runs: Path, tmp_path: Path) -> None:
     ended = forked(
         f"scripts/evaluate.py --model {pictures_runs}/runs/ldm/model --data {pictures_runs}/data --split train "
         f"--images 25 --likelihoods 5 --steps 2 --out {tmp_path}"
@@ -245,7 +213,7 @@ def test_a_damaged_image_is_listed_and_not_deleted(pictures_runs: Path) -> None:
     assert (pictures_runs / "data/torn.png").is_file()
 
 
-def test_repeating_the_command_continues_the_run(shapes_runs: Path, forked: Callable[[str], Ended]) -> None:
+def test_repeating_the_command_continues_the_run(shapes_runs: Path) -> None:
     root = shapes_runs
     line = f"scripts/train_clip.py configs/shapes/clip.yaml --data {root}/data --out {root}/runs/again {CLIP}"
     shutil.copytree(root / "runs/clip", root / "runs/again")
@@ -260,7 +228,7 @@ def test_repeating_the_command_continues_the_run(shapes_runs: Path, forked: Call
     assert (root / "runs/again/checkpoints/step-00000006/manifest.json").is_file()
 
 
-def test_an_autoencoder_is_evaluated(shapes_runs: Path, forked: Callable[[str], Ended]) -> None:
+def test_an_autoencoder_is_evaluated(shapes_runs: Path) -> None:
     runs, out = shapes_runs / "runs", shapes_runs / "measured"
     ended = forked(
         f"scripts/evaluate_vae.py --vae {runs}/vae/model --data {shapes_runs}/data --resolution 32 --out {out} "
@@ -394,9 +362,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_gives_one_line_and_changes_nothing(
-    what: str, shapes_runs: Path, forked: Callable[[str], Ended], tmp_path: Path
-) -> None:
+def test_bad_input_gives_one_line_and_changes_nothing(what: str, shapes_runs: Path, tmp_path: Path) -> None:
     bare, yaml = tmp_path / "bare", tmp_path / "wrong.yaml"
     bare.mkdir()
     Image.new("RGB", (40, 40)).save(bare / "a.png")

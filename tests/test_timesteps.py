@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributions import Normal
 
 from ldm.errors import UserError
@@ -15,6 +15,7 @@ from ldm.objective import Objective, edm, level_weight, min_snr, p2
 from ldm.parameterization import target_of
 from ldm.schedule import Schedule
 from ldm.timesteps import Importance, LogitNormal, uniform
+from support.processes import run_in_processes
 
 N = 200_000
 WEIGHTINGS = {"min_snr": min_snr(5.0), "p2": p2(0.5, 2.0), "edm": edm(0.5)}
@@ -249,7 +250,7 @@ def fold_on(rank, ranks, folder):
 
 def test_two_processes_have_the_state_of_one(tmp_path):
     fold_on(0, 1, str(tmp_path))
-    multiprocessing.spawn(fold_on, (2, str(tmp_path)), nprocs=2)
+    run_in_processes(fold_on, 2, str(tmp_path))
     one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert (one["seen"] > 0).all()
     for name, value in one.items():

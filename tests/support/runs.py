@@ -1,10 +1,6 @@
 """Short training runs of small models: their configurations, interruptions and results."""
 
 import json
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +9,7 @@ from typing import Any
 import train.stages.clip
 import train.stages.ldm
 import train.stages.vae
-from support import ROOT
+from support.processes import run_in_processes
 from train.config.clip import ClipConfig, ImageTowerConfig, TextTowerConfig
 from train.config.data import DataConfig
 from train.config.ldm import LdmConfig, UnetConfig
@@ -100,12 +96,11 @@ def train_stage(config: Config, hooks: Hooks | None = None, **how: Any) -> None:
 
 def train_in_processes(config: Config, processes: int, **how: Any) -> None:
     """Train the stage that `config` describes in new processes on the CPU, which communicate through Gloo."""
-    job = Path(f"{config.out}.pickle")
-    job.write_bytes(pickle.dumps((config, how)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else ()), "-m", "support.worker", str(job)]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=os.environ | environment)
+    run_in_processes(_train, processes, config, how)
+
+
+def _train(rank: int, count: int, config: Config, how: dict[str, Any]) -> None:
+    train_stage(config, **how)
 
 
 @dataclass
