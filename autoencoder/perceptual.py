@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ldm.errors import UserError, one_line
+from ldm.files import open_regular
 from ldm.formats.hub import model_folder
 
 Backbone = Literal["vgg", "alex"]
@@ -168,6 +169,7 @@ def preprocessing(where: str, mean: list[float], std: list[float]) -> dict[str, 
 
 
 def _read(path: str) -> dict[str, Tensor]:
+    open_regular(path).close()  # raises OSError for a pipe, which might never end
     if Path(path).suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -5,6 +5,7 @@ import copy
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from ldm.networks.unet import widen
 from support import ROOT
 from support.commands import run_command
 from train.config.clip import ClipConfig
-from train.config.generation import Txt2ImgOptions
+from train.config.generation import InterpolateOptions, Txt2ImgOptions
 from train.config.ldm import LdmConfig
 from train.config.load import dump, overlay, parse, plain, read_yaml, validate
+from train.config.reports import EvaluateOptions, InspectOptions
 from train.config.resumable import differences, published
 from train.config.run import RunConfig
 from train.config.shipped import shipped
@@ -428,3 +430,59 @@ def test_contradictory_settings_are_refused(line: str, words: str) -> None:
 def test_a_missing_file_is_one_line() -> None:
     with pytest.raises(UserError, match=r"no-such\.yaml"):
         read_yaml(Path("no-such.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2001-99-99", "!!int x", "!!float x", "!!bool x", "!!timestamp x", '!!binary "é"', "!!set [1]", "!!map [1]"),
+        *("9" * 5000, "1:" * 5000 + "1", "0x" + "f" * 5000, "[" * 3000, "- " * 3000, "? " * 3000, '"a\\0b"'),
+        "&a [*a]",
+        "".join(f"\n a{k}: &a{k} [{', '.join(['x'] if k == 0 else [f'*a{k - 1}'] * 9)}]" for k in range(30)),
+        "".join(f"\n a{k}: &a{k} {{{'x: 1' if k == 0 else f'<<: [*a{k - 1}, *a{k - 1}]'}}}" for k in range(40)),
+        *("{0: 1, 0: 2}", "!!python/name:os.system", "'" + "x" * 200_000 + "'"),
+    ],
+    ids=lambda text: text[:20].strip(),
+)
+def test_hostile_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"steps: {text}\n")
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        read_yaml(file)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        (VaeConfig, "--adversarial.layers 1000000000", "must be at most 16"),
+        (VaeConfig, "--adversarial.channels 999999999999999999999999", "must be at most 1,024"),
+        (VaeConfig, "--model.channels 65536 65536 --model.groups 1", "up to 20 billion are accepted"),
+        (VaeConfig, "--model.channels" + " 1" * 17 + " --model.groups 1", "most 16"),
+        (LdmConfig, "--unet.channels -32 32", "must be greater than 0"),
+        (LdmConfig, "--unet.channels", "must have at least 1 value"),
+        (LdmConfig, "--unet.heads 0 0", "must be greater than 0"),
+        (LdmConfig, "--unet.depth 1000 --unet.layers 1000", "up to 20 billion are accepted"),
+        (LdmConfig, "--optimizer.betas 0.9 1.0", "must be less than 1"),
+        (LdmConfig, "--diffusion.timesteps 1000000000000", "must be at most 100,000"),
+        (LdmConfig, "--diffusion.shift 1e308", "must be at most 1,000"),
+        (LdmConfig, "--input.bucket-ratio 1e308", "must be at most 100"),
+        (LdmConfig, "--input.resolution 1000000000", "must be at most 16,384"),
+        (ClipConfig, "--workers 1000000000", "must be at most 1,024"),
+        (ClipConfig, "--text.layers 1000000000", "must be at most 1,000"),
+        (ClipConfig, "--text.width 60000 --text.layers 999", "up to 20 billion are accepted"),
+        (ClipConfig, "--text.vocab-size 1000000000", "must be at most 49,408"),
+        (ClipConfig, "--batch-size " + "9" * 5000, "must be an integer"),
+        (Txt2ImgOptions, "--num-images 100000000000", "must be at most 1,000,000"),
+        (InterpolateOptions, "--frames 100000000000", "must be at most 1,000,000"),
+        (EvaluateOptions, "--prompts 100000000000", "must be at most 1,000,000"),
+        (InspectOptions, "--workers 100000000", "must be at most 1,024"),
+    ],
+)
+def test_absurd_sizes_are_refused_at_once(kind: Any, words: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        overlay(kind, kind(), words.split())
+    assert words.split()[0].split(".")[-1].strip("-") in str(caught.value)

@@ -88,8 +88,8 @@ def test_a_configuration_with_escapes_is_shown_and_read_back(tmp_path: Path) -> 
     assert parse(VaeConfig, [str(again)]) == parse(VaeConfig, [str(file)])
     described = run_script("train_vae", file, "--help")
     assert (described.status, RAW & set(described.out)) == (0, set())
-    file.write_text(f"input: {{caption_template: 'é{LONG}{{}}'}}\n")
-    assert f"é{LONG}" in run_script("train_vae", file, "--print-config").out
+    file.write_text(f"input: {{caption_template: 'é{LONG[:100_000]}{{}}'}}\n")
+    assert f"é{LONG[:100_000]}" in run_script("train_vae", file, "--print-config").out
 
 
 def test_an_inspection_escapes_captions_and_names(tmp_path: Path) -> None:

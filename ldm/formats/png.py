@@ -15,6 +15,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.files import open_regular
+
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # not allowed in a text chunk (UTF-8 without NUL)
 
 
@@ -44,7 +46,7 @@ def read_png(path: Path) -> dict[str, Any]:
     Raises ValueError if there are none, OSError if the file can't be opened.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             text = image.info.get("ldm")
     except (SyntaxError, ValueError, Image.UnidentifiedImageError, Image.DecompressionBombError):
         raise ValueError("it is not a PNG image") from None

@@ -228,7 +228,7 @@ def change_json(random: Random, content: bytes) -> bytes:
         return json.dumps(change_tree(random, json.loads(content)), ensure_ascii=random.random() < 0.7).encode(
             errors="surrogatepass"
         )
-    except (ValueError, TypeError, RecursionError):
+    except Exception:  # an earlier change made it unreadable
         return change_bytes(random, content)
 
 
@@ -249,5 +249,5 @@ def change_yaml(random: Random, content: bytes) -> bytes:
     try:
         tree = change_tree(random, yaml.safe_load(content))
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode(errors="surrogatepass")
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+    except Exception:  # PyYAML raises any error
         return change_bytes(random, content)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
+from ldm.files import open_regular, read_regular
 from ldm.formats.hub import find_pipeline, model_folder
 from ldm.formats.png import file_name, read_png
 from ldm.networks.unet import weight_files
@@ -121,7 +122,7 @@ def model_sha256(folder: Path) -> str:
 
 def file_sha256(path: str) -> str:
     """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -130,7 +131,7 @@ def read_prompts(o: ModelOptions) -> list[str]:
     prompts = [o.prompt]
     if o.prompts:
         try:
-            lines = Path(o.prompts).read_bytes().decode("utf-8-sig").split("\n")
+            lines = read_regular(o.prompts, pipe=True).decode("utf-8-sig").split("\n")
         except OSError as error:
             raise UserError(f"--prompts {o.prompts!r}: can't be read: {error.strerror}") from None
         except UnicodeDecodeError as error:

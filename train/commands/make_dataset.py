@@ -4,6 +4,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from ldm.errors import UserError
 from train.config.load import overlay, wrapped
@@ -18,9 +21,9 @@ class Shapes:
     """Output folder. If it contains exactly this dataset already, it is kept; any other content is an error."""
     size: int = 32
     """Side of the square images in pixels, 32 to 2048."""
-    train: int = 20000
+    train: Annotated[int, Field(le=10**8)] = 20000
     """Number of training images."""
-    test: int = 1000
+    test: Annotated[int, Field(le=10**8)] = 1000
     """Number of test images. Half of them show a pair of colour and shape that no training image has."""
     seed: int = 0
     """Seed of the random scenes, at least 0."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.files import open_regular
 from ldm.formats.png import png_bytes, read_png
 
 MODELS = ("model", "weak_model")
@@ -34,7 +35,7 @@ def key_of_png(path: Path) -> str | None:
 def key_of_gif(path: Path) -> str | None:
     """Return the hash in the comment of a GIF; None if it can't be read or has none."""
     try:
-        with Image.open(path, formats=["GIF"]) as image:
+        with open_regular(path) as file, Image.open(file, formats=["GIF"]) as image:
             return bytes(image.info.get("comment", b"")).decode("ascii")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

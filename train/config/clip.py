@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from train.config.limits import LONGEST_SIDE, MOST_LAYERS, Count, require_possible
 from train.config.optimizer import strict
 from train.config.run import RunConfig, require_squares
 
@@ -18,30 +19,40 @@ if TYPE_CHECKING:
 class TextTowerConfig:
     """Text tower of the CLIP."""
 
-    vocab_size: int = Field(default=2000, ge=600)
+    vocab_size: int = Field(default=2000, ge=600, le=49408)
     """Largest number of tokens in the byte-pair vocabulary that is learned from the captions, 600 to 49408."""
-    max_length: int = Field(default=77, ge=4)
+    max_length: int = Field(default=77, ge=4, le=2**14)
     """Length of a caption in tokens, including begin and end tokens: longer ones are truncated, shorter ones padded."""
-    width: int = Field(default=256, gt=0)
+    width: Count = 256
     """Number of features per token, a multiple of `heads`. Stage 2's UNet reads them by cross-attention."""
-    layers: int = Field(default=4, gt=0)
+    layers: int = Field(default=4, gt=0, le=MOST_LAYERS)
     """Number of transformer layers."""
-    heads: int = Field(default=4, gt=0)
+    heads: Count = 4
     """Number of attention heads of each layer."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        require_possible([12 * self.layers * self.width**2], f"width {self.width}, layers {self.layers}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
 class ImageTowerConfig:
     """Image tower of the CLIP, a vision transformer."""
 
-    patch_size: int = Field(default=8, gt=0)
+    patch_size: int = Field(default=8, gt=0, le=LONGEST_SIDE)
     """Side of a square patch, in pixels; the images' resolution must be a multiple of it."""
-    width: int = Field(default=256, gt=0)
+    width: Count = 256
     """Number of features per patch, a multiple of `heads`."""
-    layers: int = Field(default=4, gt=0)
+    layers: int = Field(default=4, gt=0, le=MOST_LAYERS)
     """Number of transformer layers."""
-    heads: int = Field(default=4, gt=0)
+    heads: Count = 4
     """Number of attention heads of each layer."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        require_possible([12 * self.layers * self.width**2], f"width {self.width}, layers {self.layers}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -65,7 +76,7 @@ class ClipConfig(RunConfig):
     """Text tower."""
     image: ImageTowerConfig = Field(default_factory=ImageTowerConfig)
     """Image tower."""
-    projection: int = Field(default=256, gt=0)
+    projection: Count = 256
     """Number of dimensions of the embedding space that images and captions share."""
     tokens: TokenTasksConfig = Field(default_factory=TokenTasksConfig)
     """Additional training tasks of the text tower."""

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ldm.formats import MAX_PIXELS
+from train.config.limits import LONGEST_SIDE, MOST_EXAMPLES
 from train.config.optimizer import strict
 from train.config.resumable import Resumable
 from train.data.images import Crop
@@ -58,10 +59,10 @@ class SourceConfig:
     If none of them exists, a share of the training images is held out (validation_fraction)."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the images, 0 to 1, held out if the dataset has no validation split; at most 1000 are held out."""
-    stream_buffer: int = Field(default=1000, gt=0)
+    stream_buffer: int = Field(default=1000, gt=0, le=10**9)
     """Number of images in the shuffle buffer of a stream (a URL or `pipe:` as --data).
     A larger buffer shuffles better and needs more memory."""
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0)
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=10**10)
     """Largest accepted size of an image, in pixels (width × height); larger images count as damaged."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Background colour behind transparent images: red, green and blue, 0 to 255 each."""
@@ -108,21 +109,21 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """Settings that prepare the images and captions of `--data` for training."""
 
-    resolution: int = Field(default=32, ge=8)
+    resolution: int = Field(default=32, ge=8, le=LONGEST_SIDE)
     """Side of the square training images, in pixels; each image is cropped to a square and resized to it."""
     crop: Crop = "center"
     """Position of the crop along an image's longer side: `center` (the middle), or `random`."""
-    crops: int = Field(default=0, ge=0)
+    crops: int = Field(default=0, ge=0, le=MOST_EXAMPLES)
     """Number of random crops of each image in stage 2's cache; crop `random` with a cache needs at least 1."""
     flip: bool = False
     """Mirror half of the images, left to right.
     Unsuitable if captions mention left or right, or if images contain text."""
-    buckets: int = Field(default=0, ge=0)
+    buckets: int = Field(default=0, ge=0, le=LONGEST_SIDE)
     """Train on rectangles whose sides are multiples of this number of pixels, e.g. 64 (stage 2 only); 0: on squares.
     A rectangle has about resolution² pixels, and all images of a batch have the same shape."""
-    bucket_ratio: float = Field(default=2.0, ge=1)
+    bucket_ratio: float = Field(default=2.0, ge=1, le=100)
     """Largest aspect ratio of the rectangles of `buckets`, longer side / shorter side; at least 1."""
-    min_size: int = Field(default=0, ge=0)
+    min_size: int = Field(default=0, ge=0, le=10**9)
     """Smallest accepted length of an image's shorter side, in pixels; smaller images are left out."""
     max_damaged: Annotated[float, Resumable()] = Field(default=0.1, ge=0, le=1)
     """Largest accepted share of unreadable images, 0 to 1; training stops if there are more.

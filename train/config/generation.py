@@ -7,6 +7,7 @@ import tyro
 
 from ldm.kinds import AttentionBackend
 from ldm.samplers import SamplerKind
+from train.config.limits import Number
 from train.config.run import Precision
 from train.config.sampling import SamplingOptions
 
@@ -30,7 +31,7 @@ class ModelOptions(SamplingOptions):
     """Output folder of the images."""
     seed: int = 0
     """Seed of the first image's noise, at least 0."""
-    batch_size: int = 8
+    batch_size: Number = 8
     """Number of images generated at once; fewer need less memory."""
     device: str = ""
     """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
@@ -54,7 +55,7 @@ class ModelOptions(SamplingOptions):
 class GenerateOptions(ModelOptions):
     """Options of all commands that generate separate images."""
 
-    num_images: int = 1
+    num_images: Number = 1
     """Number of images per prompt; image k (from 0) has seed + k."""
     compose: Annotated[tuple[tuple[str, float], ...], tyro.conf.arg(metavar="PROMPT SCALE …")] = ()
     """Additional prompts for the same image, each followed by its guidance scale, e.g. "a blue star" 2."""
@@ -112,7 +113,7 @@ class InterpolateOptions(ModelOptions):
     to_seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Seed of the last frame's noise; the first frame has --seed, and the noise changes gradually in between.
     None: all frames have --seed."""
-    frames: int = 25
+    frames: Number = 25
     """Number of frames from one prompt to the next, including both ends."""
     fps: float = 12.5
     """Number of frames per second, 1 to 50; a frame's duration is rounded to 1/100 s, as the GIF format requires."""

@@ -8,7 +8,8 @@ from pydantic.dataclasses import dataclass
 from conditioning import MOST_CHUNKS
 from ldm.kinds import AttentionBackend, LossKind, ObjectiveKind, ScheduleKind, Spacing, Target, VarianceKind
 from ldm.task import Task
-from train.config.optimizer import Count, strict
+from train.config.limits import MOST_EXAMPLES, MOST_LAYERS, MOST_LEVELS, Count, require_possible
+from train.config.optimizer import strict
 from train.config.resumable import Location, Resumable
 from train.config.run import RunConfig
 
@@ -25,19 +26,19 @@ if TYPE_CHECKING:
 class UnetConfig:
     """Shape of the UNet, a diffusers UNet2DConditionModel."""
 
-    channels: tuple[Count, ...] = Field(default=(128, 256), min_length=1)
+    channels: tuple[Count, ...] = Field(default=(128, 256), min_length=1, max_length=MOST_LEVELS)
     """Number of channels of each level, finest level first."""
-    layers: int = Field(default=1, gt=0)
+    layers: int = Field(default=1, gt=0, le=MOST_LAYERS)
     """Number of residual blocks per level (the upward half has one more)."""
     attention: tuple[bool, ...] = (True, True)
     """Transformer blocks (self- and cross-attention) at each level: True or False per level, finest first."""
     heads: tuple[Count, ...] = (4, 8)
     """Number of attention heads of each level, finest first; a head has channels / heads features."""
-    depth: int = Field(default=1, gt=0)
+    depth: int = Field(default=1, gt=0, le=MOST_LAYERS)
     """Number of transformer blocks after each residual block, at levels that have them."""
     modulation: bool = False
     """Scale and shift every residual block by the pooled text features; Stable Diffusion's UNet doesn't do this."""
-    groups: int = Field(default=32, gt=0)
+    groups: Count = 32
     """Number of groups of the group normalisation; must divide the channels of every level."""
 
     @model_validator(mode="after")
@@ -47,6 +48,15 @@ class UnetConfig:
                 f"channels {self.channels}, attention {self.attention} and heads {self.heads}: "
                 "each must have one entry per level"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        weights = (
+            self.layers * (36 + 40 * attends * self.depth) * c**2
+            for c, attends in zip(self.channels, self.attention, strict=True)
+        )
+        require_possible(weights, f"channels {self.channels}, layers {self.layers}, depth {self.depth}")
         return self
 
     def build(
@@ -77,7 +87,7 @@ class DiffusionConfig:
     schedule: ScheduleKind = "scaled_linear"
     """Noise schedule, a variance-preserving one or `flow`; docs/mathematics.md gives the formulas.
     `flow` is rectified flow: it needs target flow, v or x0, and diffusers can't sample the model."""
-    timesteps: int = Field(default=1000, gt=1)
+    timesteps: int = Field(default=1000, gt=1, le=100_000)
     """Number of discrete timesteps T, at least 2."""
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
     """Beta of the first timestep, between 0 and 1, in schedules linear, sigmoid, and scaled_linear or quadratic."""
@@ -85,7 +95,7 @@ class DiffusionConfig:
     """Beta of the last timestep, between 0 and 1, in the same schedules."""
     zero_terminal_snr: bool = False
     """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024); needs target v, x0 or flow."""
-    shift: float = Field(default=1.0, gt=0)
+    shift: float = Field(default=1.0, ge=1e-3, le=1e3)
     """Shift of schedule `flow` towards more noise, for higher resolutions (Esser et al. 2024); 1: no shift.
     If 1 is best for some resolution, use √n for latents with n times as many elements."""
     target: Target = "eps"
@@ -102,7 +112,7 @@ class DiffusionConfig:
     Others: `min_snr` (Hang et al. 2023), `p2` (Choi et al. 2022), `edm` (Karras et al. 2022)."""
     gamma: float = Field(default=5.0, gt=0)
     """Signal-to-noise ratio above which weighting min_snr clips the weights."""
-    p2_gamma: float = Field(default=1.0, ge=0)
+    p2_gamma: float = Field(default=1.0, ge=0, le=100)
     """Exponent of weighting p2: for target eps, the weight is 1 / (1 + SNR)^p2_gamma, which is small at low noise."""
     sigma_data: float = Field(default=1.0, gt=0)
     """Standard deviation of the latents in weighting edm; stage 1 normalises them to 1."""
@@ -111,9 +121,9 @@ class DiffusionConfig:
     timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
     """Distribution of the training timesteps: `uniform`, `logit_normal` (Esser et al. 2024) or `importance`.
     `importance` draws timesteps with a large loss more often (Nichol & Dhariwal 2021)."""
-    logit_mean: float = 0.0
+    logit_mean: float = Field(default=0.0, ge=-100, le=100)
     """Mean of the logit-normal distribution of timesteps; values above 0 favour high noise."""
-    logit_std: float = Field(default=1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0, le=100)
     """Standard deviation of the logit-normal distribution of timesteps."""
     stratified: bool = False
     """Spread the timesteps of a batch evenly: divide their range into batch_size intervals, and draw one from each."""
@@ -201,7 +211,7 @@ class LdmConfig(RunConfig):
     text_encoder: Location = ""
     """Folder or hub id of the text encoder: a stage 0 run, a CLIP, or a pipeline that has one. Required without `init`.
     For an OpenCLIP: openclip:ARCHITECTURE/TAG, e.g. openclip:ViT-B-32/laion2b_s34b_b79k."""
-    clip_skip: int = Field(default=0, ge=0)
+    clip_skip: int = Field(default=0, ge=0, le=MOST_LAYERS)
     """Number of layers to skip at the end of the text encoder: 0 uses the last layer's features, 1 the one before."""
     text_chunks: int = Field(default=0, ge=0, le=MOST_CHUNKS)
     """Number of chunks into which a long caption is split, each as long as the text encoder accepts.
@@ -219,12 +229,12 @@ class LdmConfig(RunConfig):
     `xformers` needs a GPU and `pip install xformers`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
-    validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
+    validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0, le=MOST_EXAMPLES)
     """Largest number of held-out examples in the validation loss; their timesteps and noise are always the same.
     If there are more, the seed chooses them."""
     prompts: Annotated[tuple[str, ...], Resumable()] = ()
     """Prompts of the sample sheets, one image each; empty: captions of held-out images."""
-    sample_steps: Annotated[int, Resumable()] = Field(default=25, gt=0)
+    sample_steps: Annotated[int, Resumable()] = Field(default=25, gt=0, le=100_000)
     """Number of sampler steps for the sample sheets."""
     guidance_scale: Annotated[float, Resumable()] = Field(default=3.0, ge=0)
     """Guidance scale for the sample sheets: 1 is no guidance; larger values follow the prompt more closely."""

@@ -14,8 +14,9 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.errors import UserError, is_printable, one_line
+from ldm.errors import UserError, is_printable
 from train.config.options import Option, field_names, read_options, similar
+from train.config.plain_yaml import read_yaml
 from train.config.shipped import find_config, shipped, unknown_config
 from train.output import help_output, unescaped
 
@@ -82,33 +83,6 @@ def parse_any(kinds: Sequence[type[Stage]], given: str) -> Stage:
         except UserError as error:
             errors.append(error)
     raise errors[0]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects a mapping with a duplicate key."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if duplicate := next((key for k, key in enumerate(keys) if key in keys[:k]), None):
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file with the safe loader, so that a file can't run code."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the configuration can't be read: {getattr(error, 'strerror', error)}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} isn't plain YAML: {one_line(error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: contains a {type(values).__name__}; a configuration must be a mapping of names to values"
-        )
-    return values
 
 
 def validate(kind: type[Config], values: dict[str, Any]) -> Config:
@@ -214,7 +188,7 @@ def _reason(first: "ErrorDetails") -> str:
         case "greater_than_equal":
             return f"must be at least {limits['ge']}"
         case "less_than_equal":
-            return f"must be at most {limits['le']}"
+            return f"must be at most {limits['le']:,}"
         case "too_short":
             return f"must have at least {limits['min_length']} value{'s' * (limits['min_length'] > 1)}"
         case _:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from train.config.limits import MOST_STEPS
+
 if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import AdamW
 
 strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-Count = Annotated[int, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -29,7 +30,7 @@ class OptimizerConfig:
     """Shape of the learning rate's decay after the warm-up, from the peak to `final` times the peak."""
     final: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the last step as a share of the peak, 0 to 1, in schedules cosine and linear."""
-    warmup: int = Field(default=500, ge=0)
+    warmup: int = Field(default=500, ge=0, le=MOST_STEPS)
     """Number of steps in which the learning rate rises linearly from 0 to its peak."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's running means of the gradient and of its square, each at least 0 and less than 1."""

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
 from train.config.clip import ClipConfig, TextTowerConfig
 from train.config.data import SourceConfig
 from train.config.ldm import LdmConfig
+from train.config.limits import MOST_WORKERS, Number, Side
 from train.config.run import RunConfig
 from train.config.sampling import SamplingOptions
 
@@ -25,15 +27,15 @@ class EvaluateOptions(SamplingOptions):
     """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     out: str = "report"
     """Output folder for report.json and samples.png."""
-    prompts: int = 256
+    prompts: Number = 256
     """Number of prompts of each kind, seen and unseen in training, to measure prompt accuracy on Shapes."""
-    images: int = 1000
+    images: Number = 1000
     """Largest number of images whose reconstructions are measured. If there are more, --seed chooses them."""
-    likelihoods: int = 128
+    likelihoods: Number = 128
     """Largest number of images whose variational bound is computed; each takes 33 network evaluations."""
     seed: int = 0
     """Seed of the choice of images, of the prompts and of the noise."""
-    batch_size: int = 64
+    batch_size: Number = 64
     """Number of images processed at once."""
     device: str = ""
     """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
@@ -51,9 +53,9 @@ class EvaluateVaeOptions:
     """Images, in any form that training accepts (docs/data.md), with or without captions. Required."""
     split: Literal["test", "train"] = "test"
     """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
-    resolution: int = 256
+    resolution: Side = 256
     """Side of the square images, in pixels; must be a multiple of the autoencoder's downsampling factor (often 8)."""
-    images: int = 1000
+    images: Number = 1000
     """Largest number of images to measure. If there are more, --seed chooses them."""
     perceptual: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
     """Perceptual distance to measure.
@@ -73,7 +75,7 @@ class EvaluateVaeOptions:
     """Output folder for report.json and reconstructions.png."""
     seed: int = 0
     """Seed of the choice of images and of the noise."""
-    batch_size: int = 16
+    batch_size: Number = 16
     """Number of images processed at once."""
     device: str = ""
     """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
@@ -85,9 +87,9 @@ class EvaluateVaeOptions:
 class TokenizerOptions:
     """Settings of the tokenizer that stage 0 learns, with the names that they have there."""
 
-    vocab_size: int = TextTowerConfig.vocab_size
+    vocab_size: Number = TextTowerConfig.vocab_size
     """Largest number of tokens in the vocabulary that is learned from the captions, 600 to 49408."""
-    max_length: int = TextTowerConfig.max_length
+    max_length: Side = TextTowerConfig.max_length
     """Length of a caption in tokens, including begin and end tokens."""
 
 
@@ -99,7 +101,7 @@ class InspectOptions:
     """Images, in any form that training accepts (docs/data.md), with or without captions. Required."""
     split: Literal["all", "train", "test"] = "all"
     """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
-    resolution: int = 256
+    resolution: Side = 256
     """Side of the intended training images, in pixels; the report counts the images that are smaller."""
     text_encoder: str = ""
     """Text encoder whose tokenizer counts the captions' tokens: a folder, a hub id or openclip:ARCHITECTURE/TAG.
@@ -113,7 +115,9 @@ class InspectOptions:
     """Largest number of images to inspect, spread evenly over the dataset; 0: all."""
     out: str = "report-data"
     """Output folder for report.json, contact_sheet.png and, if there are any, damaged.jsonl and duplicates.jsonl."""
-    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers: Annotated[int, Field(le=MOST_WORKERS)] = min(
+        8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     """Number of decoding processes; 0 decodes in the main process."""
     input: SourceConfig = field(default_factory=SourceConfig)
     """Settings to find and decode the images and captions."""

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from train.config.data import DataConfig
+from train.config.limits import MOST_EXAMPLES, MOST_STEPS, MOST_WORKERS
 from train.config.optimizer import OptimizerConfig, strict
 from train.config.resumable import Location, Resumable
 
@@ -30,23 +31,23 @@ class RunConfig:
     Or parquet files, WebDataset tar files, a folder saved by datasets' save_to_disk, or a hub id; see docs/data.md."""
     out: Location = ""
     """Output folder of the run. Required. Running the same command again continues the run."""
-    steps: Annotated[int, Resumable()] = Field(default=1000, gt=0)
+    steps: Annotated[int, Resumable()] = Field(default=1000, gt=0, le=MOST_STEPS)
     """Total number of optimizer steps of the run."""
-    batch_size: int = Field(default=32, gt=0)
+    batch_size: int = Field(default=32, gt=0, le=MOST_EXAMPLES)
     """Number of examples per optimizer step, over all processes and accumulated parts together."""
-    accumulation: int = Field(default=1, gt=0)
+    accumulation: int = Field(default=1, gt=0, le=MOST_EXAMPLES)
     """Number of parts into which each process splits its share of a batch, to compute them in turn and save memory."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all random numbers: initial weights, order of the examples, noise, choice of captions."""
-    checkpoint_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
+    checkpoint_every: Annotated[int, Resumable()] = Field(default=1000, gt=0, le=MOST_STEPS)
     """Number of steps between two checkpoints, from which a run can be continued."""
-    keep_checkpoints: Annotated[int, Resumable()] = Field(default=2, ge=2)
+    keep_checkpoints: Annotated[int, Resumable()] = Field(default=2, ge=2, le=MOST_STEPS)
     """Number of newest checkpoints to keep; at least 2."""
-    validate_every: Annotated[int, Resumable()] = Field(default=1000, gt=0)
+    validate_every: Annotated[int, Resumable()] = Field(default=1000, gt=0, le=MOST_STEPS)
     """Number of steps between two validations; each also writes a sample sheet to samples/."""
     first_samples: Annotated[float, Resumable()] = Field(default=2.0, ge=0)
     """Minutes of training after which the first sample sheet is written, besides those of validations; 0: none."""
-    log_every: Annotated[int, Resumable()] = Field(default=50, gt=0)
+    log_every: Annotated[int, Resumable()] = Field(default=50, gt=0, le=MOST_STEPS)
     """Number of steps between two lines of metrics.jsonl."""
     precision: Precision = "fp32"
     """Number format of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
@@ -55,10 +56,10 @@ class RunConfig:
     """Folder for results that are computed from the data only once, such as latents and text features.
     Empty: folder `cache` beside the run's folder.
     `off`: no cache; stage 2 encodes images and captions again in each step."""
-    workers: Annotated[int, Resumable()] = Field(default=0, ge=0)
+    workers: Annotated[int, Resumable()] = Field(default=0, ge=0, le=MOST_WORKERS)
     """Number of additional processes that load images in advance; 0: the training process loads them.
     The batches are the same for any number."""
-    roll_back_after: Annotated[int, Resumable()] = Field(default=25, gt=0)
+    roll_back_after: Annotated[int, Resumable()] = Field(default=25, gt=0, le=MOST_STEPS)
     """Number of steps in a row with non-finite loss or gradient before the last checkpoint's weights are restored."""
     trackers: Annotated[tuple[Tracker, ...], Resumable()] = ("tensorboard",)
     """Experiment trackers that receive the metrics; no name: no tracker. metrics.jsonl is always written."""

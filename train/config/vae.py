@@ -7,7 +7,8 @@ from pydantic.dataclasses import dataclass
 
 from autoencoder import AdversarialKind, ReconstructionKind
 from ldm.errors import UserError
-from train.config.optimizer import Count, strict
+from train.config.limits import MOST_EXAMPLES, MOST_LAYERS, MOST_LEVELS, MOST_STEPS, Count, require_possible
+from train.config.optimizer import strict
 from train.config.resumable import Location, Resumable
 from train.config.run import RunConfig, require_squares
 
@@ -22,16 +23,23 @@ if TYPE_CHECKING:
 class AutoencoderConfig:
     """Shape of the AutoencoderKL. A latent's sides are 2^(levels − 1) times shorter than the image's."""
 
-    channels: tuple[Count, ...] = Field(default=(64, 128, 128), min_length=1)
+    channels: tuple[Count, ...] = Field(default=(64, 128, 128), min_length=1, max_length=MOST_LEVELS)
     """Number of channels of each level, finest level first; each further level halves the sides of the latents."""
-    layers: int = Field(default=1, gt=0)
+    layers: int = Field(default=1, gt=0, le=MOST_LAYERS)
     """Number of residual blocks per level (the decoder has one more)."""
-    latent_channels: int = Field(default=4, gt=0)
+    latent_channels: Count = 4
     """Number of channels of the latents."""
-    groups: int = Field(default=32, gt=0)
+    groups: Count = 32
     """Number of groups of the group normalisation; must divide the channels of every level."""
     attention: bool = True
     """Self-attention in the middle block, at the lowest resolution."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        require_possible(
+            (36 * self.layers * c**2 for c in self.channels), f"channels {self.channels}, layers {self.layers}"
+        )
+        return self
 
     def build(self, resolution: int) -> "AutoencoderKL":
         """Return the network with random weights, for images with sides of `resolution` pixels."""
@@ -114,11 +122,11 @@ class AdversarialConfig:
     """Weight of the adversarial loss in the autoencoder's loss."""
     adaptive: bool = True
     """Multiply the weight by ‖∇ reconstruction‖ / ‖∇ adversarial‖ at the decoder's last layer (Esser et al. 2021)."""
-    start: int = Field(default=1000, ge=0)
+    start: int = Field(default=1000, ge=0, le=MOST_STEPS)
     """First step with the adversarial loss, from which the discriminator is trained too."""
-    channels: int = Field(default=32, gt=0)
+    channels: int = Field(default=32, gt=0, le=2**10)
     """Number of channels of the discriminator's first layer."""
-    layers: int = Field(default=2, gt=0)
+    layers: int = Field(default=2, gt=0, le=MOST_LEVELS)
     """Number of strided layers of the discriminator; more layers compare larger patches."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of the discriminator; it follows the schedule of the optimizer settings."""
@@ -167,7 +175,7 @@ class VaeConfig(RunConfig):
     """Equivariance of the latents."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
-    validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0)
+    validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0, le=MOST_EXAMPLES)
     """Largest number of held-out images that a validation reconstructs. If there are more, the seed chooses them."""
     validation_features: Location = ""
     """Network that computes features for the Fréchet distance between images and reconstructions.

@@ -3,13 +3,13 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldm.errors import UserError, one_line
+from ldm.files import read_regular
 from train.config.data import SourceConfig
 from train.data.batches.buckets import Buckets, bucket_sizes, measure, no_rectangles
 from train.data.batches.images import Inputs
@@ -94,7 +94,7 @@ def _groups(file: str, same: bool) -> list[set[tuple[str, str]]]:
     groups: dict[int, set[tuple[str, str]]] = {}
     owner: dict[tuple[str, str], int] = {}
     try:
-        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
+        for number, line in enumerate(read_regular(file, 2**30).decode().splitlines()):
             entry = json.loads(line)
             group = {("" if same else side, str(name)) for side in ("train", "test") for name in entry[side]}
             for other in {owner[key] for key in group if key in owner}:

@@ -16,6 +16,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from autoencoder.perceptual import load_tower, preprocessing
 from ldm.errors import UserError, one_line
+from ldm.files import open_regular
 from ldm.formats.hub import is_hub_id, model_folder
 
 ALIASES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
@@ -53,6 +54,8 @@ class InceptionFeatures(Features):
         super().__init__("inception", 2048)
         try:
             path = weights
+            if path is not None:
+                open_regular(path).close()  # raises OSError for a pipe, which might never end
             if path is None:
                 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 

@@ -20,9 +20,10 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from ldm.errors import one_line
+from ldm.files import read_regular
 from ldm.formats import MAX_PIXELS
 from ldm.formats.images import is_sideways, to_rgb
-from train.data.images import Crop
+from train.data.images import MAX_BYTES, Crop
 from train.data.images.complete import load_complete
 
 
@@ -46,7 +47,7 @@ FORMATS = (
 )
 
 Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces this limit; it is checked after the header
-_SYSTEM_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
+SYSTEM_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETIMEDOUT, errno.ESTALE}
 
 
 class DamagedImage(Exception):
@@ -130,7 +131,7 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[tuple[Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged file raises an exception; warnings add nothing
-            content = file.read_bytes() if isinstance(file, Path) else file
+            content = read_regular(file, MAX_BYTES) if isinstance(file, Path) else file
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     reason = f"{image.width} × {image.height} pixels; up to {max_pixels:,} are accepted"
@@ -141,7 +142,7 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[tuple[Imag
     except UnidentifiedImageError:
         raise DamagedImage(name, f"not an image of an accepted format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception
-        if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
             raise
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DamagedImage(name, one_line(message, 200)) from error

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.errors import UserError, one_line
-from train.data.images.decode import DamagedImage
-from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, repeat_count, require_column
+from ldm.files import read_regular
+from train.data.images import MAX_BYTES
+from train.data.images.decode import SYSTEM_ERRORS, DamagedImage
+from train.data.sources.catalogue import Catalogue, Columns, Row, repeat_count, require_column
 
 _IMAGES = ("image", "jpg", "png", "img", "picture")
 _CAPTIONS = ("text", "caption")
@@ -66,7 +68,12 @@ class Table(Catalogue):
             raise DamagedImage(
                 self.row(k).name, "its file is no longer in the cache of the datasets library; load the dataset again"
             )
-        return file.read_bytes()
+        try:
+            return read_regular(file, MAX_BYTES)
+        except OSError as error:
+            if error.errno in SYSTEM_ERRORS:
+                raise
+            raise DamagedImage(self.row(k).name, str(error.strerror)) from None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without memory maps: another process maps the files again."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.files import read_regular
 from train.data.sources.catalogue import Columns, decode_text
 from train.data.sources.files import Files, scan
 from train.data.sources.metadata import CAPTIONS, METADATA
@@ -76,7 +77,7 @@ def read_captions(names: dict[str, str], files: Files, notes: list[str]) -> tupl
         if (files.stat(name) or (0, 0))[0] > _MAX_BYTES:
             reasons[image] = f"its {os.path.splitext(name)[1]} file has more than {_MAX_BYTES:,} bytes"
             continue
-        content = (files.folder / name).read_bytes()
+        content = _read(files.folder / name)
         if columns.reading == 1:
             captions[image] = columns.texts(decode_text(content))
         elif encoding := evident_encoding(content):
@@ -111,9 +112,16 @@ def _unclear_texts(files: Files) -> Iterator[bytes]:
     """Yield the caption files in all splits of the dataset whose encoding isn't evident, so that all splits agree."""
     for name, found in sorted(scan(files.root, files.columns), key=lambda entry: entry[0]):
         if name.lower().endswith((".txt", ".caption")) and found and found[0] <= _MAX_BYTES:
-            content = (files.root / name).read_bytes()
+            content = _read(files.root / name)
             if not evident_encoding(content):
                 yield content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_regular(path, _MAX_BYTES)
+    except OSError as error:  # e.g. it has changed since it was listed
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
 
 
 def require_no_column(folder: Path, columns: Columns) -> None:

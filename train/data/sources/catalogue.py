@@ -20,7 +20,6 @@ from ldm.errors import UserError
 
 MOST_HELD_OUT = 1000  # largest number of images held out of a training split
 MOST_REPEATS = 1_000_000  # largest number of repeats of an image in an epoch
-MAX_BYTES = 2**30  # largest accepted file of an image
 READING = 2
 """Version of the rules by which folders, tars and captions are read; a run may be continued with older ones.
 

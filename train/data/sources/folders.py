@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError
-from train.data.images.decode import DamagedImage
+from ldm.files import read_regular
+from train.data.images import MAX_BYTES
+from train.data.images.decode import SYSTEM_ERRORS, DamagedImage
 from train.data.sources.captions import caption_file, read_captions, require_no_column
-from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Opener, Row, Splits, ignored, split_named
+from train.data.sources.catalogue import Catalogue, Columns, Opener, Row, Splits, ignored, split_named
 from train.data.sources.files import Files, by_kind, scan, suffixes
 from train.data.sources.metadata import find_metadata, is_standard, other_metadata, read_metadata
 
@@ -73,11 +75,10 @@ class Folder(Catalogue):
 
     def read(self, k: int) -> bytes:
         try:
-            with open(self.folder / self.names[k], "rb") as file:
-                if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                    raise DamagedImage(self.names[k], f"{size:,} bytes; up to {MAX_BYTES:,} are accepted")
-                return file.read()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            return read_regular(self.folder / self.names[k], MAX_BYTES)
+        except OSError as error:
+            if error.errno in SYSTEM_ERRORS:
+                raise
             raise DamagedImage(self.names[k], str(error.strerror)) from None
 
     def subfolder(self, name: str) -> "Folder":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.files import open_regular
 from train.data.sources.catalogue import Columns, repeat_count, require_column
 from train.data.sources.files import Files, outside_message
 from train.data.sources.text import evident_encoding, guess_encoding, require_encoding
@@ -145,7 +146,8 @@ def _rows(path: Path, columns: Columns, notes: list[str]) -> Iterator[dict[str, 
     suffix = path.suffix.lower()
     try:
         encoding = "utf-8-sig" if columns.reading == 1 else _encoding(path, columns, notes)
-        with path.open(encoding=encoding, newline="" if suffix in (".csv", ".tsv") else None) as lines:
+        newline = "" if suffix in (".csv", ".tsv") else None
+        with io.TextIOWrapper(open_regular(path), encoding, newline=newline) as lines:
             if suffix in (".csv", ".tsv"):
                 for number, row in enumerate(_csv_rows(lines, path, columns, notes), 1):  # noqa: B007  used below
                     yield row
@@ -235,7 +237,7 @@ def _csv_rows(lines: io.TextIOWrapper, path: Path, columns: Columns, notes: list
 
 
 def _encoding(path: Path, columns: Columns, notes: list[str]) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(_START_BYTES)
         evident = evident_encoding(start[: len(start) // 4 * 4])
         if evident in ("utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"):

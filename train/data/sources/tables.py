@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import RunError, UserError, one_line
+from ldm.files import read_regular
 from train.data.sources.arrow import Table, choose_columns
 from train.data.sources.catalogue import Columns, Splits, require_column, split_named, split_prefix
 from train.data.sources.files import outside_message
@@ -157,7 +158,7 @@ def _inside(root: Path, file: Path, columns: Columns) -> Path:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(file))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} can't be read: {one_line(error, 300)}") from None
     return found if isinstance(found, dict) else {}

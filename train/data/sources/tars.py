@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import tarfile
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from ldm.errors import RunError, UserError
+from train.data.images import MAX_BYTES
 from train.data.images.decode import DamagedImage
-from train.data.sources.catalogue import MAX_BYTES, Catalogue, Columns, Row, Splits, split_named, split_prefix
+from train.data.sources.catalogue import Catalogue, Columns, Row, Splits, split_named, split_prefix
 from train.data.sources.tar_index import LeftOut, LocatedRow, Part, ReadAgain, open_index
 from train.data.sources.text import guess_encoding
 from train.data.sources.webdataset import DAMAGE, Header, Scattered, image_extensions, read_samples, unclear_texts
@@ -27,6 +29,8 @@ REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 _MOST_LISTED = 100  # samples left out of a tar that are listed by name
 _MOST_NOTES = 5  # notes on a dataset, one per tar
 CAPTION_FILES = "a .txt, .caption, .json or .cls beside each image"
+_MOST_TARS = 1_000_000
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # those without braces inside
 _SAMPLES = 1000  # caption files from which an encoding is guessed
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -131,19 +135,29 @@ def _paths(data: str, columns: Columns, names: Sequence[str]) -> list[str] | Non
 
 def expand(pattern: str) -> list[str]:
     """Expand braces like a shell: a{08..10}.tar is a08.tar, a09.tar and a10.tar; {a,b}.tar is a.tar and b.tar."""
-    if not (found := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)):
-        return [pattern]
-    first, last, listed = found.groups()
-    if listed is None:
-        a, b = int(first), int(last)
-        if abs(a - b) >= 10**6:
-            raise UserError(f"{found[0]!r} expands to {abs(a - b) + 1:,} files; up to 1,000,000 are accepted")
-        width = max(len(first), len(last)) if any(re.match("0.", n) for n in (first, last)) else 0
-        choices = [f"{k:0{width}d}" for k in range(a, b + (1 if b >= a else -1), 1 if b >= a else -1)]
-    else:
-        choices = listed.split(",")
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return list(dict.fromkeys(path for choice in choices for path in expand(before + choice + after)))
+    patterns, expanded = [pattern], False
+    while not expanded:
+        before, patterns, expanded = patterns, [], True
+        for one in before:
+            choices = [_choices(*found.groups()) for found in _BRACES.finditer(one)]
+            if len(patterns) + math.prod(map(len, choices)) > _MOST_TARS:
+                raise UserError(f"{pattern!r} expands to more than {_MOST_TARS:,} files")
+            if found := _BRACES.search(one):
+                expanded = False
+                patterns += [one[: found.start()] + choice + one[found.end() :] for choice in choices[0]]
+            else:
+                patterns.append(one)
+    return list(dict.fromkeys(patterns))
+
+
+def _choices(first: str, last: str, listed: str | None) -> Sequence[str]:
+    """Return the texts that a pair of braces stands for, except that a range has at most one more than is accepted."""
+    if listed is not None:
+        return listed.split(",")
+    a, b = int(first), int(last)
+    width = max(len(first), len(last)) if any(re.match("0.", n) for n in (first, last)) else 0
+    numbers = range(a, b + 1) if b >= a else range(a, b - 1, -1)
+    return [f"{k:0{width}d}" for k in numbers[: _MOST_TARS + 1]]
 
 
 def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRow]:

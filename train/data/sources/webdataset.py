@@ -24,7 +24,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self
 
-from train.data.sources.catalogue import MAX_BYTES, Columns, decode_text, ignored, repeat_count
+from train.data.images import MAX_BYTES
+from train.data.sources.catalogue import Columns, decode_text, ignored, repeat_count
 from train.data.sources.files import suffixes
 from train.data.sources.text import captions_in_json, evident_encoding
 

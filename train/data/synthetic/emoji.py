@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
 from ldm.errors import UserError
+from ldm.files import open_regular
 from train.data.store.atomic import new_folder
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -52,7 +53,8 @@ def read_annotations(path: Path) -> list[Named]:
     keywords: dict[str, list[str]] = {}
     for file in files:
         try:
-            annotations = list(ElementTree.parse(file).iter("annotation"))
+            with open_regular(file) as opened:
+                annotations = list(ElementTree.parse(opened).iter("annotation"))
         except OSError as error:
             raise UserError(
                 f"--annotations: {file} can't be read: {error.strerror}; must be CLDR's folder common, "
