@@ -1,6 +1,10 @@
-"""metrics.jsonl: the metrics of a run, one line each time that they are logged."""
+"""metrics.jsonl: the metrics of a run, one line each time that they are logged.
+
+Lines that aren't ours, e.g. cut short by a crash, are ignored, and removed when the run continues.
+"""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from train.data.store.atomic import atomic_file
+from train.data.store.lines import read_lines
 
 
 class Metrics:
@@ -49,7 +54,7 @@ class Metrics:
                 tracker.writer.purge_step = step + 1
         if kept != lines:
             with atomic_file(self.path) as file:
-                file.write("".join(f"{line}\n" for line in kept).encode())
+                file.write(b"".join(line + b"\n" for line in kept))
 
     def last_validation(self, step: int) -> tuple[int, dict[str, float]]:
         """Return the step and the metrics of the last validation up to this step, or (0, {}) if there was none."""
@@ -59,15 +64,23 @@ class Metrics:
                 return logged["step"], metrics
         return 0, {}
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+    def _lines(self) -> list[bytes]:
+        return read_lines(self.path)
 
-    def _until(self, step: int) -> list[str]:
+    def _until(self, step: int) -> list[bytes]:
         return [line for line in self._lines() if _step_of(line) <= step]
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
+    """Return the step of a line; infinity if it isn't a line of metrics."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a crash can cut a line short
+        logged = json.loads(line)
+    except (ValueError, RecursionError):
+        return math.inf
+    if not isinstance(logged, dict) or type(step := logged.get("step")) is not int:
+        return math.inf
+    return step if all(map(_is_number, logged.values())) else math.inf
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
+from ldm.errors import UserError, one_line
+from ldm.files import read_json, read_regular
 from train.config.run import RunConfig
 from train.data.batches.images import Inputs
 from train.data.store.atomic import atomic_file
@@ -66,6 +69,7 @@ def write_card(
         f"{about.summary} Step {step:,} of {config.steps:,}: {progress}",
     ]
     sheets = [path for path in samples.glob("step-*.png") if path.stem <= f"step-{step:08d}"]
+    sheets = [path for path in sheets if re.fullmatch(r"step-[0-9]{8,18}", path.stem) and path.is_file()]
     if sheets:
         newest = max(sheets)
         shutil.copyfile(newest, folder / "sample.png")
@@ -104,11 +108,17 @@ def state_license(folder: Path, license: str) -> None:
     page, provenance = folder / "README.md", folder / "training.json"
     if not page.is_file():
         return
-    card = ModelCard.load(page)
-    card.data.license = license.lower()
-    card.text = card.text[: card.text.rindex(_LICENCE)] + f"{_LICENCE}`{license}`\n"
-    content = json.loads(provenance.read_text(encoding="utf-8"))
-    content["config"]["license"] = license
+    try:
+        card = ModelCard(read_regular(page).decode())
+        content = read_json(provenance)
+        card.data.license = license.lower()  # type: ignore[attr-defined]
+        card.text = card.text[: card.text.rindex(_LICENCE)] + f"{_LICENCE}`{license}`\n"
+        content["config"]["license"] = license
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, YAMLError) as error:
+        raise UserError(
+            f"--license {license}: can't be added, because {page.name} or {provenance.name} in {folder} was changed by "
+            f"hand or is damaged ({one_line(error, 200)}); write the licence into both files yourself"
+        ) from None
     for path, text in ((page, str(card)), (provenance, json.dumps(content, indent=2) + "\n")):
         with atomic_file(path) as file:
             file.write(text.encode())

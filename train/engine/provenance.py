@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ldm import __version__
+from ldm.files import read_json
 from train.config.resumable import published
 from train.config.run import RunConfig
 
@@ -31,7 +32,7 @@ def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool)
 def is_result(folder: Path, step: int) -> bool:
     """Return whether a folder's weights are the final result of a run that ended at this step."""
     try:
-        about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        about = read_json(folder / _FILE)
     except (OSError, ValueError):
         return False
     return about.get("final") is True and about.get("step") == step

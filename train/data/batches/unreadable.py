@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import RunError
+from ldm.files import read_regular
+from train.data.store.lines import read_lines
 
 _FEWEST = 100  # with fewer examples, the share of unreadable ones isn't meaningful
 
@@ -78,7 +80,7 @@ class UnreadableCounter:
         self.listed |= set(new)
         lines = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
         self.report.parent.mkdir(parents=True, exist_ok=True)
-        incomplete = self.report.is_file() and self.report.read_bytes()[-1:] not in (b"", b"\n")  # after a crash
+        incomplete = self.report.is_file() and read_regular(self.report, 2**31)[-1:] not in (b"", b"\n")  # a crash
         with open(self.report, "ab") as file:  # in one write, so that processes don't mix their lines
             file.write(("\n" * incomplete + lines).encode())
 
@@ -108,7 +110,7 @@ class UnreadableReport:
 def _listed(report: Path) -> set[str]:
     """Return the files listed in a report, which may be missing, or incomplete after a crash."""
     names = set()
-    for line in report.read_text(encoding="utf-8").splitlines() if report.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    for line in read_lines(report):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             names.add(json.loads(line)["file"])
     return names
