@@ -136,6 +136,15 @@ class ClipTextEncoder(nn.Module):
         Older versions need the prefix `text_model.` on every weight and use random weights if it is missing.
         """
         folder = Path(folder)
+        self._save_tower(folder / "text_encoder")
+        save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+    def save_flat(self, folder: Path) -> None:
+        """Write the text encoder and its tokenizer into one folder, which `from_pretrained` of both reads."""
+        self._save_tower(folder)
+        save_tokenizer(self.tokenizer, folder)
+
+    def _save_tower(self, folder: Path) -> None:
         config = copy.deepcopy(self.model.config)
         config.architectures = ["CLIPTextModel"]
         config.dtype = next(self.model.parameters()).dtype
@@ -143,9 +152,8 @@ class ClipTextEncoder(nn.Module):
             setattr(config, name, getattr(self.tokenizer, name))
         if self.chunks > 1 or hasattr(config, _CHUNKS):
             setattr(config, _CHUNKS, self.chunks)
-        config.save_pretrained(folder / "text_encoder")
-        save_file(self._weights(), folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-        save_tokenizer(self.tokenizer, folder / "tokenizer")
+        config.save_pretrained(folder)
+        save_file(self._weights(), folder / "model.safetensors", metadata={"format": "pt"})
 
     def diffusers_limits(self) -> str | None:
         """Return one line that says what diffusers can't do with this text encoder; None if it can do everything."""

@@ -120,6 +120,19 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextM
 
 def tokenizer_of(config: Mapping[str, Any]) -> CLIPTokenizer:
     """Build CLIP's tokenizer from the merges in open_clip."""
-    from open_clip.tokenizer import SimpleTokenizer
+    return published_tokenizer(text_config(config).max_position_embeddings, None)
 
-    return clip_tokenizer(list(SimpleTokenizer().bpe_ranks), text_config(config).max_position_embeddings)
+
+def published_tokenizer(length: int, pad: int | None) -> CLIPTokenizer:
+    """Build the tokenizer of OpenAI's CLIP. Raises UserError if open_clip, which has its merges, isn't installed."""
+    try:
+        from open_clip.tokenizer import SimpleTokenizer
+    except ImportError:
+        raise UserError(
+            "CLIP's tokenizer is missing: give a configuration folder that contains tokenizer/, or "
+            "pip install open-clip-torch, which contains it"
+        ) from None
+    tokenizer = clip_tokenizer(list(SimpleTokenizer().bpe_ranks), length)
+    if pad == 0:
+        tokenizer.pad_token = "!"
+    return tokenizer

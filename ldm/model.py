@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from autoencoder.model import Autoencoder, Posterior
 from conditioning.clip import ClipTextEncoder
+from conditioning.openclip import published_tokenizer
 from conditioning.tokenizer import load_tokenizer
 from ldm.editing import inpainting_context, masked_image
 from ldm.errors import RunError, UserError, one_line
 from ldm.formats import MAX_PIXELS
 from ldm.formats.hub import PARTS, find_pipeline
+from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
-from ldm.formats.single_file import Parts
 from ldm.networks.attention import use_attention
 from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet
@@ -199,17 +200,23 @@ def load(folder: str | Path, chunks: int | None, backbone: Backbone | None) -> M
     return backbone, autoencoder, text_encoder, process, _task_from_index(folder, backbone)
 
 
-def from_parts(parts: Parts, folder: str | Path, chunks: int | None) -> ModelParts:
-    """Return a model's parts, made of loaded networks and the tokenizer of a pipeline's folder. Raises UserError."""
-    tokenizer_folder = Path(folder) / "tokenizer"
-    try:
-        tokenizer = load_tokenizer(tokenizer_folder)
-    except Exception as error:  # for a damaged file, the library may raise any error
-        raise UserError(f"tokenizer {str(tokenizer_folder)!r} can't be read: {one_line(error, 300)}") from None
+def from_parts(parts: Parts, folder: str | Path | None, chunks: int | None) -> ModelParts:
+    """Return a model's parts, made of loaded networks and their tokenizer. folder: the pipeline's, if there is one.
+
+    Raises UserError if the tokenizer can't be read.
+    """
+    text = parts.text_encoder.config
+    if parts.tokenizer is None:
+        tokenizer = published_tokenizer(text.max_position_embeddings, text.pad_token_id)
+    else:
+        try:
+            tokenizer = load_tokenizer(parts.tokenizer)
+        except Exception as error:  # for a damaged file, the library may raise any error
+            raise UserError(f"tokenizer {str(parts.tokenizer)!r} can't be read: {one_line(error, 300)}") from None
     use_attention(parts.unet)
     autoencoder, encoder = Autoencoder(parts.vae), ClipTextEncoder(parts.text_encoder, tokenizer, chunks=chunks)
     backbone = UNet.wrap(parts.unet, autoencoder.latent_channels)
-    return backbone, autoencoder, encoder, parts.process, _task_from_index(Path(folder), backbone)
+    return backbone, autoencoder, encoder, parts.process, _task_from_index(Path(folder), backbone) if folder else None
 
 
 def _task_from_index(folder: Path, backbone: Backbone) -> Task | None:

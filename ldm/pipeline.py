@@ -23,8 +23,9 @@ from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import Denoise, Denoised, Denoiser, Network, with_context
 from ldm.editing import Pixels, paste
 from ldm.errors import UserError
+from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
-from ldm.formats.single_file import Parts, load_single_file, save_single_file
+from ldm.formats.single_file import load_single_file, save_single_file
 from ldm.guidance import Conditioned, LogProbability
 from ldm.model import IMAGES_AT_ONCE, Model, from_parts, load
 from ldm.networks.attention import AttentionBackend
@@ -79,22 +80,28 @@ class LatentDiffusionPipeline:
         return cls(*load(folder, chunks, backbone))
 
     @classmethod
-    def from_single_file(cls, path: str | Path, *, config: str | Path, chunks: int | None = None) -> Self:
+    def from_single_file(
+        cls, path: str | Path, *, config: str | Path | None = None, chunks: int | None = None, ema: bool = True
+    ) -> Self:
         """Load one safetensors file with the original key names, e.g. of Stable Diffusion 1.5.
 
-        config: a local diffusers folder of the same shape; its JSON and tokenizer are read. Nothing is downloaded.
-        chunks: as in `from_pretrained`. Raises UserError if the file or the configuration can't be read or don't fit.
+        config: a local diffusers folder of the same shape; its JSON and tokenizer are read. None: NAME.yaml beside the
+        file, or the shape of Stable Diffusion. Nothing is downloaded. chunks: as in `from_pretrained`. ema: use the
+        averaged weights, if the file has them. Raises UserError if these can't be read or don't fit.
         """
-        return cls.from_parts(load_single_file(path, config), config, chunks=chunks)
+        return cls.from_parts(load_single_file(path, config, ema=ema), config, chunks=chunks)
 
     @classmethod
-    def from_parts(cls, parts: Parts, folder: str | Path, *, chunks: int | None = None) -> Self:
-        """Combine loaded networks and the tokenizer of a pipeline's folder. Raises UserError if it can't be read."""
+    def from_parts(cls, parts: Parts, folder: str | Path | None, *, chunks: int | None = None) -> Self:
+        """Combine loaded networks and their tokenizer. folder: the pipeline's, if there is one.
+
+        Raises UserError if the tokenizer can't be read.
+        """
         return cls(*from_parts(parts, folder, chunks))
 
-    def save_single_file(self, path: str | Path) -> None:
+    def save_single_file(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a new safetensors file with the original key names; see `ldm.formats.single_file.save_single_file`."""
-        save_single_file(self.model, path)
+        save_single_file(self.model, path, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole folder, safetensors and JSON only, with every scheduler key explicit."""

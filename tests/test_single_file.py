@@ -83,7 +83,7 @@ NARROW: dict[str, dict[str, Any]] = {
 SD2: dict[str, dict[str, Any]] = {
     "unet": NARROW["unet"] | {"use_linear_projection": True, "attention_head_dim": (2, 4, 4, 6)},
     "vae": NARROW["vae"],
-    "text": NARROW["text"] | {"hidden_act": "gelu", "num_hidden_layers": 3},
+    "text": NARROW["text"] | {"hidden_act": "gelu", "num_hidden_layers": 3, "vocab_size": 49408},  # OpenCLIP's
 }
 ODD: dict[str, dict[str, Any]] = {
     "unet": NARROW["unet"]
@@ -350,8 +350,8 @@ def test_the_schedule_is_written_as_the_original_has_it(made: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "architecture", "prediction", "resolution"),
     [
-        ("sd1", "stable-diffusion-v1", "epsilon", "128x128"),
-        ("sd2", "stable-diffusion-v2-768-v", "v", "128x128"),
+        ("sd1", "latent-diffusion", "epsilon", "128x128"),
+        ("sd2", "latent-diffusion", "v", "128x128"),
     ],
 )
 def test_metadata_describes_architecture_and_prediction_type(
@@ -426,7 +426,7 @@ def test_parts_without_a_counterpart_are_named() -> None:
         (
             "text_encoder",
             {"num_hidden_layers": 3},
-            "the file has no weight cond_stage_model.model.transformer.resblocks.2",
+            r"the file has no weight cond_stage_model\.transformer\.text_model\.encoder\.layers\.2",
         ),
         ("text_encoder", {"hidden_size": -1}, "configuration .* can't be read"),
     ],
@@ -451,7 +451,11 @@ def test_files_that_do_not_fit_are_refused(made: Any, tmp_path: Path) -> None:
     for wrong, message in (
         (less, f"the file has no weight {name}"),
         (weights | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(2)}, r"the file has .*label_emb"),
-        (weights | {"cond_stage_model.model.transformer.resblocks.9.ln_1.bias": torch.ones(32)}, "resblocks.9"),
+        (
+            weights | {"cond_stage_model.transformer.text_model.encoder.layers.9.mlp.fc1.bias": torch.ones(2)},
+            "layers.9",
+        ),
+        (weights | {name: torch.full_like(weights[name], torch.nan)}, "contains NaN or infinity"),
         (weights | {name: torch.ones(3, 3)}, r"shape \(3, 3\) in the file, but \(32, 32, 3, 3\)"),
         (weights | {name: torch.tensor(1.0)}, r"shape \(\) in the file"),
         (weights | {name: torch.ones(32, 32, 3, 3, dtype=torch.int8)}, "is torch.int8"),
@@ -549,7 +553,8 @@ def test_the_command_converts_all_three_ways(made: Any, tmp_path: Path) -> None:
     one, other = (LatentDiffusionPipeline.from_pretrained(f) for f in (folder, tmp_path / "folder"))
     assert equal(one.unet.state_dict(), other.unet.state_dict())
     assert torch.equal(one.encode(PROMPTS), other.encode(PROMPTS))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.ckpt", "b.safetensors", "folder", "new"]
+    written = ["b.ckpt", "b.safetensors", "b.yaml", "folder", "new"]
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.is_dir() or p.name != "b-text") == written
 
 
 def test_the_command_refuses_in_one_line(made: Any, tmp_path: Path) -> None:
@@ -559,11 +564,12 @@ def test_the_command_refuses_in_one_line(made: Any, tmp_path: Path) -> None:
     out, torn = tmp_path / "out", tmp_path / "torn"
     shutil.copytree(folder, torn)
     (torn / "tokenizer" / "tokenizer.json").write_text("{")
+    bare = Path(shutil.copy(file, tmp_path / "bare.safetensors"))
     for arguments, message in (
         ((folder, file), "exists already"),
         ((file, folder, folder), "exists already"),
         ((folder, tmp_path / "model.ckpt"), "pickle files can't be written"),
-        ((file, out), "--config is missing"),
+        ((bare, out), "it isn't a Stable Diffusion 1, and no description NAME.yaml is beside it"),
         ((file, out, tmp_path / "none"), "--config"),
         ((file, out, torn), "tokenizer"),
         ((folder, out, folder), "only for single-file models"),
@@ -579,4 +585,4 @@ def test_the_command_refuses_in_one_line(made: Any, tmp_path: Path) -> None:
         assert error.count("\n") == 1
         assert message in error
     assert file.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.ckpt", "torn"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.safetensors", "evil.ckpt", "torn"]

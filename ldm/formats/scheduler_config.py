@@ -1,17 +1,20 @@
 """A model's process in diffusers' scheduler_config.json, read from any scheduler and written with every key."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ldm.errors import UserError
+from ldm.kinds import BetaKind
 from ldm.parameterization import PREDICTION_TYPE, Target, check_target, target_from_diffusers
 from ldm.process import VarianceKind
-from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule
+from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule, make_betas, rescale_to_zero_terminal_snr
 from ldm.spacing import Spacing
 
 _VARIANCES: dict[str, VarianceKind] = {
@@ -108,9 +111,11 @@ class Process:
             return scheduler
         assert isinstance(self.schedule, BetaSchedule)
         betas = self.schedule.betas.tolist()
+        kind, start, end = name_betas(self.schedule) or ("linear", betas[0], betas[-1])
         shared |= {
-            "beta_start": betas[0],
-            "beta_end": betas[-1],
+            "beta_schedule": kind,  # for readers that ignore trained_betas
+            "beta_start": start,
+            "beta_end": end,
             "trained_betas": betas,
             "clip_sample": False,
             "rescale_betas_zero_snr": self.schedule.zero_terminal_snr,
@@ -142,3 +147,28 @@ class Process:
                 "as DPMSolverMultistepScheduler.from_config"
             )
         return None
+
+
+def name_betas(schedule: BetaSchedule) -> tuple[str, float, float] | None:
+    """Return diffusers' beta_schedule, beta_start and beta_end of a schedule; None if it isn't one that has a name.
+
+    For zero terminal SNR, they are those before the rescaling. Only Stable Diffusion's betas are recognised then.
+    """
+    betas = schedule.betas
+    first, last = betas[0].item(), betas[-1].item()
+    candidates: list[tuple[str, BetaKind, float, float]] = [("squaredcos_cap_v2", "cosine", first, last)]
+    if schedule.zero_terminal_snr:
+        candidates += [("scaled_linear", "scaled_linear", 0.00085, 0.012), ("linear", "linear", 0.0001, 0.02)]
+    else:
+        lowest = 1 / (1 + math.exp(6))  # the sigmoid schedule's range is that from −6 to 6
+        range_ = (last - first) / (1 - 2 * lowest)
+        start = first - range_ * lowest
+        candidates += [("scaled_linear", "scaled_linear", first, last), ("linear", "linear", first, last)]
+        candidates += [("sigmoid", "sigmoid", start, start + range_)]
+    for name, kind, start, end in candidates:
+        named = make_betas(kind, schedule.T, start, end)
+        if schedule.zero_terminal_snr:
+            named = rescale_to_zero_terminal_snr(named)
+        if torch.allclose(named, betas, rtol=1e-5, atol=0):
+            return name, start, end
+    return None

@@ -128,7 +128,7 @@ def convert() -> None:
     o = overlay(ConvertOptions, ConvertOptions())
     from train.commands.convert import convert
 
-    convert(o.model, o.config, o.out)
+    convert(o)
     print(o.out)
 
 
