@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from train.config.generation import InterpolateOptions, Txt2ImgOptions
 from train.config.ldm import LdmConfig
 from train.config.load import dump, overlay, parse, plain, read_yaml, validate
 from train.config.reports import EvaluateOptions, InspectOptions
-from train.config.resumable import differences, published
+from train.config.resumable import Fixed, Resumable, differences, published
 from train.config.run import RunConfig
 from train.config.shipped import shipped
 from train.config.vae import AutoencoderConfig, VaeConfig
@@ -92,7 +93,7 @@ def test_a_dumped_configuration_is_read_back(kind: type[RunConfig]) -> None:
     assert validate(kind, yaml.safe_load(dump(kind()))) == kind()
 
 
-# Settings that a continued run may change: a contract with existing runs.
+# Settings that a continued run may change without a request: a contract with existing runs.
 RESUMABLE = {
     *(
         "data",
@@ -105,13 +106,22 @@ RESUMABLE = {
         "cache",
         "workers",
     ),
-    *("input.max_damaged", "accept_changed_data"),
+    "input.max_damaged",
     *("first_samples", "roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
     *("validation_features", "vae", "text_encoder", "attention", "prompts", "sample_steps", "guidance_scale"),
     # The fingerprint of the data guards these.
     *(f"input.{name}" for name in ("caption_from_names", "caption_files", "encoding", "follow_links", "reading")),
 }
+# Settings that can't change at all in a run, because of its weights, its optimizer or the meaning of its outputs.
+FIXED = {
+    *("optimizer.kind", "decoder_only", "learn_logvar", "task", "clip_skip", "text_chunks", "projection"),
+    *(f"adversarial.{name}" for name in ("channels", "layers", "spectral_norm")),
+    *(f"diffusion.{name}" for name in ("schedule", "timesteps", "beta_start", "beta_end", "zero_terminal_snr")),
+    *("diffusion.shift", "diffusion.target"),
+}
+FIXED_RECORDS = ("text.", "image.", "model.", "unet.")
 PLACES = {"data", "out", "cache", "init", "perceptual.model", "validation_features", "vae", "text_encoder"}
+PLACES |= {"input.duplicates"}
 
 
 def leaves(config: object, prefix: str = "") -> dict[str, Any]:
@@ -135,15 +145,52 @@ def test_which_settings_a_continued_run_may_change(kind: type[RunConfig]) -> Non
     config = kind()
     for name, value in leaves(config).items():
         now = changed(config, name)
-        expected = [] if name in RESUMABLE else [(name, value, "something else")]
-        assert list(differences(config, now)) == expected
+        found = list(differences(config, now))
+        assert [d[:3] for d in found] == ([] if name in RESUMABLE else [(name, value, "something else")])
+        for d in found:
+            fixed = (
+                name in FIXED or name.startswith(FIXED_RECORDS) or (kind.stage, name) == ("clip", "input.resolution")
+            )
+            assert bool(d.why) == (fixed or name == "adversarial.kind")  # its default is none
 
 
-def test_a_continued_run_cannot_turn_its_cache_on_or_off() -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (ClipConfig, "tokens.sketch", (100.0, 0.0)),
+        (ClipConfig, "tokens.echo", (10.0, 0.0)),
+        (VaeConfig, "adversarial.kind", ("hinge", "none")),
+        (LdmConfig, "diffusion.variance", ("fixed_small", "learned")),
+        (LdmConfig, "diffusion.timestep_sampling", ("uniform", "importance")),
+    ],
+)
+def test_a_part_with_weights_of_its_own_cannot_be_turned_on_or_off(
+    kind: type[RunConfig], name: str, values: tuple[Any, Any]
+) -> None:
+    bound = ["--diffusion.objective", "vlb"] * (name == "diffusion.variance")
+    on, off = (parse(kind, [f"--{name.replace('_', '-')}", str(value), *bound]) for value in values)
+    for before, now in ((on, off), (off, on)):
+        assert [bool(d.why) for d in differences(before, now)] == [True]
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_every_setting_states_whether_it_can_change(kind: type[RunConfig]) -> None:
+    """A new field needs a mark."""
+
+    def unmarked(record: type, prefix: str = "") -> Iterator[str]:
+        for name, field in record.__pydantic_fields__.items():  # type: ignore[attr-defined]
+            if not any(isinstance(mark, Resumable | Fixed) for mark in field.metadata):
+                nested = is_dataclass(field.annotation)
+                yield from unmarked(field.annotation, f"{prefix}{name}.") if nested else [prefix + name]
+
+    assert not list(unmarked(kind))
+
+
+def test_a_continued_run_turns_its_cache_on_or_off_only_on_request() -> None:
     kept, elsewhere, off = RunConfig(), RunConfig(cache="elsewhere"), RunConfig(cache="off")
     assert not list(differences(kept, elsewhere))
-    assert list(differences(kept, off)) == [("cache", "", "off")]
-    assert list(differences(off, elsewhere)) == [("cache", "off", "elsewhere")]
+    assert list(differences(kept, off)) == [("cache", "", "off", "")]
+    assert list(differences(off, elsewhere)) == [("cache", "off", "elsewhere", "")]
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
@@ -246,6 +293,7 @@ def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: li
     ("arguments", "message"),
     [
         (["--printconfig"], "unknown option --printconfig: did you mean --print-config?"),
+        (["--resume-with-change"], "unknown option --resume-with-change: did you mean --resume-with-changes?"),
         (["--steps", "3", "shapes/ldm"], "the configuration must be the first argument"),
     ],
 )
@@ -353,7 +401,12 @@ def test_help_names_the_program_and_the_configurations(
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: {usage} ")
     text = " ".join(printed.split())
-    for word in ("shapes/ldm, shapes/ldm_inpaint, ", "CONFIG, the first argument:", "--print-config: print all"):
+    for word in (
+        "shapes/ldm, shapes/ldm_inpaint, ",
+        "CONFIG, the first argument:",
+        "--print-config: print all",
+        "--resume-with-changes: ",
+    ):
         assert (word in text) == (kind is LdmConfig)
     assert max(map(len, printed.splitlines())) <= 80
 

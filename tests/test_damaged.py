@@ -19,8 +19,8 @@ from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 
 
-def start_stage(stage: str, data: Path, out: Path, parts: Path, **change: Any) -> None:
-    train_stage(stage_config(stage, data, out, parts, **change))
+def start_stage(stage: str, data: Path, out: Path, parts: Path, with_changes: bool = False, **change: Any) -> None:
+    train_stage(stage_config(stage, data, out, parts, **change), with_changes=with_changes)
 
 
 LIMIT = DataConfig(resolution=32, max_damaged=0.1)
@@ -70,6 +70,7 @@ def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage
     )
     run: dict[str, Any] = {"steps": 4, "checkpoint_every": 1, "validate_every": 4, "log_every": 1}
     run["cache"] = str(tmp_path / "cache") if stage == "ldm" else ""
+    start_stage(stage, data, out, parts, **run | {"steps": 1}, input=HIGHER)
     with pytest.raises(RunError, match=r"of \d+ images can't be read"):
         start_stage(stage, data, out, parts, **run, input=LIMIT)
     listed = [json.loads(line)["file"] for line in (out / "damaged.jsonl").read_text().splitlines()]
@@ -82,16 +83,16 @@ def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage
                 (data / "train" / name).write_bytes((intact / "train" / name).read_bytes())
             with pytest.raises(UserError, match="--data: not the same content"):  # another file has another size
                 start_stage(stage, data, out, parts, **run, input=LIMIT)
-            start_stage(stage, data, out, parts, **run, input=LIMIT, accept_changed_data=True)
+            start_stage(stage, data, out, parts, **run, input=LIMIT, with_changes=True)
         case "without the files":
             for name in [f"{k:02d}.png" for k in range(9)]:
                 (data / "train" / name).unlink()
-            with pytest.raises(UserError, match=r"--data: not the same content .* --accept-changed-data True"):
+            with pytest.raises(UserError, match=r"--data: not the same content .* --resume-with-changes"):
                 start_stage(stage, data, out, parts, **run, input=LIMIT)
-            start_stage(stage, data, out, parts, **run, input=LIMIT, accept_changed_data=True)
+            start_stage(stage, data, out, parts, **run, input=LIMIT, with_changes=True)
     assert losses(out)[-1][0] == 4
     about = yaml.safe_load((out / "config.yaml").read_text())["about"]
-    assert len(about.get("earlier_data", [])) == (way != "a higher limit")
+    assert [change["setting"] for change in about.get("changes", [])] == ["data"] * (way != "a higher limit")
     assert ("trained on other data before" in (out / "model/README.md").read_text()) == (way != "a higher limit")
 
 
@@ -99,6 +100,6 @@ def test_accepting_a_change_changes_nothing_without_one(tmp_path: Path, parts: P
     data = write_images(tmp_path / "data", bad=0)
     for name, accept in (("one", False), ("two", True)):
         start_stage("vae", data, tmp_path / name, parts, steps=2)
-        start_stage("vae", data, tmp_path / name, parts, steps=4, accept_changed_data=accept)
+        start_stage("vae", data, tmp_path / name, parts, steps=4, with_changes=accept)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
-    assert "earlier_data" not in (tmp_path / "two/config.yaml").read_text()
+    assert "changes" not in (tmp_path / "two/config.yaml").read_text()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from train.data.batches.buckets import Buckets
+from train.data.batches.images import StreamOrder
 from train.data.batches.records import Examples
 from train.data.order.permutation import Order, Repeated, Shifted, Shuffled
 from train.engine.feed import Feed
@@ -27,8 +28,11 @@ class Indices(NamedTuple):
         return Examples(position=torch.from_numpy(at), index=torch.from_numpy(self.order.at(at)))
 
 
+START = {"position": 0, "order": "", "shift": 0, "epochs": 0}
+
+
 def read(
-    order: Order, start: int, steps: int, batch_size: int, state: dict[str, Any] | None = None, **change: Any
+    order: Order, start: int, steps: int, batch_size: int, state: dict[str, Any] = START, **change: Any
 ) -> tuple[list[int], list[int], dict[str, Any]]:
     """Return the positions and examples of steps start … steps − 1 in order, and the state after them."""
     world, data = change.pop("world", 1), change.pop("data", "")
@@ -37,8 +41,7 @@ def read(
     for rank in range(world):
         accelerator = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
         feed = Feed(SimpleNamespace(**settings), accelerator, data, lambda _: None)  # type: ignore[arg-type]
-        if start:
-            feed.restore(start, state)
+        feed.restore(start, state)
         ranks.append(list(feed.batches(Indices(order), start)))
     parts = [
         part
@@ -110,8 +113,27 @@ def test_another_batch_size_with_buckets_begins_a_new_epoch() -> None:
     assert set(examples[: new.length]) == set(range(30))
 
 
-def test_a_checkpoint_without_a_position_has_steps_times_batch_size() -> None:
-    order = Shuffled(50, 3)
-    positions, examples, _ = read(order, 6, 9, 8, None)
-    assert positions == list(range(48, 72))
-    assert examples == order.at(range(48, 72)).tolist()
+def test_a_stream_of_other_data_is_read_from_its_start() -> None:
+    accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    config: Any = SimpleNamespace(steps=9, batch_size=4, accumulation=1, workers=0)
+    shifts: list[int] = []
+
+    class Stream(NamedTuple):
+        order: StreamOrder = StreamOrder("1000 3")
+
+        def shifted(self, shift: int) -> Self:
+            shifts.append(shift)
+            return self
+
+        def __getitems__(self, positions: list[int]) -> Examples:
+            return Examples(position=torch.tensor(positions), index=torch.tensor(positions))
+
+    for data, expected in (("one", []), ("two", [-12])):
+        feed = Feed(config, accelerator, "one", lambda _: None)
+        feed.batches(Stream(), 0)
+        state = feed.state(3)
+        feed = Feed(config, accelerator, data, lambda _: None)
+        feed.restore(3, state)
+        assert next(feed.batches(Stream(), 3))[0].position.tolist() == [12, 13, 14, 15]
+        assert shifts == expected
+        assert feed.state(5) == state | {"position": 20, "order": feed.order, "shift": sum(expected)}

@@ -15,7 +15,7 @@ from train.config.clip import ClipConfig
 from train.config.convert import ConvertOptions
 from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, Txt2ImgOptions
 from train.config.ldm import LdmConfig
-from train.config.load import overlay, parse, parse_any
+from train.config.load import overlay, parse_any, parse_training
 from train.config.reports import (
     EvaluateOptions,
     EvaluateVaeOptions,
@@ -28,30 +28,30 @@ from train.config.vae import VaeConfig
 @command
 def train_clip() -> None:
     """Train stage 0, a small CLIP: CONFIG --data DATA --out RUN."""
-    config = parse(ClipConfig)
+    config, with_changes = parse_training(ClipConfig)
     from train.stages.clip import train
 
-    train(config)
+    train(config, with_changes=with_changes)
     print_next(config)
 
 
 @command
 def train_vae() -> None:
     """Train stage 1, the autoencoder: CONFIG --data DATA --out RUN."""
-    config = parse(VaeConfig)
+    config, with_changes = parse_training(VaeConfig)
     from train.stages.vae import train
 
-    train(config)
+    train(config, with_changes=with_changes)
     print_next(config)
 
 
 @command
 def train_ldm() -> None:
     """Train stage 2, the latent diffusion model: CONFIG --data DATA --out RUN."""
-    config = parse(LdmConfig)
+    config, with_changes = parse_training(LdmConfig)
     from train.stages.ldm import train
 
-    train(config)
+    train(config, with_changes=with_changes)
     print_next(config)
 
 

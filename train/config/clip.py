@@ -1,12 +1,13 @@
 """The configuration of stage 0, a small CLIP."""
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from train.config.limits import LONGEST_SIDE, MOST_LAYERS, Count, require_possible
 from train.config.optimizer import strict
+from train.config.resumable import Fixed, Resumable
 from train.config.run import RunConfig, require_squares
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ class ImageTowerConfig:
 class TokenTasksConfig:
     """Additional training tasks of the text tower, which make its tokens more useful to the diffusion model."""
 
-    sketch: float = Field(default=100.0, ge=0)
+    sketch: Annotated[float, Resumable(on_request=True, never=0.0)] = Field(default=100.0, ge=0)
     """Weight of the task to predict the image from the tokens; 0: no task.
     It makes the tokens encode the positions of objects."""
-    echo: float = Field(default=10.0, ge=0)
+    echo: Annotated[float, Resumable(on_request=True, never=0.0)] = Field(default=10.0, ge=0)
     """Weight of the task to predict, from each token, that token and the three before it; 0: no task.
     It keeps every word of the caption in the features."""
 
@@ -72,11 +73,12 @@ class ClipConfig(RunConfig):
     """Stage 0: train a small CLIP (Radford et al. 2021) on captioned images by contrastive learning."""
 
     stage: ClassVar = "clip"
-    text: TextTowerConfig = Field(default_factory=TextTowerConfig)
+    fixed: ClassVar = {"input.resolution": "the image tower has a learned position for each patch"}
+    text: Annotated[TextTowerConfig, Fixed()] = Field(default_factory=TextTowerConfig)
     """Text tower."""
-    image: ImageTowerConfig = Field(default_factory=ImageTowerConfig)
+    image: Annotated[ImageTowerConfig, Fixed()] = Field(default_factory=ImageTowerConfig)
     """Image tower."""
-    projection: Count = 256
+    projection: Annotated[Count, Fixed()] = 256
     """Number of dimensions of the embedding space that images and captions share."""
     tokens: TokenTasksConfig = Field(default_factory=TokenTasksConfig)
     """Additional training tasks of the text tower."""

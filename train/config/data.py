@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from ldm.formats import MAX_PIXELS
 from train.config.limits import LONGEST_SIDE, MOST_EXAMPLES
 from train.config.optimizer import strict
-from train.config.resumable import Resumable
+from train.config.resumable import ON_REQUEST, Resumable
 from train.data.images import Crop
 from train.data.sources.catalogue import READING, Columns
 from train.data.sources.text import check_encoding
@@ -26,12 +26,12 @@ class SourceConfig:
 
     # Settings of how captions are read may change when a run is continued: the dataset's fingerprint must stay equal.
 
-    image_column: str = ""
+    image_column: Annotated[str, ON_REQUEST] = ""
     """Column of the image (in tars: its file extension).
     Empty: `file_name` in metadata files, and the only column with images in parquet files and datasets."""
-    caption_column: str = ""
+    caption_column: Annotated[str, ON_REQUEST] = ""
     """Column of the caption (in tars: its file extension, or a key of the .json); empty: `text`, else `caption`."""
-    caption_template: str = ""
+    caption_template: Annotated[str, ON_REQUEST] = ""
     """Template that turns class labels into captions, e.g. "a photo of a {}"; empty: the captions are read as texts.
     Labels are folder names or the values of the caption column; {} is replaced by the label."""
     caption_from_names: Annotated[bool, Resumable()] = False
@@ -45,26 +45,26 @@ class SourceConfig:
     reading: Annotated[int, Resumable()] = Field(default=READING, ge=1, le=READING)
     """Version of the rules by which datasets are read. 1 continues runs that were started before there was a choice.
     A run is refused if another version reads its dataset differently."""
-    repeats: str = ""
+    repeats: Annotated[str, ON_REQUEST] = ""
     """Column (in tars: key of the .json) with the number of times that each image appears in an epoch of training.
     Or `folders`: the number before the first _ in the name of the image's folder, e.g. 10_cat. Empty: once each."""
-    duplicates: str = ""
+    duplicates: Annotated[str, Resumable(location=True, on_request=True)] = ""
     """File duplicates.jsonl of inspect_data.py, whose copies are left out (see `copies`); empty: copies are kept."""
-    copies: Literal["held_out", "all"] = "held_out"
+    copies: Annotated[Literal["held_out", "all"], ON_REQUEST] = "held_out"
     """Copies that are left out: `held_out` images that are also trained on, or `all` except one of each group."""
-    train_split: str = "train"
+    train_split: Annotated[str, ON_REQUEST] = "train"
     """Name of the dataset's training split."""
-    validation_split: str = ""
+    validation_split: Annotated[str, ON_REQUEST] = ""
     """Name of the dataset's validation split; empty: the first that exists of validation, val, dev and test.
     If none of them exists, a share of the training images is held out (validation_fraction)."""
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    validation_fraction: Annotated[float, ON_REQUEST] = Field(default=0.05, gt=0, lt=1)
     """Share of the images, 0 to 1, held out if the dataset has no validation split; at most 1000 are held out."""
-    stream_buffer: int = Field(default=1000, gt=0, le=10**9)
+    stream_buffer: Annotated[int, ON_REQUEST] = Field(default=1000, gt=0, le=10**9)
     """Number of images in the shuffle buffer of a stream (a URL or `pipe:` as --data).
     A larger buffer shuffles better and needs more memory."""
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=10**10)
+    max_pixels: Annotated[int, ON_REQUEST] = Field(default=MAX_PIXELS, gt=0, le=10**10)
     """Largest accepted size of an image, in pixels (width × height); larger images count as damaged."""
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    background: Annotated[tuple[Byte, Byte, Byte], ON_REQUEST] = (255, 255, 255)
     """Background colour behind transparent images: red, green and blue, 0 to 255 each."""
 
     @model_validator(mode="after")
@@ -109,21 +109,21 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """Settings that prepare the images and captions of `--data` for training."""
 
-    resolution: int = Field(default=32, ge=8, le=LONGEST_SIDE)
+    resolution: Annotated[int, ON_REQUEST] = Field(default=32, ge=8, le=LONGEST_SIDE)
     """Side of the square training images, in pixels; each image is cropped to a square and resized to it."""
-    crop: Crop = "center"
+    crop: Annotated[Crop, ON_REQUEST] = "center"
     """Position of the crop along an image's longer side: `center` (the middle), or `random`."""
-    crops: int = Field(default=0, ge=0, le=MOST_EXAMPLES)
+    crops: Annotated[int, ON_REQUEST] = Field(default=0, ge=0, le=MOST_EXAMPLES)
     """Number of random crops of each image in stage 2's cache; crop `random` with a cache needs at least 1."""
-    flip: bool = False
+    flip: Annotated[bool, ON_REQUEST] = False
     """Mirror half of the images, left to right.
     Unsuitable if captions mention left or right, or if images contain text."""
-    buckets: int = Field(default=0, ge=0, le=LONGEST_SIDE)
+    buckets: Annotated[int, ON_REQUEST] = Field(default=0, ge=0, le=LONGEST_SIDE)
     """Train on rectangles whose sides are multiples of this number of pixels, e.g. 64 (stage 2 only); 0: on squares.
     A rectangle has about resolution² pixels, and all images of a batch have the same shape."""
-    bucket_ratio: float = Field(default=2.0, ge=1, le=100)
+    bucket_ratio: Annotated[float, ON_REQUEST] = Field(default=2.0, ge=1, le=100)
     """Largest aspect ratio of the rectangles of `buckets`, longer side / shorter side; at least 1."""
-    min_size: int = Field(default=0, ge=0, le=10**9)
+    min_size: Annotated[int, ON_REQUEST] = Field(default=0, ge=0, le=10**9)
     """Smallest accepted length of an image's shorter side, in pixels; smaller images are left out."""
     max_damaged: Annotated[float, Resumable()] = Field(default=0.1, ge=0, le=1)
     """Largest accepted share of unreadable images, 0 to 1; training stops if there are more.

@@ -10,7 +10,7 @@ from ldm.kinds import AttentionBackend, LossKind, ObjectiveKind, ScheduleKind, S
 from ldm.task import Task
 from train.config.limits import MOST_EXAMPLES, MOST_LAYERS, MOST_LEVELS, Count, require_possible
 from train.config.optimizer import strict
-from train.config.resumable import Location, Resumable
+from train.config.resumable import ON_REQUEST, Fixed, Location, Resumable
 from train.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ldm.objective import Objective, Weighting
     from ldm.schedule import Schedule
     from ldm.timesteps import Timesteps
+
+
+_MEANING = Fixed("it changes the meaning of the network's outputs")
+_FEATURES = Fixed("the network was trained with these features of the captions")
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -84,53 +88,55 @@ class UnetConfig:
 class DiffusionConfig:
     """Settings of the forward process, the prediction target and the loss."""
 
-    schedule: ScheduleKind = "scaled_linear"
+    schedule: Annotated[ScheduleKind, _MEANING] = "scaled_linear"
     """Noise schedule, a variance-preserving one or `flow`; docs/mathematics.md gives the formulas.
     `flow` is rectified flow: it needs target flow, v or x0, and diffusers can't sample the model."""
-    timesteps: int = Field(default=1000, gt=1, le=100_000)
+    timesteps: Annotated[int, _MEANING] = Field(default=1000, gt=1, le=100_000)
     """Number of discrete timesteps T, at least 2."""
-    beta_start: float = Field(default=0.00085, gt=0, lt=1)
+    beta_start: Annotated[float, _MEANING] = Field(default=0.00085, gt=0, lt=1)
     """Beta of the first timestep, between 0 and 1, in schedules linear, sigmoid, and scaled_linear or quadratic."""
-    beta_end: float = Field(default=0.012, gt=0, lt=1)
+    beta_end: Annotated[float, _MEANING] = Field(default=0.012, gt=0, lt=1)
     """Beta of the last timestep, between 0 and 1, in the same schedules."""
-    zero_terminal_snr: bool = False
+    zero_terminal_snr: Annotated[bool, _MEANING] = False
     """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024); needs target v, x0 or flow."""
-    shift: float = Field(default=1.0, ge=1e-3, le=1e3)
+    shift: Annotated[float, _MEANING] = Field(default=1.0, ge=1e-3, le=1e3)
     """Shift of schedule `flow` towards more noise, for higher resolutions (Esser et al. 2024); 1: no shift.
     If 1 is best for some resolution, use √n for latents with n times as many elements."""
-    target: Target = "eps"
+    target: Annotated[Target, _MEANING] = "eps"
     """Prediction target of the network: `eps` (the noise), `x0` (the clean latent), or one of two velocities.
     `v` is the velocity of Salimans & Ho (2022), `flow` that of rectified flow."""
-    variance: VarianceKind = "fixed_small"
+    variance: Annotated[VarianceKind, Resumable(on_request=True, never="learned")] = "fixed_small"
     """Variance of the steps of sampler ddpm: `fixed_small` and `fixed_large` are the two choices of Ho et al. 2020.
     `learned` (Nichol & Dhariwal 2021) interpolates between them, and doubles the network's output channels."""
-    objective: ObjectiveKind = "simple"
+    objective: Annotated[ObjectiveKind, ON_REQUEST] = "simple"
     """Training objective: `simple` (weighted error of the prediction), `vlb` (variational bound) or `hybrid`.
     `hybrid` is `simple`, plus the bound to train a learned variance."""
-    weighting: Literal["uniform", "min_snr", "p2", "edm"] = "uniform"
+    weighting: Annotated[Literal["uniform", "min_snr", "p2", "edm"], ON_REQUEST] = "uniform"
     """Weights of the timesteps in objective `simple`; `uniform`: every timestep has weight 1.
     Others: `min_snr` (Hang et al. 2023), `p2` (Choi et al. 2022), `edm` (Karras et al. 2022)."""
-    gamma: float = Field(default=5.0, gt=0)
+    gamma: Annotated[float, ON_REQUEST] = Field(default=5.0, gt=0)
     """Signal-to-noise ratio above which weighting min_snr clips the weights."""
-    p2_gamma: float = Field(default=1.0, ge=0, le=100)
+    p2_gamma: Annotated[float, ON_REQUEST] = Field(default=1.0, ge=0, le=100)
     """Exponent of weighting p2: for target eps, the weight is 1 / (1 + SNR)^p2_gamma, which is small at low noise."""
-    sigma_data: float = Field(default=1.0, gt=0)
+    sigma_data: Annotated[float, ON_REQUEST] = Field(default=1.0, gt=0)
     """Standard deviation of the latents in weighting edm; stage 1 normalises them to 1."""
-    loss: LossKind = "l2"
+    loss: Annotated[LossKind, ON_REQUEST] = "l2"
     """Error of the prediction's elements: `l2` (squared), `l1` (absolute) or `huber` (squared below 1, else linear)."""
-    timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
+    timestep_sampling: Annotated[
+        Literal["uniform", "logit_normal", "importance"], Resumable(on_request=True, never="importance")
+    ] = "uniform"
     """Distribution of the training timesteps: `uniform`, `logit_normal` (Esser et al. 2024) or `importance`.
     `importance` draws timesteps with a large loss more often (Nichol & Dhariwal 2021)."""
-    logit_mean: float = Field(default=0.0, ge=-100, le=100)
+    logit_mean: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=-100, le=100)
     """Mean of the logit-normal distribution of timesteps; values above 0 favour high noise."""
-    logit_std: float = Field(default=1.0, gt=0, le=100)
+    logit_std: Annotated[float, ON_REQUEST] = Field(default=1.0, gt=0, le=100)
     """Standard deviation of the logit-normal distribution of timesteps."""
-    stratified: bool = False
+    stratified: Annotated[bool, ON_REQUEST] = False
     """Spread the timesteps of a batch evenly: divide their range into batch_size intervals, and draw one from each."""
-    offset_noise: float = Field(default=0.0, ge=0)
+    offset_noise: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0)
     """Strength of additional noise that is constant over each channel of a latent; 0: none.
     About 0.1 lets the model generate very dark and very bright images."""
-    spacing: Spacing = "trailing"
+    spacing: Annotated[Spacing, ON_REQUEST] = "trailing"
     """Spacing of the samplers' steps over the timesteps; saved with the model as its default.
     `leading`, `trailing`, `linspace`: Lin et al. 2024, table 2. `karras`: Karras et al. 2022."""
 
@@ -199,7 +205,7 @@ class LdmConfig(RunConfig):
     """Stage 2: train a UNet that denoises latents and reads the caption's tokens by cross-attention."""
 
     stage: ClassVar = "ldm"
-    task: Task = "txt2img"
+    task: Annotated[Task, Fixed()] = "txt2img"
     """Task of the model: `txt2img` (text to image), or `inpaint` (fill the masked area of an image).
     For `inpaint`, the UNet also receives a mask and the masked image: it has 2 · latent channels + 1 input channels.
     It is best initialised from a text-to-image model (`init`)."""
@@ -211,23 +217,23 @@ class LdmConfig(RunConfig):
     text_encoder: Location = ""
     """Folder or hub id of the text encoder: a stage 0 run, a CLIP, or a pipeline that has one. Required without `init`.
     For an OpenCLIP: openclip:ARCHITECTURE/TAG, e.g. openclip:ViT-B-32/laion2b_s34b_b79k."""
-    clip_skip: int = Field(default=0, ge=0, le=MOST_LAYERS)
+    clip_skip: Annotated[int, _FEATURES] = Field(default=0, ge=0, le=MOST_LAYERS)
     """Number of layers to skip at the end of the text encoder: 0 uses the last layer's features, 1 the one before."""
-    text_chunks: int = Field(default=0, ge=0, le=MOST_CHUNKS)
+    text_chunks: Annotated[int, _FEATURES] = Field(default=0, ge=0, le=MOST_CHUNKS)
     """Number of chunks into which a long caption is split, each as long as the text encoder accepts.
     Longer captions are truncated. diffusers reads only 1 chunk.
     0: the number saved with the text encoder, else 1."""
-    unet: UnetConfig = Field(default_factory=UnetConfig)
+    unet: Annotated[UnetConfig, Fixed()] = Field(default_factory=UnetConfig)
     """Shape of the UNet."""
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     """Diffusion process and loss."""
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    caption_dropout: Annotated[float, ON_REQUEST] = Field(default=0.1, ge=0, lt=1)
     """Share of examples, 0 to 1, whose caption is replaced by an empty one.
     Classifier-free guidance (Ho & Salimans 2022) needs a model that is also trained without captions."""
     attention: Annotated[AttentionBackend, Resumable()] = "sdpa"
     """Attention implementation: `sdpa` (torch), `xformers` or `auto` (xformers if it works, else sdpa).
     `xformers` needs a GPU and `pip install xformers`."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, ON_REQUEST] = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0, le=MOST_EXAMPLES)
     """Largest number of held-out examples in the validation loss; their timesteps and noise are always the same.

@@ -32,6 +32,8 @@ class Checked(Protocol):
     def check(self) -> None: ...
 
 
+RESUME_WITH_CHANGES = "--resume-with-changes"
+"""Option of the training commands that lets a run continue with other settings. It isn't a setting itself."""
 Config = TypeVar("Config")
 Stage = TypeVar("Stage", bound=Checked)
 
@@ -58,16 +60,24 @@ def parse(kind: type[Stage], arguments: list[str] | None = None) -> Stage:
     about = (
         f"CONFIG, the first argument: YAML file with the settings below, or one of the names "
         f"{', '.join(shipped(kind.stage))}. Options override its settings.\n\n"
-        "--print-config: print all settings as YAML and exit."
+        "--print-config: print all settings as YAML and exit.\n\n"
+        f"{RESUME_WITH_CHANGES}: continue the run in --out with other settings or data, e.g. another learning rate or "
+        "batch size. Without it, such a change is refused. Changes are recorded in changes.jsonl and the model card."
     )
-    usage = "[CONFIG] [--print-config]"
-    config = overlay(kind, default, arguments, flags=False, usage=usage, about=about, also=["print_config"])
+    usage, also = "[CONFIG] [--print-config]", ["print_config", "resume_with_changes"]
+    config = overlay(kind, default, arguments, flags=False, usage=usage, about=about, also=also)
     config.check()
     if show:
         text = dump(config)
         unescaped(text).write(text)
         raise SystemExit(0)
     return config
+
+
+def parse_training(kind: type[Stage]) -> tuple[Stage, bool]:
+    """Read the process's arguments like `parse`. Returns the configuration, and whether changes are requested."""
+    arguments = [word for word in sys.argv[1:] if word != RESUME_WITH_CHANGES]
+    return parse(kind, arguments), len(arguments) < len(sys.argv) - 1
 
 
 def parse_any(kinds: Sequence[type[Stage]], given: str) -> Stage:

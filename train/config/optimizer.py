@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from train.config.limits import MOST_STEPS
+from train.config.resumable import ON_REQUEST, Fixed
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -20,27 +21,27 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig:
     """Optimizer and its learning rate over time."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Annotated[Literal["adamw", "muon"], Fixed("the optimizer's state has another form")] = "adamw"
     """Optimizer: `adamw` (Loshchilov & Hutter 2019) or `muon` (Jordan et al. 2024).
     Muon updates the matrices; AdamW updates all other weights.
     Muon makes more progress per step, but its steps take longer; small networks gain most."""
-    lr: float = Field(default=1e-4, gt=0)
+    lr: Annotated[float, ON_REQUEST] = Field(default=1e-4, gt=0)
     """Peak learning rate, reached after the warm-up."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Annotated[Literal["constant", "cosine", "linear"], ON_REQUEST] = "constant"
     """Shape of the learning rate's decay after the warm-up, from the peak to `final` times the peak."""
-    final: float = Field(default=0.0, ge=0, le=1)
+    final: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0, le=1)
     """Learning rate at the last step as a share of the peak, 0 to 1, in schedules cosine and linear."""
-    warmup: int = Field(default=500, ge=0, le=MOST_STEPS)
+    warmup: Annotated[int, ON_REQUEST] = Field(default=500, ge=0, le=MOST_STEPS)
     """Number of steps in which the learning rate rises linearly from 0 to its peak."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    betas: Annotated[tuple[Decay, Decay], ON_REQUEST] = (0.9, 0.999)
     """Decay rates of AdamW's running means of the gradient and of its square, each at least 0 and less than 1."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: Annotated[float, ON_REQUEST] = Field(default=1e-8, gt=0)
     """Small constant in the denominator of AdamW's update, which keeps the update finite if the gradient is 0."""
-    momentum: float = Field(default=0.95, ge=0, lt=1)
+    momentum: Annotated[float, ON_REQUEST] = Field(default=0.95, ge=0, lt=1)
     """Decay rate of Muon's running mean of the gradient, 0 to 1."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: Annotated[float, ON_REQUEST] = Field(default=0.01, ge=0)
     """Strength of the decoupled weight decay, on matrices and convolution kernels only; 0: none."""
-    clip: float = Field(default=1.0, ge=0)
+    clip: Annotated[float, ON_REQUEST] = Field(default=1.0, ge=0)
     """Largest norm of the gradient over all parameters; a larger gradient is scaled down to it. 0: no clipping."""
 
     def lr_share(self, step: int, steps: int) -> float:

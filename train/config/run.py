@@ -5,6 +5,7 @@ stage builds its objects from them in one place. A variant is a `Literal`, match
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from train.config.data import DataConfig
 from train.config.limits import MOST_EXAMPLES, MOST_STEPS, MOST_WORKERS
 from train.config.optimizer import OptimizerConfig, strict
-from train.config.resumable import Location, Resumable
+from train.config.resumable import ON_REQUEST, Location, Resumable
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]
@@ -25,6 +26,8 @@ class RunConfig:
 
     stage: ClassVar[str]
     """Name of the stage; the names of its configuration files begin with it."""
+    fixed: ClassVar[Mapping[str, str]] = {}
+    """Settings that other stages can change in a run but this one can't, each with the reason."""
     data: Location = ""
     """Images with captions (stage 1 needs no captions). Required.
     A folder with metadata.jsonl, metadata.csv, a .txt file per image, or a folder per class (caption_template).
@@ -33,11 +36,11 @@ class RunConfig:
     """Output folder of the run. Required. Running the same command again continues the run."""
     steps: Annotated[int, Resumable()] = Field(default=1000, gt=0, le=MOST_STEPS)
     """Total number of optimizer steps of the run."""
-    batch_size: int = Field(default=32, gt=0, le=MOST_EXAMPLES)
+    batch_size: Annotated[int, ON_REQUEST] = Field(default=32, gt=0, le=MOST_EXAMPLES)
     """Number of examples per optimizer step, over all processes and accumulated parts together."""
-    accumulation: int = Field(default=1, gt=0, le=MOST_EXAMPLES)
+    accumulation: Annotated[int, ON_REQUEST] = Field(default=1, gt=0, le=MOST_EXAMPLES)
     """Number of parts into which each process splits its share of a batch, to compute them in turn and save memory."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Annotated[int, ON_REQUEST] = Field(default=0, ge=0, lt=2**63)
     """Seed of all random numbers: initial weights, order of the examples, noise, choice of captions."""
     checkpoint_every: Annotated[int, Resumable()] = Field(default=1000, gt=0, le=MOST_STEPS)
     """Number of steps between two checkpoints, from which a run can be continued."""
@@ -49,10 +52,10 @@ class RunConfig:
     """Minutes of training after which the first sample sheet is written, besides those of validations; 0: none."""
     log_every: Annotated[int, Resumable()] = Field(default=50, gt=0, le=MOST_STEPS)
     """Number of steps between two lines of metrics.jsonl."""
-    precision: Precision = "fp32"
+    precision: Annotated[Precision, ON_REQUEST] = "fp32"
     """Number format of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
-    # New latents differ from cached ones in their last bits, so a run may neither turn its cache off nor on.
-    cache: Annotated[str, Resumable(location=True, unless="off")] = ""
+    # New latents differ from cached ones in their last bits, so turning the cache off or on is a change.
+    cache: Annotated[str, Resumable(location=True, on_request_only="off")] = ""
     """Folder for results that are computed from the data only once, such as latents and text features.
     Empty: folder `cache` beside the run's folder.
     `off`: no cache; stage 2 encodes images and captions again in each step."""
@@ -63,13 +66,10 @@ class RunConfig:
     """Number of steps in a row with non-finite loss or gradient before the last checkpoint's weights are restored."""
     trackers: Annotated[tuple[Tracker, ...], Resumable()] = ("tensorboard",)
     """Experiment trackers that receive the metrics; no name: no tracker. metrics.jsonl is always written."""
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    ema_decay: Annotated[float, ON_REQUEST] = Field(default=0.9999, ge=0, lt=1)
     """Decay per step of the weights' moving average, 0 (no average) to 1.
     In the first steps, the decay rises from at most 0.1 to this value.
     Validation, samples and model/ use the averaged weights."""
-    accept_changed_data: Annotated[bool, Resumable()] = False
-    """Continue the run although its dataset has changed, for example after damaged images were removed.
-    The rest of the run uses the new dataset; config.yaml and the model card record the change."""
     license: Annotated[str, Resumable()] = ""
     """Licence of the model, for its model card: an SPDX name such as apache-2.0 or cc-by-4.0, or `other`.
     Empty: not stated, which gives others no permission. It can be changed after the run is finished."""

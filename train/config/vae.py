@@ -9,7 +9,7 @@ from autoencoder import AdversarialKind, ReconstructionKind
 from ldm.errors import UserError
 from train.config.limits import MOST_EXAMPLES, MOST_LAYERS, MOST_LEVELS, MOST_STEPS, Count, require_possible
 from train.config.optimizer import strict
-from train.config.resumable import Location, Resumable
+from train.config.resumable import ON_REQUEST, Fixed, Location, Resumable
 from train.config.run import RunConfig, require_squares
 
 if TYPE_CHECKING:
@@ -71,14 +71,14 @@ class AutoencoderConfig:
 class PerceptualConfig:
     """Perceptual loss: a distance in the features of a frozen network, added to the reconstruction error."""
 
-    kind: Literal["none", "lpips_vgg", "lpips_alex", "clip"] = "none"
+    kind: Annotated[Literal["none", "lpips_vgg", "lpips_alex", "clip"], ON_REQUEST] = "none"
     """Perceptual distance; `none`: no perceptual loss.
     `lpips_vgg`, `lpips_alex`: LPIPS (Zhang et al. 2018) with VGG16 or AlexNet.
     `clip`: the distance between features of a CLIP's image tower."""
     model: Location = ""
     """Folder or hub id of the CLIP, e.g. a stage 0 run, or file of torchvision's VGG16 or AlexNet weights.
     Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: Annotated[float, ON_REQUEST] = Field(default=1.0, ge=0)
     """Weight of the perceptual loss; the reconstruction error has weight 1.
     0: the distance is measured on the held-out images, but not trained on."""
 
@@ -115,24 +115,24 @@ class PerceptualConfig:
 class AdversarialConfig:
     """Adversarial loss from a patch discriminator (Isola et al. 2017), which is trained with the autoencoder."""
 
-    kind: Literal["none", AdversarialKind] = "none"
+    kind: Annotated[Literal["none", AdversarialKind], Resumable(on_request=True, never="none")] = "none"
     """Kind of adversarial loss; `none`: no discriminator. `hinge`: Lim & Ye 2017.
     `saturating`, `non_saturating`: cross-entropy with the two generator losses of Goodfellow et al. 2014."""
-    weight: float = Field(default=0.5, gt=0)
+    weight: Annotated[float, ON_REQUEST] = Field(default=0.5, gt=0)
     """Weight of the adversarial loss in the autoencoder's loss."""
-    adaptive: bool = True
+    adaptive: Annotated[bool, ON_REQUEST] = True
     """Multiply the weight by ‖∇ reconstruction‖ / ‖∇ adversarial‖ at the decoder's last layer (Esser et al. 2021)."""
-    start: int = Field(default=1000, ge=0, le=MOST_STEPS)
+    start: Annotated[int, ON_REQUEST] = Field(default=1000, ge=0, le=MOST_STEPS)
     """First step with the adversarial loss, from which the discriminator is trained too."""
-    channels: int = Field(default=32, gt=0, le=2**10)
+    channels: Annotated[int, Fixed()] = Field(default=32, gt=0, le=2**10)
     """Number of channels of the discriminator's first layer."""
-    layers: int = Field(default=2, gt=0, le=MOST_LEVELS)
+    layers: Annotated[int, Fixed()] = Field(default=2, gt=0, le=MOST_LEVELS)
     """Number of strided layers of the discriminator; more layers compare larger patches."""
-    lr: float = Field(default=1e-4, gt=0)
+    lr: Annotated[float, ON_REQUEST] = Field(default=1e-4, gt=0)
     """Peak learning rate of the discriminator; it follows the schedule of the optimizer settings."""
-    spectral_norm: bool = False
+    spectral_norm: Annotated[bool, Fixed()] = False
     """Keep the largest singular value of each discriminator layer at 1 (spectral normalisation, Miyato et al. 2018)."""
-    r1: float = Field(default=0.0, ge=0)
+    r1: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0)
     """Weight of the R1 penalty of the discriminator (Mescheder et al. 2018); 0: no penalty.
     The penalty is half the squared gradient of the mean logit with respect to original images."""
 
@@ -141,10 +141,10 @@ class AdversarialConfig:
 class EquivarianceConfig:
     """Equivariance of the latents to rotation and scaling, for easier diffusion (EQ-VAE, Kouzelis et al. 2025)."""
 
-    share: float = Field(default=0.0, ge=0, le=1)
+    share: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0, le=1)
     """Share of the steps, 0 to 1, in which latents are rotated and scaled before decoding; 0: none.
     EQ-VAE (Kouzelis et al. 2025) uses 0.5."""
-    smallest: float = Field(default=0.25, gt=0, le=1)
+    smallest: Annotated[float, ON_REQUEST] = Field(default=0.25, gt=0, le=1)
     """Smallest factor by which a side is scaled, greater than 0 and at most 1; factors are drawn between it and 1."""
 
 
@@ -155,17 +155,17 @@ class VaeConfig(RunConfig):
     stage: ClassVar = "vae"
     init: Location = ""
     """Folder or hub id of an AutoencoderKL to train further; its shape replaces `model`. Empty: random weights."""
-    decoder_only: bool = False
+    decoder_only: Annotated[bool, Fixed()] = False
     """Train only the decoder, so that latents don't change and a UNet trained on them still works. Needs `init`."""
-    model: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
+    model: Annotated[AutoencoderConfig, Fixed()] = Field(default_factory=AutoencoderConfig)
     """Shape of the autoencoder."""
-    reconstruction: ReconstructionKind = "l1"
+    reconstruction: Annotated[ReconstructionKind, ON_REQUEST] = "l1"
     """Error of each pixel value: `l1` (absolute), `l2` (squared) or `huber` (squared below 0.1, absolute above).
     Pixel values are in [−1, 1]."""
-    kl_weight: float = Field(default=1e-6, ge=0)
+    kl_weight: Annotated[float, ON_REQUEST] = Field(default=1e-6, ge=0)
     """Weight of the KL divergence of the latents from N(0, 1).
     The divergence is summed over an image's latents, in nats, and divided by the image's number of values (3·h·w)."""
-    learn_logvar: bool = False
+    learn_logvar: Annotated[bool, Fixed()] = False
     """Learn a scale s for the sum of reconstruction and perceptual loss: divide it by exp(s), and add s to the loss."""
     perceptual: PerceptualConfig = Field(default_factory=PerceptualConfig)
     """Perceptual loss."""
@@ -173,7 +173,7 @@ class VaeConfig(RunConfig):
     """Adversarial loss."""
     equivariance: EquivarianceConfig = Field(default_factory=EquivarianceConfig)
     """Equivariance of the latents."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, ON_REQUEST] = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0, le=MOST_EXAMPLES)
     """Largest number of held-out images that a validation reconstructs. If there are more, the seed chooses them."""

@@ -35,7 +35,8 @@ class Feed:
     def __init__(self, config: RunConfig, accelerator: Accelerator, data: str, print: Callable[[str], object]) -> None:
         """data: fingerprint of the dataset. print: prints a line."""
         self.config, self.accelerator, self.data, self.print = config, accelerator, data, print
-        self.first_step = self.first_position = self.shift = self.epochs = self.length = 0
+        self.first_step = self.first_position = self.shift = self.length = 0
+        self.epochs: int | None = 0  # number of epochs begun before the first position; None: not known
         self.order = ""  # identity of the order of the examples; unknown
 
     def position(self, step: int) -> int:
@@ -45,16 +46,13 @@ class Feed:
     def state(self, step: int) -> dict[str, Any]:
         """Return what determines the examples from a step on, for its checkpoint."""
         position = self.position(step)
-        epochs = -(-(position + self.shift) // self.length) if self.length else self.epochs
+        epochs = _epochs(position + self.shift, self.length) if self.length else self.epochs
         return {"position": position, "order": self.order, "shift": self.shift, "epochs": epochs}
 
-    def restore(self, step: int, state: Mapping[str, Any] | None) -> None:
-        """Continue at a step with the result of `state`; None: the checkpoint was made before there was one."""
-        self.first_step = step
-        self.first_position = step * self.config.batch_size
-        if state is not None:
-            self.first_position = state["position"]
-            self.order, self.shift, self.epochs = state["order"], state["shift"], state["epochs"]
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Continue at a step with the result of `state`."""
+        self.first_step, self.first_position = step, state["position"]
+        self.order, self.shift, self.epochs = state["order"], state["shift"], state["epochs"]
 
     def batches(
         self, dataset: Ordered[Batch] | StreamDataset[Any], start: int, counter: UnreadableCounter | None = None
@@ -82,5 +80,12 @@ class Feed:
         identity = hashlib.sha256(json.dumps([self.data, order.identity]).encode()).hexdigest()[:16]
         if self.order not in ("", identity):
             self.print(f"the order of the training examples has changed: a new epoch begins at step {start}")
-            self.shift = self.epochs * order.length - self.position(start)
+            position = self.position(start)
+            epochs = _epochs(position, order.length) if self.epochs is None else self.epochs
+            self.shift = epochs * order.length - position
         self.order, self.length = identity, order.length
+
+
+def _epochs(position: int, length: int) -> int:
+    """Return the number of epochs that have begun before a position; 0 if their length isn't known."""
+    return -(-position // length) if length else 0

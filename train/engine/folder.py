@@ -17,6 +17,8 @@ class RunFolder:
     out/config.yaml      the resolved configuration, with versions, commit and the fingerprints of its inputs
     out/metrics.jsonl    one line each time that metrics are logged
     out/damaged.jsonl    images that can't be read
+    out/changes.jsonl    settings that were changed when the run was continued
+    out/tokenizer/       stage 0: the tokenizer that was learned when the run was started
     out/samples/  out/checkpoints/  out/model/
     """
 
@@ -40,6 +42,14 @@ class RunFolder:
     @property
     def damaged(self) -> Path:
         return self.path / "damaged.jsonl"
+
+    @property
+    def changes(self) -> Path:
+        return self.path / "changes.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:

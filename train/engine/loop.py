@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.data.store.atomic import atomic_folder
+from train.engine.changes import record_changes
 from train.engine.estimate import Duration, estimate
 from train.engine.provenance import is_result
 from train.engine.run import AnyRun
@@ -47,6 +48,8 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
         conclude(run, stage, publish, start)
         return
     run.metrics.remove_after(start)
+    if run.main:
+        record_changes(run.folder, start, run.feed.position(start))
     stopwatch, means = Stopwatch(), Means()
     batches = stopwatch.waiting(stage.batches(start))
     first = next(batches)

@@ -7,9 +7,10 @@ Python literals, where markup, line breaks and rows of dashes have no effect.
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
@@ -52,6 +53,7 @@ def write_card(
     name: str,
     fingerprint: str,
     earlier: Sequence[str],
+    changes: Sequence[Mapping[str, Any]],
     samples: Path,
     step: int,
     final: bool,
@@ -60,8 +62,9 @@ def write_card(
 ) -> None:
     """Write README.md into a model's folder, and the run's newest sample sheet as sample.png.
 
-    name: name of the run. fingerprint: fingerprint of the data. earlier: those of datasets before it. samples: folder
-    of the sample sheets. metrics: metrics of the last validation, which was at step `measured_at`.
+    name: name of the run. fingerprint: fingerprint of the data. earlier: those of datasets before it. changes: settings
+    that were changed during the run. samples: folder of the sample sheets. metrics: metrics of the last validation,
+    which was at step `measured_at`.
     """
     progress = "the run is finished." if final else "the run is **not finished**, so these are not its final weights."
     blocks = [
@@ -86,6 +89,7 @@ def write_card(
         "## Training",
         "\n".join(f"- {name}: {value}" for name, value in (about.settings | _settings(config)).items()),
         "All settings are in `training.json`.",
+        _changes(changes),
         "## Metrics",
         f"Measured on held-out images, with the averaged weights, at step {measured_at:,}:"
         if rows
@@ -122,6 +126,23 @@ def state_license(folder: Path, license: str) -> None:
     for path, text in ((page, str(card)), (provenance, json.dumps(content, indent=2) + "\n")):
         with atomic_file(path) as file:
             file.write(text.encode())
+
+
+def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of the settings that were changed during the run; "" if there are none."""
+    if not changes:
+        return ""
+    rows = [
+        f"| {c['step']:,} | {c['setting']} | {_cell(c['before'])} | {_cell(c['now'])} | {c['date'][:10]} |"
+        for c in changes
+    ]
+    head = ["| after step | setting | before | now | date |", "|---|---|---|---|---|"]
+    return "\n\n".join(["Settings were changed during the training:", "\n".join([*head, *rows])])
+
+
+def _cell(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return code_span(text.replace("|", "¦")) if text else "(empty)"
 
 
 def _settings(config: RunConfig) -> dict[str, str]:

@@ -26,6 +26,14 @@ def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> li
     return [group for group in groups if group["params"]]
 
 
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore an optimizer's state, except its settings, such as betas and weight decay: they may have changed."""
+    settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 class Muon(torch.optim.AdamW):
     """Optimizer: momentum with orthogonalised matrices (Jordan et al. 2024), and AdamW for all other weights.
 

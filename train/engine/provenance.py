@@ -4,9 +4,11 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ldm import __version__
 from ldm.files import read_json
@@ -17,8 +19,13 @@ _FILE = "training.json"
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "numpy")
 
 
-def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool) -> None:
-    """Write training.json into a folder of weights. It contains no private paths or credentials."""
+def write_provenance(
+    folder: Path, config: RunConfig, changes: Sequence[Mapping[str, Any]] = (), *, step: int, final: bool
+) -> None:
+    """Write training.json into a folder of weights. It contains no private paths or credentials.
+
+    changes: settings that were changed during the run, in a form that may be published.
+    """
     about = {
         "step": step,
         "final": final,
@@ -26,6 +33,7 @@ def write_provenance(folder: Path, config: RunConfig, *, step: int, final: bool)
         "versions": versions(),
         "config": published(config, redacted),
     }
+    about |= {"changes": list(changes)} if changes else {}
     (folder / _FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

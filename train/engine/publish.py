@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Protocol
 
 from train.data.batches.images import Inputs
+from train.engine.changes import Saved
 from train.engine.model_card import About, state_license, write_card
 from train.engine.provenance import is_result, write_provenance
 from train.engine.run import AnyRun
-from train.engine.settings import earlier_data
 from train.engine.stage import Publish
 
 
@@ -28,7 +28,8 @@ def publisher(run: AnyRun, stage: DescribedStage) -> Publish:
             if license:
                 state_license(folder, license)
             return
-        write_provenance(folder, run.config, step=step, final=final)
+        saved = Saved.read(run.folder.settings)
+        write_provenance(folder, run.config, saved.published(), step=step, final=final)
         measured_at, metrics = run.metrics.last_validation(step)
         write_card(
             folder,
@@ -37,7 +38,8 @@ def publisher(run: AnyRun, stage: DescribedStage) -> Publish:
             stage.inputs,
             name=run.folder.name,
             fingerprint=run.inputs["data"],
-            earlier=earlier_data(run.folder.settings),
+            earlier=saved.earlier_data,
+            changes=saved.published(),
             samples=run.folder.samples,
             step=step,
             final=final,

@@ -53,12 +53,17 @@ AnyRun = Run[Any]
 
 @contextmanager
 def open_run(
-    config: Config, accelerator: Accelerator, inputs: Mapping[str, str], attention: str = "sdpa"
+    config: Config,
+    accelerator: Accelerator,
+    inputs: Mapping[str, str],
+    attention: str = "sdpa",
+    *,
+    with_changes: bool = False,
 ) -> Iterator[Run[Config]]:
     """Start or continue the run in `config.out`, and keep other processes from training in it.
 
-    attention: name of the networks' attention, to print.
-    Raises UserError if the folder was made with other settings or inputs.
+    attention: name of the networks' attention, to print. with_changes: whether settings and inputs of an existing run
+    may change as far as possible. Raises UserError if the folder was made with others and they may not.
     """
     main, folder = accelerator.is_main_process, RunFolder(Path(config.out))
     console, metrics = Console(main), Metrics(folder.metrics, accelerator)
@@ -70,7 +75,7 @@ def open_run(
     )
     with folder.locked() if main else nullcontext():
         if main:
-            config = write_settings(folder.settings, config, inputs)
+            config = write_settings(folder, config, inputs, with_changes=with_changes, print=console)
             # A tracker whose package is missing should fail now, not at the first log.
             accelerator.init_trackers(folder.name)
         accelerator.wait_for_everyone()

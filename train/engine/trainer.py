@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import RunError
+from train.engine.changes import examples_of_earlier_code
 from train.engine.checkpoint import Checkpoints
+from train.engine.optim import load_moments
 from train.engine.precision import autocast
 from train.engine.run import AnyRun
 from train.engine.stage import Batch, Hooks, Phase, Stage, StepOutput
@@ -121,7 +123,10 @@ class Trainer:
         problem = f"the loss or gradient was not finite in the last {int(self.skipped.in_a_row)} steps"
         if checkpoint is None or self.skipped.rolled_back > self.checkpoints_saved:
             tried = "there is no checkpoint" if checkpoint is None else "restoring the last checkpoint did not help"
-            raise RunError(f"{problem}, and {tried}: try a lower --optimizer.lr, or --precision bf16 or fp32")
+            raise RunError(
+                f"{problem}, and {tried}: add --resume-with-changes and a lower --optimizer.lr, or --precision bf16 "
+                "or fp32"
+            )
         self.run.print(f"step {step}: {problem}; training continues with the weights of step {checkpoint.step}")
         self.restore(self.checkpoints.load(checkpoint), weights_only=True)
         self.skipped.in_a_row.zero_()
@@ -154,10 +159,11 @@ class Trainer:
             saved, subset = state["phases"][p.name], self.subsets[p.name]
             subset.require(saved.get("frozen", ""))
             subset.load_state_dict(saved["module"])
-            p.optimizer.load_state_dict(saved["optimizer"])
+            load_moments(p.optimizer, saved["optimizer"])
         self.stage.ema.load_state_dict(state["ema"])
         if not weights_only:
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty if the precision was another than fp16
+                self.scaler.load_state_dict(state["scaler"])
             self.skipped.total.fill_(state["skipped"])
             self.skipped.in_a_row.fill_(state["in_a_row"])
 
@@ -168,7 +174,11 @@ class Trainer:
             return 0
         state = self.checkpoints.load(checkpoint)
         self.restore(state)
-        self.run.feed.restore(checkpoint.step, state.get("examples"))
+        self.run.feed.restore(
+            checkpoint.step,
+            state.get("examples")
+            or examples_of_earlier_code(self.run.folder.settings, checkpoint.step, self.run.config),
+        )
         self.run.print(f"continuing from step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint.step
 

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from conditioning.contrastive import Contrastive, retrieval_accuracy, save_clip
-from conditioning.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from conditioning.tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 from ldm.errors import UserError
 from train.config.clip import ClipConfig
 from train.data.batches.images import ImageDataset, Inputs
 from train.data.batches.records import ImageBatch, Record
+from train.data.store.atomic import atomic_folder
+from train.engine.changes import Saved
+from train.engine.checkpoint import Checkpoints
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -22,7 +25,6 @@ from train.engine.model_card import About
 from train.engine.open_data import open_inputs, select_images
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
-from train.engine.settings import earlier_data
 from train.engine.stage import Hooks, Phase, StepOutput
 from train.evaluation.sheets import in_rows, sheet, to_uint8
 from train.stages.caption_warnings import TruncatedCaptions
@@ -129,25 +131,44 @@ class ClipStage:
         return about_clip(self.config, self.ema.module, self.inputs)
 
 
+def run_tokenizer(run: Run[ClipConfig], inputs: Inputs) -> CLIPTokenizer:
+    """Return the tokenizer that was learned when the run was started, because other captions would give other tokens.
+
+    It is in the run's folder; runs of earlier code have it only in model/. Raises UserError if it is missing and the
+    captions have changed.
+    """
+    folder, text = run.folder, run.config.text
+    continued = Checkpoints(folder.checkpoints).newest_step() > 0
+    places = [path for path in (folder.tokenizer, folder.model) if (path / "tokenizer.json").is_file()]
+    if continued and places:
+        tokenizer = load_tokenizer(places[0])
+    elif continued and Saved.read(folder.settings).earlier_data:
+        raise UserError(f"--data: has changed, and {folder.tokenizer} is missing, which the run's captions need")
+    else:
+        tokenizer = train_tokenizer(inputs.source.captions(_TOKENIZER_IMAGES), text.vocab_size, text.max_length)
+    run.accelerator.wait_for_everyone()
+    if run.main and not (continued and folder.tokenizer in places):
+        with atomic_folder(folder.tokenizer) as new:
+            save_tokenizer(tokenizer, new)
+    return tokenizer
+
+
 def _id(caption: str) -> int:
     """Return a 56-bit hash of a caption, so that equal captions have equal ids in all processes."""
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=7).digest())
 
 
-def train(config: ClipConfig, hooks: Hooks | None = None) -> None:
-    """Train stage 0 into `config.out`, or continue the run in it."""
+def train(config: ClipConfig, hooks: Hooks | None = None, *, with_changes: bool = False) -> None:
+    """Train stage 0 into `config.out`, or continue the run in it.
+
+    with_changes: whether the run may continue with other settings, as with --resume-with-changes.
+    """
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input)
     resolution, patch = config.input.resolution, config.image.patch_size
     if resolution % patch:
         raise UserError(f"input.resolution {resolution}: must be a multiple of image.patch_size {patch}")
-    with open_run(config, accelerator, {"data": inputs.fingerprint}) as run:
+    with open_run(config, accelerator, {"data": inputs.fingerprint}, with_changes=with_changes) as run:
         inputs = select_images(inputs, run)
-        if earlier_data(run.folder.settings) and (run.folder.model / "tokenizer.json").is_file():
-            tokenizer = load_tokenizer(run.folder.model)  # the changed captions would give other tokens
-        else:
-            tokenizer = train_tokenizer(
-                inputs.source.captions(_TOKENIZER_IMAGES), config.text.vocab_size, config.text.max_length
-            )
-        stage = ClipStage(run, inputs, tokenizer)
+        stage = ClipStage(run, inputs, run_tokenizer(run, inputs))
         fit(run, stage, publisher(run, stage), hooks)

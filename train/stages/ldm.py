@@ -162,10 +162,12 @@ def train(
     terms: Sequence[Term[Denoising]] = (),
     *,
     backbone: Backbone | None = None,
+    with_changes: bool = False,
 ) -> None:
     """Train stage 2 into `config.out`, or continue the run in it.
 
     terms: additional terms of the loss. backbone: network to train instead of the configuration's `unet` or `init`.
+    with_changes: whether the run may continue with other settings, as with --resume-with-changes.
     """
     objective = config.build_objective()
     accelerator = open_accelerator(config)
@@ -178,7 +180,7 @@ def train(
             "set --cache off and no input.buckets, or download the data"
         )
     digests = {"data": inputs.fingerprint, **components.digests}
-    with open_run(config, accelerator, digests, components.attention) as run:
+    with open_run(config, accelerator, digests, components.attention, with_changes=with_changes) as run:
         for change in components.changes:
             run.print(change)
         inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)

@@ -226,8 +226,18 @@ def _spread(count: int, most: int) -> range:
     return range(0, count, math.ceil(count / most))
 
 
-def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Reconstruction]] = ()) -> None:
-    """Train stage 1 into `config.out`, or continue the run in it. terms: additional terms of the loss."""
+def train(
+    config: VaeConfig,
+    hooks: Hooks | None = None,
+    terms: Sequence[Term[Reconstruction]] = (),
+    *,
+    with_changes: bool = False,
+) -> None:
+    """Train stage 1 into `config.out`, or continue the run in it.
+
+    terms: additional terms of the loss. with_changes: whether the run may continue with other settings, as with
+    --resume-with-changes.
+    """
     accelerator = open_accelerator(config)
     inputs = open_inputs(config.data, config.input, captioned=False)
     vae, perceptual = config.build(), config.perceptual.build()
@@ -236,7 +246,7 @@ def train(config: VaeConfig, hooks: Hooks | None = None, terms: Sequence[Term[Re
         "init": digest(vae, str(vae.config.scaling_factor)) if config.init else "",
         "perceptual.model": "" if perceptual is None else digest(perceptual),
     }
-    with open_run(config, accelerator, digests) as run:
+    with open_run(config, accelerator, digests, with_changes=with_changes) as run:
         inputs = select_images(inputs, run)
         stage = VaeStage(run, vae, perceptual, inputs, terms)
         fit(run, stage, publisher(run, stage), hooks)

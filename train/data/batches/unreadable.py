@@ -64,7 +64,7 @@ class UnreadableCounter:
             raise RunError(
                 f"{self.unreadable:,} of {self.images:,} images can't be read, but --input.max-damaged {self.limit:g} "
                 f"limits their share: run the same command again with a higher limit; or repair or remove the images "
-                f"listed in {self.report}, and add --accept-changed-data True"
+                f"listed in {self.report}, and add --resume-with-changes"
             )
 
     def add_to_report(self, entries: Iterable[tuple[str, str]], consequence: str = "is left out") -> None:
