@@ -157,7 +157,7 @@ def prompts() -> list[str]:
 
 
 def test_any_prompt_is_read_back_exactly_and_forges_no_setting(tmp_path: Path) -> None:
-    last = "Steps: 5, Sampler: ddim, CFG scale: 2.0, Seed: 7, Size: 4x4, Model hash: 0123456789, Model: m"
+    last = "Steps: 5, Sampler: DDIM, CFG scale: 2.0, Seed: 7, Size: 4x4, Model hash: 0123456789, Model: m"
     image, names = Image.new("RGB", (4, 4)), {}
     for k, prompt in enumerate(prompts()):
         reported = {
@@ -195,7 +195,7 @@ def test_separators_in_values_are_quoted(tmp_path: Path) -> None:
     assert json.loads(pairs.pop("Model")) == reported["model"]
     assert pairs == {
         "Steps": "5",
-        "Sampler": "ddim",
+        "Sampler": "DDIM",
         "CFG scale": "2.0",
         "Seed": "7",
         "Size": "5x4",

@@ -16,23 +16,41 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.files import open_regular
+from ldm.kinds import Spacing
+
+_SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "unipc_b1": "UniPC",
+    "unipc_3": "UniPC",
+    "unipc_3_b1": "UniPC",
+}
+"""The web UI's names of samplers. predictor_corrector isn't there. DDPM is only in Forge."""
+_SCHEDULES = {"karras": "Karras", "trailing": "Simple", "leading": "DDIM", "linspace": "Uniform"}
+"""The web UI's names of spacings, each of which has the same steps if they divide the number of timesteps."""
 
 _FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # not allowed in a text chunk (UTF-8 without NUL)
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any], spacing: Spacing | None = None) -> None:
     """Write an image with its settings; see `png_bytes`."""
-    path.write_bytes(png_bytes(image, settings))
+    path.write_bytes(png_bytes(image, settings, spacing))
 
 
-def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
+def png_bytes(image: Image.Image, settings: Mapping[str, Any], spacing: Spacing | None = None) -> bytes:
     """Return a PNG file with its settings: prompt, negative_prompt, steps, sampler, guidance_scale, seed, and more.
 
     The values must have JSON types. `read_png` returns them unchanged, except that surrogate pairs become one
-    character.
+    character. spacing: the model's own, which is used if the settings have none.
     """
     info = PngInfo()
-    info.add_itxt("parameters", _FORBIDDEN.sub("\ufffd", parameters(settings, image.size)))
+    info.add_itxt("parameters", _FORBIDDEN.sub("\ufffd", parameters(settings, image.size, spacing)))
     text = json.dumps(dict(settings), ensure_ascii=False)
     info.add_itxt("ldm", _FORBIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
     file = io.BytesIO()
@@ -61,21 +79,26 @@ def read_png(path: Path) -> dict[str, Any]:
     return settings
 
 
-def parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
+def parameters(settings: Mapping[str, Any], size: tuple[int, int], spacing: Spacing | None = None) -> str:
     """Return the web UI's text: the prompt, the negative prompt, and `Name: value` pairs on the last line."""
     lines = [str(settings["prompt"])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    model = settings.get("sha256", {}).get("model")
+    model, sampler = settings.get("sha256", {}).get("model"), settings["sampler"]
+    schedule = _SCHEDULES.get(settings.get("spacing") or spacing or "")
+    if schedule == "Uniform" and sampler.startswith(("dpmpp_", "unipc")):
+        schedule = "SGM Uniform"  # these leave out the lowest of n + 1 levels
     pairs = {
         "Steps": settings["steps"],
-        "Sampler": settings["sampler"],
+        "Sampler": _SAMPLERS.get(sampler, sampler),
+        "Schedule type": schedule,
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{size[0]}x{size[1]}",
         "Model hash": model and model[:10],
         "Model": settings.get("model"),
         "Denoising strength": settings.get("strength"),
+        "Eta DDIM": settings.get("eta") or None,
     }
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
     return "\n".join(lines)

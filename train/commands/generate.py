@@ -241,7 +241,7 @@ class ImageGenerator:
                 raise UserError(f"--preview: {str(folder / _PREVIEW)!r} exists already; move it, or give another --out")
             inputs["callback_on_step_end"] = self._write_preview
         generated: list[Image.Image] = []
-        remaining = iter(saved)
+        remaining, spacing = iter(saved), self.pipe.process.spacing
         try:
             for batch in self._batches(jobs):
                 start = [job.image for job in batch if job.image]
@@ -263,14 +263,14 @@ class ImageGenerator:
                 for job, image in zip(batch, images, strict=True):
                     own = next(remaining)
                     image = job.finish(image)
-                    yield write_png(image, folder, job.file, own)
+                    yield write_png(image, folder, job.file, own, spacing=spacing)
                     if o.grid:
                         generated.append(image)
         finally:
             if o.preview:
                 (folder / _PREVIEW).unlink(missing_ok=True)
         if o.grid:
-            yield write_png(image_grid(generated), folder, grid_name, grid)
+            yield write_png(image_grid(generated), folder, grid_name, grid, spacing=spacing)
 
     def _saved(self, job: ImageJob, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings to save with an image. metadata: those of all images."""

@@ -132,7 +132,7 @@ def interpolate(o: InterpolateOptions) -> Iterator[Path]:
     for k, image in enumerate(interpolation.generate()):
         folder.mkdir(parents=True, exist_ok=True)
         saved, ending = interpolation.frame_metadata(k), f"-{k:04}.png"
-        path = write_png(image, folder, name + ending, saved, ending)
+        path = write_png(image, folder, name + ending, saved, ending, interpolation.pipe.process.spacing)
         name = path.name.removesuffix(ending) if k == 0 else name
         yield path
         frames.append(image)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ldm.files import open_regular
 from ldm.formats.png import png_bytes, read_png
+from ldm.kinds import Spacing
 
 MODELS = ("model", "weak_model")
 """Settings that are paths of models."""
@@ -41,9 +42,19 @@ def key_of_gif(path: Path) -> str | None:
         return None
 
 
-def write_png(image: Image.Image, folder: Path, name: str, settings: Mapping[str, Any], ending: str = ".png") -> Path:
-    """Write an image and its settings as `write_file` does, and return its path. ending: end of its name."""
-    stem, content = name.removesuffix(ending), png_bytes(image, settings)
+def write_png(
+    image: Image.Image,
+    folder: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    ending: str = ".png",
+    spacing: Spacing | None = None,
+) -> Path:
+    """Write an image and its settings as `write_file` does, and return its path.
+
+    ending: end of its name. spacing: the model's own, which is used if the settings have none.
+    """
+    stem, content = name.removesuffix(ending), png_bytes(image, settings, spacing)
     return write_file(content, folder, stem, ending, image_key(settings), key_of_png)
 
 
