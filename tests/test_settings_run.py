@@ -1,0 +1,258 @@
+"""Settings shared by the stages: steps equal those of plain torch, and the loop acts at the configured steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train.data.store.prefetch
+import train.engine.loop
+from autoencoder.discriminator import PatchDiscriminator
+from ldm.errors import RunError
+from ldm.networks.unet import UNet
+from support.models import small_unet
+from support.reference_diffusion import ldm_losses
+from support.reference_losses import clip_losses, vae_losses
+from support.runs import Config, clip_config, ldm_config, logged, stage_config, train_stage
+from support.stepping import Recorded, Reference, change, lr_share, record
+from train.config.ldm import DiffusionConfig
+from train.config.optimizer import OptimizerConfig
+from train.config.vae import AdversarialConfig, EquivarianceConfig
+from train.data.order.permutation import shuffled
+from train.engine.stage import Batch, Hooks
+
+LOSSES: dict[str, Callable[..., list[Tensor]]] = {"clip": clip_losses, "vae": vae_losses, "ldm": ldm_losses}
+ADVERSARIAL = AdversarialConfig(kind="hinge", weight=0.3, start=1, channels=8, layers=2, lr=3e-3, r1=0.7)
+EQUIVARIANCE = EquivarianceConfig(share=0.5, smallest=0.5)
+STAGE: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "vae": {"adversarial": ADVERSARIAL, "equivariance": EQUIVARIANCE, "learn_logvar": True, "kl_weight": 0.1},
+    "ldm": {"diffusion": DiffusionConfig(target="v", weighting="min_snr", offset_noise=0.2, stratified=True)},
+}
+
+
+def tiny_unet(**shape: Any) -> UNet:
+    """Return a UNet of one level for the latents and the text features of `parts`."""
+    torch.manual_seed(0)
+    small = {"channels": (16,), "attention": (True,), "heads": (2,), "groups": 4}
+    return UNet.wrap(small_unet(0.1, **small | shape), 4)
+
+
+def stage_record(
+    stage: str, data: Path, out: Path, parts: Path, count: int, **settings: Any
+) -> tuple[Config, Recorded]:
+    """Record the first `count` steps of a stage, for which `settings` are set."""
+    config = stage_config(stage, data, out, parts, **STAGE[stage] | settings)
+    return config, record(config, count, **({"backbone": tiny_unet()} if stage == "ldm" else {}))
+
+
+# -- the optimizer, the average and the seed --------------------------------------------------------------------
+
+
+def adamw(**settings: Any) -> OptimizerConfig:
+    """Return settings whose update is smooth in the gradient, as rounding would otherwise be magnified."""
+    return OptimizerConfig(**{"lr": 2e-3, "betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 3.0} | settings)
+
+
+def muon(**settings: Any) -> OptimizerConfig:
+    return adamw(kind="muon", momentum=0.6, **settings)
+
+
+OPTIMIZERS = [
+    ("clip", adamw(schedule="linear", warmup=2, final=0.3, clip=0.4)),
+    ("clip", muon(schedule="cosine", warmup=1, final=0.2, clip=0.4)),
+    ("vae", adamw(schedule="cosine", warmup=2, final=0.2, clip=0.4)),
+    ("vae", muon(schedule="constant", warmup=3, clip=0.0)),
+    ("ldm", adamw(schedule="constant", warmup=3, clip=0.0)),
+    ("ldm", muon(schedule="linear", warmup=1, final=0.5, clip=0.3)),
+]
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), OPTIMIZERS, ids=lambda v: getattr(v, "kind", v))
+def test_steps_equal_plain_torch(
+    stage: str, optimizer: OptimizerConfig, shapes: Path, parts: Path, tmp_path: Path
+) -> None:
+    """Loss, gradient norm, weights and averages of four steps, with accumulation."""
+    settings = {"optimizer": optimizer, "steps": 6, "ema_decay": 0.2, "accumulation": 2, "seed": 3}
+    config, got = stage_record(stage, shapes, tmp_path / "run", parts, 4, **settings)
+    peaks = [optimizer.lr, ADVERSARIAL.lr]
+    nets = [Reference(net, optimizer, peak, 0.2) for net, peak in zip(got.initial, peaks, strict=False)]
+    tolerance = 1e-3 if optimizer.kind == "adamw" else 0.12  # Muon rounds to bf16
+    for step in range(4):
+        losses = LOSSES[stage](config, [net.net for net in nets], got.parts[step], step)
+        for k, (net, loss) in enumerate(zip(nets, losses, strict=False)):
+            prefix = "discriminator_" * k
+            assert got.metrics[step][f"{prefix}loss"] == pytest.approx(loss.item(), rel=0.1 * tolerance)
+            norm = net.step(loss, step, 6, retain=k == 0)
+            assert got.metrics[step][f"{prefix}grad_norm"] == pytest.approx(norm, rel=tolerance)
+        for net, initial, after in zip(nets, got.initial, got.weights[step], strict=True):
+            moved = change(net.net.state_dict(), initial.state_dict())
+            assert (change(after, initial.state_dict()) - moved).norm() <= tolerance * moved.norm(), step
+    average, prefix = got.averages[-1], {"clip": "clip.", "vae": "vae.", "ldm": ""}[stage]
+    expected = {name: nets[0].average[prefix + name] for name in average}
+    first = {name: got.initial[0].state_dict()[prefix + name] for name in average}
+    moved = change(expected, first)
+    assert (change(average, first) - moved).norm() <= tolerance * moved.norm()
+
+
+@pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
+def test_the_seed_determines_weights_and_order(stage: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
+    """The initial weights are the first numbers of torch's generator; the positions are step × batch_size onwards."""
+    config = stage_config(stage, shapes, tmp_path / "run", parts, seed=7, batch_size=6, accumulation=3)
+    recorded = record(config, 2)
+    for step, read in enumerate(recorded.read):
+        assert [part.position.tolist() for part in read] == [[6 * step + 2 * k, 6 * step + 2 * k + 1] for k in range(3)]
+        positions = torch.cat([part.position for part in read]).numpy()
+        assert torch.cat([part.index for part in read]).tolist() == shuffled(64, 7).at(positions).tolist()
+        assert [len(part.pixels if hasattr(part, "pixels") else part.x0) for part in recorded.parts[step]] == [2] * 3
+    torch.manual_seed(7)
+    expected: list[nn.Module] = []
+    match stage:
+        case "vae":
+            expected = [config.model.build(32), PatchDiscriminator(8, 2)]
+        case "ldm":
+            expected = [config.unet.build(latent_channels=4, latent_size=16, text_width=32)]
+    for net, initial in zip(expected, recorded.initial, strict=False):
+        weights = getattr(initial, "vae", initial).state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
+    if stage == "clip":
+        other = record(clip_config(shapes, tmp_path / "other", seed=8)).initial[0].state_dict()
+        same = record(clip_config(shapes, tmp_path / "same", seed=7)).initial[0].state_dict()
+        first = recorded.initial[0].state_dict()
+        name = "clip.vision_model.embeddings.patch_embedding.weight"
+        assert torch.equal(first[name], same[name])
+        assert not torch.equal(first[name], other[name])
+
+
+# -- precision and workers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
+def test_networks_compute_in_the_precision(
+    stage: str, precision: str, shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of matrix products have the dtype; weights stay float32; only fp16 scales the loss."""
+    dtypes: dict[str, set[torch.dtype]] = {"made": set(), "weights": set()}
+    monkeypatch.setattr(nn.Linear, "forward", _noting(nn.Linear.forward, dtypes))
+    monkeypatch.setattr(nn.Conv2d, "forward", _noting(nn.Conv2d.forward, dtypes))
+    scalers = []
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scalers.append(scaler(*a, **k)) or scalers[-1])
+    _, recorded = stage_record(stage, shapes, tmp_path / "run", parts, 1, precision=precision)
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert dtypes == {"made": {expected}, "weights": {torch.float32}}
+    assert [s.is_enabled() for s in scalers] == [precision == "fp16"]
+    for state in (*recorded.weights[0], recorded.averages[0]):
+        assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
+
+
+def _noting(forward: Callable[..., Tensor], dtypes: dict[str, set[torch.dtype]]) -> Callable[..., Tensor]:
+    def noting(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        made = forward(layer, *args, **kwargs)
+        if layer.weight.requires_grad:  # a trained network's
+            dtypes["made"].add(made.dtype)
+            dtypes["weights"].add(layer.weight.dtype)
+        return made
+
+    return noting
+
+
+@pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
+def test_batches_are_read_by_as_many_workers(
+    stage: str, shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    loader = train.data.store.prefetch.DataLoader
+
+    def counted(*args: Any, **how: Any) -> Any:
+        seen.append(how["num_workers"])
+        return loader(*args, **how | {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False})
+
+    monkeypatch.setattr(train.data.store.prefetch, "DataLoader", counted)
+    for workers in (0, 3):
+        record(stage_config(stage, shapes, tmp_path / f"run{workers}", parts, workers=workers))
+    assert seen == [0, 3]
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Losses(Hooks):
+    """The loss of each step."""
+
+    values: list[float] = field(default_factory=list)
+
+    def end_step(self, step: int, metrics: dict[str, Tensor]) -> None:
+        self.values.append(float(metrics["loss"]))
+
+
+def steps_of(folder: Path, pattern: str) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob(pattern))
+
+
+def test_the_loop_acts_at_the_configured_steps(shapes: Path, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(lr=1e-3, schedule="linear", warmup=2, final=0.1)
+    settings = {"log_every": 3, "validate_every": 5, "checkpoint_every": 2, "keep_checkpoints": 3, "steps": 7}
+    config = clip_config(shapes, tmp_path / "run", **settings, first_samples=0, optimizer=optimizer)
+    train_stage(config, hooks := Losses())
+    lines = logged(tmp_path / "run")
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == [3, 6, 7]
+    for line, (first, last) in zip(trained, [(0, 3), (3, 6), (6, 7)], strict=True):
+        assert line["loss"] == pytest.approx(sum(hooks.values[first:last]) / (last - first), rel=1e-6)
+        assert line["lr"] == pytest.approx(1e-3 * lr_share(optimizer, last - 1, 7))
+    assert [line["step"] for line in lines if any(name.startswith("val_") for name in line)] == [5, 7]
+    assert steps_of(tmp_path / "run/samples", "*.png") == [5, 7]
+    assert steps_of(tmp_path / "run/checkpoints", "step-*") == [4, 6, 7]
+    assert not list((tmp_path / "run").rglob("events.*"))  # no tracker
+
+
+def test_the_first_sheet_is_drawn_after_so_many_minutes(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step takes 100 seconds here."""
+    clock = SimpleNamespace(seconds=0.0)
+
+    class Clock(train.engine.loop.Stopwatch):
+        seconds = property(lambda self: clock.seconds)
+
+    class Tick(Hooks):
+        def end_step(self, step: int, metrics: object) -> None:
+            clock.seconds += 100
+
+    monkeypatch.setattr(train.engine.loop, "Stopwatch", Clock)
+    train_stage(clip_config(shapes, tmp_path / "run", first_samples=5, log_every=100), Tick())
+    assert steps_of(tmp_path / "run/samples", "*.png") == [3, 8]
+
+
+class Poison(Hooks):
+    """NaN in the images from a step on."""
+
+    def begin_step(self, step: int, parts: list[Batch]) -> list[Batch]:
+        return [replace(part, pixels=part.pixels * torch.nan) for part in parts] if step >= 4 else parts
+
+
+@pytest.mark.parametrize("after", [2, 3])
+def test_weights_are_restored_after_so_many_steps(
+    after: int, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"steps": 40, "log_every": 1, "checkpoint_every": 4, "first_samples": 0}
+    with pytest.raises(RunError, match="did not help"):
+        train_stage(clip_config(shapes, tmp_path / "run", roll_back_after=after, **settings), Poison())
+    said = f"step {4 + after}: the loss or gradient was not finite in the last {after} steps; training continues with"
+    assert f"{said} the weights of step 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cache", ["", "mine", "off"])
+def test_the_cache_is_in_its_folder(cache: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
+    where = str(tmp_path / cache) if cache == "mine" else cache
+    record(ldm_config(shapes, tmp_path / "run", parts, cache=where), 0)
+    found = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("latents-*")}
+    assert found == {"": {"cache"}, "mine": {"mine"}, "off": set()}[cache]
