@@ -34,7 +34,7 @@ from train.config.run import RunConfig
 from train.config.vae import AdversarialConfig
 from train.data.store import atomic
 from train.data.synthetic.shapes import write_shapes
-from train.engine.changes import Saved, examples_of_earlier_code, record_changes
+from train.engine.changes import Change, Saved, examples_of_earlier_code, record_changes
 from train.engine.checkpoint import load_tree
 from train.engine.folder import RunFolder
 from train.engine.settings import write_settings
@@ -425,3 +425,69 @@ def test_checkpoints_of_earlier_code_have_step_times_their_batch_size(
         state = examples_of_earlier_code(run.folder.settings, 4, config)
         assert (state["position"], state["order"]) == (position, order)
         record_changes(run.folder, 4, state["position"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"about": []},
+        {"about": {"changes": 3}},
+        {"about": {"changes": [{"step": "x"}]}},
+        {"about": {"inputs": [1]}},
+        {"about": {"earlier_data": {}}},
+        {"input": 5},
+        {"optimizer": 3, "about": {"changes": [{**vars(Change(4, 32, "", "optimizer.lr", 1, 2))}]}},
+        {"about": {"changes": [{**vars(Change(4, 32, "", "no.such", 1, 2))}]}},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_of_changes_is_one_line(run: Folder, damage: dict[str, Any]) -> None:
+    run.start(CLIP)
+    run.reach(4)
+    content = yaml.safe_load(run.folder.settings.read_text())
+    run.folder.settings.write_text(yaml.safe_dump(content | damage))
+    before = contents(run.folder.path)
+    for with_changes in (False, True):
+        with pytest.raises(UserError) as refused:
+            run.start(replace(CLIP, batch_size=4, projection=9), with_changes=with_changes)
+        assert "\n" not in str(refused.value)
+    assert contents(run.folder.path) == before
+
+
+def start_and_refuse(folder: RunFolder) -> None:
+    with folder.locked():
+        folder.settings.write_text("")
+        folder.samples.mkdir()
+        raise UserError("late")
+
+
+@pytest.mark.parametrize("killed", [[], [".lock"], [".lock", ".tmp-config.yaml"], [".tmp-config.yaml"]], ids=str)
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_start_in_a_folder_without_a_run(tmp_path: Path, killed: list[str], existed: bool) -> None:
+    """What a start leaves that was killed in its first moments is no obstacle, and a refused start leaves nothing."""
+    folder = RunFolder(tmp_path / "runs/run")
+    if existed or killed:
+        folder.path.mkdir(parents=True)
+    for name in killed:
+        (folder.path / name).write_text("half")
+    with folder.locked():
+        write_settings(folder, replace(CLIP, out=str(folder)), DATA)
+    assert folder.settings.is_file()
+    folder.settings.unlink()
+    existed = folder.path.is_dir()
+    with pytest.raises(UserError, match="late"):
+        start_and_refuse(folder)
+    assert folder.path.is_dir() == existed
+    assert not existed or not list(folder.path.iterdir())
+
+
+def test_a_refused_start_removes_the_folder_that_it_made(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="late"):
+        start_and_refuse(folder)
+    assert not folder.path.exists()
+    folder.path.mkdir()
+    (folder.path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="contains files that aren't a run"), folder.locked():
+        pass
+    assert (folder.path / "mine.txt").read_text() == "mine"

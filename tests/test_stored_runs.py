@@ -15,6 +15,7 @@ import yaml
 
 from support.commands import run_script
 from support.runs import logged
+from train.engine.checkpoint import load_tree
 
 STORED = Path(__file__).parent / "stored"
 PINNED = json.loads((STORED / "pinned.json").read_text())
@@ -129,6 +130,21 @@ def test_other_settings_are_refused_for_a_run_of_earlier_code(stored: Path) -> N
     before = sums(stored / "clip")
     assert "was started with 4" in command(LINES["clip"].replace("--batch-size 4", "--batch-size 8"), status=2)
     assert {name: of for name, of in sums(stored / "clip").items() if name != ".lock"} == before
+
+
+def test_a_run_of_earlier_code_is_changed_on_request(stored: Path) -> None:
+    """Its checkpoint has no position: that is two steps of the old batch size, which is 4."""
+    line = (
+        LINES["clip"].replace("--batch-size 4", "--batch-size 2").replace("--optimizer.lr 1e-3", "--optimizer.lr 1e-4")
+    )
+    assert "add --resume-with-changes to continue it with" in command(line, status=2)
+    printed = command(f"{line} --resume-with-changes")
+    assert "--batch-size 2: changed from step 2 on (before: 4)" in printed
+    changes = [json.loads(text) for text in (stored / "clip/changes.jsonl").read_text().splitlines()]
+    assert [(c["setting"], c["step"], c["position"]) for c in changes] == [("batch_size", 2, 8), ("optimizer.lr", 2, 8)]
+    state = load_tree(stored / "clip/checkpoints/step-00000004")
+    assert state["examples"]["position"] == 12
+    assert [line["lr"] for line in logged(stored / "clip") if "loss" in line][-2:] == [1e-4, 1e-4]
 
 
 def test_names_of_cache_folders_are_unchanged() -> None:

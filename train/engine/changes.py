@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from ldm.errors import UserError
 from train.config.load import read_yaml, validate
@@ -41,6 +43,17 @@ class Change:
     now: Any
 
 
+class About(TypedDict, total=False):
+    """Part of config.yaml that isn't settings."""
+
+    inputs: dict[str, str]
+    changes: list[Change]
+    earlier_data: list[str]
+
+
+_ABOUT = TypeAdapter(About)
+
+
 @dataclass(frozen=True)
 class Saved:
     """Content of a config.yaml."""
@@ -56,13 +69,17 @@ class Saved:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read the content. Raises UserError if it isn't YAML."""
+        """Read the content. Raises UserError if a run can't have written it."""
         values = read_yaml(path)
-        about = values.pop("about", {})
         values.pop("accept_changed_data", None)  # a former setting
-        values.setdefault("input", {}).setdefault("reading", 1)  # the rules before there was a choice
-        changes = [Change(**change) for change in about.get("changes", [])]
-        return cls(values, dict(about.get("inputs", {})), changes, list(about.get("earlier_data", [])))
+        try:
+            about = _ABOUT.validate_python(values.pop("about", {}))
+            values.setdefault("input", {}).setdefault("reading", 1)  # the rules before there was a choice
+        except (ValidationError, AttributeError):
+            raise UserError(
+                f"{path}: was edited or damaged, so the run can't be continued; restore it, or choose another --out"
+            ) from None
+        return cls(values, about.get("inputs", {}), about.get("changes", []), about.get("earlier_data", []))
 
     @property
     def earlier_data(self) -> list[str]:
@@ -84,7 +101,8 @@ class Saved:
                 inputs[change.setting] = change.before
             else:
                 *records, last = change.setting.split(".")
-                reduce(lambda tree, name: tree.setdefault(name, {}), records, values)[last] = change.before
+                record = reduce(lambda tree, name: tree.get(name) or {}, records, values)
+                record[last] = change.before
         return replace(self, values=values, inputs=inputs, changes=[c for c in self.changes if c.step < step])
 
     def differences(self, config: RunConfig, inputs: Mapping[str, str]) -> list[Difference]:
@@ -109,8 +127,7 @@ def record_changes(folder: RunFolder, step: int, position: int) -> None:
     Changes that were requested since then get this step and the position of its next example. config.yaml is written
     first: it has the changes too, so that neither file can miss one or have it twice, whenever the process ends.
     """
-    content = read_yaml(folder.settings)
-    before = Saved.read(folder.settings).changes
+    before, content = Saved.read(folder.settings).changes, read_yaml(folder.settings)
     changes = _merged([replace(c, step=step, position=position) if c.step >= step else c for c in before])
     if changes != before:
         content["about"]["changes"] = [asdict(change) for change in changes]

@@ -1,13 +1,15 @@
 """The folder of a run: the paths in it, and the lock that keeps a second process out."""
 
 import fcntl
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
+from train.data.store.atomic import remove
+
+_FIRST_FILES = {".lock", ".tmp-config.yaml"}  # all that a start may leave that is killed before it wrote config.yaml
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,12 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create and lock the folder. Removes a new folder again if a UserError is raised inside.
+        """Create and lock the folder. If a UserError is raised inside, a new run is removed again.
 
         Raises UserError if the folder contains something other than a run, or if another process has locked it.
         """
-        new = not self.settings.is_file()
-        if new and self.path.is_dir() and any(self.path.iterdir()):
+        new, existed = not self.settings.is_file(), self.path.is_dir()
+        if new and existed and not {path.name for path in self.path.iterdir()} <= _FIRST_FILES:
             raise UserError(
                 f"--out {str(self)!r}: contains files that aren't a run (no config.yaml); choose another folder"
             )
@@ -94,5 +96,13 @@ class RunFolder:
                 yield
             except UserError:
                 if new and not self.checkpoints.exists():
-                    shutil.rmtree(self.path, ignore_errors=True)  # else the next attempt would find the folder in use
+                    self._remove(keep_folder=existed)
                 raise
+
+    def _remove(self, *, keep_folder: bool) -> None:
+        """Remove what a refused start has written, with the folder unless it was there before."""
+        with suppress(OSError):
+            for path in self.path.iterdir():
+                remove(path)
+            if not keep_folder:
+                self.path.rmdir()

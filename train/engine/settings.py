@@ -62,8 +62,9 @@ def _accepted(
     Settings are compared with those of the newest checkpoint. What an earlier command changed since then, without
     reaching another checkpoint, may be given again or be taken back.
     """
+    new = {d.name for d in saved.differences(config, inputs)}
     base = saved.before(step)
-    found, new = base.differences(config, inputs), {d.name for d in saved.differences(config, inputs)}
+    found = base.differences(config, inputs)
     for difference in found:
         if difference.why or (difference.name in new and not with_changes):
             raise UserError(_refusal(difference, base, config))
