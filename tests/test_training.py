@@ -32,7 +32,9 @@ from support.runs import (
 from train.config.ldm import DiffusionConfig
 from train.config.optimizer import OptimizerConfig
 from train.data.sources.splits import open_source
+from train.engine.checkpoint import pack_tree
 from train.engine.stage import Batch, Hooks
+from train.engine.trainer import Trainer
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "kind"), [(1, 0, "muon"), (4, 2, "adamw")])
@@ -145,14 +147,25 @@ class Poison(Hooks):
 
 
 @pytest.mark.parametrize("optimizer", [COMMON["optimizer"], MUON], ids=lambda o: o.kind)
-def test_a_step_that_is_not_finite_changes_no_weight(start: Start, tmp_path: Path, optimizer: OptimizerConfig) -> None:
+def test_a_step_that_is_not_finite_changes_no_weight(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: OptimizerConfig
+) -> None:
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    step_of = Trainer.step
+
+    def step(self: Trainer, step: int, parts: list[Batch]) -> dict[str, torch.Tensor]:
+        metrics = step_of(self, step, parts)
+        states[step + 1] = {name: value.clone() for name, value in pack_tree(self.state()).tensors.items()}
+        return metrics
+
+    monkeypatch.setattr(Trainer, "step", step)
     every = {"checkpoint_every": 1, "ema_decay": 0.0, "optimizer": optimizer}
     start(tmp_path / "run", Poison(lambda step: step == 5), **every)
-    before, after = (load_file(tmp_path / f"run/checkpoints/step-{s:08d}/state.safetensors") for s in (5, 6))
-    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert all(torch.equal(states[5][name], value) for name, value in states[6].items())
     last = load_file(tmp_path / "run/checkpoints/step-00000008/state.safetensors")
     assert all(torch.isfinite(v).all() for v in last.values() if v.is_floating_point())
-    assert any(not torch.equal(before[name], value) for name, value in last.items())
+    assert any(not torch.equal(states[5][name], value) for name, value in last.items())
+    assert not (tmp_path / "run/checkpoints/step-00000006").exists()  # saved after the next finite step
     lines = logged(tmp_path / "run")
     assert max(line.get("skipped", 0) for line in lines) >= 1
 

@@ -28,12 +28,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.errors import RunError
-from train.data.store.atomic import atomic_folder, plain_errors, recover_all, retire, sweep, write_new
+from train.data.store.atomic import atomic_folder, plain_errors, recover_all, remove, rename, retire, sweep, write_new
 
 Checksums = dict[str, dict[str, str | int]]  # name of a file → its "sha256" and "size"
 
 _log = logging.getLogger(__name__)
 _TENSORS, _TREE, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
+_ASIDE = "diverged-"  # prefix of checkpoints whose weights give no finite loss
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -221,20 +222,23 @@ class Checkpoints:
         """Return the step of the newest checkpoint, which isn't verified; 0 if there is none."""
         return next((step for step, _ in self._committed()), 0)
 
-    def latest(self) -> LatestCheckpoint | None:
+    def latest(self, before: float = math.inf) -> LatestCheckpoint | None:
         """Return the newest valid checkpoint, verified from its files; None if none was ever committed.
 
-        Raises RunError, which lists each checkpoint and its fault, if there are some and none is valid.
+        before: only checkpoints of earlier steps are considered. Raises RunError, which lists each checkpoint and its
+        fault, if there are some and none is valid.
         """
         recover_all(self.folder, "step-*")
         invalid: list[str] = []
         for step, folder in self._committed():
+            if step >= before:
+                continue
             fault = _fault(step, folder)
             if fault is None:
                 return LatestCheckpoint(step, folder, tuple(invalid))
             invalid.append(f"{folder.name}: {fault}")
             _log.warning("checkpoint %s is not valid (%s) and is skipped", folder, fault)
-        if invalid:
+        if invalid and before == math.inf:
             raise RunError(
                 f"no checkpoint in {self.folder} is valid ({'; '.join(invalid)}): move this folder away to start from "
                 "step 0"
@@ -244,6 +248,19 @@ class Checkpoints:
     def load(self, checkpoint: LatestCheckpoint) -> Any:
         """Return the saved tree, with tensors on the CPU. Raises RunError if the files don't contain one."""
         return load_tree(checkpoint.folder)
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Rename the valid checkpoints of later steps, so that no run continues from them. Returns their new folders.
+
+        They are removed when the next checkpoint is committed.
+        """
+        moved = []
+        for step, folder in self._committed():
+            if step > after and _known_fault(step, folder, _stamp(folder)) is None:
+                moved.append(folder.with_name(f"{_ASIDE}{folder.name}"))
+                remove(moved[-1])
+                rename(folder, moved[-1])
+        return moved
 
     def _committed(self) -> list[tuple[int, Path]]:
         """Return step and folder of each checkpoint, newest first."""
@@ -256,6 +273,8 @@ class Checkpoints:
         for folder in valid[self.keep :]:
             if folder != new:
                 retire(folder)
+        for folder in self.folder.glob(f"{_ASIDE}step-*"):
+            retire(folder)
 
 
 def _fault(step: int, folder: Path) -> str | None:

@@ -5,7 +5,8 @@ share of the initial weights falls as 1 / C(n + 9, 9) after n updates, rather th
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -38,13 +39,29 @@ class Ema(Generic[Module]):
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the module's current weights to the average. The decay depends only on `step`."""
-        pairs = zip(self.module.parameters(), self._source.parameters(), strict=True)
-        trainable = [(average, weight) for average, weight in pairs if average is not weight]
-        if trainable:
+        if trainable := self._pairs():
             averages: list[Tensor] = [average for average, _ in trainable]
             torch._foreach_lerp_(averages, [w.to(a) for a, w in trainable], 1 - self.decay_at(step))
         for copied, buffer in zip(self.module.buffers(), self._source.buffers(), strict=True):
             copied.copy_(buffer)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Exchange the module's trainable weights and their averages, without a copy."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for average, weight in self._pairs():
+            average.data, weight.data = weight.data, average.data
+
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Return each average with its weight, without the frozen ones that are shared."""
+        pairs = zip(self.module.parameters(), self._source.parameters(), strict=True)
+        return [(average, weight) for average, weight in pairs if average is not weight]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages of the trainable parameters, and the buffers, by their names in the module."""

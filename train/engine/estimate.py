@@ -7,10 +7,10 @@ import time
 import torch
 
 from train.data.store.shards import duration
-from train.engine.precision import autocast
 from train.engine.run import AnyRun
 from train.engine.stage import Batch, Stage
 from train.engine.stopwatch import Stopwatch
+from train.engine.trial import trial
 
 _WARM_UP = 2  # steps before the timed ones
 _TIMED = range(3, 21)  # number of timed steps: from 3 on if they took _SECONDS, at most 20
@@ -92,12 +92,7 @@ def _trial(run: AnyRun, stage: Stage, parts: list[Batch], step: int) -> tuple[fl
         started = _clock(device)
         (part,) = stage.prepare(step, parts[:1])
         prepared = _clock(device)
-        for phase in phases:
-            with autocast(device, run.config.precision):
-                output = phase.module(part)
-            output.loss.backward()
-            phase.module.zero_grad(set_to_none=True)
-            part = output.batch
+        trial(run, phases, part)
         preparing, seconds = (len(parts) * span for span in (prepared - started, _clock(device) - prepared))
     return preparing, seconds
 

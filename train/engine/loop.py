@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.errors import RunError
 from train.data.store.atomic import atomic_folder
 from train.engine.changes import record_changes
 from train.engine.estimate import Duration, estimate
@@ -50,6 +51,8 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
     run.metrics.remove_after(start)
     if run.main:
         record_changes(run.folder, start, run.feed.position(start))
+    if trainer.passed_over:
+        export(run, stage, publish, start, final=False, log=False)
     stopwatch, means = Stopwatch(), Means()
     batches = stopwatch.waiting(stage.batches(start))
     first = next(batches)
@@ -70,6 +73,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
             mininterval=0.5,
         ) as bar,
     ):
+        due = Due(run, stage, publish, trainer, stop)
         for done, parts in enumerate(itertools.chain([first], batches), start + 1):
             means.add(trainer.step(done - 1, parts))
             bar.update(config.batch_size)
@@ -86,29 +90,61 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
                 }
                 run.metrics.log(done, averages | progress)
                 bar.set_postfix(step=done, loss=f"{averages.get('loss', math.nan):.4g}")
-                trainer.roll_back_if_needed(done)
                 means = Means()
                 stopwatch.restart()
-            if done % config.validate_every == 0 or last:
-                if last:
-                    run.print(f"all {done:,} steps are done; what remains: validation, checkpoint, {run.folder.model}")
-                with stopwatch.paused(), training.paused():
-                    validate(run, stage, done)
-                sheet_is_due = False
-            elif sheet_is_due and training.seconds >= 60 * config.first_samples:
-                with stopwatch.paused(), training.paused():
+            with stopwatch.paused(), training.paused():
+                validated = due.after(done)
+                if sheet_is_due and not validated and training.seconds >= 60 * config.first_samples:
                     run.print(f"step {done}: first samples: {draw_sheet(run, stage, done)}")
-                sheet_is_due = False
-            stopped = stop.agreed(done)
-            if done % config.checkpoint_every == 0 or last or stopped:
-                with stopwatch.paused(), training.paused():
-                    trainer.save(done)
-                    export(run, stage, publish, done, final=last)
+                    sheet_is_due = False
+            sheet_is_due = sheet_is_due and not validated
+
+
+class Due:
+    """Validation, checkpoints and the end of a run. What is due waits while steps are skipped."""
+
+    def __init__(self, run: AnyRun, stage: Stage, publish: Publish, trainer: Trainer, stop: Stop) -> None:
+        self.run, self.stage, self.publish, self.trainer, self.stop = run, stage, publish, trainer, stop
+        self.validation = self.checkpoint = False
+
+    def after(self, step: int) -> bool:
+        """Do what is due after a step. Returns whether the run was validated.
+
+        Raises SystemExit if the run has been stopped, and RunError if it can't go on or ends among skipped steps.
+        """
+        config, trainer = self.run.config, self.trainer
+        last, waiting = step == config.steps, self.validation or self.checkpoint
+        self.validation |= step % config.validate_every == 0 or last
+        if validated := self.validation and trainer.is_sound(step):
             if last:
-                return
-            if stopped:
-                run.print(f"stopped at step {done} of {config.steps}; run the same command again to continue")
-                raise SystemExit(128 + stopped)
+                model = self.run.folder.model
+                self.run.print(f"all {step:,} steps are done; what remains: validation, checkpoint, {model}")
+            validate(self.run, self.stage, step)
+            self.validation = False
+        stopped = self.stop.agreed(step)
+        self.checkpoint |= step % config.checkpoint_every == 0 or last or stopped > 0
+        if self.checkpoint and trainer.is_sound(step):
+            trainer.save(step, stopped=stopped > 0 and not last)
+            export(self.run, self.stage, self.publish, step, final=last)
+            self.checkpoint = False
+        if last and self.checkpoint:
+            raise RunError(f"{trainer.problem()}, and the run ends here: {trainer.kept()}; {trainer.advice()}")
+        if stopped and not last:
+            if self.checkpoint:
+                self.run.print(f"step {step}: {trainer.problem()}, so it is not saved: {trainer.kept()}")
+            self.run.print(f"stopped at step {step} of {config.steps}; run the same command again to continue")
+            raise SystemExit(128 + stopped)
+        if self.validation or self.checkpoint or step % config.log_every == 0:
+            self._check(step, waiting)
+        return validated
+
+    def _check(self, step: int, waiting: bool) -> None:
+        """Go back to an earlier checkpoint if needed, or report once that something waits."""
+        problem = self.trainer.problem()
+        if self.trainer.roll_back_if_needed(step):
+            export(self.run, self.stage, self.publish, self.trainer.restored, final=False, log=False)
+        elif (self.validation or self.checkpoint) and not waiting:
+            self.run.print(f"step {step}: {problem}; validation and checkpoint wait for a finite step")
 
 
 def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:
@@ -138,14 +174,14 @@ def draw_sheet(run: AnyRun, stage: Stage, step: int) -> Path:
     return path
 
 
-def export(run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: bool) -> None:
-    """Update model/ with the averaged weights."""
+def export(run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: bool, log: bool = True) -> None:
+    """Update model/ with the averaged weights. log: whether to log the metrics of the export."""
     if run.main:
         with atomic_folder(run.folder.model) as folder:
             metrics = stage.export(folder, final=final)
             publish(folder, step, final=final)
     else:
         metrics = stage.export(run.folder.model, final=final)
-    if metrics:
+    if metrics and log:
         run.metrics.log(step, metrics)
     run.accelerator.wait_for_everyone()

@@ -145,6 +145,12 @@ def retire(folder: Path) -> None:
     remove(temporary)
 
 
+def rename(old: Path, new: Path) -> None:
+    """Rename a file or folder within its parent folder."""
+    _do(os.rename, old, new)
+    sync(new.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder with its content; do nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
