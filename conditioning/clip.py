@@ -122,7 +122,7 @@ class ClipTextEncoder(nn.Module):
         files = None if name.startswith(PREFIX) else _find(name)
         try:
             model, tokenizer = (_read_tower(files[0]), load_tokenizer(files[1])) if files else load_openclip(name)
-            _remove_last_layers(model, skip)
+            remove_last_layers(model, skip)
             encoder = cls(model, tokenizer, chunks=chunks)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
@@ -191,8 +191,8 @@ def _find(source: str) -> tuple[Path, Path]:
     return weights, tokens
 
 
-def _remove_last_layers(model: CLIPTextModel, skip: int) -> None:
-    """Remove the model's last `skip` layers, in place."""
+def remove_last_layers(model: CLIPTextModel, skip: int) -> None:
+    """Remove a text tower's last `skip` layers, in place. Raises UserError if none would remain."""
     encoder = tower_of(model).encoder
     count = len(encoder.layers)
     if not 0 <= skip < count:

@@ -16,6 +16,7 @@ import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from autoencoder.model import Autoencoder, Posterior
 from conditioning.clip import ClipTextEncoder
@@ -205,18 +206,22 @@ def from_parts(parts: Parts, folder: str | Path | None, chunks: int | None) -> M
 
     Raises UserError if the tokenizer can't be read.
     """
-    text = parts.text_encoder.config
-    if parts.tokenizer is None:
-        tokenizer = published_tokenizer(text.max_position_embeddings, text.pad_token_id)
-    else:
-        try:
-            tokenizer = load_tokenizer(parts.tokenizer)
-        except Exception as error:  # for a damaged file, the library may raise any error
-            raise UserError(f"tokenizer {str(parts.tokenizer)!r} can't be read: {one_line(error, 300)}") from None
+    tokenizer = tokenizer_of(parts)
     use_attention(parts.unet)
     autoencoder, encoder = Autoencoder(parts.vae), ClipTextEncoder(parts.text_encoder, tokenizer, chunks=chunks)
     backbone = UNet.wrap(parts.unet, autoencoder.latent_channels)
     return backbone, autoencoder, encoder, parts.process, _task_from_index(Path(folder), backbone) if folder else None
+
+
+def tokenizer_of(parts: Parts) -> CLIPTokenizer:
+    """Return the tokenizer of a single file's networks. Raises UserError if it can't be read."""
+    text = parts.text_encoder.config
+    if parts.tokenizer is None:
+        return published_tokenizer(text.max_position_embeddings, text.pad_token_id)
+    try:
+        return load_tokenizer(parts.tokenizer)
+    except Exception as error:  # for a damaged file, the library may raise any error
+        raise UserError(f"tokenizer {str(parts.tokenizer)!r} can't be read: {one_line(error, 300)}") from None
 
 
 def _task_from_index(folder: Path, backbone: Backbone) -> Task | None:

@@ -36,6 +36,9 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import BetaSchedule, Schedule
 from support.commands import run_script
 from support.models import PROMPTS, small_clip_model, small_unet, tiny_pipeline
+from train.config.data import DataConfig
+from train.config.ldm import LdmConfig
+from train.stages.ldm_init import Components, load_components
 
 Change = dict[str, Any]
 
@@ -380,6 +383,29 @@ def test_code_in_a_description_is_not_run(described: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="can't be read"):
         load_single_file(file)
     assert not (tmp_path / "canary").exists()
+
+
+def test_training_starts_from_a_single_file(described: Path, tmp_path: Path) -> None:
+    """As from the folder of the same model."""
+    LatentDiffusionPipeline.from_single_file(described).save_pretrained(tmp_path / "folder")
+    small(target="eps").save_pretrained(tmp_path / "other")
+
+    def start(init: Path, **change: Any) -> Components:
+        config = LdmConfig(data="x", out="y", init=str(init), input=DataConfig(resolution=32), **change)
+        return load_components(config, config.build_objective(), torch.device("cpu"))
+
+    for change in ({}, {"clip_skip": 1}, {"text_encoder": str(tmp_path / "other"), "vae": str(tmp_path / "other")}):
+        one, other = (start(init, **change) for init in (tmp_path / "folder", described))
+        assert one.digests == other.digests
+        assert one.text_encoder.model.config.num_hidden_layers == 2 - change.get("clip_skip", 0)
+        replaced = [str(tmp_path / "folder"), str(described)]
+        assert [line.replace(replaced[0], replaced[1]) for line in one.changes] == list(other.changes)
+        assert any("predicts v, this run eps" in line for line in other.changes)
+        assert all(weight.requires_grad for weight in other.backbone.module.parameters())
+    checkpoint = tmp_path / "model.ckpt"
+    torch.save(load_file(described), checkpoint)
+    with pytest.raises(UserError, match=r"is a pickle, .*ldm-convert"):
+        start(checkpoint)
 
 
 def averages(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -210,7 +210,8 @@ class LdmConfig(RunConfig):
     For `inpaint`, the UNet also receives a mask and the masked image: it has 2 · latent channels + 1 input channels.
     It is best initialised from a text-to-image model (`init`)."""
     init: Location = ""
-    """Folder or hub id of a pipeline whose UNet is trained further; its shape replaces `unet`. Empty: random weights.
+    """Folder, hub id or single file of a pipeline whose UNet is trained further; its shape replaces `unet`.
+    A single file needs NAME.yaml beside it, unless it is a Stable Diffusion 1. Empty: random weights.
     Its autoencoder and text encoder are used too, unless `vae` and `text_encoder` are given."""
     vae: Location = ""
     """Folder or hub id of the autoencoder: a stage 1 run, or a diffusers AutoencoderKL. Required without `init`."""

@@ -1,18 +1,24 @@
 """Initial networks of stage 2: random weights or those of another pipeline, widened for the task."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn, assert_never
+from pathlib import Path
+from typing import NoReturn, Protocol, assert_never
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from autoencoder.model import Autoencoder, digest
-from conditioning.clip import ClipTextEncoder
+from conditioning.clip import ClipTextEncoder, remove_last_layers
 from ldm.errors import UserError
 from ldm.formats.hub import find_pipeline
+from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
+from ldm.formats.single_file import load_single_file
+from ldm.model import tokenizer_of
+from ldm.networks.attention import use_attention
 from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet, require_same_shape
 from ldm.objective import Objective
@@ -46,14 +52,10 @@ def load_components(
     """
     if backbone is not None and config.init:
         raise UserError(f"init {config.init!r} with a backbone: both are networks to start from; give only one")
-    init = find_pipeline(config.init) if config.init else None
-    unet = load_unet(init).float().train().requires_grad_(True) if init else None
-    autoencoder = Autoencoder.load(config.vae or init or _missing("vae"))
-    text_encoder = ClipTextEncoder.load(
-        config.text_encoder or init or _missing("text_encoder"),
-        skip=config.clip_skip,
-        chunks=config.text_chunks or None,
-    )
+    init = open_init(config.init) if config.init else None
+    unet = init.unet().float().train().requires_grad_(True) if init else None
+    autoencoder = _autoencoder(config, init)
+    text_encoder = _text_encoder(config, init)
     if config.input.resolution % autoencoder.factor:
         raise UserError(
             f"input.resolution {config.input.resolution}: must be a multiple of {autoencoder.factor}, "
@@ -63,16 +65,89 @@ def load_components(
     changes: tuple[str, ...] = ()
     if init:
         init_digests = {
-            "vae": Autoencoder.load(init).digest if config.vae else digests["vae"],
-            "text_encoder": ClipTextEncoder.load(init).digest if config.text_encoder else digests["text_encoder"],
+            "vae": init.autoencoder().digest if config.vae else digests["vae"],
+            "text_encoder": init.text_encoder().digest if config.text_encoder else digests["text_encoder"],
         }
-        changes = tuple(changes_since_init(config, Process.load(init), objective, init_digests, digests))
+        changes = tuple(changes_since_init(config, init.process(), objective, init_digests, digests))
     backbone = choose_backbone(config, backbone, unet, autoencoder, text_encoder.width)
     backbone.module.to(device)
     attention = backbone.set_attention(config.attention, DTYPES[config.precision])
     autoencoder.vae.to(device)
     text_encoder.to(device)
     return Components(backbone, autoencoder, text_encoder, objective, digests, attention, changes)
+
+
+class Init(Protocol):
+    """Pipeline to start from. Each method reads a part of it."""
+
+    def unet(self) -> UNet2DConditionModel: ...
+
+    def autoencoder(self) -> Autoencoder: ...
+
+    def text_encoder(self, skip: int = 0, chunks: int | None = None) -> ClipTextEncoder: ...
+
+    def process(self) -> Process: ...
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Pipeline in a folder."""
+
+    path: Path
+
+    def unet(self) -> UNet2DConditionModel:
+        return load_unet(self.path)
+
+    def autoencoder(self) -> Autoencoder:
+        return Autoencoder.load(self.path)
+
+    def text_encoder(self, skip: int = 0, chunks: int | None = None) -> ClipTextEncoder:
+        return ClipTextEncoder.load(self.path, skip=skip, chunks=chunks)
+
+    def process(self) -> Process:
+        return Process.load(self.path)
+
+
+@dataclass(frozen=True)
+class _File:
+    """Pipeline in a single file, which has been read."""
+
+    parts: Parts
+
+    def unet(self) -> UNet2DConditionModel:
+        use_attention(self.parts.unet)
+        return self.parts.unet
+
+    def autoencoder(self) -> Autoencoder:
+        return Autoencoder(self.parts.vae)
+
+    def text_encoder(self, skip: int = 0, chunks: int | None = None) -> ClipTextEncoder:
+        model = copy.deepcopy(self.parts.text_encoder)
+        remove_last_layers(model, skip)
+        return ClipTextEncoder(model, tokenizer_of(self.parts), chunks=chunks)
+
+    def process(self) -> Process:
+        return self.parts.process
+
+
+def open_init(init: str) -> Init:
+    """Find a pipeline to start from: a folder, a hub id or a single file. Raises UserError if there is none."""
+    if Path(init).is_file():
+        return _File(load_single_file(init))
+    return _Folder(find_pipeline(init))
+
+
+def _autoencoder(config: LdmConfig, init: Init | None) -> Autoencoder:
+    if init is not None and not config.vae:
+        return init.autoencoder()
+    return Autoencoder.load(config.vae or _missing("vae"))
+
+
+def _text_encoder(config: LdmConfig, init: Init | None) -> ClipTextEncoder:
+    skip, chunks = config.clip_skip, config.text_chunks or None
+    if init is not None and not config.text_encoder:
+        return init.text_encoder(skip, chunks)
+    return ClipTextEncoder.load(config.text_encoder or _missing("text_encoder"), skip=skip, chunks=chunks)
 
 
 def _missing(name: str) -> NoReturn:
