@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoencoder import ReconstructionKind
+from ldm.float64 import double
 
 _HUBER = 0.1  # error at which huber changes from squared to absolute: 13 of 255 grey levels
 LARGEST_WEIGHT = 1e4  # limit on the adaptive weight if the adversarial loss has nearly no gradient
@@ -112,6 +113,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, limit: float = 
     this weight, the adversarial loss changes the layer as much as the reconstruction does. The result is NaN if a
     gradient isn't finite, so that the step is skipped.
     """
-    base, other = (torch.linalg.vector_norm(g.double()) for g in (reconstruction, adversarial))  # no overflow
+    base, other = (torch.linalg.vector_norm(double(g)) for g in (reconstruction, adversarial))  # no overflow
     weight = torch.nan_to_num(base / other, nan=0.0, posinf=limit).clamp(0, limit)  # 0 / 0 gives 0
-    return torch.where(torch.isfinite(base) & torch.isfinite(other), weight, torch.nan).float().detach()
+    weight = torch.where(torch.isfinite(base) & torch.isfinite(other), weight, torch.nan)
+    return weight.float().detach().to(reconstruction.device)

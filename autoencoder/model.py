@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autoencoder.preview import Colours
 from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
+from ldm.float64 import double, float64_device
 from ldm.formats.hub import WEIGHTS, fetch, is_hub_id, load_network, model_folder
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
@@ -178,7 +179,7 @@ class LatentStatistics(NamedTuple):
 
 def latent_statistics(sums: Tensor) -> LatentStatistics:
     """Return the statistics from `latent_sums` added up over a dataset (and over processes)."""
-    n, sample, square, mean, mean_square = sums.double().unbind(1)
+    n, sample, square, mean, mean_square = double(sums).unbind(1)
     std = (square / n - (sample / n) ** 2).clamp_min(0).sqrt()
     signal = (mean_square / n - (mean / n) ** 2).clamp_min(0).sqrt()
     floor = 1e-3 * std.max().clamp_min(1e-6)
@@ -188,7 +189,7 @@ def latent_statistics(sums: Tensor) -> LatentStatistics:
 
 def latent_sums(posterior: Posterior, noise: Tensor) -> Tensor:
     """Return the count, Σ sample, Σ sample², Σ mean and Σ mean² of each channel, (c, 5) float64."""
-    mean, sample = posterior.mean.double(), posterior.sample(noise).double()
+    mean, sample = double(posterior.mean), double(posterior.sample(noise))
     each = torch.stack([torch.ones_like(mean), sample, sample**2, mean, mean**2])  # (5, b, c, h, w)
     return each.sum(dim=(1, 3, 4)).T
 
@@ -205,16 +206,17 @@ def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
         raise UserError(
             "the autoencoder has no quant convolutions, so normalising its latents isn't exact: use one that has them"
         )
-    mean, s = mean.double(), std.double() * vae.config.scaling_factor
+    device = float64_device(vae.device)
+    mean, s = double(mean).to(device), double(std).to(device) * vae.config.scaling_factor
     quant, post = vae.quant_conv, vae.post_quant_conv
     c = len(mean)
-    weight, bias = quant.weight.double(), quant.bias.double()
+    weight, bias = double(quant.weight), double(quant.bias)
     weight[:c] /= s.view(-1, 1, 1, 1)
     bias[:c] = (bias[:c] - mean) / s
     bias[c:] -= 2 * s.log()  # the variance shrinks by s²
     quant.weight.copy_(weight)
     quant.bias.copy_(bias)
-    weight, bias = post.weight.double(), post.bias.double()
+    weight, bias = double(post.weight), double(post.bias)
     post.bias.copy_(bias + weight[:, :, 0, 0] @ mean)
     post.weight.copy_(weight * s.view(1, -1, 1, 1))
 
@@ -222,7 +224,7 @@ def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 @torch.no_grad()
 def measure(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
     """Return `latent_sums` of an unfolded autoencoder over batches of (images, noise); zeros without batches."""
-    total = torch.zeros(channels, 5, dtype=torch.float64, device=vae.device)
+    total = torch.zeros(channels, 5, dtype=torch.float64, device=float64_device(vae.device))
     for pixels, noise in batches:
         q = vae.encode(pixels.to(vae.device)).latent_dist
         total += latent_sums(Posterior(q.mean, q.std), noise.to(vae.device))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoencoder.tiling import pad_to_multiple
 from ldm.errors import RunError, UserError, one_line
+from ldm.float64 import double, float64_device
 
 _FILE = "preview.json"  # next to the weights
 _DELETE = "delete it, only previews need it"
@@ -82,11 +83,11 @@ def fit_colours(
     c, f = autoencoder.latent_channels, autoencoder.factor
     n = 9 * c
     # Σ [z, 1] [z, 1]ᵀ and next to it Σ [z, 1] yᵀ, for rows [z, 1], (n + 1,), and colours y, (3,).
-    sums = torch.zeros(n + 1, n + 1 + 3, dtype=torch.float64, device=autoencoder.vae.device)
+    sums = torch.zeros(n + 1, n + 1 + 3, dtype=torch.float64, device=float64_device(autoencoder.vae.device))
     for pixels in batches:
         q = autoencoder.encode(pixels)
-        y = F.avg_pool2d(pad_to_multiple(pixels, f).to(sums), f).flatten(2)  # (b, 3, h w)
-        mean, variance = (F.unfold(_padded(x.to(sums)), 3) for x in (q.mean, q.std**2))  # (b, n, h w)
+        y = F.avg_pool2d(double(pad_to_multiple(pixels, f)).to(sums.device), f).flatten(2)  # (b, 3, h w)
+        mean, variance = (F.unfold(_padded(double(x)), 3) for x in (q.mean, q.std**2))  # (b, n, h w)
         rows = torch.cat([mean, torch.ones_like(mean[:, :1]), y], 1).movedim(1, 0).flatten(1)  # (n + 1 + 3, b h w)
         sums += rows[: n + 1] @ rows.T
         sums[:n, :n] += variance.sum((0, 2)).diag()

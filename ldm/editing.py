@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.errors import UserError
+from ldm.float64 import double
 from ldm.formats.images import to_rgb
 from ldm.schedule import Level
 from ldm.steps import Noise, Step
@@ -190,7 +191,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     """
     if t in (0, 1):
         return a if t == 0 else b
-    x, y = a.double().flatten(1), b.double().flatten(1)  # (b, n)
+    x, y = double(a).flatten(1), double(b).flatten(1)  # (b, n)
     length = torch.lerp(x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True), t)
     x, y = F.normalize(x), F.normalize(y)
     cos = (x * y).sum(1, keepdim=True)

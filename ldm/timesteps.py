@@ -5,14 +5,16 @@ same timesteps on any number of processes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.float64 import double, float64_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class LogitNormal:
             )
 
     def __call__(self, u: Tensor, T: int) -> SampledTimesteps:
-        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double()))
-        return SampledTimesteps((t * T).long().clamp(max=T - 1), 1.0)
+        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(double(u)))
+        return SampledTimesteps((t * T).long().clamp(max=T - 1).to(u.device), 1.0)
 
 
 class Importance(nn.Module):
@@ -91,17 +93,18 @@ class Importance(nn.Module):
 
     def forward(self, u: Tensor, T: int) -> SampledTimesteps:
         p = self.probability()
-        ends = p.cumsum(0)
-        u = u.to(p) * ends[-1]
+        ends, device = p.cumsum(0), u.device
+        u = double(u).to(p.device) * ends[-1]
         bin_index = torch.searchsorted(ends, u, right=True).clamp(max=len(p) - 1)
         position = ((u - (ends - p)[bin_index]) / p[bin_index]).clamp(0, 1)  # within the bin
         index = ((bin_index + position) * T / len(p)).long().clamp(max=T - 1)
-        return SampledTimesteps(index, 1 / (len(p) * p[bin_index]))
+        weight = 1 / (len(p) * p[bin_index])
+        return SampledTimesteps(index.to(device), weight if weight.device == device else weight.float().to(device))
 
     def record(self, index: Tensor, loss: Tensor, T: int) -> None:
         """Record the losses (b,) of a part of a batch; non-finite losses are left out."""
-        bin_index, square = self._bin(index, T), loss.detach().double() ** 2
-        self.pending = self.pending.to(square.device)
+        square = double(loss.detach()) ** 2
+        bin_index, self.pending = self._bin(index, T).to(square.device), self.pending.to(square.device)
         finite = torch.isfinite(square).double()
         self.pending[0].index_add_(0, bin_index, torch.where(finite > 0, square, 0.0))
         self.pending[1].index_add_(0, bin_index, finite)
@@ -120,6 +123,11 @@ class Importance(nn.Module):
         self.mean_square.lerp_(mean, share)
         self.seen += count
         self.discard()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the state like any module's, but leave it where it is if the device has no float64."""
+        device = fn(torch.empty(0)).device
+        return self if float64_device(device) != device else super()._apply(fn, recurse)
 
     def _bin(self, index: Tensor, T: int) -> Tensor:
         return index * len(self.seen) // T

@@ -24,7 +24,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-LEAVES = ("ldm.errors", "ldm.files", "ldm.formats.hub", "ldm.formats.clip_layout")
+LEAVES = ("ldm.errors", "ldm.files", "ldm.float64", "ldm.formats.hub", "ldm.formats.clip_layout")
 
 
 def layer(module: str) -> str:

@@ -434,3 +434,15 @@ def test_a_closed_output_gives_one_line() -> None:
         os.close(write)
     assert done.returncode == 1
     assert done.stderr == "error: the output was closed before all of it was written\n"
+
+
+@pytest.mark.parametrize("script", ["demo", "train_ldm"])
+def test_a_system_without_locks_of_files_costs_one_line(script: str) -> None:
+    """Windows has neither fcntl nor resource."""
+    windows = f"import runpy, sys; sys.modules |= dict(fcntl=None, resource=None); sys.argv[1:] = ['--help']; \
+runpy.run_path('scripts/{script}.py', run_name='__main__')"
+    ended = run_command("-c", windows)
+    assert (ended.status, ended.out) == (2, "")
+    assert (
+        ended.err == "error: runs on Linux and macOS only; on Windows, install WSL, which runs Linux: wsl --install\n"
+    )

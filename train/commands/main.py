@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -50,6 +51,8 @@ def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
 
 def _run(main: Callable[[], None]) -> NoReturn:
     make_printable()
+    if find_spec("fcntl") is None:  # locks of files
+        _exit(2, "runs on Linux and macOS only; on Windows, install WSL, which runs Linux: wsl --install")
     warnings.filterwarnings("ignore", module="huggingface_hub")  # its warnings are about calls by other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()
@@ -120,12 +123,27 @@ def require_folder(out: str) -> None:
         raise UserError(f"--out {out!r}: can't be a folder, because {str(file)!r} is a file; choose another")
 
 
+def best_device() -> str:
+    """Return the device to run on: a GPU (cuda), else Apple's (mps), else the CPU.
+
+    Training runs on the device that accelerate chooses, in the same order.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def use_device(name: str) -> "torch.device":
-    """Return the named device; without a name, the GPU if there is one. Raises UserError if it can't be used."""
+    """Return the named device; without a name, the best one (see `best_device`).
+
+    Raises UserError if it can't be used.
+    """
     import torch
 
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or best_device())
     except RuntimeError:
         raise UserError(f"--device {name!r}: must be a device of torch, e.g. cpu, cuda or cuda:1") from None
     try:

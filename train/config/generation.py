@@ -34,7 +34,7 @@ class ModelOptions(SamplingOptions):
     batch_size: Number = 8
     """Number of images generated at once; fewer need less memory."""
     device: str = ""
-    """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
+    """Device to run on, e.g. cpu, cuda:1 or mps; empty: the GPU if there is one (cuda or Apple's mps), else the CPU."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
     """Side of the tiles in which a large image is decoded to save memory, in latent pixels, e.g. 64.
     None: no tiles."""

@@ -38,7 +38,7 @@ class EvaluateOptions(SamplingOptions):
     batch_size: Number = 64
     """Number of images processed at once."""
     device: str = ""
-    """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
+    """Device to run on, e.g. cpu, cuda:1 or mps; empty: the GPU if there is one (cuda or Apple's mps), else the CPU."""
     input: SourceConfig = field(default_factory=SourceConfig)
     """Settings to find and decode the images and captions."""
 
@@ -78,7 +78,7 @@ class EvaluateVaeOptions:
     batch_size: Number = 16
     """Number of images processed at once."""
     device: str = ""
-    """Device to run on, e.g. cpu or cuda:1; empty: the GPU if there is one, else the CPU."""
+    """Device to run on, e.g. cpu, cuda:1 or mps; empty: the GPU if there is one (cuda or Apple's mps), else the CPU."""
     input: SourceConfig = field(default_factory=SourceConfig)
     """Settings to find and decode the images and captions."""
 

@@ -15,6 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from autoencoder.model import Autoencoder, Posterior, latent_statistics, latent_sums
 from ldm.errors import UserError
+from ldm.float64 import double, float64_device
 from train.evaluation.features import Features, eight_bits
 
 Reduce = Callable[[Tensor], Tensor]
@@ -42,11 +43,11 @@ class FrechetSums:
     """Count, sum and outer products of features f, kept as one matrix: `Σ [1, f][1, f]ᵀ`, (1 + d, 1 + d)."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=float64_device(device))
 
     def add(self, features: Tensor) -> None:
         """Add features (n, d)."""
-        rows = F.pad(features.to(self.sums), (1, 0), value=1.0)
+        rows = F.pad(double(features).to(self.sums.device), (1, 0), value=1.0)
         self.sums += rows.T @ rows
 
     def reduce(self, reduce: Reduce) -> None:
@@ -130,14 +131,15 @@ class LatentSums:
             "pairs": (len(LAGS), channels, 3),  # neighbours: count, Σ product, Σ sum
             "histogram": (channels, _BINS),
         }
+        device = float64_device(device)
         self.sums = {k: torch.zeros(s, dtype=torch.float64, device=device) for k, s in shapes.items()}
 
     def add(self, posterior: Posterior, noise: Tensor) -> None:
         """Add a posterior of normalised latents. noise: (b, c, h, w), with which it is sampled."""
-        mean, std = posterior.mean.double(), posterior.std.double()
-        z = Posterior(mean, std).sample(noise.double())  # (b, c, h, w)
+        mean, std, noise = double(posterior.mean), double(posterior.std), double(noise)
+        z = Posterior(mean, std).sample(noise)  # (b, c, h, w)
         kl = 0.5 * (mean**2 + std**2 - 1) - std.log()
-        self.sums["statistics"] += latent_sums(Posterior(mean, std), noise.double())
+        self.sums["statistics"] += latent_sums(Posterior(mean, std), noise)
         self.sums["moments"] += torch.stack([z**3, z**4, std, kl]).sum(dim=(1, 3, 4)).T
         rows = z.movedim(1, 0).flatten(1)  # (c, b h w)
         self.sums["products"] += rows @ rows.T
@@ -214,7 +216,8 @@ def measure_reconstruction(
     device = autoencoder.vae.device
     names = ["psnr", "ssim", *(f"noise_psnr_{level:g}" for level in levels)]
     names += ["perceptual"] if perceptual is not None else []
-    quality = torch.zeros(1 + len(names), dtype=torch.float64, device=device)  # count, and Σ of each metric
+    # count, and Σ of each metric
+    quality = torch.zeros(1 + len(names), dtype=torch.float64, device=float64_device(device))
     latents = LatentSums(autoencoder.latent_channels, device) if latents is None else latents
     dim = features.dim if features is not None else 0
     originals, reconstructed = FrechetSums(dim, device), FrechetSums(dim, device)
@@ -226,7 +229,7 @@ def measure_reconstruction(
         row = [1.0, *reconstruction_quality(decoded, pixels)]
         row += noise_robustness(autoencoder, pixels, posterior, noise, levels)
         row += [float(perceptual(decoded, pixels))] if perceptual is not None else []
-        quality += len(pixels) * torch.tensor(row, dtype=torch.float64, device=device)
+        quality += len(pixels) * torch.tensor(row, dtype=torch.float64, device=quality.device)
         latents.add(posterior, noise)
         if features is not None:
             originals.add(features(pixels))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ldm.bound import prior_term
 from ldm.denoiser import Network
+from ldm.float64 import double
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
 from train.data.synthetic.shapes import Scene
@@ -42,18 +43,19 @@ def bits_per_dimension(
         mean, std = posterior.mean.float(), posterior.std.float()
         generators = [torch.Generator().manual_seed(seed + len(bits) + k) for k in range(len(mean))]
         noise = torch.stack([torch.randn(strata + 2, *mean.shape[1:], generator=g) for g in generators], 1).to(device)
-        u = torch.stack([torch.rand(strata, generator=g, dtype=torch.float64) for g in generators], 1).to(device)
+        u = torch.stack([torch.rand(strata, generator=g, dtype=torch.float64) for g in generators], 1)
         x0 = mean + std * noise[0]
         index = torch.zeros(len(x0), dtype=torch.int64, device=device)
         if network is None:
             network = pipe.text_network(*x0.shape[2:])
         total = prior_term(x0, schedule.level(T - 1)) + objective.bound(network, x0, index, noise[1], condition)
         for k in range(strata):
-            index = (T ** ((k + u[k]) / strata)).long().clamp(max=T - 1)  # i with probability log((i + 1) / i) / log T
+            # i with probability log((i + 1) / i) / log T
+            index = (T ** ((k + u[k]) / strata)).long().clamp(max=T - 1).to(device)
             share = torch.log1p(1 / index) / math.log(T)
             term = objective.bound(network, x0, index, noise[k + 2], condition)
             total = total + term / (strata * share)
-        bits += total.double().tolist()
+        bits += double(total).tolist()
     error = float(np.std(bits, ddof=1)) / len(bits) ** 0.5 if len(bits) > 1 else None
     return float(np.mean(bits)), error
 

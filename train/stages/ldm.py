@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.editing import masked_image
 from ldm.errors import UserError
+from ldm.float64 import double, float64_device
 from ldm.networks.attention import require_attention
 from ldm.networks.backbone import Backbone
 from ldm.pipeline import LatentDiffusionPipeline
@@ -87,7 +88,7 @@ class LdmStage:
         b = self.config.batch_size
         count = min(len(self.held_out), self.config.validation_examples)
         device = self.run.accelerator.device
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.zeros(2, dtype=torch.float64, device=float64_device(device))
         starts = range(0, count, b)
         for first in self.run.print.progress(starts, len(starts), "validating"):
             places = list(range(first, min(first + b, count)))
@@ -95,7 +96,7 @@ class LdmStage:
             batch = replace(batch, timestep=(torch.tensor(places, device=device) + 0.5) / count)
             with autocast(device, self.config.precision):
                 out = self.validation_loss(batch)
-            total += len(places) * torch.stack([out.loss, out.metrics["error"]]).double()
+            total += len(places) * double(torch.stack([out.loss, out.metrics["error"]]))
         loss, error = (total / count).tolist()
         self.run.print(f"step {step}: validation loss {loss:.5f} on {count} held-out examples")
         return {"val_loss": loss, "val_error": error}

@@ -172,7 +172,7 @@ class VaeStage:
         batches = ((part.pixels, part.drawn) for part in self._own_batches(images, indices, "normalising the latents"))
         sums = measure(vae, batches, channels=self.latent_channels)
         statistics = latent_statistics(self._sum(sums).cpu())
-        fold(vae, statistics.mean.to(vae.device), statistics.std.to(vae.device))
+        fold(vae, statistics.mean, statistics.std)
         return vae, statistics
 
     def validate(self, step: int) -> dict[str, float]:
