@@ -45,6 +45,8 @@ _RECORD = struct.Struct("<QQII")  # line, image, length of the line, CRC-32
 RECORD = np.dtype([("line", "<u8"), ("image", "<u8"), ("length", "<u4"), ("crc", "<u4")])
 """NumPy type of a record."""
 _KINDS = ("rows", "lines", "parts")
+# Errors that can be raised while a damaged file is read.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 LocatedRow = tuple[int, Row]
 """Offset of a row's image in its part, and the row."""
@@ -104,10 +106,10 @@ class TarIndex:
             self.fingerprint: str = about["fingerprint"]
             self.lowest_hashes = [(float(value), int(k)) for value, k in about["lowest"]]
             self.uncaptioned = sum(s.uncaptioned for s in self.segments)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            self.rows = np.cumsum([0, *(s.rows for s in self.segments)], dtype=np.int64)  # rows before each part
+            self.lines = np.cumsum([0, *(s.line_bytes for s in self.segments)], dtype=np.int64)
+        except _UNREADABLE:
             raise NoValidIndex from None
-        self.rows = np.cumsum([0, *(s.rows for s in self.segments)], dtype=np.int64)  # number of rows before each part
-        self.lines = np.cumsum([0, *(s.line_bytes for s in self.segments)], dtype=np.int64)
         self._files: tuple[int, ...] = ()
         try:
             sizes = [os.fstat(file).st_size for file in self._open()]
@@ -133,7 +135,7 @@ class TarIndex:
             return segment.part, *_verified(record, line, start, segment.part)
         except FileNotFoundError:
             raise RunError(f"the index {self.folder} was replaced while in use: run the same command again") from None
-        except ValueError:
+        except (ValueError, TypeError, RecursionError, OverflowError):
             (self.folder / "about.json").unlink(missing_ok=True)
             raise RunError(f"the index {self.folder} is damaged: run the same command again to rebuild it") from None
 
@@ -266,7 +268,7 @@ def _build(folder: Path, parts: Sequence[Part], read: Read) -> None:
             start, left_out = bar.n, LeftOut()
             if part in reusable:
                 generation, first_row, first_byte, segment = reusable[part]
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(*_UNREADABLE):
                     writer.add(
                         part, _copied_rows(folder / generation, first_row, first_byte, segment), segment.left_out
                     )
@@ -295,7 +297,7 @@ def _reusable_parts(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
     """
     reusable = {}
     complete = ""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(*_UNREADABLE):
         complete = json.loads((folder / "about.json").read_bytes())["generation"]
     generations = sorted(folder.glob("*.parts"), key=lambda p: (p.stem == complete, p.stat().st_size))
     for path in generations[:-2]:  # left by repeated crashes
@@ -303,7 +305,7 @@ def _reusable_parts(folder: Path) -> dict[Part, tuple[str, int, int, Segment]]:
             path.with_suffix(f".{kind}").unlink(missing_ok=True)
     for path in generations[-2:]:
         rows = lines = 0
-        with contextlib.suppress(ValueError, TypeError):  # the last line may be incomplete
+        with contextlib.suppress(*_UNREADABLE):  # the last line may be incomplete
             for segment in map(_segment, path.read_bytes().splitlines()):
                 reusable[segment.part] = path.stem, rows, lines, segment
                 rows, lines = rows + segment.rows, lines + segment.line_bytes

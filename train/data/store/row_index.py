@@ -63,9 +63,11 @@ class ShardIndex:
                 raw = (folder / f"{name}.idx").read_bytes()
                 intact = about["sum"] == about_hash(about) and about["index"] == hashlib.sha256(raw).hexdigest()
                 records = np.frombuffer(raw, "<u8").reshape(-1, 3, 2)
+                bad = [(int(slot), str(reason)) for slot, reason in about["bad"]]
+                intact &= all(0 <= slot < len(records) for slot, _ in bad)
             except OSError:  # another process may be removing it now
                 continue
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
                 intact = False
             if not intact:
                 self.damaged.append(name)
@@ -76,8 +78,8 @@ class ShardIndex:
             if not about["rows"]:
                 aliases.append(records)
                 continue
-            self.bad |= {len(self.file_hashes) << 32 | slot: reason for slot, reason in about["bad"]}
-            for slot, reason in about["bad"]:
+            self.bad |= {len(self.file_hashes) << 32 | slot: reason for slot, reason in bad}
+            for slot, reason in bad:
                 if (records[slot, 2] == digests([reason])[0]).all():
                     unread += (records[slot, 1] ^ records[slot, 2]).tobytes()
             self.file_hashes[name] = about["rows"]
