@@ -12,14 +12,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, features
-from safetensors.torch import save
 
 from ldm.errors import UserError
 from ldm.formats.png import png_bytes
@@ -175,7 +173,13 @@ def record_with_checksum(random: Random, content: bytes) -> bytes:
 
 SETTINGS = {
     **{"prompt": "a red cat", "negative_prompt": "", "steps": 4, "sampler": "ddim", "guidance_scale": 2.0, "seed": 1},
-    **{"width": 32, "height": 32, "model": "runs/ldm/model", "sha256": {"model": "0" * 64}, "compose": [["a dog", 1.0]]},
+    **{
+        "width": 32,
+        "height": 32,
+        "model": "runs/ldm/model",
+        "sha256": {"model": "0" * 64},
+        "compose": [["a dog", 1.0]],
+    },
 }
 
 

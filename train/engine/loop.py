@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from train.engine.changes import record_changes
 from train.engine.estimate import Duration, estimate
 from train.engine.provenance import is_result
 from train.engine.run import AnyRun
-from train.engine.stage import Hooks, Publish, Stage
+from train.engine.stage import Batch, Hooks, Publish, Stage
 from train.engine.stop import Stop
 from train.engine.stopwatch import Stopwatch
 from train.engine.trainer import Trainer
@@ -54,7 +54,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
     if trainer.passed_over:
         export(run, stage, publish, start, final=False, log=False)
     stopwatch, means = Stopwatch(), Means()
-    batches = stopwatch.waiting(stage.batches(start))
+    batches = stopwatch.waiting(saved_if_reading_fails(trainer, stage.batches(start), start))
     first = next(batches)
     growth = estimate(run, stage, first, start)
     training = Stopwatch()
@@ -145,6 +145,23 @@ class Due:
             export(self.run, self.stage, self.publish, self.trainer.restored, final=False, log=False)
         elif (self.validation or self.checkpoint) and not waiting:
             self.run.print(f"step {step}: {problem}; validation and checkpoint wait for a finite step")
+
+
+def saved_if_reading_fails(trainer: Trainer, batches: Iterator[list[Batch]], start: int) -> Iterator[list[Batch]]:
+    """Yield the batches of the steps from `start` on. If one can't be read, save the steps that are done.
+
+    Several processes don't save, because the others may wait for each other in a step.
+    """
+    done = start
+    try:
+        for parts in batches:
+            yield parts
+            done += 1  # when the next batch is requested
+    except (RunError, OSError):
+        if done > start and trainer.run.accelerator.num_processes == 1:
+            trainer.save(done)
+            trainer.run.print(f"step {done}: saved, because the next images can't be read")
+        raise
 
 
 def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:

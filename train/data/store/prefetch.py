@@ -1,7 +1,9 @@
 """Prefetching: batches from torch's DataLoader, in its worker processes or in this process."""
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -30,6 +32,7 @@ def read_ahead(
     """Yield `dataset.__getitems__(part)` for each part; each worker prefetches `ahead` parts. 0 workers: no prefetch.
 
     RunError and OSError from a worker are raised unchanged here, without the worker's traceback in their message.
+    Raises RunError if a worker runs out of memory or is killed.
     """
     loader: Any = DataLoader(
         cast(Any, _ErrorsReturned(dataset)),
@@ -41,10 +44,49 @@ def read_ahead(
         generator=torch.Generator(),  # leaves torch's global generator unchanged
         worker_init_fn=_delay_signals,
     )
-    for batch in loader:
+    batches = _without_handler(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if killed := _killed(getattr(batches, "_workers", ())):
+                raise killed from error
+            raise
+        if batch is None:
+            return
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def _without_handler(loader: Any) -> Iterator[Any]:
+    """Start a loader's workers without torch's handler of SIGCHLD.
+
+    The handler raises an error anywhere in the training step when a worker is killed. Without it, the loader reports
+    that when the next batch is missing, at most 5 s later.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return batches
+
+
+def _killed(processes: Sequence[Any]) -> RunError | None:
+    """Return the error for workers of which one has died. The others are killed, because they may hang."""
+    wait([process.sentinel for process in processes], 1)  # one that is just ending
+    codes = [process.exitcode for process in processes if process.exitcode]
+    if not codes:
+        return None
+    for process in processes:
+        process.kill()
+    number = -min(codes)
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"status {max(codes)}"
+    what = "shared memory (/dev/shm)" if number == signal.SIGBUS else "memory"
+    return RunError(
+        f"a process that reads images was killed ({name}), probably because {what} ran short: run the same command "
+        f"again with fewer --workers than {len(processes)}"
+    )
 
 
 class _ErrorsReturned:
@@ -58,6 +100,8 @@ class _ErrorsReturned:
             return self.dataset.__getitems__(positions)
         except (RunError, OSError) as error:
             return error
+        except MemoryError:
+            return RunError("out of memory while reading images: run the same command again with fewer --workers")
 
 
 def _identity(batch: Any) -> Any:
