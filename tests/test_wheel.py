@@ -163,7 +163,7 @@ def test_the_installed_commands_train_and_generate(environment: Path, tmp_path: 
         f"ldm-train-clip shapes/clip --data data --out clip {TRAIN} --text.layers 1 --image.layers 1",
         f"ldm-train-vae shapes/vae --data data --out vae {TRAIN} --model.channels 16 16 16",
         f"ldm-train-ldm shapes/ldm --data data --vae vae/model --text-encoder clip/model --out ldm {TRAIN} "
-        "--unet.channels 32 32 --unet.modulation False --sample-steps 2",
+        "--unet.channels 32 32 --sample-steps 2",
         "ldm-txt2img --model ldm/model --prompt star --steps 2 --out out",
         "ldm-convert --model ldm/model --out model.safetensors",
     ):
