@@ -274,7 +274,7 @@ class Checkpoints:
             if folder != new:
                 retire(folder)
         for folder in self.folder.glob(f"{_ASIDE}step-*"):
-            retire(folder)
+            remove(folder)
 
 
 def _fault(step: int, folder: Path) -> str | None:

@@ -148,7 +148,7 @@ class Due:
 
 
 def saved_if_reading_fails(trainer: Trainer, batches: Iterator[list[Batch]], start: int) -> Iterator[list[Batch]]:
-    """Yield the batches of the steps from `start` on. If one can't be read, save the steps that are done.
+    """Yield the batches of the steps from `start` on. If one can't be read, save the steps that are done, if sound.
 
     Several processes don't save, because the others may wait for each other in a step.
     """
@@ -158,8 +158,8 @@ def saved_if_reading_fails(trainer: Trainer, batches: Iterator[list[Batch]], sta
             yield parts
             done += 1  # when the next batch is requested
     except (RunError, OSError):
-        if done > start and trainer.run.accelerator.num_processes == 1:
-            trainer.save(done)
+        if done > start and trainer.run.accelerator.num_processes == 1 and trainer.is_sound(done):
+            trainer.save(done, stopped=True)
             trainer.run.print(f"step {done}: saved, because the next images can't be read")
         raise
 
