@@ -50,8 +50,9 @@ class SourceConfig:
     Or `folders`: the number before the first _ in the name of the image's folder, e.g. 10_cat. Empty: once each."""
     duplicates: Annotated[str, Resumable(location=True, on_request=True)] = ""
     """File duplicates.jsonl of inspect_data.py, whose copies are left out (see `copies`); empty: copies are kept."""
-    copies: Annotated[Literal["held_out", "all"], ON_REQUEST] = "held_out"
-    """Copies that are left out: `held_out` images that are also trained on, or `all` except one of each group."""
+    copies: Annotated[Literal["held_out", "one_side", "all"], ON_REQUEST] = "held_out"
+    """What to do with copies: `held_out` leaves out held-out images that are also trained on, `one_side` trains on them
+    too, and `all` also leaves out all except one image of each group."""
     train_split: Annotated[str, ON_REQUEST] = "train"
     """Name of the dataset's training split."""
     validation_split: Annotated[str, ON_REQUEST] = ""

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from train.data.sources.streams import Stream, is_stream
 if TYPE_CHECKING:
     from train.engine.run import AnyRun
 
+Copies = Literal["held_out", "one_side", "all"]
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _IN_FOLDER = re.compile(r"(?:.*/)?(\d{1,6})_[^/]*/")  # the innermost folder with a number, e.g. 10_cat/1.png
 _CAPTIONS_SEARCHED = 10_000  # images whose captions are searched for "left" and "right"
@@ -43,20 +44,22 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     source, held_out = (take(splits, split, **names, fraction=share) for split in ("train", "test"))
     notes: tuple[str, ...] = ()
     if config.duplicates:
-        source, held_out, note = without_copies(source, held_out, config.duplicates, config.copies == "all")
+        source, held_out, note = without_copies(source, held_out, config.duplicates, config.copies)
         notes = (note,)
     return Inputs(with_repeats(source, config.repeats) if config.repeats else source, held_out, notes=notes)
 
 
-def without_copies(source: Source, held_out: Source, file: str, all_copies: bool) -> tuple[Source, Source, str]:
-    """Return the training and held-out images without copies, and a line on what was left out.
+def without_copies(source: Source, held_out: Source, file: str, copies: Copies) -> tuple[Source, Source, str]:
+    """Return the training and held-out images without copies on the other side, and a line on what was changed.
 
     file: duplicates.jsonl; its groups that share an image are one group. Held-out images of a group with training
-    images are left out. all_copies: of each group, only the first image is kept. Raises UserError for another file,
-    or if it names no images of the dataset, or if no held-out image is left.
+    images are left out, or trained on too (one_side). all: of each group, only the first image is kept. Raises
+    UserError for another file, or if it names no images of the dataset, or if no held-out image is left.
     """
     sides = {"train": source, "test": held_out}
     same = source.catalogue is held_out.catalogue  # else both may have an image of this name
+    if copies == "one_side" and not same:
+        raise UserError("--input.copies one_side: the dataset has its own splits; choose held_out or all")
     groups = _groups(file, same)
     named = set().union(*groups)
     where: dict[tuple[str, str], list[tuple[str, int]]] = {}
@@ -73,11 +76,15 @@ def without_copies(source: Source, held_out: Source, file: str, all_copies: bool
         members = sorted(found, key=lambda member: (member[0] == "test", *member[1:]))
         trained = bool(members) and members[0][0] == "train"
         for side, name, k in members[1:]:
-            if all_copies or (trained and side == "test"):
+            if copies == "all" or (trained and side == "test"):
                 keep[side][k] = False
                 reasons[side].append((name, f"a copy of {members[0][1]} (--input.duplicates)"))
     if not keep["test"].any():
         raise UserError(f"--input.duplicates {file}: all held-out images are copies of training images")
+    if copies == "one_side":
+        moved = np.flatnonzero(~keep["test"]).tolist()
+        note = f"--input.duplicates {file}: {len(moved):,} held-out images are trained on, as their copies are"
+        return source.with_held_out(held_out, moved), held_out.only_where(keep["test"]), note
     kept = {s: images.only_where(keep[s], reasons[s]) if reasons[s] else images for s, images in sides.items()}
     note = (
         f"--input.duplicates {file}: left out {len(reasons['test']):,} held-out and {len(reasons['train']):,} training "

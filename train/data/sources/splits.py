@@ -106,6 +106,11 @@ class Source:
         source.repeats = counts
         return source if counts.all() else source.only_where(counts > 0)
 
+    def with_held_out(self, held_out: "Source", indices: Sequence[int]) -> "Source":
+        """Return a source of the images and of some that are held out of the same catalogue."""
+        rows = np.array([held_out._row(k) for k in indices], np.int64)
+        return Source(self.catalogue, self.split, without=np.setdiff1d(self.without, rows), left_out=self.left_out)
+
     @property
     def location(self) -> str:
         """Location of the dataset, for messages."""
