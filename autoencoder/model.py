@@ -117,7 +117,7 @@ class Autoencoder:
         folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
         if not (folder / "config.json").is_file():
             raise UserError(f"{str(where)!r} contains no autoencoder: must contain config.json or vae/config.json")
-        vae: AutoencoderKL = load_network(AutoencoderKL, folder, f"an autoencoder from {str(where)!r}")
+        vae: AutoencoderKL = load_network(AutoencoderKL, folder, f"an autoencoder from {str(where)!r}", _try)
         if vae.config.get("shift_factor") or vae.config.get("latents_mean"):
             raise UserError(
                 f"the autoencoder at {str(where)!r} sets shift_factor or latents_mean, which diffusers' own "
@@ -166,6 +166,19 @@ class Autoencoder:
 
         t, f = self.tiles, self.factor
         return (image(z) if t is None else tiled(image, z, t, up=f, network=self.vae.decoder)).float()
+
+
+def _try(vae: AutoencoderKL) -> Tensor:
+    """Encode and decode a small image on the default device. Raises ValueError if the sizes aren't those expected."""
+    side = 2 ** len(vae.config.block_out_channels)  # twice the factor
+    moments = vae.encode(torch.empty(1, 3, side, side)).latent_dist.parameters
+    decoded = vae.decode(moments[:, : vae.config.latent_channels]).sample
+    if (moments.shape[2], *decoded.shape[1:]) != (2, 3, side, side):
+        raise ValueError(
+            f"its config.json gives latents of {tuple(moments.shape[2:])} and an image of {tuple(decoded.shape[1:])} "
+            f"for an image of {(3, side, side)}"
+        )
+    return decoded
 
 
 class LatentStatistics(NamedTuple):

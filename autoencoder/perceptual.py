@@ -1,6 +1,5 @@
 """Perceptual distances between images in the features of a frozen network, differentiable in the images."""
 
-import json
 from importlib.resources import as_file, files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,7 +7,6 @@ from typing import Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
@@ -17,7 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ldm.errors import UserError, one_line
-from ldm.files import open_regular
+from ldm.files import open_regular, read_json, require_plausible
 from ldm.formats.hub import model_folder
 
 Backbone = Literal["vgg", "alex"]
@@ -109,7 +107,9 @@ class ClipPerceptual(nn.Module):
         where = str(model_folder(where))
         try:
             self.tower, missing = load_tower(CLIPVisionModel, where)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # for a damaged file, transformers may raise any error
             raise UserError(
                 f"perceptual.model {where!r} can't be read as a CLIP with an image tower: {one_line(error)}"
             ) from None
@@ -145,7 +145,17 @@ def _unit(x: Tensor, dim: int) -> Tensor:
 
 
 def load_tower(kind: Any, where: str) -> tuple[Any, set[str]]:
-    """Load a transformers model of class `kind`, float32, from a folder or hub id, and the names of missing weights."""
+    """Load a transformers model of class `kind`, float32, from a folder or hub id, and the names of missing weights.
+
+    transformers would also load an adapter or a quantisation that the folder names, even from the hub: both are
+    refused. For a damaged file, it may raise any error.
+    """
+    config = read_json(str(cached_file(where, "config.json")))
+    require_plausible(config)
+    if config.get("quantization_config"):
+        raise UserError("its weights are quantised: use the original ones")
+    if Path(where, "adapter_config.json").exists():
+        raise UserError("it is an adapter: merge it into the model")
     model, info = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     return model, set(info["missing_keys"])
 
@@ -156,15 +166,20 @@ def preprocessing(where: str, mean: list[float], std: list[float]) -> dict[str, 
     Raises UserError if it isn't a mapping, or if image_mean and image_std aren't three numbers each.
     """
     try:
-        file = cached_file(where, "preprocessor_config.json")
-        stored = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        stored = read_json(str(cached_file(where, "preprocessor_config.json")))
     except OSError:  # the file is missing
         stored = {}
-    found = {"image_mean": mean, "image_std": std} | (stored if isinstance(stored, dict) else {"image_mean": stored})
+    except ValueError as error:
+        raise UserError(f"preprocessor_config.json of {where!r} can't be read: {one_line(error, 200)}") from None
+    found = {"image_mean": mean, "image_std": std} | stored
     for name in ("image_mean", "image_std"):
         value = found[name]
-        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
-            raise UserError(f"preprocessor_config.json of {where!r} has {name} {value!r}: must be three numbers")
+        numbers = isinstance(value, list) and all(isinstance(v, int | float) and abs(v) < 1e6 for v in value)
+        if not numbers or len(value) != 3 or (name == "image_std" and not all(value)):
+            raise UserError(
+                f"preprocessor_config.json of {where!r} has {name} {one_line(value, 80)}: must be three numbers"
+                + ", none of them 0" * (name == "image_std")
+            )
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoencoder.tiling import pad_to_multiple
 from ldm.errors import RunError, UserError, one_line
+from ldm.files import read_json
 from ldm.float64 import double, float64_device
 
 _FILE = "preview.json"  # next to the weights
@@ -46,7 +47,7 @@ class Colours(NamedTuple):
         if not path.is_file():
             return None
         try:
-            numbers = json.loads(path.read_text(encoding="utf-8"))
+            numbers = read_json(path)
             colours = cls(*(torch.tensor(numbers[name], dtype=torch.float32) for name in cls._fields))
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
             reason = one_line(f"{type(error).__name__}: {error}", 200)

@@ -13,6 +13,7 @@ from typing import Any
 
 LARGEST_TEXT = 2**24
 """Largest accepted size of a file of settings, of prompts or of a tokenizer, in bytes."""
+_MOST_LAYERS, _MOST_ENTRIES, _LARGEST_NUMBER = 1000, 1000, 2**20
 _PIPE_SECONDS = 10.0  # longest wait for a pipe's next bytes
 
 
@@ -55,6 +56,26 @@ def read_json(path: str | Path, limit: int = LARGEST_TEXT) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it must be a JSON object, but is a {type(value).__name__}")
     return value
+
+
+def require_plausible(config: Any, name: str = "config.json") -> None:
+    """Raise ValueError if a network's configuration has a number beyond any use, which would fill the memory or hang.
+
+    config: its JSON content, or a part of it. name: the part, for the message.
+    """
+    match config:
+        case dict():
+            for key, value in config.items():
+                require_plausible(value, str(key))
+        case list():
+            if len(config) > _MOST_ENTRIES:
+                raise ValueError(f"{name} has {len(config):,} entries; up to {_MOST_ENTRIES:,} are accepted")
+            for value in config:
+                require_plausible(value, name)
+        case int():
+            most = _MOST_LAYERS if "layers" in name else _LARGEST_NUMBER
+            if abs(config) > most:
+                raise ValueError(f"{name} {str(config)[:30]}: up to {most:,} is accepted")
 
 
 def _open(path: str | Path) -> int:

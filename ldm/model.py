@@ -24,6 +24,7 @@ from conditioning.openclip import published_tokenizer
 from conditioning.tokenizer import load_tokenizer
 from ldm.editing import inpainting_context, masked_image
 from ldm.errors import RunError, UserError, one_line
+from ldm.files import read_json
 from ldm.formats import MAX_PIXELS
 from ldm.formats.hub import PARTS, find_pipeline
 from ldm.formats.original_names import Parts
@@ -227,8 +228,8 @@ def tokenizer_of(parts: Parts) -> CLIPTokenizer:
 def _task_from_index(folder: Path, backbone: Backbone) -> Task | None:
     """Return the task that the class in model_index.json names; None without that file or for another class."""
     try:
-        class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        class_name = read_json(folder / "model_index.json")["_class_name"]
+    except (OSError, ValueError, KeyError):
         return None
     task = next((task for task, name in _PIPELINE_CLASSES.items() if name == class_name), None)
     # diffusers' inpainting pipeline also takes a network without context channels; it then inpaints by blending.

@@ -20,9 +20,10 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
 from ldm.kinds import BetaKind, ScheduleKind
 
+MOST_TIMESTEPS = 1_000_000
 _UNSUPPORTED = (
     "use_flow_sigmas",
     "use_dynamic_shifting",
@@ -136,8 +137,11 @@ class Schedule(ABC):
                     f"scheduler config: {key} {config[key]!r} is not supported; use a configuration without it"
                 )
         T = config.get("num_train_timesteps", 1000)
-        if not isinstance(T, int) or isinstance(T, bool) or T < 1:
-            raise UserError(f"scheduler config: num_train_timesteps {T!r}: must be a whole number from 1")
+        if not isinstance(T, int) or isinstance(T, bool) or not 1 <= T <= MOST_TIMESTEPS:
+            raise UserError(
+                f"scheduler config: num_train_timesteps {one_line(repr(T), 40)}: must be a whole number from 1 to "
+                f"{MOST_TIMESTEPS:,}"
+            )
         if str(config.get("_class_name", "")).startswith("FlowMatch"):
             return RectifiedFlow(T, config.get("shift", 1.0))
         if config.get("trained_betas") is not None:

@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 
 from ldm.errors import UserError
+from ldm.files import require_plausible
 
 _OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's name
     "layer_norm1": "ln_1",
@@ -25,6 +26,7 @@ def tower_of(model: CLIPTextModel) -> Any:
 def empty_text_model(stored_config: Mapping[str, Any]) -> CLIPTextModel:
     """Build the text tower of a CLIP's config.json, without memory for weights. Raises UserError for other models."""
     config: Any
+    require_plausible(stored_config)
     match stored_config.get("model_type"):
         case "clip":
             config = CLIPConfig.from_dict(dict(stored_config)).text_config

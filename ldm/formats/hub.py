@@ -1,6 +1,5 @@
 """Models by name: a local folder or a hub repository, and the weights in it, all of which must fit."""
 
-import json
 import os.path
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.errors import UserError, one_line
+from ldm.files import read_json, require_plausible
 
 WEIGHTS = "diffusion_pytorch_model"
 """Start of the names of diffusers' weight files."""
@@ -118,7 +118,7 @@ def weight_files(folder: str | Path, stem: str = WEIGHTS) -> list[Path]:
 
 def _shards_of(index: Path) -> set[str]:
     """Return the names of the files that an index lists. Raises UserError if it isn't an index of its folder."""
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    names = read_json(index)["weight_map"].values()
     if outside := next((n for n in names if not isinstance(n, str) or Path(n).name != n), None):
         raise UserError(f"{index.name} names {outside!r}: must be a file in the same folder")
     return set(names)
@@ -163,18 +163,22 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | 
 
 
 def load_network(
-    network_class: Any, folder: str | Path, description: str, check: Callable[[Mapping[str, Any]], None] | None = None
+    network_class: Any,
+    folder: str | Path,
+    description: str,
+    trial: Callable[[Any], Tensor],
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Any:
     """Load a network of a diffusers class from a folder, float32, on the CPU, from safetensors only; see `fill`.
 
-    check: called with its configuration, before weights are read. description: the network in an error's message,
-    e.g. "the UNet of 'runs/ldm/model'". Raises UserError if the network can't be read.
+    trial: calls the network, without memory, and returns the output, because some wrong values of a configuration are
+    noticed only then. check: called with its configuration, before weights are read. description: the network in an
+    error's message, e.g. "the UNet of 'runs/ldm/model'". Raises UserError if the network can't be read.
     """
     folder, expected = Path(folder), network_class.__name__
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise UserError("its config.json is not a JSON object")
+        config = read_json(folder / "config.json")
+        require_plausible(config)
         if (class_name := config.get("_class_name", expected)) != expected:
             raise UserError(f"its config.json has _class_name {class_name}, not {expected}")
         if kind := config.get("quantization_config"):
@@ -183,6 +187,8 @@ def load_network(
             check(config)
         with torch.device("meta"):
             network = network_class.from_config(config)
+            with torch.no_grad():
+                trial(network.eval())
         weights = read_weights(weight_files(folder))
         renamed = {_EARLIER_ATTENTION.sub(lambda m: _ATTENTION[m[0]], name): value for name, value in weights.items()}
         fill(network, renamed, torch.float32)

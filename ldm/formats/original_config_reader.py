@@ -1,16 +1,16 @@
 """diffusers' configurations of a single file, from its description in CompVis' form or from its weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from ldm.errors import UserError, one_line
+from ldm.files import read_json
 from ldm.formats.original_config import BETAS, CLASSES
+from ldm.formats.plain_yaml import read_yaml
 from ldm.parameterization import PREDICTION_TYPE
 from ldm.schedule import BetaSchedule, Schedule
 
@@ -73,7 +73,7 @@ def read_description(path: Path, state: Mapping[str, Tensor]) -> Configs:
     Raises UserError if it can't be read.
     """
     try:
-        return _configs(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"], path.parent, state)
+        return _configs(read_yaml(path)["model"]["params"], path.parent, state)
     except UserError as error:
         raise UserError(f"description {str(path)!r}: {error}") from None
     except Exception as error:  # a wrong value may raise any error
@@ -158,7 +158,7 @@ def _text_config(node: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any],
         return dict(_CLIP_TEXT), None
     for place in (Path(version), folder / version, folder / Path(version).name):
         if (place / "config.json").is_file():
-            return json.loads((place / "config.json").read_text(encoding="utf-8")), place
+            return read_json(place / "config.json"), place
     raise UserError(f"text encoder {version!r}: no such folder, nor beside the file")
 
 

@@ -1,6 +1,5 @@
 """A model's process in diffusers' scheduler_config.json, read from any scheduler and written with every key."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from typing import Any, get_args
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
+from ldm.files import read_json
 from ldm.kinds import BetaKind
 from ldm.parameterization import PREDICTION_TYPE, Target, check_target, target_from_diffusers
 from ldm.process import VarianceKind
-from ldm.schedule import BetaSchedule, RectifiedFlow, Schedule, make_betas, rescale_to_zero_terminal_snr
+from ldm.schedule import MOST_TIMESTEPS, BetaSchedule, RectifiedFlow, Schedule, make_betas, rescale_to_zero_terminal_snr
 from ldm.spacing import Spacing
 
 _VARIANCES: dict[str, VarianceKind] = {
@@ -57,12 +57,11 @@ class Process:
     def load(cls, folder: str | Path) -> "Process":
         """Read the process of a pipeline's folder. Raises UserError if it can't be read."""
         try:
-            text = (Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
-            return cls.from_diffusers(json.loads(text))
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"can't load the scheduler of {str(folder)!r}: {error}") from None
+            return cls.from_diffusers(read_json(Path(folder) / "scheduler" / "scheduler_config.json"))
+        except UserError:
+            raise
+        except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"can't load the scheduler of {str(folder)!r}: {one_line(error, 300)}") from None
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
@@ -76,8 +75,8 @@ class Process:
             "trailing" if flow else "leading" if name.startswith(_LEADING) else "linspace"
         )
         offset = config.get("steps_offset", 0)
-        if not isinstance(offset, int):
-            raise UserError(f"scheduler config: steps_offset {offset!r}: must be a whole number")
+        if not isinstance(offset, int) or abs(offset) > MOST_TIMESTEPS:
+            raise UserError(f"scheduler config: steps_offset {str(offset)[:30]!r}: must be a whole number")
         return cls(
             schedule=Schedule.from_diffusers(config),
             target=target_from_diffusers(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")),

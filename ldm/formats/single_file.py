@@ -5,7 +5,6 @@ read from NAME.yaml beside the file (`original_config`), or from a folder in dif
 other tools can't know.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.errors import RunError, UserError, one_line
+from ldm.files import read_json, require_plausible
 from ldm.formats.clip_layout import empty_text_model
 from ldm.formats.file_limits import Model, architecture, is_openclip, limits, unet_of
 from ldm.formats.hub import fill
@@ -288,7 +288,7 @@ def _empty_networks(folder: Path) -> Parts:
     """Build the networks from a folder's JSON, without memory for weights."""
 
     def read(part: str, file: str = "config.json") -> dict[str, Any]:
-        return json.loads((folder / part / file).read_text(encoding="utf-8"))
+        return read_json(folder / part / file)
 
     try:
         unet, vae, text = (read(part) for part in ("unet", "vae", "text_encoder"))
@@ -300,6 +300,8 @@ def _empty_networks(folder: Path) -> Parts:
 
 
 def _build(configs: Configs) -> Parts:
+    for config in (configs.unet, configs.vae):
+        require_plausible(config)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(configs.unet)
         vae = AutoencoderKL.from_config(configs.vae)

@@ -168,10 +168,22 @@ def build_unet(
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
     """Load the UNet of a pipeline's folder, on the CPU. Raises UserError if it can't be read."""
     unet: UNet2DConditionModel = load_network(
-        UNet2DConditionModel, Path(folder) / UNet.part, f"the UNet of {str(folder)!r}", check_supported
+        UNet2DConditionModel, Path(folder) / UNet.part, f"the UNet of {str(folder)!r}", _try, check_supported
     )
     use_attention(unet)
     return unet
+
+
+def _try(unet: UNet2DConditionModel) -> Tensor:
+    """Predict from a small latent on the default device. Raises ValueError if the output has another size."""
+    side = 2 ** len(unet.config.block_out_channels)
+    text = torch.empty(1, 2, unet.config.cross_attention_dim)
+    predicted = unet(torch.empty(1, unet.config.in_channels, side, side), torch.empty(1), text, return_dict=False)[0]
+    if predicted.shape[2:] != (side, side):
+        raise ValueError(
+            f"its config.json gives an output of {tuple(predicted.shape[2:])} for an input of {(side, side)}"
+        )
+    return predicted
 
 
 def check_supported(config: Mapping[str, Any]) -> None:

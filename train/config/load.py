@@ -15,8 +15,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ldm.errors import UserError, is_printable
+from ldm.formats.plain_yaml import read_yaml
 from train.config.options import Option, field_names, read_options, similar
-from train.config.plain_yaml import read_yaml
 from train.config.shipped import find_config, shipped, unknown_config
 from train.output import help_output, unescaped
 
