@@ -2,8 +2,8 @@
 
 OpenCLIP's CLIP tower is the same transformer with other weight names, and its tokenizer has the same merges. So the
 result is trained, saved and loaded as an ordinary CLIP text encoder. Towers of other kinds are refused. Captions are
-padded with the end token, as everywhere in this project; the causal mask hides the padding from every token of the
-caption.
+padded with token 0, as in OpenCLIP and Stable Diffusion 2; elsewhere in this project, with the end token. The causal
+mask hides the padding from every token of the caption, but the UNet reads the padding's features too.
 """
 
 import json
@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from conditioning.tokenizer import LARGEST, clip_tokenizer
+from conditioning.tokenizer import END, LARGEST, clip_tokenizer
 from ldm.errors import UserError
 from ldm.formats.clip_layout import openclip_names, tower_of
 from ldm.formats.hub import fetch
 
 PREFIX = "openclip:"
+PAD = "!"
+"""OpenCLIP's padding, token 0. It is also the token of an exclamation mark inside a word."""
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # files of open_clip's own folders
 _HUB = "hf-hub:"
 _DEFAULTS = {"context_length": 77, "vocab_size": LARGEST, "width": 512, "heads": 8, "layers": 12}
@@ -95,7 +97,7 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
         max_position_embeddings=text["context_length"],
         bos_token_id=text["vocab_size"] - 2,
         eos_token_id=text["vocab_size"] - 1,
-        pad_token_id=text["vocab_size"] - 1,
+        pad_token_id=0,
     )
 
 
@@ -120,11 +122,14 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextM
 
 def tokenizer_of(config: Mapping[str, Any]) -> CLIPTokenizer:
     """Build CLIP's tokenizer from the merges in open_clip."""
-    return published_tokenizer(text_config(config).max_position_embeddings, None)
+    return published_tokenizer(text_config(config).max_position_embeddings, 0)
 
 
-def published_tokenizer(length: int, pad: int | None) -> CLIPTokenizer:
-    """Build the tokenizer of OpenAI's CLIP. Raises UserError if open_clip, which has its merges, isn't installed."""
+def published_tokenizer(length: int, pad: int | None = None) -> CLIPTokenizer:
+    """Build the tokenizer of OpenAI's CLIP. pad: id of the padding, 0 or that of the end token (default).
+
+    Raises UserError if open_clip, which has its merges, isn't installed.
+    """
     try:
         from open_clip.tokenizer import SimpleTokenizer
     except ImportError:
@@ -132,7 +137,4 @@ def published_tokenizer(length: int, pad: int | None) -> CLIPTokenizer:
             "CLIP's tokenizer is missing: give a configuration folder that contains tokenizer/, or "
             "pip install open-clip-torch, which contains it"
         ) from None
-    tokenizer = clip_tokenizer(list(SimpleTokenizer().bpe_ranks), length)
-    if pad == 0:
-        tokenizer.pad_token = "!"
-    return tokenizer
+    return clip_tokenizer(list(SimpleTokenizer().bpe_ranks), length, PAD if pad == 0 else END)

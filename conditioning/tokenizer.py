@@ -130,13 +130,17 @@ def fingerprint(tokenizer: CLIPTokenizer) -> str:
     return json.dumps(state, sort_keys=True)
 
 
-def clip_tokenizer(merges: list[tuple[str, str]], max_length: int) -> CLIPTokenizer:
-    """Build the tokenizer of these merges. Two merges can give the same token, so ids count distinct tokens."""
+def clip_tokenizer(merges: list[tuple[str, str]], max_length: int, padding: str = END) -> CLIPTokenizer:
+    """Build the tokenizer of these merges. Two merges can give the same token, so ids count distinct tokens.
+
+    padding: token that fills a text up to `max_length`.
+    """
     tokens = dict.fromkeys([*_LETTERS, *(left + right for left, right in merges), BEGIN, END])
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=merges,  # type: ignore[arg-type]  # pairs, as the backend takes them
         model_max_length=max_length,
+        pad_token=padding,
         split_special_tokens=True,  # "<|endoftext|>" in a prompt is text
     )
 

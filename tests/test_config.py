@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from support import ROOT
 from support.commands import run_command
 from train.config.clip import ClipConfig
 from train.config.generation import InterpolateOptions, Txt2ImgOptions
-from train.config.ldm import LdmConfig
+from train.config.ldm import LdmConfig, UnetConfig
 from train.config.load import dump, overlay, parse, plain, read_yaml, validate
 from train.config.reports import EvaluateOptions, InspectOptions
 from train.config.resumable import Fixed, Resumable, differences, published
@@ -81,6 +82,43 @@ def test_stable_diffusion_shapes() -> None:
     assert heads == [8, 8, 8]
     widen(network, 9)
     assert sum(p.numel() for p in network.parameters()) == 859_535_364  # the count of the published inpainting model
+
+
+def test_stable_diffusion_2_has_linear_projections_and_heads_of_64() -> None:
+    vae, ldm = load(ROOT / "configs/sd15/vae.yaml"), load(ROOT / "configs/sd2/ldm.yaml")
+    with torch.device("meta"):
+        network = unet(ldm, vae, 1024)
+        published = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
+        )
+    assert sum(p.numel() for p in network.parameters()) == 865_910_724
+    shapes = [{name: p.shape for name, p in net.named_parameters()} for net in (network, published)]
+    assert shapes[0] == shapes[1]
+    heads = [b.attentions[0].transformer_blocks[0].attn1.heads for b in network.down_blocks if hasattr(b, "attentions")]
+    assert [c // h for c, h in zip((320, 640, 1280), heads, strict=True)] == [64, 64, 64]
+    assert ldm.clip_skip == 1
+
+
+def test_linear_projections_compute_what_convolutions_do() -> None:
+    """The same weights in another shape; the blocks are otherwise the same, and start with an output of zero."""
+    both = [
+        UnetConfig(channels=(32, 64), heads=(2, 2), linear_projections=linear).build(
+            latent_channels=4, latent_size=8, text_width=16
+        )
+        for linear in (False, True)
+    ]
+    convolutions = both[0].state_dict()
+    assert not any(value.any() for name, value in both[1].state_dict().items() if ".proj_out." in name)
+    for value in convolutions.values():
+        if not value.any():
+            value.normal_(std=0.05)
+    flat = {name: value.view_as(both[1].state_dict()[name]) for name, value in convolutions.items()}
+    both[1].load_state_dict(flat)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 16)
+    with torch.no_grad():
+        one, other = (net(x, torch.tensor([5]), text).sample for net in both)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert one.std() > 0.05
 
 
 def test_shapes_128_has_heads_of_64() -> None:

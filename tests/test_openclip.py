@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
@@ -15,12 +16,14 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from conditioning.clip import ClipTextEncoder
-from conditioning.openclip import convert, tokenizer_of
+from conditioning.openclip import convert, published_tokenizer, tokenizer_of
 from conditioning.tokenizer import tokenize
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from support.models import small_unet, tiny_pipeline
 from support.openclip import SMALL, create_model, perturbed, write_model
+from train.config.ldm import LdmConfig
+from train.stages.ldm_init import _text_encoder
 
 WORDS = ("photograph", "an", "extraordinarily", "small", "teal", "hippopotamus", "riding", "past", "12", "astronauts,")
 PROMPTS = [
@@ -44,17 +47,15 @@ def compare(model: nn.Module, encoder: ClipTextEncoder, prompts: list[str]) -> N
     """Assert that ids, last hidden states and pooled features equal open_clip's to 1e-4."""
     ids, ours = open_clip.get_tokenizer("ViT-B-32")(prompts), tokenize(encoder.tokenizer, prompts)
     ends = ids.argmax(1)
-    for row, mine, end in zip(ids, ours, ends, strict=True):
-        assert row[: end + 1].tolist() == mine[: end + 1].tolist()
+    assert torch.equal(ids, ours)  # the padding too
     with torch.no_grad():
         x = model.token_embedding(ids) + model.positional_embedding
         hidden = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
         assert (encoder.model(input_ids=ids).last_hidden_state - hidden).abs().max() <= 1e-4
         pooled = encoder.encode(prompts)[torch.arange(len(ids)), ends]
         assert (pooled @ model.text_projection - model.encode_text(ids)).abs().max() <= 1e-4
-    until = torch.arange(77) <= ends[:, None]  # after the end the padding differs
-    assert (encoder.encode(prompts) - hidden)[until].abs().max() <= 1e-4
-    assert hidden[until].std() > 0.5
+    assert (encoder.encode(prompts) - hidden).abs().max() <= 1e-4
+    assert hidden.std() > 0.5
 
 
 @pytest.mark.filterwarnings("ignore:a prompt has")
@@ -62,6 +63,23 @@ def test_a_hundred_prompts_are_encoded_as_by_open_clip(small) -> None:
     model, folder = small
     assert len(PROMPTS) == len(set(PROMPTS)) == 100
     compare(model, ClipTextEncoder.load(f"openclip:{folder}"), PROMPTS)
+
+
+def test_a_run_that_padded_with_the_end_token_continues_with_it(small, tmp_path: Path) -> None:
+    """As runs did before OpenCLIP's own padding was used."""
+    name = f"openclip:{small[1]}"
+    encoder = ClipTextEncoder.load(name)
+    earlier = ClipTextEncoder(encoder.model, published_tokenizer(77))
+    assert (encoder.tokenizer.pad_token_id, earlier.tokenizer.pad_token_id) == (0, 49407)
+    for recorded, padding in ((earlier.digest, 49407), (encoder.digest, 0), ("of another", 0), (None, 0)):
+        out = tmp_path / str(recorded)[:9]
+        out.mkdir(exist_ok=True)
+        if recorded:
+            settings = {"steps": 1, "about": {"inputs": {"text_encoder": recorded}}}
+            (out / "config.yaml").write_text(yaml.safe_dump(settings))
+        read = _text_encoder(LdmConfig(data="x", out=str(out), vae="v", text_encoder=name), None)
+        assert read.tokenizer.pad_token_id == padding
+        assert read.digest == (earlier.digest if padding else encoder.digest)
 
 
 @pytest.mark.filterwarnings("ignore:a prompt has")

@@ -110,6 +110,7 @@ def build_unet(
     depth: int = 1,
     groups: int = 32,
     modulation: bool = False,
+    linear_projections: bool = False,
     learned_variance: bool = False,
     latent_channels: int,
     latent_size: int,
@@ -117,11 +118,12 @@ def build_unet(
 ) -> UNet2DConditionModel:
     """Build a UNet2DConditionModel with random weights and an output of zero.
 
-    `heads[k]` is the number of attention heads of level k. With `modulation`, attention-pooled text features are added
-    to the time embedding, which then scales and shifts every residual block (FiLM, Perez et al. 2018). A learned
-    variance doubles the output channels. The last layer of every residual branch also starts at zero, so that each
-    block is the identity at first, as in the reference implementation of Dhariwal & Nichol 2021. Raises UserError if
-    the numbers don't fit together.
+    `heads[k]` is the number of attention heads of level k. With `linear_projections`, the layers before and after its
+    transformer blocks are linear, as in Stable Diffusion 2, and not 1×1 convolutions. With `modulation`,
+    attention-pooled text features are added to the time embedding, which then scales and shifts every residual block
+    (FiLM, Perez et al. 2018). A learned variance doubles the output channels. The last layer of every residual branch
+    also starts at zero, so that each block is the identity at first, as in the reference implementation of Dhariwal &
+    Nichol 2021. Raises UserError if the numbers don't fit together.
     """
     for level, (c, h) in enumerate(zip(channels, heads, strict=True)):
         if c % groups or c % h:
@@ -152,6 +154,7 @@ def build_unet(
         # The number of heads, not their width: diffusers' name is a historical mistake.
         attention_head_dim=tuple(heads),
         transformer_layers_per_block=depth,
+        use_linear_projection=linear_projections,
         norm_num_groups=groups,
         addition_embed_type="text" if modulation else None,
         addition_embed_type_num_heads=heads[0],

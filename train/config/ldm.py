@@ -42,6 +42,8 @@ class UnetConfig:
     """Number of transformer blocks after each residual block, at levels that have them."""
     modulation: bool = False
     """Scale and shift every residual block by the pooled text features; Stable Diffusion's UNet doesn't do this."""
+    linear_projections: bool = False
+    """Linear layers before and after the transformer blocks, as in Stable Diffusion 2, instead of 1×1 convolutions."""
     groups: Count = 32
     """Number of groups of the group normalisation; must divide the channels of every level."""
 
@@ -76,6 +78,7 @@ class UnetConfig:
             heads=self.heads,
             depth=self.depth,
             modulation=self.modulation,
+            linear_projections=self.linear_projections,
             groups=self.groups,
             latent_channels=latent_channels,
             latent_size=latent_size,

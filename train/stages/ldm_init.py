@@ -12,6 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from autoencoder.model import Autoencoder, digest
 from conditioning.clip import ClipTextEncoder, remove_last_layers
+from conditioning.openclip import PREFIX as OPENCLIP
+from conditioning.openclip import published_tokenizer
 from ldm.errors import UserError
 from ldm.formats.hub import find_pipeline
 from ldm.formats.original_names import Parts
@@ -24,6 +26,8 @@ from ldm.networks.unet import UNet, load_unet, require_same_shape
 from ldm.objective import Objective
 from ldm.task import context_channels
 from train.config.ldm import LdmConfig, UnetConfig
+from train.engine.changes import Saved
+from train.engine.folder import RunFolder
 from train.engine.precision import DTYPES
 
 
@@ -147,7 +151,20 @@ def _text_encoder(config: LdmConfig, init: Init | None) -> ClipTextEncoder:
     skip, chunks = config.clip_skip, config.text_chunks or None
     if init is not None and not config.text_encoder:
         return init.text_encoder(skip, chunks)
-    return ClipTextEncoder.load(config.text_encoder or _missing("text_encoder"), skip=skip, chunks=chunks)
+    encoder = ClipTextEncoder.load(config.text_encoder or _missing("text_encoder"), skip=skip, chunks=chunks)
+    return _padded_as_in_the_run(config, encoder) if config.text_encoder.startswith(OPENCLIP) else encoder
+
+
+def _padded_as_in_the_run(config: LdmConfig, encoder: ClipTextEncoder) -> ClipTextEncoder:
+    """Return an OpenCLIP's encoder with the padding of the run in `config.out`.
+
+    Runs that were started before 2026-11-27 pad with the end token.
+    """
+    settings = RunFolder(Path(config.out)).settings
+    if not settings.is_file():
+        return encoder
+    earlier = ClipTextEncoder(encoder.model, published_tokenizer(encoder.max_length), chunks=encoder.chunks)
+    return earlier if Saved.read(settings).inputs.get("text_encoder") == earlier.digest else encoder
 
 
 def _missing(name: str) -> NoReturn:
