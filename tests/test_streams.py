@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import RunError, UserError
+from train.data.sources import streams
 from train.data.sources.catalogue import Columns, Row, lowest_hashes
 from train.data.sources.streams import Example, Stream, is_stream
 from train.data.sources.tars import find_tars
@@ -326,3 +327,51 @@ def test_a_stream_without_examples_is_an_error(tmp_path):
     once = f"pipe:cat {tmp_path}/some.tar; cp {tmp_path}/none.tar {tmp_path}/some.tar"
     with pytest.raises(RunError, match="a full epoch contained no image to train on"):
         take(Stream(once, CAPTIONED, fraction=0.1), 1)
+
+
+# -- encodings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp932", "赤い大きな円と小さな青い星"),
+        ("cp1251", "Маленькая рыжая кошка сидит на подоконнике"),
+        ("utf-16", "a red circle é"),
+    ],
+)
+def test_captions_in_other_encodings_are_read_as_in_folders(encoding: str, text: str, tmp_path: Path) -> None:
+    def write(name: str, captions: list[bytes]) -> None:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for k, caption in enumerate(captions):
+                for extension, data in (("png", content(k)), ("txt", caption)):
+                    info = tarfile.TarInfo(f"{k:04d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+    write("0.tar", [f"plain {k}".encode() for k in range(4)])
+    write("1.tar", [f"{text} {k}".encode(encoding) for k in range(4)])
+    write("2.tar", ["déjà vu".encode(), *[f"{text} {k}".encode(encoding) for k in range(4, 8)]])
+    stream = Stream(f"file://{tmp_path}/{{0..2}}.tar", Columns(), fraction=0.1)
+    found = {caption for first, *_ in take(stream, 12) for caption in first.captions}
+    found |= {row.captions[0] for row in (stream.held_out.row(k) for k in range(len(stream.held_out)))}
+    assert found == {*[f"plain {k}" for k in range(4)], *[f"{text} {k}" for k in range(8)], "déjà vu"}
+    assert not stream.left_out
+    assert len(stream.training.notes) == (encoding != "utf-16")
+    assert all(f"guessed {encoding}, e.g. '0000.txt' is '{text} 0'" in note for note in stream.training.notes)
+    assert [first for first, *_ in take(stream, 6, start=6)] == [first for first, *_ in take(stream, 12)][6:]
+
+
+def test_an_encoding_that_only_later_captions_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_HEAD_SIZE", 16)
+    write_tar(tmp_path / "0.tar", range(20))
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for extension, data in (("png", b"image"), ("txt", "赤い大きな円".encode("cp932"))):
+            info = tarfile.TarInfo(f"late.{extension}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    stream = Stream(f"file://{tmp_path}/{{0..1}}.tar", Columns(), fraction=0.01)
+    take(stream, 40)
+    assert [reason for name, reason in stream.left_out] == [
+        "its .txt isn't UTF-8; give its encoding with --input.encoding, e.g. cp932"
+    ]

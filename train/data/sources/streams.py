@@ -26,7 +26,7 @@ import tempfile
 import urllib.request
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,12 +36,14 @@ from train.data.order.permutation import permute
 from train.data.order.rng import Purpose, generator
 from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Row, lowest_hashes
 from train.data.sources.tars import CAPTION_FILES, REMOTE, expand
-from train.data.sources.webdataset import DAMAGE, Header, read_samples
+from train.data.sources.text import guess_encoding, guess_note
+from train.data.sources.webdataset import DAMAGE, Header, read_samples, unclear_texts
 
 _HEAD_SIZE = 2048  # examples
 _SUBSTITUTES = 8  # per example
 _RECENT = 64  # recent examples that may be substitutes too when the buffer is nearly empty
 _MOST_LISTED = 10_000  # examples left out that are listed by name
+_GUESS_FROM = 100  # caption files of the head from which an encoding is guessed
 _TIMEOUT = 60  # seconds without data
 _MOST_TRAILING = 2**26  # bytes that a command may write after the end of its tar
 
@@ -104,6 +106,8 @@ class Stream:
         identity = [self.urls, *columns.identity()]
         self.fingerprint = hashlib.sha256(os.fsencode(json.dumps(identity))).hexdigest()
         self._left_out: dict[str, str] = {}
+        self._encoding: str | None = None  # of captions that aren't UTF-8; None until the head has been read
+        self._notes: tuple[str, ...] = ()
 
     @property
     def training(self) -> Catalogue:
@@ -153,8 +157,10 @@ class Stream:
         """First 2,048 examples, from the shards in their given order."""
         with contextlib.closing(self._read_shards(range(len(self.urls)))) as examples:
             numbered = list(itertools.islice(examples, _HEAD_SIZE))
+        self._encoding = self._encoding or ""  # later captions never change it, so that it doesn't depend on the order
         shards, first = [shard for shard, _ in numbered], [example for _, example in numbered]
         head = InMemory(self.location, first)
+        head.notes = self._notes
         if not first:
             raise RunError(f"{self.location} contains no usable image{self._first_reason()}")
         if len(first) < 2:
@@ -168,13 +174,10 @@ class Stream:
         count = min(max(sum(value < self.fraction for value, _ in lowest), 1), len(first) - 1)
         held_out = {k for _, k in lowest[:count]}
         skipped = frozenset((shards[k], first[k].name) for k in held_out)
-        return _Head(
-            InMemory(
-                self.location, [e for shard, e in zip(shards, first, strict=True) if (shard, e.name) not in skipped]
-            ),
-            InMemory(self.location, [first[k] for k in sorted(held_out)]),
-            skipped,
-        )
+        trained = [e for shard, e in zip(shards, first, strict=True) if (shard, e.name) not in skipped]
+        training = InMemory(self.location, trained)
+        training.notes = self._notes
+        return _Head(training, InMemory(self.location, [first[k] for k in sorted(held_out)]), skipped)
 
     def _training_examples(self, shards: Sequence[int]) -> Examples:
         skipped = self.head.skipped
@@ -200,7 +203,7 @@ class Stream:
                 tar = tarfile.open(  # noqa: SIM115  `file` is closed instead
                     fileobj=file, mode="r|*", tarinfo=Header, encoding="utf-8", errors="surrogateescape"
                 )
-                for sample in read_samples(tar, self.columns, leave_out, images=True):
+                for sample in read_samples(tar, self.columns, leave_out, images=True, guess=partial(self._guess, url)):
                     count += 1
                     yield Example(sample.name, sample.image, sample.captions)
             except DAMAGE as error:
@@ -210,6 +213,21 @@ class Stream:
                     leave_out("", f"damaged or truncated after {count:,} images: {error}")
         if not_a_tar:  # raised only now, because a failed command has raised a better message before
             raise UserError(f"{url} is not a tar ({not_a_tar}): must be a .tar, .tar.gz, .tar.bz2 or .tar.xz")
+
+    def _guess(self, url: str) -> str:
+        """Return the encoding of captions that aren't UTF-8: guessed from the first shard of the head that has some."""
+        if self._encoding is None:
+            with (
+                _open(url) as file,
+                tarfile.open(
+                    fileobj=file, mode="r|*", tarinfo=Header, encoding="utf-8", errors="surrogateescape"
+                ) as tar,
+            ):
+                texts = list(itertools.islice(unclear_texts(tar, self.columns), _GUESS_FROM))
+            self._encoding = guess_encoding(text for _, text in texts)
+            if self._encoding:
+                self._notes = (guess_note(url, self._encoding, *texts[0]),)
+        return self._encoding
 
     def _first_reason(self) -> str:
         return f"; e.g. {': '.join(self.left_out[0])}" if self.left_out else ""

@@ -18,7 +18,7 @@ from train.data.images import MAX_BYTES
 from train.data.images.decode import DamagedImage
 from train.data.sources.catalogue import Catalogue, Columns, Row, Splits, split_named, split_prefix
 from train.data.sources.tar_index import LeftOut, LocatedRow, Part, ReadAgain, open_index
-from train.data.sources.text import guess_encoding
+from train.data.sources.text import guess_encoding, guess_note
 from train.data.sources.webdataset import DAMAGE, Header, Scattered, image_extensions, read_samples, unclear_texts
 
 Result = TypeVar("Result")
@@ -195,10 +195,7 @@ def _rows(columns: Columns, part: Part, left_out: LeftOut) -> Iterator[LocatedRo
                 texts = _opened_again(part.path, lambda again: list(islice(unclear_texts(again, columns), _SAMPLES)))
                 encoding = guess_encoding(text for _, text in texts)
                 if encoding:
-                    name, text = texts[0]
-                    example = f"{name[-80:]!r} is {text.decode(encoding, 'replace').strip()[:80]!r}"
-                    note = f"{shard}: caption files aren't UTF-8; guessed {encoding}, e.g. {example}; if wrong, set "
-                    left_out.append(("", f"{note}--input.encoding"))
+                    left_out.append(("", guess_note(shard, encoding, *texts[0])))
                 return encoding
 
             try:

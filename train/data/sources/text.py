@@ -69,6 +69,12 @@ def guess_encoding(texts: Iterable[bytes]) -> str:
     return best.encoding if best else ""
 
 
+def guess_note(where: str, encoding: str, name: str, text: bytes) -> str:
+    """Return a line on the guessed encoding of captions, with an example: the name and content of a file."""
+    example = f"{name[-80:]!r} is {text.decode(encoding, 'replace').strip()[:80]!r}"
+    return f"{where}: caption files aren't UTF-8; guessed {encoding}, e.g. {example}; if wrong, set --input.encoding"
+
+
 def captions_in_json(text: str, keys: Sequence[str], labels: bool = False) -> list[str]:
     """Return the texts under the first of the keys that an image's JSON file has.
 
