@@ -367,7 +367,7 @@ def with_text(path: Path, text: str, key: str = "ldm") -> Path:
         ({"weak_scale": 3.0}, "no effect without --weak-model"),
         ({"width": "wide"}, "width"),
         ({"width": -32}, "32"),
-        ({"tile": 0}, "0"),
+        ({"tile": 3}, "--tile 3: must be at least 4 latents"),
         ({"sha256": {"model": 3}}, "sha256.model = 3"),
         ({"sha256": "abc"}, "abc"),
     ],

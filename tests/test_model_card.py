@@ -79,7 +79,7 @@ def test_a_continued_run_updates_its_card(start: Start, tmp_path: Path) -> None:
         start(tmp_path / "run", Crash(3), steps=4, validate_every=9, checkpoint_every=2)
     page = (tmp_path / "run/model/README.md").read_text()
     assert "Step 2 of 4: the run is **not finished**" in page
-    assert "Not measured yet." in page
+    assert "Not measured yet: the first validation is at step 4." in page
     assert "![" not in page
     assert not (tmp_path / "run/model/sample.png").exists()
     start(tmp_path / "run", steps=4, validate_every=9, checkpoint_every=2)

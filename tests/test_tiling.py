@@ -12,6 +12,7 @@ from autoencoder.model import build_autoencoder
 from autoencoder.tiling import Span, Tile, Tiles, pad_to_multiple, spans, tiled, windows
 from ldm.errors import UserError
 from support.draws import draw
+from train.commands.main import tiles as tiles_of
 
 SIDES = [1, 3, 7, 8, 9, 12, 13, 17, 29, 40]
 TILES = [Tiles(8, 4), Tiles(8, 3), Tiles(8, 0), Tiles(5, 2), Tiles(1, 0), Tiles(2, 1)]
@@ -214,3 +215,11 @@ def test_refusals_name_the_value() -> None:
         Tiles(16, -1)
     with pytest.raises(UserError, match=r"30 × 17.*multiples of 4"):
         tiled(lambda t: t, draw(1, 3, 17, 30), Tiles(16, 4), down=4)
+
+
+def test_commands_refuse_tiles_that_would_take_hours() -> None:
+    assert tiles_of(None) is None
+    assert tiles_of(4) == Tiles(4, 1)
+    for side in (-1, 0, 1, 3):
+        with pytest.raises(UserError, match=f"--tile {side}: must be at least 4 latents, e.g. 64"):
+            tiles_of(side)

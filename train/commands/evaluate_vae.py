@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from autoencoder.model import Autoencoder
-from autoencoder.tiling import Tiles
 from ldm.errors import UserError
-from train.commands.main import require_at_least, require_folder, use_device
+from train.commands.main import require_at_least, require_folder, tiles, use_device
 from train.config.reports import EvaluateVaeOptions
 from train.config.vae import PerceptualConfig
 from train.data.batches.draws import PosteriorNoise
@@ -34,7 +33,7 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
     device = use_device(o.device)
     autoencoder = Autoencoder.load(o.vae)
     autoencoder.vae.to(device)
-    autoencoder.tiles = None if o.tile is None else Tiles(o.tile, o.tile // 4)
+    autoencoder.tiles = tiles(o.tile)
     if o.resolution < 8 or o.resolution % autoencoder.factor:
         raise UserError(
             f"--resolution {o.resolution}: must be at least 8, and a multiple of {autoencoder.factor} for this model"

@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from ldm.files import open_regular, read_regular
 from ldm.formats.hub import find_pipeline, model_folder
 from ldm.formats.png import file_name, read_png
 from ldm.networks.unet import weight_files
 from ldm.pipeline import LatentDiffusionPipeline
-from train.commands.main import require_at_least, require_folder, use_device
+from train.commands.main import require_at_least, require_folder, tiles, use_device
 from train.commands.outputs import INPUTS, MODELS, image_key, would_replace, write_png
 from train.config.generation import GenerateOptions, ModelOptions
 from train.config.load import overlay, validate
@@ -184,7 +183,7 @@ def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
     if o.slice:
         pipe.enable_vae_slicing()
     if o.tile is not None:
-        pipe.enable_vae_tiling(Tiles(o.tile, o.tile // 4))
+        pipe.enable_vae_tiling(tiles(o.tile))
     return pipe
 
 

@@ -20,6 +20,9 @@ from train.output import make_printable
 if TYPE_CHECKING:
     import torch
 
+    from autoencoder.tiling import Tiles
+
+_SMALLEST_TILE = 4  # latents; smaller ones have no overlap, and there are too many of them
 _SAVE_MEMORY = (
     "lower --batch-size; in training, a larger --accumulation also helps; in generation, --tile or smaller images"
 )
@@ -121,6 +124,15 @@ def require_folder(out: str) -> None:
     folder = Path(out)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise UserError(f"--out {out!r}: can't be a folder, because {str(file)!r} is a file; choose another")
+
+
+def tiles(side: int | None) -> "Tiles | None":
+    """Return the tiles of --tile. Raises UserError for tiles so small that they'd take hours."""
+    from autoencoder.tiling import Tiles
+
+    if side is not None and side < _SMALLEST_TILE:
+        raise UserError(f"--tile {side}: must be at least {_SMALLEST_TILE} latents, e.g. 64")
+    return None if side is None else Tiles(side, side // 4)
 
 
 def best_device() -> str:

@@ -36,7 +36,7 @@ class ModelOptions(SamplingOptions):
     device: str = ""
     """Device to run on, e.g. cpu, cuda:1 or mps; empty: the GPU if there is one (cuda or Apple's mps), else the CPU."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
-    """Side of the tiles in which a large image is decoded to save memory, in latent pixels, e.g. 64.
+    """Side of the tiles in which a large image is decoded to save memory, in latent pixels, e.g. 64; at least 4.
     None: no tiles."""
     slice: bool = False
     """Decode the images of a batch one by one, to save memory."""

@@ -66,7 +66,7 @@ class EvaluateVaeOptions:
     Empty: VGG16 and AlexNet are downloaded; `clip` needs a folder or hub id."""
     tile: Annotated[int | None, tyro.conf.arg(metavar="LATENTS")] = None
     """Side of the tiles in which a large image is encoded and decoded to save memory, in latent pixels, e.g. 64.
-    None: no tiles."""
+    At least 4. None: no tiles."""
     features: str = ""
     """Network that computes features for the Fréchet distance between images and reconstructions.
     One of `inception`, `inception:WEIGHTS.pth`, `dinov2` and `clip`, or folder or hub id of another CLIP or DINOv2.

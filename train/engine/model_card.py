@@ -93,7 +93,7 @@ def write_card(
         "## Metrics",
         f"Measured on held-out images, with the averaged weights, at step {measured_at:,}:"
         if rows
-        else "Not measured yet.",
+        else f"Not measured yet: the first validation is at step {min(config.validate_every, config.steps):,}.",
         "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "",
         _LICENCE.strip(),
         f"`{config.license}`"
