@@ -766,3 +766,16 @@ def test_a_loaded_tree_does_not_keep_its_file_open(tmp_path):
     tree = there_and_back({"a": torch.arange(10.0)}, tmp_path / "a")
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert tree["a"].sum() == 45
+
+
+# -- checkpoints that are not used any more --
+
+
+def test_checkpoints_set_aside_are_not_found_and_removed_at_the_next_save(two):
+    damage(two.folder / "step-00000002/state.json")
+    assert two.set_aside(0) == [two.folder / "diverged-step-00000001"]  # damaged ones stay where they are
+    damage(two.folder / "step-00000002/state.json")
+    assert two.latest().step == 2
+    assert two.latest(before=2) is None
+    two.save(3, small_tree(3))
+    assert sorted(path.name for path in two.folder.iterdir()) == ["step-00000002", "step-00000003"]

@@ -9,11 +9,12 @@ import torch
 
 from support.commands import run_script
 from support.divergence import Fault, draw_trial, run_trial, run_with, steps_of
+from support.processes import run_in_processes
 from support.runs import clip_config, ldm_config, logged, vae_config
 from train.config.clip import ClipConfig
 from train.config.optimizer import OptimizerConfig
-from train.config.vae import AdversarialConfig
-from train.engine.checkpoint import Checkpoints, load_tree
+from train.config.vae import AdversarialConfig, VaeConfig
+from train.engine.checkpoint import Checkpoints, load_tree, pack_tree
 from train.engine.provenance import is_result
 
 
@@ -155,6 +156,26 @@ def test_a_discriminator_that_diverges_is_restored(
     assert "continues with the weights of step 4" in capsys.readouterr().out
     state = load_tree(tmp_path / "run/checkpoints/step-00000012")
     assert all(value.isfinite().all() for value in state["phases"]["discriminator"]["module"].values())
+
+
+# -- several processes -----------------------------------------------------------------------------------------
+
+
+def train_with_faults(rank: int, count: int, config: VaeConfig) -> None:
+    """Train with NaN in the images of one process in steps 6 and 7, and weights that blow up in step 9."""
+    fault = Fault(batches=lambda step: rank == 1 and step in (5, 6), weights_at=8, weights="all", factor=math.inf)
+    assert run_with(config, fault).end == "finished"
+    assert fault.trainer is not None
+    torch.save(fault.trainer.state(), Path(config.out) / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_all_processes_go_back_together(shapes: Path, tmp_path: Path) -> None:
+    change = {"steps": 12, "checkpoint_every": 4, "validate_every": 3, "roll_back_after": 8, "log_every": 1}
+    run_in_processes(train_with_faults, 2, vae_config(shapes, tmp_path / "run", **change))
+    assert steps_of(tmp_path / "run") == [4, 8, 12]
+    one, two = (pack_tree(torch.load(tmp_path / f"run/{k}.pt", weights_only=True)).tensors for k in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 # -- many ------------------------------------------------------------------------------------------------------

@@ -16,19 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train.engine.loop
-import train.stages.clip
-import train.stages.ldm
-import train.stages.vae
 from ldm.errors import RunError
 from support.runs import Config, logged, stage_config, train_stage
 from train.config.optimizer import OptimizerConfig
 from train.engine.checkpoint import Checkpoints, load_tree
 from train.engine.provenance import is_result
 from train.engine.run import AnyRun
-from train.engine.stage import Batch, Hooks, Publish, Stage
+from train.engine.saving import Saving
+from train.engine.stage import Batch, Hooks, Stage
 from train.engine.trainer import Trainer
 
-STAGES = {"clip": train.stages.clip, "vae": train.stages.vae, "ldm": train.stages.ldm}
 Weights = Literal["none", "all", "one", "moment", "average", "last phase"]
 
 
@@ -116,37 +113,36 @@ def steps_of(out: Path) -> list[int]:
     return sorted(int(folder.name[5:]) for folder in checkpoints.folder.glob("step-*"))
 
 
-def require_good_weights(stage: str, config: Config, skipped: dict[int, bool]) -> None:
+def require_good_weights(trainer: Trainer, skipped: dict[int, bool]) -> None:
     """Assert that all checkpoints of a run, and model/, have finite weights with finite losses, and no skipped step.
 
-    The losses are those of the first batch, with the weights and with their averages.
+    trainer: of the run, which has ended. The losses are those of the run's first batch, and of the validation.
     """
-    out = Path(config.out)
+    run, stage, out = trainer.run, trainer.stage, trainer.run.folder.path
     steps = steps_of(out)
     assert not [step for step in steps if skipped.get(step)], (steps, skipped)
     for file in out.glob("model/**/*.safetensors"):
         assert all(torch.isfinite(value).all() for value in load_file(file).values()), file
+    if not steps:
+        assert not (out / "model").exists()
+        return
     if (out / "model").exists():
         assert json.loads((out / "model/training.json").read_text())["step"] in steps
-
-    def test(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None) -> None:
-        trainer, (raw, *_) = Trainer(run, stage), next(stage.batches(0))
-        for step in steps:
-            state = load_tree(out / f"checkpoints/step-{step:08d}")
-            trainer.restore(state)
-            assert trainer._weights_are_finite(), step
-            assert not state["in_a_row"], step
-            part: Any = stage.prepare(step, [raw])[0]
-            for phase in [p for p in stage.phases if p.start < step]:
-                output = phase.module(part)
-                assert torch.isfinite(output.loss), (step, phase.name)
-                part = output.batch
-            metrics = stage.validate(step)
-            assert all(map(math.isfinite, metrics.values())), (step, metrics)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(STAGES[stage], "fit", test)
-        train_stage(config)
+    raw = next(stage.batches(0))[0]
+    for step in steps:
+        state = load_tree(out / f"checkpoints/step-{step:08d}")
+        trainer.restore(state)
+        assert Saving(trainer).weights_are_finite(), step
+        assert not state["in_a_row"], step
+        part: Any = stage.prepare(step, [raw])[0]
+        with stage.ema.swapped():
+            assert torch.isfinite(stage.phases[0].module(part).loss), step
+        for phase in [p for p in stage.phases if p.start < step]:
+            output = phase.module(part)
+            assert torch.isfinite(output.loss), (step, phase.name)
+            part = output.batch
+    metrics = stage.validate(run.config.steps)
+    assert all(map(math.isfinite, metrics.values())), metrics
 
 
 @dataclass(frozen=True)
@@ -196,10 +192,11 @@ def run_trial(trial: Trial, data: Path, out: Path, parts: Path) -> list[Outcome]
     config, fault = stage_config(trial.stage, data, out, parts, **trial.settings), trial.fault
     outcomes: list[Outcome] = []
     skipped: dict[int, bool] = {}
-    for _ in range(3):
+    for _ in range(2 if trial.kind == "rate" else 3):
         outcomes.append(run_with(config, fault))
         skipped |= fault.skipped
-        require_good_weights(trial.stage, config, skipped)
+        assert fault.trainer is not None
+        require_good_weights(fault.trainer, skipped)
         assert is_result(out / "model", config.steps) == (outcomes[-1].end == "finished"), outcomes
         assert "--optimizer.lr" in outcomes[-1].message or outcomes[-1].end != "failed"
         if outcomes[-1].end == "finished":

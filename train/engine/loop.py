@@ -15,6 +15,7 @@ from train.engine.changes import record_changes
 from train.engine.estimate import Duration, estimate
 from train.engine.provenance import is_result
 from train.engine.run import AnyRun
+from train.engine.saving import Saving
 from train.engine.stage import Batch, Hooks, Publish, Stage
 from train.engine.stop import Stop
 from train.engine.stopwatch import Stopwatch
@@ -44,17 +45,18 @@ class Means:
 def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None) -> None:
     """Train the stage to the configured step, starting from the state of the run's folder."""
     trainer, config = Trainer(run, stage, hooks), run.config
-    start = trainer.resume()
+    saving = Saving(trainer)
+    start = saving.resume()
     if start >= config.steps:
         conclude(run, stage, publish, start)
         return
     run.metrics.remove_after(start)
     if run.main:
         record_changes(run.folder, start, run.feed.position(start))
-    if trainer.passed_over:
+    if saving.passed_over:
         export(run, stage, publish, start, final=False, log=False)
     stopwatch, means = Stopwatch(), Means()
-    batches = stopwatch.waiting(saved_if_reading_fails(trainer, stage.batches(start), start))
+    batches = stopwatch.waiting(saved_if_reading_fails(saving, stage.batches(start), start))
     first = next(batches)
     growth = estimate(run, stage, first, start)
     training = Stopwatch()
@@ -73,7 +75,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
             mininterval=0.5,
         ) as bar,
     ):
-        due = Due(run, stage, publish, trainer, stop)
+        due = Due(run, stage, publish, saving, stop)
         for done, parts in enumerate(itertools.chain([first], batches), start + 1):
             means.add(trainer.step(done - 1, parts))
             bar.update(config.batch_size)
@@ -103,8 +105,8 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
 class Due:
     """Validation, checkpoints and the end of a run. What is due waits while steps are skipped."""
 
-    def __init__(self, run: AnyRun, stage: Stage, publish: Publish, trainer: Trainer, stop: Stop) -> None:
-        self.run, self.stage, self.publish, self.trainer, self.stop = run, stage, publish, trainer, stop
+    def __init__(self, run: AnyRun, stage: Stage, publish: Publish, saving: Saving, stop: Stop) -> None:
+        self.run, self.stage, self.publish, self.saving, self.stop = run, stage, publish, saving, stop
         self.validation = self.checkpoint = False
 
     def after(self, step: int) -> bool:
@@ -112,10 +114,10 @@ class Due:
 
         Raises SystemExit if the run has been stopped, and RunError if it can't go on or ends among skipped steps.
         """
-        config, trainer = self.run.config, self.trainer
+        config, saving = self.run.config, self.saving
         last, waiting = step == config.steps, self.validation or self.checkpoint
         self.validation |= step % config.validate_every == 0 or last
-        if validated := self.validation and trainer.is_sound(step):
+        if validated := self.validation and saving.is_sound(step):
             if last:
                 model = self.run.folder.model
                 self.run.print(f"all {step:,} steps are done; what remains: validation, checkpoint, {model}")
@@ -123,15 +125,15 @@ class Due:
             self.validation = False
         stopped = self.stop.agreed(step)
         self.checkpoint |= step % config.checkpoint_every == 0 or last or stopped > 0
-        if self.checkpoint and trainer.is_sound(step):
-            trainer.save(step, stopped=stopped > 0 and not last)
+        if self.checkpoint and saving.is_sound(step):
+            saving.save(step, stopped=stopped > 0 and not last)
             export(self.run, self.stage, self.publish, step, final=last)
             self.checkpoint = False
         if last and self.checkpoint:
-            raise RunError(f"{trainer.problem()}, and the run ends here: {trainer.kept()}; {trainer.advice()}")
+            raise RunError(f"{saving.problem()}, and the run ends here: {saving.kept()}; {saving.advice()}")
         if stopped and not last:
             if self.checkpoint:
-                self.run.print(f"step {step}: {trainer.problem()}, so it is not saved: {trainer.kept()}")
+                self.run.print(f"step {step}: {saving.problem()}, so it is not saved: {saving.kept()}")
             self.run.print(f"stopped at step {step} of {config.steps}; run the same command again to continue")
             raise SystemExit(128 + stopped)
         if self.validation or self.checkpoint or step % config.log_every == 0:
@@ -140,14 +142,14 @@ class Due:
 
     def _check(self, step: int, waiting: bool) -> None:
         """Go back to an earlier checkpoint if needed, or report once that something waits."""
-        problem = self.trainer.problem()
-        if self.trainer.roll_back_if_needed(step):
-            export(self.run, self.stage, self.publish, self.trainer.restored, final=False, log=False)
+        problem = self.saving.problem()
+        if self.saving.roll_back_if_needed(step):
+            export(self.run, self.stage, self.publish, self.saving.restored, final=False, log=False)
         elif (self.validation or self.checkpoint) and not waiting:
             self.run.print(f"step {step}: {problem}; validation and checkpoint wait for a finite step")
 
 
-def saved_if_reading_fails(trainer: Trainer, batches: Iterator[list[Batch]], start: int) -> Iterator[list[Batch]]:
+def saved_if_reading_fails(saving: Saving, batches: Iterator[list[Batch]], start: int) -> Iterator[list[Batch]]:
     """Yield the batches of the steps from `start` on. If one can't be read, save the steps that are done, if sound.
 
     Several processes don't save, because the others may wait for each other in a step.
@@ -158,9 +160,9 @@ def saved_if_reading_fails(trainer: Trainer, batches: Iterator[list[Batch]], sta
             yield parts
             done += 1  # when the next batch is requested
     except (RunError, OSError):
-        if done > start and trainer.run.accelerator.num_processes == 1 and trainer.is_sound(done):
-            trainer.save(done, stopped=True)
-            trainer.run.print(f"step {done}: saved, because the next images can't be read")
+        if done > start and saving.run.accelerator.num_processes == 1 and saving.is_sound(done):
+            saving.save(done, stopped=True)
+            saving.run.print(f"step {done}: saved, because the next images can't be read")
         raise
 
 
