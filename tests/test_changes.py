@@ -175,7 +175,8 @@ def test_two_processes_continue_with_changes_as_one(
         assert [line["setting"] for line in record(out)][-1] == "data"
     one, two = (losses(tmp_path / name)[-5:] for name in ("one", "two"))
     assert [step for step, _ in two] == [5, 6, 7, 8, 9]
-    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-5)
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-4)
+    # Other examples or noise would change a loss by more than 0.01.
 
 
 # -- which changes are accepted, without training --------------------------------------------------------------------
