@@ -308,7 +308,7 @@ def test_changes_follow_each_other(run: Folder) -> None:
     assert [line["position"] for line in record(run.folder.path)] == [40, 40, 80, 80, 120, 120]
     assert Saved.read(run.folder.settings).earlier_data == [DATA["data"], 16 * "b", 8 * "b"]
     run.reach(16)
-    with pytest.raises(UserError, match="was started with 4"):
+    with pytest.raises(UserError, match="was changed to 4"):
         run.start(replace(CLIP, batch_size=8), {"data": 4 * "b"})
 
 

@@ -168,6 +168,23 @@ def test_each_form_continues_at_any_example(forms, form):
             assert same(part, rows_of(expected[step], half))
 
 
+@pytest.mark.parametrize("form", [FORMS[0], STREAM])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_order_can_start_at_another_position(forms, form, workers):
+    """Random numbers go on by position, and the examples are those of the order's start."""
+    images = forms[form].images(CONFIG.framing(), 7, DRAWS)
+    first, moved = (
+        list(loader(data, start_step=start, steps=start + 3, batch_size=8, workers=workers))
+        for data, start in ((images, 0), (images.shifted(-32), 4))
+    )
+    there = list(loader(images, start_step=4, steps=7, batch_size=8))
+    for (a,), (b,), (c,) in zip(first, moved, there, strict=True):
+        assert b.position.tolist() == c.position.tolist() == [p + 32 for p in a.position.tolist()]
+        shown = [[caption.split(" of ")[1] for caption in part.captions] for part in (a, b, c)]
+        assert shown[0] == shown[1] != shown[2]
+        assert same(b.drawn, c.drawn)
+
+
 def test_a_stream_shows_each_image_once_an_epoch(forms):
     inputs = forms[STREAM]
     n = len(inputs.source)

@@ -85,7 +85,8 @@ def _refusal(difference: Difference, saved: Saved, config: RunConfig) -> str:
     name, before, now, why = difference
     out, option = config.out, difference.option
     if name not in {**saved.inputs, "data": ""}:
-        start = f"{option} {_shown(now)}: the run in {out!r} was started with {_shown(before)}"
+        verb = "was changed to" if any(change.setting == name for change in saved.changes) else "was started with"
+        start = f"{option} {_shown(now)}: the run in {out!r} {verb} {_shown(before)}"
         if why:
             return (
                 f"{start}, which can't change in a run ({why}); give that to continue the run, or choose another --out"
