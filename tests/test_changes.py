@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,7 +121,9 @@ def test_a_half_done_run_continues_with_a_change_on_request(
 
     lines = record(out)
     assert {(line["step"], line["position"]) for line in lines} == {(4, 32)}
-    assert capsys.readouterr().out.count("from step 4 on") == len(lines) >= 1
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^--.*\bbefore[: ]", printed, re.MULTILINE)) == len(lines) >= 1
+    assert "the changes apply from step 4 on, after 32 examples; they are recorded in" in printed
     assert yaml.safe_load((out / "config.yaml").read_text())["about"]["changes"] == lines
     assert json.loads((out / "model/training.json").read_text())["changes"] == lines
     page = (out / "model/README.md").read_text()
@@ -284,7 +287,7 @@ def test_a_change_that_reached_no_checkpoint_can_be_taken_back_or_changed_again(
     run.start(CLIP)
     run.reach(4)
     run.start(replace(CLIP, batch_size=64), with_changes=True)
-    assert run.printed == ["--batch-size 64: changed from step 4 on (before: 8)"]
+    assert run.printed == ["--batch-size 64: changed on request (before: 8)"]
     record_changes(run.folder, 4, 32)
     run.start(replace(CLIP, batch_size=16, seed=3), with_changes=True)
     assert run.changes == [(4, "batch_size", 8, 16), (4, "seed", 0, 3)]

@@ -139,7 +139,8 @@ def test_a_run_of_earlier_code_is_changed_on_request(stored: Path) -> None:
     )
     assert "add --resume-with-changes to continue it with" in command(line, status=2)
     printed = command(f"{line} --resume-with-changes")
-    assert "--batch-size 2: changed from step 2 on (before: 4)" in printed
+    assert "--batch-size 2: changed on request (before: 4)" in printed
+    assert "the changes apply from step 2 on, after 8 examples" in printed
     changes = [json.loads(text) for text in (stored / "clip/changes.jsonl").read_text().splitlines()]
     assert [(c["setting"], c["step"], c["position"]) for c in changes] == [("batch_size", 2, 8), ("optimizer.lr", 2, 8)]
     state = load_tree(stored / "clip/checkpoints/step-00000004")

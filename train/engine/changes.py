@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -121,8 +121,8 @@ class Saved:
         return [*differences(saved, config), *contents]
 
 
-def record_changes(folder: RunFolder, step: int, position: int) -> None:
-    """Write changes.jsonl when a run continues from the checkpoint of a step.
+def record_changes(folder: RunFolder, step: int, position: int, print: Callable[[str], object] = print) -> None:
+    """Write changes.jsonl when a run continues from the checkpoint of a step, and print that step.
 
     Changes that were requested since then get this step and the position of its next example. config.yaml is written
     first: it has the changes too, so that neither file can miss one or have it twice, whenever the process ends.
@@ -138,6 +138,10 @@ def record_changes(folder: RunFolder, step: int, position: int) -> None:
     elif not folder.changes.is_file() or folder.changes.read_text(encoding="utf-8") != text:
         with atomic_file(folder.changes) as file:
             file.write(text.encode())
+    if any(change.step == step for change in changes):
+        print(
+            f"the changes apply from step {step} on, after {position:,} examples; they are recorded in {folder.changes}"
+        )
 
 
 def examples_of_earlier_code(path: Path, step: int, config: RunConfig) -> dict[str, Any]:

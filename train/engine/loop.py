@@ -52,7 +52,7 @@ def fit(run: AnyRun, stage: Stage, publish: Publish, hooks: Hooks | None = None)
         return
     run.metrics.remove_after(start)
     if run.main:
-        record_changes(run.folder, start, run.feed.position(start))
+        record_changes(run.folder, start, run.feed.position(start), run.print)
     if saving.passed_over:
         export(run, stage, publish, start, final=False, log=False)
     stopwatch, means = Stopwatch(), Means()

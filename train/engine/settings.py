@@ -117,10 +117,10 @@ def _announcement(change: Change) -> str:
     option = f"--{change.setting.replace('_', '-')}"
     if change.setting == "data":
         return (
-            f"--data: other images or captions from step {change.step} on (fingerprint {_short(change.now)}, before "
+            f"--data: other images or captions than before (fingerprint {_short(change.now)}, before "
             f"{_short(change.before)})"
         )
-    return f"{option} {_shown(change.now)}: changed from step {change.step} on (before: {_shown(change.before)})"
+    return f"{option} {_shown(change.now)}: changed on request (before: {_shown(change.before)})"
 
 
 def _discard_other_run(
