@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conditioning.tokenizer import fingerprint, load_tokenizer
-from ldm.errors import UserError
+from ldm.errors import RunError, UserError
 from support.runs import (
     COMMON,
     Crash,
@@ -164,6 +164,25 @@ def test_a_changed_run_that_is_cut_equals_one_that_is_not(
     assert losses(two)[-2:] == losses(one)[-2:]
     assert [line["date"] for line in record(two)] == dates
     assert [line | {"date": ""} for line in record(two)] == [line | {"date": ""} for line in record(one)]
+
+
+@pytest.mark.parametrize(
+    "stage", ["clip", pytest.param("vae", marks=pytest.mark.slow), pytest.param("ldm", marks=pytest.mark.slow)]
+)
+def test_the_advice_after_a_divergence_can_be_followed(
+    stage: str, half_done: Callable[[str, Path], Path], shapes: Path, parts: Path, tmp_path: Path
+) -> None:
+    out = half_done(stage, tmp_path / "run")
+    how: dict[str, Any] = {"steps": 40, "checkpoint_every": 40, "log_every": 1, "roll_back_after": 2}
+    config = stage_config(stage, shapes, out, parts, **how, optimizer=replace(LOWER, lr=1e38, warmup=0))
+    with pytest.raises(RunError, match=r"--resume-with-changes and a lower --optimizer\.lr"):
+        train_stage(config, with_changes=True)
+    train_stage(replace(config, steps=6, optimizer=LOWER), with_changes=True)
+    assert [step for step, _ in losses(out)][-2:] == [5, 6]
+    tensors = load_file(out / "checkpoints/step-00000006/state.safetensors")
+    assert all(torch.isfinite(value).all() for value in tensors.values() if value.is_floating_point())
+    (line,) = (line for line in record(out) if line["setting"] == "optimizer.lr")
+    assert (line["step"], line["before"], line["now"]) == (4, 1e-3, 1e-4)
 
 
 @pytest.mark.slow
