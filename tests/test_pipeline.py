@@ -253,7 +253,7 @@ def test_the_scheduler_configuration_is_complete(folder: Path) -> None:
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     assert config["_class_name"] == "DDIMScheduler"
     assert len(config["trained_betas"]) == config["num_train_timesteps"] == 1000
-    assert (config["clip_sample"], config["set_alpha_to_one"], config["steps_offset"]) == (False, False, 1)
+    assert (config["clip_sample"], config["set_alpha_to_one"], config["steps_offset"]) == (False, True, 1)
     assert (config["timestep_spacing"], config["prediction_type"]) == ("trailing", "v_prediction")
 
 

@@ -43,8 +43,8 @@ class Process:
     """Variance of the ddpm sampler's steps."""
     steps_offset: int = 1
     """Number that is added to the timesteps of leading spacing."""
-    set_alpha_to_one: bool = False
-    """Whether ddim ends at t = 0 instead of index 0."""
+    set_alpha_to_one: bool = True
+    """Whether ddim ends at t = 0 instead of index 0, where noise remains in the image (docs/LOG.md, 2026-11-27)."""
 
     def __post_init__(self) -> None:
         if self.spacing not in get_args(Spacing):
