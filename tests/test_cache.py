@@ -32,6 +32,7 @@ from train.data.batches.latent_cache import LatentCache, stored_place
 from train.data.batches.loading import loader
 from train.data.batches.text_cache import TextCache
 from train.data.batches.unreadable import UnreadableCounter
+from train.data.images import decode
 from train.data.images.crop import Framing
 from train.data.images.decode import DamagedImage, load_image, to_tensor
 from train.data.order.permutation import index_at, substitute
@@ -679,6 +680,22 @@ def test_an_image_that_could_not_be_read_is_tried_at_the_next_start(tmp_path, cu
     assert torch.equal(latents.gather(np.array([3]))[0, 0], Encoder()(shown(source, 3)[None])[0][0])
     again = latents_of(tmp_path, source, never)
     assert torch.equal(again.gather(np.arange(30)), latents.gather(np.arange(30)))
+
+
+def test_an_image_of_an_unknown_format_is_tried_when_a_package_reads_it(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, bad=(9,))
+    Image.new("RGB", (16, 16), "red").save(folder / "train/003.png", format="GIF")
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "FORMATS", tuple(name for name in decode.FORMATS if name != "GIF"))
+        assert latents_of(tmp_path, open_source(folder, "train"), Encoder()).damaged.nonzero()[0].tolist() == [3, 9]
+        assert latents_of(tmp_path, open_source(folder, "train"), never).damaged.nonzero()[0].tolist() == [3, 9]
+        noted = stamps(tmp_path)
+        assert latents_of(tmp_path, open_source(folder, "train"), never).damaged[3]
+        assert stamps(tmp_path) == noted
+    encode = Encoder()
+    assert latents_of(tmp_path, open_source(folder, "train"), encode).damaged.nonzero()[0].tolist() == [9]
+    assert encode.rows == 1
+    assert latents_of(tmp_path, open_source(folder, "train"), never).damaged.nonzero()[0].tolist() == [9]
 
 
 def test_a_size_that_could_not_be_read_is_tried_at_the_next_start(tmp_path):

@@ -12,9 +12,10 @@ from PIL import Image
 from ldm.errors import RunError, UserError
 from support.runs import losses, stage_config, train_stage
 from train.config.data import DataConfig
+from train.data.batches import unreadable
 from train.data.batches.images import ImageDataset
 from train.data.batches.loading import loader
-from train.data.batches.unreadable import UnreadableCounter
+from train.data.batches.unreadable import UnreadableCounter, UnreadableReport
 from train.data.images.crop import Framing
 from train.data.sources.splits import open_source
 
@@ -38,6 +39,10 @@ def write_images(folder: Path, bad: int, count: int = 28) -> Path:
             if split == "train" and k < bad:
                 path.write_bytes(path.read_bytes()[:60])
     return folder
+
+
+def listed_in(out: Path) -> list[str]:
+    return [json.loads(line)["file"] for line in (out / "damaged.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("start", [0, 5])
@@ -73,7 +78,7 @@ def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage
     start_stage(stage, data, out, parts, **run | {"steps": 1}, input=HIGHER)
     with pytest.raises(RunError, match=r"of \d+ images can't be read"):
         start_stage(stage, data, out, parts, **run, input=LIMIT)
-    listed = [json.loads(line)["file"] for line in (out / "damaged.jsonl").read_text().splitlines()]
+    listed = listed_in(out)
     assert len(listed) >= 3
     match way:
         case "a higher limit":
@@ -84,6 +89,7 @@ def test_a_run_stopped_by_damage_is_continued(tmp_path: Path, parts: Path, stage
             with pytest.raises(UserError, match="--data: not the same content"):  # another file has another size
                 start_stage(stage, data, out, parts, **run, input=LIMIT)
             start_stage(stage, data, out, parts, **run, input=LIMIT, with_changes=True)
+            assert not listed_in(out)
         case "without the files":
             for name in [f"{k:02d}.png" for k in range(9)]:
                 (data / "train" / name).unlink()
@@ -103,3 +109,23 @@ def test_accepting_a_change_changes_nothing_without_one(tmp_path: Path, parts: P
         start_stage("vae", data, tmp_path / name, parts, steps=4, with_changes=accept)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert "changes" not in (tmp_path / "two/config.yaml").read_text()
+
+
+def test_a_report_lists_only_what_is_still_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_images(tmp_path / "data", bad=4)
+    train, test = (open_source(data, split) for split in ("train", "test"))
+    report = tmp_path / "damaged.jsonl"
+    names = ["00.png", "01.png", "02.png", "gone.png", "left_out.txt"]
+    report.write_text("".join(json.dumps({"file": name, "reason": "?"}) + "\n" for name in names) + '{"fi')
+    train.left_out = (("left_out.txt", "no image"),)
+    UnreadableReport(report, 0.1, print, main=False).remove_repaired((train, test), 10**6)
+    assert "gone.png" in report.read_text()
+    (data / "train/01.png").write_bytes((data / "train/20.png").read_bytes())  # repaired
+    (data / "test/02.png").write_bytes(b"")  # one of the two images of this name is still damaged
+    (data / "train/02.png").write_bytes((data / "train/20.png").read_bytes())
+    UnreadableReport(report, 0.1, print).remove_repaired((train, test), 10**6)
+    assert listed_in(tmp_path) == ["00.png", "02.png", "left_out.txt"]
+    monkeypatch.setattr(unreadable, "_MOST_READ", 2)
+    (data / "test/02.png").write_bytes((data / "train/20.png").read_bytes())
+    UnreadableReport(report, 0.1, print).remove_repaired((train, test), 10**6)
+    assert "02.png" in listed_in(tmp_path)

@@ -172,6 +172,8 @@ def select_images(inputs: Inputs, run: "AnyRun", multiple: int = 1) -> Inputs:
     networks need the sides of images to be a multiple. Raises UserError if no image is left or a setting can't be used.
     """
     config = run.config.input
+    if inputs.stream is None:
+        run.damage.remove_repaired((inputs.source, inputs.held_out), config.max_pixels)
     for note in dict.fromkeys((*inputs.source.notes, *inputs.held_out.notes)):
         run.print(note)
     if left_out := set(inputs.source.left_out) | set(inputs.held_out.left_out):

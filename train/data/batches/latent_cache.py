@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ldm.errors import RunError
 from train.data.batches.buckets import Buckets
 from train.data.images.crop import Framing, Size
-from train.data.images.decode import DamagedImage
+from train.data.images.decode import DamagedImage, UnknownFormat, check_format
 from train.data.sources.splits import Source
 from train.data.store.prefetch import read_ahead
 from train.data.store.row_index import Digests, digest, digests, duplicated, image_keys
@@ -155,10 +155,13 @@ class _Views:
     def content(self, image: int) -> Digests:
         """Return the digest of an image's file, or of the reason why it can't be read, (2,).
 
-        image: index among the members.
+        A file of an unknown format counts as one that can't be read, so that it is tried again when a package for its
+        format is installed. image: index among the members.
         """
         try:
-            return digest(self.source.read(int(self.members[image])))
+            file = self.source.read(int(self.members[image]))
+            check_format(file, "")
+            return digest(file)
         except DamagedImage as error:
             return digest(error.reason.encode())
 
@@ -176,7 +179,8 @@ class _Views:
                     pixels = self.framing.apply(image, self.size, stored_place(name, crop), bool(flip))
                     views.append(_View(pixels, content, ""))
             except DamagedImage as error:
-                content = digest(error.reason.encode()) if content is None else content
+                if content is None or isinstance(error, UnknownFormat):
+                    content = digest(error.reason.encode())
                 views += [_View(empty, content, error.reason) for _ in image_rows]
         return views
 

@@ -6,11 +6,16 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.errors import RunError
 from ldm.files import read_regular
+from train.data.images.decode import DamagedImage, load_image
+from train.data.sources.splits import Source
+from train.data.store.atomic import atomic_file
 from train.data.store.lines import read_lines
 
+_MOST_READ = 1000  # images of a report that are read again when a run starts
 _FEWEST = 100  # with fewer examples, the share of unreadable ones isn't meaningful
 
 
@@ -96,6 +101,25 @@ class UnreadableReport:
     main: bool = True
     """Whether this process lists what sources leave out."""
 
+    def remove_repaired(self, sources: Iterable[Source], max_pixels: int) -> None:
+        """Remove images from the report that can be read now, and those that the dataset no longer has.
+
+        A report of many images stays as it is, because reading them would take long.
+        """
+        listed = _listed(self.path)
+        if not (self.main and 0 < len(listed) <= _MOST_READ):
+            return
+        kept = set[str]()
+        for source in sources:
+            kept |= {name for name, _ in source.left_out}
+            for k, row in enumerate(source):
+                if row.name in listed and not _readable(source, k, max_pixels):
+                    kept.add(row.name)
+        if not listed <= kept:
+            lines = [line for line in read_lines(self.path) if _file_of(line) in kept]
+            with atomic_file(self.path) as file:
+                file.write(b"".join(line + b"\n" for line in lines))
+
     def counter(self, left_out: Iterable[tuple[str, str]], total: int | None = None) -> UnreadableCounter:
         """Return a counter for a source. left_out: (name, reason) of what the source leaves out.
 
@@ -109,8 +133,18 @@ class UnreadableReport:
 
 def _listed(report: Path) -> set[str]:
     """Return the files listed in a report, which may be missing, or incomplete after a crash."""
-    names = set()
-    for line in read_lines(report):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            names.add(json.loads(line)["file"])
-    return names
+    return {_file_of(line) for line in read_lines(report)} - {None}
+
+
+def _file_of(line: bytes) -> Any:
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        return json.loads(line)["file"]
+    return None
+
+
+def _readable(source: Source, k: int, max_pixels: int) -> bool:
+    try:
+        load_image(source.read(k), max_pixels=max_pixels)
+    except (DamagedImage, OSError):
+        return False
+    return True

@@ -61,6 +61,20 @@ class DamagedImage(Exception):
         return f"{self.name}: {self.reason}"
 
 
+class UnknownFormat(DamagedImage):
+    """A file of no format that can be read here; with a package for its format, it may be readable later."""
+
+
+def check_format(content: bytes, name: str) -> None:
+    """Raise UnknownFormat unless a file begins like an image of an accepted format."""
+    try:
+        Image.open(io.BytesIO(content), formats=FORMATS).close()
+    except UnidentifiedImageError:
+        raise UnknownFormat(name, _not_accepted()) from None
+    except Exception:  # a damaged header; Pillow raises nearly every kind of exception
+        return
+
+
 def load_image(
     file: bytes | Path,
     *,
@@ -121,6 +135,10 @@ def to_tensor(
     return (pixels.flip(2) if flip else pixels).float().div_(127.5).sub_(1).contiguous()
 
 
+def _not_accepted() -> str:
+    return f"not an image of an accepted format ({', '.join(FORMATS)})"
+
+
 @contextmanager
 def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[tuple[Image.Image, bytes]]:
     """Open an image within the limit, without decoding it. Errors inside become DamagedImage.
@@ -140,7 +158,7 @@ def _open(file: bytes | Path, name: str, max_pixels: int) -> Iterator[tuple[Imag
     except (DamagedImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DamagedImage(name, f"not an image of an accepted format ({', '.join(FORMATS)})") from None
+        raise UnknownFormat(name, _not_accepted()) from None
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception
         if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
             raise
