@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from ldm.errors import UserError
+from ldm.errors import RunError, UserError
 from support import ROOT
+from support.runs import clip_config, train_stage
 from train.data.batches.unreadable import UnreadableCounter
+from train.engine.checkpoint import load_tree, pack_tree
 from train.engine.metrics import Metrics
 from train.engine.model_card import state_license
 from train.engine.provenance import is_result
@@ -97,3 +102,103 @@ def test_an_edited_card_takes_no_licence(content: bytes, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"write the licence into both files yourself"):
         state_license(tmp_path, "mit")
     assert (tmp_path / "README.md").read_bytes() == content
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of stage 0 with a checkpoint of step 4."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train_stage(clip_config(shapes, out, steps=4, checkpoint_every=4, validate_every=4))
+    return out
+
+
+def commit(checkpoint: Path, change: Callable[[Any], Any]) -> None:
+    """Change a checkpoint's tree, and give the checkpoint a valid manifest."""
+    tree = change(load_tree(checkpoint))
+    for name in ("state.json", "state.safetensors"):
+        (checkpoint / name).unlink()
+    files = pack_tree(tree).write(checkpoint)
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 4, "files": files}))
+
+
+def phase(tree: Any) -> Any:
+    return next(iter(tree["phases"].values()))
+
+
+def first_moments(tree: Any) -> Any:
+    return next(iter(phase(tree)["optimizer"]["state"].values()))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "no mapping": lambda tree: [],
+    "nothing": lambda tree: None,
+    "another shape": lambda tree: phase(tree)["module"].update(logit_scale=torch.zeros(3)),
+    "a surplus weight": lambda tree: phase(tree)["module"].update(extra=torch.zeros(3)),
+    "a missing average": lambda tree: tree["ema"].popitem(),
+    "no phases": lambda tree: tree.update(phases={}),
+    "no optimizer": lambda tree: phase(tree).update(optimizer=None),
+    "moments of another shape": lambda tree: first_moments(tree).update(exp_avg=torch.zeros(2)),
+    "moments in another order": lambda tree: first_moments(tree).update(
+        exp_avg=first_moments(tree)["exp_avg"].mT.contiguous().mT
+    ),
+    "a missing moment": lambda tree: first_moments(tree).pop("exp_avg_sq"),
+    "a step with a shape": lambda tree: first_moments(tree).update(step=torch.zeros(3)),
+    "state of no weight": lambda tree: phase(tree)["optimizer"]["state"].update({99: first_moments(tree)}),
+    "text for a count": lambda tree: tree.update(in_a_row="many"),
+    "no position": lambda tree: tree["examples"].pop("position"),
+    "another position": lambda tree: tree["examples"].update(position="x"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_an_intact_checkpoint_of_something_else_is_refused(
+    change: Callable[[Any], Any], finished: Path, shapes: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+
+    def changed(tree: Any) -> Any:
+        result = change(tree)
+        return result if isinstance(result, list) or change is CHANGES["nothing"] else tree
+
+    commit(out / "checkpoints/step-00000004", changed)
+    with pytest.raises(RunError, match=r"intact, but its content doesn't fit this run .*: restore it") as caught:
+        train_stage(clip_config(shapes, out, steps=5, checkpoint_every=4, validate_every=4))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("about: []", "about: null", "about: 3", "about: {inputs: []}", "about: {inputs: {data: 3}}", "input: []"),
+        *(
+            "about: {earlier_data: 3}",
+            "about: {changes: {}}",
+            "about: {changes: [{step: x}]}",
+            "input: null",
+            "[]",
+            "3",
+        ),
+        *("a: &a [*a]", "about: !!set [1]", "steps: 2001-99-99", "out: [", "\x00"),
+    ],
+)
+def test_an_edited_config_yaml_is_refused(text: str, finished: Path, shapes: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    saved = [line for line in (out / "config.yaml").read_text().splitlines() if not line.startswith(" ")]
+    name = text.partition(":")[0]
+    kept = [line for line in saved if ": " in line and not line.startswith(name)] if ":" in text else []
+    (out / "config.yaml").write_text("\n".join([*kept, text]) + "\n")
+    with pytest.raises(UserError, match=r"config\.yaml|--out") as caught:
+        train_stage(clip_config(shapes, out, steps=5, checkpoint_every=4, validate_every=4))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "damaged.jsonl", ".lock", "checkpoints", "model"])
+def test_a_pipe_in_a_run_is_refused(name: str, finished: Path, shapes: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    if (out / name).is_dir():
+        shutil.rmtree(out / name)
+    else:
+        (out / name).unlink(missing_ok=True)
+    os.mkfifo(out / name)
+    with pytest.raises(UserError, match=f"{name} in it is not a"):
+        train_stage(clip_config(shapes, out, steps=5, checkpoint_every=4, validate_every=4))

@@ -18,7 +18,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ldm.errors import RunError
+from ldm.errors import RunError, UserError, one_line
 from train.data.store.atomic import atomic_folder, plain_errors, recover_all, remove, rename, retire, sweep, write_new
 
 Checksums = dict[str, dict[str, str | int]]  # name of a file → its "sha256" and "size"
@@ -93,6 +93,20 @@ def pack_tree(tree: Any) -> PackedTree:
     # Fused optimizers walk memory in order, unchecked: moments need the same strides as their weights.
     strides = {name: list(torch.empty_like(t, device="meta").stride()) for name, t in tensors.items()}
     return PackedTree({"tree": packed, "strides": strides}, tensors)
+
+
+@contextmanager
+def of_this_run(checkpoint: "LatestCheckpoint") -> Iterator[None]:
+    """Turn the errors of restoring a checkpoint of something else into a RunError."""
+    try:
+        yield
+    except (UserError, RunError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (*_UNREADABLE, ArithmeticError, AssertionError) as error:
+        raise RunError(
+            f"{checkpoint.folder} is intact, but its content doesn't fit this run ({one_line(error, 300)}): restore it "
+            "from a copy, move it away to continue from an earlier one, or choose another --out"
+        ) from error
 
 
 def load_tree(folder: Path) -> Any:

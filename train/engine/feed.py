@@ -51,8 +51,8 @@ class Feed:
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Continue at a step with the result of `state`."""
-        self.first_step, self.first_position = step, state["position"]
-        self.order, self.shift, self.epochs = state["order"], state["shift"], state["epochs"]
+        self.first_step, self.first_position, self.shift = step, int(state["position"]), int(state["shift"])
+        self.order, self.epochs = str(state["order"]), state["epochs"] and int(state["epochs"])
 
     def batches(
         self, dataset: Ordered[Batch] | StreamDataset[Any], start: int, counter: UnreadableCounter | None = None

@@ -74,6 +74,7 @@ class RunFolder:
 
         Raises UserError if the folder contains something other than a run, or if another process has locked it.
         """
+        self._require_kinds()
         new, existed = not self.settings.is_file(), self.path.is_dir()
         if new and existed and not {path.name for path in self.path.iterdir()} <= _FIRST_FILES:
             raise UserError(
@@ -98,6 +99,15 @@ class RunFolder:
                 if new and not self.checkpoints.exists():
                     self._remove(keep_folder=existed)
                 raise
+
+    def _require_kinds(self) -> None:
+        """Raise UserError if a file or folder of the run is something else, e.g. a pipe, which would never end."""
+        for path in (self.path / ".lock", self.settings, self.metrics, self.damaged, self.changes):
+            if path.exists() and not path.is_file():
+                raise UserError(f"--out {str(self)!r}: {path.name} in it is not a regular file; choose another folder")
+        for path in (self.checkpoints, self.samples, self.model, self.tokenizer):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--out {str(self)!r}: {path.name} in it is not a folder; choose another folder")
 
     def _remove(self, *, keep_folder: bool) -> None:
         """Remove what a refused start has written, with the folder unless it was there before."""

@@ -118,7 +118,7 @@ def state_license(folder: Path, license: str) -> None:
         card.data.license = license.lower()  # type: ignore[attr-defined]
         card.text = card.text[: card.text.rindex(_LICENCE)] + f"{_LICENCE}`{license}`\n"
         content["config"]["license"] = license
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, YAMLError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, YAMLError) as error:
         raise UserError(
             f"--license {license}: can't be added, because {page.name} or {provenance.name} in {folder} was changed by "
             f"hand or is damaged ({one_line(error, 200)}); write the licence into both files yourself"

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
+"""Names of the entries of AdamW's and Muon's state of a weight."""
+
 
 def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
     """Return a module's trainable weights as parameter groups; weights of one dimension get no weight decay.
@@ -27,11 +30,27 @@ def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> li
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore an optimizer's state, except its settings, such as betas and weight decay: they may have changed."""
+    """Restore an optimizer's state, except its settings, such as betas and weight decay: they may have changed.
+
+    Raises ValueError for moments that don't fit the weights, because the fused optimizer doesn't check them.
+    """
     settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    for weight, moments in optimizer.state.items():
+        if not isinstance(weight, Tensor) or set(moments) not in _MOMENTS:
+            raise ValueError(f"the optimizer's state has the unknown entries {', '.join(map(str, moments))}")
+        for name, value in moments.items():
+            fits = isinstance(value, Tensor) and _layout(value) == ([] if name == "step" else _layout(weight))
+            if not fits or not value.is_floating_point():
+                raise ValueError(f"the optimizer's {name} doesn't fit a weight of shape {tuple(weight.shape)}")
+
+
+def _layout(value: Tensor) -> list[tuple[int, int]]:
+    """Return size and stride of each dimension, in the memory order of the optimizer's moments for such a weight."""
+    strides = torch.empty_like(value, device="meta").stride()
+    return [(n, stride) for n, stride in zip(value.shape, strides, strict=True) if n > 1]
 
 
 class Muon(torch.optim.AdamW):

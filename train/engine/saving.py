@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.errors import RunError
 from train.engine.changes import examples_of_earlier_code
-from train.engine.checkpoint import Checkpoints, LatestCheckpoint
+from train.engine.checkpoint import Checkpoints, LatestCheckpoint, of_this_run
 from train.engine.trainer import Trainer
 from train.engine.trial import trial
 
@@ -132,11 +132,13 @@ class Saving:
         if checkpoint is None:
             return None
         state = self.checkpoints.load(checkpoint)
-        self.trainer.restore(state, starting=starting)
-        if starting:
-            earlier = examples_of_earlier_code(self.run.folder.settings, checkpoint.step, self.run.config)
-            self.run.feed.restore(checkpoint.step, state.get("examples") or earlier)
-        if state["in_a_row"] or not self.weights_are_finite():
+        with of_this_run(checkpoint):
+            self.trainer.restore(state, starting=starting)
+            if starting:
+                earlier = examples_of_earlier_code(self.run.folder.settings, checkpoint.step, self.run.config)
+                self.run.feed.restore(checkpoint.step, state.get("examples") or earlier)
+            in_streak = int(state["in_a_row"]) > 0
+        if in_streak or not self.weights_are_finite():
             del state
             return self._restore_newest(checkpoint.step, starting=starting) or checkpoint
         return checkpoint

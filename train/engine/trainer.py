@@ -131,6 +131,6 @@ class Trainer:
         if state["scaler"]:  # empty if the precision was another than fp16
             self.scaler.load_state_dict(state["scaler"])
         if starting:
-            self.skipped.total.fill_(state["skipped"])
-            self.skipped.in_a_row.fill_(state["in_a_row"])
-            self.skipped.unchanged.fill_(state["in_a_row"])
+            self.skipped.total.fill_(int(state["skipped"]))
+            self.skipped.in_a_row.fill_(int(state["in_a_row"]))
+            self.skipped.unchanged.fill_(int(state["in_a_row"]))
