@@ -35,6 +35,7 @@ from train.config.run import RunConfig
 from train.config.vae import AdversarialConfig
 from train.data.store import atomic
 from train.data.synthetic.shapes import write_shapes
+from train.engine import settings
 from train.engine.changes import Change, Saved, examples_of_earlier_code, record_changes
 from train.engine.checkpoint import load_tree
 from train.engine.folder import RunFolder
@@ -51,6 +52,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "other settings": {"optimizer": OTHER, "seed": 1, "ema_decay": 0.5, "input": DataConfig(resolution=32, flip=True)},
     "all at once": {"optimizer": LOWER, "batch_size": 4, "accumulation": 2, "data": "more"},
 }
+FAST_FOR_CLIP = ["clip", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("vae", "ldm"))]
 SLOW = ("other settings", "all at once")
 
 
@@ -145,7 +147,7 @@ def test_a_half_done_run_continues_with_a_change_on_request(
         assert kept == own == fingerprint(load_tokenizer(parts / "clip/model"))
 
 
-@pytest.mark.parametrize("stage", ["clip", pytest.param("vae", marks=pytest.mark.slow), "ldm"])
+@pytest.mark.parametrize("stage", FAST_FOR_CLIP)
 def test_a_changed_run_that_is_cut_equals_one_that_is_not(
     stage: str, half_done: Callable[[str, Path], Path], more: Path, parts: Path, tmp_path: Path
 ) -> None:
@@ -166,9 +168,7 @@ def test_a_changed_run_that_is_cut_equals_one_that_is_not(
     assert [line | {"date": ""} for line in record(two)] == [line | {"date": ""} for line in record(one)]
 
 
-@pytest.mark.parametrize(
-    "stage", ["clip", pytest.param("vae", marks=pytest.mark.slow), pytest.param("ldm", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stage", FAST_FOR_CLIP)
 def test_the_advice_after_a_divergence_can_be_followed(
     stage: str, half_done: Callable[[str, Path], Path], shapes: Path, parts: Path, tmp_path: Path
 ) -> None:
@@ -227,7 +227,8 @@ class Folder:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Folder:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    monkeypatch.setattr(settings, "commit", str)  # asks git, which takes time
     return Folder(tmp_path / "run")
 
 
