@@ -1,6 +1,8 @@
 """Models of the configurations that the README names become single files, which diffusers opens."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from support.models import PROMPTS
 from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.load import parse
+from train.config.shipped import shipped
 from train.config.vae import VaeConfig
+from train.engine.provenance import unfinished
 
 LARGE = ("emoji128", "shapes128")
 RECIPES = [
@@ -68,6 +72,26 @@ def test_a_recipes_model_opens_as_a_single_file(recipe: str, tmp_path: Path) -> 
     assert type(theirs.scheduler).__name__ == "DDIMScheduler"
 
 
-def test_the_readme_names_each_recipe() -> None:
-    named = set(re.findall(r"`configs/(\w+)`", (ROOT / "README.md").read_text()))
-    assert named == {folder.name for folder in (ROOT / "configs").iterdir()}
+def test_the_readme_describes_each_recipe() -> None:
+    rows = re.findall(r"\| `configs/(\w+)` \| .* \| (\d+) \| ([\d.]+) M", (ROOT / "README.md").read_text())
+    assert {name for name, _, _ in rows} == {folder.name for folder in (ROOT / "configs").iterdir()}
+    for name, side, millions in rows:
+        if f"{name}/clip" not in shipped("clip"):
+            continue  # the parts come from Stable Diffusion
+        config, width = parse(LdmConfig, [f"{name}/ldm"]), parse(ClipConfig, [f"{name}/clip"]).text.width
+        channels = parse(VaeConfig, [f"{name}/vae"]).model.latent_channels
+        with torch.device("meta"):
+            unet = config.unet.build(latent_channels=channels, latent_size=8, text_width=width)
+        count = sum(weight.numel() for weight in unet.parameters()) / 1e6
+        assert (int(side), float(millions)) == (config.input.resolution, float(f"{count:.{3 if count > 100 else 2}g}"))
+
+
+def test_a_run_on_unfinished_parts_warns(parts: Path, tmp_path: Path) -> None:
+    assert unfinished("--vae", str(parts / "vae")) == unfinished("--vae", "owner/name") == unfinished("--vae", "") == []
+    shutil.copytree(parts / "vae/model", tmp_path / "vae/model")
+    about = json.loads((parts / "vae/model/training.json").read_text())
+    for change, lines in (({"step": 3, "final": False}, 1), ({"final": None}, 0), ({"config": 3, "final": False}, 0)):
+        (tmp_path / "vae/model/training.json").write_text(json.dumps(about | change))
+        assert len(unfinished("--vae", str(tmp_path / "vae/model"))) == lines
+    (tmp_path / "vae/model/training.json").write_text("[")
+    assert not unfinished("--vae", str(tmp_path / "vae/model"))

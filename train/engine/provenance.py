@@ -12,6 +12,7 @@ from typing import Any
 
 from ldm import __version__
 from ldm.files import read_json
+from ldm.formats.hub import model_folder
 from train.config.resumable import published
 from train.config.run import RunConfig
 
@@ -44,6 +45,21 @@ def is_result(folder: Path, step: int) -> bool:
     except (OSError, ValueError):
         return False
     return about.get("final") is True and about.get("step") == step
+
+
+def unfinished(option: str, folder_or_id: str) -> list[str]:
+    """Return a line if a model was exported by a run that hadn't finished. Other models, and hub ids, give none."""
+    try:
+        about = read_json(Path(model_folder(folder_or_id)) / _FILE)
+        step, steps = int(about["step"]), int(about["config"]["steps"])
+        if about["final"] is not False or step >= steps:
+            return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return [
+        f"warning: {option} {folder_or_id} was written at step {step:,} of {steps:,}, before its run finished: finish "
+        "that run first for better results; a model that is trained now fits these weights only"
+    ]
 
 
 def redacted(place: str) -> str:

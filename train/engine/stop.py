@@ -21,7 +21,8 @@ class Stop:
         self.signal = number
         self._restore()
         print(
-            f"\n{signal.Signals(number).name} received: training will save a checkpoint after this step and stop",
+            f"\n{signal.Signals(number).name} received: training will save a checkpoint and the model after this step, "
+            "and stop; again: stop at once",
             flush=True,
         )
 

@@ -27,6 +27,7 @@ from train.engine.loop import fit
 from train.engine.model_card import About
 from train.engine.open_data import open_inputs, select_images
 from train.engine.precision import autocast
+from train.engine.provenance import unfinished
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase
@@ -182,8 +183,9 @@ def train(
         )
     digests = {"data": inputs.fingerprint, **components.digests}
     with open_run(config, accelerator, digests, components.attention, with_changes=with_changes) as run:
-        for change in components.changes:
-            run.print(change)
+        parts = {"--vae": config.vae, "--text-encoder": config.text_encoder, "--init": config.init}
+        for line in (*(line for part in parts.items() for line in unfinished(*part)), *components.changes):
+            run.print(line)
         inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)
         stage = LdmStage(run, components, inputs, *open_examples(run, components, inputs), terms)
         fit(run, stage, publisher(run, stage), hooks)
