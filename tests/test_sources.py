@@ -632,3 +632,63 @@ def test_shrinking_does_not_alias():
     found = to_tensor(Image.fromarray(np.tile(wave, (256, 1))).convert("RGB"), 32)[0, 16].numpy()
     expected = 100 / 127.5 * np.sin(2 * np.pi * 2 * (np.arange(32) + 0.5) / 32)
     assert np.abs(found - expected)[2:-2].max() < 0.02
+
+
+# -- folders that this project has written --
+
+
+OUTPUTS = {
+    "run": (
+        "config.yaml",
+        "metrics.jsonl",
+        ".lock",
+        "samples/step-00000010.png",
+        "checkpoints/step-00000010/state.json",
+    ),
+    "report of data": ("report.json", "contact_sheet.png", "duplicates.jsonl"),
+    "report of a model": ("report.json", "samples.png"),
+    "report of an autoencoder": ("report.json", "reconstructions.png"),
+}
+
+
+def output(folder: Path, kind: str) -> None:
+    for name in OUTPUTS[kind]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image(path) if path.suffix == ".png" else path.write_text("{}")
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("form", ["captions", "no captions", "classes", "metadata", "a link"])
+def test_outputs_inside_the_data_are_not_read(tmp_path: Path, kind: str, form: str) -> None:
+    """Else, with --data X --out X/runs/a, the samples of a run would be images of the next."""
+    data, columns = tmp_path / "data", Columns(captioned=False)
+    for k in range(4):
+        image(data / f"cats/{k}.png").with_suffix(".txt").write_text(f"cat {k}")
+    match form:
+        case "no captions":
+            for path in data.rglob("*.txt"):
+                path.unlink()
+        case "classes":
+            columns = Columns(template="a photo of {}")
+        case "metadata":
+            metadata(data, [{"file_name": f"cats/{k}.png", "text": "cat"} for k in range(4)])
+        case "a link":
+            columns = Columns(follow_links=True)
+    before = open_source(str(data), "train", columns)
+    output(data / "runs/a", kind)
+    output(data / "b", kind)
+    if form == "a link":
+        output(tmp_path / "elsewhere", kind)
+        (data / "linked").symlink_to(tmp_path / "elsewhere")
+    after = open_source(str(data), "train", columns)
+    assert [row.name for row in after.catalogue] == [f"cats/{k}.png" for k in range(4)]
+    assert after.fingerprint == before.fingerprint
+    assert any("with a run or a report of this project" in note for note in after.notes)
+
+
+def test_the_samples_of_a_run_can_be_the_data(tmp_path: Path) -> None:
+    output(tmp_path / "a", "run")
+    for data in (tmp_path / "a", tmp_path / "a/samples"):
+        assert len(find_splits(str(data), Columns(captioned=False))[""]()) == 1
+    assert len(find_splits(str(tmp_path), Columns(captioned=False, reading=1))[""]()) == 1  # as before

@@ -20,6 +20,13 @@ _REMEDIES = {
     **dict.fromkeys((".svg", ".svgz"), "convert them to PNG"),
 }
 _ABOUT = ("readme", "license", "licence", ".md")  # files about the dataset, not in it
+_OUTPUTS = (  # files of a run or report
+    ("config.yaml", "metrics.jsonl"),
+    ("config.yaml", "checkpoints"),
+    ("report.json", "samples.png"),
+    ("report.json", "contact_sheet.png"),
+    ("report.json", "reconstructions.png"),
+)
 _MOST_KINDS = 8  # kinds of files that a note lists
 
 Stat = tuple[int, int]
@@ -37,7 +44,9 @@ class Files:
     def __init__(self, folder: Path, columns: Columns, root: Path | None = None) -> None:
         """root: folder of the dataset, if this is the folder of a split."""
         self.folder, self.columns, self.root = folder, columns, root or folder
-        self.found = dict(scan(folder, columns))
+        self.outputs: list[str] = []
+        """Folders that this project has written, which aren't read."""
+        self.found = dict(scan(folder, columns, self.outputs))
         self.outside: dict[str, str] = {}
         """Real paths of the files outside the folder that are read, by name."""
 
@@ -138,6 +147,11 @@ class Files:
             name, real = next(iter(self.outside.items()))
             count = f"{len(self.outside):,} file{'s' * (len(self.outside) > 1)}"
             lines.append(f"--input.follow-links: reads {count} outside {self.folder}, e.g. {name[-80:]!r} is {real!r}")
+        if self.outputs:
+            lines.append(
+                f"left out: {len(self.outputs):,} folder{'s' * (len(self.outputs) > 1)} in {self.folder} with a run or "
+                f"a report of this project, e.g. {min(self.outputs)!r}"
+            )
         known = set(read)
         unread = [
             name
@@ -166,10 +180,11 @@ def outside_message(link: Path, what: str, folder: Path) -> str:
     )
 
 
-def scan(folder: Path, columns: Columns) -> Iterator[tuple[str, Stat | None]]:
+def scan(folder: Path, columns: Columns, outputs: list[str] | None = None) -> Iterator[tuple[str, Stat | None]]:
     """Yield (name, (size, changed_ns)) for each file in the folder that isn't hidden, and (name, None) for each link.
 
-    Links to folders are followed only with follow_links, each folder once.
+    Links to folders are followed only with follow_links, each folder once. Subfolders that this project has written,
+    as with `--data X --out X/runs/a`, are left out and added to `outputs`: their images are no part of the dataset.
     """
     pending, visited = [""], set[str]()
     while pending:
@@ -179,6 +194,10 @@ def scan(folder: Path, columns: Columns) -> Iterator[tuple[str, Stat | None]]:
             if real in visited:
                 continue
             visited.add(real)
+        if under and columns.reading > 1 and _is_output(folder / under):
+            if outputs is not None:
+                outputs.append(under.rstrip("/"))
+            continue
         with os.scandir(folder / under) as entries:
             for entry in entries:
                 if ignored(entry.name, columns.reading):
@@ -190,6 +209,11 @@ def scan(folder: Path, columns: Columns) -> Iterator[tuple[str, Stat | None]]:
                 elif entry.is_file():
                     info = entry.stat()
                     yield under + entry.name, (info.st_size, info.st_ctime_ns)
+
+
+def _is_output(folder: Path) -> bool:
+    """Return whether a folder contains a run or a report of this project."""
+    return any(all(os.path.lexists(folder / name) for name in names) for names in _OUTPUTS)
 
 
 def by_kind(names: Iterable[str]) -> str:
