@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -46,12 +47,13 @@ def load_module(path: Path) -> ModuleType:
 
 def run_script(script: str, *arguments: object) -> Ended:
     """Run scripts/`script`.py in this process, which has loaded the libraries already."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, interrupt = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # commands set their own
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    signal.signal(signal.SIGINT, interrupt)
     return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 

@@ -15,12 +15,13 @@ from train.data.batches.draws import PosteriorNoise
 from train.data.batches.images import ImageDataset
 from train.data.batches.records import ImageBatch
 from train.data.order.permutation import choose
+from train.data.store.atomic import write_text
 from train.data.synthetic.shapes import prompts
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.diffusion import alignment, bits_per_dimension, generate
-from train.evaluation.sheets import in_rows, sheet
+from train.evaluation.sheets import in_rows, save_sheet, sheet
 
 
 def evaluate(o: EvaluateOptions) -> dict[str, Any]:
@@ -71,6 +72,6 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     report["damaged"] = [list(pair) for pair in sorted(damaged)]
     report["settings"] = sampling | {"model": o.model, "data": o.data, "split": o.split, "images": count}
     report["versions"] = versions()
-    sheet(in_rows(images, 8), captions).save(folder / "samples.png")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save_sheet(sheet(in_rows(images, 8), captions), folder / "samples.png")
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     return report

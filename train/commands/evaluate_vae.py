@@ -15,11 +15,12 @@ from train.config.reports import EvaluateVaeOptions
 from train.config.vae import PerceptualConfig
 from train.data.batches.draws import PosteriorNoise
 from train.data.batches.images import ImageDataset
+from train.data.store.atomic import write_text
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.autoencoder import LAGS, LatentHealth, LatentSums, measure_reconstruction
 from train.evaluation.features import load_features
-from train.evaluation.sheets import reconstruction_sheet
+from train.evaluation.sheets import reconstruction_sheet, save_sheet
 
 
 def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
@@ -75,9 +76,9 @@ def evaluate(o: EvaluateVaeOptions) -> dict[str, Any]:
         "damaged": [list(pair) for pair in sorted(damaged)],
         "versions": versions(),
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     shown = images.__getitems__(range(min(8, count, o.batch_size))).pixels
-    reconstruction_sheet(autoencoder, shown).save(folder / "reconstructions.png")
+    save_sheet(reconstruction_sheet(autoencoder, shown), folder / "reconstructions.png")
     return report
 
 

@@ -25,6 +25,7 @@ from train.config.generation import GenerateOptions, ModelOptions
 from train.config.load import overlay, validate
 from train.data.images.decode import DamagedImage, load_image
 from train.engine.precision import DTYPES
+from train.evaluation.sheets import save_sheet
 
 _UNSAVED = {  # options that aren't saved with an image
     *("out", "prompts", "num_images", "batch_size", "device", "offload", "slice", "grid", "preview", "like"),
@@ -291,7 +292,8 @@ class ImageGenerator:
         previews = pipe.preview(tensors["denoised"])
         folder = Path(self.o.out)
         folder.mkdir(parents=True, exist_ok=True)
-        image_grid([i.resize((i.width * factor, i.height * factor)) for i in previews]).save(folder / _PREVIEW)
+        grid = image_grid([i.resize((i.width * factor, i.height * factor)) for i in previews])
+        save_sheet(grid, folder / _PREVIEW)
 
 
 def image_grid(images: Sequence[Image.Image]) -> Image.Image:

@@ -25,9 +25,10 @@ from train.commands.inspect_data import (
 from train.commands.inspect_report import advice
 from train.commands.main import require_at_least, require_folder
 from train.config.reports import InspectOptions, TokenizerOptions
+from train.data.store.atomic import write_text
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
-from train.evaluation.sheets import in_rows, sheet, to_uint8
+from train.evaluation.sheets import in_rows, save_sheet, sheet, to_uint8
 
 _SHOWN, _COLUMNS, _SIDE = 48, 8, 128  # images, columns and side in pixels of the contact sheet
 
@@ -65,12 +66,12 @@ def inspect(o: InspectOptions, config: str = "") -> Report:
         "duplicates": {kind: duplicate_report(groups) for kind, groups in duplicates.items()},
     }
     report |= {"advice": advice(report), "settings": asdict(o), "versions": versions()}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_lines(folder / "damaged.jsonl", [{"file": f, "reason": reason} for f, reason in (*left_out, *images.damaged)])
     write_lines(
         folder / "duplicates.jsonl", [{"same": kind} | group for kind, groups in duplicates.items() for group in groups]
     )
-    contact_sheet(images).save(folder / "contact_sheet.png")
+    save_sheet(contact_sheet(images), folder / "contact_sheet.png")
     return report
 
 
@@ -99,4 +100,4 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Write one JSON object per line. If there are none, delete the file."""
     path.unlink(missing_ok=True)
     if lines:
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,8 +1,8 @@
 """The shared part of all commands: turn exceptions into one line and an exit status, and select the device."""
 
-import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,17 +26,6 @@ _SMALLEST_TILE = 4  # latents; smaller ones have no overlap, and there are too m
 _SAVE_MEMORY = (
     "lower --batch-size; in training, a larger --accumulation also helps; in generation, --tile or smaller images"
 )
-_EXPECTED_ERRNOS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-)
 
 
 def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
@@ -59,6 +48,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
     warnings.filterwarnings("ignore", module="huggingface_hub")  # its warnings are about calls by other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     _quieten()
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except UserError as error:
@@ -80,12 +70,22 @@ def _run(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails again when it flushes at exit
         _exit(1, "the output was closed before all of it was written")
     except OSError as error:
-        if error.errno not in _EXPECTED_ERRNOS:
-            raise
-        _exit(1, f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} while writing")
+        _exit(1, f"{error.strerror}: {error.filename}" if error.filename and error.strerror else error)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what remains takes seconds at most
         _exit(130, "interrupted")
     raise SystemExit(0)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Handle a first Control-C by ending with a clean-up, and a second one by ending at once."""
+
+    def end(*_: object) -> NoReturn:
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    raise KeyboardInterrupt
 
 
 def _quieten() -> None:

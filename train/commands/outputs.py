@@ -12,6 +12,7 @@ from PIL import Image
 from ldm.files import open_regular
 from ldm.formats.png import png_bytes, read_png
 from ldm.kinds import Spacing
+from train.data.store.atomic import atomic_file, plain_errors
 
 MODELS = ("model", "weak_model")
 """Settings that are paths of models."""
@@ -79,11 +80,12 @@ def write_file(
             file = path.open("xb")  # fails if the file exists, also if another process makes it at this moment
         except FileExistsError:
             if key_of(path) == key:
-                path.write_bytes(content)
+                with atomic_file(path) as replacement:
+                    replacement.write(content)
                 return path
             continue
         try:
-            with file:
+            with plain_errors(path), file:
                 file.write(content)
         except BaseException:
             path.unlink()

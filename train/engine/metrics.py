@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from train.data.store.atomic import atomic_file
+from train.data.store.atomic import atomic_file, plain_errors
 from train.data.store.lines import read_lines
 
 
@@ -26,7 +26,7 @@ class Metrics:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line to the file, and send the metrics to the trackers."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with plain_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
             self.accelerator.log(dict(metrics), step=step)
 

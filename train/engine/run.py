@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from train.config.run import RunConfig
 from train.data.batches.unreadable import UnreadableReport
+from train.data.store.atomic import clean_up
 from train.data.store.shards import Processes
 from train.engine.console import Console
 from train.engine.device import describe
@@ -75,6 +76,8 @@ def open_run(
     )
     with folder.locked() if main else nullcontext():
         if main:
+            for written in (folder.path, folder.checkpoints, folder.samples):
+                clean_up(written)
             config = write_settings(folder, config, inputs, with_changes=with_changes, print=console)
             # A tracker whose package is missing should fail now, not at the first log.
             accelerator.init_trackers(folder.name)

@@ -3,6 +3,7 @@
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.model import Autoencoder
+from train.data.store.atomic import atomic_file
 from train.evaluation.features import eight_bits
 from train.evaluation.fonts import Fonts
 
@@ -53,6 +55,12 @@ def wrap(text: str, width: int) -> list[str]:
     text = unicodedata.normalize("NFC", text.encode(errors="replace").decode())
     wide = "".join(c + filler if unicodedata.east_asian_width(c) in "WF" else c for c in text)
     return [line.replace(filler, "") for line in textwrap.wrap(wide, width)]
+
+
+def save_sheet(image: Image.Image, path: Path) -> None:
+    """Write a PNG, completely or not at all. Raises RunError for a full disk."""
+    with atomic_file(path) as file:
+        image.save(file, "PNG")
 
 
 def reconstruction_sheet(autoencoder: Autoencoder, pixels: Tensor) -> Image.Image:

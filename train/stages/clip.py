@@ -26,7 +26,7 @@ from train.engine.open_data import open_inputs, select_images
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase, StepOutput
-from train.evaluation.sheets import in_rows, sheet, to_uint8
+from train.evaluation.sheets import in_rows, save_sheet, sheet, to_uint8
 from train.stages.caption_warnings import TruncatedCaptions
 from train.stages.cards import about_clip
 
@@ -118,7 +118,7 @@ class ClipStage:
         nearest = (nn.functional.normalize(image[:16], dim=-1) @ nn.functional.normalize(text, dim=-1).T).argmax(1)
         captions = [c for batch in raw for c in batch.captions]
         images = to_uint8(torch.cat([batch.pixels for batch in raw])[:16])
-        sheet(in_rows(list(images), 4), [captions[k] for k in nearest.tolist()]).save(path)
+        save_sheet(sheet(in_rows(list(images), 4), [captions[k] for k in nearest.tolist()]), path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         if self.run.main:

@@ -32,7 +32,7 @@ from train.engine.publish import publisher
 from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase
 from train.evaluation.diffusion import generate
-from train.evaluation.sheets import in_rows, sheet, to_uint8
+from train.evaluation.sheets import in_rows, save_sheet, sheet, to_uint8
 from train.stages.caption_warnings import TruncatedCaptions
 from train.stages.cards import about_ldm
 from train.stages.ldm_data import Examples, open_examples
@@ -115,7 +115,7 @@ class LdmStage:
     def sheet(self, path: Path) -> None:
         config = self.config
         if config.task == "inpaint":
-            self._inpainted().save(path)
+            save_sheet(self._inpainted(), path)
             return
         held_out = self.inputs.held_out
         shown = choose(_SHEET, len(held_out), config.seed)
@@ -127,7 +127,7 @@ class LdmStage:
             guidance_scale=config.guidance_scale,
             seed=config.seed,
         )
-        sheet(in_rows(list(images), 4), prompts).save(path)
+        save_sheet(sheet(in_rows(list(images), 4), prompts), path)
 
     def _inpainted(self) -> Image.Image:
         """Return a sheet of held-out images whose masked area is grey, each beside its inpainted version."""

@@ -38,7 +38,7 @@ from train.engine.run import Run, open_run
 from train.engine.stage import Hooks, Phase
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.features import load_features
-from train.evaluation.sheets import reconstruction_sheet
+from train.evaluation.sheets import reconstruction_sheet, save_sheet
 from train.stages.cards import about_vae
 from train.stages.terms import Term
 from train.stages.vae_step import AutoencoderLoss, DiscriminatorLoss, Reconstruction, VaeBatch
@@ -193,7 +193,7 @@ class VaeStage:
 
     def sheet(self, path: Path) -> None:
         images = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))
-        reconstruction_sheet(Autoencoder(self.ema.module), images.pixels).save(path)
+        save_sheet(reconstruction_sheet(Autoencoder(self.ema.module), images.pixels), path)
 
     def export(self, folder: Path, *, final: bool) -> dict[str, float]:
         """Export the averaged weights and preview colours.

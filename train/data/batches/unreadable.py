@@ -10,9 +10,13 @@ from typing import Any
 
 from ldm.errors import RunError
 from ldm.files import read_regular
+<<<<<<< HEAD
 from train.data.images.decode import DamagedImage, load_image
 from train.data.sources.splits import Source
 from train.data.store.atomic import atomic_file
+=======
+from train.data.store.atomic import plain_errors
+>>>>>>> 00a9302 (A full disk and two interrupts end every command with one line; leftovers of killed starts are removed)
 from train.data.store.lines import read_lines
 
 _MOST_READ = 1000  # images of a report that are read again when a run starts
@@ -86,7 +90,8 @@ class UnreadableCounter:
         lines = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in new.items())
         self.report.parent.mkdir(parents=True, exist_ok=True)
         incomplete = self.report.is_file() and read_regular(self.report, 2**31)[-1:] not in (b"", b"\n")  # a crash
-        with open(self.report, "ab") as file:  # in one write, so that processes don't mix their lines
+        with plain_errors(self.report), open(self.report, "ab") as file:
+            # In one write, so that processes don't mix their lines.
             file.write(("\n" * incomplete + lines).encode())
 
 

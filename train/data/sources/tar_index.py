@@ -182,7 +182,7 @@ def open_index(folder: Path, paths: Sequence[str], read: Read) -> TarIndex:
         try:
             _build(folder, parts, read)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise RunError(
                     f"disk full while writing the index {folder}: free some space, "
                     "or set XDG_CACHE_HOME to a folder on another disk"

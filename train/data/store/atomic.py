@@ -9,6 +9,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.errors import RunError, UserError
+
+_FULL = re.compile(r"No space left|^\d+ requested and \d+ written$")  # NumPy's message has no errno
 
 
 def _do(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -43,6 +46,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
@@ -79,14 +88,15 @@ def atomic_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
 def new_folder(final: Path) -> Iterator[Path]:
     """Create a folder for writing that becomes `final`, which must be missing or empty. There is no fsync.
 
-    For many files that are easily made again. Raises UserError if the folder can't be created.
+    For many files that are easily made again. Raises UserError if the folder can't be created, and RunError with one
+    line for a full disk and for any other OSError.
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-")
     except OSError as error:
         raise UserError(f"can't create a folder in {final.parent}: {error.strerror}") from error
-    with temporary as folder:
+    with temporary as folder, plain_errors(final):
         content = Path(folder, "content")
         content.mkdir()
         yield content
@@ -130,6 +140,12 @@ def recover_all(folder: Path, pattern: str) -> None:
     """Call `recover` for all matching names in a folder."""
     for aside in folder.glob(f".old-{pattern}"):
         recover(folder / aside.name.removeprefix(".old-"))
+
+
+def clean_up(folder: Path) -> None:
+    """Complete or remove what killed processes left in a folder that no other process writes to."""
+    recover_all(folder, "*")
+    sweep(folder, "*")
 
 
 def sweep(folder: Path, pattern: str) -> None:
@@ -177,11 +193,11 @@ def plain_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries in Rust raise their own types, with the system's message
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
             need = "" if needed is None else f"{needed / 1e6:.1f} MB needed, "
-            free = shutil.disk_usage(path.parent).free / 1e6
+            free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free / 1e6
             raise RunError(f"disk full while writing {path}: {need}{free:.1f} MB free") from error
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) or "(os error " in str(error):
             raise RunError(f"{path} can't be written: {error}") from error
         raise
 
