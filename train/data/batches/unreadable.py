@@ -10,13 +10,9 @@ from typing import Any
 
 from ldm.errors import RunError
 from ldm.files import read_regular
-<<<<<<< HEAD
 from train.data.images.decode import DamagedImage, load_image
 from train.data.sources.splits import Source
-from train.data.store.atomic import atomic_file
-=======
-from train.data.store.atomic import plain_errors
->>>>>>> 00a9302 (A full disk and two interrupts end every command with one line; leftovers of killed starts are removed)
+from train.data.store.atomic import atomic_file, plain_errors
 from train.data.store.lines import read_lines
 
 _MOST_READ = 1000  # images of a report that are read again when a run starts
