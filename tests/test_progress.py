@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train.engine.estimate
 from ldm.errors import UserError
 from support import ROOT
-from support.commands import run_script
+from support.commands import run_command, run_script
 from support.runs import Crash, Start, clip_config, final_state, losses, train_stage, vae_config
 from train.commands.next_command import next_command
 from train.config.clip import ClipConfig
@@ -159,6 +159,18 @@ def test_settings_of_the_launcher_with_effect_are_not_reported(
     environment: dict[str, str], processes: int, gpus: int
 ) -> None:
     assert launcher_warnings(ClipConfig(), processes, gpus, environment) == []
+
+
+@pytest.mark.slow
+def test_accelerate_launch_itself_is_answered(shapes: Path, tmp_path: Path) -> None:
+    launch = "-m accelerate.commands.launch --num_processes 2 --cpu --mixed_precision bf16 scripts/train_clip.py"
+    small = "--text.width 32 --text.layers 1 --text.heads 2 --image.width 32 --image.layers 1 --image.heads 2"
+    how = f"configs/shapes/clip.yaml --data {shapes} --out {tmp_path / 'run'} --steps 1 --batch-size 8 {small}"
+    ended = run_command(*f"{launch} {how}".split())
+    assert ended.status == 0, ended.err
+    assert "mixed precision bf16 has no effect: the run uses --precision fp32" in ended.out
+    assert "was given several processes but started one: on a CPU it needs MPI; use torchrun" in ended.out
+    assert "device cpu (1 threads), 1 process, precision fp32" in ended.out
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
