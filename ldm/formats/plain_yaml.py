@@ -21,7 +21,7 @@ _INVALID = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects deep nesting, duplicate keys, huge integers and NUL characters."""
+    """YAML loader that rejects deep nesting, duplicate keys and huge integers."""
 
     depth = 0
 
@@ -46,8 +46,6 @@ class _Loader(yaml.SafeLoader):
             raise self._refused(node, f"isn't a valid {node.tag.rpartition(':')[2]}") from None
         if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
             raise self._refused(node, "is too large an integer")
-        if isinstance(value, str) and "\0" in value:
-            raise self._refused(node, "contains a NUL character")
         return value
 
     def _refused(self, node: yaml.Node, reason: str) -> yaml.YAMLError:

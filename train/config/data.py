@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ldm.formats import MAX_PIXELS
-from train.config.limits import LONGEST_SIDE, MOST_EXAMPLES
+from train.config.limits import LONGEST_SIDE, MOST_EXAMPLES, PathText
 from train.config.optimizer import strict
 from train.config.resumable import ON_REQUEST, Resumable
 from train.data.images import Crop
@@ -48,7 +48,7 @@ class SourceConfig:
     repeats: Annotated[str, ON_REQUEST] = ""
     """Column (in tars: key of the .json) with the number of times that each image appears in an epoch of training.
     Or `folders`: the number before the first _ in the name of the image's folder, e.g. 10_cat. Empty: once each."""
-    duplicates: Annotated[str, Resumable(location=True, on_request=True)] = ""
+    duplicates: Annotated[PathText, Resumable(location=True, on_request=True)] = ""
     """File duplicates.jsonl of inspect_data.py, whose copies are left out (see `copies`); empty: copies are kept."""
     copies: Annotated[Literal["held_out", "one_side", "all"], ON_REQUEST] = "held_out"
     """What to do with copies: `held_out` leaves out held-out images that are also trained on, `one_side` trains on them

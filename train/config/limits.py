@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 MOST_STEPS = 10**10
 MOST_EXAMPLES = 10**6
@@ -23,6 +23,16 @@ Number = Annotated[int, Field(le=MOST_EXAMPLES)]
 """Number of examples, prompts or images; each command checks its own smallest number."""
 Side = Annotated[int, Field(le=LONGEST_SIDE)]
 """Side of an image in pixels; each command checks its own smallest number."""
+
+
+def _without_nul(path: str) -> str:
+    if "\0" in path:
+        raise ValueError(f"{path[:80]!r} contains a NUL character, which no path can")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_without_nul)]
+"""Path of a file or folder, or name of a repository."""
 
 
 def require_possible(parameters: Iterable[int], fields: str) -> None:

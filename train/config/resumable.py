@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, NamedTuple
 
+from train.config.limits import PathText
 from train.config.load import plain
 
 
@@ -29,7 +30,7 @@ class Fixed:
 
 
 ON_REQUEST = Resumable(on_request=True)
-Location = Annotated[str, Resumable(location=True)]
+Location = Annotated[PathText, Resumable(location=True)]
 
 
 class Difference(NamedTuple):

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from train.config.data import DataConfig
-from train.config.limits import MOST_EXAMPLES, MOST_STEPS, MOST_WORKERS
+from train.config.limits import MOST_EXAMPLES, MOST_STEPS, MOST_WORKERS, PathText
 from train.config.optimizer import OptimizerConfig, strict
 from train.config.resumable import ON_REQUEST, Location, Resumable
 
@@ -55,7 +55,7 @@ class RunConfig:
     precision: Annotated[Precision, ON_REQUEST] = "fp32"
     """Number format of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
     # New latents differ from cached ones in their last bits, so turning the cache off or on is a change.
-    cache: Annotated[str, Resumable(location=True, on_request_only="off")] = ""
+    cache: Annotated[PathText, Resumable(location=True, on_request_only="off")] = ""
     """Folder for results that are computed from the data only once, such as latents and text features.
     Empty: folder `cache` beside the run's folder.
     `off`: no cache; stage 2 encodes images and captions again in each step."""
