@@ -14,6 +14,7 @@ import train.engine.trainer
 from autoencoder.losses import adaptive_weight
 from autoencoder.model import Autoencoder, fold, latent_statistics, measure
 from autoencoder.preview import fit_colours
+from autoencoder.tiling import Tiles
 from ldm.editing import slerp
 from ldm.float64 import double, float64_device
 from ldm.timesteps import Importance, LogitNormal
@@ -107,6 +108,31 @@ def test_features_and_the_bound_are_measured() -> None:
     with mps():
         found = distance(features.to("mps")), bits_per_dimension(pipe.to("mps"), batch, strata=2)[0]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "inpaint", "tiles", "inverted"])
+def test_images_are_those_of_the_cpu(kind: str) -> None:
+    pipe = tiny_pipeline()
+    inputs: dict[str, Any] = {"image": PIXELS[:1] / 2 + 0.5} if kind in ("image", "inpaint") else {}
+    if kind == "inpaint":
+        inputs["mask_image"] = torch.ones(1, 1, 32, 32)
+        inputs["mask_image"][..., :16] = 0
+    if kind == "tiles":
+        pipe.enable_vae_tiling(Tiles(12, 4))
+
+    def generated() -> Tensor:
+        if kind == "inverted":
+            latents = torch.linspace(-1, 1, 4 * 16 * 16).view(1, 4, 16, 16)
+            return pipe.invert(latents, PROMPTS[0], num_inference_steps=2).cpu()
+        sampler = "dpmpp_2m_sde" if kind == "text" else "ddim"
+        how = {"num_inference_steps": 3, "sampler": sampler, "output_type": "pt"}
+        generator = torch.Generator().manual_seed(0)
+        return torch.as_tensor(pipe(PROMPTS[0], generator=generator, **inputs, **how).images.cpu())
+
+    expected = generated()
+    with mps():
+        pipe.to("mps")
+        torch.testing.assert_close(generated(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("cuda", "apple", "chosen"), [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
