@@ -155,7 +155,7 @@ def test_networks_compute_in_the_precision(
 def _noting(forward: Callable[..., Tensor], dtypes: dict[str, set[torch.dtype]]) -> Callable[..., Tensor]:
     def noting(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         made = forward(layer, *args, **kwargs)
-        if layer.weight.requires_grad:  # a trained network's
+        if layer.weight.requires_grad and torch.is_grad_enabled():  # a trained network's
             dtypes["made"].add(made.dtype)
             dtypes["weights"].add(layer.weight.dtype)
         return made
