@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ldm.errors import RunError
 from ldm.files import read_regular
@@ -134,13 +133,15 @@ class UnreadableReport:
 
 def _listed(report: Path) -> set[str]:
     """Return the files listed in a report, which may be missing, or incomplete after a crash."""
-    return {_file_of(line) for line in read_lines(report)} - {None}
+    return {_file_of(line) for line in read_lines(report)} - {""}
 
 
-def _file_of(line: bytes) -> Any:
+def _file_of(line: bytes) -> str:
+    """Return the file of a line; "" if it isn't a line of ours."""
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        return json.loads(line)["file"]
-    return None
+        if isinstance(name := json.loads(line)["file"], str):
+            return name
+    return ""
 
 
 def _readable(source: Source, k: int, max_pixels: int) -> bool:
