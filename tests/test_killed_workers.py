@@ -4,9 +4,11 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldm.errors import RunError
@@ -53,6 +55,35 @@ def test_a_killed_worker_is_an_error_in_one_line(
     assert read == [[k] for k in range(len(read))]
     assert len(read) <= 5  # what it had not handed over is lost
     assert signal.getsignal(signal.SIGCHLD) == handler  # torch's would raise an error anywhere in a step
+
+
+@dataclass(frozen=True)
+class Record:
+    """A batch of tensors at several depths."""
+
+    values: tuple[list[torch.Tensor], torch.Tensor]
+    empty: torch.Tensor
+
+
+class Records:
+    def __getitems__(self, positions: Sequence[int]) -> Record:
+        return Record(([torch.tensor(positions)], torch.tensor(positions) * 2), torch.empty(0))
+
+
+def test_full_shared_memory_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the loader waits for ever: Docker's /dev/shm has 64 MB."""
+    share, main = torch.Tensor.share_memory_, os.getpid()
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        if os.getpid() != main and tensor.sum() == 10:
+            raise RuntimeError("unable to allocate shared memory(shm) for file: No space left on device (28)")
+        return share(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    read: list[Record] = []
+    with pytest.raises(RunError, match=r"^shared memory \(/dev/shm\) is full: .*--workers.*--shm-size"):
+        read.extend(read_ahead(Records(), ([k] for k in range(20)), 1))
+    assert [(r.values[0][0].item(), r.values[1].item()) for r in read] == [(k, 2 * k) for k in range(5)]
 
 
 @pytest.mark.parametrize("error", [RunError("killed"), OSError(5, "Input/output error", "x.png")])

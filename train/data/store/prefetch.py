@@ -3,11 +3,13 @@
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from ldm.errors import RunError
 
@@ -32,7 +34,7 @@ def read_ahead(
     """Yield `dataset.__getitems__(part)` for each part; each worker prefetches `ahead` parts. 0 workers: no prefetch.
 
     RunError and OSError from a worker are raised unchanged here, without the worker's traceback in their message.
-    Raises RunError if a worker runs out of memory or is killed.
+    Raises RunError if a worker is killed, or if memory or shared memory run out.
     """
     loader: Any = DataLoader(
         cast(Any, _ErrorsReturned(dataset)),
@@ -97,11 +99,36 @@ class _ErrorsReturned:
 
     def __getitems__(self, positions: Sequence[int]) -> Any:
         try:
-            return self.dataset.__getitems__(positions)
+            batch = self.dataset.__getitems__(positions)
         except (RunError, OSError) as error:
             return error
         except MemoryError:
             return RunError("out of memory while reading images: run the same command again with fewer --workers")
+        try:
+            if get_worker_info() is not None:
+                _share(batch)
+        except RuntimeError:
+            return RunError(
+                "shared memory (/dev/shm) is full: run the same command again with fewer --workers, or with a larger "
+                "/dev/shm (in Docker: --shm-size 8g)"
+            )
+        return batch
+
+
+def _share(batch: Any) -> None:
+    """Move the tensors of a record to shared memory. Raises RuntimeError if it is full.
+
+    The loader would do so in a thread, whose errors are only printed: it would wait for the batch for ever.
+    """
+    if isinstance(batch, Tensor):
+        if batch.numel():
+            batch.share_memory_()
+    elif is_dataclass(batch):
+        for entry in fields(batch):
+            _share(getattr(batch, entry.name))
+    elif isinstance(batch, list | tuple):
+        for item in batch:
+            _share(item)
 
 
 def _identity(batch: Any) -> Any:
