@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from conditioning import MOST_CHUNKS
+from conditioning import MOST_CHUNKS, PromptWeights
 from conditioning.openclip import PREFIX, load_openclip
-from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize
+from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize, tokenize_weighted
+from conditioning.weights import apply, fragments
 from ldm.errors import UserError, one_line
 from ldm.formats.clip_layout import empty_text_model, tower_of
 from ldm.formats.hub import fetch, fill, is_hub_id, model_folder, read_weights, weight_files
@@ -77,19 +78,29 @@ class ClipTextEncoder(nn.Module):
         return self.chunks * self.max_length
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, prompts: Sequence[str], rules: PromptWeights = "none") -> Tensor:
         """Return the encodings of prompts, (b, tokens, width).
 
-        A prompt that is too long is truncated, with a warning that quotes the ignored text. Autocast is turned off, so
-        that an encoding depends only on the weights and can be cached.
+        rules: those of weights such as (word:1.3); `none`: prompts are plain text. A prompt that is too long is
+        truncated, with a warning that quotes the ignored text. Autocast is turned off, so that an encoding depends only
+        on the weights and can be cached.
         """
-        ids = tokenize(self.tokenizer, prompts, self.chunks)
+        if rules == "none":
+            hidden = self._hidden(tokenize(self.tokenizer, prompts, self.chunks))
+            return hidden.view(len(prompts), self.tokens, self.width)
+        parts = [fragments(prompt, rules) for prompt in prompts]
+        ids, weights = tokenize_weighted(self.tokenizer, parts, self.chunks)
+        empty = self._hidden(tokenize(self.tokenizer, [""]))[0]
+        weighted = apply(rules, self._hidden(ids), weights.view(-1, self.max_length), empty)
+        return weighted.view(len(prompts), self.tokens, self.width)
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """Return the last hidden states (n, max_length, width) of all chunks."""
         weight = next(self.model.parameters())
         if not len(ids):
-            return weight.new_empty(0, self.tokens, self.width)
+            return weight.new_empty(0, self.max_length, self.width)
         with torch.autocast(weight.device.type, enabled=False):
-            hidden = self.model(input_ids=ids.view(-1, self.max_length).to(weight.device)).last_hidden_state
-        return hidden.view(len(ids), self.tokens, self.width)
+            return self.model(input_ids=ids.view(-1, self.max_length).to(weight.device)).last_hidden_state
 
     @property
     def digest(self) -> str:

@@ -92,10 +92,22 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts {prompts!r}: must be a sequence of strings, not one string")
+    return tokenize_weighted(tokenizer, [[(prompt, 1.0)] for prompt in prompts], chunks)[0]
+
+
+def tokenize_weighted(
+    tokenizer: CLIPTokenizer, prompts: Sequence[Sequence[tuple[str, float]]], chunks: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return ids as `tokenize` does, and weights (b, chunks · max_length), of prompts that consist of weighted parts.
+
+    Each part is tokenized separately. Begin, end and padding have the weight 1.
+    """
     if not prompts:
-        return torch.empty(0, chunks * tokenizer.model_max_length, dtype=torch.int64)
+        empty = torch.empty(0, chunks * tokenizer.model_max_length)
+        return empty.long(), empty
+    texts = [text for parts in prompts for text, _ in parts]
     encoded = tokenizer(
-        [_whole(p) for p in prompts],
+        [_whole(text) for text in texts],
         add_special_tokens=False,
         padding=False,
         truncation=False,
@@ -104,23 +116,37 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) 
     )
     size = tokenizer.model_max_length - 2
     room = chunks * size
-    rows = []
-    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    rows, weights = [], []
+    each = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for parts in prompts:
+        ids: list[int] = []
+        own: list[float] = []
+        starts: list[int] = []  # of the tokens in the prompt
+        length = 0
+        for text, weight in parts:
+            part_ids, offsets = next(each)
+            ids += part_ids
+            own += [weight] * len(part_ids)
+            starts += [length + start for start, _ in offsets]
+            length += len(text)
         if len(ids) > room:
-            rest = prompt[offsets[room][0] :]
+            rest = "".join(text for text, _ in parts)[starts[room] :]
             more = f" and {len(rest) - _QUOTED} more characters" if len(rest) > _QUOTED else ""
             warnings.warn(
                 f'a prompt has {len(ids)} tokens but only {room} fit; this part is ignored: "{rest[:_QUOTED]}"{more}',
                 PromptCut,
-                stacklevel=2,
+                stacklevel=3,
             )
-        row = []
+        row: list[int] = []
+        row_weights: list[float] = []
         for start in range(0, room, size):
             part = ids[start : start + size]
-            padding = [tokenizer.pad_token_id] * (size - len(part))
-            row += [tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding]
+            missing = size - len(part)
+            row += [tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * missing]
+            row_weights += [1.0, *own[start : start + size], *[1.0] * (1 + missing)]
         rows.append(row)
-    return torch.tensor(rows)  # (b, chunks · max_length)
+        weights.append(row_weights)
+    return torch.tensor(rows), torch.tensor(weights)  # (b, chunks · max_length) each
 
 
 def fingerprint(tokenizer: CLIPTokenizer) -> str:

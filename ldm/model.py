@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from autoencoder.model import Autoencoder, Posterior
+from conditioning import PromptWeights
 from conditioning.clip import ClipTextEncoder
 from conditioning.openclip import published_tokenizer
 from conditioning.tokenizer import load_tokenizer
@@ -105,11 +106,14 @@ class Model:
 
     # -- calling -------------------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return the text features of prompts, (b, tokens, width); each distinct prompt is encoded once."""
+    def encode(self, prompts: Sequence[str], rules: PromptWeights = "none") -> Tensor:
+        """Return the text features of prompts, (b, tokens, width); each distinct prompt is encoded once.
+
+        rules: those of weights such as (word:1.3), see conditioning/weights.py.
+        """
         distinct = list(dict.fromkeys(prompts))
         with self.on_device(self.text_encoder.model):
-            rows = self.text_encoder.encode(distinct).to(self.device, self.backbone.dtype)
+            rows = self.text_encoder.encode(distinct, rules).to(self.device, self.backbone.dtype)
         return rows[[distinct.index(p) for p in prompts]]
 
     def decode(self, latents: Tensor) -> Tensor:

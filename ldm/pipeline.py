@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
+from conditioning import PromptWeights
 from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import Denoise, Denoised, Denoiser, Network, with_context
 from ldm.editing import Pixels, paste
@@ -134,6 +135,7 @@ class LatentDiffusionPipeline:
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_weights: PromptWeights = "none",
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
@@ -163,6 +165,7 @@ class LatentDiffusionPipeline:
         eta: share of new noise in ddim's steps, 0 to 1.
         generator: one for all images, or a list with one for each; on the CPU it gives the same noise for any device.
         latents: initial noise (b, c, h, w) of unit variance; None: drawn.
+        prompt_weights: rules of weights such as (word:1.3) in prompts: `a1111`, `comfyui`, or `none` for plain text.
         prompt_embeds, negative_prompt_embeds: outputs of `encode`, (b, tokens, width), instead of prompts.
         callback_on_step_end: called after each step. The "latents" that it returns replace the state. (unipc evaluates
             the network at them, but then continues from its own corrected state.)
@@ -183,7 +186,7 @@ class LatentDiffusionPipeline:
             classifier_scale=classifier_scale,
         )
         image_input = ImageInput.read(image, mask_image, strength)
-        texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_weights)
         request = Request(texts, image_input, num_images_per_prompt)
         noise = NoiseSource(request.shape(model, height, width), generator, self.device)
         record = make_sampler(sampler, eta)
@@ -344,9 +347,9 @@ class LatentDiffusionPipeline:
 
     # -- calling one network ------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, prompts: Sequence[str], prompt_weights: PromptWeights = "none") -> Tensor:
         """Return the text features of prompts, (b, tokens, width); each distinct prompt is encoded once."""
-        return self.model.encode(prompts)
+        return self.model.encode(prompts, prompt_weights)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (b, c, h, w) to images (b, 3, H, W) in [0, 1], a few at a time."""

@@ -157,7 +157,7 @@ def guide(model: Model, request: Request, guidance: GuidanceSettings, context: T
     """Return the guided denoiser. Raises UserError if the weaker model doesn't fit."""
     denoiser, expand, texts = _denoiser(model, context), request.expand, request.texts
     conditions = [(expand(texts.condition), guidance.scale)]
-    conditions += [(expand(model.encode([text])), scale) for text, scale in guidance.compose]
+    conditions += [(expand(model.encode([text], texts.rules)), scale) for text, scale in guidance.compose]
     denoise: Denoise = ClassifierFree(denoiser, expand(texts.negative), conditions, guidance.rescale)
     if guidance.interval is not None:
         denoise = Interval(denoise, Conditioned(denoiser, expand(texts.condition)), *guidance.interval)
@@ -172,7 +172,7 @@ def guide(model: Model, request: Request, guidance: GuidanceSettings, context: T
                 "the weaker model must have the same latent channels, noise schedule and task as the model; use "
                 "one that was trained with the same settings"
             )
-        weaker = Conditioned(_denoiser(weak, context), expand(weak.encode(texts.prompts)))
+        weaker = Conditioned(_denoiser(weak, context), expand(weak.encode(texts.prompts, texts.rules)))
         denoise = Autoguided(denoise, weaker, guidance.weak_scale)
     if guidance.classifier is not None:
         denoise = ClassifierGuided(denoise, guidance.classifier, guidance.classifier_scale)

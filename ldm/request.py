@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, get_args
 
 from torch import Tensor
 
+from conditioning import PromptWeights
 from ldm.editing import Pixels, to_mask, to_pixels
 from ldm.errors import UserError
 from ldm.model import Model
@@ -21,6 +22,8 @@ class Texts:
     """Features of the prompts, (1 or n, tokens, width)."""
     negative: Tensor
     """Features of the negative prompts, (1 or n, tokens, width)."""
+    rules: PromptWeights = "none"
+    """Rules of weights in prompts."""
 
     @classmethod
     def read(
@@ -30,24 +33,27 @@ class Texts:
         negative_prompt: str | Sequence[str] | None,
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
+        rules: PromptWeights = "none",
     ) -> Self:
         """Encode the prompts, or take the features that are given instead.
 
-        Raises UserError if a prompt has neither or both, or if features have a wrong shape.
+        Raises UserError for unknown rules, if a prompt has neither or both, or if features have a wrong shape.
         """
-        prompts, condition = _features(model, prompt, prompt_embeds, "prompt")
-        _, negative = _features(model, negative_prompt or "", negative_prompt_embeds, "negative_prompt")
-        return cls(prompts, condition, negative)
+        if rules not in get_args(PromptWeights):
+            raise UserError(f"prompt_weights {rules!r}: choose {', '.join(get_args(PromptWeights))}")
+        prompts, condition = _features(model, prompt, prompt_embeds, "prompt", rules)
+        _, negative = _features(model, negative_prompt or "", negative_prompt_embeds, "negative_prompt", rules)
+        return cls(prompts, condition, negative, rules)
 
 
 def _features(
-    model: Model, texts: str | Sequence[str] | None, embeds: Tensor | None, argument: str
+    model: Model, texts: str | Sequence[str] | None, embeds: Tensor | None, argument: str, rules: PromptWeights
 ) -> tuple[list[str], Tensor]:
     if embeds is None:
         prompts = [texts] if isinstance(texts, str) else list(texts or ())
         if not prompts:
             raise UserError(f"{argument} {texts!r}: give at least one, or {argument}_embeds")
-        return prompts, model.encode(prompts)
+        return prompts, model.encode(prompts, rules)
     if texts:
         raise UserError(f"{argument} and {argument}_embeds are both given: give only one of them")
     shape = (model.text_encoder.tokens, model.text_encoder.width)

@@ -253,6 +253,7 @@ class ImageGenerator:
                     image=start or None,
                     **o.sampling(),
                     compose=o.compose,
+                    prompt_weights=o.prompt_weights,
                     weak=self.weak,
                     weak_scale=o.weak_scale,
                     progress=True,

@@ -55,7 +55,8 @@ class Interpolation:
         self.o, self.pipe = o, load(o, o.model)
         own = ("to", "to_seed", "frames", "fps", "loop")  # saved in another form, see `frame_metadata`
         self.metadata = {name: value for name, value in settings(o).items() if name not in own}
-        self.features = [self.pipe.encode([prompt]) for prompt in self.prompts]  # encoded separately, as in txt2img.py
+        # Encoded separately, as in txt2img.py.
+        self.features = [self.pipe.encode([prompt], o.prompt_weights) for prompt in self.prompts]
         warn_if_far(self.pipe, o.width, o.height)
         size = self.pipe.latent_size(o.height, o.width)
         self.shape = (1, self.pipe.autoencoder.latent_channels, *size)
@@ -92,6 +93,7 @@ class Interpolation:
         for batch in ([0], *batches, [self.last]):
             yield from self.pipe(
                 negative_prompt=o.negative_prompt,
+                prompt_weights=o.prompt_weights,
                 prompt_embeds=torch.cat([self.condition(k) for k in batch]),
                 latents=torch.cat([self.latents(k) for k in batch]),
                 generator=[self.initial_noise(o.seed)[1] for _ in batch],

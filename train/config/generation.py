@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from conditioning import PromptWeights
 from ldm.kinds import AttentionBackend
 from ldm.samplers import SamplerKind
 from train.config.limits import Number
@@ -27,6 +28,9 @@ class ModelOptions(SamplingOptions):
     """Text file (UTF-8) with one prompt per line, used instead of --prompt."""
     negative_prompt: str = ""
     """Text that describes what the image should not show; it has no effect with --guidance-scale 1."""
+    prompt_weights: PromptWeights = "none"
+    """Rules of weights such as (word:1.3) in prompts: those of AUTOMATIC1111's web UI or of ComfyUI.
+    none: brackets are plain text."""
     out: str = "out"
     """Output folder of the images."""
     seed: int = 0
