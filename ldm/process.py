@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoise
+from ldm.float64 import double
 from ldm.kinds import VarianceKind
 from ldm.parameterization import Number
 from ldm.schedule import Level, Schedule
@@ -93,7 +94,7 @@ def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     variance-preserving path f = -g^2 / 2, which is the VP-SDE of Song et al. 2021, eq. 11, with beta(t) = g^2.
     """
     with torch.enable_grad():
-        t = t.detach().double().requires_grad_()
+        t = double(t.detach()).requires_grad_()
         alpha, sigma = schedule(t)
         (d_alpha,) = torch.autograd.grad(alpha.sum(), t, retain_graph=True)
         (d_noise,) = torch.autograd.grad((sigma / alpha).sum(), t)

@@ -1,5 +1,6 @@
 """Computations in float64 work for tensors of Apple's mps, which has none; elsewhere they are unchanged."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import train.engine.checkpoint
 import train.engine.trainer
@@ -23,6 +24,8 @@ from support.mps import MpsTensor, mps
 from support.runs import clip_config, ldm_config, train_stage, vae_config
 from train.commands.main import best_device, use_device
 from train.config.ldm import DiffusionConfig
+from train.config.optimizer import OptimizerConfig
+from train.engine.optim import step_unless
 from train.evaluation.autoencoder import FrechetSums, frechet, measure_reconstruction
 from train.evaluation.diffusion import bits_per_dimension
 
@@ -133,6 +136,30 @@ def test_images_are_those_of_the_cpu(kind: str) -> None:
     with mps():
         pipe.to("mps")
         torch.testing.assert_close(generated(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(kind: str) -> None:
+    """The fused AdamW of mps ignores found_inf."""
+
+    def weights(device: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        network = nn.Linear(4, 4).to(device)
+        optimizer = OptimizerConfig(kind=kind).build(network)
+        after = []
+        for value, bad in ((1.0, 0), (math.nan, 1), (2.0, 0)):
+            for weight in network.parameters():
+                weight.grad = torch.full_like(weight, value)
+            step_unless(optimizer, torch.tensor(float(bad), device=device))
+            after += [torch.cat([w.detach().cpu().clone().flatten() for w in network.parameters()])]
+        return after
+
+    expected = weights("cpu")
+    with mps():
+        found = weights("mps")
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("cuda", "apple", "chosen"), [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])

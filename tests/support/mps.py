@@ -68,6 +68,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for x in leaves
     ]
     plain_args, plain_kwargs = tree_unflatten(plain, structure)
+    if name == "_fused_adamw_":
+        plain_kwargs |= {"found_inf": None}  # as the kernel of mps
     out = func(*plain_args, **plain_kwargs)
     same = {id(x.inner): x for x in on_mps}
     if not result_on_mps:

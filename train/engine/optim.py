@@ -103,6 +103,14 @@ class Muon(torch.optim.AdamW):
             p.sub_(update.view_as(p))
 
 
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """Do a step of a fused optimizer; if `bad`, on the weights' device, is 1, weights and moments stay unchanged."""
+    if bad.device.type == "mps" and bad.item():  # the fused kernels of mps ignore found_inf
+        return
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def orthogonal(matrices: Tensor) -> Tensor:
     """Orthogonalise matrices (k, rows, columns) of any scale: each USVᵀ becomes nearly UVᵀ.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.engine.optim import load_moments
+from train.engine.optim import load_moments, step_unless
 from train.engine.precision import autocast
 from train.engine.run import AnyRun
 from train.engine.skipped import SkippedSteps
@@ -90,8 +90,7 @@ class Trainer:
         weights = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(weights, self.run.config.optimizer.clip or math.inf)
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        optimizer.found_inf = bad  # type: ignore[attr-defined]
-        optimizer.step()
+        step_unless(optimizer, bad)
         optimizer.zero_grad(set_to_none=True)
         return norm, bad
 
