@@ -182,3 +182,11 @@ def test_commands_refuse_pipes_and_devices(tmp_path: Path) -> None:
         ended = run_script(*words)
         assert (ended.status, ended.err.count("\n"), ended.err[:7]) == (2, 1, "error: "), ended.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "a/" * 5000, "/x" * 3000])
+def test_a_path_that_is_too_long_is_one_line(name: str, tmp_path: Path) -> None:
+    for words in (("--data", name, "--out", tmp_path / "o"), ("--data", tmp_path, "--out", name), ("--init", name)):
+        ended = run_script("train_vae", *words)
+        assert (ended.status in (1, 2), ended.err.count("\n"), ended.err[:7]) == (True, 1, "error: "), ended.err
+        assert len(ended.err) < 2100

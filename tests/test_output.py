@@ -39,7 +39,7 @@ SAY: dict[str, Callable[[str], object]] = {
     "warning": lambda text: sys.stderr.write(warnings.formatwarning(text, UserWarning, "file", 1)),
     "log": lambda text: Console()(text),
     "progress": lambda text: tqdm([1], desc=text).update(),
-    "damaged": lambda text: UnreadableCounter(Path("/dev/null/none"), print=Console()).print(f"{text} is left out"),
+    "damaged": lambda text: UnreadableCounter(Path("/no/such/report"), print=Console()).print(f"{text} is left out"),
 }
 
 
