@@ -32,10 +32,11 @@ SHARED = {
     "model_card::test_a_licence_is_stated_when_it_is_given": "license",
     "settings_data::test_datasets_are_read_as_configured": (
         "data input.image_column input.caption_column input.caption_template input.caption_from_names "
-        "input.caption_files input.encoding input.reading input.repeats input.train_split input.validation_split"
+        "input.caption_files input.encoding input.reading input.train_split input.validation_split"
     ),
     "settings_data::test_links_out_of_the_folder_are_followed_only_if_configured": "input.follow_links",
     "duplicates::test_copies_are_left_out": "input.duplicates input.copies",
+    "settings_data::test_an_epoch_repeats_images": "input.repeats",
     "settings_data::test_a_share_of_the_images_is_held_out": "input.validation_fraction",
     "settings_data::test_a_stream_is_shuffled_in_a_buffer_of_this_size": "input.stream_buffer",
     "settings_data::test_images_above_and_below_the_sizes_are_left_out": "input.max_pixels input.min_size",

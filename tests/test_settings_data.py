@@ -224,6 +224,19 @@ def test_datasets_are_read_as_configured(
     assert read(open_inputs(write(tmp_path / "data"), DataConfig(**settings))) == expected
 
 
+@pytest.mark.parametrize("way", ["clip", "vae", "ldm", "cached ldm"])
+def test_an_epoch_repeats_images(way: str, parts: Path, tmp_path: Path) -> None:
+    """The first 21 positions are an epoch of six images, which appear 1 to 6 times."""
+    settings: dict[str, Any] = {"cache": str(tmp_path / "cache") if way == "cached ldm" else "off"}
+    data, stage = folder(tmp_path / "data"), way.removeprefix("cached ")
+    config = stage_config(
+        stage, data, tmp_path / "run", parts, input=DataConfig(resolution=16, repeats="times"), **settings
+    )
+    found: list[int] = []
+    record(config, 0, lambda stage: found.extend(stage.training.__getitems__(list(range(21))).index.tolist()))
+    assert np.bincount(found).tolist() == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_a_share_of_the_images_is_held_out(fraction: float, tmp_path: Path) -> None:
     for k in range(200):
@@ -268,15 +281,18 @@ def test_images_above_and_below_the_sizes_are_left_out(stage: str, parts: Path, 
     assert sizes == {(24, 24)}
 
 
+@pytest.mark.parametrize("way", ["clip", "vae", "ldm", "cached ldm"])
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_training_stops_above_the_share_of_damaged_images(share: float, parts: Path, tmp_path: Path) -> None:
+def test_training_stops_above_the_share_of_damaged_images(way: str, share: float, parts: Path, tmp_path: Path) -> None:
     """A quarter of 40 images is damaged."""
     for k in range(40):
         image(tmp_path / f"data/a cat {k}.png")
         if k % 4 == 0:
             (tmp_path / f"data/a cat {k}.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     data = DataConfig(resolution=16, caption_from_names=True, max_damaged=share)
-    config = stage_config("vae", tmp_path / "data", tmp_path / "run", parts, input=data, batch_size=20)
+    settings: dict[str, Any] = {"cache": str(tmp_path / "cache") if way == "cached ldm" else "off"}
+    stage = way.removeprefix("cached ")
+    config = stage_config(stage, tmp_path / "data", tmp_path / "run", parts, input=data, batch_size=20, **settings)
     if share > 0.25:
         record(config, 4)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from support.models import small_unet
 from support.reference_diffusion import ldm_losses
 from support.reference_losses import clip_losses, vae_losses
 from support.runs import Config, clip_config, ldm_config, logged, stage_config, train_stage
-from support.stepping import Recorded, Reference, change, lr_share, record
+from support.stepping import Recorded, Reference, State, change, lr_share, record
 from train.config.ldm import DiffusionConfig
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, EquivarianceConfig
@@ -91,13 +92,21 @@ def test_steps_equal_plain_torch(
             norm = net.step(loss, step, 6, retain=k == 0)
             assert got.metrics[step][f"{prefix}grad_norm"] == pytest.approx(norm, rel=tolerance)
         for net, initial, after in zip(nets, got.initial, got.weights[step], strict=True):
-            moved = change(net.net.state_dict(), initial.state_dict())
-            assert (change(after, initial.state_dict()) - moved).norm() <= tolerance * moved.norm(), step
-    average, prefix = got.averages[-1], {"clip": "clip.", "vae": "vae.", "ldm": ""}[stage]
-    expected = {name: nets[0].average[prefix + name] for name in average}
-    first = {name: got.initial[0].state_dict()[prefix + name] for name in average}
-    moved = change(expected, first)
-    assert (change(average, first) - moved).norm() <= tolerance * moved.norm()
+            _require_equal_changes(after, net.net.state_dict(), initial.state_dict(), net.by_matrix, tolerance)
+        average, prefix = got.averages[step], {"clip": "clip.", "vae": "vae.", "ldm": ""}[stage]
+        expected, first = (
+            {name: state[prefix + name] for name in average} for state in (nets[0].average, got.initial[0].state_dict())
+        )
+        matrices = {name.removeprefix(prefix) for name in nets[0].by_matrix}
+        _require_equal_changes(average, expected, first, matrices, tolerance)
+
+
+def _require_equal_changes(state: State, expected: State, first: State, matrices: set[str], tolerance: float) -> None:
+    """Compare the changes of the weights, those that Muon trains apart from AdamW's."""
+    for names in (first.keys() & matrices, first.keys() - matrices):
+        made, should, before = ({name: s[name] for name in names} for s in (state, expected, first))
+        moved = change(should, before)
+        assert (change(made, before) - moved).norm() <= tolerance * moved.norm()
 
 
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
@@ -150,6 +159,30 @@ def test_networks_compute_in_the_precision(
     assert [s.is_enabled() for s in scalers] == [precision == "fp16"]
     for state in (*recorded.weights[0], recorded.averages[0]):
         assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_caches_and_validation_have_the_precision(
+    precision: str, shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents and features are stored in 32 or 16 bits; the averaged network computes in the precision."""
+    dtypes: set[torch.dtype] = set()
+    forward = nn.Conv2d.forward
+
+    def noting(layer: nn.Module, x: Tensor) -> Tensor:
+        made = forward(layer, x)
+        dtypes.add(made.dtype)
+        return made
+
+    def validate(stage: Any) -> None:
+        monkeypatch.setattr(nn.Conv2d, "forward", noting)
+        stage.validate(1)
+
+    config = ldm_config(shapes, tmp_path / "run", parts, precision=precision, cache=str(tmp_path / "cache"))
+    record(config, 0, validate, backbone=tiny_unet())
+    assert dtypes == {{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    stored = {np.load(file, mmap_mode="r").dtype.name for file in (tmp_path / "cache").rglob("*.npy")}
+    assert stored == {"float32" if precision == "fp32" else "float16"}
 
 
 def _noting(forward: Callable[..., Tensor], dtypes: dict[str, set[torch.dtype]]) -> Callable[..., Tensor]:

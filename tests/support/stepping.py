@@ -156,6 +156,7 @@ class Reference:
         self.matrices = [p for p in self.trained if muon and p.ndim > 1 and id(p) not in tables]
         self.means = [torch.zeros_like(p) for p in self.matrices]
         mine = {id(p) for p in self.matrices}
+        self.by_matrix = {name for name, p in self.net.named_parameters() if id(p) in mine}
         rest = [p for p in self.trained if id(p) not in mine]
         groups = [
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": c.weight_decay},
@@ -186,4 +187,5 @@ class Reference:
 
 def change(after: State, before: State) -> Tensor:
     """Return the change of all weights as one vector."""
-    return torch.cat([(after[k].double() - v.double()).flatten() for k, v in before.items() if v.is_floating_point()])
+    moved = [(after[k].double() - v.double()).flatten() for k, v in before.items() if v.is_floating_point()]
+    return torch.cat([torch.zeros(1, dtype=torch.float64), *moved])
