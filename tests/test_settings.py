@@ -85,7 +85,8 @@ LDM = {
         "caption_dropout diffusion.stratified diffusion.offset_noise"
     ),
     "settings_ldm::test_the_network_has_its_shape": (
-        "unet.channels unet.layers unet.attention unet.heads unet.depth unet.modulation unet.groups"
+        "unet.channels unet.layers unet.attention unet.heads unet.depth unet.modulation unet.groups "
+        "unet.linear_projections"
     ),
     "settings_ldm::test_the_parts_are_those_that_are_named": "init vae text_encoder",
     "settings_ldm::test_features_skip_layers_and_have_their_chunks": "clip_skip text_chunks",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -170,7 +171,7 @@ def test_importance_sampling_follows_the_losses_and_corrects_for_it(
 # -- the network ------------------------------------------------------------------------------------------------
 
 SHAPES = [
-    UnetConfig(channels=(8, 16), layers=2, attention=(False, True), heads=(2, 4), depth=1, groups=4),
+    UnetConfig(channels=(8, 16), layers=2, attention=(False, True), heads=(2, 4), groups=4, linear_projections=True),
     UnetConfig(channels=(12, 24, 24), layers=1, attention=(True, True, False), heads=(3, 2, 4), depth=2, groups=6),
     UnetConfig(channels=(8, 8), layers=1, attention=(True, False), heads=(1, 8), groups=2, modulation=True),
 ]
@@ -191,6 +192,8 @@ def test_the_network_has_its_shape(shape: UnetConfig, small: LdmConfig, tmp_path
             assert {m.attn2.heads for m in found} <= {shape.heads[k]}
             assert {m.attn2.to_k.in_features for m in found} <= {32}
     assert {m.num_groups for m in unet.modules() if isinstance(m, nn.GroupNorm)} == {shape.groups}
+    projections = {type(m.proj_in) for m in unet.modules() if isinstance(m, Transformer2DModel)}
+    assert projections == {nn.Linear if shape.linear_projections else nn.Conv2d}
     first = unet.down_blocks[0].resnets[0]
     assert first.time_emb_proj.out_features == shape.channels[0] * (1 + shape.modulation)
 

@@ -20,7 +20,7 @@ from support.models import small_unet
 from support.reference_diffusion import ldm_losses
 from support.reference_losses import clip_losses, vae_losses
 from support.runs import Config, clip_config, ldm_config, logged, stage_config, train_stage
-from support.stepping import Recorded, Reference, State, change, lr_share, record
+from support.stepping import Recorded, Reference, State, change, lr_share, networks, record
 from train.config.ldm import DiffusionConfig
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, EquivarianceConfig
@@ -147,15 +147,16 @@ def test_networks_compute_in_the_precision(
     stage: str, precision: str, shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Outputs of matrix products have the dtype; weights stay float32; only fp16 scales the loss."""
-    dtypes: dict[str, set[torch.dtype]] = {"made": set(), "weights": set()}
-    monkeypatch.setattr(nn.Linear, "forward", _noting(nn.Linear.forward, dtypes))
-    monkeypatch.setattr(nn.Conv2d, "forward", _noting(nn.Conv2d.forward, dtypes))
+    seen: list[tuple[nn.Module, torch.dtype, torch.dtype]] = []
+    for kind in (nn.Linear, nn.Conv2d):
+        monkeypatch.setattr(kind, "forward", _noting(kind.forward, seen))
     scalers = []
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scalers.append(scaler(*a, **k)) or scalers[-1])
     _, recorded = stage_record(stage, shapes, tmp_path / "run", parts, 1, precision=precision)
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert dtypes == {"made": {expected}, "weights": {torch.float32}}
+    trained = {layer for net in networks(recorded.stage) for layer in net.modules()}
+    assert {(made, weight) for layer, made, weight in seen if layer in trained} == {(expected, torch.float32)}
     assert [s.is_enabled() for s in scalers] == [precision == "fp16"]
     for state in (*recorded.weights[0], recorded.averages[0]):
         assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
@@ -185,12 +186,10 @@ def test_caches_and_validation_have_the_precision(
     assert stored == {"float32" if precision == "fp32" else "float16"}
 
 
-def _noting(forward: Callable[..., Tensor], dtypes: dict[str, set[torch.dtype]]) -> Callable[..., Tensor]:
-    def noting(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        made = forward(layer, *args, **kwargs)
-        if layer.weight.requires_grad and torch.is_grad_enabled():  # a trained network's
-            dtypes["made"].add(made.dtype)
-            dtypes["weights"].add(layer.weight.dtype)
+def _noting(forward: Callable[..., Tensor], seen: list[tuple[nn.Module, torch.dtype, torch.dtype]]) -> Any:
+    def noting(layer: nn.Module, x: Tensor) -> Tensor:
+        made = forward(layer, x)
+        seen.append((layer, made.dtype, layer.weight.dtype))
         return made
 
     return noting
