@@ -98,7 +98,7 @@ def _middle() -> float:
 
 @pytest.mark.parametrize("crops", [0, 3])
 def test_cached_crops_are_those_of_the_images(crops: int, framed: Path, parts: Path, tmp_path: Path) -> None:
-    """The latents of 60 positions are those of as many places per image as there are crops, mirrored or not."""
+    """The latents of 1000 positions are those of as many places per image as there are crops, mirrored or not."""
     setting = {"crop": "random", "crops": crops} if crops else {}
     config = stage_config(
         "ldm", framed, tmp_path / "run", parts, seed=2, input=DataConfig(resolution=SIDE, flip=True, **setting)
@@ -107,7 +107,7 @@ def test_cached_crops_are_those_of_the_images(crops: int, framed: Path, parts: P
     record(
         config,
         0,
-        lambda stage: found.update(batch=stage.training.__getitems__(list(range(200))), source=stage.inputs.source),
+        lambda stage: found.update(batch=stage.training.__getitems__(list(range(1000))), source=stage.inputs.source),
     )
     batch = found["batch"]
     codec = Autoencoder.load(parts / "vae/model")
@@ -116,7 +116,7 @@ def test_cached_crops_are_those_of_the_images(crops: int, framed: Path, parts: P
         kept.setdefault(index, set()).add(tuple(batch.mean[k].flatten()[:8].tolist()))
     most = max(len(values) for values in kept.values())
     assert most == 2 * max(1, crops)  # crops, each plain and mirrored
-    flips = uniforms(2, 7, range(200))[:, 0] < 0.5
+    flips = uniforms(2, 7, range(1000))[:, 0] < 0.5
     if not crops:
         for k in range(20):
             file = found["source"].read(int(batch.index[k]))
@@ -268,17 +268,27 @@ def test_a_stream_is_shuffled_in_a_buffer_of_this_size(tmp_path: Path) -> None:
     assert max(orders[1][:5]) < 5 + 20 + 10  # 20 in the buffer; few are held out
 
 
+@pytest.mark.parametrize("min_size", [0, 24])
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
-def test_images_above_and_below_the_sizes_are_left_out(stage: str, parts: Path, tmp_path: Path) -> None:
+def test_images_above_and_below_the_sizes_are_left_out(stage: str, min_size: int, parts: Path, tmp_path: Path) -> None:
+    """Images are 20, 24 or 28 × 24. Those that are too large count as damaged, when they are opened or before."""
     for k in range(40):
-        image(tmp_path / f"data/a cat {k}.png", (20 + 4 * (k % 3), 24))  # 20, 24 or 28 wide
-    settings: dict[str, Any] = {"cache": str(tmp_path / "cache")}
-    shared: dict[str, Any] = {"max_damaged": 1.0, "validation_fraction": 0.4}
-    data = DataConfig(resolution=16, caption_from_names=True, **shared, min_size=24, max_pixels=24 * 24)
-    recorded = record(stage_config(stage, tmp_path / "data", tmp_path / "run", parts, input=data, **settings), 0)
-    source = recorded.stage.inputs.source
-    sizes = {Image.open(io.BytesIO(source.read(k))).size for k in range(len(source))}
-    assert sizes == {(24, 24)}
+        image(tmp_path / f"data/a cat {k}.png", (20 + 4 * (k % 3), 24))
+    settings: dict[str, Any] = {"max_damaged": 1.0, "validation_fraction": 0.4, "caption_from_names": True}
+    data = DataConfig(resolution=16, min_size=min_size, max_pixels=24 * 24, **settings)
+    config = stage_config(stage, tmp_path / "data", tmp_path / "run", parts, input=data, cache="off")
+    sizes: set[tuple[int, int]] = set()
+
+    def read(stage: Any) -> None:
+        for dataset, source in (
+            (stage.training, stage.inputs.source),
+            (stage.held_out, stage.inputs.held_out),
+        ):
+            indices = set(dataset.__getitems__(list(range(60))).index.tolist())
+            sizes.update(Image.open(io.BytesIO(source.read(k))).size for k in indices)
+
+    record(config, 0, read)
+    assert sizes == ({(24, 24)} if min_size else {(20, 24), (24, 24)})
 
 
 @pytest.mark.parametrize("way", ["clip", "vae", "ldm", "cached ldm"])

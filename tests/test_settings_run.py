@@ -103,10 +103,10 @@ def test_steps_equal_plain_torch(
 
 def _require_equal_changes(state: State, expected: State, first: State, matrices: set[str], tolerance: float) -> None:
     """Compare the changes of the weights, those that Muon trains apart from AdamW's."""
-    for names in (first.keys() & matrices, first.keys() - matrices):
+    for names, error in ((first.keys() & matrices, tolerance), (first.keys() - matrices, min(tolerance, 0.01))):
         made, should, before = ({name: s[name] for name in names} for s in (state, expected, first))
         moved = change(should, before)
-        assert (change(made, before) - moved).norm() <= tolerance * moved.norm()
+        assert (change(made, before) - moved).norm() <= error * moved.norm()
 
 
 @pytest.mark.parametrize("stage", ["clip", "vae", "ldm"])
