@@ -96,6 +96,8 @@ def test_a_configuration_that_is_no_object_is_refused(folder: Path, part: str, c
         ("unet", {"block_out_channels": []}, ""),
         ("unet", {"attention_head_dim": [0, 0]}, ""),
         ("text_encoder", {"num_attention_heads": 0}, ""),
+        ("text_encoder", {"eos_token_id": None}, "eos_token_id None: must be a whole number"),
+        ("text_encoder", {"eos_token_id": [2, 3]}, "eos_token_id"),
         ("text_encoder", {"hidden_act": ["gelu"]}, ""),
         ("scheduler", {"num_train_timesteps": 10**12}, "num_train_timesteps"),
         ("scheduler", {"trained_betas": [2.0, -1.0]}, ""),

@@ -34,6 +34,8 @@ def empty_text_model(stored_config: Mapping[str, Any]) -> CLIPTextModel:
             config = CLIPTextConfig.from_dict(dict(stored_config))
         case other:
             raise UserError(f"text encoder of model_type {other!r}: must be 'clip' or 'clip_text_model'")
+    if type(config.eos_token_id) is not int:  # noticed only when a prompt is encoded
+        raise UserError(f"eos_token_id {config.eos_token_id!r}: must be a whole number")
     with torch.device("meta"):
         model = CLIPTextModel(config)
     tower_of(model).embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
