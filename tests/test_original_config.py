@@ -261,7 +261,7 @@ def test_the_road_from_stage_0_to_other_programs(tmp_path: Path) -> None:
         for each, more in (
             (pipe, {"sampler": "ddim"}),
             (stock, {}),
-            (LatentDiffusionPipeline.from_single_file(file), {"sampler": "ddim", "spacing": "trailing"}),
+            (LatentDiffusionPipeline.from_single_file(file), {"sampler": "ddim"}),
         )
     ]
     assert images[0].std() > 0.01
@@ -297,6 +297,8 @@ def test_a_file_is_read_with_its_description(tmp_path: Path, settings: Change, e
     assert torch.equal(pipe.unet(x, time, condition).sample, again.unet(x, time, condition).sample)
     assert torch.equal(again.encode(PROMPTS[:1]), condition)
     assert again.process.target == pipe.process.target
+    for name in ("spacing", "steps_offset", "set_alpha_to_one", "variance"):
+        assert getattr(again.process, name) == getattr(pipe.process, name), name
     torch.testing.assert_close(again.process.schedule.alpha, pipe.process.schedule.alpha, rtol=1e-5, atol=1e-6)
     assert again.model.task == pipe.model.task
 
@@ -375,6 +377,15 @@ def test_a_text_encoder_beside_the_file_is_found_after_a_move(described: Path, t
         LatentDiffusionPipeline.from_single_file(moved / "model.safetensors").encode(PROMPTS),
         LatentDiffusionPipeline.from_single_file(described).encode(PROMPTS),
     )
+
+
+def test_metadata_that_is_not_json_is_refused(described: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(described.parent, folder)
+    for stored in ("{", "3"):
+        save_file(load_file(described), folder / "model.safetensors", {"ldm.sampling": stored})
+        with pytest.raises(UserError, match=r"metadata ldm\.sampling isn't a JSON object"):
+            load_single_file(folder / "model.safetensors")
 
 
 def test_code_in_a_description_is_not_run(described: Path, tmp_path: Path) -> None:

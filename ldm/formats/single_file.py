@@ -5,6 +5,7 @@ read from NAME.yaml beside the file (`original_config`), or from a folder in dif
 other tools can't know.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -33,6 +34,8 @@ from ldm.formats.scheduler_config import Process
 from ldm.schedule import BetaSchedule
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+_SAMPLING = "ldm.sampling"  # name in the metadata
+_SAMPLING_KEYS = ("timestep_spacing", "use_karras_sigmas", "steps_offset", "set_alpha_to_one", "variance_type")
 _IGNORED = re.compile(
     r"model_ema\..+|betas|\w*alphas_cumprod(_prev)?|posterior_\w+|logvar|lvlb_weights|v_pred|ztsnr"
     r"|first_stage_model\.loss\..+|cond_stage_model\..*\b(position_ids|logit_scale|text_projection|attn_mask)"
@@ -116,6 +119,7 @@ def _metadata(model: Model, title: str) -> dict[str, str]:
     vae, size = model.autoencoder.vae, unet_of(model).config.sample_size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = (size, size) if isinstance(size, int) else size
+    scheduler = model.process.to_diffusers().config
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -125,6 +129,7 @@ def _metadata(model: Model, title: str) -> dict[str, str]:
         "modelspec.resolution": f"{width * factor}x{height * factor}",
         "modelspec.prediction_type": _prediction(model.process),
         "scaling_factor": str(vae.config.scaling_factor),
+        _SAMPLING: json.dumps({name: scheduler[name] for name in _SAMPLING_KEYS if name in scheduler}),
     }
 
 
@@ -173,11 +178,11 @@ def load_single_file(path: str | Path, config: str | Path | None = None, *, ema:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            prediction = (file.metadata() or {}).get("modelspec.prediction_type")
+            metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in list(file.keys())}
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't read {str(path)!r} as safetensors: {error}") from None
-    parts = _read(state, path, config, prediction, ema)
+    parts, prediction = _read(state, path, config, metadata, ema), metadata.get("modelspec.prediction_type")
     if prediction and prediction != _prediction(parts.process):
         logging.getLogger(__name__).warning(
             f"{path} has prediction_type {prediction!r} in its metadata, but the configuration's "
@@ -188,20 +193,22 @@ def load_single_file(path: str | Path, config: str | Path | None = None, *, ema:
 
 def load_pickled(path: str | Path, config: str | Path | None = None, *, ema: bool = True) -> Parts:
     """Load the networks of a .ckpt, of which only plain weights are read; see `load_single_file`."""
-    return _read(read_pickled(path), Path(path), config, None, ema)
+    return _read(read_pickled(path), Path(path), config, {}, ema)
 
 
 def _read(
-    state: Mapping[str, Tensor], path: Path, config: str | Path | None, prediction: str | None, ema: bool
+    state: Mapping[str, Tensor], path: Path, config: str | Path | None, metadata: Mapping[str, str], ema: bool
 ) -> Parts:
     if config:
         return from_original(state, config, ema=ema)
-    description = path.with_suffix(".yaml")
+    description, prediction = path.with_suffix(".yaml"), metadata.get("modelspec.prediction_type")
     try:
         if description.is_file():
-            return from_original(state, read_description(description, state), ema=ema)
-        target = "eps" if prediction == "epsilon" else prediction if prediction in ("v", "x0") else None
-        return from_original(state, guess(state, target), ema=ema)
+            configs = read_description(description, state)
+        else:
+            target = "eps" if prediction == "epsilon" else prediction if prediction in ("v", "x0") else None
+            configs = guess(state, target)
+        return from_original(state, configs._replace(scheduler=configs.scheduler | _sampling(metadata)), ema=ema)
     except UserError as error:
         raise UserError(
             f"{str(path)!r}: {error}; a diffusers folder of the same architecture can be given as configuration"
@@ -222,6 +229,15 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
             f"{str(path)!r} can't be read ({type(error).__name__}): it is damaged, or contains objects other than "
             "weights, which aren't loaded because they can run code"
         ) from None
+
+
+def _sampling(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings of sampling in a file's metadata; an empty table if there are none."""
+    try:
+        stored = json.loads(metadata.get(_SAMPLING, "{}"))
+        return {name: stored[name] for name in _SAMPLING_KEYS if name in stored}
+    except (ValueError, TypeError):
+        raise UserError(f"its metadata {_SAMPLING} isn't a JSON object") from None
 
 
 def from_original(state: Mapping[str, Tensor], config: str | Path | Configs, *, ema: bool = True) -> Parts:
