@@ -31,6 +31,7 @@ from ldm.formats.original_config_reader import Configs, guess, read_description
 from ldm.formats.original_names import OPENCLIP, POINTWISE, Parts
 from ldm.formats.original_names import layouts as _layouts
 from ldm.formats.scheduler_config import Process
+from ldm.networks.unet import check_supported
 from ldm.schedule import BetaSchedule
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -318,6 +319,7 @@ def _empty_networks(folder: Path) -> Parts:
 def _build(configs: Configs) -> Parts:
     for config in (configs.unet, configs.vae):
         require_plausible(config)
+    check_supported(configs.unet)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(configs.unet)
         vae = AutoencoderKL.from_config(configs.vae)
