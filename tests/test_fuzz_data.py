@@ -163,7 +163,7 @@ def record_with_checksum(random: Random, content: bytes) -> bytes:
     if len(content) < 24:
         return content
     start, image, length, _ = struct.unpack("<QQII", content[:24])
-    values = [random.choice((v, 0, 2**32 - 1, v + 1)) for v in (start, image)]
+    values = [random.choice((v, 0, 2**32 - 1, (v + 1) % 2**64)) for v in (start, image)]
     _, files = valid_index()
     line = files["g.lines"][start : start + length]
     return struct.pack("<QQII", *values, length, checksum(*values, line)) + content[24:]
