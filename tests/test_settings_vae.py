@@ -131,7 +131,7 @@ def test_the_discriminator_has_its_shape(channels: int, layers: int, shapes: Pat
 def test_spectral_normalisation_keeps_the_largest_singular_value_at_1(
     spectral: bool, shapes: Path, tmp_path: Path
 ) -> None:
-    _, recorded = run(shapes, tmp_path / "run", 12, adversarial=critic(spectral_norm=spectral, lr=1e-3))
+    _, recorded = run(shapes, tmp_path / "run", 7, adversarial=critic(spectral_norm=spectral, lr=1e-3))
     layers = [m for m in recorded.stage.discriminator.modules() if isinstance(m, nn.Conv2d)]
     values = [torch.linalg.matrix_norm(m.weight.detach().flatten(1), 2).item() for m in layers]
     assert (max(abs(value - 1) for value in values) < 0.15) == spectral, values
