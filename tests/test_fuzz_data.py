@@ -1,5 +1,6 @@
 """Fuzzing of the files that this project keeps on disk and of what users give it: see support/fuzz.py."""
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -43,7 +44,9 @@ QUIET = Processes(print=lambda _: None)
 def scratch(name: str) -> Path:
     """Return a folder in memory, if there is one, because fsync on a disk is slow."""
     memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=memory if os.access(memory, os.W_OK) else None))
+    folder = tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=memory if os.access(memory, os.W_OK) else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:
