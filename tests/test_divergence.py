@@ -197,7 +197,7 @@ def train_with_faults(rank: int, count: int, config: VaeConfig) -> None:
 def test_all_processes_go_back_together(shapes: Path, tmp_path: Path) -> None:
     change = {"steps": 12, "checkpoint_every": 4, "validate_every": 3, "roll_back_after": 8, "log_every": 1}
     run_in_processes(train_with_faults, 2, vae_config(shapes, tmp_path / "run", **change))
-    assert steps_of(tmp_path / "run") == [4, 8, 12]
+    assert steps_of(tmp_path / "run") == [4, 12]
     one, two = (pack_tree(torch.load(tmp_path / f"run/{k}.pt", weights_only=True)).tensors for k in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

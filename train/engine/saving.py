@@ -103,8 +103,8 @@ class Saving:
     def roll_back_if_needed(self, step: int) -> bool:
         """Restore an earlier checkpoint's weights after too many skipped steps in a row, or if the weights are unsound.
 
-        The step number isn't reset. Checkpoints that the streak followed directly have the same weights as now, so
-        earlier ones are preferred. Returns whether a checkpoint was restored. Raises RunError if there is none, or if
+        The step number isn't reset. Checkpoints that the streak followed directly are passed over, if there are earlier
+        ones. Returns whether a checkpoint was restored. Raises RunError if there is none, or if
         training hasn't worked since the last roll-back.
         """
         unsound = self.tested == step and not self.sound
@@ -113,7 +113,9 @@ class Saving:
         problem = self.problem()
         if self.rolled_back:
             raise RunError(f"{problem}, and restoring the last checkpoint did not help: {self.advice()}")
-        checkpoint = self._restore_newest(step - int(self.trainer.skipped.unchanged)) or self._restore_newest()
+        # The last step that changed the weights made them so: a checkpoint directly before it may lead there again.
+        changed = step - int(self.trainer.skipped.unchanged)
+        checkpoint = self._restore_newest(changed - 1) or self._restore_newest()
         if checkpoint is None:
             raise RunError(f"{problem}, and there is no checkpoint: {self.advice()}")
         self.run.print(f"step {step}: {problem}; training continues with the weights of step {checkpoint.step}")
