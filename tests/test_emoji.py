@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import train.data.synthetic.emoji as emoji_module
-from ldm.errors import UserError
+from ldm.errors import RunError, UserError
 from support.commands import Ended, run_command
 from train.data.sources.splits import open_source
 from train.data.synthetic.emoji import (
@@ -285,7 +285,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(emoji_module, "_write_split", failing)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="disk full"):
         write_emoji(tmp_path / "set", many(), render, 64, 0.05, 0)
     assert list(tmp_path.iterdir()) == []
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+import train.commands.generate
 from autoencoder.preview import fit_colours
 from conditioning.tokenizer import PromptCut
 from ldm.editing import slerp
@@ -491,17 +492,17 @@ def test_a_grid_contains_all_images(model: Path, given: Path, tmp_path: Path) ->
 
 
 @pytest.fixture
-def previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
+def previews(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
     """The previews that are written, in order."""
     seen: list[Image.Image] = []
-    save = Image.Image.save
+    save = train.commands.generate.save_sheet
 
-    def saved(image: Image.Image, path: Any, *how: Any, **named: Any) -> None:
-        save(image, path, *how, **named)
-        if isinstance(path, Path) and path.name == "preview.png":
+    def saved(image: Image.Image, path: Path) -> None:
+        save(image, path)
+        if path.name == "preview.png":
             seen.append(Image.open(path).copy())
 
-    monkeypatch.setattr(Image.Image, "save", saved)
+    monkeypatch.setattr(train.commands.generate, "save_sheet", saved)
     return seen
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 import train.data.synthetic.shapes as shapes_module
-from ldm.errors import UserError
+from ldm.errors import RunError, UserError
 from support.commands import run_command
 from train.data.synthetic.shapes import (
     BACKGROUNDS,
@@ -257,7 +257,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         return render(*arguments)
 
     monkeypatch.setattr(shapes_module, "render", failing)
-    with pytest.raises(failure if isinstance(failure, type) else OSError):
+    with pytest.raises(failure if isinstance(failure, type) else RunError):
         write_shapes(tmp_path / "set", 32, 10, 2, 0)
     assert list(tmp_path.iterdir()) == []
 

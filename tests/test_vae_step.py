@@ -316,7 +316,7 @@ def test_training_starts_from_a_given_autoencoder(shapes: Path, trained: Path, t
     assert relative_distance(raw["state/phases/vae/module/vae.encoder.conv_in.weight"], weight.detach()) < 0.05
     # A run refuses another initialisation, and none.
     with pytest.raises(UserError, match="--init"):
-        train.stages.vae.train(config(shapes, tmp_path / "run", steps=2))
+        train.stages.vae.train(config(shapes, tmp_path / "run", steps=2, model=AutoencoderConfig()))
     other = small_vae()
     with torch.no_grad():
         other.decoder.conv_out.bias += 1
