@@ -17,15 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
-class TextTowerConfig:
-    """Text tower of the CLIP."""
+class TransformerConfig:
+    """Size of a tower, a transformer."""
 
-    vocab_size: int = Field(default=2000, ge=600, le=49408)
-    """Largest number of tokens in the byte-pair vocabulary that is learned from the captions, 600 to 49408."""
-    max_length: int = Field(default=77, ge=4, le=2**14)
-    """Length of a caption in tokens, including begin and end tokens: longer ones are truncated, shorter ones padded."""
     width: Count = 256
-    """Number of features per token, a multiple of `heads`. Stage 2's UNet reads them by cross-attention."""
+    """Number of features per token or patch, a multiple of `heads`."""
     layers: int = Field(default=4, gt=0, le=MOST_LAYERS)
     """Number of transformer layers."""
     heads: Count = 4
@@ -38,22 +34,21 @@ class TextTowerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
-class ImageTowerConfig:
+class TextTowerConfig(TransformerConfig):
+    """Text tower of the CLIP. Stage 2's UNet reads its features by cross-attention."""
+
+    vocab_size: int = Field(default=2000, ge=600, le=49408)
+    """Largest number of tokens in the byte-pair vocabulary that is learned from the captions, 600 to 49408."""
+    max_length: int = Field(default=77, ge=4, le=2**14)
+    """Length of a caption in tokens, including begin and end tokens: longer ones are truncated, shorter ones padded."""
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
+class ImageTowerConfig(TransformerConfig):
     """Image tower of the CLIP, a vision transformer."""
 
     patch_size: int = Field(default=8, gt=0, le=LONGEST_SIDE)
     """Side of a square patch, in pixels; the images' resolution must be a multiple of it."""
-    width: Count = 256
-    """Number of features per patch, a multiple of `heads`."""
-    layers: int = Field(default=4, gt=0, le=MOST_LAYERS)
-    """Number of transformer layers."""
-    heads: Count = 4
-    """Number of attention heads of each layer."""
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> Self:
-        require_possible([12 * self.layers * self.width**2], f"width {self.width}, layers {self.layers}")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
