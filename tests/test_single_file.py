@@ -29,8 +29,8 @@ from conditioning.tokenizer import save_tokenizer, train_tokenizer
 from ldm.errors import RunError, UserError
 from ldm.formats.single_file import (
     _empty_networks,
-    _layouts,
     from_original,
+    layouts,
     load_single_file,
     read_pickled,
     save_single_file,
@@ -275,7 +275,7 @@ def full_size(tmp_path: Path) -> dict[str, tuple[int, ...]]:
     DDIMScheduler(**BETAS).save_pretrained(tmp_path / "scheduler")
     return {
         name: tuple(module.get_parameter(ours[0]).shape)
-        for module, layout in _layouts(_empty_networks(tmp_path), openclip=False)
+        for module, layout in layouts(_empty_networks(tmp_path), openclip=False)
         for name, ours in layout.items()
     }
 

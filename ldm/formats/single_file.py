@@ -28,8 +28,7 @@ from ldm.formats.file_limits import Model, architecture, is_openclip, limits, un
 from ldm.formats.hub import fill
 from ldm.formats.original_config import describe, text_version
 from ldm.formats.original_config_reader import Configs, guess, read_description
-from ldm.formats.original_names import OPENCLIP, POINTWISE, Parts
-from ldm.formats.original_names import layouts as _layouts
+from ldm.formats.original_names import OPENCLIP, POINTWISE, Parts, layouts
 from ldm.formats.scheduler_config import Process
 from ldm.networks.unet import check_supported
 from ldm.schedule import BetaSchedule
@@ -41,6 +40,7 @@ _IGNORED = re.compile(
     r"model_ema\..+|betas|\w*alphas_cumprod(_prev)?|posterior_\w+|logvar|lvlb_weights|v_pred|ztsnr"
     r"|first_stage_model\.loss\..+|cond_stage_model\..*\b(position_ids|logit_scale|text_projection|attn_mask)"
 )
+
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +58,7 @@ def to_original(model: Model, dtype: torch.dtype | None = None) -> dict[str, Ten
         weights["v_pred"] = torch.empty(0)
     if schedule.zero_terminal_snr and isinstance(schedule, BetaSchedule):
         weights["ztsnr"] = torch.empty(0)
-    for module, layout in _layouts(parts, openclip=is_openclip(model.text_encoder)):
+    for module, layout in layouts(parts, openclip=is_openclip(model.text_encoder)):
         state = module.state_dict()
         for name, ours in layout.items():
             weight = state[ours[0]] if len(ours) == 1 else torch.cat([state[key] for key in ours])
@@ -212,7 +212,7 @@ def _read(
         return from_original(state, configs._replace(scheduler=configs.scheduler | _sampling(metadata)), ema=ema)
     except UserError as error:
         raise UserError(
-            f"{str(path)!r}: {error}; a diffusers folder of the same architecture can be given as configuration"
+            f"{str(path)!r}: {error}; give a diffusers folder of the same architecture with --config (Python: config)"
         ) from None
 
 
@@ -245,7 +245,7 @@ def from_original(state: Mapping[str, Tensor], config: str | Path | Configs, *, 
     """Make the networks from weights with the original names; see `load_single_file`."""
     parts = _build(config) if isinstance(config, Configs) else _empty_networks(Path(config))
     source = "in its description" if isinstance(config, Configs) else f"the configuration {str(config)!r}"
-    tables = list(_layouts(parts, openclip=any(name.startswith(OPENCLIP) for name in state)))
+    tables = list(layouts(parts, openclip=any(name.startswith(OPENCLIP) for name in state)))
     known = dict.fromkeys(name for _, table in tables for name in table)
     for name in known:
         if name not in state:
