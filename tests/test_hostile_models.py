@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from autoencoder.perceptual import ClipPerceptual
-from conditioning.contrastive import save_clip
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from support.models import small_clip_model, tiny_pipeline
+from support.models import save_models
 from train.evaluation.features import load_features
 
 
@@ -23,12 +21,7 @@ from train.evaluation.features import load_features
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pipeline, model/, the same as a single file, and a CLIP, clip/."""
     folder = tmp_path_factory.mktemp("saved")
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(folder / "model")
-    pipe.save_single_file(folder / "single.safetensors")
-    torch.manual_seed(0)
-    tokenizer = pipe.text_encoder.tokenizer
-    save_clip(small_clip_model(tokenizer), tokenizer, folder / "clip")
+    save_models(folder)
     return folder
 
 

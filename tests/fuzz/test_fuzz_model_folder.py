@@ -7,13 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from autoencoder.perceptual import ClipPerceptual
-from conditioning.contrastive import save_clip
 from ldm.pipeline import LatentDiffusionPipeline
 from support.fuzz import Target
-from support.models import small_clip_model, tiny_pipeline
+from support.models import save_models
 from train.evaluation.features import load_features
 
 
@@ -21,12 +19,7 @@ from train.evaluation.features import load_features
 def saved() -> Path:
     """Return a folder with a pipeline, model/, and a CLIP, clip/. Its files are the same in every process."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-model-"))
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(folder / "model")
-    pipe.save_single_file(folder / "single.safetensors")
-    torch.manual_seed(0)
-    tokenizer = pipe.text_encoder.tokenizer
-    save_clip(small_clip_model(tokenizer), tokenizer, folder / "clip")
+    save_models(folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Small models with random weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from autoencoder.model import Autoencoder, build_autoencoder
 from conditioning.clip import ClipTextEncoder
-from conditioning.contrastive import build_clip
+from conditioning.contrastive import build_clip, save_clip
 from conditioning.tokenizer import train_tokenizer
 from ldm.formats.scheduler_config import Process
 from ldm.networks.unet import build_unet, widen
@@ -99,3 +100,13 @@ def tiny_pipeline(
         ClipTextEncoder(clip.text_model, tokenizer),
         Process(schedule=Schedule.build(schedule, **process), target=target, spacing=spacing, variance=variance),
     )
+
+
+def save_models(folder: Path) -> None:
+    """Write a pipeline, model/, the same as a single file, single.safetensors, and a CLIP, clip/."""
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(folder / "model")
+    pipe.save_single_file(folder / "single.safetensors")
+    torch.manual_seed(0)
+    tokenizer = pipe.text_encoder.tokenizer
+    save_clip(small_clip_model(tokenizer), tokenizer, folder / "clip")
