@@ -247,7 +247,7 @@ def test_a_share_of_the_images_is_held_out(fraction: float, tmp_path: Path) -> N
 
 
 def test_a_stream_is_shuffled_in_a_buffer_of_this_size(tmp_path: Path) -> None:
-    """With a buffer of 1, the examples keep their order; a larger one mixes them that far."""
+    """The examples keep their order with a buffer of 1; a larger buffer mixes them over its length."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for k in range(60):
             file = io.BytesIO()

@@ -215,7 +215,7 @@ def depth_of(unet: Mapping[str, Any]) -> int | list[Any]:
 
 
 def schedule_name(schedule: Schedule) -> str:
-    """Return the kind and betas of a schedule, of those that it has before its rescaling to zero terminal SNR."""
+    """Return the kind and betas of a schedule, as they are before the rescaling to zero terminal SNR."""
     if not isinstance(schedule, BetaSchedule):
         return "flow"
     name = name_betas(schedule)

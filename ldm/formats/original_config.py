@@ -1,8 +1,8 @@
 """The description of an architecture in the form of CompVis' code: NAME.yaml beside NAME.safetensors.
 
 AUTOMATIC1111's web UI builds the network that NAME.yaml describes (Rombach et al.'s `configs/`), and CompVis' and
-Stability's code take it as an argument. It says what the weights can't: the number of heads, the target, the schedule
-and the tokenizer. `original_config_reader` reads it.
+Stability's code take it as an argument. It contains what the weights don't show: the number of heads, the target, the
+schedule and the tokenizer. `original_config_reader` reads it.
 """
 
 from typing import Any

@@ -167,5 +167,6 @@ def _redacted(value: Any) -> Any:
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
+    """Write a YAML file, which replaces an earlier one only when it is complete."""
     with atomic_file(path) as file:
         file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())

@@ -25,7 +25,7 @@ class Ordered(Batched[Batch_co], Protocol[Batch_co]):
 
 
 class Feed:
-    """Source of one process's batches. It knows the position of each step, and is part of the checkpoints.
+    """Source of one process's batches, and the position of each step. Checkpoints contain its state.
 
     A position counts examples since the start of training. Random numbers are drawn by position. The examples follow
     their order from position + `shift` on. If the order has changed since the checkpoint, for example because the data

@@ -1,4 +1,4 @@
-"""Which states of a trainer are saved, and which are restored: only those whose weights give finite losses."""
+"""Checkpoints of a trainer. Only states whose weights give finite losses are saved and restored."""
 
 import math
 
@@ -27,7 +27,7 @@ class Saving:
     # -- the test ---------------------------------------------------------------------------------------------
 
     def is_sound(self, step: int) -> bool:
-        """Return whether the weights may be saved: the step wasn't skipped, and they give finite losses.
+        """Return whether the weights may be saved: the step wasn't skipped, and the weights give finite losses.
 
         A step can change finite weights into weights whose loss isn't finite, and only the next step would show that.
         So the weights are tested on the step's own batch, whose loss was finite before. The averages are tested too.
@@ -84,8 +84,8 @@ class Saving:
     def save(self, step: int, *, stopped: bool) -> None:
         """Commit a checkpoint of weights that are sound.
 
-        Raises RunError if over half of the steps since the last checkpoint were skipped. After a roll-back, or if the
-        run is stopped, it is only not yet seen to work.
+        Raises RunError if over half of the steps since the last checkpoint were skipped. A run that has been rolled
+        back or is being stopped may save them all the same, because it hasn't had the steps to show that it works.
         """
         skipped, steps = int(self.trainer.skipped.recent), step - self.window
         if 2 * skipped <= steps:
@@ -104,8 +104,8 @@ class Saving:
         """Restore an earlier checkpoint's weights after too many skipped steps in a row, or if the weights are unsound.
 
         The step number isn't reset. Checkpoints that the streak followed directly are passed over, if there are earlier
-        ones. Returns whether a checkpoint was restored. Raises RunError if there is none, or if
-        training hasn't worked since the last roll-back.
+        ones. Returns whether a checkpoint was restored. Raises RunError if there is none, or if training hasn't worked
+        since the last roll-back.
         """
         unsound = self.tested == step and not self.sound
         if int(self.trainer.skipped.in_a_row) < self.run.config.roll_back_after and not unsound:
