@@ -165,9 +165,10 @@ class Multistep:
 class UniPC:
     """UniPC: a multistep predictor, whose step the next step corrects with x̂0 at its end. One evaluation per step.
 
-    Each step uses as many estimates x̂0 as `order`, fewer while there are no more, and ends with order 2, then 1, like
-    diffusers. Zhao et al. 2023, algorithms 1 and 2. They divide their equation 9 by a function B(h). It cancels unless
-    only one weight is unknown, which they set to 1/2: then B(h) = h or e^h - 1 makes a difference.
+    Each step uses up to `order` estimates x̂0. The first steps have fewer, and the last two are of order 2 and 1, as in
+    diffusers. Zhao et al. 2023, algorithms 1 and 2: their condition of order is R a B(h) = phi for the weights a. The
+    function B(h) cancels if this is solved. But if there is only one weight, they set it to 1/2, and B(h), which is h
+    or e^h - 1, makes a difference.
     """
 
     order: Literal[2, 3] = 2
@@ -208,8 +209,8 @@ class UniPC:
     def _weights(self, places: list[float], h: float) -> list[float]:
         """Return the weights of the differences of x̂0 at these places: 0 is the step's start, 1 is its end.
 
-        They make the step exact for every polynomial x̂0 of their number: the weighted sum of places^i is
-        i! phi_{i+1} / phi_1 (their equation 9).
+        They make the step exact if x̂0 is a polynomial in lambda whose degree is the number of places: the weighted sum
+        of places^i is i! phi_{i+1} / phi_1, for every i up to that degree.
         """
         if len(places) == 1:
             scale = 1.0 if self.b == "expm1" or math.isinf(h) else 1 / _phi(1, -h)

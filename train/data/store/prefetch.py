@@ -118,7 +118,7 @@ class _ErrorsReturned:
 def _share(batch: Any) -> None:
     """Move the tensors of a record to shared memory. Raises RuntimeError if it is full.
 
-    The loader would do so in a thread, whose errors are only printed: it would wait for the batch for ever.
+    The loader would do so in a thread, whose errors are only printed: it would wait for the batch without end.
     """
     if isinstance(batch, Tensor):
         if batch.numel():
