@@ -6,6 +6,7 @@ convolutions next to the latent (`fold`). Then latent × 0.18215 is correct for 
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -101,6 +102,8 @@ class Autoencoder:
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent and side
         self.latent_channels: int = vae.config.latent_channels
         self.scale: float = vae.config.scaling_factor
+        if not (isinstance(self.scale, int | float) and 0 < self.scale < math.inf):
+            raise UserError(f"the autoencoder's scaling_factor {self.scale!r}: must be a number above 0")
 
     @classmethod
     def load(cls, where: str | Path) -> Self:

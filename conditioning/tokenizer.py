@@ -25,6 +25,7 @@ BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _LETTERS = [*_BYTES, *(b + WORD_END for b in _BYTES)]
 SMALLEST, LARGEST = len(_LETTERS) + 2, 49408  # readers of merges.txt stop after OpenAI's number of merges
+_SHORTEST = 3  # tokens of a prompt: start, one token, end
 _QUOTED = 500  # most characters of ignored text that a warning quotes
 _SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates, which can't be encoded as bytes
 
@@ -42,8 +43,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     """
     if not SMALLEST <= vocab_size <= LARGEST:
         raise UserError(f"vocab_size {vocab_size}: must be {SMALLEST} (512 bytes, start, end) to {LARGEST}")
-    if max_length < 3:
-        raise UserError(f"max_length {max_length}: must be at least 3 (start, one token, end)")
+    if max_length < _SHORTEST:
+        raise UserError(f"max_length {max_length}: must be at least {_SHORTEST} (start, one token, end)")
     blank = clip_tokenizer([], max_length).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
@@ -76,9 +77,14 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Load a CLIP tokenizer from tokenizer.json, or from vocab.json and merges.txt. No code in the folder is run.
 
     A special token's name inside a prompt is always plain text, whatever the saved settings, so that it can't end the
-    prompt early.
+    prompt early. Raises UserError for a length that isn't possible.
     """
-    return CLIPTokenizer.from_pretrained(str(folder), split_special_tokens=True, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), split_special_tokens=True, local_files_only=True)
+    if type(length := tokenizer.model_max_length) is not int or length < _SHORTEST:
+        raise UserError(
+            f"tokenizer_config.json has model_max_length {length!r}: must be a whole number of at least {_SHORTEST}"
+        )
+    return tokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) -> Tensor:

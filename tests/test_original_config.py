@@ -346,6 +346,14 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (lambda p: p.update(beta_schedule="sqrt"), "can't be read"),
         (lambda p: p.update(unet_config=3), "can't be read"),
         (lambda p: p["unet_config"]["params"].update(num_res_blocks=2), "the file has no weight"),
+        (lambda p: p["unet_config"]["params"].update(num_res_blocks=10**6), "layers_per_block 1000000: up to"),
+        (lambda p: p["unet_config"]["params"].update(num_res_blocks=True), "layers_per_block True: must be int"),
+        (
+            lambda p: p["unet_config"]["params"].update(context_dim={"a": 1}),
+            "cross_attention_dim .* must be one number",
+        ),
+        (lambda p: p["unet_config"]["params"].update(model_channels=33), "its description can't be read"),
+        (lambda p: p.update(scale_factor="big"), "scaling_factor 'big': must be float"),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(

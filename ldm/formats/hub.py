@@ -1,10 +1,11 @@
 """Models by name: a local folder or a hub repository, and the weights in it, all of which must fit."""
 
+import inspect
 import os.path
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -162,6 +163,38 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | 
     module.load_state_dict(copies, strict=True, assign=True)
 
 
+def require_types(network_class: Any, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value of a configuration whose type isn't one that the network's constructor declares.
+
+    Python takes true for 1, so that a network with a wrong value may be built and fail later.
+    """
+    for name, parameter in inspect.signature(network_class.__init__).parameters.items():
+        allowed = {kind.__name__ for kind in _leaves(parameter.annotation)} | {type(parameter.default).__name__}
+        for value in _flat(config.get(name)):
+            kind = type(value).__name__
+            if kind not in allowed and not (kind == "int" and "float" in allowed):
+                kinds = " or ".join(sorted(allowed & {"bool", "int", "float", "str"}))
+                raise ValueError(f"{name} {one_line(repr(value), 60)}: must be {kinds}")
+
+
+def _leaves(annotation: Any) -> Iterator[type]:
+    """Yield the types that an annotation consists of: int and float for Optional[tuple[int | float]]."""
+    inner = get_args(annotation)
+    for part in inner:
+        yield from _leaves(part)
+    if not inner and isinstance(annotation, type):
+        yield annotation
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Yield the values in nested lists, without those that are null."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _flat(part)
+    elif value is not None:
+        yield value
+
+
 def load_network(
     network_class: Any,
     folder: str | Path,
@@ -185,6 +218,7 @@ def load_network(
             raise UserError(f"its weights are quantised ({one_line(kind, 60)}): use the original ones")
         if check is not None:
             check(config)
+        require_types(network_class, config)
         with torch.device("meta"):
             network = network_class.from_config(config)
             with torch.no_grad():

@@ -25,7 +25,7 @@ from ldm.errors import RunError, UserError, one_line
 from ldm.files import read_json, require_plausible
 from ldm.formats.clip_layout import empty_text_model
 from ldm.formats.file_limits import Model, architecture, is_openclip, limits, unet_of
-from ldm.formats.hub import fill
+from ldm.formats.hub import fill, require_types
 from ldm.formats.original_config import describe, text_version
 from ldm.formats.original_config_reader import Configs, guess, read_description
 from ldm.formats.original_names import OPENCLIP, POINTWISE, Parts, layouts
@@ -243,7 +243,7 @@ def _sampling(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def from_original(state: Mapping[str, Tensor], config: str | Path | Configs, *, ema: bool = True) -> Parts:
     """Make the networks from weights with the original names; see `load_single_file`."""
-    parts = _build(config) if isinstance(config, Configs) else _empty_networks(Path(config))
+    parts = _empty_networks(config if isinstance(config, Configs) else Path(config))
     source = "in its description" if isinstance(config, Configs) else f"the configuration {str(config)!r}"
     tables = list(layouts(parts, openclip=any(name.startswith(OPENCLIP) for name in state)))
     known = dict.fromkeys(name for _, table in tables for name in table)
@@ -301,25 +301,28 @@ def _split_weight(name: str, value: Tensor, shapes: Mapping[str, torch.Size]) ->
     return dict(zip(shapes, (part.float().contiguous() for part in value.chunk(len(shapes))), strict=True))
 
 
-def _empty_networks(folder: Path) -> Parts:
-    """Build the networks from a folder's JSON, without memory for weights."""
-
-    def read(part: str, file: str = "config.json") -> dict[str, Any]:
-        return read_json(folder / part / file)
-
+def _empty_networks(config: Path | Configs) -> Parts:
+    """Build the networks from configurations, or from those in a folder, without memory for weights."""
+    name = "its description" if isinstance(config, Configs) else f"configuration {str(config)!r}"
     try:
-        unet, vae, text = (read(part) for part in ("unet", "vae", "text_encoder"))
-        return _build(Configs(unet, vae, text, read("scheduler", "scheduler_config.json"), folder / "tokenizer"))
+        return _build(config if isinstance(config, Configs) else _read_folder(config))
     except UserError:
         raise
-    except Exception as error:  # for a damaged file, the libraries may raise any error
-        raise UserError(f"configuration {str(folder)!r} can't be read: {one_line(error, 300)}") from None
+    except Exception as error:  # for a wrong value, the libraries may raise any error
+        raise UserError(f"{name} can't be read: {one_line(error, 300)}") from None
+
+
+def _read_folder(folder: Path) -> Configs:
+    unet, vae, text = (read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
+    return Configs(unet, vae, text, read_json(folder / "scheduler" / "scheduler_config.json"), folder / "tokenizer")
 
 
 def _build(configs: Configs) -> Parts:
     for config in (configs.unet, configs.vae):
         require_plausible(config)
     check_supported(configs.unet)
+    require_types(UNet2DConditionModel, configs.unet)
+    require_types(AutoencoderKL, configs.vae)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(configs.unet)
         vae = AutoencoderKL.from_config(configs.vae)
