@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint site env clean-demo
+.PHONY: demo test test-slow mutation lint site env clean-demo
 
 env: $(READY)
 
@@ -24,6 +24,9 @@ test: lint
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+mutation: $(READY)  # the share of small faults in the code that the tests notice; about two hours
+	$(BIN)/python -m tests.mutation
 
 lint: $(READY)
 	$(BIN)/ruff check .

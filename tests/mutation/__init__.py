@@ -1,0 +1,1 @@
+"""A mutation test of the tests: `python -m tests.mutation --help`."""
