@@ -1,0 +1,99 @@
+"""A process that runs diffusers' train_text_to_image.py unchanged, for `peers.py`.
+
+    python benchmarks/against/script.py '{"script": …, "arguments": […], "record": ""}'
+
+The script runs as it is. Functions of the libraries that it calls are wrapped: the update of its moving average, the
+last call of each step, waits for the next turn. With `record`, the script's inputs, random numbers and losses are
+written into that file instead, so that another loop can be compared with it.
+"""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from against.served import Server, forget_peak
+
+Wrap = Callable[..., Any]
+
+
+def wait_for_turns(server: Server) -> None:
+    """Make the script wait for its turn after each step."""
+    from diffusers.training_utils import EMAModel
+
+    update, left = EMAModel.step, -1
+
+    def step(self: Any, parameters: Any) -> None:
+        nonlocal left
+        update(self, parameters)
+        if left < 0:
+            forget_peak()
+            server.answer(ready=True)
+        elif left == 0:
+            server.called()
+        left = (left if left > 0 else server.next_calls()) - 1
+
+    EMAModel.step = step
+
+
+def record(path: str) -> None:
+    """Write inputs, random numbers and losses of all steps into a file when the training ends."""
+    import accelerate
+    import diffusers.models.autoencoders.vae as vae_module
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    found: dict[str, list[Any]] = {name: [] for name in ("pixels", "posterior", "noise", "timesteps", "ids", "loss")}
+
+    def input_of(function: Wrap, name: str) -> Wrap:
+        def wrapped(self: Any, first: Any, *more: Any, **named: Any) -> Any:
+            found[name].append(first.clone())
+            return function(self, first, *more, **named)
+
+        return wrapped
+
+    def output_of(function: Wrap, name: str) -> Wrap:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            found[name].append(function(*arguments, **named))
+            return found[name][-1]
+
+        return wrapped
+
+    def log(self: Any, values: Mapping[str, Any], *arguments: Any, **named: Any) -> None:
+        if "train_loss" in values:
+            found["loss"].append(values["train_loss"])
+
+    def end(self: Any) -> None:
+        torch.save(found, path)
+
+    AutoencoderKL.encode = input_of(AutoencoderKL.encode, "pixels")
+    CLIPTextModel.forward = input_of(CLIPTextModel.forward, "ids")  # type: ignore[method-assign]
+    vae_module.randn_tensor = output_of(vae_module.randn_tensor, "posterior")
+    torch.randn_like = output_of(torch.randn_like, "noise")
+    torch.randint = output_of(torch.randint, "timesteps")
+    accelerate.Accelerator.log = log  # type: ignore[method-assign]
+    accelerate.Accelerator.end_training = end  # type: ignore[method-assign]
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    torch.set_num_threads(spec["threads"])
+    if spec["record"]:
+        record(spec["record"])
+    else:
+        on_gpu = torch.cuda.is_available()
+        wait_for_turns(
+            Server(
+                torch.cuda.synchronize if on_gpu else lambda: None,
+                (lambda: torch.cuda.max_memory_reserved() / 2**20) if on_gpu else None,
+            )
+        )
+    sys.argv = [spec["script"], *spec["arguments"]]
+    runpy.run_path(spec["script"], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
