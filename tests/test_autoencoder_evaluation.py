@@ -28,16 +28,15 @@ from support.draws import draw
 from support.images import smooth_pixels
 from support.models import small_autoencoder
 from train.evaluation.autoencoder import (
-    FrechetSums,
     LatentHealth,
     LatentSums,
-    frechet,
     measure_reconstruction,
     noise_robustness,
     psnr,
     reconstruction_quality,
 )
 from train.evaluation.features import Features, load_features
+from train.evaluation.frechet import FrechetSums, frechet
 
 # The Fréchet distance
 

@@ -26,8 +26,9 @@ from train.commands.main import best_device, use_device
 from train.config.ldm import DiffusionConfig
 from train.config.optimizer import OptimizerConfig
 from train.engine.optim import step_unless
-from train.evaluation.autoencoder import FrechetSums, frechet, measure_reconstruction
+from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.diffusion import bits_per_dimension
+from train.evaluation.frechet import FrechetSums, frechet
 
 PIXELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

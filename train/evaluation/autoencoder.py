@@ -17,8 +17,8 @@ from autoencoder.model import Autoencoder, Posterior, latent_statistics, latent_
 from ldm.errors import UserError
 from ldm.float64 import double, float64_device
 from train.evaluation.features import Features, eight_bits
+from train.evaluation.frechet import FrechetSums, Reduce, frechet
 
-Reduce = Callable[[Tensor], Tensor]
 NOISE_LEVELS = (0.1, 0.2, 0.5)  # in standard deviations of a normalised latent
 LAGS = (1, 2)  # distances of neighbours, in latent pixels
 _BINS, _REACH = 4096, 8.0  # the histogram of latents has _BINS bins over [−_REACH, _REACH]
@@ -37,53 +37,6 @@ def reconstruction_quality(decoded: Tensor, pixels: Tensor) -> tuple[float, floa
     a, b = eight_bits(decoded) / 255, eight_bits(pixels) / 255
     ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     return float(psnr(decoded, pixels).mean()), float(torch.as_tensor(ssim).mean())
-
-
-class FrechetSums:
-    """Count, sum and outer products of features f, kept as one matrix: `Σ [1, f][1, f]ᵀ`, (1 + d, 1 + d)."""
-
-    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=float64_device(device))
-
-    def add(self, features: Tensor) -> None:
-        """Add features (n, d)."""
-        rows = F.pad(double(features).to(self.sums.device), (1, 0), value=1.0)
-        self.sums += rows.T @ rows
-
-    def reduce(self, reduce: Reduce) -> None:
-        self.sums = reduce(self.sums)
-
-    def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Return the features' mean (d,) and unbiased covariance (d, d). Raises UserError for fewer than two images.
-
-        The subtraction Σ f fᵀ − n μ μᵀ loses digits. float64 has enough of them if the mean is below 10⁵ standard
-        deviations.
-        """
-        n = self.sums[0, 0]
-        if n < 2:
-            raise UserError(f"a Fréchet distance needs at least 2 images, but there are {int(n)}: give more images")
-        mean = self.sums[0, 1:] / n
-        return mean, (self.sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
-
-
-def frechet(a: FrechetSums, b: FrechetSums) -> float:
-    """Return the squared Fréchet distance of two Gaussians (arXiv 1706.08500): ‖μ₁ − μ₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½).
-
-    tr (S₁ S₂)^½ is computed as the sum of the singular values of S₁^½ S₂^½. A root of the product would magnify
-    rounding errors if a covariance doesn't have full rank (fewer images than features). Returns nan if a feature isn't
-    finite.
-    """
-    (mean_a, cov_a), (mean_b, cov_b) = a.gaussian(), b.gaussian()
-    if not (cov_a + cov_b).isfinite().all():
-        return math.nan
-    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """Return the symmetric square root of a covariance (d, d)."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 class LatentHealth(NamedTuple):
