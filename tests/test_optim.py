@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from train.config.optimizer import OptimizerConfig
-from train.engine.optim import Muon, orthogonal
+from support.stepping import polar_express_steps
+from train.config.optimizer import NewtonSchulz, OptimizerConfig
+from train.engine.optim import Muon
+from train.engine.orthogonal import POLAR_EXPRESS, orthogonal, polar_express
 
 CONFIG = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.1, momentum=0.9)
 
@@ -47,10 +49,41 @@ def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values(shape: tupl
     assert (in_basis - torch.diag_embed(values)).abs().max() < 0.05
 
 
-def test_a_zero_gradient_moves_nothing() -> None:
+def test_polar_express_has_the_papers_coefficients() -> None:
+    for step, derived in zip(POLAR_EXPRESS, polar_express_steps(0.01, 3), strict=True):
+        assert step == pytest.approx(derived, abs=1e-6)
+
+
+def test_polar_express_equals_its_polynomials_of_the_singular_values() -> None:
+    """Stacks of wide, tall and nearly square matrices, some of which share their smaller side."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(3, 32, 96), (2, 96, 32), (1, 32, 40), (4, 32, 32), (2, 24, 48), (1, 4, 400)]
+    stacks = []
+    for k, rows, columns in shapes:
+        side = min(rows, columns)
+        left, right = (
+            torch.linalg.qr(torch.randn(k, n, side, generator=g, dtype=torch.float64))[0] for n in (rows, columns)
+        )
+        values = torch.logspace(0, -2, side, dtype=torch.float64)
+        stacks.append((left, values / values.norm(), right))
+    made = polar_express([(1e4 * left * values @ right.mT).float() for left, values, right in stacks])
+    for (left, values, right), x in zip(stacks, made, strict=True):
+        assert x.dtype == torch.bfloat16
+        s = values / (1.02 * values.pow(8).sum() ** (1 / 8))
+        for a, b, c in POLAR_EXPRESS:
+            s = a * s + b * s**3 + c * s**5
+        assert s[values > 0.02].min() > 0.7
+        assert s.max() < 1.28
+        in_basis = left.mT @ x.double() @ right
+        assert (in_basis - torch.diag(s)).square().mean(dim=(1, 2)).sqrt().max() * len(s) ** 0.5 < 0.2
+        assert torch.linalg.matrix_norm(x.double() - left @ in_basis @ right.mT, 2).max() < 0.1  # bf16's
+
+
+@pytest.mark.parametrize("iteration", ["jordan", "polar_express"])
+def test_a_zero_gradient_moves_nothing(iteration: NewtonSchulz) -> None:
     net = nn.Linear(8, 8)
     before = copy.deepcopy(net)
-    optimizer = OptimizerConfig(kind="muon", weight_decay=0).build(net)
+    optimizer = OptimizerConfig(kind="muon", weight_decay=0, newton_schulz=iteration).build(net)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()

@@ -71,6 +71,7 @@ OPTIMIZERS = [
     ("vae", muon(schedule="constant", warmup=3, clip=0.0)),
     ("ldm", adamw(schedule="constant", warmup=3, clip=0.0)),
     ("ldm", muon(schedule="linear", warmup=1, final=0.5, clip=0.3)),
+    ("clip", muon(schedule="cosine", warmup=1, newton_schulz="polar_express")),
 ]
 
 

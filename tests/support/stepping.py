@@ -137,11 +137,36 @@ def momentum_step(c: OptimizerConfig, weight: Tensor, grad: Tensor, mean: Tensor
     mean.mul_(c.momentum).add_(grad, alpha=1 - c.momentum)
     x = (c.momentum * mean + (1 - c.momentum) * grad).double().flatten(1)
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
+    if c.newton_schulz == "polar_express":
+        bound = torch.linalg.svdvals(x).pow(8).sum() ** (1 / 8)
+        x, steps = x / (1.02 * bound), polar_express_steps(0.01, 3)
+    else:
+        steps = [(3.4445, -4.7750, 2.0315)] * 5
+    for first, third, fifth in steps:
         a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = first * x + (third * a + fifth * a @ a) @ x
     size = 0.2 * max(x.shape) ** 0.5
     weight.mul_(1 - lr * c.weight_decay).sub_((lr * size * x).view_as(weight).float())
+
+
+def polar_express_steps(lower: float, count: int) -> list[tuple[float, float, float]]:
+    """Return the coefficients of Polar Express (Amsel et al. 2025, arXiv 2505.16932, sec. 3.2), in float64.
+
+    Each step is the odd polynomial of degree 5 nearest to 1 on an interval, which is at first [lower, 1]. Remez's
+    algorithm finds it: its error has equal size and alternating sign at the interval's ends and at its two extrema.
+    """
+    upper, steps = 1.0, []
+    for k in range(count):
+        inner = [(3 * lower + upper) / 4, (lower + 3 * upper) / 4]
+        for _ in range(50):
+            x = np.array([lower, *inner, upper])
+            a, b, c, _ = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
+            inner = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]))).tolist()
+        lower = a * lower + b * lower**3 + c * lower**5
+        upper = 2 - lower
+        wider = 1.01 if k < count - 1 else 1.0
+        steps.append((a / wider, b / wider**3, c / wider**5))
+    return steps
 
 
 class Reference:

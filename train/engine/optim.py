@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.config.optimizer import NewtonSchulz
+from train.engine.orthogonal import orthogonalised
+
 _MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
 """Names of the entries of AdamW's and Muon's state of a weight."""
 
@@ -63,44 +66,62 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, *, momentum: float = 0.95
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        *,
+        momentum: float = 0.95,
+        newton_schulz: NewtonSchulz = "jordan",
     ) -> None:
         super().__init__(groups, lr, betas, eps, fused=True)
-        self.momentum = momentum
+        self.momentum, self.newton_schulz = momentum, newton_schulz
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             if group.get("orthogonal"):
-                by_shape = defaultdict(list)  # matrices of one shape are orthogonalised together
+                by_shape = defaultdict(list)  # matrices of one shape are stacked
                 for p in group["params"]:
                     if p.grad is not None:
                         by_shape[p.flatten(1).shape].append(p)
-                for weights in by_shape.values():
-                    self._orthogonal_step(weights, group["lr"], group["weight_decay"])
-                    for p in weights:
-                        p.grad = None  # AdamW skips weights without a gradient
+                if by_shape:
+                    self._orthogonal_step(list(by_shape.values()), group["lr"], group["weight_decay"])
+                for p in group["params"]:
+                    p.grad = None  # AdamW skips weights without a gradient
         super().step()
 
-    def _orthogonal_step(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        found_inf = getattr(self, "found_inf", None)
-        finite = torch.ones((), device=weights[0].device) if found_inf is None else 1 - found_inf.to(weights[0].device)
+    def _orthogonal_step(self, stacks: list[list[nn.Parameter]], lr: float, weight_decay: float) -> None:
+        device, found_inf = stacks[0][0].device, getattr(self, "found_inf", None)
+        finite = torch.ones((), device=device) if found_inf is None else 1 - found_inf.to(device)
+        momenta = [[self._momentum(p) for p in weights] for weights in stacks]
+        on_cpu = device.type == "cpu"
+        if on_cpu and not finite:  # reading a number on the CPU doesn't wait
+            return
+        share = (1 - self.momentum) * (1 if on_cpu else finite)
         nesterov = []
-        for p in weights:
-            assert p.grad is not None
-            gradient = p.grad.nan_to_num_(0, 0, 0)  # no effect in a finite step; a skipped step multiplies it by 0
-            state = self.state[p]
-            if not state:  # AdamW needs a step in every state when it is loaded
-                state |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
-            momentum = state["momentum"]
-            momentum.lerp_(gradient, (1 - self.momentum) * finite)
-            nesterov.append(gradient.lerp(momentum, self.momentum).flatten(1).bfloat16())
-        updates = orthogonal(torch.stack(nesterov))
-        updates *= lr * finite * 0.2 * max(updates.shape[1:]) ** 0.5
-        for p, update in zip(weights, updates, strict=True):
-            if weight_decay:
-                p.mul_(1 - lr * weight_decay * finite)
-            p.sub_(update.view_as(p))
+        for weights, running in zip(stacks, momenta, strict=True):
+            stack = torch.empty(len(weights), *weights[0].flatten(1).shape, dtype=torch.bfloat16, device=device)
+            for p, momentum, matrix in zip(weights, running, stack, strict=True):
+                assert p.grad is not None
+                # No effect in a finite step. In a skipped step, the momentum adds 0 times the gradient.
+                gradient = p.grad if on_cpu else p.grad.nan_to_num_(0, 0, 0)
+                momentum.lerp_(gradient, share)
+                matrix.copy_(gradient.lerp_(momentum, self.momentum).flatten(1))
+            nesterov.append(stack)
+        for weights, updates in zip(stacks, orthogonalised(nesterov, self.newton_schulz), strict=True):
+            updates *= lr * finite * 0.2 * max(updates.shape[1:]) ** 0.5
+            for p, update in zip(weights, updates, strict=True):
+                if weight_decay:
+                    p.mul_(1 - lr * weight_decay * finite)
+                p.sub_(update.view_as(p))
+
+    def _momentum(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        if not state:  # AdamW needs a step in every state when it is loaded
+            state |= {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
+        return state["momentum"]
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
@@ -109,18 +130,3 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         return
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step()
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Orthogonalise matrices (k, rows, columns) of any scale: each USVᵀ becomes nearly UVᵀ.
-
-    The singular values end between about 0.7 and 1.2. Uses five Newton-Schulz steps in bf16 with the quintic of Jordan
-    et al. 2024, which grows small singular values fastest.
-    """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.mT if tall else x).to(matrices.dtype)
