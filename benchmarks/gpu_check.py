@@ -6,7 +6,8 @@ its losses must agree: in fp32 to rounding, in bf16 and fp16 to the accuracy of 
     CUDA_VISIBLE_DEVICES= python benchmarks/gpu_check.py reference --out runs/gpu   # on the CPU; saves models, losses
     python benchmarks/gpu_check.py check --out runs/gpu                             # on the GPU; prints a table
 
-`check` writes `check.json` after every case, so an interrupted run keeps its results.
+`check` writes `check.json` after every case, so an interrupted run keeps its results. `--tiny` makes fewer and smaller
+checks, which also run on a CPU.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +98,28 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
     "ldm, xformers": ("ldm", ["--attention", "xformers"], ("bf16", "fp16")),
 }
+_SMALL_TOWERS = "--text.width 32 --text.layers 1 --text.heads 2 --image.width 32 --image.layers 1 --image.heads 2"
+_TINY = {  # settings of smaller networks
+    "clip": [*_SMALL_TOWERS.split(), "--batch-size", "8"],
+    "vae": ["--model.channels", "16", "16", "16", "--batch-size", "8"],
+    "ldm": ["--unet.channels", "32", "32", "--batch-size", "8"],
+}
+_TINY_CASES = ("clip", "vae", "ldm", "ldm, inpaint")
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3}  # relative, of the first losses; Muon orthogonalises in bf16
 _COMPARED = 3  # losses: later ones differ because the weights do
 
 
-def train(out: Path, case: str, precision: str, *more: str) -> list[dict[str, float]]:
+Fit = Callable[..., list[dict[str, float]]]
+"""`train` for one folder: (case, precision, further settings) → lines of metrics.jsonl."""
+
+
+def train(out: Path, tiny: bool, case: str, precision: str, *more: str) -> list[dict[str, float]]:
     """Train a case into out/CASE-PRECISION, or continue it there, and return the lines of its metrics.jsonl."""
     stage, options, _ = CASES[case]
     kind, fit = _KINDS[stage]
     run = out / f"{case}-{precision}".replace(", ", "-").replace(" ", "-")
     arguments = [f"configs/shapes/{stage}.yaml", "--data", str(out / "data"), "--out", str(run), *_FEW]
-    arguments += ["--precision", precision, *options, *more]
+    arguments += ["--precision", precision, *options, *(_TINY[stage] if tiny else []), *more]
     models = out / "models"
     if stage == "ldm":
         arguments += (
@@ -132,15 +145,22 @@ def losses(lines: Sequence[dict[str, float]]) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def reference(out: Path) -> None:
+def cases(tiny: bool) -> dict[str, tuple[str, ...]]:
+    """Return the names of the cases that are checked, with their precisions."""
+    if tiny:
+        return dict.fromkeys(_TINY_CASES, ("bf16",))
+    return {case: precisions for case, (_, _, precisions) in CASES.items()}
+
+
+def reference(out: Path, tiny: bool) -> None:
     """Write the CPU's fp32 losses, and the models that stage 2 needs."""
     write_shapes(out / "data", 32, 512, 64, 0)
     found: dict[str, list[float]] = {}
-    for case in CASES:
+    for case in cases(tiny):
         if case == "ldm, xformers":
             found[case] = found["ldm"]
             continue
-        found[case] = losses(train(out, case, "fp32"))
+        found[case] = losses(train(out, tiny, case, "fp32"))
         for stage in ("clip", "vae"):
             if case == stage:
                 shutil.copytree(out / f"{stage}-fp32" / "model", out / "models" / stage, dirs_exist_ok=True)
@@ -175,8 +195,8 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _stage(out: Path, case: str, precision: str, expected: list[float]) -> dict[str, Any]:
-    lines = train(out, case, precision)
+def _stage(fit: Fit, case: str, precision: str, expected: list[float]) -> dict[str, Any]:
+    lines = fit(case, precision)
     found = losses(lines)
     skipped = max(line.get("skipped", 0) for line in lines)  # fp16 skips steps until its loss scale fits
     compared = found[: 1 if skipped else _COMPARED]
@@ -193,13 +213,13 @@ def _stage(out: Path, case: str, precision: str, expected: list[float]) -> dict[
     }
 
 
-def _resume(out: Path) -> dict[str, Any]:
+def _resume(out: Path, fit: Fit) -> dict[str, Any]:
     """Resume from a checkpoint in the middle, and compare losses and weights with the uninterrupted run."""
     run, kept = out / "ldm-bf16", out / "ldm-bf16-whole"
-    whole = losses(train(out, "ldm", "bf16", "--checkpoint-every", "10"))
+    whole = losses(fit("ldm", "bf16", "--checkpoint-every", "10"))
     shutil.copytree(run / "model", kept, dirs_exist_ok=True)
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
-    parts = losses(train(out, "ldm", "bf16", "--checkpoint-every", "10"))
+    parts = losses(fit("ldm", "bf16", "--checkpoint-every", "10"))
     a, b = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (kept, run / "model"))
     worst = max(float((a[name] - b[name]).abs().max()) for name in a)
     return {"ok": parts == whole, "weights differ by": worst, "losses": [parts[-2:], whole[-2:]]}
@@ -255,13 +275,39 @@ def _half_precision(out: Path) -> dict[str, Any]:
     return {"ok": all(value < 8 for value in far.values()), "mean difference of 255": far}
 
 
-def check(out: Path, only: Sequence[str]) -> None:
+def _optimized(out: Path) -> dict[str, Any]:
+    """Compare images of the optimized pipeline in bf16 with those in fp32, for two batch sizes, and time a second call.
+
+    Its error must not be much larger than that of the pipeline that isn't optimized.
+    """
+    folder, prompt = out / "ldm-fp32" / "model", "a large red circle on a white background"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def images(pipe: LatentDiffusionPipeline, n: int) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(k) for k in range(n)]
+        return np.asarray(pipe([prompt] * n, generator=generators, output_type="np").images)
+
+    exact = LatentDiffusionPipeline.from_pretrained(folder).to(device)
+    eager, fast = (LatentDiffusionPipeline.from_pretrained(folder).to(device, dtype=torch.bfloat16) for _ in range(2))
+    fast.optimize()  # type: ignore[attr-defined]
+    far: dict[str, list[float]] = {"eager": [], "optimized": []}
+    for n in (1, 3):
+        target = images(exact, n)
+        for name, pipe in (("eager", eager), ("optimized", fast)):
+            far[name].append(255 * float(np.abs(images(pipe, n) - target).mean()))
+    started = time.perf_counter()
+    images(fast, 1)
+    ok = all(b <= 1.5 * a + 0.5 for a, b in zip(far["eager"], far["optimized"], strict=True))
+    return {"ok": ok, "mean difference of 255": far, "seconds of a second call": time.perf_counter() - started}
+
+
+def check(out: Path, only: Sequence[str], tiny: bool) -> None:
     expected = json.loads((out / "reference.json").read_text())
-    report = Report(out / "check.json", only)
-    for case, (_, _, precisions) in CASES.items():
+    report, fit = Report(out / "check.json", only), partial(train, out, tiny)
+    for case, precisions in cases(tiny).items():
         for precision in precisions:
             name = f"{case}, {precision}"
-            report.add(name, lambda c=case, p=precision: _stage(out, c, p, expected[c]))  # type: ignore[misc]
+            report.add(name, lambda c=case, p=precision: _stage(fit, c, p, expected[c]))  # type: ignore[misc]
     samplers = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
     for sampler, scheduler in samplers.items():
         report.add(f"{sampler} as diffusers, fp32", lambda s=sampler, c=scheduler: _diffusers(out, torch.float32, s, c))  # type: ignore[misc]
@@ -269,8 +315,9 @@ def check(out: Path, only: Sequence[str]) -> None:
         report.add(f"ddim as diffusers, {name}", lambda d=dtype: _diffusers(out, d, "ddim", "DDIMScheduler"))  # type: ignore[misc]
     if torch.cuda.is_available():
         report.add("generating in half precision", lambda: _half_precision(out))
+    report.add("optimized, bf16", lambda: _optimized(out))
     shutil.rmtree(out / "ldm-bf16", ignore_errors=True)
-    report.add("resume, bf16", lambda: _resume(out))
+    report.add("resume, bf16", lambda: _resume(out, fit))
     failed = [row["name"] for row in report.rows[1:] if not row["ok"]]
     print(f"{len(report.rows) - 1 - len(failed)} of {len(report.rows) - 1} passed; failed: {failed}")
 
@@ -280,9 +327,10 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["reference", "check"])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the checks to make")
+    parser.add_argument("--tiny", action="store_true", help="fewer and smaller checks, which also run on a CPU")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.what == "reference":
-        reference(options.out)
+        reference(options.out, options.tiny)
     else:
-        check(options.out, options.only)
+        check(options.out, options.only, options.tiny)

@@ -46,6 +46,7 @@ def main() -> None:
         row = make()
         chosen = [c for c in row.contestants if not any(word in c.name for word in o.without)]
         row = replace(row, contestants=chosen)
+        proof = {"losses": row.proof()} if row.proof else {}
         with tempfile.TemporaryDirectory(prefix="peers-") as empty:
             variables = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
             variables["TORCHINDUCTOR_CACHE_DIR"] = str(Path(o.caches, name).resolve()) if o.caches else empty
@@ -59,6 +60,7 @@ def main() -> None:
             "base": row.base,
             "precision": o.precision,
             "results": results,
+            **proof,
         }
         out.write_text(json.dumps(stored, indent=1) + "\n")
         print(tables.markdown({name: stored[name]}), flush=True)

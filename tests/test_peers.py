@@ -100,7 +100,7 @@ def test_the_tables_separate_approximations_and_compare_with_the_base() -> None:
 @pytest.mark.slow
 def test_every_part_of_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     environment = os.environ | {"GPU_SH_TINY": "1", "GPU_WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
-    environment |= {"GPU_SECONDS": "1200", "CUDA_VISIBLE_DEVICES": ""}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         ["bash", "benchmarks/gpu.sh", str(tmp_path / "out")], cwd=ROOT, env=environment, capture_output=True, text=True
     )

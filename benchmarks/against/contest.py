@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ class Contestant:
     exact: bool = True
     """Whether it does the same computation as the others, except for rounding."""
 
+    def command(self) -> list[str]:
+        return [self.python, str(FOLDER / self.program), json.dumps(self.spec)]
+
+    def environment(self) -> dict[str, str]:
+        """Return this process's environment, with the paths of the modules that the program imports."""
+        own = self.python == sys.executable  # another Python has its own packages
+        paths = [str(FOLDER.parent), *([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")] if own else [])]
+        fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -51,6 +61,8 @@ class Row:
     """Whether all processes exist at the same time and take turns; otherwise one is measured after the other."""
     base: str = "diffusers"
     """Name of the contestant that the others are compared with."""
+    proof: Callable[[], dict[str, list[float]]] | None = None
+    """Returns losses that show that a contestant does what another does."""
 
 
 class Failed(Exception):
@@ -60,19 +72,16 @@ class Failed(Exception):
 class Child:
     """A contestant's process; deadlines are times of `time.monotonic`."""
 
-    def __init__(self, contestant: Contestant, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, contestant: Contestant, folder: Path, variables: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name, self.log = contestant.name, folder / f"{_file_name(contestant.name)}.log"
-        spec, own = json.dumps(contestant.spec), contestant.python == sys.executable
-        paths = [str(FOLDER.parent), *([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")] if own else [])]
-        environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [contestant.python, str(FOLDER / contestant.program), spec],
+                contestant.command(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env={**contestant.environment(), **variables},
             )
 
     def first_answer(self, deadline: float) -> dict[str, Any]:
@@ -116,14 +125,13 @@ def run(
     variables: environment variables of the processes. seconds: time limit. repeats: most turns.
     """
     started = time.monotonic()
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **variables}
     results: dict[str, dict[str, Any]] = {}
-    reference, count = _reference(row, folder, environment, started + seconds * (1 - _MEASURING))
+    reference, count = _reference(row, folder, variables, started + seconds * (1 - _MEASURING))
     groups = [list(row.contestants)] if row.together else [[c] for c in row.contestants]
     for k, group in enumerate(groups, 1):
         end = started + seconds * (k / len(groups) if len(groups) > 1 else 1)
         now = time.monotonic()
-        children = _start(group, folder, environment, now + (end - now) * (1 - _MEASURING), results)
+        children = _start(group, folder, variables, now + (end - now) * (1 - _MEASURING), results)
         _take_turns(children, row.calls, repeats, end, results)
         for child in children:
             result = results[child.name]
@@ -137,16 +145,16 @@ def run(
 
 
 def _start(
-    group: Sequence[Contestant], folder: Path, environment: Mapping[str, str], deadline: float, results: dict[str, Any]
+    group: Sequence[Contestant], folder: Path, variables: Mapping[str, str], deadline: float, results: dict[str, Any]
 ) -> list[Child]:
     """Start the processes of a group, and let each make its first two turns alone.
 
     On a GPU, which has enough processor cores beside it, all programs are loaded at the same time.
     """
     children = []
-    loading = {c.name: Child(c, folder, environment) for c in group} if torch.cuda.is_available() else {}
+    loading = {c.name: Child(c, folder, variables) for c in group} if torch.cuda.is_available() else {}
     for contestant in group:
-        child = loading.get(contestant.name) or Child(contestant, folder, environment)
+        child = loading.get(contestant.name) or Child(contestant, folder, variables)
         try:
             prepared = child.first_answer(deadline).get("prepared") or 0.0
             first, second = (child.ask(deadline, do="calls", n=1)["wall"] for _ in range(2))
@@ -187,12 +195,12 @@ def _take_turns(children: list[Child], calls: int, repeats: int, end: float, res
 
 
 def _reference(
-    row: Row, folder: Path, environment: Mapping[str, str], deadline: float
+    row: Row, folder: Path, variables: Mapping[str, str], deadline: float
 ) -> tuple[np.ndarray | None, float | None]:
     """Return the output of the fp32 reference, and the floating-point operations of its call in 10⁹."""
     if row.reference is None:
         return None, None
-    child = Child(row.reference, folder, environment)
+    child = Child(row.reference, folder, variables)
     try:
         count = child.first_answer(deadline).get("gigaflops")
         return _output(child, folder, deadline), count

@@ -1,41 +1,67 @@
-"""Proof that the loop which `peers.py` measures makes the steps of diffusers' train_text_to_image.py."""
+"""diffusers' train_text_to_image.py as a contestant, and the proof that the loop of `training.py` makes its steps."""
 
-import json
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from against.contest import FOLDER
-from against.models import pipeline_folder, training_inputs
+from against.contest import Contestant
+from against.models import SHAPES, pipeline_folder
 from against.options import Options
 from against.training import Finetuning
-from against.training_rows import as_shipped
 from ldm.errors import RunError, one_line
 
 STEPS = 5
+_ENDLESS = 1_000_000
 
 
-def compare(o: Options, shape: str, batch: int = 8) -> dict[str, list[float]]:
+def as_shipped(
+    o: Options, name: str, shape: str, batch: int, data: str, record: str = "", steps: int = _ENDLESS
+) -> Contestant:
+    """Return diffusers' script as a contestant; it encodes images and captions in each step."""
+    side, out = SHAPES[shape].side * SHAPES[shape].factor, Path(o.work) / "runs" / f"{name}-script"
+    shutil.rmtree(out, ignore_errors=True)
+    arguments = [
+        "--pretrained_model_name_or_path",
+        str(pipeline_folder(shape, Path(o.work))),
+        "--train_data_dir",
+        f"{data}/train",
+    ]
+    arguments += [
+        "--resolution",
+        str(side),
+        "--train_batch_size",
+        str(batch),
+        "--max_train_steps",
+        str(steps),
+        "--use_ema",
+    ]
+    arguments += ["--learning_rate", "1e-3", "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--seed", "0"]
+    arguments += ["--checkpointing_steps", str(_ENDLESS), "--output_dir", str(out), "--cache_dir", f"{out}-cache"]
+    arguments += ["--mixed_precision", {"fp32": "no"}.get(o.precision, o.precision), "--report_to", "tensorboard"]
+    script = str(Path(o.diffusers) / "examples/text_to_image/train_text_to_image.py")
+    spec = {"script": script, "arguments": arguments, "record": record, "threads": torch.get_num_threads()}
+    return Contestant("train_text_to_image.py as shipped", "script.py", spec)
+
+
+def compare(o: Options, shape: str, data: str, batch: int = 8) -> dict[str, list[float]]:
     """Return the losses of five steps of the script, and of the loop on the same inputs and random numbers.
 
-    The loop is the script's own in the first list, and optimised by hand in the last. Raises RunError if the script
-    fails.
+    `script`: of the script; `shipped` and `by hand`: of the loop, without and with its optimisations. Raises RunError
+    if the script fails.
     """
     path = (Path(o.work) / "script-record.pt").resolve()
-    inputs = training_inputs(shape, Path(o.work), 1024)
-    script = as_shipped(o, "equality", shape, batch, inputs["data"], str(path), str(STEPS))
-    command = [sys.executable, str(FOLDER / script.program), json.dumps(script.spec)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    script = as_shipped(o, "equality", shape, batch, data, str(path), STEPS)
+    done = subprocess.run(script.command(), env=script.environment(), capture_output=True, text=True)
     if done.returncode != 0:
         raise RunError(f"{script.name}: {one_line(done.stderr.strip().splitlines()[-1], 200)}")
     record = torch.load(path, weights_only=True)
     found = {"script": [float(loss) for loss in record["loss"]]}
-    for how in ("shipped", "fused attention"):
-        found[how] = _losses(o, pipeline_folder(shape, Path(o.work)), record, how)
+    for name, how in (("shipped", "shipped"), ("by hand", "fused attention")):
+        found[name] = _losses(o, pipeline_folder(shape, Path(o.work)), record, how)
     return found
 
 

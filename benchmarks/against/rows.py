@@ -31,10 +31,10 @@ def sampling(o: Options, name: str, shape: str, what: str, batch: int, steps: in
     found = [
         contestant("diffusers", "diffusers"),
         contestant("ldm", "ldm"),
-        contestant("ldm, optimized", "ldm", "optimize"),
+        contestant("ldm, optimize: compile", "ldm", "compile"),
     ]
     if not gpu:
-        found.append(contestant("ldm, optimized with OpenVINO", "ldm", "openvino"))
+        found.append(contestant("ldm, optimize: openvino", "ldm", "openvino"))
     if not gpu:
         if shape != "sd15":
             found.append(contestant("diffusers, compiled", "diffusers", "compiled"))

@@ -39,6 +39,14 @@ def _lines(row: Mapping[str, Any], exact: bool) -> list[str]:
     return lines
 
 
+def _losses(losses: Mapping[str, list[float]]) -> str:
+    """Return a sentence on how far the losses of each variant are from those of the first."""
+    (first, expected), *others = losses.items()
+    far = {name: max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) for name, found in others}
+    apart = ", ".join(f"{name} {value:.1g}" for name, value in far.items())
+    return f"  Losses of {len(expected)} steps, largest relative difference to the {first}'s: {apart}"
+
+
 def _clock(row: Mapping[str, Any]) -> str:
     """Return the clock of a row: CPU seconds for one CPU thread, which other programs disturb less; else wall clock."""
     return "cpu" if row["about"]["threads"] == 1 and "NVIDIA" not in row["about"]["device"] else "wall"
@@ -59,4 +67,6 @@ def _machines(stored: Mapping[str, Any]) -> list[str]:
             f"- `{name}`: {row['precision']}, {about['device']}{threads}; matrix products {rates['fp32']:,.0f} (fp32) "
             f"and {rates['bf16']:,.0f} (bf16) GFLOP/s; {versions}; {about['date'][:10]}, commit {about['commit']}"
         )
+        if "losses" in row:
+            lines.append(_losses(row["losses"]))
     return lines

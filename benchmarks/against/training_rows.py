@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from against.contest import Contestant, Row
-from against.models import SHAPES, pipeline_folder, training_inputs
+from against.equality import as_shipped, compare
+from against.models import SHAPES, training_inputs
 from against.options import Options
 from conditioning.clip import ClipTextEncoder
 
@@ -82,26 +83,12 @@ def denoising(o: Options, name: str, shape: str, batch: int, calls: int) -> Row:
     found = [loop("diffusers' loop", "shipped"), loop("diffusers' loop by hand", best)]
     found += [ldm("ldm, AdamW", _ADAMW), ldm("ldm, Muon", [])] if not large else [ldm("ldm, AdamW", [])]
     found.append(loop("diffusers' loop by hand, compiled", f"{best} compiled"))
+    proof = None
     if o.diffusers and not large:
         found.append(as_shipped(o, name, shape, batch, inputs["data"]))
+        proof = partial(compare, o, shape, inputs["data"])
     what = f"stage 2's step, {shape}, batch {batch}"
-    return Row(name, what, found, calls, together=not large, base="diffusers' loop")
-
-
-def as_shipped(
-    o: Options, name: str, shape: str, batch: int, data: str, record: str = "", steps: str = _NEVER
-) -> Contestant:
-    """Return diffusers' script as a contestant; it encodes images and captions in each step."""
-    side, out = SHAPES[shape].side * SHAPES[shape].factor, Path(o.work) / "runs" / f"{name}-script"
-    shutil.rmtree(out, ignore_errors=True)
-    arguments = ["--pretrained_model_name_or_path", str(pipeline_folder(shape, Path(o.work))), "--train_data_dir", data]
-    arguments += ["--resolution", str(side), "--train_batch_size", str(batch), "--max_train_steps", steps, "--use_ema"]
-    arguments += ["--learning_rate", "1e-3", "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--seed", "0"]
-    arguments += ["--checkpointing_steps", _NEVER, "--output_dir", str(out), "--cache_dir", f"{out}-cache"]
-    arguments += ["--mixed_precision", {"fp32": "no"}.get(o.precision, o.precision), "--report_to", "tensorboard"]
-    script = str(Path(o.diffusers) / "examples/text_to_image/train_text_to_image.py")
-    spec = {"script": script, "arguments": arguments, "record": record, "threads": torch.get_num_threads()}
-    return Contestant("train_text_to_image.py as shipped", "script.py", spec)
+    return Row(name, what, found, calls, together=not large, base="diffusers' loop", proof=proof)
 
 
 def autoencoding(o: Options, name: str, batch: int, settings: list[str]) -> Row:
