@@ -25,6 +25,8 @@ from train.data.synthetic.shapes import Scene, prompts
 from train.evaluation.diffusion import alignment
 
 STEPS = (4, 6, 8, 10, 12, 15, 20, 25, 32, 40, 50, 75, 100)
+OTHER_MODELS = ("lcm",)
+"""Samplers for other models than the demo's."""
 TWICE = ("heun", "predictor_corrector")
 """Samplers that evaluate the network twice per step, except in the last."""
 REFERENCE = "ddim at 200"
@@ -44,7 +46,7 @@ class Options:
     """Precision of the network."""
     out: str = "benchmarks/sampler_steps.json"
     """Output file of the table."""
-    samplers: tuple[SamplerKind, ...] = get_args(SamplerKind)
+    samplers: tuple[SamplerKind, ...] = tuple(kind for kind in get_args(SamplerKind) if kind not in OTHER_MODELS)
     """Samplers to measure in this run."""
 
 

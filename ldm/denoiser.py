@@ -59,6 +59,15 @@ def with_context(network: Network, context: Tensor) -> Network:
     return call
 
 
+def at_scale(network: Callable[..., Tensor], scale: float) -> Network:
+    """Return a network with a fixed guidance scale, made of one that reads the scales of a batch, (b,)."""
+
+    def call(x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return network(x, time, condition, torch.full((len(x),), scale, device=x.device))
+
+    return call
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """Denoiser `(x_t, level, condition) → Denoised` for a batch at one level.

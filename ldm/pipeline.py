@@ -21,6 +21,7 @@ from autoencoder.model import Autoencoder
 from autoencoder.tiling import Tiles
 from conditioning import PromptWeights
 from conditioning.clip import ClipTextEncoder
+from ldm.consistency import SOLVER_STEPS
 from ldm.denoiser import Denoise, Denoised, Denoiser, Network, with_context
 from ldm.editing import Pixels, paste
 from ldm.errors import UserError
@@ -127,7 +128,7 @@ class LatentDiffusionPipeline:
         weak_scale: float = 2.0,
         classifier: LogProbability | None = None,
         classifier_scale: float = 1.0,
-        sampler: SamplerKind = "dpmpp_2m",
+        sampler: SamplerKind | None = None,
         spacing: Spacing | None = None,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
@@ -161,6 +162,7 @@ class LatentDiffusionPipeline:
         weak, weak_scale: a weaker model to guide away from (Karras et al. 2024). Best with guidance_scale 1, since the
             two scales multiply. weak_scale 1 turns it off.
         classifier, classifier_scale: log p(y | x_t) of latents, which guides sampling (Dhariwal & Nichol 2021).
+        sampler: None: the model's own, `lcm` for a consistency model and `dpmpp_2m` for all others.
         spacing: spacing of the steps over the noise levels; None: the model's own.
         eta: share of new noise in ddim's steps, 0 to 1.
         generator: one for all images, or a list with one for each; on the CPU it gives the same noise for any device.
@@ -189,6 +191,7 @@ class LatentDiffusionPipeline:
         texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_weights)
         request = Request(texts, image_input, num_images_per_prompt)
         noise = NoiseSource(request.shape(model, height, width), generator, self.device)
+        sampler = sampler or self.process.sampler
         record = make_sampler(sampler, eta)
         if record.uses_learned_variance and self.process.variance == "learned" and not guidance.only_prompts:
             raise UserError(
@@ -265,7 +268,8 @@ class LatentDiffusionPipeline:
         spacing = spacing or p.spacing
         if spacing not in get_args(Spacing):
             raise UserError(f"spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
-        return make_plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one)
+        solver_steps = p.solver_steps or SOLVER_STEPS
+        return make_plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one, solver_steps)
 
     # -- the model and its device ----------------------------------------------------------------------------------
 

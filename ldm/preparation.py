@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from autoencoder.model import Posterior
-from ldm.denoiser import Denoise, Denoiser, with_context
+from ldm.denoiser import Denoise, Denoiser, Network, at_scale, with_context
 from ldm.editing import (
     BlendedStep,
     InpaintMasks,
@@ -155,7 +155,9 @@ class GuidanceSettings:
 
 def guide(model: Model, request: Request, guidance: GuidanceSettings, context: Tensor | None) -> Denoise:
     """Return the guided denoiser. Raises UserError if the weaker model doesn't fit."""
-    denoiser, expand, texts = _denoiser(model, context), request.expand, request.texts
+    denoiser, expand, texts = _denoiser(model.backbone, model, context), request.expand, request.texts
+    if model.backbone.guidance_width:
+        return _distilled(model, request, guidance, context)
     conditions = [(expand(texts.condition), guidance.scale)]
     conditions += [(expand(model.encode([text], texts.rules)), scale) for text, scale in guidance.compose]
     denoise: Denoise = ClassifierFree(denoiser, expand(texts.negative), conditions, guidance.rescale)
@@ -172,8 +174,30 @@ def guide(model: Model, request: Request, guidance: GuidanceSettings, context: T
                 "the weaker model must have the same latent channels, noise schedule and task as the model; use "
                 "one that was trained with the same settings"
             )
-        weaker = Conditioned(_denoiser(weak, context), expand(weak.encode(texts.prompts, texts.rules)))
+        weaker = Conditioned(_denoiser(weak.backbone, weak, context), expand(weak.encode(texts.prompts, texts.rules)))
         denoise = Autoguided(denoise, weaker, guidance.weak_scale)
+    return _limited(denoise, guidance)
+
+
+def _distilled(model: Model, request: Request, guidance: GuidanceSettings, context: Tensor | None) -> Denoise:
+    """Return the denoiser of a model that reads its guidance scale, which one evaluation is enough for."""
+    refused = {
+        "a negative prompt": request.texts.has_negative,
+        "guidance rescale": guidance.rescale,
+        "a guidance interval": guidance.interval,
+        "composed prompts": guidance.compose,
+        "a weaker model": guidance.weak,
+    }
+    if names := [name for name, given in refused.items() if given]:
+        raise UserError(
+            f"{names[0]}: this model's guidance is distilled, so only its scale can be chosen; leave it out"
+        )
+    denoiser = _denoiser(at_scale(model.backbone, guidance.scale), model, context)
+    return _limited(Conditioned(denoiser, request.expand(request.texts.condition)), guidance)
+
+
+def _limited(denoise: Denoise, guidance: GuidanceSettings) -> Denoise:
+    """Return the denoiser with a classifier's guidance and a limit of its values, if there are such settings."""
     if guidance.classifier is not None:
         denoise = ClassifierGuided(denoise, guidance.classifier, guidance.classifier_scale)
     if guidance.threshold is not None:
@@ -181,6 +205,7 @@ def guide(model: Model, request: Request, guidance: GuidanceSettings, context: T
     return denoise
 
 
-def _denoiser(model: Model, context: Tensor | None) -> Denoiser:
-    network = model.backbone if context is None else with_context(model.backbone, context)
+def _denoiser(network: Network, model: Model, context: Tensor | None) -> Denoiser:
+    if context is not None:
+        network = with_context(network, context)
     return Denoiser(network, model.process.target, model.backbone.dtype)

@@ -24,6 +24,8 @@ class Texts:
     """Features of the negative prompts, (1 or n, tokens, width)."""
     rules: PromptWeights = "none"
     """Rules of weights in prompts."""
+    has_negative: bool = False
+    """Whether any negative prompt is other than the empty one."""
 
     @classmethod
     def read(
@@ -43,7 +45,8 @@ class Texts:
             raise UserError(f"prompt_weights {rules!r}: choose {', '.join(get_args(PromptWeights))}")
         prompts, condition = _features(model, prompt, prompt_embeds, "prompt", rules)
         _, negative = _features(model, negative_prompt or "", negative_prompt_embeds, "negative_prompt", rules)
-        return cls(prompts, condition, negative, rules)
+        has_negative = negative_prompt_embeds is not None or any(negative_prompt or ())
+        return cls(prompts, condition, negative, rules, has_negative)
 
 
 def _features(

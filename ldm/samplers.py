@@ -23,6 +23,7 @@ SamplerKind = Literal[
     "unipc_3",
     "unipc_3_b1",
     "predictor_corrector",
+    "lcm",
 ]
 
 
@@ -32,7 +33,7 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
     Raises UserError for an unknown name, or for an eta with a sampler other than ddim.
     """
     from ldm.spacing import Grid
-    from ldm.steps import DDPM, Heun, Multistep, PredictorCorrector, Sampler, UniPC
+    from ldm.steps import DDPM, Consistency, Heun, Multistep, PredictorCorrector, Sampler, UniPC
 
     if kind not in get_args(SamplerKind):
         raise UserError(f"sampler {kind!r}: choose {', '.join(get_args(SamplerKind))}")
@@ -72,5 +73,7 @@ def make_sampler(kind: SamplerKind, eta: float = 0.0) -> "Sampler":
                 draws_noise=True,
                 uses_learned_variance=True,
             )
+        case "lcm":
+            return Sampler(lambda *_: Consistency(), Grid(karras=False, consistency=True), draws_noise=True)
         case _:
             assert_never(kind)

@@ -12,6 +12,7 @@ from typing import NamedTuple, assert_never
 import numpy as np
 from torch import Tensor
 
+from ldm.consistency import SOLVER_STEPS, solver_indices
 from ldm.errors import UserError
 from ldm.kinds import Spacing
 from ldm.schedule import BetaSchedule, Level, Schedule
@@ -51,6 +52,8 @@ class Grid:
     """Whether leading and linspace divide the range into n + 1 levels and leave out the lowest."""
     fixed_stride: bool = False
     """Whether every step ends T // n below its start, even if the next step starts at another level."""
+    consistency: bool = False
+    """Whether the levels are those of a consistency model's solver, with every spacing."""
     karras: bool = True
     """Whether karras spacing is possible."""
     starts_at_sigma: tuple[Spacing, ...] = ()
@@ -58,17 +61,26 @@ class Grid:
 
 
 def make_plan(
-    schedule: Schedule, grid: Grid, n: int, spacing: Spacing, steps_offset: int = 1, set_alpha_to_one: bool = False
+    schedule: Schedule,
+    grid: Grid,
+    n: int,
+    spacing: Spacing,
+    steps_offset: int = 1,
+    set_alpha_to_one: bool = False,
+    solver_steps: int = SOLVER_STEPS,
 ) -> Plan:
     """Return the plan of a sampler's n steps. It equals that of its diffusers scheduler, made by `from_config`.
 
     The last step ends at t = 0; on a beta schedule with `fixed_stride`, it ends at index 0 unless `set_alpha_to_one`.
+    solver_steps: number of levels from which a grid for consistency models takes its n levels.
     On a flow, times aren't rounded, and the first state has the standard deviation of x_t for data of variance 1.
     Raises UserError if n steps don't fit the schedule, or if the spacing doesn't fit the sampler or the path.
     """
     T = schedule.T
     if not 1 <= n <= T:
         raise UserError(f"{n} sampling steps: must be 1 to {T}, the model's number of timesteps")
+    if grid.consistency:
+        return _consecutive([*_consistency_levels(schedule, n, solver_steps), schedule.level(-1)], 1.0)
     if not isinstance(schedule, BetaSchedule):
         levels = [schedule.level(i) for i in _flow_indices(n, T, spacing, steps_offset)]
         return _consecutive([*levels, schedule.level(-1)], math.hypot(levels[0].alpha, levels[0].sigma))
@@ -136,6 +148,16 @@ def _karras_levels(schedule: BetaSchedule, grid: Grid, n: int) -> list[Level]:
     if "karras" in grid.rounded:
         return [replace(level, model_time=round(level.model_time)) for level in levels]
     return levels
+
+
+def _consistency_levels(schedule: Schedule, n: int, solver_steps: int) -> list[Level]:
+    """Return n of the solver's levels, about evenly spaced and with the highest, as LCMScheduler does."""
+    if not isinstance(schedule, BetaSchedule):
+        raise UserError("sampler lcm: needs a beta schedule, but this model's is a flow; choose another sampler")
+    indices = solver_indices(schedule.T, solver_steps)[::-1]
+    if n > solver_steps:
+        raise UserError(f"{n} steps of sampler lcm: this model has {solver_steps} levels for it; choose fewer steps")
+    return [schedule.level(indices[k * solver_steps // n]) for k in range(n)]
 
 
 def _flow_indices(n: int, T: int, spacing: Spacing, steps_offset: int) -> list[float]:

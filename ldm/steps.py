@@ -8,6 +8,7 @@ Heun       Karras et al. 2022, algorithm 1
 DPM++ 2M   Lu et al. 2022, arXiv 2211.01095, algorithm 2: DDIM's step with x̂0 extrapolated; its SDE form, with eta 1
 UniPC      Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2, of order 2 or 3
 predictor–corrector  Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3
+LCM        Luo et al. 2023, arXiv 2310.04378, algorithm 3, for consistency models
 
 For every sampler and path, the state is x_t = alpha x0 + sigma eps. Apart from its scale, everything depends only on
 sigma / alpha. Coefficients are Python floats, computed from two levels, so nothing in the loop waits for a device.
@@ -22,6 +23,7 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from ldm.consistency import boundary
 from ldm.denoiser import Denoise
 from ldm.errors import UserError
 from ldm.parameterization import to_eps
@@ -277,6 +279,16 @@ class PredictorCorrector:
             return x
         size = 2 * (self.snr * next.sigma) ** 2
         return x + size * score(x, denoise(x, next).x0, next) + math.sqrt(2 * size) * noise()
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """A consistency model's jump to t = 0, and new noise up to the next level: Song et al. 2023, algorithm 1."""
+
+    def __call__(self, denoise: Denoise, x: Tensor, now: Level, next: Level, noise: Noise) -> Tensor:
+        skip, out = boundary(now.model_time)
+        end = skip * x + out * denoise(x, now).x0
+        return end if next.is_last else next.alpha * end + next.sigma * noise()
 
 
 def move(x: Tensor, x0: Tensor, now: Level, next: Level, sigma: float) -> Tensor:

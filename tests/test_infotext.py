@@ -17,7 +17,7 @@ from support.commands import run_script
 from support.models import tiny_pipeline
 
 T = 1000
-SAMPLERS = {"DDPM", "DDIM", "Euler", "Euler a", "Heun", "DPM++ 2M", "DPM++ 2M SDE", "UniPC"}
+SAMPLERS = {"DDPM", "DDIM", "Euler", "Euler a", "Heun", "DPM++ 2M", "DPM++ 2M SDE", "UniPC", "LCM"}
 LEVELS = {  # the web UI's schedules: indices of noise levels for n steps, from its sd_schedulers.py
     "Simple": lambda n: [T - 1 - int(k * T / n) for k in range(n)],
     "DDIM": lambda n: [*range(1, T, T // n)][:n][::-1],

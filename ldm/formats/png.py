@@ -30,6 +30,7 @@ _SAMPLERS = {
     "unipc_b1": "UniPC",
     "unipc_3": "UniPC",
     "unipc_3_b1": "UniPC",
+    "lcm": "LCM",
 }
 """The web UI's names of samplers. predictor_corrector isn't there. DDPM is only in Forge."""
 _SCHEDULES = {"karras": "Karras", "trailing": "Simple", "leading": "DDIM", "linspace": "Uniform"}

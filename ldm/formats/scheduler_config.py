@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 
+from ldm.consistency import SOLVER_STEPS, TIME_SCALE, solver_indices
 from ldm.errors import UserError, one_line
 from ldm.files import read_json
 from ldm.kinds import BetaKind
 from ldm.parameterization import PREDICTION_TYPE, Target, check_target, target_from_diffusers
 from ldm.process import VarianceKind
+from ldm.samplers import SamplerKind
 from ldm.schedule import MOST_TIMESTEPS, BetaSchedule, RectifiedFlow, Schedule, make_betas, rescale_to_zero_terminal_snr
 from ldm.spacing import Spacing
 
@@ -46,12 +48,22 @@ class Process:
     set_alpha_to_one: bool = True
     """Whether ddim ends at t = 0 instead of index 0, where noise remains in the image (docs/LOG.md, 2026-11-27)."""
 
+    solver_steps: int = 0
+    """Number of steps of the solver that a consistency model was distilled from; 0: the model isn't one."""
+
     def __post_init__(self) -> None:
+        if self.solver_steps:
+            solver_indices(self.schedule.T, self.solver_steps)
         if self.spacing not in get_args(Spacing):
             raise UserError(f"timestep spacing {self.spacing!r}: choose {', '.join(get_args(Spacing))}")
         if self.variance not in get_args(VarianceKind):
             raise UserError(f"variance {self.variance!r}: choose {', '.join(get_args(VarianceKind))}")
         check_target(self.target, self.schedule)
+
+    @property
+    def sampler(self) -> SamplerKind:
+        """The model's default sampler."""
+        return "lcm" if self.solver_steps else "dpmpp_2m"
 
     @classmethod
     def load(cls, folder: str | Path) -> "Process":
@@ -77,6 +89,11 @@ class Process:
         offset = config.get("steps_offset", 0)
         if not isinstance(offset, int) or abs(offset) > MOST_TIMESTEPS:
             raise UserError(f"scheduler config: steps_offset {str(offset)[:30]!r}: must be a whole number")
+        solver_steps = config.get("original_inference_steps", SOLVER_STEPS) if name == "LCMScheduler" else 0
+        if not isinstance(solver_steps, int):
+            raise UserError(f"scheduler config: original_inference_steps {solver_steps!r}: must be a whole number")
+        if solver_steps and config.get("timestep_scaling", TIME_SCALE) != TIME_SCALE:
+            raise UserError(f"scheduler config: timestep_scaling {config['timestep_scaling']!r}: must be {TIME_SCALE}")
         return cls(
             schedule=Schedule.from_diffusers(config),
             target=target_from_diffusers(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")),
@@ -84,14 +101,15 @@ class Process:
             variance=_VARIANCES[variance],
             steps_offset=offset,
             set_alpha_to_one=bool(config.get("set_alpha_to_one", name != "PNDMScheduler")),
+            solver_steps=solver_steps,
         )
 
     def to_diffusers(self) -> SchedulerMixin:
         """Return a scheduler with an explicit configuration, from which `from_config` makes every other scheduler.
 
-        It is a DDPMScheduler for a learned variance, a FlowMatchEulerDiscreteScheduler for a flow, and otherwise a
-        DDIMScheduler, since diffusers' pipelines can then sample with any scheduler. Its configuration also has keys of
-        this project, which the scheduler ignores.
+        It is a DDPMScheduler for a learned variance, a FlowMatchEulerDiscreteScheduler for a flow, an LCMScheduler for
+        a consistency model, and otherwise a DDIMScheduler, since diffusers' pipelines can then sample with any
+        scheduler. Its configuration also has keys of this project, which the scheduler ignores.
         """
         T = self.schedule.T
         shared: dict[str, Any] = {
@@ -121,6 +139,9 @@ class Process:
         }
         if self.variance == "learned":
             scheduler = DDPMScheduler(T, **shared)
+        elif self.solver_steps:
+            steps = {"original_inference_steps": self.solver_steps, "timestep_scaling": TIME_SCALE}
+            scheduler = LCMScheduler(T, **shared, **steps)
         else:
             scheduler = DDIMScheduler(T, **shared)
         if self.spacing == "karras":

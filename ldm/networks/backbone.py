@@ -28,6 +28,8 @@ class Backbone(ABC):
     """Height and width of the latents that the network was built for, the default for sampling."""
     context_channels: int = 0
     """Input channels besides the state; see `ldm.task`."""
+    guidance_width: int = 0
+    """Width of the embedding from which the network reads a guidance scale; 0: it reads none."""
     size_multiple: int = 1
     """Number that must divide the height and the width of the latents."""
 
@@ -49,8 +51,11 @@ class Backbone(ABC):
         """Device of the weights."""
         return next(self.module.parameters()).device
 
-    def __call__(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """Predict (b, out_channels, h, w) from (b, in_channels, h, w) at model times (b,), in the weights' dtype."""
+    def __call__(self, x: Tensor, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Predict (b, out_channels, h, w) from (b, in_channels, h, w) at model times (b,), in the weights' dtype.
+
+        scale: guidance scales (b,), for a network that reads them; None: 1.
+        """
         return self.module(x.to(self.dtype), time, condition)
 
     @abstractmethod

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ldm.consistency import guidance_embedding
 from ldm.errors import UserError
 from ldm.formats.hub import WEIGHTS, load_network
 from ldm.networks.attention import AttentionBackend, use_attention
@@ -30,7 +31,6 @@ _BLOCKS = (
 )
 _SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "addition_embed_type": ((None, "text"), "a UNet with additional inputs"),
-    "time_cond_proj_dim": ((None,), "a UNet that reads the guidance scale, such as a latent consistency model"),
     "class_embed_type": ((None,), "a class-conditional UNet"),
     "num_class_embeds": ((None,), "a class-conditional UNet"),
     "encoder_hid_dim": ((None,), "a UNet with a projection of its condition"),
@@ -64,6 +64,7 @@ class UNet(Backbone):
             condition_width=config.cross_attention_dim,
             sample_size=(size, size) if isinstance(size, int) else tuple(size),
             context_channels=config.in_channels - latent_channels,
+            guidance_width=config.time_cond_proj_dim or 0,
             size_multiple=2 ** (len(config.block_out_channels) - 1),
         )
 
@@ -75,8 +76,12 @@ class UNet(Backbone):
             self.module.register_to_config(sample_size=side)
         return self.wrap(self.module, self.latent_channels)
 
-    def __call__(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        return self.module(x.to(self.dtype), time, condition, return_dict=False)[0]
+    def __call__(self, x: Tensor, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
+        guidance: Tensor | None = None
+        if self.guidance_width:
+            scale = torch.ones(len(x), device=x.device) if scale is None else scale
+            guidance = guidance_embedding(scale, self.guidance_width).to(self.dtype)
+        return self.module(x.to(self.dtype), time, condition, timestep_cond=guidance, return_dict=False)[0]
 
     def save(self, folder: Path) -> None:
         self.module.save_pretrained(str(folder), safe_serialization=True)
@@ -199,6 +204,8 @@ def check_supported(config: Mapping[str, Any]) -> None:
     blocks = (*config.get("down_block_types", ()), config.get("mid_block_type"), *config.get("up_block_types", ()))
     if unsupported := [block for block in blocks if block and block not in _BLOCKS]:
         raise UserError(f"block {unsupported[0]!r}: must be one of {', '.join(_BLOCKS)}")
+    if (reads := config.get("time_cond_proj_dim")) is not None and not (isinstance(reads, int) and reads > 0):
+        raise UserError(f"time_cond_proj_dim {reads!r}: must be the width of the guidance scale's embedding, or null")
     side, width = config.get("sample_size"), config.get("cross_attention_dim", 1280)
     if not isinstance(side, int) and not (isinstance(side, list) and len(side) == 2):
         raise UserError(f"sample_size {side!r}: must be the side of the latents, e.g. 64, or their height and width")

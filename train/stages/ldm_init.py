@@ -58,6 +58,11 @@ def load_components(
         raise UserError(f"init {config.init!r} with a backbone: both are networks to start from; give only one")
     init = open_init(config.init) if config.init else None
     unet = init.unet().float().train().requires_grad_(True) if init else None
+    if unet is not None and unet.config.time_cond_proj_dim:
+        raise UserError(
+            f"init {config.init!r}: its UNet reads the guidance scale, so it is the result of a distillation; train "
+            "its teacher further instead"
+        )
     autoencoder = _autoencoder(config, init)
     text_encoder = _text_encoder(config, init)
     if config.input.resolution % autoencoder.factor:

@@ -1,0 +1,149 @@
+"""Consistency models against diffusers: the sampler lcm, and a UNet that reads its guidance scale."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from PIL import Image
+
+from ldm.consistency import boundary, guidance_embedding, solver_indices
+from ldm.denoiser import Denoiser
+from ldm.errors import UserError
+from ldm.formats.scheduler_config import Process
+from ldm.guidance import Conditioned
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.samplers import make_sampler
+from ldm.schedule import Schedule
+from ldm.spacing import make_plan
+from ldm.steps import sample
+from support.draws import draw, generators
+from support.models import PROMPTS, tiny_pipeline
+
+
+@pytest.mark.parametrize(("T", "solver_steps"), [(1000, 50), (1000, 24), (90, 7)])
+def test_levels_and_solver_are_those_of_diffusers(T, solver_steps):
+    schedule = Schedule.build("scaled_linear", T)
+    scheduler = LCMScheduler(T, original_inference_steps=solver_steps)
+    for n in range(1, solver_steps + 1):
+        scheduler.set_timesteps(n)
+        plan = make_plan(schedule, make_sampler("lcm").grid, n, "trailing", solver_steps=solver_steps)
+        assert [pair.now.model_time for pair in plan.pairs] == scheduler.timesteps.tolist()
+        assert plan.pairs[-1].next.is_last
+    with pytest.raises(UserError, match=f"{solver_steps + 1} steps"):
+        make_plan(schedule, make_sampler("lcm").grid, solver_steps + 1, "trailing", solver_steps=solver_steps)
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+@pytest.mark.parametrize("n", [1, 2, 4, 50])
+def test_trajectory_is_that_of_diffusers(target, n):
+    process = Process(schedule=Schedule.build("scaled_linear"), target=target, solver_steps=50)
+    scheduler = process.to_diffusers()
+    assert isinstance(scheduler, LCMScheduler)
+    scheduler.alphas_cumprod = process.schedule.alpha.double() ** 2
+
+    def network(x, time, condition):
+        return torch.tanh(x + time.double().div(300).sin().view(-1, 1, 1, 1))
+
+    x = draw(2, 3, 4, 4, seed=1)
+    ours, generator = [], torch.Generator().manual_seed(0)
+    sample(
+        Conditioned(Denoiser(network, target), None),
+        x,
+        make_plan(process.schedule, make_sampler("lcm").grid, n, "trailing").pairs,
+        make_sampler("lcm").step(process.schedule),
+        lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64),
+        callback=lambda k, pair, x: (ours.append(x), x)[1],
+    )
+    scheduler.set_timesteps(n)
+    generator = torch.Generator().manual_seed(0)
+    for k, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(network(x, t.expand(2), None), t, x, generator=generator).prev_sample
+        torch.testing.assert_close(ours[k], x, rtol=1e-6, atol=1e-6)
+
+
+def test_boundary_is_the_identity_at_t_0():
+    times = torch.tensor([0.0, 1, 19, 999], dtype=torch.float64)
+    skip, out = boundary(times)
+    assert skip[0] == 1
+    assert out[0] == 0
+    scalings = [LCMScheduler().get_scalings_for_boundary_condition_discrete(t) for t in times.tolist()]
+    torch.testing.assert_close(torch.stack([skip, out], 1), torch.tensor(scalings, dtype=torch.float64))
+
+
+def test_process_of_a_consistency_model_is_read_back():
+    process = Process(schedule=Schedule.build("scaled_linear"), target="v", solver_steps=24)
+    again = Process.from_diffusers({"_class_name": "LCMScheduler", **process.to_diffusers().config})
+    assert (again.solver_steps, again.sampler, again.target) == (24, "lcm", "v")
+    assert torch.equal(again.schedule.betas, process.schedule.betas)
+    assert Process(schedule=process.schedule, target="v").sampler == "dpmpp_2m"
+    for wrong, message in (
+        ({"original_inference_steps": 2000}, "2000 steps"),
+        ({"timestep_scaling": 1.0}, "must be 10"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Process.from_diffusers({"_class_name": "LCMScheduler", **process.to_diffusers().config, **wrong})
+
+
+@pytest.mark.parametrize("width", [32, 33, 256])
+def test_scale_is_embedded_as_in_diffusers(width):
+    from diffusers import StableDiffusionPipeline
+
+    scale = torch.tensor([1.0, 1.25, 7.5])
+    theirs = StableDiffusionPipeline.get_guidance_scale_embedding(None, scale - 1, width)
+    torch.testing.assert_close(guidance_embedding(scale, width), theirs)
+    assert solver_indices(10, 5) == [1, 3, 5, 7, 9]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """Folder of a consistency model that reads its guidance scale, all its weights random."""
+    pipe = tiny_pipeline("eps")
+    unet = UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 32, "_use_default_values": []})
+    unet.load_state_dict(pipe.unet.state_dict(), strict=False)
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    process = replace(pipe.process, solver_steps=50)
+    folder = tmp_path_factory.mktemp("distilled")
+    LatentDiffusionPipeline(unet.eval(), pipe.autoencoder, pipe.text_encoder, process).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(4, 5.0), (1, 1.0), (2, 0.5)])
+def test_stock_diffusers_generates_the_same_images(distilled, steps, scale):
+    how = {"num_inference_steps": steps, "guidance_scale": scale}
+    mine = LatentDiffusionPipeline.from_pretrained(distilled)
+    ours = mine(PROMPTS, generator=generators(2, 5), output_type="np", **how).images
+    stock = DiffusionPipeline.from_pretrained(str(distilled))
+    assert isinstance(stock.scheduler, LCMScheduler)
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock(PROMPTS, generator=generators(2, 5), output_type="np", **how).images
+    assert np.abs(ours - theirs).max() <= 1 / 255
+    other = mine(PROMPTS, generator=generators(2, 5), output_type="np", **{**how, "guidance_scale": 3.0}).images
+    assert np.abs(other - ours).max() > 10 / 255, "the scale has an effect"
+
+
+def test_image_to_image_is_that_of_stock_diffusers(distilled):
+    image = Image.fromarray((draw(32, 32, 3, seed=2).clamp(-1, 1).numpy() * 127 + 128).astype(np.uint8))
+    how = {"num_inference_steps": 4, "guidance_scale": 5.0, "strength": 0.5, "image": image}
+    ours = LatentDiffusionPipeline.from_pretrained(distilled)(
+        PROMPTS[0], generator=generators(1, 5), output_type="np", **how
+    ).images
+    stock = StableDiffusionImg2ImgPipeline.from_pretrained(str(distilled))
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock(PROMPTS[0], generator=generators(1, 5), output_type="np", **how).images
+    assert np.abs(ours - theirs).max() <= 1 / 255
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"negative_prompt": "a large green circle"}, "a negative prompt"),
+        ({"guidance_rescale": 0.5}, "guidance rescale"),
+        ({"guidance_interval": (0.1, 4.0)}, "a guidance interval"),
+        ({"compose": [("a large green circle", 2.0)]}, "composed prompts"),
+    ],
+)
+def test_other_guidance_of_a_distilled_model_is_refused(distilled, setting, message):
+    with pytest.raises(UserError, match=f"{message}: this model's guidance is distilled"):
+        LatentDiffusionPipeline.from_pretrained(distilled)(PROMPTS[0], **setting)
