@@ -24,7 +24,8 @@ STAGES = {
     "vae": f"scripts/train_vae.py configs/shapes/vae.yaml --data {DATA} --out {RUNS}/vae",
     "ldm": f"scripts/train_ldm.py configs/shapes/ldm.yaml --data {DATA} --vae {RUNS}/vae/model "
     f"--text-encoder {RUNS}/clip/model --out {RUNS}/ldm",
-    "evaluate": f"scripts/evaluate.py --model {RUNS}/ldm/model --data {DATA} --split test --out {RUNS}/report",
+    "evaluate": f"scripts/evaluate.py --model {RUNS}/ldm/model --data {DATA} --split test --out {RUNS}/report "
+    "--samples 256 --seeds 4",
 }
 
 

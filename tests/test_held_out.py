@@ -71,7 +71,7 @@ def test_sheets_show_the_captions_of_the_seeds_choice(
     (shapes / "shapes.json").rename(shapes / "hidden.json")  # otherwise the report's sheet shows other prompts
     try:
         settings: dict[str, Any] = {"model": str(tmp_path / "run/model"), "data": str(shapes), "steps": 1}
-        evaluate(EvaluateOptions(**settings, out=str(tmp_path / "report"), images=8, likelihoods=1, seed=5))
+        evaluate(EvaluateOptions(**settings, out=str(tmp_path / "report"), images=8, samples=0, likelihoods=1, seed=5))
     finally:
         (shapes / "hidden.json").rename(shapes / "shapes.json")
     assert shown[1:] == [[held_out[k].captions[0] for k in choose(8, HELD_OUT, 5)]]

@@ -159,7 +159,7 @@ def test_images_become_images(shapes_runs: Path, tmp_path: Path) -> None:
 def test_the_report_on_shapes(shapes_runs: Path, tmp_path: Path) -> None:
     ended = command(
         f"scripts/evaluate.py --model {shapes_runs}/runs/ldm/model --data {shapes_runs}/data --split test "
-        f"--prompts 6 --images 8 --likelihoods 8 --steps 2 --out {tmp_path}/report"
+        f"--prompts 6 --images 8 --likelihoods 8 --samples 6 --seeds 2 --steps 2 --out {tmp_path}/report"
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report/report.json").read_text())
@@ -171,6 +171,8 @@ def test_the_report_on_shapes(shapes_runs: Path, tmp_path: Path) -> None:
         assert set(report["alignment"][kind]) == {"background", "colour", "shape", "size", "relation", "all"}
         assert all(0 <= share <= 1 for share in report["alignment"][kind].values())
     Image.open(tmp_path / "report/samples.png").load()
+    features = {measure["features"] for measure in report["measures"] if measure["name"] == "kid"}
+    assert features == {f"{shapes_runs}/runs/clip/model (32 px, bicubic, antialiased, from 8-bit images)"}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_examples_and_benchmarks_run(shapes_runs: Path, tmp_path: Path, line: st
 def test_the_report_on_images_has_no_alignment(pictures_runs: Path, tmp_path: Path) -> None:
     ended = forked(
         f"scripts/evaluate.py --model {pictures_runs}/runs/ldm/model --data {pictures_runs}/data --split train "
-        f"--images 25 --likelihoods 5 --steps 2 --out {tmp_path}"
+        f"--images 25 --likelihoods 5 --samples 0 --steps 2 --out {tmp_path}"
     )
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "report.json").read_text())

@@ -100,8 +100,12 @@ def evaluate() -> None:
     """Measure a trained model on a dataset, and write a report and a sample sheet."""
     o = overlay(EvaluateOptions, EvaluateOptions())
     from train.commands.evaluate import evaluate
+    from train.evaluation.results import measure_lines
 
-    _print_report(evaluate(o), ("task", "vae", "latents", "alignment"))
+    report = evaluate(o)
+    _print_report(report, ("task", "vae", "latents", "alignment"))
+    for line in measure_lines(report):
+        print(line)
     print(f"written to {o.out}/report.json and {o.out}/samples.png")
 
 

@@ -21,7 +21,10 @@ from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.diffusion import alignment, bits_per_dimension, generate
+from train.evaluation.quality import Evaluation, measure_generated
+from train.evaluation.results import Part, lists
 from train.evaluation.sheets import in_rows, save_sheet, sheet
+from train.evaluation.sweep import sweep
 
 
 def evaluate(o: EvaluateOptions) -> dict[str, Any]:
@@ -30,11 +33,19 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
         if not getattr(o, name):
             raise UserError(f"--{name} is missing: give e.g. --{name} {example}")
     require_folder(o.out)
-    require_at_least(0, o, "seed")
+    require_at_least(0, o, "seed", "copies")
     require_at_least(1, o, "prompts", "images", "likelihoods", "batch_size")
+    for name in ("samples", "seeds"):
+        if (value := getattr(o, name)) < 2 and value != 0:
+            raise UserError(f"--{name} {value}: must be 0 or at least 2")
+    if o.sweep.samples < 2:
+        raise UserError(f"--sweep.samples {o.sweep.samples}: must be at least 2")
+    if min(o.sweep.steps, default=1) < 1:
+        raise UserError(f"--sweep.steps {min(o.sweep.steps)}: must be at least 1")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     inputs = open_inputs(o.data, o.input)
+    evaluation = Evaluation.open(pipe, inputs, o)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     source = inputs.held_out if o.split == "test" else inputs.source
@@ -67,6 +78,10 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     else:
         captions = [source[k].captions[0] for k in choose(min(16, count), len(source), o.seed)]
         images = list(generate(pipe, captions, **sampling))
+    parts: list[Part] = measure_generated(evaluation) if o.samples else []
+    if o.sweep.guidance or o.sweep.steps:
+        parts += sweep(evaluation)
+    report |= lists(parts)
     if pipe.inpaints:
         report["task"] = "text to image by an inpainting model, with a mask that is white everywhere"
     report["damaged"] = [list(pair) for pair in sorted(damaged)]

@@ -16,8 +16,23 @@ from train.config.sampling import SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Comparison of guidance scales and numbers of steps."""
+
+    guidance: tuple[float, ...] = ()
+    """Guidance scales to compare, e.g. 1 2 4 8. Empty: only --guidance-scale."""
+    steps: tuple[int, ...] = ()
+    """Numbers of sampler steps to compare, e.g. 10 25. Empty: only --steps. Without both, nothing is compared."""
+    samples: Number = 256
+    """Number of images generated for each combination, from the same captions and noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(SamplingOptions):
-    """Measure a model: reconstruction and likelihood of held-out images, and prompt accuracy if they are Shapes."""
+    """Measure a model: its autoencoder, its likelihood, and images that it generates from the dataset's captions.
+
+    docs/evaluation.md explains each number, and how many images it needs.
+    """
 
     model: str = ""
     """Folder or hub id of the model, e.g. runs/ldm/model. Required."""
@@ -26,7 +41,20 @@ class EvaluateOptions(SamplingOptions):
     split: Literal["test", "train"] = "test"
     """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
     out: str = "report"
-    """Output folder for report.json and samples.png."""
+    """Output folder for report.json, sheets, and generated images, with which an interrupted evaluation continues."""
+    features: tuple[str, ...] = ()
+    """Networks in whose features generated and real images are compared.
+    Any of `inception`, `inception:WEIGHTS.pth`, `dinov2` and `clip`, and folders or hub ids of other CLIPs or DINOv2s.
+    Empty: the CLIP of stage 0 with which the model was trained, if it has an image tower."""
+    samples: Number = 1000
+    """Number of images generated from the split's captions and compared with its images. 0: none."""
+    seeds: Number = 8
+    """Number of images generated for each of 16 prompts to measure their diversity. 0: none."""
+    copies: Number = 50_000
+    """Largest number of training images among which copies are searched. 0: none.
+    If there are more, --seed chooses them."""
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    """Comparison of guidance scales and numbers of steps."""
     prompts: Number = 256
     """Number of prompts of each kind, seen and unseen in training, to measure prompt accuracy on Shapes."""
     images: Number = 1000

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm import __version__
+from ldm.errors import UserError
 from ldm.files import read_json
 from ldm.formats.hub import model_folder
+from ldm.formats.plain_yaml import read_yaml
 from train.config.resumable import published
 from train.config.run import RunConfig
 
@@ -60,6 +62,17 @@ def unfinished(option: str, folder_or_id: str) -> list[str]:
         f"warning: {option} {folder_or_id} was written at step {step:,} of {steps:,}, before its run finished: finish "
         "that run first for better results; a model that is trained now fits these weights only"
     ]
+
+
+def text_encoder_of(model: str) -> str:
+    """Return the text encoder that a model of this project was trained with, as its run names it; "" if unknown."""
+    folder = Path(model_folder(model))
+    try:
+        stored = folder.with_name("config.yaml")  # training.json has no absolute paths
+        config = read_yaml(stored) if stored.is_file() else read_json(folder / _FILE)["config"]
+        return str(config["text_encoder"])
+    except (OSError, ValueError, TypeError, KeyError, UserError):
+        return ""
 
 
 def redacted(place: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -70,10 +71,17 @@ def generate(
     generated = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="generating", unit="batch", dynamic_ncols=True):
         part = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(part))]
-        array = pipe(part, generator=generators, output_type="np", **sampling).images
-        generated.append((np.asarray(array) * 255).round().astype(np.uint8))
+        generated.append(generate_batch(pipe, part, [seed + start + k for k in range(len(part))], **sampling))
     return np.concatenate(generated)
+
+
+def generate_batch(
+    pipe: LatentDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], **sampling: Any
+) -> NDArray[np.uint8]:
+    """Generate one image per prompt in one batch, (b, h, w, 3) uint8. The seeds are those of the noise."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    array = pipe(list(prompts), generator=generators, output_type="np", **sampling).images
+    return (np.asarray(array) * 255).round().astype(np.uint8)
 
 
 def alignment(

@@ -1,5 +1,7 @@
 """Diversity of a set of images."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,4 +28,5 @@ def pairwise_distance(features: Tensor) -> tuple[float, float]:
     x = F.normalize(features.double().cpu(), dim=2)
     s = x.shape[1]
     distances = 1 - (x.sum(1).square().sum(1) - s) / (s * (s - 1))  # (prompts,)
-    return float(distances.mean()), float(distances.std() / len(distances) ** 0.5)
+    error = float(distances.std()) / len(distances) ** 0.5 if len(distances) > 1 else math.nan
+    return float(distances.mean()), error

@@ -15,11 +15,12 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from autoencoder.perceptual import load_tower, preprocessing
 from ldm.errors import UserError, one_line
-from ldm.files import open_regular
+from ldm.files import open_regular, read_json
 from ldm.formats.hub import is_hub_id, model_folder
 
 ALIASES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
 ACCEPTED = "'inception', 'inception:WEIGHTS.pth', 'dinov2', 'clip', or the folder or hub id of a CLIP or DINOv2"
+_PIXELS = 32  # largest side in which pixels are compared
 _PROJECTION = "visual_projection.weight"
 
 
@@ -34,9 +35,28 @@ class Features(nn.Module):
     Images are rounded to 8 bits first, so that decoded images have the same features as saved ones.
     """
 
-    def __init__(self, name: str, dim: int) -> None:
+    def __init__(self, name: str, dim: int, resizing: str = "") -> None:
+        """resizing: description of the resizing, for reports."""
         super().__init__()
-        self.name, self.dim = name, dim
+        self.name, self.dim, self.resizing = name, dim, resizing
+        self.compares_text = False
+        """Whether the features can be compared with a CLIP's features of texts."""
+
+
+class PixelFeatures(Features):
+    """The values of an image's pixels in [0, 1], reduced to at most 32 × 32 by averaging, divided by √dim.
+
+    So the distance of two images is the root of their mean squared difference.
+    """
+
+    def __init__(self, side: int) -> None:
+        """side: side of the images."""
+        self.side = min(side, _PIXELS)
+        super().__init__("pixels", 3 * self.side**2, f"{self.side} px, averaged" if side > _PIXELS else "")
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(eight_bits(pixels) / 255, self.side).flatten(1) / self.dim**0.5
 
 
 class InceptionFeatures(Features):
@@ -50,7 +70,7 @@ class InceptionFeatures(Features):
     def __init__(self, weights: str | None = None) -> None:
         from torchmetrics.image.fid import NoTrainInceptionV3  # needs torch-fidelity, which is optional
 
-        super().__init__("inception", 2048)
+        super().__init__("inception", 2048, "299 px, bilinear as in TensorFlow 1, without antialiasing")
         try:
             path = weights
             if path is not None:
@@ -92,8 +112,9 @@ class TowerFeatures(Features):
         output: name of the output field with the features. side: side of the tower's input images, in pixels.
         processing: mapping with image_mean and image_std.
         """
-        super().__init__(name, dim)
+        super().__init__(name, dim, f"{side} px, bicubic, antialiased")
         self.tower, self.output, self.side = tower, output, side
+        self.compares_text = output == "image_embeds"
         self.register_buffer("mean", torch.tensor(processing["image_mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(processing["image_std"]).view(3, 1, 1))
         self.eval().requires_grad_(False)
@@ -126,6 +147,15 @@ def load_features(name: str) -> Features:
         raise
     except Exception as error:  # for a damaged file, transformers may raise any error
         raise UserError(f"features {name!r} can't be loaded: {one_line(error)}; use {ACCEPTED}") from None
+
+
+def has_image_tower(folder: str) -> bool:
+    """Return whether a local folder, or that of a run, has a CLIP with both towers."""
+    try:
+        config = read_json(Path(model_folder(folder)) / "config.json") if folder else {}
+    except (OSError, ValueError, UserError):
+        return False
+    return config.get("model_type") == "clip" and "vision_config" in config
 
 
 def _load_tower(name: str, model: str) -> TowerFeatures:

@@ -6,7 +6,7 @@ Parts of several reports belong together if they have the same `name` and, for m
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -96,6 +96,19 @@ def lists(parts: Iterable[Part]) -> dict[str, list[dict[str, Any]]]:
     for part in parts:
         found[_LISTS[type(part)]].append(_finite(asdict(part)))
     return found
+
+
+def measure_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each measure of a report.json: value, error, and the value of real images."""
+    shown = None
+    for measure in report["measures"]:
+        if measure["features"] and measure["features"] != shown:
+            shown = measure["features"]
+            yield f"in the features {shown}:"
+        value, error, real = (measure[name] for name in ("value", "error", "baseline"))
+        line = f"  {measure['title']}: " + ("not measured" if value is None else f"{value:.4g}")
+        line += "" if error is None else f" ± {error:.2g}"
+        yield line + ("" if real is None else f" (real images: {real:.4g})")
 
 
 def _finite(value: Any) -> Any:
