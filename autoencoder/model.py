@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from autoencoder.preview import Colours
@@ -20,6 +19,7 @@ from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
 from ldm.float64 import double, float64_device
 from ldm.formats.hub import WEIGHTS, fetch, is_hub_id, load_network, model_folder
+from ldm.libraries import AutoencoderKL
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
 _FIRST_LOGVAR = -6.0  # log variance of the posterior before training, a standard deviation of 0.05

@@ -3,20 +3,21 @@
 from importlib.resources import as_file, files
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
-from transformers import CLIPVisionModel
 from transformers.utils import cached_file
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ldm.errors import UserError, one_line
 from ldm.files import open_regular, read_json, require_plausible
 from ldm.formats.hub import model_folder
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
 
 Backbone = Literal["vgg", "alex"]
 _TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # indices of the compared layers in torchvision's network
@@ -35,6 +36,8 @@ class Lpips(nn.Module):
     std: Tensor
 
     def __init__(self, backbone: Backbone = "vgg", weights: str = "") -> None:
+        from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
+
         super().__init__()
         with torch.device("meta"):  # no random weights are allocated
             match backbone:
@@ -98,11 +101,13 @@ class ClipPerceptual(nn.Module):
     folder or hub id has no such tower.
     """
 
-    tower: CLIPVisionModel
+    tower: "CLIPVisionModel"
     mean: Tensor
     std: Tensor
 
     def __init__(self, where: str) -> None:
+        from transformers import CLIPVisionModel
+
         super().__init__()
         where = str(model_folder(where))
         try:

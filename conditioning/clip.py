@@ -21,15 +21,16 @@ from typing import Any, Self
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from conditioning import MOST_CHUNKS, PromptWeights
 from conditioning.openclip import PREFIX, load_openclip
 from conditioning.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenize, tokenize_weighted
 from conditioning.weights import apply, fragments
 from ldm.errors import UserError, one_line
-from ldm.formats.clip_layout import empty_text_model, tower_of
+from ldm.formats.clip_layout import empty_text_model
 from ldm.formats.hub import fetch, fill, is_hub_id, model_folder, read_weights, weight_files
+from ldm.libraries import CLIPTokenizer
+from ldm.networks.text_tower import TextTower
 
 # Names of the text tower's weights in a CLIPModel or a CLIPTextModel, with or without the prefix.
 _TOWER = re.compile(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)")
@@ -50,7 +51,7 @@ class ClipTextEncoder(nn.Module):
     max_length: tokens of a chunk, including begin and end. tokens: tokens of an encoding, chunks · max_length.
     """
 
-    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, *, chunks: int | None = None) -> None:
+    def __init__(self, model: TextTower, tokenizer: CLIPTokenizer, *, chunks: int | None = None) -> None:
         """Wrap a model and a tokenizer. The model isn't frozen: a text tower in training stays trainable.
 
         chunks: number of chunks in which a prompt is read; None: the saved model's number, or 1.
@@ -202,9 +203,9 @@ def _find(source: str) -> tuple[Path, Path]:
     return weights, tokens
 
 
-def remove_last_layers(model: CLIPTextModel, skip: int) -> None:
+def remove_last_layers(model: TextTower, skip: int) -> None:
     """Remove a text tower's last `skip` layers, in place. Raises UserError if none would remain."""
-    encoder = tower_of(model).encoder
+    encoder = model.encoder
     count = len(encoder.layers)
     if not 0 <= skip < count:
         raise UserError(f"clip_skip {skip}: must be 0 to {count - 1} for a text encoder of {count} layers")
@@ -216,7 +217,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or all((folder / f).is_file() for f in ("vocab.json", "merges.txt"))
 
 
-def _read_tower(folder: Path) -> CLIPTextModel:
+def _read_tower(folder: Path) -> TextTower:
     """Read only the text tower, in its stored dtype; every weight must be present.
 
     transformers' own loader fills missing weights with random numbers, and loads adapters and quantisations that a
@@ -226,7 +227,7 @@ def _read_tower(folder: Path) -> CLIPTextModel:
     model = empty_text_model(stored)  # without memory or random numbers until the shapes are checked
     weights = read_weights(weight_files(folder, _STEM))
     fill(
-        tower_of(model),
+        model,
         {
             match[1] if (match := _TOWER.fullmatch(name)) else name: value
             for name, value in weights.items()

@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from conditioning.token_tasks import TokenTasks
 from conditioning.tokenizer import save_tokenizer
 from ldm.errors import UserError
+from ldm.libraries import CLIPConfig, CLIPTokenizer
 
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5
 _TOKEN_STD = 1.0  # of the initial token embeddings; transformers' 0.02 is small against what the layers add

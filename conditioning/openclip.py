@@ -1,4 +1,4 @@
-"""OpenCLIP's text towers (Cherti et al. 2023, arXiv 2212.07143) as transformers' CLIPTextModel.
+"""OpenCLIP's text towers (Cherti et al. 2023, arXiv 2212.07143) as text towers of CLIP.
 
 OpenCLIP's CLIP tower is the same transformer with other weight names, and its tokenizer has the same merges. So the
 result is trained, saved and loaded as an ordinary CLIP text encoder. Towers of other kinds are refused. Captions are
@@ -14,12 +14,13 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from conditioning.tokenizer import END, LARGEST, clip_tokenizer
 from ldm.errors import UserError
-from ldm.formats.clip_layout import openclip_names, tower_of
+from ldm.formats.clip_layout import openclip_names
 from ldm.formats.hub import fetch
+from ldm.libraries import CLIPTextConfig, CLIPTokenizer
+from ldm.networks.text_tower import TextTower
 
 PREFIX = "openclip:"
 PAD = "!"
@@ -30,7 +31,7 @@ _DEFAULTS = {"context_length": 77, "vocab_size": LARGEST, "width": 512, "heads":
 _TOWER = re.compile(r"(?:module\.)?(?:text\.)?((?:token_embedding|positional_embedding|transformer|ln_final)\b.*)")
 
 
-def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
+def load_openclip(name: str) -> tuple[TextTower, CLIPTokenizer]:
     """Load the text tower and the tokenizer of an OpenCLIP. The name is one of
 
         openclip:ARCHITECTURE/TAG               open_clip's own weights
@@ -68,7 +69,7 @@ def load_openclip(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     return convert(model.state_dict(), config), tokenizer_of(config)
 
 
-def _read_folder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+def _read_folder(folder: Path) -> tuple[TextTower, CLIPTokenizer]:
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"{file} is missing in the folder (pickled weights are never read)")
@@ -81,7 +82,7 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
 
     Raises UserError if it isn't a CLIP text tower.
     """
-    # CLIPTextModel doesn't support any other key (another tokenizer, no causal mask, a class token).
+    # TextTower doesn't support any other key (another tokenizer, no causal mask, a class token).
     if foreign := sorted(set(config["text_cfg"]) - set(_DEFAULTS)):
         raise UserError(f"its text tower sets {', '.join(foreign)}: only CLIP's text tower is supported")
     text = _DEFAULTS | config["text_cfg"]
@@ -101,13 +102,13 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
     )
 
 
-def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextModel:
-    """Build transformers' text tower from the state_dict and the configuration of a whole open_clip model.
+def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> TextTower:
+    """Build a text tower from the state_dict and the configuration of a whole open_clip model.
 
     Raises UserError if a weight is missing or has no counterpart, RuntimeError if a shape differs.
     """
     theirs = {match[1]: weight for name, weight in state.items() if (match := _TOWER.fullmatch(name))}
-    converted = CLIPTextModel(text_config(config))
+    converted = TextTower(text_config(config))
     weights: dict[str, Tensor] = {}
     for name, ours in openclip_names(converted.config.num_hidden_layers).items():
         if name not in theirs:
@@ -116,7 +117,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> CLIPTextM
         weights |= zip(ours, parts, strict=True)
     if theirs:
         raise UserError(f"its text tower has the weight {next(iter(theirs))}: only CLIP's text tower is supported")
-    tower_of(converted).load_state_dict(weights, strict=True)
+    converted.load_state_dict(weights, strict=True)
     return converted
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from ldm.errors import UserError
+from ldm.libraries import CLIPTokenizer
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # Sorted by character, which is OpenAI's order: id 0 is "!".

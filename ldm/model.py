@@ -12,11 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from autoencoder.model import Autoencoder, Posterior
 from conditioning import PromptWeights
@@ -30,6 +27,7 @@ from ldm.formats import MAX_PIXELS
 from ldm.formats.hub import PARTS, find_pipeline
 from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
+from ldm.libraries import CLIPTokenizer, UNet2DConditionModel, diffusers
 from ldm.networks.attention import use_attention
 from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet

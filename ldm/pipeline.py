@@ -12,7 +12,6 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
 from ldm.formats.single_file import load_single_file, save_single_file
 from ldm.guidance import Conditioned, LogProbability
+from ldm.libraries import UNet2DConditionModel
 from ldm.model import IMAGES_AT_ONCE, Model, from_parts, load
 from ldm.networks.attention import AttentionBackend
 from ldm.networks.backbone import Backbone

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from autoencoder.model import Posterior
@@ -30,6 +29,7 @@ from ldm.guidance import (
     Interval,
     LogProbability,
 )
+from ldm.libraries import randn_tensor
 from ldm.model import Model
 from ldm.request import Request
 from ldm.spacing import LevelPair, Plan

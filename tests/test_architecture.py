@@ -24,7 +24,10 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-LEAVES = ("ldm.errors", "ldm.files", "ldm.float64", "ldm.formats.hub", "ldm.formats.clip_layout")
+LEAVES = (
+    *("ldm.errors", "ldm.files", "ldm.float64", "ldm.formats.hub", "ldm.formats.clip_layout"),
+    *("ldm.imports", "ldm.libraries", "ldm.networks.text_tower"),
+)
 
 
 def layer(module: str) -> str:

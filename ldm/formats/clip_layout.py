@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 
 from ldm.errors import UserError
 from ldm.files import require_plausible
+from ldm.libraries import CLIPConfig, CLIPTextConfig
+from ldm.networks.text_tower import TextTower
 
 _OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's name
     "layer_norm1": "ln_1",
@@ -18,12 +19,7 @@ _OPENCLIP_LAYER = {  # transformers' name → OpenCLIP's name
 }
 
 
-def tower_of(model: CLIPTextModel) -> Any:
-    """Return the module with the weights: the model itself, or a submodule in older versions of transformers."""
-    return getattr(model, "text_model", model)
-
-
-def empty_text_model(stored_config: Mapping[str, Any]) -> CLIPTextModel:
+def empty_text_model(stored_config: Mapping[str, Any]) -> TextTower:
     """Build the text tower of a CLIP's config.json, without memory for weights. Raises UserError for other models."""
     config: Any
     require_plausible(stored_config)
@@ -37,13 +33,11 @@ def empty_text_model(stored_config: Mapping[str, Any]) -> CLIPTextModel:
     if type(config.eos_token_id) is not int:  # noticed only when a prompt is encoded
         raise UserError(f"eos_token_id {config.eos_token_id!r}: must be a whole number")
     with torch.device("meta"):
-        model = CLIPTextModel(config)
-    tower_of(model).embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-    return model
+        return TextTower(config)
 
 
 def openclip_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """Return a table from OpenCLIP's name of a weight to the names of `tower_of`'s weights that it consists of.
+    """Return a table from OpenCLIP's name of a weight to the names of a TextTower's weights that it consists of.
 
     Several weights are concatenated along the rows.
     """

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
-
 from ldm.errors import UserError
 from ldm.formats.scheduler_config import Process, name_betas
+from ldm.libraries import AutoencoderKL, CLIPTokenizer, UNet2DConditionModel
 from ldm.networks.backbone import Backbone
+from ldm.networks.text_tower import TextTower
 from ldm.networks.unet import UNet
 from ldm.schedule import BetaSchedule, Schedule
 
@@ -29,7 +28,7 @@ class _Autoencoder(Protocol):
 
 
 class _TextEncoder(Protocol):
-    model: CLIPTextModel
+    model: TextTower
     tokenizer: CLIPTokenizer
 
     def diffusers_limits(self) -> str | None: ...

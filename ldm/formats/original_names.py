@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel
 
 from ldm.errors import UserError
-from ldm.formats.clip_layout import openclip_names, tower_of
+from ldm.formats.clip_layout import openclip_names
 from ldm.formats.scheduler_config import Process
+from ldm.libraries import AutoencoderKL, UNet2DConditionModel
+from ldm.networks.text_tower import TextTower
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, OPENCLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -77,7 +77,7 @@ class Parts(NamedTuple):
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
+    text_encoder: TextTower
     process: Process
     tokenizer: Path | None = None
     """Folder of the tokenizer; None: it is CLIP's own."""
@@ -85,7 +85,7 @@ class Parts(NamedTuple):
 
 def layouts(parts: Parts, *, openclip: bool) -> Iterator[tuple[nn.Module, dict[str, tuple[str, ...]]]]:
     """Yield each network and its table: original name → names of the diffusers weights that are joined by rows."""
-    tower = tower_of(parts.text_encoder)
+    tower = parts.text_encoder
     yield parts.unet, _layout(parts.unet, _unet_names(parts.unet), _UNET, "unet")
     yield parts.vae, _layout(parts.vae, _vae_names(parts.vae), _VAE, "vae")
     if openclip:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 
 from ldm.consistency import SOLVER_STEPS, TIME_SCALE, solver_indices
 from ldm.errors import UserError, one_line
 from ldm.files import read_json
 from ldm.kinds import BetaKind
+from ldm.libraries import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 from ldm.parameterization import PREDICTION_TYPE, Target, check_target, target_from_diffusers
 from ldm.process import VarianceKind
 from ldm.samplers import SamplerKind

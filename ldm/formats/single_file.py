@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from ldm.formats.original_config import describe, text_version
 from ldm.formats.original_config_reader import Configs, guess, read_description
 from ldm.formats.original_names import OPENCLIP, POINTWISE, Parts, layouts
 from ldm.formats.scheduler_config import Process
+from ldm.libraries import AutoencoderKL, UNet2DConditionModel
 from ldm.networks.unet import check_supported
 from ldm.schedule import BetaSchedule
 

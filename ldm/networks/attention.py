@@ -7,12 +7,11 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.kinds import AttentionBackend
+from ldm.libraries import Attention, UNet2DConditionModel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention: queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm.consistency import guidance_embedding
 from ldm.errors import UserError
 from ldm.formats.hub import WEIGHTS, load_network
+from ldm.libraries import UNet2DConditionModel
 from ldm.networks.attention import AttentionBackend, use_attention
 from ldm.networks.backbone import Backbone
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.commands.main import command
+from train.commands.main import command, imports
 from train.commands.next_command import print_next
 from train.config.clip import ClipConfig
 from train.config.convert import ConvertOptions
@@ -29,7 +29,8 @@ from train.config.vae import VaeConfig
 def train_clip() -> None:
     """Train stage 0, a small CLIP: CONFIG --data DATA --out RUN."""
     config, with_changes = parse_training(ClipConfig)
-    from train.stages.clip import train
+    with imports():
+        from train.stages.clip import train
 
     train(config, with_changes=with_changes)
     print_next(config)
@@ -39,7 +40,8 @@ def train_clip() -> None:
 def train_vae() -> None:
     """Train stage 1, the autoencoder: CONFIG --data DATA --out RUN."""
     config, with_changes = parse_training(VaeConfig)
-    from train.stages.vae import train
+    with imports():
+        from train.stages.vae import train
 
     train(config, with_changes=with_changes)
     print_next(config)
@@ -49,7 +51,8 @@ def train_vae() -> None:
 def train_ldm() -> None:
     """Train stage 2, the latent diffusion model: CONFIG --data DATA --out RUN."""
     config, with_changes = parse_training(LdmConfig)
-    from train.stages.ldm import train
+    with imports():
+        from train.stages.ldm import train
 
     train(config, with_changes=with_changes)
     print_next(config)
@@ -59,7 +62,8 @@ def train_ldm() -> None:
 def txt2img() -> None:
     """Generate images from prompts with a trained model."""
     o = overlay(Txt2ImgOptions, Txt2ImgOptions())
-    from train.commands.txt2img import txt2img
+    with imports():
+        from train.commands.txt2img import txt2img
 
     for path in txt2img(o):
         print(path)
@@ -69,7 +73,8 @@ def txt2img() -> None:
 def img2img() -> None:
     """Generate images that start from given images."""
     o = overlay(Img2ImgOptions, Img2ImgOptions())
-    from train.commands.img2img import img2img
+    with imports():
+        from train.commands.img2img import img2img
 
     for path in img2img(o):
         print(path)
@@ -79,7 +84,8 @@ def img2img() -> None:
 def inpaint() -> None:
     """Inpaint the masked part of an image, or extend the image beyond its borders; the rest doesn't change."""
     o = overlay(InpaintOptions, InpaintOptions())
-    from train.commands.inpaint import inpaint
+    with imports():
+        from train.commands.inpaint import inpaint
 
     for path in inpaint(o):
         print(path)
@@ -89,7 +95,8 @@ def inpaint() -> None:
 def interpolate() -> None:
     """Interpolate from one prompt to another, or from one seed to another: write the frames and an animation."""
     o = overlay(InterpolateOptions, InterpolateOptions())
-    from train.commands.interpolate import interpolate
+    with imports():
+        from train.commands.interpolate import interpolate
 
     for path in interpolate(o):
         print(path)
@@ -99,8 +106,9 @@ def interpolate() -> None:
 def evaluate() -> None:
     """Measure a trained model on a dataset, and write a report and a sample sheet."""
     o = overlay(EvaluateOptions, EvaluateOptions())
-    from train.commands.evaluate import evaluate
-    from train.evaluation.results import measure_lines
+    with imports():
+        from train.commands.evaluate import evaluate
+        from train.evaluation.results import measure_lines
 
     report = evaluate(o)
     _print_report(report, ("task", "vae", "latents", "alignment"))
@@ -113,7 +121,8 @@ def evaluate() -> None:
 def evaluate_vae() -> None:
     """Measure an autoencoder on images: its reconstructions, and whether its latents suit a diffusion model."""
     o = overlay(EvaluateVaeOptions, EvaluateVaeOptions())
-    from train.commands.evaluate_vae import evaluate
+    with imports():
+        from train.commands.evaluate_vae import evaluate
 
     _print_report(evaluate(o), ("vae", "channels"))
     print(f"written to {o.out}/report.json and {o.out}/reconstructions.png")
@@ -130,7 +139,8 @@ def _print_report(report: Mapping[str, Any], parts: tuple[str, ...]) -> None:
 def convert() -> None:
     """Convert between a diffusers folder and a single safetensors file with the original key names."""
     o = overlay(ConvertOptions, ConvertOptions())
-    from train.commands.convert import convert
+    with imports():
+        from train.commands.convert import convert
 
     convert(o)
     print(o.out)
@@ -148,8 +158,9 @@ def inspect_data() -> None:
         "stage 2, by path or name, e.g. pictures/clip. Options override its settings."
     )
     o = overlay(InspectOptions, default, arguments, usage="[CONFIG]", about=about)
-    from train.commands.inspect import inspect
-    from train.commands.inspect_report import describe
+    with imports():
+        from train.commands.inspect import inspect
+        from train.commands.inspect_report import describe
 
     configured = isinstance(config, ClipConfig) and o.text.max_length == default.text.max_length
     report = inspect(o, given if configured else "")

@@ -22,9 +22,9 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
 from ldm.errors import UserError
+from ldm.libraries import CLIPTokenizer
 from train.data.batches.images import Inputs
 from train.data.images.crop import Framing, Size
 from train.data.images.decode import FORMATS, DamagedImage

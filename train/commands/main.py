@@ -1,11 +1,13 @@
-"""The shared part of all commands: turn exceptions into one line and an exit status, and select the device."""
+"""The shared part of all commands: imports, errors as one line with an exit status, and the choice of the device."""
 
+import gc
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pydantic import ValidationError
 
 from ldm.errors import RunError, UserError, one_line
+from ldm.imports import without_garbage_collection
 from train.config.load import first_error
 from train.output import make_printable
 
@@ -75,6 +78,14 @@ def _run(main: Callable[[], None]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what remains takes seconds at most
         _exit(130, "interrupted")
     raise SystemExit(0)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Import a command's modules faster, and leave their objects out of later garbage collection."""
+    with without_garbage_collection():
+        yield
+    gc.freeze()
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

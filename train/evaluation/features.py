@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection, Dinov2Model, PreTrainedConfig
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from autoencoder.perceptual import load_tower, preprocessing
 from ldm.errors import UserError, one_line
 from ldm.files import open_regular, read_json
 from ldm.formats.hub import is_hub_id, model_folder
@@ -159,6 +157,10 @@ def has_image_tower(folder: str) -> bool:
 
 
 def _load_tower(name: str, model: str) -> TowerFeatures:
+    from transformers import CLIPVisionModelWithProjection, Dinov2Model, PreTrainedConfig
+
+    from autoencoder.perceptual import load_tower, preprocessing
+
     match PreTrainedConfig.get_config_dict(model)[0].get("model_type"):
         case "clip" | "clip_vision_model":
             tower, missing = load_tower(CLIPVisionModelWithProjection, model)

@@ -1,18 +1,20 @@
 """Content of each stage's model card, from its configuration and its network."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderKL
 from torch import nn
-from transformers import CLIPModel
 
+from ldm.libraries import AutoencoderKL
 from ldm.networks.backbone import Backbone
 from train.config.clip import ClipConfig
 from train.config.ldm import LdmConfig
 from train.config.vae import VaeConfig
 from train.data.batches.images import Inputs
 from train.engine.model_card import About, source_span
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 _LONGEST = 200  # largest number of characters of a prompt in example code
 _USE_CLIP = """```python
@@ -77,7 +79,7 @@ output.images[0].save("generated.png")
 ```"""
 
 
-def about_clip(config: ClipConfig, clip: CLIPModel, inputs: Inputs) -> About:
+def about_clip(config: ClipConfig, clip: "CLIPModel", inputs: Inputs) -> About:
     text, image = config.text, config.image
     shape: Any = clip.config
     return About(

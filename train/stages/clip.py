@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from conditioning.contrastive import Contrastive, retrieval_accuracy, save_clip
 from conditioning.tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 from ldm.errors import UserError
+from ldm.libraries import CLIPTokenizer
 from train.config.clip import ClipConfig
 from train.data.batches.images import ImageDataset, Inputs
 from train.data.batches.records import ImageBatch, Record

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NoReturn, Protocol, assert_never
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from autoencoder.model import Autoencoder, digest
 from conditioning.clip import ClipTextEncoder, remove_last_layers
@@ -19,6 +18,7 @@ from ldm.formats.hub import find_pipeline
 from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
 from ldm.formats.single_file import load_single_file
+from ldm.libraries import UNet2DConditionModel
 from ldm.model import tokenizer_of
 from ldm.networks.attention import use_attention
 from ldm.networks.backbone import Backbone

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from autoencoder.discriminator import frozen
@@ -21,6 +20,7 @@ from autoencoder.model import (
 )
 from autoencoder.preview import fit_colours
 from ldm.errors import UserError
+from ldm.libraries import AutoencoderKL
 from train.config.vae import VaeConfig
 from train.data.batches.draws import PosteriorNoise
 from train.data.batches.images import ImageDataset, Inputs

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from autoencoder.discriminator import PatchDiscriminator, discriminator_loss, frozen, generator_loss, r1_penalty
@@ -19,6 +18,7 @@ from autoencoder.losses import (
     reconstruction_loss,
     underflow_scale,
 )
+from ldm.libraries import AutoencoderKL
 from train.config.vae import AdversarialConfig, VaeConfig
 from train.data.batches.records import Record
 from train.engine.stage import StepOutput
