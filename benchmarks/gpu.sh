@@ -32,7 +32,7 @@ part() { # name, limit in seconds, command: run it within the limit and the tota
     local name=$1 limit=$(($2 * slower)) started=$SECONDS status; shift 2
     [ "$limit" -lt $((end - SECONDS)) ] || limit=$((end - SECONDS))
     if [ "$limit" -lt 5 ]; then echo "== $name: no time left"; return 1; fi
-    timeout -k 10 "$limit" "$@" > "$work/part.log" 2>&1
+    timeout -k 25 "$limit" "$@" > "$work/part.log" 2>&1
     status=$?
     { echo "== $name: status $status, $((SECONDS - started)) s"; tail -c 40000 "$work/part.log"; } >> "$out/log.txt"
     echo "== $name: status $status, $((SECONDS - started)) s"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from against.served import Server, forget_peak
+from against.served import open_server
 
 PROMPT = "a large red circle on a white background"
 SCALE = 5.0  # of guidance
@@ -145,12 +145,8 @@ def gigaflops(call: Callable[[], Any]) -> float:
 def main() -> None:
     spec = json.loads(sys.argv[1])
     device = torch.device("cuda" if torch.cuda.is_available() and spec["who"] != "optimum" else "cpu")
-    on_gpu = device.type == "cuda"
     torch.set_num_threads(spec["threads"])
-    server = Server(
-        torch.cuda.synchronize if on_gpu else lambda: None,
-        (lambda: torch.cuda.max_memory_reserved() / 2**20) if on_gpu else None,
-    )
+    server = open_server(device.type)
     with torch.inference_mode() if spec["who"] == "optimum" else torch.no_grad():
         build = {"ldm": ours, "diffusers": diffusers, "optimum": optimum}[spec["who"]]
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec["dtype"]]
@@ -161,7 +157,7 @@ def main() -> None:
             np.save(path, result.float().cpu().numpy() if isinstance(result, Tensor) else result)
 
         server.output = save
-        forget_peak()
+        server.forget_memory()
         server.answer(prepared=prepared, gigaflops=gigaflops(call) if spec.get("count") else None)
         server.serve(call)
 

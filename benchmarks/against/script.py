@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from against.served import Server, forget_peak
+from against.served import Server, open_server
 
 Wrap = Callable[..., Any]
 
@@ -30,7 +30,7 @@ def wait_for_turns(server: Server) -> None:
         nonlocal left
         update(self, parameters)
         if left < 0:
-            forget_peak()
+            server.forget_memory()
             server.answer(ready=True)
         elif left == 0:
             server.called()
@@ -84,13 +84,7 @@ def main() -> None:
     if spec["record"]:
         record(spec["record"])
     else:
-        on_gpu = torch.cuda.is_available()
-        wait_for_turns(
-            Server(
-                torch.cuda.synchronize if on_gpu else lambda: None,
-                (lambda: torch.cuda.max_memory_reserved() / 2**20) if on_gpu else None,
-            )
-        )
+        wait_for_turns(open_server("cuda" if torch.cuda.is_available() else "cpu"))
     sys.argv = [spec["script"], *spec["arguments"]]
     runpy.run_path(spec["script"], run_name="__main__")
 

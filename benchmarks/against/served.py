@@ -21,15 +21,17 @@ class Server:
         self,
         synchronise: Call = lambda: None,
         memory: Callable[[], float] | None = None,
+        forget_memory: Call | None = None,
         cpu: Callable[[], float] = time.process_time,
     ) -> None:
         """synchronise: waits for the device. memory: returns the peak in MiB; default: this process's resident peak.
 
-        cpu: clock of the CPU time that the calls use.
+        forget_memory: starts the measurement of the peak anew. cpu: clock of the CPU time that the calls use.
         """
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print must not be read as answers
         self.synchronise, self.memory, self.cpu = synchronise, memory or resident_peak, cpu
+        self.forget_memory = forget_memory or forget_peak
         self.output: Callable[[str], None] | None = None
         """Function that writes the program's output into a file."""
         self.started = (0.0, 0.0)
@@ -48,7 +50,7 @@ class Server:
                 self.started = time.perf_counter(), self.cpu()
                 return self.calls
             if request["do"] == "forget memory":
-                forget_peak()
+                self.forget_memory()
             elif request["do"] == "save" and self.output is not None:
                 self.output(request["path"])
             self.answer(memory=self.memory())
@@ -66,6 +68,19 @@ class Server:
             for _ in range(self.next_calls()):
                 call()
             self.called()
+
+
+def open_server(device: str) -> Server:
+    """Return a server for calls on a device, `cpu` or `cuda`, whose memory is measured."""
+    if device != "cuda":
+        return Server()
+    from torch import cuda
+
+    def forget_memory() -> None:
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
+
+    return Server(cuda.synchronize, lambda: cuda.max_memory_reserved() / 2**20, forget_memory)
 
 
 def resident_peak() -> float:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from against.served import Server, forget_peak
+from against.served import Server, open_server
 
 Step = Callable[[], None]
 _EXAMPLES = 512  # in memory
@@ -39,7 +39,7 @@ def train_ours(spec: Mapping[str, Any], server: Server) -> None:
         def begin_step(self, step: int, parts: list[Any]) -> list[Any]:
             nonlocal left
             if left < 0:
-                forget_peak()
+                server.forget_memory()
                 server.answer(ready=True)
             if left == 0:
                 server.called()
@@ -236,16 +236,12 @@ _LOOPS: dict[str, Callable[..., Step]] = {"ldm": finetuning, "vae": autoencoding
 def main() -> None:
     spec = json.loads(sys.argv[1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
     torch.set_num_threads(spec["threads"])
-    server = Server(
-        torch.cuda.synchronize if on_gpu else lambda: None,
-        (lambda: torch.cuda.max_memory_reserved() / 2**20) if on_gpu else None,
-    )
+    server = open_server(device.type)
     if spec["who"] == "ldm":
         train_ours(spec, server)
     step = _LOOPS[spec["stage"]](spec, device)
-    forget_peak()
+    server.forget_memory()
     server.answer(ready=True)
     server.serve(step)
 
