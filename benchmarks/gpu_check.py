@@ -149,7 +149,7 @@ def losses(lines: Sequence[dict[str, float]]) -> list[float]:
 def cases(tiny: bool) -> dict[str, tuple[str, ...]]:
     """Return the names of the cases that are checked, with their precisions."""
     if tiny:
-        return dict.fromkeys(_TINY_CASES, ("bf16",))
+        return {case: ("fp32", "bf16") if case == "ldm" else ("bf16",) for case in _TINY_CASES}
     return {case: precisions for case, (_, _, precisions) in CASES.items()}
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ class Child:
         return json.loads(line)
 
     def _last_line(self) -> str:
-        self.process.wait(10)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return one_line(lines[-1] if lines else f"ended with status {self.process.returncode}", 200)
 

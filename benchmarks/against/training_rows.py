@@ -21,6 +21,7 @@ _ENDLESS = [
     *("--first-samples", "0", "--trackers", "--optimizer.warmup", "0"),
 ]
 _ADAMW = ["--optimizer.kind", "adamw", "--optimizer.lr", "1e-3"]
+_COMPILED = ["--compile", "True"]
 _GAN = [
     *("--reconstruction", "l1", "--kl-weight", "1e-6", "--model.channels", "64", "128", "256", "--model.groups", "32"),
     *("--model.attention", "True", "--input.resolution", "64", "--perceptual.kind", "lpips_vgg"),
@@ -82,6 +83,7 @@ def denoising(o: Options, name: str, shape: str, batch: int, calls: int) -> Row:
     best = "fused attention" + (" channels_last" if torch.cuda.is_available() else "")
     found = [loop("diffusers' loop", "shipped"), loop("diffusers' loop by hand", best)]
     found += [ldm("ldm, AdamW", _ADAMW), ldm("ldm, Muon", [])] if not large else [ldm("ldm, AdamW", [])]
+    found.append(ldm("ldm, AdamW, compiled", [*([] if large else _ADAMW), *_COMPILED]))
     found.append(loop("diffusers' loop by hand, compiled", f"{best} compiled"))
     proof = None
     if o.diffusers and not large:
@@ -118,6 +120,7 @@ def autoencoding(o: Options, name: str, batch: int, settings: list[str]) -> Row:
         loop("diffusers' loop by hand", "fused"),
         ldm("ldm, AdamW", _ADAMW),
         ldm("ldm, Muon", []),
+        ldm("ldm, AdamW, compiled", [*_ADAMW, *_COMPILED]),
         loop("diffusers' loop by hand, compiled", "fused compiled"),
     ]
     what = f"stage 1's step, {'LPIPS and discriminator, ' if gan else ''}{side} pixels, batch {batch}"
@@ -141,6 +144,7 @@ def contrasting(o: Options, name: str) -> Row:
         loop("transformers' loop by hand", "fused"),
         ldm("ldm, AdamW", _ADAMW),
         ldm("ldm, Muon", []),
+        ldm("ldm, AdamW, compiled", [*_ADAMW, *_COMPILED]),
         loop("transformers' loop by hand, compiled", "fused compiled"),
     ]
     return Row(name, f"stage 0's step, batch {batch}", found, 4, base="transformers' loop")
