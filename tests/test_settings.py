@@ -94,7 +94,13 @@ LDM = {
     "settings_ldm::test_the_task_determines_the_input": "task",
     "settings_ldm::test_the_attention_is_the_configured_one": "attention",
     "settings_ldm::test_gradient_checkpointing_computes_activations_twice": "gradient_checkpointing",
-    "settings_ldm::test_validation_measures_the_averaged_weights_on_so_many_examples": "validation_examples",
+    "settings_ldm::test_validation_measures_the_averaged_weights_on_so_many_examples": (
+        "validation_examples validation_draws"
+    ),
+    "overfitting::test_weights_are_kept_only_if_configured": "keep_best",
+    "overfitting::test_evaluation_does_not_change_the_training": (
+        "evaluate_every evaluation_images evaluation_features"
+    ),
     "settings_ldm::test_sheets_are_sampled_as_configured": "prompts sample_steps guidance_scale",
 }
 """The tests, and the settings for which each of them fails."""

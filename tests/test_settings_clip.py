@@ -92,7 +92,7 @@ def test_validation_measures_the_averaged_weights(shapes: Path, tmp_path: Path) 
 
     @torch.no_grad()
     def measure(stage: Any) -> None:
-        found.update(stage.validate(6))
+        found.update(stage.validate(6).metrics)
         batch = stage.tokenised(stage.held_out.__getitems__(list(range(24))))
         clip, ids = stage.ema.module, batch.input_ids
         images = clip.visual_projection(clip.vision_model(pixel_values=batch.pixels).pooler_output)

@@ -306,11 +306,15 @@ def test_the_task_determines_the_input(task: str, small: LdmConfig, parts: Path,
 # -- validation and sheets ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("cached", "draws"), [(True, 1), (False, 3)])
 def test_validation_measures_the_averaged_weights_on_so_many_examples(
-    cached: bool, small: LdmConfig, tmp_path: Path
+    cached: bool, draws: int, small: LdmConfig, tmp_path: Path
 ) -> None:
-    """Timesteps are spread evenly, whatever the training draws; captions aren't dropped and noise has no offset."""
+    """Timesteps are spread evenly, whatever the training draws; captions aren't dropped and noise has no offset.
+
+    Each image is measured as often as configured, each time with its own noise.
+    """
+    count = 10 * draws
     d = DiffusionConfig(
         offset_noise=1.0, stratified=True, timestep_sampling="logit_normal", logit_mean=2.0, weighting="min_snr"
     )
@@ -318,21 +322,31 @@ def test_validation_measures_the_averaged_weights_on_so_many_examples(
 
     @torch.no_grad()
     def measure(stage: Any) -> None:
-        found.update(stage.validate(4))
+        found.update(stage.validate(4)._asdict())
         raw = stage.held_out.__getitems__(list(range(10)))
         batch = stage.complete(raw)
-        u = [(k + 0.5) / 10 for k in range(10)]
+        noise = normals(9, 3, range(count), 4, 16, 16)
+        posterior = stage.complete(replace(raw, drawn=replace(raw.drawn, posterior_noise=torch.zeros_like(noise[:10]))))
+        std = (batch.x0 - posterior.x0) / raw.drawn.posterior_noise
+        x0 = posterior.x0.repeat(draws, 1, 1, 1) + std.repeat(draws, 1, 1, 1) * normals(9, 8, range(count), 4, 16, 16)
+        u = [(k + 0.5) / count for k in range(count)]
         plain = replace(d, timestep_sampling="uniform")
         assert not raw.drawn.dropped.any()
-        torch.testing.assert_close(batch.noise, normals(9, 3, range(10), 4, 16, 16))
-        expected = losses_of(plain, stage.ema.module, batch.x0, u, batch.noise, batch.condition)
-        found.update(loss=expected.weighted.mean().item(), error=expected.error.mean().item())
+        torch.testing.assert_close(batch.noise, noise[:10])
+        expected = losses_of(plain, stage.ema.module, x0, u, noise, batch.condition.repeat(draws, 1, 1))
+        found.update(loss=expected.weighted.double(), error=expected.error.double())
 
-    config = changed(small, out=str(tmp_path / "run"), diffusion=d, validation_examples=10, caption_dropout=0.9, seed=9)
+    settings: dict[str, Any] = {"validation_examples": 10, "validation_draws": draws, "caption_dropout": 0.9, "seed": 9}
+    config = changed(small, out=str(tmp_path / "run"), diffusion=d, **settings)
     config = config if cached else changed(config, cache="off")
     record(changed(config, ema_decay=0.9), 4, measure, backbone=tiny_unet())
-    assert found["val_loss"] == pytest.approx(found["loss"], rel=1e-3)
-    assert found["val_error"] == pytest.approx(found["error"], rel=1e-3)
+    metrics = found["metrics"]
+    assert metrics["val_loss"] == pytest.approx(float(found["loss"].mean()), rel=1e-3)
+    assert metrics["val_error"] == pytest.approx(float(found["error"].mean()), rel=1e-3)
+    torch.testing.assert_close(found["losses"], found["loss"].view(draws, 10).mean(0), rtol=1e-3, atol=0)
+    bands = [part.mean().item() for part in np.split(found["error"], [count * k // 4 for k in (1, 2, 3)])]
+    assert [v for name, v in metrics.items() if "noise" in name] == pytest.approx(bands, rel=1e-3)
+    assert [name for name in metrics if "noise" in name][::3] == ["val_error_noise_0-25", "val_error_noise_75-100"]
 
 
 @pytest.mark.parametrize(

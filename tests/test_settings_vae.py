@@ -252,7 +252,7 @@ def test_validation_measures_the_averaged_weights_on_so_many_images(
     settings = {"validation_examples": 5, "ema_decay": 0.5, "validation_features": str(small_clip)}
 
     def measure(stage: Any) -> None:
-        found.update(stage.validate(3))
+        found.update(stage.validate(3).metrics)
         pixels = stage.held_out.__getitems__(list(range(5))).pixels
         vae = stage.ema.module
         with torch.no_grad():

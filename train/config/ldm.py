@@ -8,7 +8,15 @@ from pydantic.dataclasses import dataclass
 from conditioning import MOST_CHUNKS
 from ldm.kinds import AttentionBackend, LossKind, ObjectiveKind, ScheduleKind, Spacing, Target, VarianceKind
 from ldm.task import Task
-from train.config.limits import MOST_EXAMPLES, MOST_LAYERS, MOST_LEVELS, Count, require_possible
+from train.config.limits import (
+    MOST_EXAMPLES,
+    MOST_LAYERS,
+    MOST_LEVELS,
+    MOST_STEPS,
+    Count,
+    PathText,
+    require_possible,
+)
 from train.config.optimizer import strict
 from train.config.resumable import ON_REQUEST, Fixed, Location, Resumable
 from train.config.run import RunConfig
@@ -242,6 +250,19 @@ class LdmConfig(RunConfig):
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0, le=MOST_EXAMPLES)
     """Largest number of held-out examples in the validation loss; their timesteps and noise are always the same.
     If there are more, the seed chooses them."""
+    validation_draws: Annotated[int, Resumable()] = Field(default=1, gt=0, le=1000)
+    """Number of times that each of them is measured, at evenly spaced noise levels; more for small datasets."""
+    keep_best: Annotated[bool, Resumable()] = False
+    """Keep the averaged weights with the smallest validation loss in model-best/, a complete model like model/.
+    It is as large as model/, and is written at each validation with a new minimum."""
+    evaluate_every: Annotated[int, Resumable()] = Field(default=0, ge=0, le=MOST_STEPS)
+    """Number of steps between two evaluations of generated images, at the next validation; 0: none.
+    They measure the Fréchet distance to held-out images, as val_frechet. The weights are the same as without it."""
+    evaluation_images: Annotated[int, Resumable()] = Field(default=64, ge=2, le=MOST_EXAMPLES)
+    """Largest number of images that are generated for an evaluation, from held-out captions."""
+    evaluation_features: Annotated[PathText, Resumable(location=True)] = ""
+    """Network of the evaluation's features: inception, dinov2, clip, or the folder or hub id of a CLIP or DINOv2.
+    Empty: the CLIP in `text_encoder`."""
     prompts: Annotated[tuple[str, ...], Resumable()] = ()
     """Prompts of the sample sheets, one image each; empty: captions of held-out images."""
     sample_steps: Annotated[int, Resumable()] = Field(default=25, gt=0, le=100_000)

@@ -22,6 +22,7 @@ class RunFolder:
     out/changes.jsonl    settings that were changed when the run was continued
     out/tokenizer/       stage 0: the tokenizer that was learned when the run was started
     out/samples/  out/checkpoints/  out/model/
+    out/model-best/      the weights with the smallest held-out loss, if `keep_best` is set
     """
 
     path: Path
@@ -60,6 +61,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "model-best"
 
     @property
     def samples(self) -> Path:
@@ -105,7 +110,7 @@ class RunFolder:
         for path in (self.path / ".lock", self.settings, self.metrics, self.damaged, self.changes):
             if path.exists() and not path.is_file():
                 raise UserError(f"--out {str(self)!r}: {path.name} in it is not a regular file; choose another folder")
-        for path in (self.checkpoints, self.samples, self.model, self.tokenizer):
+        for path in (self.checkpoints, self.samples, self.model, self.best, self.tokenizer):
             if path.exists() and not path.is_dir():
                 raise UserError(f"--out {str(self)!r}: {path.name} in it is not a folder; choose another folder")
 

@@ -16,7 +16,7 @@ from train.engine.estimate import Duration, estimate
 from train.engine.provenance import is_result
 from train.engine.run import AnyRun
 from train.engine.saving import Saving
-from train.engine.stage import Batch, Hooks, Publish, Stage
+from train.engine.stage import Batch, Hooks, Publish, Stage, Validation
 from train.engine.stop import Stop
 from train.engine.stopwatch import Stopwatch
 from train.engine.trainer import Trainer
@@ -121,7 +121,7 @@ class Due:
             if last:
                 model = self.run.folder.model
                 self.run.print(f"all {step:,} steps are done; what remains: validation, checkpoint, {model}")
-            validate(self.run, self.stage, step)
+            self._compare(step, validate(self.run, self.stage, step))
             self.validation = False
         stopped = self.stop.agreed(step)
         self.checkpoint |= step % config.checkpoint_every == 0 or last or stopped > 0
@@ -139,6 +139,19 @@ class Due:
         if self.validation or self.checkpoint or step % config.log_every == 0:
             self._check(step, waiting)
         return validated
+
+    def _compare(self, step: int, validation: Validation) -> None:
+        """Keep the weights if their held-out loss is the smallest so far; report a significant rise."""
+        if validation.losses is None:
+            return
+        run, held_out, keep = self.run, self.saving.held_out, self.run.config.keep_best
+        if keep and not run.folder.best.is_dir():
+            held_out.forget()  # weights with a smaller loss weren't kept
+        smallest = held_out.add(step, validation.losses, validation.identity)
+        if keep and _of_main(run, smallest):
+            export(run, self.stage, self.publish, step, final=False, best=True, log=False)
+        if line := held_out.report(step, validation.losses, str(run.folder.best) if keep else ""):
+            run.print(line)
 
     def _check(self, step: int, waiting: bool) -> None:
         """Go back to an earlier checkpoint if needed, or report once that something waits."""
@@ -176,12 +189,19 @@ def conclude(run: AnyRun, stage: Stage, publish: Publish, step: int) -> None:
     run.print(f"{run.folder} is finished ({step} steps): give a larger --steps to continue it, or another --out")
 
 
-def validate(run: AnyRun, stage: Stage, step: int) -> None:
-    """Measure the averaged weights on held-out data, and write a sample sheet."""
-    run.metrics.log(step, stage.validate(step))
+def validate(run: AnyRun, stage: Stage, step: int) -> Validation:
+    """Measure the averaged weights on held-out data, log the metrics, and write a sample sheet."""
+    validation = stage.validate(step)
+    run.metrics.log(step, validation.metrics)
     if run.main:
         draw_sheet(run, stage, step)
     run.accelerator.wait_for_everyone()
+    return validation
+
+
+def _of_main(run: AnyRun, flag: bool) -> bool:
+    """Return the main process's flag in all processes."""
+    return bool(run.accelerator.reduce(torch.tensor(float(flag and run.main), device=run.accelerator.device), "sum"))
 
 
 def draw_sheet(run: AnyRun, stage: Stage, step: int) -> Path:
@@ -193,14 +213,17 @@ def draw_sheet(run: AnyRun, stage: Stage, step: int) -> Path:
     return path
 
 
-def export(run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: bool, log: bool = True) -> None:
-    """Update model/ with the averaged weights. log: whether to log the metrics of the export."""
+def export(
+    run: AnyRun, stage: Stage, publish: Publish, step: int, *, final: bool, best: bool = False, log: bool = True
+) -> None:
+    """Update model/ with the averaged weights, or model-best/ if `best`. log: whether to log the export's metrics."""
+    target = run.folder.best if best else run.folder.model
     if run.main:
-        with atomic_folder(run.folder.model) as folder:
+        with atomic_folder(target) as folder:
             metrics = stage.export(folder, final=final)
-            publish(folder, step, final=final)
+            publish(folder, step, final=final, best=best)
     else:
-        metrics = stage.export(run.folder.model, final=final)
+        metrics = stage.export(target, final=final)
     if metrics and log:
         run.metrics.log(step, metrics)
     run.accelerator.wait_for_everyone()

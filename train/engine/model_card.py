@@ -57,16 +57,19 @@ def write_card(
     samples: Path,
     step: int,
     final: bool,
+    best: bool = False,
     measured_at: int,
     metrics: dict[str, float],
 ) -> None:
     """Write README.md into a model's folder, and the run's newest sample sheet as sample.png.
 
     name: name of the run. fingerprint: fingerprint of the data. earlier: those of datasets before it. changes: settings
-    that were changed during the run. samples: folder of the sample sheets. metrics: metrics of the last validation,
-    which was at step `measured_at`.
+    that were changed during the run. samples: folder of the sample sheets. best: whether the weights are those with
+    the smallest held-out loss so far. metrics: metrics of the last validation, which was at step `measured_at`.
     """
     progress = "the run is finished." if final else "the run is **not finished**, so these are not its final weights."
+    if best:
+        progress = "the weights with the smallest held-out loss of the run up to then."
     blocks = [
         f"# {code_span(name or 'model')}: {about.name}",
         f"{about.summary} Step {step:,} of {config.steps:,}: {progress}",

@@ -23,11 +23,18 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", 
 
 
 def write_provenance(
-    folder: Path, config: RunConfig, changes: Sequence[Mapping[str, Any]] = (), *, step: int, final: bool
+    folder: Path,
+    config: RunConfig,
+    changes: Sequence[Mapping[str, Any]] = (),
+    *,
+    step: int,
+    final: bool,
+    best: bool = False,
 ) -> None:
     """Write training.json into a folder of weights. It contains no private paths or credentials.
 
-    changes: settings that were changed during the run, in a form that may be published.
+    changes: settings that were changed during the run, in a form that may be published. best: whether the weights are
+    those with the smallest held-out loss so far.
     """
     about = {
         "step": step,
@@ -36,6 +43,7 @@ def write_provenance(
         "versions": versions(),
         "config": published(config, redacted),
     }
+    about |= {"best": True} if best else {}
     about |= {"changes": list(changes)} if changes else {}
     (folder / _FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -54,7 +62,7 @@ def unfinished(option: str, folder_or_id: str) -> list[str]:
     try:
         about = read_json(Path(model_folder(folder_or_id)) / _FILE)
         step, steps = int(about["step"]), int(about["config"]["steps"])
-        if about["final"] is not False or step >= steps:
+        if about["final"] is not False or about.get("best") or step >= steps:
             return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []

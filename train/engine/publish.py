@@ -23,13 +23,13 @@ def publisher(run: AnyRun, stage: DescribedStage) -> Publish:
     """Return the function that writes these files beside a stage's weights; in a finished model/, only the licence."""
     license = run.config.license
 
-    def publish(folder: Path, step: int, *, final: bool) -> None:
+    def publish(folder: Path, step: int, *, final: bool, best: bool = False) -> None:
         if is_result(folder, step):
             if license:
                 state_license(folder, license)
             return
         saved = Saved.read(run.folder.settings)
-        write_provenance(folder, run.config, saved.published(), step=step, final=final)
+        write_provenance(folder, run.config, saved.published(), step=step, final=final, best=best)
         measured_at, metrics = run.metrics.last_validation(step)
         write_card(
             folder,
@@ -43,6 +43,7 @@ def publisher(run: AnyRun, stage: DescribedStage) -> Publish:
             samples=run.folder.samples,
             step=step,
             final=final,
+            best=best,
             measured_at=measured_at,
             metrics=metrics,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from ldm.errors import RunError
 from train.engine.changes import examples_of_earlier_code
 from train.engine.checkpoint import Checkpoints, LatestCheckpoint, of_this_run
+from train.engine.overfitting import HeldOutLoss
 from train.engine.trainer import Trainer
 from train.engine.trial import trial
 
@@ -23,6 +24,7 @@ class Saving:
         self.rolled_back = False  # in this window
         self.restored = 0  # step of the restored checkpoint
         self.passed_over = False  # whether it isn't the newest
+        self.held_out = HeldOutLoss()
 
     # -- the test ---------------------------------------------------------------------------------------------
 
@@ -97,7 +99,8 @@ class Saving:
                 f"{self.advice()}"
             )
         if self.run.main:
-            self.checkpoints.save(step, self.trainer.state() | {"examples": self.run.feed.state(step)})
+            held_out = {"held_out": state} if (state := self.held_out.state()) else {}
+            self.checkpoints.save(step, self.trainer.state() | {"examples": self.run.feed.state(step)} | held_out)
         self.run.accelerator.wait_for_everyone()
 
     def roll_back_if_needed(self, step: int) -> bool:
@@ -139,6 +142,7 @@ class Saving:
             if starting:
                 earlier = examples_of_earlier_code(self.run.folder.settings, checkpoint.step, self.run.config)
                 self.run.feed.restore(checkpoint.step, state.get("examples") or earlier)
+                self.held_out.restore(state.get("held_out", {}))
             in_streak = int(state["in_a_row"]) > 0
         if in_streak or not self.weights_are_finite():
             del state

@@ -132,7 +132,7 @@ def _discard_other_run(
         if not saved.differences(config, inputs):
             return
     print(f"{folder} has no checkpoint yet: the run begins anew, with other settings than before")
-    for path in (folder.metrics, folder.damaged, folder.changes, folder.samples):
+    for path in (folder.metrics, folder.damaged, folder.changes, folder.samples, folder.best):
         remove(path)
 
 

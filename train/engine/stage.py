@@ -24,6 +24,18 @@ class StepOutput(NamedTuple):
     """Input of the later phases, which replaces the part; detached."""
 
 
+class Validation(NamedTuple):
+    """Result of a validation."""
+
+    metrics: dict[str, float]
+    """Metrics to log, by name."""
+    losses: Tensor | None = None
+    """Loss of each held-out image, (n,) float64 on the CPU, with the same noise in each validation; None: not measured.
+    """
+    identity: str = ""
+    """Identity of images, noise and loss: only losses with the same identity can be compared."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """One network's update in a step: its module's `forward(part)` returns a StepOutput, then its optimizer steps."""
@@ -58,8 +70,8 @@ class Stage(Protocol):
         """Do what the stage needs after the last phase of a step; every process calls it."""
         ...
 
-    def validate(self, step: int) -> dict[str, float]:
-        """Return held-out metrics of the averaged weights; every process calls it."""
+    def validate(self, step: int) -> Validation:
+        """Measure the averaged weights on held-out images; every process calls it."""
         ...
 
     def sheet(self, path: Path) -> None:
@@ -75,9 +87,12 @@ class Stage(Protocol):
 
 
 class Publish(Protocol):
-    """Writer of the files that accompany exported weights for publication; the main process calls it."""
+    """Writer of the files that accompany exported weights for publication; the main process calls it.
 
-    def __call__(self, folder: Path, step: int, *, final: bool) -> None: ...
+    best: whether the weights are those with the smallest held-out loss so far.
+    """
+
+    def __call__(self, folder: Path, step: int, *, final: bool, best: bool = False) -> None: ...
 
 
 class Hooks:

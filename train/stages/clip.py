@@ -26,7 +26,7 @@ from train.engine.model_card import About
 from train.engine.open_data import open_inputs, select_images
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
-from train.engine.stage import Hooks, Phase, StepOutput
+from train.engine.stage import Hooks, Phase, StepOutput, Validation
 from train.evaluation.sheets import in_rows, save_sheet, sheet, to_uint8
 from train.stages.caption_warnings import TruncatedCaptions
 from train.stages.cards import about_clip
@@ -104,13 +104,13 @@ class ClipStage:
         text = torch.cat([towers.text_features(batch.input_ids) for batch in batches])
         return image, text, torch.cat([batch.caption_ids for batch in batches]), raw
 
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int) -> Validation:
         count = min(len(self.held_out.source), _VALIDATION)
         image, text, ids, _ = self.held_out_features(count)
         accuracy = {name: float(share) for name, share in retrieval_accuracy(image, text, ids).items()}
         shares = ", ".join(f"{name} {share:.3f}" for name, share in accuracy.items())
         self.run.print(f"step {step}: retrieval accuracy among {count} held-out images: {shares}")
-        return {f"val_{name}": share for name, share in accuracy.items()}
+        return Validation({f"val_{name}": share for name, share in accuracy.items()})
 
     def sheet(self, path: Path) -> None:
         """Write a sheet of held-out images, each above the held-out caption with the nearest features."""

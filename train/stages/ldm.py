@@ -1,5 +1,7 @@
 """Stage 2: train the UNet on latents and text features, cached or computed in each step, and export a pipeline."""
 
+import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +22,7 @@ from train.config.ldm import LdmConfig
 from train.data.batches.draws import draw_masking
 from train.data.batches.images import ImageDataset, Inputs, StreamDataset
 from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch
-from train.data.order.permutation import choose
+from train.data.order.permutation import Cycle, choose
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -30,17 +32,19 @@ from train.engine.precision import autocast
 from train.engine.provenance import unfinished
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
-from train.engine.stage import Hooks, Phase
+from train.engine.stage import Hooks, Phase, Validation
 from train.evaluation.diffusion import generate
 from train.evaluation.sheets import in_rows, save_sheet, sheet, to_uint8
 from train.stages.caption_warnings import TruncatedCaptions
 from train.stages.cards import about_ldm
 from train.stages.ldm_data import Examples, open_examples
+from train.stages.ldm_evaluation import GeneratedImages
 from train.stages.ldm_init import Components, load_components
 from train.stages.ldm_step import Completion, Denoising, DiffusionBatch, DiffusionLoss
 from train.stages.terms import Term
 
 _SHEET = 16  # images of a sample sheet
+_BANDS = 4  # ranges of timesteps of equal length, over which the held-out error is averaged
 
 
 class LdmStage:
@@ -67,6 +71,7 @@ class LdmStage:
         loss = DiffusionLoss(backbone, components.objective, terms).to(run.accelerator.device)
         self.importance = loss.importance
         self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
+        self.evaluation = GeneratedImages(config, inputs, run.accelerator.device) if config.evaluate_every else None
         self.validation_loss = DiffusionLoss(self.network, replace(components.objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[ImageBatch[DrawnNoise] | CachedBatch]]:
@@ -84,23 +89,39 @@ class LdmStage:
             self.importance.update()
 
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
-        """Return the loss of held-out examples, with the same timesteps (stratified), noise and captions each time."""
-        b = self.config.batch_size
-        count = min(len(self.held_out), self.config.validation_examples)
-        device = self.run.accelerator.device
+    def validate(self, step: int) -> Validation:
+        """Measure the loss of held-out images, with the same timesteps (stratified), noise and captions each time.
+
+        Each image is measured `validation_draws` times, at evenly spaced timesteps.
+        """
+        config, device, b = self.config, self.run.accelerator.device, self.config.batch_size
+        images = min(len(self.held_out), config.validation_examples)
+        count = images * config.validation_draws
+        held_out = copy.copy(self.held_out)
+        held_out.order = Cycle(self.held_out.order, images)
         total = torch.zeros(2, dtype=torch.float64, device=float64_device(device))
+        measured: list[Tensor] = []
         starts = range(0, count, b)
         for first in self.run.print.progress(starts, len(starts), "validating"):
             places = list(range(first, min(first + b, count)))
-            batch = self.complete(self.held_out.__getitems__(places).to(device))
+            batch = self.complete(held_out.__getitems__(places).to(device))
             batch = replace(batch, timestep=(torch.tensor(places, device=device) + 0.5) / count)
-            with autocast(device, self.config.precision):
-                out = self.validation_loss(batch)
-            total += len(places) * double(torch.stack([out.loss, out.metrics["error"]]))
+            with autocast(device, config.precision):
+                losses = self.validation_loss.losses(batch)
+            total += len(places) * double(torch.stack([losses.weighted.mean(), losses.unweighted.mean()]))
+            measured.append(double(torch.stack([losses.weighted, losses.unweighted])))
         loss, error = (total / count).tolist()
         self.run.print(f"step {step}: validation loss {loss:.5f} on {count} held-out examples")
-        return {"val_loss": loss, "val_error": error}
+        metrics = {"val_loss": loss, "val_error": error}
+        if self.run.main and self.evaluation is not None and self.evaluation.is_due(step):
+            metrics |= self.evaluation.measure(self.pipeline())
+        weighted, unweighted = torch.cat(measured, 1).cpu()
+        inputs = (self.run.inputs["data"], config.seed, images, config.validation_draws, config.input, config.diffusion)
+        return Validation(
+            metrics | error_by_noise(unweighted),
+            weighted.view(config.validation_draws, images).mean(0),
+            hashlib.sha256(repr(inputs).encode()).hexdigest()[:16],
+        )
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """Return a pipeline with the averaged network."""
@@ -156,6 +177,16 @@ class LdmStage:
 
     def about(self) -> About:
         return about_ldm(self.config, self.network, self.inputs)
+
+
+def error_by_noise(errors: Tensor) -> dict[str, float]:
+    """Return the mean error in each quarter of the timesteps, by name: 0-25 has the least noise.
+
+    errors: errors at evenly spaced timesteps in ascending order, (n,).
+    """
+    edges = [k * len(errors) // _BANDS for k in range(_BANDS + 1)]
+    parts = {f"{100 * k // _BANDS}-{100 * (k + 1) // _BANDS}": errors[edges[k] : edges[k + 1]] for k in range(_BANDS)}
+    return {f"val_error_noise_{band}": float(part.mean()) for band, part in parts.items() if len(part)}
 
 
 def train(

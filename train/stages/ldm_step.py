@@ -13,7 +13,7 @@ from conditioning.clip import ClipTextEncoder
 from ldm.denoiser import with_context
 from ldm.editing import inpainting_context, masked_image
 from ldm.networks.backbone import Backbone
-from ldm.objective import Objective, Prediction
+from ldm.objective import Losses, Objective, Prediction
 from ldm.timesteps import Importance
 from train.config.run import Precision
 from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch, Record
@@ -100,10 +100,14 @@ class DiffusionLoss(nn.Module):
         # A submodule, so that its state goes into checkpoints.
         self.importance = objective.timesteps if isinstance(objective.timesteps, Importance) else None
 
-    def forward(self, batch: DiffusionBatch) -> StepOutput:
+    def losses(self, batch: DiffusionBatch) -> Losses:
+        """Return the objective's losses of each example."""
         network = self.backbone if batch.context is None else with_context(self.backbone, batch.context)
+        return self.objective(network, batch.x0, batch.timestep, batch.noise, batch.condition)
+
+    def forward(self, batch: DiffusionBatch) -> StepOutput:
         with self.terms.captured(self.unet) as features:
-            losses = self.objective(network, batch.x0, batch.timestep, batch.noise, batch.condition)
+            losses = self.losses(batch)
         if self.importance is not None:
             self.importance.record(losses.index, losses.uncorrected, self.objective.schedule.T)
         inputs = Denoising(batch, losses.index, losses.prediction, features)

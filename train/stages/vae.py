@@ -35,7 +35,7 @@ from train.engine.open_data import open_inputs, select_images
 from train.engine.precision import autocast
 from train.engine.publish import publisher
 from train.engine.run import Run, open_run
-from train.engine.stage import Hooks, Phase
+from train.engine.stage import Hooks, Phase, Validation
 from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet, save_sheet
@@ -175,7 +175,7 @@ class VaeStage:
         fold(vae, statistics.mean, statistics.std)
         return vae, statistics
 
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int) -> Validation:
         count = min(len(self.held_out.source), self.config.validation_examples)
         vae, _ = self._normalised(self.held_out, range(count))
         metrics = measure_reconstruction(
@@ -189,7 +189,7 @@ class VaeStage:
         self.run.print(
             f"step {step}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {count} held-out images"
         )
-        return {f"val_{name}": value for name, value in metrics.items()}
+        return Validation({f"val_{name}": value for name, value in metrics.items()})
 
     def sheet(self, path: Path) -> None:
         images = self.held_out.__getitems__(list(range(min(_SHEET, len(self.held_out.source)))))

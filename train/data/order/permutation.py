@@ -118,6 +118,24 @@ class Shifted:
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """The first `length` examples of another order, again and again."""
+
+    order: Order
+    length: int
+
+    @property
+    def identity(self) -> str:
+        return f"{self.order.identity}, the first {self.length}"
+
+    def at(self, positions: Positions) -> NDArray[np.int64]:
+        return self.order.at(np.mod(np.asarray(positions, np.int64), self.length))
+
+    def substitute(self, position: int, attempt: int) -> int:
+        return self.order.substitute(position % self.length, attempt)
+
+
+@dataclass(frozen=True)
 class InOrder:
     """Order for a pass over all examples: position p is example p mod n."""
 

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     BUCKET = 14
     MASK = 15
     MASKED = 16  # the posterior of a masked image
+    LEVEL = 17  # here, a position is an image and a noise level (train/evaluation/losses.py)
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:
