@@ -15,6 +15,7 @@ from ldm.errors import RunError
 from train.commands.main import command
 from train.config.load import overlay
 from train.data.store.atomic import atomic_folder
+from train.evaluation.report import Model, write_report
 
 RUNS = Path("runs/demo")
 DATA = "data/shapes"
@@ -59,8 +60,11 @@ def main() -> None:
     rounded = {stage: round(s, 1) for stage, s in seconds.items()}
     report = {"seconds": rounded | {"total": round(sum(seconds.values()), 1)}} | measured
     (RUNS / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    page = Model(f"{RUNS}/model", report, RUNS / "report")
+    write_report([page], RUNS / "report.html", "The demo's model")
     print(
-        f"\nFinished in {report['seconds']['total'] / 60:.1f} minutes. Results: {RUNS}/samples.png, {RUNS}/report.json."
+        f"\nFinished in {report['seconds']['total'] / 60:.1f} minutes. "
+        f"Results: {RUNS}/report.html, {RUNS}/samples.png, {RUNS}/report.json."
     )
     print(f'Next: python scripts/txt2img.py --model {RUNS}/model --prompt "a large red star on a black background"')
 

@@ -173,6 +173,9 @@ def test_the_report_on_shapes(shapes_runs: Path, tmp_path: Path) -> None:
     Image.open(tmp_path / "report/samples.png").load()
     features = {measure["features"] for measure in report["measures"] if measure["name"] == "kid"}
     assert features == {f"{shapes_runs}/runs/clip/model (32 px, bicubic, antialiased, from 8-bit images)"}
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count("<img") == len(report["samples"]) + len(report["sheets"]) >= 12
+    assert page.count("<svg") == len(report["plots"]) >= 4
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,7 @@ def test_the_report_on_images_has_no_alignment(pictures_runs: Path, tmp_path: Pa
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["vae"]) >= {"psnr", "ssim", "noise_psnr_0.2", "latent_autocorrelation"}
     assert "alignment" not in report
+    assert (tmp_path / "report.html").read_text().count("<img") == len(report["samples"]) == 16
 
 
 def test_a_damaged_image_is_listed_and_not_deleted(pictures_runs: Path) -> None:
@@ -358,6 +362,8 @@ BAD = {
     ),
     "nothing to measure": ("evaluate.py --model {ldm}/model --data {data} --images 0 --out {new}", "--images"),
     "nothing to measure on": ("evaluate.py --model {ldm}/model --out {new}", "--data"),
+    "no model to inspect with": ("inspect_losses.py --data {data} --out {new}", "--model"),
+    "nothing to compare": ("compare.py --reports {bare} --out {new}", "evaluate.py"),
     "small images": ("make_dataset.py shapes --out {new} --size 8", "8"),
     "another set's folder": ("make_dataset.py shapes --out {data} --size 32 --train 9 --test 8", "{data}"),
 }

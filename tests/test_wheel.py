@@ -49,6 +49,7 @@ def test_the_wheel_contains_packages_and_configurations(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     code = {str(path.relative_to(ROOT)) for path in SOURCES} | {f"{name}/py.typed" for name in PACKAGES}
+    code.add("train/evaluation/report.html")
     assert names == code | {f"train/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
 
 

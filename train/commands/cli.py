@@ -17,8 +17,10 @@ from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateO
 from train.config.ldm import LdmConfig
 from train.config.load import overlay, parse_any, parse_training
 from train.config.reports import (
+    CompareOptions,
     EvaluateOptions,
     EvaluateVaeOptions,
+    InspectLossesOptions,
     InspectOptions,
     inspection_of,
 )
@@ -114,7 +116,7 @@ def evaluate() -> None:
     _print_report(report, ("task", "vae", "latents", "alignment"))
     for line in measure_lines(report):
         print(line)
-    print(f"written to {o.out}/report.json and {o.out}/samples.png")
+    print(f"written to {o.out}/report.html, {o.out}/report.json and {o.out}/samples.png")
 
 
 @command
@@ -166,6 +168,29 @@ def inspect_data() -> None:
     report = inspect(o, given if configured else "")
     print(describe(report))
     print(f"\nwritten to {o.out}: {', '.join(sorted(path.name for path in Path(o.out).iterdir()))}")
+
+
+@command
+def compare() -> None:
+    """Write one HTML report of one or several evaluated models."""
+    o = overlay(CompareOptions, CompareOptions())
+    from train.commands.compare import compare
+
+    compare(o)
+    print(o.out)
+
+
+@command
+def inspect_losses() -> None:
+    """Find odd images and wrong captions by the losses of a trained model."""
+    o = overlay(InspectLossesOptions, InspectLossesOptions())
+    from train.commands.inspect_losses import inspect_losses
+
+    report = inspect_losses(o)
+    for row in report["wrong"][:5]:
+        print(f"{row['harm']:+.1%} {row['file']}: {row['caption']}")
+    names = ", ".join(sorted(path.name for path in Path(o.out).iterdir()))
+    print(f"above: the five captions that helped the model least, of {report['images']:,}; written to {o.out}: {names}")
 
 
 @command

@@ -20,11 +20,16 @@ from train.data.synthetic.shapes import prompts
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
 from train.evaluation.autoencoder import measure_reconstruction
+from train.evaluation.curves import training_plots
 from train.evaluation.diffusion import alignment, bits_per_dimension, generate
+from train.evaluation.losses import error_by_level, image_losses
 from train.evaluation.quality import Evaluation, measure_generated
+from train.evaluation.report import Model, save_samples, standard_parts, write_report
 from train.evaluation.results import Part, lists
 from train.evaluation.sheets import in_rows, save_sheet, sheet
 from train.evaluation.sweep import sweep
+
+_LEVELS = 16  # noise levels of the curve of held-out errors
 
 
 def evaluate(o: EvaluateOptions) -> dict[str, Any]:
@@ -78,10 +83,13 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     else:
         captions = [source[k].captions[0] for k in choose(min(16, count), len(source), o.seed)]
         images = list(generate(pipe, captions, **sampling))
-    parts: list[Part] = measure_generated(evaluation) if o.samples else []
+    parts: list[Part] = standard_parts(report, count)
+    parts += measure_generated(evaluation) if o.samples else []
     if o.sweep.guidance or o.sweep.steps:
         parts += sweep(evaluation)
-    report |= lists(parts)
+    losses = image_losses(pipe, batches(min(o.likelihoods, count)), levels=_LEVELS, seed=o.seed)
+    report |= lists([*parts, error_by_level(losses, f"{o.split} images"), *training_plots(o.model)])
+    report["samples"] = save_samples(folder, images, captions)
     if pipe.inpaints:
         report["task"] = "text to image by an inpainting model, with a mask that is white everywhere"
     report["damaged"] = [list(pair) for pair in sorted(damaged)]
@@ -89,4 +97,5 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     report["versions"] = versions()
     save_sheet(sheet(in_rows(images, 8), captions), folder / "samples.png")
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    write_report([Model(o.model, report, folder)], folder / "report.html")
     return report

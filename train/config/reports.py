@@ -151,6 +151,52 @@ class InspectOptions:
     """Settings to find and decode the images and captions."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectLossesOptions:
+    """Find odd images and wrong captions, by the losses of a model that was trained on the dataset.
+
+    It writes two sheets: the images with the highest loss, and those whose caption helps the model least, compared with
+    the empty caption at the same noise. Use a model that doesn't know its images by heart yet: best is model-best/.
+    """
+
+    model: str = ""
+    """Folder or hub id of the model, e.g. runs/ldm/model-best. Required."""
+    data: str = ""
+    """Captioned images, in any form that training accepts (docs/data.md). Required."""
+    split: Literal["train", "test"] = "train"
+    """Split of the dataset; `test` is its validation split, or the held-out share of the images if it has none."""
+    out: str = "report-losses"
+    """Output folder for odd_images.png, wrong_captions.png, losses.jsonl (all images), report.json and report.html."""
+    levels: Number = 8
+    """Number of noise levels at which each image is measured; each takes two network evaluations."""
+    shown: Number = 64
+    """Number of images in each sheet."""
+    limit: Number = 0
+    """Largest number of images to measure, spread evenly over the dataset; 0: all."""
+    seed: int = 0
+    """Seed of the noise, and of the choice of a caption if an image has several."""
+    batch_size: Number = 64
+    """Number of images processed at once."""
+    device: str = ""
+    """Device to run on, e.g. cpu, cuda:1 or mps; empty: the GPU if there is one (cuda or Apple's mps), else the CPU."""
+    input: SourceConfig = field(default_factory=SourceConfig)
+    """Settings to find and decode the images and captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Write a report of one or several evaluated models as one HTML file, with the models in columns."""
+
+    reports: tuple[str, ...] = ()
+    """Output folders of evaluate.py, inspect_losses.py or evaluate_vae.py, one per model. Required."""
+    out: str = "report.html"
+    """HTML file to write."""
+    names: tuple[str, ...] = ()
+    """Names of the models; empty: the paths of their folders."""
+    samples: Number = 32
+    """Largest number of generated images to show of each model, the first ones."""
+
+
 def inspection_of(config: RunConfig) -> InspectOptions:
     """Return the options that inspect a dataset as a training command with this configuration would read it."""
     shared = {f.name: getattr(config.input, f.name) for f in fields(SourceConfig)}
