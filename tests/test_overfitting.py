@@ -183,4 +183,8 @@ def test_evaluation_does_not_change_the_training(
     (a, b), (m, n) = ((np.cov(f.double().numpy(), rowvar=False) for f in (x, y)), (f.double().mean(0) for f in (x, y)))
     expected = float((m - n).square().sum()) + np.trace(a + b) - 2 * np.sqrt(np.linalg.eigvals(a @ b) + 0j).real.sum()
     assert lines[-1][1] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    last = logged(tmp_path / "with")[-1]
+    kernels = [(a.double() @ b.double().T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    within = sum(float(k.sum() - k.trace()) / 30 for k in kernels[:2])
+    assert last["val_kid"] == pytest.approx(within - 2 * float(kernels[2].mean()), rel=1e-3, abs=1e-6)
     assert len(made[-1]) == 6

@@ -257,7 +257,7 @@ class LdmConfig(RunConfig):
     It is as large as model/, and is written at each validation with a new minimum."""
     evaluate_every: Annotated[int, Resumable()] = Field(default=0, ge=0, le=MOST_STEPS)
     """Number of steps between two evaluations of generated images, at the next validation; 0: none.
-    They measure the Fréchet distance to held-out images, as val_frechet. The weights are the same as without it."""
+    They measure the distance to held-out images, val_frechet and val_kid. The weights are the same as without them."""
     evaluation_images: Annotated[int, Resumable()] = Field(default=64, ge=2, le=MOST_EXAMPLES)
     """Largest number of images that are generated for an evaluation, from held-out captions."""
     evaluation_features: Annotated[PathText, Resumable(location=True)] = ""

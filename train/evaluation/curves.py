@@ -62,9 +62,8 @@ def _bands(lines: Sequence[Mapping[str, float]]) -> list[Series | None]:
 
 
 def _plot(name: str, title: str, label: str, series: Sequence[Series], *, log: bool = False) -> Plot:
-    note = f"Neighbouring values are averaged to at most {_POINTS} points." if log else ""
     log = log and all(y is not None and y > 0 for line in series for y in line.y)
-    return Plot(name=name, title=title, x="step", y=label, series=series, log_y=log, note=note)
+    return Plot(name=name, title=title, x="step", y=label, series=series, log_y=log)
 
 
 def _line(lines: Sequence[Mapping[str, float]], name: str, label: str) -> Series | None:
@@ -73,6 +72,7 @@ def _line(lines: Sequence[Mapping[str, float]], name: str, label: str) -> Series
     size = -(-len(points) // _POINTS) or 1
     groups = [points[k : k + size] for k in range(0, len(points), size)]
     means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
+    label += f" (means of {size} values)" * (size > 1)
     return Series(name=label, x=[x for x, _ in means], y=[y for _, y in means]) if points else None
 
 

@@ -109,5 +109,5 @@ def error_by_level(losses: ImageLosses, which: str) -> Plot:
         y="error of the prediction",
         series=series,
         note=f"Mean squared error of the network's prediction target on {which} ({n:,}), with the same noise for both "
-        "captions. Bars are standard errors over the images. Where the lines differ, the model reads the caption.",
+        "captions; shaded: the standard error over the images. Where the lines differ, the model reads the caption.",
     )

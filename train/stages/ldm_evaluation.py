@@ -8,9 +8,10 @@ from ldm.pipeline import LatentDiffusionPipeline
 from train.config.ldm import LdmConfig
 from train.data.batches.images import ImageDataset, Inputs
 from train.data.order.permutation import choose
-from train.evaluation.autoencoder import FrechetSums, frechet
 from train.evaluation.diffusion import generate
 from train.evaluation.features import load_features
+from train.evaluation.frechet import FrechetSums, frechet
+from train.evaluation.kernels import kid
 
 
 class GeneratedImages:
@@ -58,7 +59,8 @@ class GeneratedImages:
         sums = [FrechetSums(self.features.dim, self.reference.device) for _ in range(2)]
         for total, features in zip(sums, (self.reference, generated), strict=True):
             total.add(features)
-        return {"val_frechet": frechet(*sums)}
+        unbiased, _ = kid(self.reference, generated, subsets=1, size=len(generated))
+        return {"val_frechet": frechet(*sums), "val_kid": unbiased}
 
     def _features(self, pixels: Tensor) -> Tensor:
         return torch.cat([self.features(part) for part in pixels.split(self.config.batch_size)])
