@@ -174,7 +174,8 @@ def inspect_data() -> None:
 def compare() -> None:
     """Write one HTML report of one or several evaluated models."""
     o = overlay(CompareOptions, CompareOptions())
-    from train.commands.compare import compare
+    with imports():
+        from train.commands.compare import compare
 
     compare(o)
     print(o.out)
@@ -184,7 +185,8 @@ def compare() -> None:
 def inspect_losses() -> None:
     """Find odd images and wrong captions by the losses of a trained model."""
     o = overlay(InspectLossesOptions, InspectLossesOptions())
-    from train.commands.inspect_losses import inspect_losses
+    with imports():
+        from train.commands.inspect_losses import inspect_losses
 
     report = inspect_losses(o)
     for row in report["wrong"][:5]:
