@@ -26,6 +26,7 @@ SHARED = {
     ),
     "settings_run::test_the_first_sheet_is_drawn_after_so_many_minutes": "first_samples",
     "settings_run::test_networks_compute_in_the_precision": "precision",
+    "settings_run::test_networks_are_compiled_in_place": "compile",
     "settings_run::test_the_cache_is_in_its_folder": "cache",
     "settings_run::test_batches_are_read_by_as_many_workers": "workers",
     "settings_run::test_weights_are_restored_after_so_many_steps": "roll_back_after",

@@ -163,6 +163,42 @@ def test_networks_compute_in_the_precision(
         assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
 
 
+COMPILED = {
+    "clip": ["clip.text_model", "clip.vision_model"],
+    "vae": ["vae.decoder", "vae.encoder"],
+    "ldm": [""],
+}
+"""Names of the compiled networks in the trained one."""
+
+
+@pytest.mark.parametrize("stage", list(COMPILED))
+def test_networks_are_compiled_in_place(
+    stage: str, shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of weights stay the same, the averaged network isn't compiled, and a missing compiler is no error."""
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    _, recorded = stage_record(stage, shapes, tmp_path / "run", parts, 0, compile=True)
+    net = networks(recorded.stage)[0]
+    assert sorted(name for name, module in net.named_modules() if module in compiled) == COMPILED[stage]
+    assert len(compiled) == len(COMPILED[stage])
+    compiled.clear()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    stage_record(stage, shapes, tmp_path / "other", parts, 0, compile=True)
+    stage_record(stage, shapes, tmp_path / "plain", parts, 0)
+    assert compiled == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(COMPILED))
+def test_compiled_networks_give_the_same_steps(stage: str, shapes: Path, parts: Path, tmp_path: Path) -> None:
+    """A compiled run also continues as a plain one: its checkpoint has the same names."""
+    runs = [stage_record(stage, shapes, tmp_path / str(on), parts, 3, compile=on)[1] for on in (False, True)]
+    for plain, fast in zip(runs[0].metrics, runs[1].metrics, strict=True):
+        assert fast == pytest.approx(plain, rel=1e-3)
+    assert [set(state) for state in runs[0].weights[-1]] == [set(state) for state in runs[1].weights[-1]]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_caches_and_validation_have_the_precision(
     precision: str, shapes: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,9 @@ class RunConfig:
     """Number of steps between two lines of metrics.jsonl."""
     precision: Annotated[Precision, ON_REQUEST] = "fp32"
     """Number format of the network's arithmetic (autocast); the weights, their average and the optimizer stay fp32."""
+    compile: Annotated[bool, Resumable()] = False
+    """Compile the networks with torch.compile. Compiling takes minutes and pays off only in long runs.
+    Losses are equal up to rounding."""
     # New latents differ from cached ones in their last bits, so turning the cache off or on is a change.
     cache: Annotated[PathText, Resumable(location=True, on_request_only="off")] = ""
     """Folder for results that are computed from the data only once, such as latents and text features.

@@ -19,6 +19,7 @@ from train.data.batches.records import ImageBatch, Record
 from train.data.store.atomic import atomic_folder
 from train.engine.changes import Saved
 from train.engine.checkpoint import Checkpoints
+from train.engine.compilation import compile_networks
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -68,6 +69,7 @@ class ClipStage:
         loss = ContrastiveLoss(config.build(tokenizer).to(run.accelerator.device))
         self.phases = [Phase("clip", loss, config.optimizer.build(loss), config.optimizer.lr)]
         self.ema = Ema(loss.contrastive.clip, config.ema_decay)
+        compile_networks(run, [loss.contrastive.clip.text_model, loss.contrastive.clip.vision_model])
         self.truncated = TruncatedCaptions(run.print, "--text.max-length")
         self.training = inputs.images(config.input.framing(), config.seed)
         self.held_out = ImageDataset(inputs.held_out, config.input.center_framing(config.input.resolution), config.seed)

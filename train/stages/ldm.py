@@ -23,6 +23,7 @@ from train.data.batches.draws import draw_masking
 from train.data.batches.images import ImageDataset, Inputs, StreamDataset
 from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch
 from train.data.order.permutation import Cycle, choose
+from train.engine.compilation import compile_networks
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -72,6 +73,8 @@ class LdmStage:
         self.importance = loss.importance
         self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
         self.evaluation = GeneratedImages(config, inputs, run.accelerator.device) if config.evaluate_every else None
+        hooked = any(term.features for term in terms)
+        compile_networks(run, [backbone.module], hooked=hooked)
         self.validation_loss = DiffusionLoss(self.network, replace(components.objective, timesteps=uniform))
 
     def batches(self, start: int) -> Iterator[list[ImageBatch[DrawnNoise] | CachedBatch]]:

@@ -27,6 +27,7 @@ from train.data.batches.images import ImageDataset, Inputs
 from train.data.batches.records import ImageBatch
 from train.data.order.rng import Purpose, uniforms
 from train.data.store.prefetch import read_ahead
+from train.engine.compilation import compile_networks
 from train.engine.device import open_accelerator
 from train.engine.ema import Ema
 from train.engine.loop import fit
@@ -106,6 +107,9 @@ class VaeStage:
                 Phase("discriminator", module, optimizer, adversarial.lr, adversarial.start, "discriminator_")
             )
         self.ema = Ema(vae, config.ema_decay)
+        # The discriminator isn't compiled, because R1 differentiates it twice.
+        hooked = any(term.features for term in terms)
+        compile_networks(run, [n for n in (vae.encoder, vae.decoder, perceptual) if n is not None], hooked=hooked)
         self.latent_channels: int = vae.config.latent_channels
         draws = PosteriorNoise(self.latent_channels, self.factor)
         self.training = inputs.images(config.input.framing(), config.seed, draws)

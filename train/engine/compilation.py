@@ -1,0 +1,37 @@
+"""torch.compile for the networks that a stage trains."""
+
+import shutil
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from train.engine.run import AnyRun
+
+
+def compile_networks(run: AnyRun, networks: Iterable[nn.Module], *, hooked: bool = False) -> None:
+    """Compile networks in place if the run is configured to; their weights keep their names.
+
+    They are compiled when they are first called, for the shapes of that call. Copies such as averages aren't compiled.
+    Without a compiler, or if it fails, training continues without compilation. hooked: whether hooks of each step read
+    outputs of submodules; then nothing is compiled, because each step would compile again.
+    """
+    if not run.config.compile:
+        return
+    problem = "terms read outputs of submodules" if hooked else _problem(run.accelerator.device)
+    if problem:
+        run.print(f"compile True: {problem}; training without it")
+        return
+    run.print("compiling the networks in the first steps, which can take minutes")
+    torch._dynamo.config.suppress_errors = True
+    for network in networks:
+        network.compile()
+
+
+def _problem(device: torch.device) -> str:
+    """Return why torch.compile can't be used on a device; empty if it can."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "needs a C++ compiler, such as g++"
+    if device.type not in ("cpu", "cuda"):
+        return f"needs a CPU or a CUDA GPU, but the device is {device}"
+    return ""
