@@ -7,7 +7,7 @@ convolutions next to the latent (`fold`). Then latent × 0.18215 is correct for 
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -87,6 +87,36 @@ class Posterior(NamedTuple):
         return self.mean + self.std * noise
 
 
+class Encoder(nn.Module):
+    """The encoder's half of an AutoencoderKL, from images to the posterior's mean and std, (b, 2c, h, w)."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        q = self.vae.encode(pixels).latent_dist
+        return torch.cat([q.mean, q.std], 1)
+
+
+class Decoder(nn.Module):
+    """The decoder's half of an AutoencoderKL, from latents to images."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z).sample
+
+
+class Halves(NamedTuple):
+    """Functions to call instead of the two halves."""
+
+    encoder: Callable[[Tensor], Tensor]
+    decoder: Callable[[Tensor], Tensor]
+
+
 class Autoencoder:
     """An AutoencoderKL with the interface for diffusion: normalised latents, images in [−1, 1].
 
@@ -99,6 +129,8 @@ class Autoencoder:
         self.vae = vae.eval().requires_grad_(False)
         self.tiles = tiles
         self.colours: Colours | None = None
+        self.compiled: Halves | None = None
+        """Compiled halves, which run instead of the network's own; None: not compiled."""
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent and side
         self.latent_channels: int = vae.config.latent_channels
         self.scale: float = vae.config.scaling_factor
@@ -150,10 +182,7 @@ class Autoencoder:
         """
         pixels = pad_to_multiple(pixels, self.factor).to(self.vae.device, self.vae.dtype)
 
-        def moments(part: Tensor) -> Tensor:
-            q = self.vae.encode(part).latent_dist
-            return torch.cat([q.mean, q.std], 1)
-
+        moments = Encoder(self.vae) if self.compiled is None else self.compiled.encoder
         t, f = self.tiles, self.factor
         found = moments(pixels) if t is None else tiled(moments, pixels, t, down=f, network=self.vae.encoder)
         mean, std = found.chunk(2, 1)
@@ -164,11 +193,9 @@ class Autoencoder:
         """Decode normalised latents (b, c, h, w) to float32 images (b, 3, H, W), not clipped."""
         z = latents.to(self.vae.device, self.vae.dtype) / self.scale
 
-        def image(part: Tensor) -> Tensor:
-            return self.vae.decode(part).sample
-
+        decoder = Decoder(self.vae) if self.compiled is None else self.compiled.decoder
         t, f = self.tiles, self.factor
-        return (image(z) if t is None else tiled(image, z, t, up=f, network=self.vae.decoder)).float()
+        return (decoder(z) if t is None else tiled(decoder, z, t, up=f, network=self.vae.decoder)).float()
 
 
 def _try(vae: AutoencoderKL) -> Tensor:

@@ -16,6 +16,9 @@ from ldm.schedule import Level
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Network (x_t (b, c, h, w), time (b,), condition (b, …)) → (b, c, h, w), or (b, 2c, h, w) with a learned variance."""
 
+ScaledNetwork = Callable[..., Tensor]
+"""Network with an optional fourth argument: guidance scales (b,), for a network that reads them; None: 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
@@ -59,7 +62,7 @@ def with_context(network: Network, context: Tensor) -> Network:
     return call
 
 
-def at_scale(network: Callable[..., Tensor], scale: float) -> Network:
+def at_scale(network: ScaledNetwork, scale: float) -> Network:
     """Return a network with a fixed guidance scale, made of one that reads the scales of a batch, (b,)."""
 
     def call(x: Tensor, time: Tensor, condition: Tensor) -> Tensor:

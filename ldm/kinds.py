@@ -21,3 +21,5 @@ Spacing = Literal["leading", "trailing", "linspace", "karras"]
 """Spacings of the sampler's steps; formulas: ldm/spacing.py"""
 AttentionBackend = Literal["sdpa", "xformers", "auto"]
 """Implementations of attention: ldm/networks/attention.py"""
+EngineKind = Literal["auto", "off", "compile", "openvino"]
+"""Engines that run the networks in sampling: ldm/networks/compilation.py"""

@@ -7,6 +7,7 @@ seed, sampler and steps.
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoencoder.model import Autoencoder, Posterior
+from autoencoder.model import Autoencoder, Decoder, Encoder, Halves, Posterior
 from conditioning import PromptWeights
 from conditioning.clip import ClipTextEncoder
 from conditioning.openclip import published_tokenizer
 from conditioning.tokenizer import load_tokenizer
+from ldm.denoiser import ScaledNetwork
 from ldm.editing import inpainting_context, masked_image
 from ldm.errors import RunError, UserError, one_line
 from ldm.files import read_json
@@ -27,9 +29,11 @@ from ldm.formats import MAX_PIXELS
 from ldm.formats.hub import PARTS, find_pipeline
 from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
+from ldm.kinds import EngineKind
 from ldm.libraries import CLIPTokenizer, UNet2DConditionModel, diffusers
 from ldm.networks.attention import use_attention
 from ldm.networks.backbone import Backbone
+from ldm.networks.compilation import Engine, EngineNetwork, choose_engine
 from ldm.networks.unet import UNet, load_unet
 from ldm.task import Task, context_channels, task_by_channels
 
@@ -73,6 +77,8 @@ class Model:
         self.images_at_once = IMAGES_AT_ONCE
         self.offload: torch.device | None = None
         """Device that each network is moved to while it runs; None: the networks stay where they are."""
+        self.engine: Engine | None = None
+        """Engine that runs the backbone's core; None: torch runs it as it is."""
 
     # -- moving --------------------------------------------------------------------------------------------------------
 
@@ -80,6 +86,7 @@ class Model:
         """Move the networks to a device and a dtype. The autoencoder uses fp32 for fp16, in which it overflows."""
         if device is not None:
             self.offload = None
+        self.optimize("off")
         move = nn.Module.to  # diffusers' own `to` warns about modules to keep in fp32, even if there are none
         move(self.backbone.module, device=device, dtype=dtype)
         self.text_encoder.to(device=device, dtype=dtype)
@@ -101,6 +108,28 @@ class Model:
             yield
         finally:
             nn.Module.to(network, device="cpu")
+
+    def optimize(self, kind: EngineKind, seconds: float = math.inf) -> EngineKind:
+        """Choose the engine of the backbone and the autoencoder, and return its name. Raises UserError.
+
+        seconds: see `choose_engine`.
+        """
+        if kind not in ("auto", "off") and self.offload is not None:
+            raise UserError(f"optimize {kind}: can't be used with offloading; leave one of them out")
+        dtype, vae = self.backbone.dtype, self.autoencoder.vae
+        engine = None if self.offload is not None else choose_engine(kind, self.device, dtype, seconds)
+        self.engine = self.autoencoder.compiled = None
+        if engine is None:
+            return "off"
+        backbone, encoder, decoder = (
+            engine(module, required=kind != "auto") for module in (self.backbone.core(), Encoder(vae), Decoder(vae))
+        )
+        self.engine, self.autoencoder.compiled = backbone, Halves(encoder, decoder)
+        return engine.kind
+
+    def network(self) -> ScaledNetwork:
+        """Return the backbone for sampling. What depends only on the condition is computed once for each condition."""
+        return self.backbone.for_sampling() if self.engine is None else EngineNetwork(self.backbone, self.engine)
 
     # -- calling -------------------------------------------------------------------------------------------------------
 

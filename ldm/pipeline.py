@@ -4,6 +4,7 @@ Sampling starts from noise or from an image, and may be restricted to a mask. Th
 guidance wraps its denoiser, and a mask wraps its step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ldm.formats.original_names import Parts
 from ldm.formats.scheduler_config import Process
 from ldm.formats.single_file import load_single_file, save_single_file
 from ldm.guidance import Conditioned, LogProbability
+from ldm.kinds import EngineKind
 from ldm.libraries import UNet2DConditionModel
 from ldm.model import IMAGES_AT_ONCE, Model, from_parts, load
 from ldm.networks.attention import AttentionBackend
@@ -326,6 +328,18 @@ class LatentDiffusionPipeline:
         self.to("cpu")
         self.model.offload = offload
 
+    def optimize(self, engine: EngineKind = "auto", seconds: float = math.inf) -> EngineKind:
+        """Run the networks with a faster engine, and return its name: "compile", "openvino" or "off".
+
+        engine: `auto` is OpenVINO on a CPU if it is installed, else torch's compiler; `off` undoes it.
+        seconds: expected time of the work without an engine; `auto` chooses no engine if compiling would cost more
+            time than it saves.
+
+        Each new size or batch size is compiled when it first occurs. Call it after `to`, and again after changing
+        weights. Raises UserError if the engine can't be used.
+        """
+        return self.model.optimize(engine, seconds)
+
     def set_attention(self, backend: AttentionBackend) -> Literal["sdpa", "xformers"]:
         """Set the backbone's attention backend, test it on the current device and dtype, and return the one in use.
 
@@ -374,9 +388,8 @@ class LatentDiffusionPipeline:
 
     def text_network(self, h: int, w: int) -> Network:
         """Return the text-to-image network for states (b, c, h, w). An inpainting network gets an all-white mask."""
-        if not self.inpaints:
-            return self.backbone
-        return with_context(self.backbone, self.model.white_context(h, w))
+        network = self.model.network()
+        return with_context(network, self.model.white_context(h, w)) if self.inpaints else network
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return the height and width of the latents of images of this size in pixels; None: the model's own size.

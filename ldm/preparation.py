@@ -155,7 +155,7 @@ class GuidanceSettings:
 
 def guide(model: Model, request: Request, guidance: GuidanceSettings, context: Tensor | None) -> Denoise:
     """Return the guided denoiser. Raises UserError if the weaker model doesn't fit."""
-    denoiser, expand, texts = _denoiser(model.backbone, model, context), request.expand, request.texts
+    denoiser, expand, texts = _denoiser(model.network(), model, context), request.expand, request.texts
     if model.backbone.guidance_width:
         return _distilled(model, request, guidance, context)
     conditions = [(expand(texts.condition), guidance.scale)]
@@ -174,7 +174,7 @@ def guide(model: Model, request: Request, guidance: GuidanceSettings, context: T
                 "the weaker model must have the same latent channels, noise schedule and task as the model; use "
                 "one that was trained with the same settings"
             )
-        weaker = Conditioned(_denoiser(weak.backbone, weak, context), expand(weak.encode(texts.prompts, texts.rules)))
+        weaker = Conditioned(_denoiser(weak.network(), weak, context), expand(weak.encode(texts.prompts, texts.rules)))
         denoise = Autoguided(denoise, weaker, guidance.weak_scale)
     return _limited(denoise, guidance)
 
@@ -192,7 +192,7 @@ def _distilled(model: Model, request: Request, guidance: GuidanceSettings, conte
         raise UserError(
             f"{names[0]}: this model's guidance is distilled, so only its scale can be chosen; leave it out"
         )
-    denoiser = _denoiser(at_scale(model.backbone, guidance.scale), model, context)
+    denoiser = _denoiser(at_scale(model.network(), guidance.scale), model, context)
     return _limited(Conditioned(denoiser, request.expand(request.texts.condition)), guidance)
 
 

@@ -1,7 +1,7 @@
 """Attention of the UNet, computed by torch or by xformers."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -15,6 +15,8 @@ from ldm.libraries import Attention, UNet2DConditionModel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention: queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""
+KeysValues = Mapping[Attention, tuple[Tensor, Tensor]]
+"""Keys and values of text tokens, (b, m, c) each, of each cross-attention."""
 _XFORMERS_DEVICE = "cuda"  # the only device with kernels
 
 
@@ -58,14 +60,24 @@ class AttentionProcessor:
         self.attend = attend
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **ignored: object
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        keys_values: KeysValues | None = None,
+        **ignored: object,
     ) -> Tensor:
-        """Attend from (b, n, c) to itself or to text tokens (b, m, d); return (b, n, c)."""
+        """Attend from (b, n, c) to itself or to text tokens (b, m, d); return (b, n, c).
+
+        keys_values: those of the text tokens, computed before.
+        """
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            x.unflatten(-1, (attn.heads, -1))  # (b, n, heads, c / heads)
-            for x in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
-        )
+        if keys_values is not None and attn in keys_values:
+            k, v = keys_values[attn]
+        else:
+            k, v = attn.to_k(source), attn.to_v(source)
+        # (b, n, heads, c / heads)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (attn.to_q(hidden_states), k, v))
         return attn.to_out[1](attn.to_out[0](self.attend(q, k, v).flatten(2)))
 
 

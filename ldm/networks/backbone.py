@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.denoiser import ScaledNetwork
 from ldm.errors import UserError
 from ldm.networks.attention import AttentionBackend
 
@@ -57,6 +58,25 @@ class Backbone(ABC):
         scale: guidance scales (b,), for a network that reads them; None: 1.
         """
         return self.module(x.to(self.dtype), time, condition)
+
+    def for_sampling(self) -> ScaledNetwork:
+        """Return the same network for many steps with the same conditions; each call returns a new one.
+
+        What depends only on the condition is computed in the first step.
+        """
+        return self
+
+    def core(self) -> nn.Module:
+        """Return the part that is called in each step: (x, the output of `per_step`, *the output of `per_prompt`)."""
+        return self.module
+
+    def per_step(self, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Return what `core` needs in each step; default: the time."""
+        return time
+
+    def per_prompt(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Return what `core` needs of the condition, which is the same in all steps; default: the condition."""
+        return (condition,)
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.consistency import guidance_embedding
+from ldm.denoiser import ScaledNetwork
 from ldm.errors import UserError
 from ldm.formats.hub import WEIGHTS, load_network
 from ldm.libraries import UNet2DConditionModel
-from ldm.networks.attention import AttentionBackend, use_attention
+from ldm.networks.attention import AttentionBackend, KeysValues, use_attention
 from ldm.networks.backbone import Backbone
+from ldm.networks.unet_sampling import PromptOnce, UNetCore, keys_values, time_embedding
 
 _INPAINTING_CHANNELS = 9  # input channels of diffusers' inpainting UNets
 _BLOCKS = (
@@ -76,12 +78,42 @@ class UNet(Backbone):
             self.module.register_to_config(sample_size=side)
         return self.wrap(self.module, self.latent_channels)
 
-    def __call__(self, x: Tensor, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
-        guidance: Tensor | None = None
-        if self.guidance_width:
-            scale = torch.ones(len(x), device=x.device) if scale is None else scale
-            guidance = guidance_embedding(scale, self.guidance_width).to(self.dtype)
-        return self.module(x.to(self.dtype), time, condition, timestep_cond=guidance, return_dict=False)[0]
+    def __call__(
+        self,
+        x: Tensor,
+        time: Tensor,
+        condition: Tensor,
+        scale: Tensor | None = None,
+        keys_values: KeysValues | None = None,
+    ) -> Tensor:
+        """Predict, as in `Backbone`. keys_values: those of the condition, computed before."""
+        return self.module(
+            x.to(self.dtype),
+            time,
+            condition,
+            timestep_cond=self._guidance(time, scale),
+            cross_attention_kwargs=None if keys_values is None else {"keys_values": keys_values},
+            return_dict=False,
+        )[0]
+
+    def _guidance(self, time: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Return the embedding of guidance scales (b,); None for a UNet that doesn't read them."""
+        if not self.guidance_width:
+            return None
+        scale = torch.ones(len(time), device=time.device) if scale is None else scale
+        return guidance_embedding(scale, self.guidance_width).to(self.dtype)
+
+    def for_sampling(self) -> ScaledNetwork:
+        return PromptOnce(self)
+
+    def core(self) -> nn.Module:
+        return UNetCore(self.module)
+
+    def per_step(self, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
+        return time_embedding(self.module, time, condition, self._guidance(time, scale))
+
+    def per_prompt(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x for pair in keys_values(self.module, condition).values() for x in pair)
 
     def save(self, folder: Path) -> None:
         self.module.save_pretrained(str(folder), safe_serialization=True)

@@ -48,6 +48,8 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     if min(o.sweep.steps, default=1) < 1:
         raise UserError(f"--sweep.steps {min(o.sweep.steps)}: must be at least 1")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
+    if o.optimize != "auto":
+        pipe.optimize(o.optimize)
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     inputs = open_inputs(o.data, o.input)
     evaluation = Evaluation.open(pipe, inputs, o)
@@ -76,8 +78,8 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
         report["alignment"] = {"prompts": o.prompts}
         images, captions = [], []
         for kind in ("seen", "unseen"):
-            scenes = prompts(kind, o.prompts, o.seed)
-            report["alignment"][kind], generated = alignment(pipe, scenes, **sampling)
+            scenes, auto = prompts(kind, o.prompts, o.seed), o.optimize == "auto" and kind == "seen"
+            report["alignment"][kind], generated = alignment(pipe, scenes, optimize=auto, **sampling)
             images += list(generated[:16])
             captions += [scene.caption for scene in scenes[:16]]
     else:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -29,6 +30,7 @@ from train.evaluation.sheets import save_sheet
 
 _UNSAVED = {  # options that aren't saved with an image
     *("out", "prompts", "num_images", "batch_size", "device", "offload", "slice", "grid", "preview", "like"),
+    "optimize",
 }
 _PREVIEW = "preview.png"
 _MAX_PROMPT = 4_000_000  # characters: Pillow reads up to 64 MB of PNG text, and JSON needs up to 6 bytes for each
@@ -181,6 +183,8 @@ def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
     backend = pipe.set_attention(o.attention)
     if o.attention == "auto":
         print(f"attention backend of {model}: {backend}", file=sys.stderr)
+    if o.optimize != "auto":
+        pipe.optimize(o.optimize)
     if o.slice:
         pipe.enable_vae_slicing()
     if o.tile is not None:
@@ -242,6 +246,7 @@ class ImageGenerator:
             inputs["callback_on_step_end"] = self._write_preview
         generated: list[Image.Image] = []
         remaining, spacing = iter(saved), self.pipe.process.spacing
+        started = time.monotonic()
         try:
             for batch in self._batches(jobs):
                 start = [job.image for job in batch if job.image]
@@ -267,11 +272,19 @@ class ImageGenerator:
                     yield write_png(image, folder, job.file, own, spacing=spacing)
                     if o.grid:
                         generated.append(image)
+                if batch[0] is jobs[0] and o.optimize == "auto":
+                    self._optimize((time.monotonic() - started) * (len(jobs) / len(batch) - 1))
         finally:
             if o.preview:
                 (folder / _PREVIEW).unlink(missing_ok=True)
         if o.grid:
             yield write_png(image_grid(generated), folder, grid_name, grid, spacing=spacing)
+
+    def _optimize(self, seconds: float) -> None:
+        """Choose an engine for the remaining images, which take this time without one."""
+        for pipe in filter(None, (self.pipe, self.weak)):
+            if (engine := pipe.optimize("auto", seconds)) != "off":
+                print(f"optimizing the remaining images with {engine}", file=sys.stderr)
 
     def _saved(self, job: ImageJob, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings to save with an image. metadata: those of all images."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from conditioning import PromptWeights
-from ldm.kinds import AttentionBackend
+from ldm.kinds import AttentionBackend, EngineKind
 from ldm.samplers import SamplerKind
 from train.config.limits import Number
 from train.config.run import Precision
@@ -50,6 +50,9 @@ class ModelOptions(SamplingOptions):
     """Number format of the weights and the arithmetic."""
     attention: AttentionBackend = "sdpa"
     """Attention implementation of the UNet: sdpa (torch), xformers, or auto (xformers if it works, else sdpa)."""
+    optimize: EngineKind = "auto"
+    """Faster engine that runs the networks: openvino (CPU; needs the package openvino), compile (torch.compile), off.
+    auto: one of them, but only if there is enough to generate that it saves more time than compiling takes."""
     chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Number of chunks into which a long prompt is split, each as long as the text encoder accepts.
     None: the model's own number."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
+from ldm.kinds import EngineKind
 from train.config.clip import ClipConfig, TextTowerConfig
 from train.config.data import SourceConfig
 from train.config.ldm import LdmConfig
@@ -67,6 +68,9 @@ class EvaluateOptions(SamplingOptions):
     """Number of images processed at once."""
     device: str = ""
     """Device to run on, e.g. cpu, cuda:1 or mps; empty: the GPU if there is one (cuda or Apple's mps), else the CPU."""
+    optimize: EngineKind = "auto"
+    """Faster engine that runs the networks: openvino (CPU; needs the package openvino), compile (torch.compile), off.
+    auto: one of them, but only if there is enough to generate that it saves more time than compiling takes."""
     input: SourceConfig = field(default_factory=SourceConfig)
     """Settings to find and decode the images and captions."""
 

@@ -1,5 +1,7 @@
 """Evaluation of generated images during the training of stage 2."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class GeneratedImages:
             pixels = ImageDataset(self.held_out, framing, config.seed, shuffle=False).__getitems__(self.chosen).pixels
             self.reference = self._features(pixels)
         prompts = [self.held_out[k].captions[0] for k in self.chosen]
-        sampling = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
+        sampling: dict[str, Any] = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
         images = generate(pipe, prompts, seed=config.seed, batch_size=config.batch_size, **sampling)
         generated = self._features(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
         sums = [FrechetSums(self.features.dim, self.reference.device) for _ in range(2)]
