@@ -199,7 +199,7 @@ class Autoencoder:
 
 
 def _try(vae: AutoencoderKL) -> Tensor:
-    """Encode and decode a small image on the default device. Raises ValueError if the sizes aren't those expected."""
+    """Encode and decode a small image. Raises ValueError if the sizes aren't those expected."""
     side = 2 ** len(vae.config.block_out_channels)  # twice the factor
     moments = vae.encode(torch.empty(1, 3, side, side)).latent_dist.parameters
     decoded = vae.decode(moments[:, : vae.config.latent_channels]).sample

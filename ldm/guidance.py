@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class ClassifierFree:
         rows = [row for row in rows if row[1] != 0]
         self.weights = [weight for _, weight, _ in rows]
         self.shares = [share for *_, share in rows]
-        shape = torch.broadcast_shapes(negative.shape, *(condition.shape for condition, _ in prompts))
+        shape = np.broadcast_shapes(negative.shape, *(condition.shape for condition, _ in prompts))
         self.condition = torch.cat([condition.expand(shape) for condition, *_ in rows])
 
     def __call__(self, x_t: Tensor, level: Level) -> Denoised:

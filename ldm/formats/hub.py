@@ -204,9 +204,9 @@ def load_network(
 ) -> Any:
     """Load a network of a diffusers class from a folder, float32, on the CPU, from safetensors only; see `fill`.
 
-    trial: calls the network, without memory, and returns the output, because some wrong values of a configuration are
-    noticed only then. check: called with its configuration, before weights are read. description: the network in an
-    error's message, e.g. "the UNet of 'runs/ldm/model'". Raises UserError if the network can't be read.
+    trial: calls the network with a small input, because some wrong values of a configuration are noticed only then.
+    check: called with its configuration, before weights are read. description: the network in an error's message, e.g.
+    "the UNet of 'runs/ldm/model'". Raises UserError if the network can't be read.
     """
     folder, expected = Path(folder), network_class.__name__
     try:
@@ -221,11 +221,11 @@ def load_network(
         require_types(network_class, config)
         with torch.device("meta"):
             network = network_class.from_config(config)
-            with torch.no_grad():
-                trial(network.eval())
         weights = read_weights(weight_files(folder))
         renamed = {_EARLIER_ATTENTION.sub(lambda m: _ATTENTION[m[0]], name): value for name, value in weights.items()}
         fill(network, renamed, torch.float32)
+        with torch.no_grad():
+            trial(network.eval())
     except MemoryError:
         raise
     except Exception as error:  # for a damaged configuration, diffusers may raise any error

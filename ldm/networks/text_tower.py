@@ -27,7 +27,7 @@ def _norm(config: CLIPTextConfig) -> nn.LayerNorm:
 
 
 class TextTower(nn.Module):
-    """Transformer whose tokens attend only to themselves and to earlier ones."""
+    """Transformer whose tokens attend only to themselves and to earlier ones. Its weights must be loaded."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -53,8 +53,11 @@ class TextTower(nn.Module):
 class _Embeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding, self.position_embedding = (
+            # Not nn.Embedding(n, width): without memory, its random numbers make torch import its compiler.
+            nn.Embedding.from_pretrained(torch.empty(n, config.hidden_size), freeze=False)
+            for n in (config.vocab_size, config.max_position_embeddings)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

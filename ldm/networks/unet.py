@@ -215,7 +215,7 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
 
 
 def _try(unet: UNet2DConditionModel) -> Tensor:
-    """Predict from a small latent on the default device. Raises ValueError if the output has another size."""
+    """Predict from a small latent. Raises ValueError if the output has another size."""
     side = 2 ** len(unet.config.block_out_channels)
     text = torch.empty(1, 2, unet.config.cross_attention_dim)
     predicted = unet(torch.empty(1, unet.config.in_channels, side, side), torch.empty(1), text, return_dict=False)[0]
