@@ -137,7 +137,7 @@ def test_the_reports_copies_are_those_of_its_image_files(report: Path, shapes: P
 
 def test_the_sweep_measures_each_combination(report: Path, models: Path, shapes: Path) -> None:
     contents = json.loads((report / "report.json").read_text())
-    (table,) = contents["tables"]
+    table = next(table for table in contents["tables"] if table["name"] == "sweep")
     assert [row[:2] for row in table["rows"]] == [[1.0, 1], [3.0, 1], [1.0, 2], [3.0, 2]]
     column = {name: k for k, name in enumerate(table["columns"])}
     images = read(report / "sweep/guidance-3-steps-2")
@@ -170,7 +170,8 @@ def test_an_interrupted_evaluation_continues(
     measures = lists(measured(options(models, shapes, report)))["measures"]
     assert generated == [SEED + k for k in range(16, SAMPLES)]
     np.testing.assert_array_equal(read(report / "generated"), before)
-    assert measures == json.loads((report / "report.json").read_text())["measures"]
+    stored = json.loads((report / "report.json").read_text())["measures"]
+    assert all(measure in stored for measure in measures)
 
     parts = measured(options(models, shapes, report, samples=4, seeds=0, copies=0, seed=5))
     assert generated[14:] == [5, 6, 7, 8]

@@ -1,9 +1,10 @@
 """Quality by guidance scale and number of steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -66,15 +67,22 @@ def _cell(
     """Return the quality of images of one guidance scale and number of steps."""
     folder = f"sweep/guidance-{scale:g}-steps-{steps}"
     generated = e.generated(folder, captions, guidance_scale=scale, num_inference_steps=steps)
-    images = list(generated.batches())
-    made = e.features(e.networks[:1], images)
+    shown: list[NDArray[np.uint8]] = []  # of the Shapes dataset, whose images are small
+
+    def batches() -> Iterator[Tensor]:
+        for pixels in generated.batches():
+            if scenes:
+                shown.extend(to_uint8(pixels))
+            yield pixels
+
+    made = e.features(e.networks[:1], batches())
     values: dict[str, float | None] = {}
     for x, y in zip(real, made, strict=True):
         found = distribution_values(x, y, is_clip=False)
         found |= caption_values(y, texts[0]) if texts else {}
         values |= {name: value for name, (value, _) in found.items()}
     if scenes:
-        values["all_correct"] = score_images(np.concatenate([to_uint8(batch) for batch in images]), scenes)["all"]
+        values["all_correct"] = score_images(shown, scenes)["all"]
     return values
 
 
