@@ -292,7 +292,7 @@ def _optimized(out: Path) -> dict[str, Any]:
 
     exact = LatentDiffusionPipeline.from_pretrained(folder).to(device)
     eager, fast = (LatentDiffusionPipeline.from_pretrained(folder).to(device, dtype=torch.bfloat16) for _ in range(2))
-    fast.optimize()  # type: ignore[attr-defined]
+    fast.optimize()
     far: dict[str, list[float]] = {"eager": [], "optimized": []}
     for n in (1, 3):
         target = images(exact, n)

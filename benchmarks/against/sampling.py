@@ -46,7 +46,7 @@ def ours(spec: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Buil
     pipe = LatentDiffusionPipeline.from_pretrained(spec["folder"]).to(device, dtype=dtype)
     started = time.perf_counter()
     if spec["how"] in ("compile", "openvino"):
-        pipe.optimize(spec["how"])  # type: ignore[attr-defined]
+        pipe.optimize(spec["how"])
     prepared = time.perf_counter() - started
     if spec["what"] == "decode":
         return Built(partial(pipe.decode, latents(spec).to(device)), prepared)
