@@ -151,7 +151,9 @@ def _rows(models: Sequence[Model]) -> list[tuple[Mapping[str, Any], list[Mapping
         for measure in model.parts("measures"):
             keys.setdefault((measure["name"], measure.get("features") or ""), measure)
     of_models = [{(m["name"], m.get("features") or ""): m for m in model.parts("measures")} for model in models]
-    return [(first, [found.get(key) for found in of_models]) for key, first in keys.items()]
+    groups = list(dict.fromkeys(features for _, features in keys))
+    ordered = sorted(keys.items(), key=lambda entry: groups.index(entry[0][1]))
+    return [(first, [found.get(key) for found in of_models]) for key, first in ordered]
 
 
 def _measures(models: Sequence[Model]) -> Iterator[dict[str, Any]]:
@@ -185,11 +187,14 @@ def _cell(measure: Mapping[str, Any] | None, best: float | None) -> dict[str, An
 
 
 def _methods(models: Sequence[Model]) -> Iterator[dict[str, Any]]:
+    """Yield how each measure was made, once for measures in several features."""
+    methods: list[dict[str, Any]] = []
     for first, _ in _rows(models):
-        title = first["title"] + (f" in {first['features']}" if first.get("features") else "")
         counts = {name: f"{first[name]:,}" if first.get(name) else "" for name in ("samples", "reference")}
-        if first.get("note") or any(counts.values()):
-            yield {"title": title, "note": first.get("note") or "", **counts}
+        method = {"title": first["title"], "note": first.get("note") or "", **counts}
+        if (method["note"] or any(counts.values())) and method not in methods:
+            methods.append(method)
+            yield method
 
 
 def _tables(models: Sequence[Model]) -> Iterator[dict[str, Any]]:
