@@ -53,6 +53,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor
     inputs = open_inputs(o.data, o.input)
     evaluation = Evaluation.open(pipe, inputs, o)
+    curves = training_plots(o.model)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     source = inputs.held_out if o.split == "test" else inputs.source
@@ -90,7 +91,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     if o.sweep.guidance or o.sweep.steps:
         parts += sweep(evaluation)
     losses = image_losses(pipe, batches(min(o.likelihoods, count)), levels=_LEVELS, seed=o.seed)
-    report |= lists([*parts, error_by_level(losses, f"{o.split} images"), *training_plots(o.model)])
+    report |= lists([*parts, error_by_level(losses, f"{o.split} images"), *curves])
     report["samples"] = save_samples(folder, images, captions)
     if pipe.inpaints:
         report["task"] = "text to image by an inpainting model, with a mask that is white everywhere"

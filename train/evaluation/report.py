@@ -18,9 +18,10 @@ from PIL import Image
 
 from ldm.errors import UserError, one_line
 from ldm.files import read_regular
-from train.data.store.atomic import atomic_folder, write_text
+from train.data.store.atomic import write_text
 from train.evaluation.plots import merged, svg
 from train.evaluation.results import Measure, Part, Table
+from train.evaluation.sheets import save_sheet
 
 _SAMPLES = 32  # generated images that are shown
 _SMALL = 128  # images of at most this side are shown without loss, with visible pixels
@@ -91,11 +92,12 @@ def _about(models: Sequence[Model]) -> str:
 
 
 def save_samples(folder: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[dict[str, str]]:
-    """Write images (h, w, 3) uint8 into samples/ of a report's folder. Returns the list `samples` of report.json."""
-    with atomic_folder(folder / "samples") as written:
-        for k, image in enumerate(images):
-            Image.fromarray(image).save(written / f"{k:03d}.png")
-    return [{"file": f"samples/{k:03d}.png", "caption": caption} for k, caption in enumerate(captions)]
+    """Write images (h, w, 3) uint8 into a report's folder. Returns the list `samples` of report.json."""
+    (folder / "report_images").mkdir(exist_ok=True)
+    files = [f"report_images/{k:03d}.png" for k in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        save_sheet(Image.fromarray(image), folder / file)
+    return [{"file": file, "caption": caption} for file, caption in zip(files, captions, strict=True)]
 
 
 def standard_parts(report: Mapping[str, Any], images: int) -> list[Part]:
