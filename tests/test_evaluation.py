@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import train.evaluation.generated
+from autoencoder.model import Posterior
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from support.draws import draw
@@ -21,7 +22,7 @@ from train.data.batches.images import ImageDataset
 from train.data.images.crop import Framing
 from train.data.order.permutation import choose
 from train.data.sources.splits import open_source
-from train.data.synthetic.shapes import parse_caption
+from train.data.synthetic.shapes import parse_caption, write_shapes
 from train.data.synthetic.shapes_checker import score_images
 from train.engine.open_data import open_inputs
 from train.engine.provenance import text_encoder_of
@@ -33,6 +34,7 @@ from train.evaluation.measures import distribution_values
 from train.evaluation.memorisation import copy_test
 from train.evaluation.quality import Evaluation, measure_generated
 from train.evaluation.results import Measure, Part, lists, measure_lines
+from train.evaluation.sheets import to_uint8
 
 SAMPLES, SEED = 30, 4
 
@@ -211,6 +213,41 @@ def test_the_clip_of_the_run_is_found(models: Path, tmp_path: Path) -> None:
 
 
 # Memorisation
+
+
+@pytest.mark.parametrize("recites", [True, False])
+def test_a_model_that_recites_is_told_from_one_that_generalises(
+    models: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recites: bool
+) -> None:
+    """One model returns training images with little noise, the other new images; the autoencoder is perfect."""
+    write_shapes(tmp_path / "new", 32, 60, 1, seed=9)
+    source = open_source(shapes if recites else tmp_path / "new", "train")
+    images = ImageDataset(source, Framing(resolution=32), 0, shuffle=False).__getitems__(range(60)).pixels
+
+    def model(pipe: Any, prompts: Any, seeds: Any, **sampling: Any) -> np.ndarray:
+        shown = images[[seed - SEED for seed in seeds]]
+        return to_uint8(shown + 0.02 * draw(*shown.shape, seed=seeds[0]).float())
+
+    monkeypatch.setattr(train.evaluation.generated, "generate_batch", model)
+    o = options(models, shapes, tmp_path / "out", samples=60, seeds=0)
+    pipe = LatentDiffusionPipeline.from_pretrained(o.model)
+    monkeypatch.setattr(pipe.autoencoder, "encode", lambda x: Posterior(x, torch.zeros_like(x)))
+    monkeypatch.setattr(pipe.autoencoder, "decode", lambda z: z)
+    parts = measure_generated(Evaluation.open(pipe, open_inputs(o.data, o.input), o))
+    for name in ("pixels", "clip"):
+        copies, nearer = (
+            next(p for p in parts if isinstance(p, Measure) and p.name == kind and name in p.features)
+            for kind in ("near_copies", "nearer_than_held_out")
+        )
+        assert copies.value is not None
+        assert nearer.value is not None
+        assert nearer.error is not None
+        if recites:
+            assert copies.value > 0.9
+            assert nearer.value > 0.95
+        else:
+            assert copies.value < 0.15
+            assert abs(nearer.value - 0.5) < 4 * nearer.error
 
 
 def nearest(images: Tensor, training: Tensor) -> Tensor:
