@@ -101,8 +101,9 @@ def test_a_run_of_earlier_code_is_continued(stage: str, stored: Path) -> None:
     assert "continuing from step 2" in command(LINES[stage])
 
     assert tensors(old) == pinned(stage)
-    assert tensors(new) == pinned(stage)
-    assert tree(new) == tree(old) | {"state": [*tree(old)["state"], "examples"]}
+    held_out = ["held_out"] * (stage == "ldm")  # the minimum of the held-out loss, which newer checkpoints have
+    assert tensors(new) - {"state/held_out/losses"} == pinned(stage)
+    assert tree(new) == tree(old) | {"state": [*tree(old)["state"], "examples", *held_out]}
     about = json.loads((run / "model/training.json").read_text())
     assert (about["step"], about["final"]) == (4, True)
 
@@ -111,7 +112,8 @@ def test_a_run_of_earlier_code_is_continued(stage: str, stored: Path) -> None:
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     continued, expected = lines[len(earlier) :], [line for line in EXPECTED[stage] if line["step"] > 2]
     for line, like in zip(continued, expected, strict=True):
-        assert line.keys() - {"time", "images_per_second", "loading"} == like.keys()
+        newer = {name for name in line if name.startswith("val_error_noise_")}
+        assert line.keys() - newer - {"time", "images_per_second", "loading"} == like.keys()
         for name, value in like.items():
             loose = 1e-2 if name.startswith("val_") else 1e-3 if name.endswith("grad_norm") else 1e-4
             assert line[name] == pytest.approx(value, rel=loose, abs=1e-6), (line["step"], name)  # processors differ
