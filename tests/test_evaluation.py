@@ -30,6 +30,7 @@ from train.evaluation.captions import CaptionFeatures, clip_scores
 from train.evaluation.diffusion import generate_batch
 from train.evaluation.diversity import pairwise_distance
 from train.evaluation.features import PixelFeatures, has_image_tower, load_features
+from train.evaluation.generated import GeneratedImages
 from train.evaluation.measures import distribution_values
 from train.evaluation.memorisation import copy_test
 from train.evaluation.quality import Evaluation, measure_generated
@@ -187,6 +188,17 @@ def test_a_folder_with_other_files_is_left_alone(models: Path, shapes: Path, tmp
     with pytest.raises(UserError, match="no evaluation made"):
         measured(options(models, shapes, tmp_path))
     assert (tmp_path / "generated/mine.png").read_bytes() == b"mine"
+
+
+def test_any_caption_and_any_earlier_settings_file_are_accepted(models: Path, tmp_path: Path) -> None:
+    pipe = LatentDiffusionPipeline.from_pretrained(models / "model")
+    captions = ["a half \ud800", "a\nline and \0", ""]
+    for content in (b"", b"\xff{"):
+        (tmp_path / "about.json").write_bytes(content)
+        made = GeneratedImages(tmp_path, pipe, captions, {}, batch_size=2, seed=0, num_inference_steps=1)
+        assert sum(len(batch) for batch in made.batches()) == 3
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == captions
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from support.draws import draw
 from train.evaluation.diversity import pairwise_distance, vendi
 from train.evaluation.frechet import frechet_distances
 from train.evaluation.kernels import cmmd, kid
+from train.evaluation.measures import distribution_values
 from train.evaluation.neighbours import NearestSearch, manifold
 
 N, M, D = 700, 600, 24  # several blocks of distances
@@ -108,6 +109,13 @@ def test_the_distance_between_images_of_a_prompt_is_the_mean_over_pairs() -> Non
     means = [cdist(p, p, "cosine")[np.triu_indices(4, 1)].mean() for p in x.numpy()]
     assert pairwise_distance(x) == pytest.approx((np.mean(means), np.std(means, ddof=1) / 6**0.5))
     assert pairwise_distance(x[:, :1].expand(-1, 4, -1))[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_features_that_are_not_finite_give_no_numbers() -> None:
+    real, made = sets()
+    made[3, 2] = torch.nan
+    values = distribution_values(real, made, is_clip=True)
+    assert all(math.isnan(values[name][0]) for name in ("frechet", "frechet_extrapolated", "kid", "cmmd", "vendi"))
 
 
 def test_the_nearest_image_is_found_over_blocks() -> None:

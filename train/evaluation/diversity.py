@@ -11,9 +11,12 @@ def vendi(features: Tensor) -> float:
     """Return the Vendi score (Friedman & Dieng 2023, arXiv 2210.02410) of features (n, d) with the cosine kernel.
 
     It is exp of the entropy of the eigenvalues of K / n, where K contains the cosines of all pairs: the effective
-    number of different images, from 1 to n. K / n = X Xᵀ / n has the same non-zero eigenvalues as Xᵀ X / n.
+    number of different images, from 1 to n. K / n = X Xᵀ / n has the same non-zero eigenvalues as Xᵀ X / n. Returns nan
+    if a feature isn't finite.
     """
     x = F.normalize(features.double().cpu(), dim=1)
+    if not x.isfinite().all():
+        return math.nan
     gram = x.T @ x if x.shape[1] < len(x) else x @ x.T
     eigenvalues = torch.linalg.eigvalsh(gram / len(x)).clamp_min(0)
     return float(torch.special.entr(eigenvalues).sum().exp())

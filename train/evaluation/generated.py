@@ -51,12 +51,12 @@ class GeneratedImages:
         if folder.is_dir() and any(folder.iterdir()) and not stored.is_file():
             raise UserError(f"{folder}: contains files that no evaluation made; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        if not stored.is_file() or stored.read_text(encoding="utf-8") != settings:
+        if not stored.is_file() or stored.read_bytes() != settings.encode():
             for file in folder.glob("*.png"):
                 file.unlink()
             write_text(stored, settings)
         rows = ({"file_name": self.path(k).name, "text": text} for k, text in enumerate(captions))
-        write_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def __len__(self) -> int:
         return len(self.captions)
