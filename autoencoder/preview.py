@@ -1,9 +1,9 @@
 """Fast previews by a linear map from latents to colours, one pixel per latent, without the decoder.
 
 The mean colour at a latent's position is nearly a linear function of the latent and its eight neighbours, so it is
-fitted by least squares on some images (docs/LOG.md has the gain from the neighbours). The fit is over posterior
-samples z = μ + σ ε, since diffusion learns to generate those. No samples are drawn: the normal equations need only
-E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ. Channels of pure noise thus get no weight.
+fitted by least squares on some images (benchmarks/trained_autoencoder.py measures the gain from the neighbours). The
+fit is over posterior samples z = μ + σ ε, since diffusion learns to generate those. No samples are drawn: the normal
+equations need only E[z zᵀ] = μ μᵀ + diag(σ²) and E[z] = μ. Channels of pure noise thus get no weight.
 """
 
 import json

@@ -84,8 +84,8 @@ class AttentionProcessor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention with torch; see `Attend` for the shapes.
 
-    On the CPU, torch's backward pass of attention is much slower in 16 bits than in 32 (11 ms against 0.5 ms per call
-    at 64×64 tokens). So 16-bit attention on the CPU is computed in fp32 when gradients are needed.
+    On the CPU, torch's backward pass of attention is much slower in 16 bits than in 32
+    (benchmarks/choices.py measures it). So 16-bit attention on the CPU is computed in fp32 when gradients are needed.
     """
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, n, d)
