@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.runs import Start, clip_config, ldm_config, train_stage, vae_config
 from train.data.synthetic.shapes import write_shapes
 
 torch.set_num_threads(1)  # tests run side by side
+gc.set_threshold(10_000, 10, 10)  # the libraries' many objects make each collection slow
 
 
 @pytest.fixture(scope="session")

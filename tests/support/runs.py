@@ -59,7 +59,7 @@ def vae_config(data: Path | str, out: Path, **change: Any) -> VaeConfig:
 
 def ldm_config(data: Path | str, out: Path, parts: Path, **change: Any) -> LdmConfig:
     """Return a configuration that trains on the autoencoder and the text encoder in `parts`."""
-    unet = UnetConfig(channels=(16, 32), attention=(True, True), heads=(2, 2), groups=8)
+    unet = UnetConfig(channels=(16, 32), attention=(False, True), heads=(2, 2), groups=8)
     settings = COMMON | {"cache": str(parts / "cache"), "validation_examples": 8, "sample_steps": 2} | change
     return LdmConfig(
         data=str(data),
