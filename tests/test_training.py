@@ -44,14 +44,14 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_run(
     optimizer = OptimizerConfig(kind=kind, lr=1e-3, schedule="cosine", warmup=3)
     settings = {"accumulation": accumulation, "workers": workers, "optimizer": optimizer}
     start(tmp_path / "uninterrupted", **settings)
-    for at in (2, 5, 7):
+    for at in (2, 5, 7):  # before the first checkpoint, and after two of them
         with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / f"interrupted-{at}", Crash(at), **settings)
-        start(tmp_path / f"interrupted-{at}", **settings | {"workers": 0})
-        assert final_state(tmp_path / f"interrupted-{at}") == final_state(tmp_path / "uninterrupted"), at
-        assert losses(tmp_path / f"interrupted-{at}")[-1] == losses(tmp_path / "uninterrupted")[-1]
-        steps = [step for step, _ in losses(tmp_path / f"interrupted-{at}")]
-        assert steps == sorted(set(steps))  # nothing is logged twice
+            start(tmp_path / "interrupted", Crash(at), **settings)
+    start(tmp_path / "interrupted", **settings | {"workers": 0})
+    assert final_state(tmp_path / "interrupted") == final_state(tmp_path / "uninterrupted")
+    assert losses(tmp_path / "interrupted")[-1] == losses(tmp_path / "uninterrupted")[-1]
+    steps = [step for step, _ in losses(tmp_path / "interrupted")]
+    assert steps == sorted(set(steps))  # nothing is logged twice
 
 
 def test_every_weight_is_trained_in_float32(start: Start, tmp_path: Path) -> None:
@@ -253,13 +253,12 @@ def test_importance_sampling_of_timesteps_is_resumed_exactly(shapes: Path, parts
     (seen,) = (value for name, value in state.items() if name.endswith("importance.seen"))
     assert seen.min() > 0
     assert seen.sum() == 64
+    config = ldm_config(shapes, tmp_path / "interrupted", parts, **settings)
     for at in (4, 7):
         with pytest.raises(KeyboardInterrupt):
-            train.stages.ldm.train(
-                ldm_config(shapes, tmp_path / f"interrupted-{at}", parts, **settings), hooks=Crash(at)
-            )
-        train.stages.ldm.train(ldm_config(shapes, tmp_path / f"interrupted-{at}", parts, **settings))
-        assert final_state(tmp_path / f"interrupted-{at}") == final_state(tmp_path / "uninterrupted"), at
+            train.stages.ldm.train(config, hooks=Crash(at))
+    train.stages.ldm.train(config)
+    assert final_state(tmp_path / "interrupted") == final_state(tmp_path / "uninterrupted")
 
 
 def test_accumulation_gives_the_same_gradient(shapes: Path, parts: Path, tmp_path: Path) -> None:
