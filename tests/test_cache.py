@@ -848,14 +848,14 @@ def test_a_batch_is_as_large_as_memory_allows(tmp_path):
     assert max(sizes[1:]) == 1
     with pytest.raises(torch.OutOfMemoryError):
         latents_of(tmp_path, source, lambda pixels: small(pixels.repeat(3, 1, 1, 1)), digest="two")
-    for side, most in ((16, 8), (512, 8), (1024, 4), (4096, 1)):
+    for side, most, images in ((16, 8, 8), (512, 8, 8), (1024, 4, 5), (4096, 1, 2)):
         framing, seen = Framing(resolution=side), []
 
         def encode(pixels, side=side, seen=seen):
             seen.append(len(pixels))
             return (torch.zeros(len(pixels), 2, side // 256 or 1, side // 256 or 1),) * 2
 
-        some = source.only_where(np.arange(30) < 8)
+        some = source.only_where(np.arange(30) < images)
         LatentCache.open(
             tmp_path / "cache",
             some,

@@ -65,6 +65,7 @@ def test_a_hundred_prompts_are_encoded_as_by_open_clip(small) -> None:
     compare(model, ClipTextEncoder.load(f"openclip:{folder}"), PROMPTS)
 
 
+@pytest.mark.parametrize("small", [False], ids=["gelu"], indirect=True)
 def test_a_run_that_padded_with_the_end_token_continues_with_it(small, tmp_path: Path) -> None:
     """As runs did before OpenCLIP's own padding was used."""
     name = f"openclip:{small[1]}"
@@ -90,9 +91,10 @@ def test_a_tower_of_full_size_encodes_as_open_clip() -> None:
         model = perturbed(open_clip.CLIP(config["embed_dim"], SMALL["vision_cfg"], config["text_cfg"]))
     encoder = ClipTextEncoder(convert(model.state_dict(), config).eval(), tokenizer_of(config))
     assert (encoder.width, encoder.model.config.num_hidden_layers) == (512, 12)
-    compare(model, encoder, PROMPTS[::7])
+    compare(model, encoder, PROMPTS[::25])
 
 
+@pytest.mark.parametrize("small", [False], ids=["gelu"], indirect=True)
 def test_every_notation_loads_the_same_encoder(small, tmp_path: Path, monkeypatch) -> None:
     model, folder = small
     digest = ClipTextEncoder.load(f"openclip:{folder}").digest

@@ -1,5 +1,6 @@
 """Processes forked from a server that has imported the libraries: a new Python would need seconds for that."""
 
+import io
 import multiprocessing
 import os
 import runpy
@@ -24,10 +25,10 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run_forked(*words: str) -> Ended:
-    """Run a script with its arguments, like `run_command`."""
+def run_forked(*words: str, encoding: str = "utf-8") -> Ended:
+    """Run a script with its arguments, like `run_command`. encoding: that of its output (PYTHONIOENCODING)."""
     with tempfile.TemporaryDirectory() as folder:
-        process = _start(_run_script, folder, words)
+        process = _start(_run_script, folder, words, encoding)
         status = _end(process, " ".join(words))
         return Ended(status, *(_output(folder, name) for name in ("out", "err")))
 
@@ -83,8 +84,12 @@ def _redirected(target: Callable[..., None], folder: str, *arguments: Any) -> No
     target(*arguments)
 
 
-def _run_script(words: tuple[str, ...]) -> None:
+def _run_script(words: tuple[str, ...], encoding: str) -> None:
+    for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding=encoding, errors=errors)
     sys.argv = list(words)
+    sys.path.insert(0, str(Path(words[0]).parent))  # as Python does
     runpy.run_path(words[0], run_name="__main__")
 
 
