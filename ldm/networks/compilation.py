@@ -90,13 +90,19 @@ class TorchEngine(Engine):
     def __init__(self, module: nn.Module, required: bool = True) -> None:
         super().__init__(module, required)
         self.on_cpu = next(module.parameters()).device.type == "cpu"
-        options: dict[str, Any] = {"freezing": True, "cpp_wrapper": True}
         if not self.on_cpu:
             module.to(memory_format=torch.channels_last)
-            options = {"triton.cudagraphs": True}
+        options: dict[str, Any] | None = None if self.on_cpu else {"triton.cudagraphs": True}
         self.compiled = torch.compile(module, fullgraph=True, dynamic=False, options=options)
 
     def run(self, shapes: Shapes, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self.on_cpu and shapes not in self.checked:
+            from torch._dynamo import config as tracing
+            from torch._inductor import config
+
+            # Not options of torch.compile: there, TorchDynamo ignores `freezing`.
+            with config.patch(freezing=True, cpp_wrapper=True), tracing.patch(recompile_limit=64):
+                return self.compiled(*inputs)
         if self.on_cpu:
             return self.compiled(*inputs)
         torch.compiler.cudagraph_mark_step_begin()
