@@ -28,35 +28,27 @@ def sampling(o: Options, name: str, shape: str, what: str, batch: int, steps: in
     def contestant(name: str, who: str, how: str = "", *, exact: bool = True) -> Contestant:
         return Contestant(name, "sampling.py", spec | {"who": who, "how": how}, exact=exact)
 
-    found = [
-        contestant("diffusers", "diffusers"),
-        contestant("ldm", "ldm"),
-        contestant("ldm, optimize: compile", "ldm", "compile"),
-    ]
+    found = [contestant("diffusers", "diffusers"), contestant("ldm", "ldm")]
+    if what == "generate":
+        found.append(contestant("ldm, guidance on an interval", "ldm", "interval", exact=False))
     if not gpu:
         found.append(contestant("ldm, optimize: openvino", "ldm", "openvino"))
-    if not gpu:
-        if shape != "sd15":
-            found.append(contestant("diffusers, compiled", "diffusers", "compiled"))
-        else:
-            found.append(contestant("diffusers, documented best", "diffusers", "fused channels_last compiled"))
-    else:  # those that compile longest come last
+    if o.openvino_python and what == "generate":
+        exported = spec | {
+            "who": "optimum",
+            "exported": str(Path(o.caches or o.work) / "optimum" / f"{name}-{o.precision}"),
+        }
+        found.append(Contestant("OpenVINO by optimum", "sampling.py", exported, o.openvino_python))
+    found.append(contestant("ldm, optimize: compile", "ldm", "compile"))  # those that compile longest come last
+    if gpu:
         found.append(contestant("diffusers, regional compilation", "diffusers", "channels_last regional"))
         found.append(contestant("diffusers, compiled", "diffusers", "fused channels_last compiled"))
         found.append(contestant("diffusers, compiled, cuDNN", "diffusers", "cudnn fused channels_last compiled"))
         found.append(contestant("diffusers, documented best", "diffusers", "fused channels_last compiled autotuned"))
-    if what == "generate":
-        found.append(contestant("ldm, guidance on an interval", "ldm", "interval", exact=False))
-    if o.openvino_python and what == "generate":
-        exported = Path(o.caches or o.work) / "optimum" / f"{name}-{o.precision}"
-        found.append(
-            Contestant(
-                "OpenVINO by optimum",
-                "sampling.py",
-                spec | {"who": "optimum", "how": "", "exported": str(exported)},
-                o.openvino_python,
-            )
-        )
+    elif shape == "sd15":
+        found.append(contestant("diffusers, documented best", "diffusers", "fused channels_last compiled"))
+    else:
+        found.append(contestant("diffusers, compiled", "diffusers", "compiled"))
     reference = Contestant(
         "reference", "sampling.py", spec | {"who": "diffusers", "how": "", "dtype": "fp32", "count": True}
     )
