@@ -199,22 +199,23 @@ class _GroupNorms:
     A norm whose statistics are already known uses them. For any other norm, the statistics of its input are measured.
     """
 
+    tile: Tile
+    """Tile whose own part is measured at the first norm without statistics."""
+
     def __init__(self) -> None:
-        self.tile: Tile | None = None  # tile whose own part is measured at the first norm without statistics
         self.fixed: dict[nn.Module, _Moments] = {}
         self.measured: dict[nn.Module, list[_Moments]] = {}
 
     def fix(self) -> None:
         """Set the statistics of the norms measured so far; they don't change afterwards."""
-        self.fixed |= {norm: _pooled(parts) for norm, parts in self.measured.items()}
-        self.measured = {}
+        while self.measured:
+            norm, parts = self.measured.popitem()
+            self.fixed[norm] = _pooled(parts)
 
-    def __call__(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    def __call__(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         (x,) = inputs  # (b, c, ...)
         if norm in self.fixed:
             return _normalised(x, norm, self.fixed[norm]).to(output.dtype)
-        if self.tile is None:
-            return None
         self.measured.setdefault(norm, []).append(_moments(self.tile.own(x), norm.num_groups))
         raise _Reached
 
@@ -254,7 +255,6 @@ def _measure(run: Callable[[Tensor], Tensor], x: Tensor, places: Sequence[Tile],
                 run(x[place.at(down)])
             except _Reached:
                 continue
-            norms.tile = None
             return  # the run reached the end, so all norms are fixed
         norms.fix()
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 import ldm.files
 from ldm.errors import UserError
-from ldm.files import open_regular, read_json, read_regular
+from ldm.files import open_regular, read_json, read_regular, require_plausible
+from ldm.formats.plain_yaml import read_yaml
 from ldm.formats.png import read_png
 from support.commands import run_script
 from train.commands.generate import open_image, options_like, read_prompts
@@ -87,6 +88,48 @@ def test_a_file_above_the_limit_is_refused(tmp_path: Path) -> None:
         read_prompts(Txt2ImgOptions(prompts=str(tmp_path / "large")))
     with pytest.raises(OSError, match="bytes"):
         read_regular("/proc/self/maps", 10)  # its size is 0, according to the system
+
+
+def test_limits_are_exact(tmp_path: Path) -> None:
+    """What a message accepts is accepted, and one more isn't."""
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 100)
+    assert read_regular(path, 100) == b"x" * 100
+    with pytest.raises(OSError, match="100 bytes; up to 99 are accepted"):
+        read_regular(path, 99)
+    for accepted in ({"num_layers": 1000}, {"a": [[0] * 1000, {"width": 2**20}]}, {"width": -(2**20)}):
+        require_plausible(accepted)
+    for refused in ({"num_layers": 1001}, {"a": {"b": [0] * 1001}}, {"a": [2**20 + 1]}, {"width": -(2**20) - 1}):
+        with pytest.raises(ValueError, match="accepted"):
+            require_plausible(refused)
+
+    def load(text: str) -> dict[str, object]:
+        path.write_text(text)
+        return read_yaml(path)
+
+    values = f"a: &a [{'1,' * 640}]\nb: [{'*a,' * 155}{{}}]"  # a mapping, two keys, and lists of 641 and 156 · 641
+    for accepted, refused in (
+        (f"a: {'[' * 49}1{']' * 49}", f"a: {'[' * 50}1{']' * 50}"),
+        (values.format(""), values.format("2")),
+        (f"a: -{2**64}", f"a: -{2**64 + 1}"),
+        ("a: 1" + "#" * (2**17 - 4), "a: 1" + "#" * (2**17 - 3)),
+    ):
+        assert load(accepted)["a"] is not None
+        with pytest.raises(UserError):
+            load(refused)
+
+
+def test_a_pipe_may_contain_as_much_as_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for limit, fits in ((100_000, True), (99_999, False)):
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"x" * 100_000,))
+        writer.start()
+        if fits:
+            assert len(read_regular(tmp_path / "pipe", limit, pipe=True)) == limit
+        else:
+            with pytest.raises(OSError, match="more than 99,999 bytes"):
+                read_regular(tmp_path / "pipe", limit, pipe=True)
+        writer.join()
 
 
 def test_the_output_of_a_command_is_read_to_its_end(tmp_path: Path) -> None:

@@ -359,3 +359,4 @@ def test_transforms_are_drawn_over_their_whole_range() -> None:
     assert {t.turns for t in drawn} == {0, 1, 2, 3}
     assert {t.height for t in drawn} == {t.width for t in drawn} == set(range(4, 17))
     assert draw((0.999, 0.999, 0.0), 16, 1.0) == Transform(16, 16, 0)
+    assert draw((0.0, 0.0, 0.5), 2, 0.1) == Transform(1, 1, 2)  # a latent has at least one pixel
