@@ -198,7 +198,7 @@ class Autoencoder:
         return (decoder(z) if t is None else tiled(decoder, z, t, up=f, network=self.vae.decoder)).float()
 
 
-def _try(vae: AutoencoderKL) -> Tensor:
+def _try(vae: AutoencoderKL) -> None:
     """Encode and decode a small image. Raises ValueError if the sizes aren't those expected."""
     side = 2 ** len(vae.config.block_out_channels)  # twice the factor
     moments = vae.encode(torch.empty(1, 3, side, side)).latent_dist.parameters
@@ -208,7 +208,6 @@ def _try(vae: AutoencoderKL) -> Tensor:
             f"its config.json gives latents of {tuple(moments.shape[2:])} and an image of {tuple(decoded.shape[1:])} "
             f"for an image of {(3, side, side)}"
         )
-    return decoded
 
 
 class LatentStatistics(NamedTuple):

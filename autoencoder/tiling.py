@@ -71,7 +71,7 @@ class Tile(NamedTuple):
         per latent.
         """
         rows, columns = self.row.stop - self.row.start, self.column.stop - self.column.start
-        scale = math.isqrt(x[0, 0].numel() // (rows * columns))
+        scale = math.isqrt(x.shape[2:].numel() // (rows * columns))
         x = x.reshape(*x.shape[:2], rows * scale, columns * scale)
         top, left = self.row.own, self.column.own
         return x[..., top.start * scale : top.stop * scale, left.start * scale : left.stop * scale]

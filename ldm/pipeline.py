@@ -383,8 +383,7 @@ class LatentDiffusionPipeline:
                 "this model's autoencoder has no preview colours (vae/preview.json), which stage 1 writes: fit them "
                 "with autoencoder.preview.fit_colours"
             )
-        pixels = self.autoencoder.colours(latents) / 2 + 0.5
-        return to_pil(pixels.clamp(0, 1))
+        return to_pil(self.autoencoder.colours(latents) / 2 + 0.5)
 
     def text_network(self, h: int, w: int) -> Network:
         """Return the text-to-image network for states (b, c, h, w). An inpainting network gets an all-white mask."""

@@ -211,3 +211,18 @@ def test_the_time_embedding_of_the_unet_is_sinusoidal() -> None:
     waves = [10000 ** (-2 * k / d) for k in range(d // 2)]
     expected = [[math.cos(w * i) for w in waves] + [math.sin(w * i) for w in waves] for i in index.tolist()]
     torch.testing.assert_close(small_unet().time_proj(index), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_a_level_has_its_number_of_transformer_blocks_and_heads():
+    unet = small_unet(depth=3, heads=(2, 8))
+    for k, heads in enumerate((2, 8)):
+        for transformer in unet.down_blocks[k].attentions:
+            assert [block.attn1.heads for block in transformer.transformer_blocks] == [heads] * 3
+
+
+def test_modulation_pools_the_text_with_the_heads_of_level_0():
+    unet = small_unet(modulation=True, heads=(4, 8), text_width=36)
+    assert unet.add_embedding.pool.num_heads == 4
+    with pytest.raises(UserError, match=r"36 of the text features must be a multiple of 8, the number of heads of lev"):
+        small_unet(modulation=True, heads=(8, 4), text_width=36)
+    assert small_unet(heads=(8, 4), text_width=36).config.cross_attention_dim == 36

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import alexnet, vgg16
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionModel
 
 from autoencoder.discriminator import PatchDiscriminator, discriminator_loss, frozen, generator_loss, r1_penalty
 from autoencoder.equivariance import Transform, draw
@@ -200,6 +200,23 @@ def test_small_images_are_enlarged_for_lpips(lpips: Lpips) -> None:
     torch.testing.assert_close(lpips(x, y), lpips(*larger))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", [16, 24])
+def test_the_distance_of_clip_is_that_of_the_angles_between_its_features(small_clip, tower, side: int) -> None:
+    """Features of unit length at the angle φ have the squared distance 2 - 2 cos φ. This tower reads [-1, 1]."""
+    vision = CLIPVisionModel.from_pretrained(small_clip)
+    assert vision.config.image_size == 16
+    x, y = smooth_pixels(3, side), smooth_pixels(3, side, seed=1)
+
+    def states(pixels: Tensor) -> tuple[Tensor, ...]:
+        if side != 16:
+            pixels = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
+        return vision(pixels, output_hidden_states=True).hidden_states
+
+    cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states(x), states(y), strict=True)]
+    torch.testing.assert_close(tower(x, y), 2 - 2 * torch.stack(cosines).mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_unavailable_perceptual_networks_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"perceptual\.model"):
         ClipPerceptual(str(tmp_path / "nothing"))
@@ -351,6 +368,13 @@ def test_a_transform_does_the_same_to_latents_and_images() -> None:
     assert t(x, 4).shape == (2, 3, 48, 32)
     assert (F.avg_pool2d(t(x, 4), 4) - t(F.avg_pool2d(x, 4))).abs().mean() < 0.02
     assert torch.equal(Transform(16, 16, 0)(x, 4), x)
+
+
+def test_a_smaller_latent_has_no_noise_of_the_finest_detail() -> None:
+    """A chequerboard of ±1 is above the highest frequency of half the size, so that nearly nothing of it remains."""
+    place = torch.arange(16)
+    board = ((place[:, None] + place) % 2 * 2.0 - 1).view(1, 1, 16, 16)
+    assert Transform(6, 6, 1)(board)[..., 2:-2, 2:-2].abs().max() < 0.02
 
 
 def test_transforms_are_drawn_over_their_whole_range() -> None:

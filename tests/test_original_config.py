@@ -133,7 +133,12 @@ def test_stable_diffusion_itself_needs_no_line(clip_tokenizer: CLIPTokenizer, ve
     target = params["cond_stage_config"]["target"].rpartition(".")[2]
     assert target == {"1": "FrozenCLIPEmbedder", "2": "FrozenOpenCLIPEmbedder"}[version]
     assert "version" not in params["cond_stage_config"].get("params", {})
-    assert architecture(model) == {"1": "stable-diffusion-v1", "2": "stable-diffusion-v2-512"}[version]
+    name = {"1": "stable-diffusion-v1", "2": "stable-diffusion-v2-512"}[version]
+    assert architecture(model) == name
+    assert architecture(stable_diffusion(clip_tokenizer, version, T=500, kind="cosine")) == name
+    assert architecture(stable_diffusion(clip_tokenizer, version, unet={"layers_per_block": 3})) == "latent-diffusion"
+    v = architecture(stable_diffusion(clip_tokenizer, version, target="v"))
+    assert v == {"1": "stable-diffusion-v1", "2": "stable-diffusion-v2-768-v"}[version]
 
 
 @pytest.mark.parametrize(
@@ -490,7 +495,7 @@ def test_weights_too_large_for_half_precision_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("version", SHAPES)
-def test_stable_diffusion_is_recognised_without_a_description(version: str) -> None:
+def test_stable_diffusion_is_recognised_without_a_description(clip_tokenizer: CLIPTokenizer, version: str) -> None:
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**SHAPES[version]["unet"]), AutoencoderKL(**VAE)
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -503,7 +508,10 @@ def test_stable_diffusion_is_recognised_without_a_description(version: str) -> N
     for built, config in ((unet, configs.unet), (vae, configs.vae)):
         for name, value in config.items():
             assert [*np.atleast_1d(value)] == [*np.atleast_1d(built.config[name])] or name == "attention_head_dim", name
-    assert configs.text_encoder["num_hidden_layers"] == SHAPES[version]["text"]["num_hidden_layers"]
+    text = configs.text_encoder
+    assert text["num_hidden_layers"] == SHAPES[version]["text"]["num_hidden_layers"]
+    ids = clip_tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
+    assert [text[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [*ids, {"1": ids[1], "2": 0}[version]]
     assert Process.from_diffusers(configs.scheduler).target == (target or "eps")
     if version == "2":
         with pytest.raises(UserError, match="it isn't a Stable Diffusion 1"):

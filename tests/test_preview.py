@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from autoencoder.model import Autoencoder, Posterior
 from autoencoder.preview import Colours, fit_colours
 from ldm.errors import RunError, UserError
 from support import draws
-from support.models import small_autoencoder
+from support.models import small_autoencoder, tiny_pipeline
 from support.runs import train_in_processes, vae_config
 from train.config.optimizer import OptimizerConfig
 from train.data.batches.images import ImageDataset
@@ -56,6 +57,20 @@ def test_the_fit_recovers_a_linear_decoder():
     torch.testing.assert_close(colours.bias, BIAS, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(colours(z), F.avg_pool2d(decoded(z), 2).clamp(-1, 1), rtol=1e-5, atol=1e-5)
     assert colours(50 * z).abs().max() == 1
+
+
+def test_a_pipeline_shows_the_colours_of_its_latents():
+    pipe, z = tiny_pipeline(), 2 * draw(2, 4, 16, 16)
+    with pytest.raises(UserError, match="fit_colours"):
+        pipe.preview(z)
+    weight = torch.zeros(3, 4, 3, 3)
+    weight[0, 3, 1, 1], weight[1, 0, 1, 1], weight[2, 1, 1, 1] = 1.0, 0.5, -1.0
+    pipe.autoencoder.colours = Colours(weight, torch.tensor([0.0, 0.5, 0.0]))
+    channels = (z[:, 3], 0.5 * z[:, 0] + 0.5, -z[:, 1])
+    expected = (127.5 * torch.stack(channels, -1).clamp(-1, 1) + 127.5).round()
+    shown = np.stack([np.asarray(image) for image in pipe.preview(z)])
+    assert np.abs(shown - expected.numpy()).max() <= 1
+    assert shown.std() > 50
 
 
 def test_the_fit_recovers_a_decoder_of_3_by_3_latents():

@@ -199,7 +199,7 @@ def load_network(
     network_class: Any,
     folder: str | Path,
     description: str,
-    trial: Callable[[Any], Tensor],
+    trial: Callable[[Any], None],
     check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Any:
     """Load a network of a diffusers class from a folder, float32, on the CPU, from safetensors only; see `fill`.

@@ -214,7 +214,7 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
     return unet
 
 
-def _try(unet: UNet2DConditionModel) -> Tensor:
+def _try(unet: UNet2DConditionModel) -> None:
     """Predict from a small latent. Raises ValueError if the output has another size."""
     side = 2 ** len(unet.config.block_out_channels)
     text = torch.empty(1, 2, unet.config.cross_attention_dim)
@@ -223,7 +223,6 @@ def _try(unet: UNet2DConditionModel) -> Tensor:
         raise ValueError(
             f"its config.json gives an output of {tuple(predicted.shape[2:])} for an input of {(side, side)}"
         )
-    return predicted
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
