@@ -198,7 +198,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     orthogonal = y - cos * x  # component of b orthogonal to a
     sin = orthogonal.norm(dim=1, keepdim=True)
     pairs = F.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2))
-    rotated = (pairs.flip(2) * x.new_tensor([-1, 1])).flatten(1)[:, : x.shape[1]]  # also orthogonal to a
+    rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], 2).flatten(1)[:, : x.shape[1]]  # also orthogonal to a
     orthogonal = F.normalize(torch.where(sin > 1e-12, orthogonal, rotated))
     angle = t * torch.atan2(sin, cos)
     return ((angle.cos() * x + angle.sin() * orthogonal) * length).view_as(a).to(a.dtype)

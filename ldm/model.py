@@ -146,7 +146,7 @@ class Model:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (b, c, h, w) to images (b, 3, H, W) in [0, 1], a few at a time."""
         with self.on_device(self.autoencoder.vae):
-            at_once = self._at_once(latents[0, 0].numel() * self.autoencoder.factor**2)
+            at_once = self._at_once(latents.shape[2:].numel() * self.autoencoder.factor**2)
             pixels = torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
         if not torch.isfinite(pixels).all():
             raise RunError(
@@ -158,7 +158,7 @@ class Model:
     def posterior(self, pixels: Tensor) -> Posterior:
         """Encode images (b, 3, H, W) in [−1, 1] to the distribution of their latents, float32, a few at a time."""
         with self.on_device(self.autoencoder.vae):
-            parts = [self.autoencoder.encode(part) for part in pixels.split(self._at_once(pixels[0, 0].numel()))]
+            parts = [self.autoencoder.encode(part) for part in pixels.split(self._at_once(pixels.shape[2:].numel()))]
         mean, std = (torch.cat(each).to(self.device, torch.float32) for each in zip(*parts, strict=True))
         return Posterior(mean, std)
 

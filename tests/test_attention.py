@@ -56,6 +56,13 @@ def output_and_gradients(
 # -- against the definition ---------------------------------------------------------------------------------------
 
 
+def test_half_precision_with_gradients_is_computed_in_float32_on_a_cpu() -> None:
+    q, k, v = tensors((2, 6, 3, 8), (2, 9, 3, 8), (2, 9, 3, 8), dtype=torch.bfloat16)
+    exact = definition(*(x.double() for x in (q, k, v)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sdpa(q, k, v), exact.bfloat16())
+
+
 def test_sdpa_and_its_gradient_equal_the_definition() -> None:
     inputs = tensors((2, 6, 3, 8), (2, 9, 3, 8), (2, 9, 3, 8))
     ours, theirs = sdpa(*inputs), definition(*inputs)

@@ -37,6 +37,18 @@ def test_the_autoencoder_gets_eight_megapixels_or_32_images_at_once(
     assert seen == calls
 
 
+def test_a_network_is_on_the_device_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, moved = tiny_pipeline().model, []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: moved.append((module, torch.device(device).type)))
+    network = model.text_encoder.model
+    with model.on_device(network):
+        assert not moved  # without an offload, it stays where it is
+    model.offload = torch.device("cuda")
+    with model.on_device(network):
+        assert moved == [(network, "cuda")]
+    assert moved == [(network, "cuda"), (network, "cpu")]
+
+
 def test_networks_that_are_moved_to_a_device_stay_there() -> None:
     model = tiny_pipeline().model
     model.offload = torch.device("meta")  # where networks would run

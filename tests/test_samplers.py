@@ -1,9 +1,11 @@
 """Samplers against diffusers' schedulers, step by step over whole trajectories."""
 
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import get_args
 
@@ -29,7 +31,7 @@ from ldm.parameterization import PREDICTION_TYPE
 from ldm.samplers import SamplerKind, make_sampler
 from ldm.schedule import RectifiedFlow, Schedule
 from ldm.spacing import make_plan
-from ldm.steps import sample
+from ldm.steps import _phi, sample
 from support.draws import draw
 
 SCHEDULE = Schedule.build("scaled_linear")
@@ -324,3 +326,10 @@ def test_invalid_combinations_are_refused():
     ]:
         with pytest.raises(UserError, match=message):
             make_plan(schedule, make_sampler(kind).grid, n, spacing)
+
+
+@pytest.mark.parametrize("h", [1e-6, -1e-3, 0.3, -0.99, 1.0, -5.0])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_the_phi_functions_have_the_digits_of_exact_arithmetic(k: int, h: float) -> None:
+    exact = sum(Fraction(h) ** j / math.factorial(j + k) for j in range(60))
+    assert _phi(k, h) == pytest.approx(float(exact), rel=1e-15 if abs(h) < 1 else 1e-12)

@@ -94,11 +94,26 @@ def test_trained_betas_survive_json_bit_for_bit():
         ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, "beta nan"),
         ({"trained_betas": [0.1, None], "num_train_timesteps": 2}, "numbers"),
         ({"trained_betas": 0.1}, "list"),
+        *(
+            (
+                {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": T},
+                "whole number from 1 to 1,000,000",
+            )
+            for T in (0, -1, True, 1.5, 1_000_001)
+        ),
     ],
 )
 def test_unknown_names_are_refused(config, names):
     with pytest.raises(UserError, match=names):
         Schedule.from_diffusers(config)
+
+
+def test_options_that_a_kind_does_not_have_are_refused():
+    with pytest.raises(UserError, match="zero_terminal_snr: can't be set with schedule flow"):
+        Schedule.build("flow", zero_terminal_snr=True)
+    with pytest.raises(UserError, match=r"shift 2\.0: can't be used with schedule cosine"):
+        Schedule.build("cosine", shift=2.0)
+    assert Schedule.from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1}).T == 1
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
