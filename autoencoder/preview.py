@@ -38,7 +38,7 @@ class Colours(NamedTuple):
     def save(self, folder: str | Path) -> None:
         """Write preview.json into an autoencoder's folder."""
         numbers = {name: value.tolist() for name, value in self._asdict().items()}
-        (Path(folder) / _FILE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+        (Path(folder) / _FILE).write_text(json.dumps(numbers) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, channels: int) -> "Colours | None":

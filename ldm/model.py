@@ -216,7 +216,7 @@ class Model:
             "vae": ["diffusers", "AutoencoderKL"],
             **{name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")},
         }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 ModelParts = tuple[Backbone, Autoencoder, ClipTextEncoder, Process, Task | None]

@@ -73,6 +73,16 @@ def test_inpainting_equals_stock_diffusers(pipe, saved, strength):
     assert (ours - theirs).abs().max() <= 2 / 255
 
 
+# -- nearly black masks ---------------------------------------------------------------------------------------------
+
+
+def test_a_mask_of_up_to_7_of_255_is_black():
+    mask = Image.new("L", (4, 1))
+    for x, value in enumerate((7, 8, 128, 255)):
+        mask.putpixel((x, 0), value)
+    torch.testing.assert_close(to_mask(mask, (1, 4)).flatten(), torch.tensor([0, 8, 128, 255]) / 255, rtol=0, atol=0)
+
+
 # -- strength -------------------------------------------------------------------------------------------------------
 
 

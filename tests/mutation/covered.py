@@ -67,7 +67,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        definitions = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
+        definitions = item._fixtureinfo.name2fixturedefs
         shared = [d[-1] for d in definitions.values() if d[-1].scope != "function"]
         self.tests[item.nodeid] = {"passed": False, "fixtures": [_name(d) for d in shared]}
         begin, self.shared = cpu_seconds(), 0.0
@@ -75,6 +75,11 @@ class Recorder:
             result = yield
         self.tests[item.nodeid]["seconds"] = round(cpu_seconds() - begin - self.shared, 3)
         return result
+
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        definitions = item._request._fixture_defs.values()  # with those that the test asked for itself
+        used = {_name(d) for d in definitions if d.scope != "function"}
+        self.tests[item.nodeid]["fixtures"] = sorted(used | set(self.tests[item.nodeid]["fixtures"]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
