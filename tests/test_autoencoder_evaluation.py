@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics.image.fid
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import BertConfig, BertModel, CLIPModel, CLIPVisionModel, Dinov2Config, Dinov2Model
 
@@ -34,8 +35,9 @@ from train.evaluation.autoencoder import (
     noise_robustness,
     psnr,
     reconstruction_quality,
+    ssim,
 )
-from train.evaluation.features import Features, load_features
+from train.evaluation.features import Features, eight_bits, load_features
 from train.evaluation.frechet import FrechetSums, frechet
 
 # The Fréchet distance
@@ -103,6 +105,18 @@ def test_features_add_up_and_too_few_or_non_finite_ones_give_no_distance() -> No
 
 
 # Quality of images
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 40)])
+def test_psnr_and_ssim_are_those_of_torchmetrics(size: tuple[int, int]) -> None:
+    x = torch.rand(4, 3, *size) * 2 - 1
+    made = x + 0.2 * torch.randn_like(x)
+    a, b = eight_bits(made) / 255, eight_bits(x) / 255
+    theirs = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    torch.testing.assert_close(psnr(made, x), theirs)
+    torch.testing.assert_close(
+        ssim(made, x), structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    )
 
 
 def test_quality_of_known_reconstructions() -> None:

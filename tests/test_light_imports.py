@@ -36,7 +36,8 @@ found = {
     "generating": heavy(*(f"train.commands.{c}" for c in ("txt2img", "img2img", "inpaint", "interpolate", "convert"))),
     "an image": generate(sys.argv[1]),
     "data": heavy("train.commands.inspect", "train.commands.inspect_report"),
-    "stage 2": heavy("train.stages.ldm"),
+    "stages 1 and 2": heavy("train.stages.vae", "train.stages.ldm"),
+    "evaluating": heavy("train.commands.evaluate", "train.commands.evaluate_vae"),
 }
 """
 

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
 
 from autoencoder.perceptual import load_tower
 from conditioning.clip import ClipTextEncoder
@@ -20,6 +19,8 @@ class CaptionFeatures(nn.Module):
     """
 
     def __init__(self, name: str) -> None:
+        from transformers import CLIPTextModelWithProjection
+
         super().__init__()
         where = str(model_folder(ALIASES.get(name, name)))
         self.tokenizer = ClipTextEncoder.load(where).tokenizer

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, assert_never, get_args
@@ -110,7 +110,9 @@ class Scene:
         return f"{f' {self.relation} '.join(map(str, self.objects))} on a {self.background} background"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"objects": [asdict(thing) for thing in self.objects]}
+        # Not by dataclasses.asdict, which copies deeply.
+        things = [{"shape": o.shape, "colour": o.colour, "size": o.size} for o in self.objects]
+        return {"objects": things, "relation": self.relation, "background": self.background}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Scene":
