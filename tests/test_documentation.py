@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import yaml
 
 import ldm
 from support import ROOT
-from support.commands import load_module
+from support.commands import load_module, run_script
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/stored/README.md"])
 LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")
+
+
+COMMAND = re.compile(r"python scripts/(\w+)\.py([^`\n|;]*)")
 
 
 def prose(page: Path) -> str:
@@ -57,6 +61,26 @@ def test_lists_and_tables_are_read_alike(page: Path) -> None:
             wrong.append(f"line {number}: {line[:60]}")
         before = line
     assert not wrong
+
+
+@cache
+def options_of(name: str, *words: str) -> set[str]:
+    """Return the options that a script's help lists."""
+    ended = run_script(name, *words, "--help")
+    assert ended.status == 0, ended.err
+    return set(re.findall(r"--[a-z][\w.-]*", ended.out))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md")], ids=str)
+def test_commands_exist_and_have_their_options(page: Path) -> None:
+    """The log and the changes are left out: they have the commands of their date."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:scripts|benchmarks|examples)/\w+\.(?:py|sh|json)\b", text))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    text = re.sub(r"(?<=python)\n| *\\\n *", " ", text)
+    for name, rest in COMMAND.findall(text):
+        if options := set(re.findall(r"(?<!\S)--[a-z][\w.-]*", rest)):
+            assert options <= options_of(name, *re.findall(r"^ +([\w./]+)", rest)), (name, rest)
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:
