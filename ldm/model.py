@@ -127,6 +127,14 @@ class Model:
         self.engine, self.autoencoder.compiled = backbone, Halves(encoder, decoder)
         return engine.kind
 
+    def seconds(self, images: int, steps: int) -> float:
+        """Return a rough estimate of the time to generate images of the model's size, without an engine.
+
+        It doesn't depend on the machine's load, so that the choice of `auto` doesn't either.
+        """
+        parameters, (h, w) = sum(p.numel() for p in self.backbone.module.parameters()), self.backbone.sample_size
+        return images * steps * 0.8 * parameters * h * w / (1e11 if self.device.type == "cpu" else 1e14)
+
     def network(self) -> ScaledNetwork:
         """Return the backbone for sampling. What depends only on the condition is computed once for each condition."""
         return self.backbone.for_sampling() if self.engine is None else EngineNetwork(self.backbone, self.engine)

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -246,7 +245,8 @@ class ImageGenerator:
             inputs["callback_on_step_end"] = self._write_preview
         generated: list[Image.Image] = []
         remaining, spacing = iter(saved), self.pipe.process.spacing
-        started = time.monotonic()
+        if o.optimize == "auto":
+            self._optimize(len(jobs))
         try:
             for batch in self._batches(jobs):
                 start = [job.image for job in batch if job.image]
@@ -272,19 +272,17 @@ class ImageGenerator:
                     yield write_png(image, folder, job.file, own, spacing=spacing)
                     if o.grid:
                         generated.append(image)
-                if batch[0] is jobs[0] and o.optimize == "auto":
-                    self._optimize((time.monotonic() - started) * (len(jobs) / len(batch) - 1))
         finally:
             if o.preview:
                 (folder / _PREVIEW).unlink(missing_ok=True)
         if o.grid:
             yield write_png(image_grid(generated), folder, grid_name, grid, spacing=spacing)
 
-    def _optimize(self, seconds: float) -> None:
-        """Choose an engine for the remaining images, which take this time without one."""
+    def _optimize(self, images: int) -> None:
+        """Choose an engine if it saves more time for so many images than compiling takes."""
         for pipe in filter(None, (self.pipe, self.weak)):
-            if (engine := pipe.optimize("auto", seconds)) != "off":
-                print(f"optimizing the remaining images with {engine}", file=sys.stderr)
+            if (engine := pipe.optimize("auto", pipe.model.seconds(images, self.o.steps))) != "off":
+                print(f"optimizing the networks with {engine}", file=sys.stderr)
 
     def _saved(self, job: ImageJob, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings to save with an image. metadata: those of all images."""

@@ -5,7 +5,6 @@ The accuracy is exact: a rule-based checker without learned parts reads each ima
 """
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,15 +72,15 @@ def generate(
 ) -> np.ndarray:
     """Generate one image per prompt, (n, h, w, 3) uint8. seed + k seeds image k's noise, for any batch size.
 
-    optimize: choose an engine after the first batch, if that saves time. `sampling` are arguments of the pipeline:
+    optimize: choose an engine if that saves time. `sampling` are arguments of the pipeline:
     num_inference_steps, guidance_scale, sampler, …
     """
-    generated, started = [], time.monotonic()
+    if optimize:
+        pipe.optimize("auto", pipe.model.seconds(len(prompts), sampling.get("num_inference_steps", 25)))
+    generated = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="generating", unit="batch", dynamic_ncols=True):
         part = list(prompts[start : start + batch_size])
         generated.append(generate_batch(pipe, part, [seed + start + k for k in range(len(part))], **sampling))
-        if optimize and start == 0:
-            pipe.optimize("auto", (time.monotonic() - started) * (len(prompts) / len(part) - 1))
     return np.concatenate(generated)
 
 
