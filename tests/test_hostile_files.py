@@ -117,6 +117,10 @@ def test_limits_are_exact(tmp_path: Path) -> None:
         assert load(accepted)["a"] is not None
         with pytest.raises(UserError):
             load(refused)
+    with pytest.raises(UserError, match=rf"'{2**64 + 1}' is too large an integer"):
+        load(f"a: {2**64 + 1}")
+    with pytest.raises(UserError, match="'2001-99-99' isn't a valid timestamp"):
+        load("a: 2001-99-99")
 
 
 def test_a_pipe_may_contain_as_much_as_a_file(tmp_path: Path) -> None:

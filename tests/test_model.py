@@ -13,7 +13,7 @@ from support.models import tiny_pipeline
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return tiny_pipeline().model  # 2 pixels per latent and side
+    return tiny_pipeline().model
 
 
 @pytest.mark.parametrize(("side", "calls"), [(32, [32, 1]), (1024, [8, 8, 8, 8, 1]), (2048, [2] * 16 + [1])])
@@ -26,10 +26,11 @@ def test_the_autoencoder_gets_eight_megapixels_or_32_images_at_once(
         seen.append(len(x))
         return x[:, :3, :1, :1]
 
+    monkeypatch.setattr(model.autoencoder, "factor", 4)
     monkeypatch.setattr(model.autoencoder, "decode", one_value_each)
     monkeypatch.setattr(model.autoencoder, "encode", lambda x: Posterior(one_value_each(x), x[:, :3, :1, :1]))
     z = torch.arange(33.0).view(33, 1, 1, 1) / 33
-    decoded = model.decode(z.expand(33, 4, side // 2, side // 2))
+    decoded = model.decode(z.expand(33, 4, side // 4, side // 4))
     assert seen == calls
     torch.testing.assert_close(decoded[:, 0, 0, 0], z.flatten() / 2 + 0.5)
     seen.clear()

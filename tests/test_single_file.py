@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -29,6 +30,7 @@ from conditioning.tokenizer import save_tokenizer, train_tokenizer
 from ldm.errors import RunError, UserError
 from ldm.formats.single_file import (
     _empty_networks,
+    _tables,
     from_original,
     layouts,
     load_single_file,
@@ -37,6 +39,7 @@ from ldm.formats.single_file import (
     to_original,
 )
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.schedule import BetaSchedule
 from support.commands import Ended, run_script
 from support.models import small_unet, tiny_pipeline
 
@@ -383,6 +386,34 @@ def test_settings_that_other_programs_may_ignore_give_warnings(
     save_file(load_file(file), tmp_path / "v.safetensors", {"modelspec.prediction_type": "v"})
     load_single_file(tmp_path / "v.safetensors", folder)
     assert "has prediction_type 'v' in its metadata, but the configuration's 'epsilon' is used" in caplog.text
+
+
+def test_the_stored_tables_are_the_coefficients_of_the_process() -> None:
+    """The posterior is the product of two Gaussians, x_t given x_s and x_s given x0 (Ho et al. 2020, eq. 7)."""
+    betas = np.linspace(0.02, 0.9, 7)
+    bar = np.cumprod(1 - betas)
+    before = np.concatenate([[1.0], bar[:-1]])
+    with np.errstate(divide="ignore"):
+        variance = 1 / ((1 - betas) / betas + 1 / (1 - before))
+    x0, eps, x_s = 0.7, -1.3, 0.4
+    x_t = np.sqrt(bar) * x0 + np.sqrt(1 - bar) * eps
+    mean = variance * np.sqrt(1 - betas) / betas * x_s
+    mean[1:] += (variance * np.sqrt(before))[1:] / (1 - before)[1:] * x0
+    mean[0] = x0
+    t = {name: table.double().numpy() for name, table in _tables(BetaSchedule(torch.tensor(betas))).items()}
+    found = {
+        "betas": (t["betas"], betas),
+        "bar": (t["alphas_cumprod"], bar),
+        "before": (t["alphas_cumprod_prev"], before),
+        "x_t": (t["sqrt_alphas_cumprod"] * x0 + t["sqrt_one_minus_alphas_cumprod"] * eps, x_t),
+        "x0": (t["sqrt_recip_alphas_cumprod"] * x_t - t["sqrt_recipm1_alphas_cumprod"] * eps, np.full(7, x0)),
+        "noise": (np.exp(t["log_one_minus_alphas_cumprod"]), 1 - bar),
+        "variance": (t["posterior_variance"], variance),
+        "log variance": (t["posterior_log_variance_clipped"], np.log(np.maximum(variance, 1e-20))),
+        "mean": (t["posterior_mean_coef1"] * x0 + t["posterior_mean_coef2"] * x_s, mean),
+    }
+    for name, (ours, expected) in found.items():
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_half_precision_is_converted_to_float32_and_needs_no_open_file(made: Any, tmp_path: Path) -> None:

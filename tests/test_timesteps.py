@@ -344,3 +344,10 @@ def test_importance_follows_the_weighted_loss(target, weighting):
     importance.record(even.index, even.uncorrected, schedule.T)
     importance.update()
     assert estimate(importance).weighted.var() < 0.3 * even.weighted.var()
+
+
+def test_logit_normal_timesteps_are_by_default_those_of_a_standard_normal_number() -> None:
+    """Its quantiles at -1, 0 and 1 standard deviations are mapped by the sigmoid."""
+    u = torch.special.ndtr(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
+    sigmoid = [1 / (1 + math.exp(-z)) for z in (-1.0, 1e-9, 1.0)]
+    assert LogitNormal()(u, 1000).index.tolist() == [int(1000 * p) for p in sigmoid]
