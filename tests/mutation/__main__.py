@@ -17,9 +17,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from .covered import Coverage, record, uses_of_names
-from .mutants import Mutant, mutants_of
-from .trials import Job, import_libraries, try_mutant
+from tests.mutation.covered import Coverage, record, uses_of_names
+from tests.mutation.mutants import Mutant, mutants_of
+from tests.mutation.trials import Job, import_libraries, try_mutant
 
 SCOPE = (
     "ldm",

@@ -16,7 +16,7 @@ from typing import Any
 import coverage
 import pytest
 
-from .mutants import Mutant, functions_by_line
+from tests.mutation.mutants import Mutant, functions_by_line
 
 Lines = dict[str, list[int]]
 """Executed lines of each function, "FILE:FUNCTION", counted from the function's first line."""

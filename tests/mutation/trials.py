@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-from .covered import PYTEST, Case, Coverage, cpu_seconds
-from .mutants import Mutant, mutated
+from tests.mutation.covered import PYTEST, Case, Coverage, cpu_seconds
+from tests.mutation.mutants import Mutant, mutated
 
 OURS = {"ldm", "autoencoder", "conditioning", "train", "tests", "support", "conftest", "mutation", "scripts"}
 FIRST = 4
