@@ -15,7 +15,6 @@ from ldm.errors import RunError
 from train.commands.main import command
 from train.config.load import overlay
 from train.data.store.atomic import atomic_folder
-from train.evaluation.report import Model, write_report
 
 RUNS = Path("runs/demo")
 DATA = "data/shapes"
@@ -60,6 +59,8 @@ def main() -> None:
     rounded = {stage: round(s, 1) for stage, s in seconds.items()}
     report = {"seconds": rounded | {"total": round(sum(seconds.values()), 1)}} | measured
     (RUNS / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    from train.evaluation.report import Model, write_report  # imports torch, which --help and errors don't need
+
     page = Model(f"{RUNS}/model", report, RUNS / "report")
     write_report([page], RUNS / "report.html", "The demo's model")
     print(

@@ -147,6 +147,7 @@ RESUMABLE = {
     ),
     "input.max_damaged",
     *("first_samples", "roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
+    *("compile", "validation_draws", "keep_best", "evaluate_every", "evaluation_images", "evaluation_features"),
     *("validation_features", "vae", "text_encoder", "attention", "prompts", "sample_steps", "guidance_scale"),
     # The fingerprint of the data guards these.
     *(f"input.{name}" for name in ("caption_from_names", "caption_files", "encoding", "follow_links", "reading")),
@@ -160,7 +161,7 @@ FIXED = {
 }
 FIXED_RECORDS = ("text.", "image.", "model.", "unet.")
 PLACES = {"data", "out", "cache", "init", "perceptual.model", "validation_features", "vae", "text_encoder"}
-PLACES |= {"input.duplicates"}
+PLACES |= {"input.duplicates", "evaluation_features"}
 
 
 def leaves(config: object, prefix: str = "") -> dict[str, Any]:

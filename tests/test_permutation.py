@@ -34,6 +34,7 @@ def test_purposes_keep_their_numbers():
         "BUCKET": 14,
         "MASK": 15,
         "MASKED": 16,
+        "LEVEL": 17,
     }
 
 

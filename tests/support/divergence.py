@@ -141,7 +141,7 @@ def require_good_weights(trainer: Trainer, skipped: dict[int, bool]) -> None:
             output = phase.module(part)
             assert torch.isfinite(output.loss), (step, phase.name)
             part = output.batch
-    metrics = stage.validate(run.config.steps)
+    metrics = stage.validate(run.config.steps).metrics
     assert all(map(math.isfinite, metrics.values())), metrics
 
 

@@ -245,8 +245,7 @@ class ImageGenerator:
             inputs["callback_on_step_end"] = self._write_preview
         generated: list[Image.Image] = []
         remaining, spacing = iter(saved), self.pipe.process.spacing
-        if o.optimize == "auto":
-            self._optimize(len(jobs))
+        engines = self._optimize(len(jobs)) if o.optimize == "auto" else set()
         try:
             for batch in self._batches(jobs):
                 start = [job.image for job in batch if job.image]
@@ -265,6 +264,9 @@ class ImageGenerator:
                     generator=[torch.Generator().manual_seed(job.seed) for job in batch],
                     **inputs,
                 ).images
+                for engine in engines:  # not before all settings are known to be valid
+                    print(f"the networks were optimized with {engine}", file=sys.stderr)
+                engines.clear()
                 folder.mkdir(parents=True, exist_ok=True)  # not before all settings are known to be valid
                 for job, image in zip(batch, images, strict=True):
                     own = next(remaining)
@@ -278,11 +280,10 @@ class ImageGenerator:
         if o.grid:
             yield write_png(image_grid(generated), folder, grid_name, grid, spacing=spacing)
 
-    def _optimize(self, images: int) -> None:
-        """Choose an engine if it saves more time for so many images than compiling takes."""
-        for pipe in filter(None, (self.pipe, self.weak)):
-            if (engine := pipe.optimize("auto", pipe.model.seconds(images, self.o.steps))) != "off":
-                print(f"optimizing the networks with {engine}", file=sys.stderr)
+    def _optimize(self, images: int) -> set[str]:
+        """Choose an engine if it saves more time for so many images than compiling takes; return the chosen ones."""
+        pipes = filter(None, (self.pipe, self.weak))
+        return {pipe.optimize("auto", pipe.model.seconds(images, self.o.steps)) for pipe in pipes} - {"off"}
 
     def _saved(self, job: ImageJob, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings to save with an image. metadata: those of all images."""
