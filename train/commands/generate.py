@@ -245,7 +245,7 @@ class ImageGenerator:
             inputs["callback_on_step_end"] = self._write_preview
         generated: list[Image.Image] = []
         remaining, spacing = iter(saved), self.pipe.process.spacing
-        engines = self._optimize(len(jobs)) if o.optimize == "auto" else set()
+        engines = self._optimize(len(jobs)) if o.optimize == "auto" else []
         try:
             for batch in self._batches(jobs):
                 start = [job.image for job in batch if job.image]
@@ -280,10 +280,11 @@ class ImageGenerator:
         if o.grid:
             yield write_png(image_grid(generated), folder, grid_name, grid, spacing=spacing)
 
-    def _optimize(self, images: int) -> set[str]:
+    def _optimize(self, images: int) -> list[str]:
         """Choose an engine if it saves more time for so many images than compiling takes; return the chosen ones."""
         pipes = filter(None, (self.pipe, self.weak))
-        return {pipe.optimize("auto", pipe.model.seconds(images, self.o.steps)) for pipe in pipes} - {"off"}
+        chosen = {pipe.optimize("auto", pipe.model.seconds(images, self.o.steps)) for pipe in pipes}
+        return sorted(chosen - {"off"})
 
     def _saved(self, job: ImageJob, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings to save with an image. metadata: those of all images."""
