@@ -61,7 +61,7 @@ def weak() -> LatentDiffusionPipeline:
 @pytest.fixture
 def plain_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "TorchEngine", Plain)
-    monkeypatch.setattr(compilation, "_compile_problem", lambda device: "")
+    monkeypatch.setattr(compilation, "compile_problem", lambda device: "")
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
 
 

@@ -187,11 +187,13 @@ def choose_engine(
         case "auto":
             if not _openvino_problem(device, dtype):
                 engine = OpenVinoEngine
-            elif not _compile_problem(device):
+            elif not compile_problem(device):
                 engine = TorchEngine
             return engine if engine and seconds > engine.pays else None
         case "compile":
-            problem, engine = _compile_problem(device), TorchEngine
+            engine = TorchEngine
+            if problem := compile_problem(device):
+                problem += "; choose off"
         case "openvino":
             problem, engine = _openvino_problem(device, dtype), OpenVinoEngine
         case _:
@@ -201,12 +203,12 @@ def choose_engine(
     return engine
 
 
-def _compile_problem(device: torch.device) -> str:
+def compile_problem(device: torch.device) -> str:
     """Return why torch.compile can't be used on a device; empty if it can."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return "needs a C++ compiler: install g++, or choose off"
+        return "needs a C++ compiler, such as g++"
     if device.type not in ("cpu", "cuda"):
-        return f"needs a CPU or a CUDA GPU, but the device is {device}; choose off"
+        return f"needs a CPU or a CUDA GPU, but the device is {device}"
     return ""
 
 

@@ -1,11 +1,11 @@
 """torch.compile for the networks that a stage trains."""
 
-import shutil
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from ldm.networks.compilation import compile_problem
 from train.engine.run import AnyRun
 
 
@@ -18,7 +18,7 @@ def compile_networks(run: AnyRun, networks: Iterable[nn.Module], *, hooked: bool
     """
     if not run.config.compile:
         return
-    problem = "terms read outputs of submodules" if hooked else _problem(run.accelerator.device)
+    problem = "terms read outputs of submodules" if hooked else compile_problem(run.accelerator.device)
     if problem:
         run.print(f"compile True: {problem}; training without it")
         return
@@ -26,12 +26,3 @@ def compile_networks(run: AnyRun, networks: Iterable[nn.Module], *, hooked: bool
     torch._dynamo.config.suppress_errors = True
     for network in networks:
         network.compile()
-
-
-def _problem(device: torch.device) -> str:
-    """Return why torch.compile can't be used on a device; empty if it can."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return "needs a C++ compiler, such as g++"
-    if device.type not in ("cpu", "cuda"):
-        return f"needs a CPU or a CUDA GPU, but the device is {device}"
-    return ""
