@@ -211,7 +211,7 @@ class Model:
         scheduler.save_pretrained(str(folder / "scheduler"))
         for part in (self.process, self.text_encoder, backbone):
             if limits := part.diffusers_limits():
-                _warn_once(limits)
+                warn_once(limits)
         network = type(backbone.module)
         index = {
             "_class_name": _PIPELINE_CLASSES[self.task],
@@ -276,6 +276,6 @@ def _task_from_index(folder: Path, backbone: Backbone) -> Task | None:
 
 
 @cache
-def _warn_once(line: str) -> None:
+def warn_once(line: str) -> None:
     """Log a warning, unless the process has logged the same one before."""
     logging.getLogger(__name__).warning(line)

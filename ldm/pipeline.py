@@ -31,7 +31,7 @@ from ldm.formats.single_file import load_single_file, save_single_file
 from ldm.guidance import Conditioned, LogProbability
 from ldm.kinds import EngineKind
 from ldm.libraries import UNet2DConditionModel
-from ldm.model import IMAGES_AT_ONCE, Model, from_parts, load
+from ldm.model import IMAGES_AT_ONCE, Model, from_parts, load, warn_once
 from ldm.networks.attention import AttentionBackend
 from ldm.networks.backbone import Backbone
 from ldm.preparation import GuidanceSettings, NoiseSource, Prepared, guide, prepare
@@ -270,6 +270,8 @@ class LatentDiffusionPipeline:
         spacing = spacing or p.spacing
         if spacing not in get_args(Spacing):
             raise UserError(f"spacing {spacing!r}: choose {', '.join(get_args(Spacing))}")
+        if grid.consistency and not p.solver_steps:
+            warn_once("sampler lcm: the model isn't saved as a consistency model; other models need another sampler")
         solver_steps = p.solver_steps or SOLVER_STEPS
         return make_plan(p.schedule, grid, steps, spacing, p.steps_offset, p.set_alpha_to_one, solver_steps)
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from conditioning.clip import ClipTextEncoder
 from conditioning.tokenizer import tokenize
 from ldm.errors import UserError
-from ldm.model import _warn_once
+from ldm.model import warn_once
 from ldm.pipeline import LatentDiffusionPipeline
 from support.draws import generators
 from support.models import tiny_pipeline
@@ -97,7 +97,7 @@ def test_chunks_contain_the_tokens_in_order(pipe, prompt: str, chunks: int) -> N
 
 
 def test_the_number_is_saved_with_the_model_and_can_be_overridden(pipe, tmp_path: Path, caplog) -> None:
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     long = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, chunked(pipe, 2), pipe.process)
     long.save_pretrained(tmp_path)
     long.save_pretrained(tmp_path)

@@ -13,6 +13,7 @@ from ldm.denoiser import Denoiser
 from ldm.errors import UserError
 from ldm.formats.scheduler_config import Process
 from ldm.guidance import Conditioned
+from ldm.model import warn_once
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.samplers import make_sampler
 from ldm.schedule import Schedule
@@ -147,3 +148,13 @@ def test_image_to_image_is_that_of_stock_diffusers(distilled):
 def test_other_guidance_of_a_distilled_model_is_refused(distilled, setting, message):
     with pytest.raises(UserError, match=f"{message}: this model's guidance is distilled"):
         LatentDiffusionPipeline.from_pretrained(distilled)(PROMPTS[0], **setting)
+
+
+def test_the_sampler_of_consistency_models_warns_for_another_model(distilled, caplog):
+    warn_once.cache_clear()
+    how = {"sampler": "lcm", "num_inference_steps": 1, "output_type": "latent"}
+    LatentDiffusionPipeline.from_pretrained(distilled)(PROMPTS[0], **how)
+    assert not caplog.messages
+    for _ in range(2):
+        tiny_pipeline("eps")(PROMPTS[0], **how)
+    assert [message.partition(":")[0] for message in caplog.messages] == ["sampler lcm"]

@@ -33,7 +33,7 @@ from autoencoder.tiling import Tiles
 from ldm.errors import RunError, UserError
 from ldm.formats.png import file_name, read_png, save_png
 from ldm.formats.scheduler_config import Process
-from ldm.model import _warn_once
+from ldm.model import warn_once
 from ldm.pipeline import LatentDiffusionPipeline
 from support.draws import generators
 from support.models import tiny_pipeline
@@ -200,7 +200,7 @@ def test_a_process_that_stock_diffusers_cannot_sample_gives_one_warning(
         ({"variance": "learned"}, "only with DDPMScheduler"),
     ):
         caplog.clear()
-        _warn_once.cache_clear()
+        warn_once.cache_clear()
         pipe = tiny_pipeline(**process)
         pipe.save_pretrained(tmp_path / "a")
         pipe.save_pretrained(tmp_path / "b")

@@ -51,7 +51,8 @@ def read_model(folder: str | Path, name: str = "") -> Model:
         if not isinstance(report, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({one_line(error)}): give a folder that evaluate.py wrote") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path} can't be read ({reason}): give a folder that evaluate.py wrote") from None
     return Model(name or str(folder), report, Path(folder))
 
 
