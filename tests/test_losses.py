@@ -1,6 +1,7 @@
 """Each loss against its formula or another implementation, and which parameters have gradients."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from autoencoder.losses import (
     reconstruction_loss,
     underflow_scale,
 )
-from autoencoder.perceptual import ClipPerceptual, Lpips
+from autoencoder.perceptual import ClipPerceptual, Lpips, _unit
 from ldm.errors import UserError
 from support.images import smooth_pixels
 
@@ -194,6 +195,14 @@ def test_perceptual_gradients_are_finite_in_half_precision(fixture: str, dtype: 
         assert float(half.value) == pytest.approx(float(exact.value), rel=0.05)
 
 
+def test_features_of_unit_length_and_their_gradient_are_finite_at_zero() -> None:
+    x = torch.cat([torch.zeros(1, 5), noise(3, 5)]).requires_grad_()
+    unit = _unit(x, dim=-1)
+    torch.testing.assert_close(unit.norm(dim=-1), torch.tensor([0.0, 1, 1, 1]))
+    unit[0].sum().backward()
+    torch.testing.assert_close(x.grad[0], torch.full((5,), 1e4))  # 1 / √(1e-8)
+
+
 def test_small_images_are_enlarged_for_lpips(lpips: Lpips) -> None:
     x, y = smooth_pixels(4, 16), smooth_pixels(4, 16, seed=1)
     larger = [F.interpolate(p, scale_factor=4, mode="bilinear") for p in (x, y)]
@@ -217,7 +226,7 @@ def test_the_distance_of_clip_is_that_of_the_angles_between_its_features(small_c
     torch.testing.assert_close(tower(x, y), 2 - 2 * torch.stack(cosines).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_unavailable_perceptual_networks_are_refused(tmp_path) -> None:
+def test_unavailable_perceptual_networks_are_refused(small_clip: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"perceptual\.model"):
         ClipPerceptual(str(tmp_path / "nothing"))
     # Only a text tower: the missing weights would be random.
@@ -225,8 +234,13 @@ def test_unavailable_perceptual_networks_are_refused(tmp_path) -> None:
         vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     CLIPTextModel(text).save_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match=r"perceptual\.model"):
+    with pytest.raises(UserError, match=r"perceptual\.model .* can't be read"):
         ClipPerceptual(str(tmp_path / "text"))
+    vision = CLIPVisionModel.from_pretrained(small_clip)
+    weights = {name: value for name, value in vision.state_dict().items() if "post_layernorm.bias" not in name}
+    vision.save_pretrained(tmp_path / "incomplete", state_dict=weights)
+    with pytest.raises(UserError, match=r"perceptual\.model .* has no weight .*post_layernorm\.bias"):
+        ClipPerceptual(str(tmp_path / "incomplete"))
     with pytest.raises(UserError, match=r"nothing\.pth"):
         Lpips("vgg", str(tmp_path / "nothing.pth"))
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "wrong.pth")

@@ -375,7 +375,7 @@ def test_descriptions_that_do_not_fit_are_refused(
 
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("described") / "model.safetensors"
+    file = tmp_path_factory.mktemp("described") / "a/new/folder/model.safetensors"
     small().save_single_file(file)
     return file
 

@@ -91,6 +91,7 @@ def test_trained_betas_survive_json_bit_for_bit():
         ({"beta_schedule": "linear", "use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, "trained_betas has 2 values"),
         ({"trained_betas": [1.0, 0.1], "num_train_timesteps": 2}, "beta 1.0"),
+        ({"trained_betas": [0.0, 0.1], "num_train_timesteps": 2}, "beta 0.0"),
         ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, "beta nan"),
         ({"trained_betas": [0.1, None], "num_train_timesteps": 2}, "numbers"),
         ({"trained_betas": 0.1}, "list"),

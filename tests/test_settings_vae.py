@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from torchvision.models import alexnet
 from transformers import CLIPVisionModel
 
 from autoencoder.model import Autoencoder
+from ldm.errors import UserError
 from support.reference_losses import vae_terms
 from support.runs import vae_config
 from support.stepping import Recorded, change, record, uniforms
@@ -238,6 +240,17 @@ def test_training_starts_from_init_and_moves_what_it_should(
     for part, moves in (("encoder", not decoder_only), ("quant_conv", not decoder_only), ("decoder", True)):
         moved = [n for n in stored if n.startswith(part) and not torch.equal(after[f"vae.{n}"], stored[n])]
         assert bool(moved) == moves, part
+
+
+def test_an_encoder_without_quant_convolutions_is_not_trained(shapes: Path, tmp_path: Path) -> None:
+    """Its latents couldn't be normalised by folding."""
+    bare = AutoencoderKL.from_config(
+        {**AutoencoderConfig(channels=(8, 16), groups=2, attention=False).build(32).config, "use_quant_conv": False}
+        | {"use_post_quant_conv": False, "_use_default_values": []}
+    )
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="has no quant convolutions"):
+        run(shapes, tmp_path / "run", init=str(tmp_path / "bare"), model=AutoencoderConfig())
 
 
 # -- validation ---------------------------------------------------------------------------------------------------
