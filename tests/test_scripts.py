@@ -7,6 +7,7 @@ already; each has its own arguments, outputs and exit status.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -387,6 +388,25 @@ def test_bad_input_gives_one_line_and_changes_nothing(what: str, shapes_runs: Pa
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
+THREE_RUNS = """
+import json, os, shutil, sys
+from pathlib import Path
+from support.commands import run_script
+
+disk, results, words = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+runs = [run_script("train_vae", *words, "--steps", "2")]
+shutil.copytree(disk / "run/checkpoints", results / "before")
+space = os.statvfs(disk)
+(disk / "filling").write_bytes(bytes(space.f_bavail * space.f_frsize - 512 * 1024))
+runs.append(run_script("train_vae", *words))
+(disk / "filling").unlink()
+shutil.copytree(disk / "run/checkpoints", results / "after")
+runs.append(run_script("train_vae", *words))
+print(json.dumps(runs))
+"""
+"""Starts a run, continues it on a disk that is nearly full, and again with space. Prints how each ended."""
+
+
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(shapes_runs: Path, tmp_path: Path) -> None:
     """The run is on a small file system, in a mount namespace that ends with the process."""
     own = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
@@ -398,30 +418,23 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(shapes_runs: Pat
         pytest.skip(f"no mount namespaces here: {error}")
     if tried.returncode:
         pytest.skip(f"mounting is not permitted here: {tried.stderr.strip()}")
-    line = (
-        f"{sys.executable} scripts/train_vae.py configs/shapes/vae.yaml --data {shapes_runs}/data "
-        f"--out {disk}/run {VAE}"
+    words = f"{ROOT}/configs/shapes/vae.yaml --data {shapes_runs}/data --out {disk}/run {VAE}".split()
+    line = shlex.join([sys.executable, "-c", THREE_RUNS, str(disk), str(tmp_path), *words])
+    done = subprocess.run(
+        [*own, f"mount -t tmpfs -o size=32m none {disk}; exec {line}"],
+        env=os.environ | OFFLINE | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
-    program = f"""
-        mount -t tmpfs -o size=32m none {disk}
-        {line} --steps 2 > {tmp_path}/first
-        cp -a {disk}/run/checkpoints {tmp_path}/before
-        dd if=/dev/zero of={disk}/filling bs=64k 2> {tmp_path}/dd || true
-        truncate -s -512k {disk}/filling
-        status=0
-        {line} > {tmp_path}/out 2> {tmp_path}/err || status=$?
-        rm {disk}/filling
-        cp -a {disk}/run/checkpoints {tmp_path}/after
-        {line} > {tmp_path}/again
-        exit $status
-    """
-    done = subprocess.run([*own, program], cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, timeout=200)
-    err = (tmp_path / "err").read_text().splitlines()
-    assert done.returncode == 1, (done.stderr, err)
+    assert done.returncode == 0, done.stderr
+    first, full, again = (Ended(*run) for run in json.loads(done.stdout))
+    err = full.err.splitlines()
+    assert (first.status, full.status, again.status) == (0, 1, 0), err
     assert [line for line in err if line.startswith("error: disk full while writing")] == err[-1:]
     assert not any("Traceback" in line for line in err)
     assert tree(tmp_path / "after") == tree(tmp_path / "before") != {}
-    assert "continuing from step 2" in (tmp_path / "again").read_text()
+    assert "continuing from step 2" in again.out
 
 
 def test_a_closed_output_gives_one_line() -> None:
