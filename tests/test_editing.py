@@ -197,6 +197,9 @@ def test_pil_images_are_converted_by_orientation_depth_and_alpha():
     turned = Image.open(file)
     assert to_pixels(turned).shape == (1, 3, 6, 4)
     once = to_rgb(turned)
+    once.info["note"] = "kept"
+    assert to_rgb(once).info == {}
+    assert once.info == {"note": "kept"}
     np.testing.assert_array_equal(np.asarray(to_rgb(once)), np.asarray(once))
     with pytest.raises(UserError, match="32 bits per pixel"):
         to_pixels(Image.new("F", (4, 4)))

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from support.commands import run_script
 from support.models import tiny_pipeline
 from train.commands.generate import image_grid, model_sha256
 from train.commands.outputs import image_key
+from train.config.sampling import SamplingOptions
 
 SETTINGS = {"negative_prompt": "", "steps": 5, "sampler": "ddim", "guidance_scale": 2.0, "seed": 7}
 FEW = ("--steps", "3", "--model")
@@ -740,3 +742,11 @@ def test_files_without_prompts_are_refused(model: Path, tmp_path: Path, content:
     )
     path.write_text("x" * 4_000_001)
     assert "the maximum is 4000000" in refused("txt2img", *FEW, model, "--prompts", path, "--out", tmp_path / "new")
+
+
+def test_the_defaults_of_the_command_line_are_the_pipelines() -> None:
+    """The sampler may differ: without one, the pipeline uses the model's own."""
+    options, call = SamplingOptions().sampling(), signature(LatentDiffusionPipeline.__call__).parameters
+    assert {k: v for k, v in options.items() if k != "sampler"} == {
+        k: call[k].default for k in options if k != "sampler"
+    }

@@ -256,6 +256,7 @@ def test_settings_that_contradict_the_given_model_are_refused(
     assert "predicts eps, this run v" in printed
     assert printed.count("another noise schedule") == 1  # the first run has the same
     assert "another autoencoder's latents" not in printed
+    assert "another text encoder" not in printed
     train.stages.vae.train(vae_config(shapes, tmp_path / "vae", steps=1, validate_every=1, seed=5))
     train.stages.ldm.train(
         replace(

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ldm.networks.unet import build_unet
-from ldm.objective import Objective, min_snr, pointwise
+from ldm.objective import Objective, edm, min_snr, p2, pointwise
 from ldm.parameterization import error_ratio, target_of, to_x0
 from ldm.schedule import Schedule
+from ldm.steps import PredictorCorrector
 
 TARGETS = ("eps", "x0", "v")
 SCHEDULE = Schedule.build("scaled_linear")
@@ -133,6 +134,14 @@ def test_pointwise_losses():
     assert pointwise("l2", errors, zero).tolist() == [9, 1, 0.25, 0, 0.0625, 4]
     assert pointwise("l1", errors, zero).tolist() == [3, 1, 0.5, 0, 0.25, 2]
     assert pointwise("huber", errors, zero).tolist() == [5, 1, 0.25, 0, 0.0625, 3]  # 2|e| - 1 beyond 1
+
+
+def test_default_numbers_are_the_papers():
+    snr = torch.tensor([0.1, 4.9, 5.1, 100.0])
+    assert min_snr()(snr).tolist() == snr.clamp(max=5).tolist()  # Hang et al. 2023
+    assert p2()(snr).tolist() == (snr / (1 + snr)).tolist()  # Choi et al. 2022
+    assert edm()(snr).tolist() == (snr + 1).tolist()
+    assert PredictorCorrector().snr == 0.16  # Song et al. 2021
 
 
 def test_the_objective_never_synchronises_with_the_device():

@@ -435,6 +435,7 @@ def test_invalid_prompts_and_options_are_refused(folder: Path, tmp_path: Path) -
         {"weak": tiny_pipeline(schedule="cosine")},
         {"sampler": "ddim", "spacing": "karras"},
         {"eta": 2.0, "sampler": "ddim"},
+        {"num_images_per_prompt": 0},
     ):
         with pytest.raises(UserError):
             pipe(PROMPTS, **wrong)
