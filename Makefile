@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow mutation lint site env clean-demo
+.PHONY: demo page test test-slow mutation lint site env clean-demo
 
 env: $(READY)
 
@@ -18,6 +18,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
+
+page: $(READY)  # the web page, with the demo's model
+	$(BIN)/python scripts/page.py
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"

@@ -16,6 +16,7 @@ from train.config.convert import ConvertOptions
 from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, Txt2ImgOptions
 from train.config.ldm import LdmConfig
 from train.config.load import overlay, parse_any, parse_training
+from train.config.page import PageOptions
 from train.config.reports import (
     CompareOptions,
     EvaluateOptions,
@@ -102,6 +103,16 @@ def interpolate() -> None:
 
     for path in interpolate(o):
         print(path)
+
+
+@command
+def page() -> None:
+    """Serve a web page to generate images, train, look at data and compare models in a browser."""
+    o = overlay(PageOptions, PageOptions())
+    with imports():
+        from train.commands.page import serve
+
+    serve(o, lambda url: print(f"open {url} in a browser; Control-C ends the page", flush=True))
 
 
 @command

@@ -1,0 +1,52 @@
+"""Serve the web page."""
+
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from ldm.errors import UserError
+from train.config.page import PageOptions
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
+    """Serve the page until it is interrupted. started: called with the address once it answers."""
+    auth = _check(o)
+    from train.page.server import Address, isolate, start  # gradio is an extra
+
+    isolate()
+    from train.page.app import build
+    from train.page.places import Places
+    from train.page.shared import Page
+
+    page = Page(Places(Path(o.models), Path(o.runs), Path(o.data), Path(o.out)), device=o.device)
+    host = "0.0.0.0" if o.listen and o.host in _LOCAL else o.host
+    blocks = build(page)
+    try:
+        started(start(blocks, page, Address(host, o.port, auth, o.share)))
+        while True:
+            time.sleep(3600)
+    finally:
+        page.jobs.close()
+        blocks.close(verbose=False)
+
+
+def _check(o: PageOptions) -> tuple[str, str] | None:
+    """Return the name and password. Raises UserError for options that don't fit together."""
+    if find_spec("gradio") is None:
+        raise UserError('the page needs the package gradio: pip install "ldm[page]"')
+    for name in ("models", "runs", "data"):
+        if Path(getattr(o, name)).is_file():
+            raise UserError(f"--{name} {getattr(o, name)!r}: is a file; give a folder")
+    if not 0 < o.port < 65536:
+        raise UserError(f"--port {o.port}: must be 1 to 65535")
+    if o.host not in _LOCAL and not o.listen:
+        raise UserError(f"--host {o.host!r}: other machines could use the page; add --listen if that is wanted")
+    name, colon, password = o.auth.partition(":")
+    if o.auth and not (name and colon and password):
+        raise UserError("--auth: must be NAME:PASSWORD")
+    if o.share and not o.auth:
+        raise UserError("--share: the whole internet could use the page; add --auth NAME:PASSWORD")
+    return (name, password) if o.auth else None

@@ -1,0 +1,135 @@
+"""The server of the page: loopback by default, no request to anywhere else, limits on what is sent to it."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from train.page.shared import Page
+
+LARGEST_UPLOAD = 2**25
+"""Largest accepted file, in bytes."""
+_LARGEST_REQUEST = 2**26
+_POLICY = (
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval' 'wasm-unsafe-eval'; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+"""What browsers may load for the page: only what this server sends. gradio itself needs inline scripts."""
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where and for whom the page is served."""
+
+    host: str
+    port: int
+    auth: tuple[str, str] | None = None
+    share: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.host in ("127.0.0.1", "localhost", "::1") and not self.share
+
+
+class Guard:
+    """Refuse what no visitor of the page needs: foreign hosts and origins, huge requests, addresses to fetch."""
+
+    def __init__(self, app: ASGIApp, local: bool) -> None:
+        self.app, self.local = app, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if refusal := self._refusal(scope["path"], headers):
+            await _answer(send, *refusal)
+            return
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= _LARGEST_REQUEST else {"type": "http.disconnect"}
+
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"content-security-policy", _POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+            await send(message)
+
+        await self.app(scope, limited, with_policy)
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        """Return the status and line with which a request is refused; None: it is accepted."""
+        host = headers.get("host", "")
+        if self.local and _name(host) not in ("127.0.0.1", "localhost", "[::1]"):
+            return 403, "this page answers only requests to localhost"
+        origin = headers.get("origin", "")
+        if origin and origin.partition("://")[2] != host:
+            return 403, "requests from other web pages aren't accepted"
+        if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", 0)) > _LARGEST_REQUEST:
+            return 413, f"a request can have up to {_LARGEST_REQUEST // 2**20} MB"
+        if "/proxy=" in path or path.partition("file=")[2].lower().startswith(("http:", "https:")):
+            return 403, "addresses aren't fetched"
+        return None
+
+
+def _name(host: str) -> str:
+    """Return a host's name without the port."""
+    return host if host.endswith("]") else host.rpartition(":")[0] or host
+
+
+async def _answer(send: Send, status: int, line: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": line.encode()})
+
+
+def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
+    """Serve the page in another thread, and return its address. Raises OSError if the port can't be used."""
+    for library in ("httpx", "uvicorn"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    page.places.out.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"app_kwargs": {"middleware": [Middleware(Guard, local=address.is_local)]}}
+    _, url, _ = blocks.launch(
+        server_name=address.host,
+        server_port=address.port,
+        auth=address.auth,
+        share=address.share,
+        theme=THEME,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        max_file_size=LARGEST_UPLOAD,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        run_history=False,
+        inbrowser=False,
+        **options,
+    )
+    return url
+
+
+def isolate() -> None:
+    """Keep all libraries from sending requests. Call it before gradio is imported."""
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+    }
