@@ -27,7 +27,7 @@ from support.fuzz import Target, change_tree
 from support.images import smooth_images
 from support.models import tiny_pipeline
 from support.odd_images import chunk, encoded
-from train.commands.generate import _read_options
+from train.commands.generate import read_options
 from train.commands.outputs import key_of_gif, key_of_png
 from train.config.generation import Img2ImgOptions, Txt2ImgOptions
 from train.data.images.decode import DamagedImage, load_image
@@ -193,7 +193,7 @@ def read_settings(name: str, content: bytes) -> None:
     key_of_png(path)
     for kind in (Img2ImgOptions, Txt2ImgOptions) if name == "image.png" else ():
         try:
-            _read_options(kind, str(path))
+            read_options(kind, str(path))
         except (ValueError, OSError) as error:
             refused = UserError(str(error))
         else:

@@ -18,7 +18,7 @@ from ldm.files import open_regular, read_regular
 from ldm.formats.hub import find_pipeline, model_folder
 from ldm.formats.png import file_name, read_png
 from ldm.networks.unet import weight_files
-from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline import LatentDiffusionPipeline, StepCallback
 from train.commands.main import require_at_least, require_folder, tiles, use_device
 from train.commands.outputs import INPUTS, MODELS, image_key, would_replace, write_png
 from train.config.generation import GenerateOptions, ModelOptions
@@ -59,7 +59,7 @@ def options_like(o: Options) -> Options:
     kind = type(o)
     defaults = kind()
     try:
-        saved, sha256 = _read_options(kind, o.like)
+        saved, sha256 = read_options(kind, o.like)
     except OSError as error:
         raise UserError(f"--like {o.like!r}: can't be read: {error.strerror}") from None
     except ValueError as error:
@@ -72,7 +72,7 @@ def options_like(o: Options) -> Options:
     return overlay(kind, saved)
 
 
-def _read_options(kind: type[Options], path: str) -> tuple[Options, dict[str, str]]:
+def read_options(kind: type[Options], path: str) -> tuple[Options, dict[str, str]]:
     """Read the options saved in an image, and the SHA-256 of its input files, by option.
 
     The image is untrusted: each key must be an option of this command with a valid value, and none may set the output
@@ -191,6 +191,19 @@ def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
     return pipe
 
 
+@dataclass(frozen=True)
+class Session:
+    """What a program that generates again and again gives to these commands. The command line uses the defaults."""
+
+    load: Callable[[ModelOptions, str], LatentDiffusionPipeline] = load
+    """Function that returns a model, which may be loaded already."""
+    on_step: StepCallback | None = None
+    """Function that is called after each step, instead of showing a progress bar."""
+
+
+COMMAND_LINE = Session()
+
+
 def settings(o: ModelOptions) -> dict[str, Any]:
     """Return the options that are saved with an image, and the SHA-256 of the models' weights."""
     metadata = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in _UNSAVED}
@@ -207,16 +220,16 @@ def check_seed(option: str, seed: int, count: int = 1) -> None:
 class ImageGenerator:
     """Image generator of a command: its options, prompts and models."""
 
-    def __init__(self, o: GenerateOptions) -> None:
+    def __init__(self, o: GenerateOptions, session: Session = COMMAND_LINE) -> None:
         """Load the models. Raises UserError for invalid options."""
         require_at_least(1, o, "num_images", "batch_size")
         require_at_least(0, o, "preview")
         check_seed("--seed", o.seed, o.num_images)
         if not o.weak_model and o.weak_scale != type(o).weak_scale:
             raise UserError(f"--weak-scale {o.weak_scale:g}: has no effect without --weak-model; give both")
-        self.o, self.prompts = o, read_prompts(o)
-        self.pipe = load(o, o.model)
-        self.weak = load(o, o.weak_model) if o.weak_model else None
+        self.o, self.prompts, self.session = o, read_prompts(o), session
+        self.pipe = session.load(o, o.model)
+        self.weak = session.load(o, o.weak_model) if o.weak_model else None
         if o.preview:
             # Raises UserError if the model has no preview.
             self.pipe.preview(torch.zeros(1, self.pipe.autoencoder.latent_channels, 1, 1))
@@ -243,6 +256,8 @@ class ImageGenerator:
             if (folder / _PREVIEW).exists():
                 raise UserError(f"--preview: {str(folder / _PREVIEW)!r} exists already; move it, or give another --out")
             inputs["callback_on_step_end"] = self._write_preview
+        elif self.session.on_step:
+            inputs["callback_on_step_end"] = self.session.on_step
         generated: list[Image.Image] = []
         remaining, spacing = iter(saved), self.pipe.process.spacing
         engines = self._optimize(len(jobs)) if o.optimize == "auto" else []
@@ -260,7 +275,7 @@ class ImageGenerator:
                     prompt_weights=o.prompt_weights,
                     weak=self.weak,
                     weak_scale=o.weak_scale,
-                    progress=True,
+                    progress=self.session.on_step is None,
                     generator=[torch.Generator().manual_seed(job.seed) for job in batch],
                     **inputs,
                 ).images

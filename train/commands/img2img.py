@@ -8,12 +8,12 @@ from typing import Any
 from ldm.editing import steps_for_strength
 from ldm.errors import UserError
 from ldm.formats.png import slug
-from train.commands.generate import ImageGenerator, open_image, options_like
+from train.commands.generate import COMMAND_LINE, ImageGenerator, Session, open_image, options_like
 from train.commands.sizes import fitted, restored
 from train.config.generation import Img2ImgOptions
 
 
-def img2img(o: Img2ImgOptions) -> Iterator[Path]:
+def img2img(o: Img2ImgOptions, session: Session = COMMAND_LINE) -> Iterator[Path]:
     """Generate and write the images, and yield the path of each one."""
     o = options_like(o)
     steps_for_strength(o.strength, o.steps)  # raises UserError for a wrong strength, before any warning
@@ -27,7 +27,7 @@ def img2img(o: Img2ImgOptions) -> Iterator[Path]:
         {"image": open_image(path, "--image"), "name": name, "metadata": {"image": [path]}, "files": {"image": path}}
         for path, name in zip(o.image, names, strict=True)
     ]
-    generator = ImageGenerator(o)
+    generator = ImageGenerator(o, session)
     for path, fields in zip(o.image, inputs, strict=True):
         given = fields["image"]
         fields["image"] = fitted(generator.pipe, given, o.resize, f"--image {path!r}")

@@ -11,12 +11,12 @@ from ldm.editing import steps_for_strength, to_mask
 from ldm.errors import UserError
 from ldm.formats import MAX_PIXELS
 from ldm.formats.png import slug
-from train.commands.generate import ImageGenerator, open_image, options_like
+from train.commands.generate import COMMAND_LINE, ImageGenerator, Session, open_image, options_like
 from train.commands.sizes import fitted, restored
 from train.config.generation import InpaintOptions
 
 
-def inpaint(o: InpaintOptions) -> Iterator[Path]:
+def inpaint(o: InpaintOptions, session: Session = COMMAND_LINE) -> Iterator[Path]:
     """Generate and write the images, and yield the path of each one."""
     o = options_like(o)
     steps_for_strength(o.strength, o.steps)  # raises UserError for a wrong strength, before any warning
@@ -33,7 +33,7 @@ def inpaint(o: InpaintOptions) -> Iterator[Path]:
             mask.filter(ImageFilter.GaussianBlur(o.feather / 2)), extension
         )  # the extension stays white
     to_mask(mask, (mask.height, mask.width))  # raises UserError for a black mask, before any warning
-    generator = ImageGenerator(o)
+    generator = ImageGenerator(o, session)
     files = {"image": o.image} | ({"mask": o.mask} if o.mask else {})
     fields = {
         "image": fitted(generator.pipe, image, o.resize, f"--image {o.image!r}"),

@@ -18,7 +18,7 @@ from ldm.editing import slerp
 from ldm.errors import UserError
 from ldm.formats.png import slug
 from ldm.samplers import make_sampler
-from train.commands.generate import check_seed, load, read_prompts, settings
+from train.commands.generate import COMMAND_LINE, Session, check_seed, read_prompts, settings
 from train.commands.main import require_at_least, require_folder
 from train.commands.outputs import image_key, key_of_gif, write_file, write_png
 from train.commands.sizes import warn_if_far
@@ -28,7 +28,7 @@ from train.config.generation import InterpolateOptions
 class Interpolation:
     """Interpolation from the first prompt and seed to the last."""
 
-    def __init__(self, o: InterpolateOptions) -> None:
+    def __init__(self, o: InterpolateOptions, session: Session = COMMAND_LINE) -> None:
         """Load the model and encode the prompts. Raises UserError for invalid options."""
         if o.to and o.prompts:
             raise UserError("--to and --prompts: give only one of them")
@@ -52,7 +52,7 @@ class Interpolation:
                 f"--sampler {o.sampler}: draws new noise at each step, which can't be interpolated between seeds; use "
                 "e.g. dpmpp_2m"
             )
-        self.o, self.pipe = o, load(o, o.model)
+        self.o, self.session, self.pipe = o, session, session.load(o, o.model)
         own = ("to", "to_seed", "frames", "fps", "loop")  # saved in another form, see `frame_metadata`
         self.metadata = {name: value for name, value in settings(o).items() if name not in own}
         # Encoded separately, as in txt2img.py.
@@ -99,7 +99,8 @@ class Interpolation:
                 generator=[self.initial_noise(o.seed)[1] for _ in batch],
                 width=o.width,
                 height=o.height,
-                progress=True,
+                progress=self.session.on_step is None,
+                callback_on_step_end=self.session.on_step,
                 **o.sampling(),
             ).images
 
@@ -122,12 +123,12 @@ def animate(frames: list[Image.Image], fps: float, loop: bool, comment: str) -> 
     return file.getvalue()
 
 
-def interpolate(o: InterpolateOptions) -> Iterator[Path]:
+def interpolate(o: InterpolateOptions, session: Session = COMMAND_LINE) -> Iterator[Path]:
     """Generate and write the frames and the animation, and yield the path of each file.
 
     Files with other settings aren't overwritten; see `write_file`. The other files are named after the first frame.
     """
-    interpolation = Interpolation(o)
+    interpolation = Interpolation(o, session)
     folder, frames = Path(o.out), []
     seeds = "-".join(map(str, dict.fromkeys(interpolation.seeds)))
     name = f"{slug(' to '.join(interpolation.prompts))}-{seeds}"

@@ -16,7 +16,7 @@ def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
     auth = _check(o)
     from train.page.server import Address, isolate, start  # gradio is an extra
 
-    isolate()
+    isolate(Path(o.out))
     from train.page.app import build
     from train.page.places import Places
     from train.page.shared import Page

@@ -80,14 +80,14 @@ class Jobs:
         with self._condition:
             if len(self._waiting) >= _MOST_WAITING:
                 raise UserError(f"{_MOST_WAITING} jobs are waiting already; wait, or cancel some")
-            job = Job(next(self._ids), kind, one_line(title, 200), work, self._change)
+            job = Job(next(self._ids), kind, one_line(title, 200), work, self.change)
             self._jobs[job.id] = job
             self._waiting.append(job)
             self._forget()
             if self._worker is None:
                 self._worker = threading.Thread(target=self._run, name="jobs", daemon=True)
                 self._worker.start()
-            self._change()
+            self.change()
             self._condition.notify_all()
         return job
 
@@ -116,7 +116,7 @@ class Jobs:
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.state = "cancelled"
-            self._change()
+            self.change()
             self._condition.notify_all()
 
     def wait(self, job: Job, seconds: float) -> bool:
@@ -146,12 +146,12 @@ class Jobs:
                     return
                 job = self._waiting.popleft()
                 job.state = "running"
-                self._change()
+                self.change()
             state, text = self._do(job)
             with self._condition:
                 job.state, job.text = state, text
                 job.progress = 1.0 if state == "done" else job.progress
-                self._change()
+                self.change()
                 self._condition.notify_all()
 
     def _do(self, job: Job) -> tuple[State, str]:
@@ -167,7 +167,8 @@ class Jobs:
             return "failed", one_line(f"failed unexpectedly ({type(error).__name__}): {error}", 500)
         return "done", ""
 
-    def _change(self) -> None:
+    def change(self) -> None:
+        """Make all pages show the present state."""
         self.version += 1
 
     def _forget(self) -> None:

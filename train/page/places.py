@@ -72,11 +72,10 @@ class Places:
         return path
 
     def model_names(self) -> list[str]:
-        """Return the names of all models in --models, sorted."""
-        found = (Path(folder) for folder, _, files in _walk_down(self.models) if "model_index.json" in files)
-        return sorted(str(path.relative_to(self.models)) for path in found if path != self.models) + (
-            ["."] if is_model(self.models) else []
-        )
+        """Return the names of all models in --models, the least deep first."""
+        found = [Path(folder) for folder, _, files in _walk_down(self.models) if "model_index.json" in files]
+        names = [str(path.relative_to(self.models)) for path in found]
+        return sorted(names, key=lambda name: (name.count("/"), name))
 
     def name(self, place: Place, path: Path) -> str | None:
         """Return the name of a path in one of the folders; None: it isn't inside."""

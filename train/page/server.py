@@ -2,17 +2,22 @@
 
 import logging
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import gradio as gr
+import safehttpx
+from gradio import processing_utils
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ldm.errors import UserError
 from train.page.shared import Page
+from train.page.uploads import LARGEST_UPLOAD
 
-LARGEST_UPLOAD = 2**25
-"""Largest accepted file, in bytes."""
 _LARGEST_REQUEST = 2**26
 _POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval' 'wasm-unsafe-eval'; "
@@ -38,10 +43,11 @@ class Address:
 
 
 class Guard:
-    """Refuse what no visitor of the page needs: foreign hosts and origins, huge requests, addresses to fetch."""
+    """Refuse what no visitor of the page needs: foreign hosts and origins, huge requests, files elsewhere."""
 
-    def __init__(self, app: ASGIApp, local: bool) -> None:
-        self.app, self.local = app, local
+    def __init__(self, app: ASGIApp, local: bool, folders: Sequence[Path]) -> None:
+        """local: accept only requests to localhost. folders: those whose files are served."""
+        self.app, self.local, self.folders = app, local, [folder.resolve() for folder in folders]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,9 +87,19 @@ class Guard:
             return 403, "requests from other web pages aren't accepted"
         if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", 0)) > _LARGEST_REQUEST:
             return 413, f"a request can have up to {_LARGEST_REQUEST // 2**20} MB"
-        if "/proxy=" in path or path.partition("file=")[2].lower().startswith(("http:", "https:")):
+        if "/proxy=" in path:
             return 403, "addresses aren't fetched"
+        if file := re.search(r"/file[=/](.*)", path, re.DOTALL):
+            return None if self._is_served(file[1]) else (403, "this file isn't served")
         return None
+
+    def _is_served(self, file: str) -> bool:
+        """Return whether a file is in one of the folders, also after all links are followed."""
+        try:
+            path = Path(file).resolve()
+        except (OSError, RuntimeError, ValueError):
+            return False
+        return any(path.is_relative_to(folder) for folder in self.folders)
 
 
 def _name(host: str) -> str:
@@ -100,8 +116,11 @@ def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
     """Serve the page in another thread, and return its address. Raises OSError if the port can't be used."""
     for library in ("httpx", "uvicorn"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    page.places.out.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"app_kwargs": {"middleware": [Middleware(Guard, local=address.is_local)]}}
+    images, animations, cache = (page.places.inside("out", name) for name in ("images", "animations", "cache"))
+    for folder in (images, animations, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    _forbid_downloads()
+    guard = Middleware(Guard, local=address.is_local, folders=[images, animations, cache])
     _, url, _ = blocks.launch(
         server_name=address.host,
         server_port=address.port,
@@ -118,18 +137,32 @@ def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
         enable_monitoring=False,
         run_history=False,
         inbrowser=False,
-        **options,
+        allowed_paths=[str(images.resolve()), str(animations.resolve())],
+        app_kwargs={"middleware": [guard]},
     )
     return url
 
 
-def isolate() -> None:
-    """Keep all libraries from sending requests. Call it before gradio is imported."""
+def isolate(out: Path) -> None:
+    """Keep all libraries from sending requests, and gradio's files in `out`. Call it before the page is built."""
+    cache = out.absolute() / "cache"
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_TEMP_DIR": str(cache),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
-        "DO_NOT_TRACK": "1",
+        "TRANSFORMERS_OFFLINE": "1",
     }
+
+
+def _forbid_downloads() -> None:
+    """Keep gradio from fetching an address that a visitor gives instead of a file."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise UserError("addresses aren't fetched; upload the file")
+
+    for name in ("get", "async_validate_url"):
+        setattr(safehttpx, name, refuse)
+    for name in ("ssrf_protected_download", "async_ssrf_protected_download"):
+        setattr(processing_utils, name, refuse)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from train.page.jobs import Jobs
+from train.page.models import Models
 from train.page.places import Places
 
 
@@ -14,3 +15,5 @@ class Page:
     jobs: Jobs = field(default_factory=Jobs)
     device: str = ""
     """Device to run on; empty: the best one."""
+    models: Models = field(default_factory=Models)
+    """The loaded models. Only jobs may use them, because these run one after another."""
