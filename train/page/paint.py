@@ -101,7 +101,9 @@ def tab(page: Page) -> None:
         with gr.Column(scale=6, min_width=420):
             shown = view(page, form.model)
             buttons = _gallery_buttons()
-            dropped = gr.File(label="Drop a PNG of this project here to use its settings", height=100)
+            dropped = gr.File(
+                label="Drop a PNG of this project here to use its settings", height=120, elem_id="dropped"
+            )
 
     def on(button: gr.Button, name: str, handler: Callable[..., Any], own: list[Any]) -> None:
         button.click(plain(handler), [*own, *shared], [shown.status], api_name=name, show_progress="hidden")

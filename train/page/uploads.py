@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import component_meta
 from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs, EditorData
 from gradio.data_classes import FileData, ImageData
@@ -24,6 +25,9 @@ LARGEST_UPLOAD = 2**25
 MOST_PIXELS = 2**25
 """Largest accepted image."""
 _MOST_LAYERS, _MOST_DRAWINGS = 16, 16
+
+# gradio writes a file of types beside each module with a class of fields; this one may be in a read-only folder.
+setattr(component_meta, "create_or_modify_pyi", lambda *_: None)  # noqa: B010
 
 
 class Picture(gr.Image):
