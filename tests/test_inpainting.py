@@ -249,12 +249,13 @@ def test_settings_that_contradict_the_given_model_are_refused(
         train.stages.ldm.train(replace(inpaint_config(shapes, tmp_path / "run", text_runs), unet=wide))
     assert not (tmp_path / "run").exists()
     start()
+    assert "another noise schedule" not in capsys.readouterr().out
     with pytest.raises(UserError, match="has in_channels 9, but this run needs 4"):
         start("other", task="txt2img", init=str(tmp_path / "run/model"))
     start("again", init=str(tmp_path / "run/model"), diffusion=DiffusionConfig(target="v", beta_end=0.02))
     printed = capsys.readouterr().out
     assert "predicts eps, this run v" in printed
-    assert printed.count("another noise schedule") == 1  # the first run has the same
+    assert "another noise schedule" in printed
     assert "another autoencoder's latents" not in printed
     assert "another text encoder" not in printed
     train.stages.vae.train(vae_config(shapes, tmp_path / "vae", steps=1, validate_every=1, seed=5))

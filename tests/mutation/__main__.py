@@ -45,7 +45,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--survivors", action="store_true", help="repeat the trials of the mutants that survived")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (%(default)s)")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no trial after this time")
-    parser.add_argument("--tests", type=int, default=60, help="largest number of tests for a mutant (%(default)s)")
+    parser.add_argument("--tests", type=int, default=400, help="largest number of tests for a mutant (%(default)s)")
     parser.add_argument("--budget", type=float, default=60.0, help="CPU seconds of a mutant's tests (%(default)s)")
     parser.add_argument("--coverage", help="regular expression: only measure the test files that match; no trials")
     parser.add_argument("--measured", action="store_true", help="use only the test files measured before")
