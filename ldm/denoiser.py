@@ -49,15 +49,15 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     return prediction, (position + 1) / 2 if position.shape[1] else None
 
 
-def with_context(network: Network, context: Tensor) -> Network:
+def with_context(network: ScaledNetwork, context: Tensor) -> ScaledNetwork:
     """Return a network that takes only the state and adds these context channels to the input of `network`.
 
     The context is (b, k, h, w). The states are (b, c, h, w), or (n b, c, h, w) when guidance evaluates n conditions.
     """
 
-    def call(x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+    def call(x: Tensor, time: Tensor, condition: Tensor, *scale: Tensor) -> Tensor:
         repeated = context.to(x).repeat(len(x) // len(context), 1, 1, 1)
-        return network(torch.cat([x, repeated], 1), time, condition)
+        return network(torch.cat([x, repeated], 1), time, condition, *scale)
 
     return call
 

@@ -24,6 +24,7 @@ from ldm.networks.unet import widen
 from support import ROOT
 from support.commands import run_command
 from train.config.clip import ClipConfig
+from train.config.distill import DistillConfig
 from train.config.generation import InterpolateOptions, Txt2ImgOptions
 from train.config.ldm import LdmConfig, UnetConfig
 from train.config.load import dump, overlay, parse, plain, read_yaml, validate
@@ -33,7 +34,7 @@ from train.config.run import RunConfig
 from train.config.shipped import shipped
 from train.config.vae import AutoencoderConfig, VaeConfig
 
-KINDS = {"clip": ClipConfig, "vae": VaeConfig, "ldm": LdmConfig}
+KINDS = {"clip": ClipConfig, "vae": VaeConfig, "ldm": LdmConfig, "distill": DistillConfig}
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -60,6 +61,12 @@ def test_every_config_builds_its_networks(path: Path) -> None:
                 with torch.device("cpu"):
                     assert config.diffusion.timesteps == config.diffusion.build_objective().schedule.T
                     assert config.diffusion.build_process().target == config.diffusion.target
+            case DistillConfig():
+                with torch.device("cpu"):
+                    teacher = load(path.with_name("ldm.yaml"))
+                    assert isinstance(teacher, LdmConfig)
+                    objective = config.build_objective(teacher.diffusion.build_process())
+                assert type(objective).__name__ == f"{config.method.title()}Distillation"
             case ClipConfig():
                 with torch.device("cpu"):
                     tokenizer = train_tokenizer(["a red star"], config.text.vocab_size, config.text.max_length)
@@ -148,7 +155,16 @@ RESUMABLE = {
     "input.max_damaged",
     *("first_samples", "roll_back_after", "trackers", "license", "init", "perceptual.model", "validation_examples"),
     *("compile", "validation_draws", "keep_best", "evaluate_every", "evaluation_images", "evaluation_features"),
-    *("validation_features", "vae", "text_encoder", "attention", "prompts", "sample_steps", "guidance_scale"),
+    *(
+        "validation_features",
+        "vae",
+        "text_encoder",
+        "teacher",
+        "attention",
+        "prompts",
+        "sample_steps",
+        "guidance_scale",
+    ),
     # The fingerprint of the data guards these.
     *(f"input.{name}" for name in ("caption_from_names", "caption_files", "encoding", "follow_links", "reading")),
 }
@@ -157,11 +173,11 @@ FIXED = {
     *("optimizer.kind", "decoder_only", "learn_logvar", "task", "clip_skip", "text_chunks", "projection"),
     *(f"adversarial.{name}" for name in ("channels", "layers", "spectral_norm")),
     *(f"diffusion.{name}" for name in ("schedule", "timesteps", "beta_start", "beta_end", "zero_terminal_snr")),
-    *("diffusion.shift", "diffusion.target"),
+    *("diffusion.shift", "diffusion.target", "method", "solver_steps"),
 }
 FIXED_RECORDS = ("text.", "image.", "model.", "unet.")
 PLACES = {"data", "out", "cache", "init", "perceptual.model", "validation_features", "vae", "text_encoder"}
-PLACES |= {"input.duplicates", "evaluation_features"}
+PLACES |= {"input.duplicates", "evaluation_features", "teacher"}
 
 
 def leaves(config: object, prefix: str = "") -> dict[str, Any]:

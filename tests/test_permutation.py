@@ -35,6 +35,7 @@ def test_purposes_keep_their_numbers():
         "MASK": 15,
         "MASKED": 16,
         "LEVEL": 17,
+        "GUIDANCE": 18,
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from support import ROOT
 from train.config.clip import ClipConfig
+from train.config.distill import DistillConfig
 from train.config.ldm import LdmConfig
 from train.config.run import RunConfig
 from train.config.vae import VaeConfig
@@ -104,6 +105,19 @@ LDM = {
     ),
     "settings_ldm::test_sheets_are_sampled_as_configured": "prompts sample_steps guidance_scale",
 }
+LATENT = {test: names for test, names in LDM.items() if test.startswith("overfitting::")} | {
+    "settings_ldm::test_the_attention_is_the_configured_one": "attention",
+    "settings_ldm::test_gradient_checkpointing_computes_activations_twice": "gradient_checkpointing",
+    "settings_ldm::test_validation_measures_the_averaged_weights_on_so_many_examples": (
+        "validation_examples validation_draws"
+    ),
+    "settings_ldm::test_sheets_are_sampled_as_configured": "prompts sample_steps guidance_scale",
+}
+"""The settings that stage 2 shares with distillation, whose code is the same."""
+DISTILL = LATENT | {
+    "distillation::test_guidance_is_learned_from_two_predictions": "teacher method scales",
+    "distillation::test_consistency_is_learned_from_a_step_of_ddim": "solver_steps huber",
+}
 """The tests, and the settings for which each of them fails."""
 
 
@@ -124,7 +138,9 @@ def names_in(file: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize(("config", "own"), [(ClipConfig, CLIP), (VaeConfig, VAE), (LdmConfig, LDM)])
+@pytest.mark.parametrize(
+    ("config", "own"), [(ClipConfig, CLIP), (VaeConfig, VAE), (LdmConfig, LDM), (DistillConfig, DISTILL)]
+)
 def test_every_setting_has_a_test(config: type[RunConfig], own: dict[str, str]) -> None:
     listed = [name for table in (SHARED, own) for names in table.values() for name in names.split()]
     assert sorted(listed) == sorted(settings(config))

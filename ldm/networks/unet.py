@@ -262,6 +262,18 @@ def widen(unet: UNet2DConditionModel, channels: int) -> None:
     unet.register_to_config(in_channels=channels)
 
 
+def add_guidance(unet: UNet2DConditionModel, width: int = 256) -> None:
+    """Let a UNet read its guidance scale, in place, from an embedding of this width, as diffusers' UNets do.
+
+    The new weights are zero, so its output doesn't change at first.
+    """
+    first = unet.time_embedding.linear_1
+    projection = nn.Linear(width, first.in_features, bias=False).to(first.weight)
+    nn.init.zeros_(projection.weight)
+    unet.time_embedding.cond_proj = projection
+    unet.register_to_config(time_cond_proj_dim=width)
+
+
 def require_same_shape(unet: nn.Module, configured: nn.Module, source: str) -> None:
     """Raise UserError if a UNet's weights have other names or shapes than the configured UNet's.
 

@@ -10,12 +10,18 @@ import pytest
 from support import ROOT
 from support.fuzz import Target
 from train.config.clip import ClipConfig
+from train.config.distill import DistillConfig
 from train.config.generation import Txt2ImgOptions
 from train.config.ldm import LdmConfig
 from train.config.load import overlay, parse
 from train.config.vae import VaeConfig
 
-STAGES = {"clip.yaml": ClipConfig, "vae.yaml": VaeConfig, "ldm.yaml": LdmConfig}
+STAGES = {
+    "clip.yaml": ClipConfig,
+    "vae.yaml": VaeConfig,
+    "ldm.yaml": LdmConfig,
+    "distill_consistency.yaml": DistillConfig,
+}
 
 
 def read_file(name: str, content: bytes) -> None:

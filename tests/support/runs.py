@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import train.stages.clip
+import train.stages.distillation
 import train.stages.ldm
 import train.stages.vae
 from support.processes import run_in_processes
 from train.config.clip import ClipConfig, ImageTowerConfig, TextTowerConfig
 from train.config.data import DataConfig
+from train.config.distill import DistillConfig
 from train.config.ldm import LdmConfig, UnetConfig
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import AdversarialConfig, AutoencoderConfig, VaeConfig
@@ -31,7 +33,7 @@ COMMON: dict[str, Any] = {
 }
 """Settings of every stage."""
 
-Config = ClipConfig | VaeConfig | LdmConfig
+Config = ClipConfig | VaeConfig | LdmConfig | DistillConfig
 
 Start = Callable[..., None]
 """A function start(out, hooks=None, **changed settings) that trains one stage."""
@@ -72,6 +74,13 @@ def ldm_config(data: Path | str, out: Path, parts: Path, **change: Any) -> LdmCo
     )
 
 
+def distill_config(data: Path | str, out: Path, teacher: Path | str, **change: Any) -> DistillConfig:
+    """Return a configuration that distils a pipeline."""
+    prompts = () if "inpaint" in str(teacher) else ("a red star",)
+    settings = COMMON | {"validation_examples": 8, "sample_steps": 2, "prompts": prompts} | change
+    return DistillConfig(data=str(data), out=str(out), teacher=str(teacher), **settings)
+
+
 def stage_config(stage: str, data: Path | str, out: Path, parts: Path, **change: Any) -> Config:
     """Return the configuration of "clip", "vae" or "ldm", which trains on the models in `parts`."""
     match stage:
@@ -92,6 +101,8 @@ def train_stage(config: Config, hooks: Hooks | None = None, **how: Any) -> None:
             train.stages.vae.train(config, hooks=hooks, **how)
         case LdmConfig():
             train.stages.ldm.train(config, hooks=hooks, **how)
+        case DistillConfig():
+            train.stages.distillation.train(config, hooks=hooks, **how)
 
 
 def train_in_processes(config: Config, processes: int, **how: Any) -> None:

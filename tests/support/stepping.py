@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import train.stages.clip
+import train.stages.distillation
 import train.stages.ldm
 import train.stages.vae
 from support.runs import Config, train_stage
 from train.config.clip import ClipConfig
+from train.config.distill import DistillConfig
 from train.config.ldm import LdmConfig
 from train.config.optimizer import OptimizerConfig
 from train.config.vae import VaeConfig
@@ -26,6 +28,7 @@ MODULE: dict[type[Config], Any] = {
     ClipConfig: train.stages.clip,
     VaeConfig: train.stages.vae,
     LdmConfig: train.stages.ldm,
+    DistillConfig: train.stages.distillation,
 }
 
 State = dict[str, Tensor]

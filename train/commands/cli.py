@@ -13,6 +13,7 @@ from train.commands.main import command, imports
 from train.commands.next_command import print_next
 from train.config.clip import ClipConfig
 from train.config.convert import ConvertOptions
+from train.config.distill import DistillConfig
 from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, Txt2ImgOptions
 from train.config.ldm import LdmConfig
 from train.config.load import overlay, parse_any, parse_training
@@ -56,6 +57,17 @@ def train_ldm() -> None:
     config, with_changes = parse_training(LdmConfig)
     with imports():
         from train.stages.ldm import train
+
+    train(config, with_changes=with_changes)
+    print_next(config)
+
+
+@command
+def distill() -> None:
+    """Distil a trained model into a faster one: CONFIG --teacher MODEL --data DATA --out RUN."""
+    config, with_changes = parse_training(DistillConfig)
+    with imports():
+        from train.stages.distillation import train
 
     train(config, with_changes=with_changes)
     print_next(config)

@@ -22,6 +22,7 @@ from train.engine.provenance import redacted
 
 _NEVER = {  # inputs whose content can't change within a run, with the reason; that of others can on request
     "init": "the run's weights come from it",
+    "teacher": "the student learns its predictions",
     "vae": "the network was trained on its latents",
     "text_encoder": "the network was trained with its features",
 }

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ldm.formats.scheduler_config import Process
 from ldm.libraries import AutoencoderKL
 from ldm.networks.backbone import Backbone
 from train.config.clip import ClipConfig
+from train.config.distill import DistillConfig
+from train.config.latent import LatentConfig
 from train.config.ldm import LdmConfig
 from train.config.vae import VaeConfig
 from train.data.batches.images import Inputs
@@ -120,15 +123,6 @@ def about_vae(config: VaeConfig, vae: AutoencoderKL) -> About:
 def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
     d, inpaints = config.diffusion, config.task == "inpaint"
     limits = d.build_process().diffusers_limits() or backbone.diffusers_limits()
-    example = {
-        "prompt": repr(config.prompts[0][:_LONGEST]) if config.prompts else _prompt(inputs),
-        "steps": config.sample_steps,
-        "guidance": config.guidance_scale,
-    }
-    code = _INPAINT if inpaints else _GENERATE
-    ours = code.format(package="ldm", pipeline="LatentDiffusionPipeline", **example)
-    stock = code.format(package="diffusers", pipeline="DiffusionPipeline", **example)
-    shown = "Held-out images without the masked area, each beside the image inpainted from its caption"
     task = "image-to-image" if inpaints else "text-to-image"
     purpose = (
         "fills the masked area of an image from a text prompt" if inpaints else "generates images from text prompts"
@@ -139,9 +133,8 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
         library="diffusers",
         task=task,
         tags=("latent-diffusion", "inpainting" if inpaints else "text-to-image"),
-        use=f"{ours}\n\n" + (f"Note: {limits}." if limits else f"or with diffusers only:\n\n{stock}"),
-        sheet=f"{shown if inpaints else 'Images, each above its prompt'}; {config.sample_steps} steps, guidance "
-        f"{config.guidance_scale:g}.",
+        use=_use(config, inputs, inpaints, limits),
+        sheet=_sheet(config, inpaints),
         settings=_initialised_from(config.init)
         | {
             "network": f"{_size(backbone.module)}; {backbone.describe()}",
@@ -152,6 +145,53 @@ def about_ldm(config: LdmConfig, backbone: Backbone, inputs: Inputs) -> About:
             "loss": f"objective {d.objective}, error {d.loss}, weighting {d.weighting}",
             "caption dropout": f"{config.caption_dropout:g}",
         },
+    )
+
+
+def about_distilled(config: DistillConfig, process: Process, backbone: Backbone, inputs: Inputs) -> About:
+    """Return the description of a student. process: the one that is saved with it."""
+    inpaints, few = bool(backbone.context_channels), config.method == "consistency"
+    limits = process.diffusers_limits() or backbone.diffusers_limits()
+    low, high = config.scales
+    loss = f"pseudo-Huber, c = {config.huber:g}; solver DDIM, {config.solver_steps} steps" if few else "squared error"
+    return About(
+        name=f"distilled {'inpainting' if inpaints else 'text-to-image'} model",
+        summary="A latent diffusion model, distilled from another one. It evaluates its network once per step, "
+        f"because it reads the guidance scale, from {low:g} to {high:g}"
+        + ("; and few steps are enough, such as 4." if few else "."),
+        library="diffusers",
+        task="image-to-image" if inpaints else "text-to-image",
+        tags=("latent-diffusion", "inpainting" if inpaints else "text-to-image", "distillation")
+        + (("lcm",) if few else ()),
+        use=_use(config, inputs, inpaints, limits),
+        sheet=_sheet(config, inpaints),
+        settings={
+            "teacher": source_span(config.teacher),
+            "network": f"{_size(backbone.module)}; {backbone.describe()}",
+            "distillation": f"{config.method}, guidance scales {low:g} to {high:g}",
+            "loss": loss,
+        },
+    )
+
+
+def _use(config: LatentConfig, inputs: Inputs, inpaints: bool, limits: str | None) -> str:
+    """Return example code. limits: what diffusers can't do with the model."""
+    example = {
+        "prompt": repr(config.prompts[0][:_LONGEST]) if config.prompts else _prompt(inputs),
+        "steps": config.sample_steps,
+        "guidance": config.guidance_scale,
+    }
+    code = _INPAINT if inpaints else _GENERATE
+    ours = code.format(package="ldm", pipeline="LatentDiffusionPipeline", **example)
+    stock = code.format(package="diffusers", pipeline="DiffusionPipeline", **example)
+    return f"{ours}\n\n" + (f"Note: {limits}." if limits else f"or with diffusers only:\n\n{stock}")
+
+
+def _sheet(config: LatentConfig, inpaints: bool) -> str:
+    shown = "Held-out images without the masked area, each beside the image inpainted from its caption"
+    return (
+        f"{shown if inpaints else 'Images, each above its prompt'}; {config.sample_steps} steps, guidance "
+        f"{config.guidance_scale:g}."
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.editing import masked_image
 from ldm.errors import UserError
@@ -18,8 +19,9 @@ from ldm.networks.attention import require_attention
 from ldm.networks.backbone import Backbone
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.timesteps import uniform
+from train.config.latent import LatentConfig
 from train.config.ldm import LdmConfig
-from train.data.batches.draws import draw_masking
+from train.data.batches.draws import Noising, draw_masking
 from train.data.batches.images import ImageDataset, Inputs, StreamDataset
 from train.data.batches.records import CachedBatch, DrawnNoise, ImageBatch
 from train.data.order.permutation import Cycle, choose
@@ -41,19 +43,21 @@ from train.stages.cards import about_ldm
 from train.stages.ldm_data import Examples, open_examples
 from train.stages.ldm_evaluation import GeneratedImages
 from train.stages.ldm_init import Components, load_components
-from train.stages.ldm_step import Completion, Denoising, DiffusionBatch, DiffusionLoss
+from train.stages.ldm_step import Completion, Denoising, DiffusionBatch, DiffusionLoss, Loss
 from train.stages.terms import Term
+
+Config = TypeVar("Config", bound=LatentConfig)
 
 _SHEET = 16  # images of a sample sheet
 _BANDS = 4  # ranges of timesteps of equal length, over which the held-out error is averaged
 
 
-class LdmStage:
+class LdmStage(Generic[Config]):
     """Stage 2 for the training loop: batches, loss, validation and export."""
 
     def __init__(
         self,
-        run: Run[LdmConfig],
+        run: Run[Config],
         components: Components,
         inputs: Inputs,
         training: Examples | StreamDataset[DrawnNoise],
@@ -69,16 +73,30 @@ class LdmStage:
         self.network = replace(backbone, module=self.ema.module)
         truncated = TruncatedCaptions(run.print, "--text-chunks")
         self.complete = Completion(components.autoencoder, components.text_encoder, truncated, config.precision)
-        loss = DiffusionLoss(backbone, components.objective, terms).to(run.accelerator.device)
+        loss, self.validation_loss = self.build_losses(terms)
         self.importance = loss.importance
         self.phases = [Phase("unet", loss, config.optimizer.build(loss), config.optimizer.lr)]
         self.evaluation = GeneratedImages(config, inputs, run.accelerator.device) if config.evaluate_every else None
         hooked = any(term.features for term in terms)
-        compile_networks(run, [backbone.module], hooked=hooked)
-        self.validation_loss = DiffusionLoss(self.network, replace(components.objective, timesteps=uniform))
+        compile_networks(run, self.networks(), hooked=hooked)
+
+    def networks(self) -> list[nn.Module]:
+        """Return the networks that run in each step."""
+        return [self.components.backbone.module]
+
+    def build_losses(self, terms: Sequence[Term[Denoising]]) -> tuple[Loss, Loss]:
+        """Return the loss of the trained network, and the validation loss of the averaged one."""
+        backbone, objective = self.components.backbone, self.components.objective
+        loss = DiffusionLoss(backbone, objective, terms).to(self.run.accelerator.device)
+        return loss, DiffusionLoss(self.network, replace(objective, timesteps=uniform))
+
+    def loss_settings(self) -> object:
+        """Return the settings that validation losses depend on; only those with the same can be compared."""
+        assert isinstance(self.config, LdmConfig)
+        return self.config.diffusion
 
     def batches(self, start: int) -> Iterator[list[ImageBatch[DrawnNoise] | CachedBatch]]:
-        reads_images = self.config.cache == "off" or self.config.task == "inpaint"  # else only the caches are read
+        reads_images = self.config.cache == "off" or self.components.task == "inpaint"  # else only the caches are read
         counter = self.run.damage.counter(self.inputs.source.left_out, self.inputs.count) if reads_images else None
         return self.run.feed.batches(self.training, start, counter)
 
@@ -119,7 +137,8 @@ class LdmStage:
         if self.run.main and self.evaluation is not None and self.evaluation.is_due(step):
             metrics |= self.evaluation.measure(self.pipeline())
         weighted, unweighted = torch.cat(measured, 1).cpu()
-        inputs = (self.run.inputs["data"], config.seed, images, config.validation_draws, config.input, config.diffusion)
+        draws = config.validation_draws
+        inputs = (self.run.inputs["data"], config.seed, images, draws, config.input, self.loss_settings())
         return Validation(
             metrics | error_by_noise(unweighted),
             weighted.view(config.validation_draws, images).mean(0),
@@ -132,13 +151,13 @@ class LdmStage:
             self.network,
             self.components.autoencoder,
             self.components.text_encoder,
-            self.config.diffusion.build_process(),
-            self.config.task,
+            self.components.process,
+            self.components.task,
         )
 
     def sheet(self, path: Path) -> None:
         config = self.config
-        if config.task == "inpaint":
+        if self.components.task == "inpaint":
             save_sheet(self._inpainted(), path)
             return
         held_out = self.inputs.held_out
@@ -179,6 +198,7 @@ class LdmStage:
         return {}
 
     def about(self) -> About:
+        assert isinstance(self.config, LdmConfig)
         return about_ldm(self.config, self.network, self.inputs)
 
 
@@ -190,6 +210,17 @@ def error_by_noise(errors: Tensor) -> dict[str, float]:
     edges = [k * len(errors) // _BANDS for k in range(_BANDS + 1)]
     parts = {f"{100 * k // _BANDS}-{100 * (k + 1) // _BANDS}": errors[edges[k] : edges[k + 1]] for k in range(_BANDS)}
     return {f"val_error_noise_{band}": float(part.mean()) for band, part in parts.items() if len(part)}
+
+
+def open_captioned(config: LatentConfig) -> Inputs:
+    """Open the images and captions of a run. Raises UserError for a stream with a cache or buckets."""
+    inputs = open_inputs(config.data, config.input)
+    if inputs.stream is not None and (config.cache != "off" or config.input.buckets):
+        raise UserError(
+            f"--data {config.data!r} is a stream, which has no cache and no known image sizes: "
+            "set --cache off and no input.buckets, or download the data"
+        )
+    return inputs
 
 
 def train(
@@ -209,17 +240,17 @@ def train(
     accelerator = open_accelerator(config)
     require_attention(config.attention)
     components = load_components(config, objective, accelerator.device, backbone)
-    inputs = open_inputs(config.data, config.input)
-    if inputs.stream is not None and (config.cache != "off" or config.input.buckets):
-        raise UserError(
-            f"--data {config.data!r} is a stream, which has no cache and no known image sizes: "
-            "set --cache off and no input.buckets, or download the data"
-        )
+    inputs = open_captioned(config)
     digests = {"data": inputs.fingerprint, **components.digests}
     with open_run(config, accelerator, digests, components.attention, with_changes=with_changes) as run:
         parts = {"--vae": config.vae, "--text-encoder": config.text_encoder, "--init": config.init}
         for line in (*(line for part in parts.items() for line in unfinished(*part)), *components.changes):
             run.print(line)
         inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)
-        stage = LdmStage(run, components, inputs, *open_examples(run, components, inputs), terms)
+        noising = Noising(
+            dropout=config.caption_dropout,
+            strata=config.batch_size if config.diffusion.stratified else 1,
+            offset=config.diffusion.offset_noise,
+        )
+        stage = LdmStage(run, components, inputs, *open_examples(run, components, inputs, noising), terms)
         fit(run, stage, publisher(run, stage), hooks)

@@ -1,8 +1,9 @@
 """Examples of stage 2: latents and text features from the caches, or images and captions to encode in each step."""
 
 from functools import partial
+from typing import Any
 
-from train.config.ldm import LdmConfig
+from train.config.latent import LatentConfig
 from train.data.batches.buckets import Buckets
 from train.data.batches.cached import CachedDataset, Originals
 from train.data.batches.draws import DEFAULT_NOISING, LatentNoise, Noising
@@ -20,47 +21,38 @@ Examples = CachedDataset | ImageDataset[DrawnNoise]
 
 
 def open_examples(
-    run: Run[LdmConfig], components: Components, inputs: Inputs
+    run: Run[Any], components: Components, inputs: Inputs, noising: Noising, held_out: Noising = DEFAULT_NOISING
 ) -> tuple[Examples | StreamDataset[DrawnNoise], Examples]:
     """Return the training and the held-out examples.
 
-    Held-out images are always squares, so that metrics can be compared between runs.
+    noising, held_out: settings of their random numbers. Held-out images are always squares, so that metrics can be
+    compared between runs.
     """
-    config = run.config
-    noising = Noising(
-        dropout=config.caption_dropout,
-        strata=config.batch_size if config.diffusion.stratified else 1,
-        offset=config.diffusion.offset_noise,
-    )
+    config: LatentConfig = run.config
     if config.cache != "off":
-        training, held_out = (
-            cached(run, components, source, noising, inputs.buckets) for source in (inputs.source, inputs.held_out)
+        return (
+            cached(run, components, inputs.source, noising, inputs.buckets),
+            cached(run, components, inputs.held_out, held_out),
         )
-        return training, held_out
     draws = partial(
         LatentNoise,
         channels=components.autoencoder.latent_channels,
         factor=components.autoencoder.factor,
-        masks=config.task == "inpaint",
+        masks=components.task == "inpaint",
     )
     center = config.input.center_framing(config.input.resolution)
     return (
         inputs.images(config.input.framing(), config.seed, draws(noising)),
-        ImageDataset(inputs.held_out, center, config.seed, draws=draws(DEFAULT_NOISING)),
+        ImageDataset(inputs.held_out, center, config.seed, draws=draws(held_out)),
     )
 
 
 def cached(
-    run: Run[LdmConfig], components: Components, source: Source, noising: Noising, buckets: Buckets | None
+    run: Run[Any], components: Components, source: Source, noising: Noising, buckets: Buckets | None = None
 ) -> CachedDataset:
-    """Return the latents and text features of a source from the cache; compute and store those that are missing.
-
-    noising, buckets: used for the training split only.
-    """
-    config, autoencoder, text_encoder = run.config, components.autoencoder, components.text_encoder
-    training = source.split == "train"
-    if not training:
-        noising, buckets = DEFAULT_NOISING, None
+    """Return the latents and text features of a source from the cache; compute and store those that are missing."""
+    config: LatentConfig = run.config
+    autoencoder, text_encoder, training = components.autoencoder, components.text_encoder, source.split == "train"
     dtype: Stored = "float32" if config.precision == "fp32" else "float16"
     framing = config.input.framing() if training else config.input.center_framing(config.input.resolution)
     latents = LatentCache.open(
@@ -91,5 +83,5 @@ def cached(
         )
     if truncated.count > 1:
         run.print(f"{truncated.count:,} captions were truncated")
-    originals = Originals(source, framing, buckets) if config.task == "inpaint" else None
+    originals = Originals(source, framing, buckets) if components.task == "inpaint" else None
     return CachedDataset(latents, text, config.seed, noising, repeats=source.repeats, originals=originals)

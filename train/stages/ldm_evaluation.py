@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
-from train.config.ldm import LdmConfig
+from train.config.latent import LatentConfig
 from train.data.batches.images import ImageDataset, Inputs
 from train.data.order.permutation import choose
 from train.evaluation.diffusion import generate
@@ -24,10 +24,10 @@ class GeneratedImages:
     their own, so the training isn't changed.
     """
 
-    def __init__(self, config: LdmConfig, inputs: Inputs, device: torch.device) -> None:
+    def __init__(self, config: LatentConfig, inputs: Inputs, device: torch.device) -> None:
         """Raises UserError if the feature network can't be loaded, or if there are fewer than two held-out images."""
         self.config, self.held_out = config, inputs.held_out
-        name = config.evaluation_features or config.text_encoder or config.init
+        name = config.evaluation_features or config.own_features
         try:
             self.features = load_features(name).to(device)
         except UserError as error:

@@ -24,7 +24,7 @@ from ldm.networks.attention import use_attention
 from ldm.networks.backbone import Backbone
 from ldm.networks.unet import UNet, load_unet, require_same_shape
 from ldm.objective import Objective
-from ldm.task import context_channels
+from ldm.task import Task, context_channels
 from train.config.ldm import LdmConfig, UnetConfig
 from train.engine.changes import Saved
 from train.engine.folder import RunFolder
@@ -41,6 +41,9 @@ class Components:
     objective: Objective
     digests: Mapping[str, str]
     """Digests of the networks that were loaded, by option name."""
+    task: Task
+    process: Process
+    """Process that is saved with the model."""
     attention: str
     """Attention implementation in use: sdpa or xformers."""
     changes: tuple[str, ...]
@@ -83,7 +86,8 @@ def load_components(
     attention = backbone.set_attention(config.attention, DTYPES[config.precision])
     autoencoder.vae.to(device)
     text_encoder.to(device)
-    return Components(backbone, autoencoder, text_encoder, objective, digests, attention, changes)
+    process = config.diffusion.build_process()
+    return Components(backbone, autoencoder, text_encoder, objective, digests, config.task, process, attention, changes)
 
 
 class Init(Protocol):

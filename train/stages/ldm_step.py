@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class DiffusionBatch(Record):
     """Text features, (b, L, d)."""
     context: Tensor | None = None
     """Mask and latents of the masked image, (b, 1 + c, h, w), for a network that inpaints."""
+    scale: Tensor | None = None
+    """Guidance scales, (b,), for a network that reads them."""
 
 
 class Completion:
@@ -68,7 +70,8 @@ class Completion:
             mask = drawn.masks.mask
             masked_mean, masked_std = self._posterior(masked_image(part.pixels, mask))
             context = inpainting_context(mask, masked_mean + masked_std * drawn.masks.noise)
-        return DiffusionBatch(mean + std * drawn.posterior_noise, drawn.timestep, drawn.noise, condition, context)
+        x0 = mean + std * drawn.posterior_noise
+        return DiffusionBatch(x0, drawn.timestep, drawn.noise, condition, context, drawn.scale)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latents' mean and standard deviation, (b, c, h, w) each; computed in fp32 or bf16, never fp16."""
@@ -90,7 +93,27 @@ class Denoising:
     """Outputs of the network's submodules, by name."""
 
 
-class DiffusionLoss(nn.Module):
+class LossesOfExamples(Protocol):
+    """The losses of a batch, one number per example, (b,)."""
+
+    @property
+    def weighted(self) -> Tensor: ...
+
+    @property
+    def unweighted(self) -> Tensor: ...
+
+
+class Loss(nn.Module):
+    """A network and its loss; the phase's module, whose `forward` takes a DiffusionBatch and returns a StepOutput."""
+
+    importance: Importance | None = None
+
+    def losses(self, batch: DiffusionBatch) -> LossesOfExamples:
+        """Return the losses of each example."""
+        raise NotImplementedError
+
+
+class DiffusionLoss(Loss):
     """The network and its loss: the objective on noised latents, plus additional terms."""
 
     def __init__(self, backbone: Backbone, objective: Objective, terms: Sequence[Term[Denoising]] = ()) -> None:

@@ -45,6 +45,8 @@ class Noising(NamedTuple):
     offset: float = 0.0
     """Scale of the offset noise: one normal number per channel, added to the channel's noise. It teaches the network to
     shift an image's mean (Guttenberg 2023, "Diffusion with offset noise")."""
+    scales: tuple[float, float] | None = None
+    """Smallest and largest guidance scale, for a network that reads one; None: none are drawn."""
 
     def draw(
         self, seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], masks: DrawnMasks | None = None
@@ -59,7 +61,12 @@ class Noising(NamedTuple):
             posterior_noise=torch.from_numpy(normal(seed, Purpose.POSTERIOR, positions, shape)),
             dropped=torch.from_numpy(uniform(seed, Purpose.DROPOUT, positions) < self.dropout),
             masks=masks,
+            scale=None if self.scales is None else self._scale(seed, positions, *self.scales),
         )
+
+    @staticmethod
+    def _scale(seed: int, positions: NDArray[np.int64], low: float, high: float) -> Tensor:
+        return torch.from_numpy((low + (high - low) * uniform(seed, Purpose.GUIDANCE, positions)).astype(np.float32))
 
 
 DEFAULT_NOISING = Noising()

@@ -76,6 +76,8 @@ class DrawnNoise(Record):
     dropped: Tensor
     """Whether the condition is replaced by the null condition, (b,) bool."""
     masks: DrawnMasks | None = None
+    scale: Tensor | None = None
+    """Guidance scales, (b,), for a network that reads them."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

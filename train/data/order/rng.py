@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     MASK = 15
     MASKED = 16  # the posterior of a masked image
     LEVEL = 17  # here, a position is an image and a noise level (train/evaluation/losses.py)
+    GUIDANCE = 18
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:
