@@ -1,4 +1,4 @@
-"""Make a dataset of captioned images without a download."""
+"""Make a dataset of captioned images."""
 
 from train.commands.cli import make_dataset
 

@@ -496,7 +496,8 @@ def test_an_unknown_name_is_refused_with_the_names_of_the_stage(given: str) -> N
         parse(VaeConfig, [given])
     assert str(caught.value) == (
         f"{given!r}: no such file, and not the name of a configuration of this command; names: emoji/vae, "
-        "emoji128/vae, pictures/vae, sd15/vae, sd15/vae_ft_mse, sd15/vae_mosaic, shapes/vae, shapes128/vae"
+        "emoji128/vae, pictures/vae, sd15/vae, sd15/vae_ft_mse, sd15/vae_mosaic, shapes/vae, shapes128/vae, "
+        "styles/vae, styles128/vae"
     )
 
 

@@ -24,7 +24,7 @@ from train.config.shipped import shipped
 from train.config.vae import VaeConfig
 from train.engine.provenance import unfinished
 
-LARGE = ("emoji128", "shapes128")
+LARGE = ("emoji128", "shapes128", "styles128")
 RECIPES = [
     pytest.param(recipe.name, marks=[pytest.mark.slow] if recipe.name in LARGE else [])
     for recipe in sorted((ROOT / "configs").iterdir())

@@ -136,7 +136,7 @@ def evaluate() -> None:
         from train.evaluation.results import measure_lines
 
     report = evaluate(o)
-    _print_report(report, ("task", "vae", "latents", "alignment"))
+    _print_report(report, ("task", "vae", "latents", "alignment", "styles"))
     for line in measure_lines(report):
         print(line)
     print(f"written to {o.out}/report.html, {o.out}/report.json and {o.out}/samples.png")
@@ -220,7 +220,7 @@ def inspect_losses() -> None:
 
 @command
 def make_dataset() -> None:
-    """Make a dataset of captioned images without a download."""
+    """Make a dataset of captioned images."""
     from train.commands.make_dataset import make
 
     make(sys.argv[1:])

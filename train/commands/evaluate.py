@@ -16,6 +16,7 @@ from train.data.batches.images import ImageDataset
 from train.data.batches.records import ImageBatch
 from train.data.order.permutation import choose
 from train.data.store.atomic import write_text
+from train.data.synthetic.emoji_styles import ABOUT
 from train.data.synthetic.shapes import prompts
 from train.engine.open_data import open_inputs
 from train.engine.provenance import versions
@@ -27,6 +28,7 @@ from train.evaluation.quality import Evaluation, measure_generated
 from train.evaluation.report import Model, save_samples, standard_parts, write_report
 from train.evaluation.results import Part, lists
 from train.evaluation.sheets import in_rows, save_sheet, sheet
+from train.evaluation.styles import measure_styles
 from train.evaluation.sweep import sweep
 
 _LEVELS = 16  # noise levels of the curve of held-out errors
@@ -88,6 +90,9 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
         images = list(generate(pipe, captions, **sampling))
     parts: list[Part] = standard_parts(report, count)
     parts += measure_generated(evaluation) if o.samples else []
+    if (Path(o.data) / ABOUT).is_file():
+        report["styles"], styled = measure_styles(evaluation)
+        parts += styled
     if o.sweep.guidance or o.sweep.steps:
         parts += sweep(evaluation)
     losses = image_losses(pipe, batches(min(o.likelihoods, count)), levels=_LEVELS, seed=o.seed)

@@ -1,6 +1,8 @@
-"""Make a dataset of captioned images without a download."""
+"""Make a dataset of captioned images: rendered Shapes, or the emoji of a font or of several artists."""
 
+import importlib.util
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from pydantic import Field
 from ldm.errors import UserError
 from train.config.load import overlay, wrapped
 from train.data.synthetic.emoji import CLDR, FONT, Font, character_names, read_annotations, write_emoji
+from train.data.synthetic.emoji_sets import fetch, find_packages, read_names, read_sets
+from train.data.synthetic.emoji_styles import resvg, write_styles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,28 @@ class Emoji:
     """Seed of the random choice of test emoji, at least 0."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmojiStyles:
+    """The same emoji drawn by several artists, on white, with captions such as "red apple, noto style".
+
+    Pairs of a concept and an artist are held out (test), and concepts (concepts). Needs `pip install resvg_py`.
+    """
+
+    out: str = "data/styles"
+    """Output folder, which must be empty or not exist yet."""
+    size: int = 64
+    """Side of the square images in pixels, 16 to 512."""
+    packages: str = ""
+    """Folder of the packages with the drawings and names: .tgz files of `npm pack`, or node_modules.
+    Empty: npm fetches them, 40 MB."""
+    pair_fraction: float = 0.06
+    """Share of the pairs of a concept and an artist that are test images, 0.001 to 0.5."""
+    concept_fraction: float = 0.03
+    """Share of the concepts that are held out in all styles, 0.001 to 0.5."""
+    seed: int = 0
+    """Seed of the random choice of the held-out images, at least 0."""
+
+
 def make_shapes(o: Shapes) -> None:
     from train.data.synthetic.shapes import write_shapes
 
@@ -79,6 +105,36 @@ def make_emoji(o: Emoji) -> None:
     )
 
 
+def make_emoji_styles(o: EmojiStyles) -> None:
+    started = time.perf_counter()
+    if importlib.util.find_spec("resvg_py") is None:
+        raise UserError("emoji-styles are rendered by resvg, which isn't installed: run pip install resvg_py")
+    with tempfile.TemporaryDirectory(prefix="emoji-") as temporary:
+        if not o.packages:
+            fetch(Path(temporary))
+        packages = find_packages(Path(o.packages or temporary))
+        named = read_names(packages)
+        sets = read_sets(packages, named)
+    written = write_styles(
+        Path(o.out),
+        named,
+        sets,
+        resvg,
+        side=o.size,
+        pair_fraction=o.pair_fraction,
+        concept_fraction=o.concept_fraction,
+        seed=o.seed,
+    )
+    for style, reason in written.left_out.items():
+        print(f"warning: {style} is left out: {reason}", file=sys.stderr)
+    train, test, concepts = written.images.values()
+    print(
+        f"{o.out}: {train} training images, {test} of held-out pairs (test) and {concepts} of held-out concepts "
+        f"(concepts) of {o.size} × {o.size}, seed {o.seed}: written in {time.perf_counter() - started:.1f} s, "
+        f"{written.captions / (train + test + concepts):.2f} captions per image; licences: {o.out}/README.md"
+    )
+
+
 def make(arguments: list[str]) -> None:
     """Make the dataset that the first argument names, with the options that follow."""
     kind, *options = arguments or [""]
@@ -88,11 +144,13 @@ def make(arguments: list[str]) -> None:
             make_shapes(overlay(Shapes, Shapes(), options, usage=kind))
         case "emoji":
             make_emoji(overlay(Emoji, Emoji(), options, usage=kind))
+        case "emoji-styles":
+            make_emoji_styles(overlay(EmojiStyles, EmojiStyles(), options, usage=kind))
         case "--help" | "-h":
-            print(f"usage: {program} [-h] {{shapes,emoji}} [OPTIONS]\n\n{__doc__}\n")
-            for name, dataset in (("shapes", Shapes), ("emoji", Emoji)):
+            print(f"usage: {program} [-h] {{shapes,emoji,emoji-styles}} [OPTIONS]\n\n{__doc__}\n")
+            for name, dataset in (("shapes", Shapes), ("emoji", Emoji), ("emoji-styles", EmojiStyles)):
                 print(wrapped(f"{name}: {dataset.__doc__}"))
-            print(f"\n{program} shapes --help and {program} emoji --help list the options.")
+            print(f"\n{program} DATASET --help lists the options of a dataset, e.g. {program} shapes --help.")
         case _:
-            problem = f"{kind!r}: must be shapes or emoji" if kind else "the dataset is missing"
+            problem = f"{kind!r}: must be shapes, emoji or emoji-styles" if kind else "the dataset is missing"
             raise UserError(f"{problem}; give it as the first argument, e.g. {program} shapes --out data/shapes")

@@ -57,7 +57,8 @@ class EvaluateOptions(SamplingOptions):
     sweep: SweepOptions = field(default_factory=SweepOptions)
     """Comparison of guidance scales and numbers of steps."""
     prompts: Number = 256
-    """Number of prompts of each kind, seen and unseen in training, to measure prompt accuracy on Shapes."""
+    """Number of prompts of each kind, seen and unseen in training, to measure prompt accuracy on Shapes, and the
+    composition of concepts and styles on emoji-styles."""
     images: Number = 1000
     """Largest number of images whose reconstructions are measured. If there are more, --seed chooses them."""
     likelihoods: Number = 128

@@ -18,7 +18,7 @@ import sys
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -68,15 +68,20 @@ def read_annotations(path: Path) -> list[Named]:
                 names[text] = words
             else:
                 keywords[text] = words.split("|")
-    texts = names | keywords
-    captions = ((text, compose_captions(text, names.get(text, ""), keywords.get(text, ()))) for text in texts)
-    named = [Named(text, found) for text, found in captions if found]
+    named = name_emoji(names, keywords)
     if not named:
         raise UserError(
             f"--annotations: {path} contains no names; must contain elements like "
             '<annotation cp="😀" type="tts">grinning face</annotation>'
         )
     return named
+
+
+def name_emoji(names: Mapping[str, str], keywords: Mapping[str, Iterable[str]]) -> list[Named]:
+    """Return the emoji that have a caption, from names and keywords by emoji."""
+    texts = {**names, **keywords}
+    captions = ((text, compose_captions(text, names.get(text, ""), keywords.get(text, ()))) for text in texts)
+    return [Named(text, found) for text, found in captions if found]
 
 
 def character_names() -> list[Named]:
@@ -98,9 +103,9 @@ def compose_captions(text: str, name: str, keywords: Iterable[str]) -> tuple[str
     formal = unicodedata.name(text, "").lower() if len(text) == 1 else ""
     if not name or not {"black", "white"} & (set(formal.split()) - set(name.split())):
         found.append(formal)
-    words = () if _TONE.search(text) else _distinct(map(_clean, keywords))
+    words = () if _TONE.search(text) else merge_captions(map(_clean, keywords))
     found.append(", ".join(words) if len(words) > 1 else "")
-    return _distinct(found)
+    return merge_captions(found)
 
 
 def _natural_order(name: str) -> str:
@@ -121,7 +126,7 @@ def _clean(text: str) -> str:
     return "".join(c for c in spaced if c.isprintable())
 
 
-def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+def merge_captions(texts: Iterable[str]) -> tuple[str, ...]:
     """Return the texts that aren't empty, each once regardless of case."""
     kept: dict[str, str] = {}
     for text in texts:
@@ -287,7 +292,7 @@ def render_all(named: Iterable[Named], render: Render, side: int) -> list[Render
             file = io.BytesIO()
             image.resize((side, side), Image.Resampling.LANCZOS).save(file, "PNG")
             found[digest] = Rendered(text, file.getvalue())
-        found[digest].captions[:] = _distinct([*found[digest].captions, *captions])
+        found[digest].captions[:] = merge_captions([*found[digest].captions, *captions])
     return list(found.values())
 
 
@@ -315,9 +320,7 @@ def write_emoji(out: Path, named: list[Named], render: Render, side: int, test_f
     ):
         if not least <= value <= most:
             raise UserError(f"--{option} {value}: must be from {least} to {most}")
-    out = Path(os.path.realpath(out))  # a link is followed, because a folder can't replace it
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out}: must be a new or empty folder; choose another, or remove it")
+    out = require_new(out)
     images = render_all(tqdm(named, unit=" names", disable=None), render, side)
     test_bases = held_out((image.text for image in images), test_fraction, seed)
     parts = {
@@ -333,6 +336,14 @@ def write_emoji(out: Path, named: list[Named], render: Render, side: int, test_f
         for split, part in parts.items():
             _write_split(folder / split, part)
     return Written(len(parts["train"]), len(parts["test"]), sum(len(image.captions) for image in images))
+
+
+def require_new(out: Path) -> Path:
+    """Return the path without links, because a folder can't replace a link. Raises UserError if it isn't empty."""
+    out = Path(os.path.realpath(out))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out}: must be a new or empty folder; choose another, or remove it")
+    return out
 
 
 def _write_split(folder: Path, images: Iterable[Rendered]) -> None:
