@@ -1,6 +1,7 @@
 """Consistency models against diffusers: the sampler lcm, and a UNet that reads its guidance scale."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from ldm.consistency import boundary, guidance_embedding, solver_indices
 from ldm.denoiser import Denoiser
 from ldm.errors import UserError
+from ldm.formats.png import read_png
 from ldm.formats.scheduler_config import Process
 from ldm.guidance import Conditioned
 from ldm.model import warn_once
@@ -21,6 +23,11 @@ from ldm.spacing import make_plan
 from ldm.steps import sample
 from support.draws import draw, generators
 from support.models import PROMPTS, tiny_pipeline
+from train.commands.img2img import img2img
+from train.commands.inpaint import inpaint
+from train.commands.interpolate import interpolate
+from train.commands.txt2img import txt2img
+from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, Txt2ImgOptions
 
 
 @pytest.mark.parametrize(("T", "solver_steps"), [(1000, 50), (1000, 24), (90, 7)])
@@ -148,6 +155,30 @@ def test_image_to_image_is_that_of_stock_diffusers(distilled):
 def test_other_guidance_of_a_distilled_model_is_refused(distilled, setting, message):
     with pytest.raises(UserError, match=f"{message}: this model's guidance is distilled"):
         LatentDiffusionPipeline.from_pretrained(distilled)(PROMPTS[0], **setting)
+
+
+def test_commands_take_steps_and_sampler_from_the_model(distilled: Path, tmp_path: Path) -> None:
+    tiny_pipeline("eps").save_pretrained(tmp_path / "plain")
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "image.png")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "mask.png")
+    image = {"image": str(tmp_path / "image.png"), "mask": str(tmp_path / "mask.png")}
+    for model, own, few in ((tmp_path / "plain", "dpmpp_2m", 25), (distilled, "lcm", 4)):
+        how = {"model": str(model), "prompt": PROMPTS[0], "out": str(tmp_path / own), "optimize": "off"}
+        sde = "dpmpp_2m_sde" if own == "dpmpp_2m" else own
+        for paths, sampler, steps in (
+            (txt2img(Txt2ImgOptions(**how)), own, few),
+            (txt2img(Txt2ImgOptions(**how, sampler="ddim", steps=3)), "ddim", 3),
+            (img2img(Img2ImgOptions(**how, image=(image["image"],))), own, few),
+            (inpaint(InpaintOptions(**how, **image)), sde, few),
+        ):
+            (path,) = paths
+            assert {name: read_png(path)[name] for name in ("sampler", "steps")} == {"sampler": sampler, "steps": steps}
+    assert Txt2ImgOptions(sampler="lcm").for_sampler("dpmpp_2m").steps == 4
+    assert Txt2ImgOptions(sampler="ddim").for_sampler("lcm").steps == 25
+    with pytest.raises(UserError, match="a negative prompt: this model's guidance is distilled"):
+        list(txt2img(Txt2ImgOptions(**how, negative_prompt="blue")))
+    with pytest.raises(UserError, match="--sampler lcm: draws new noise at each step"):
+        list(interpolate(InterpolateOptions(**how, to_seed=3)))
 
 
 def test_the_sampler_of_consistency_models_warns_for_another_model(distilled, caplog):

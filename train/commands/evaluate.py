@@ -50,6 +50,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     if min(o.sweep.steps, default=1) < 1:
         raise UserError(f"--sweep.steps {min(o.sweep.steps)}: must be at least 1")
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
+    o = o.for_sampler(pipe.process.sampler)
     if o.optimize != "auto":
         pipe.optimize(o.optimize)
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor

@@ -227,8 +227,9 @@ class ImageGenerator:
         check_seed("--seed", o.seed, o.num_images)
         if not o.weak_model and o.weak_scale != type(o).weak_scale:
             raise UserError(f"--weak-scale {o.weak_scale:g}: has no effect without --weak-model; give both")
-        self.o, self.prompts, self.session = o, read_prompts(o), session
+        self.prompts, self.session = read_prompts(o), session
         self.pipe = session.load(o, o.model)
+        self.o = o = o.for_sampler(self.pipe.process.sampler)
         self.weak = session.load(o, o.weak_model) if o.weak_model else None
         if o.preview:
             # Raises UserError if the model has no preview.
@@ -298,7 +299,7 @@ class ImageGenerator:
     def _optimize(self, images: int) -> list[str]:
         """Choose an engine if it saves more time for so many images than compiling takes; return the chosen ones."""
         pipes = filter(None, (self.pipe, self.weak))
-        chosen = {pipe.optimize("auto", pipe.model.seconds(images, self.o.steps)) for pipe in pipes}
+        chosen = {pipe.optimize("auto", pipe.model.seconds(images, self.o.number_of_steps)) for pipe in pipes}
         return sorted(chosen - {"off"})
 
     def _saved(self, job: ImageJob, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from train.config.generation import Img2ImgOptions
 def img2img(o: Img2ImgOptions, session: Session = COMMAND_LINE) -> Iterator[Path]:
     """Generate and write the images, and yield the path of each one."""
     o = options_like(o)
-    steps_for_strength(o.strength, o.steps)  # raises UserError for a wrong strength, before any warning
+    steps_for_strength(o.strength, o.number_of_steps)  # raises UserError for a wrong strength, before any warning
     if not o.image:
         raise UserError("--image is missing: give one or more images to start from")
     stems = [slug(Path(path).stem) for path in o.image]

@@ -19,7 +19,7 @@ from train.config.generation import InpaintOptions
 def inpaint(o: InpaintOptions, session: Session = COMMAND_LINE) -> Iterator[Path]:
     """Generate and write the images, and yield the path of each one."""
     o = options_like(o)
-    steps_for_strength(o.strength, o.steps)  # raises UserError for a wrong strength, before any warning
+    steps_for_strength(o.strength, o.number_of_steps)  # raises UserError for a wrong strength, before any warning
     image = open_image(o.image, "--image")
     if not o.mask and not any(o.extend):
         raise UserError("--mask is missing: give an image that is white in the area to inpaint; or give --extend")

@@ -47,12 +47,14 @@ class Interpolation:
             raise UserError(f"--fps {o.fps}: must be 1 to 50")
         for option, seed in zip(("--seed", "--to-seed"), self.seeds, strict=True):
             check_seed(option, seed)
-        if make_sampler(o.sampler, o.eta).draws_noise and self.seeds[0] != self.seeds[1]:
+        self.session, self.pipe = session, session.load(o, o.model)
+        self.o = o = o.for_sampler(self.pipe.process.sampler)
+        sampler = o.sampler or self.pipe.process.sampler
+        if make_sampler(sampler, o.eta).draws_noise and self.seeds[0] != self.seeds[1]:
             raise UserError(
-                f"--sampler {o.sampler}: draws new noise at each step, which can't be interpolated between seeds; use "
+                f"--sampler {sampler}: draws new noise at each step, which can't be interpolated between seeds; use "
                 "e.g. dpmpp_2m"
             )
-        self.o, self.session, self.pipe = o, session, session.load(o, o.model)
         own = ("to", "to_seed", "frames", "fps", "loop")  # saved in another form, see `frame_metadata`
         self.metadata = {name: value for name, value in settings(o).items() if name not in own}
         # Encoded separately, as in txt2img.py.

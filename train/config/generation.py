@@ -1,7 +1,7 @@
 """The options of the commands that generate images."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
 
@@ -136,8 +136,9 @@ class InterpolateOptions(ModelOptions):
 class InpaintOptions(EditOptions):
     """Inpaint the masked part of an image, or extend it beyond its borders; all other pixels stay exactly the same."""
 
-    sampler: SamplerKind = "dpmpp_2m_sde"
-    """Sampler; samplers that draw noise at each step match the new part to its surroundings better."""
+    sampler: SamplerKind | None = None
+    """Sampler; samplers that draw noise at each step match the new part to its surroundings better.
+    None: lcm for a consistency model, and dpmpp_2m_sde for all others."""
     image: str = ""
     """Image file to inpaint, of any size. Required."""
     mask: str = ""
@@ -149,3 +150,6 @@ class InpaintOptions(EditOptions):
     """Approximate width, in pixels, over which the mask's edge is softened on both sides; 0: not softened."""
     extend: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (0, 0, 0, 0)
     """Number of pixels to add beyond each border (outpainting)."""
+
+    def for_sampler(self, own: SamplerKind) -> Self:
+        return super().for_sampler("dpmpp_2m_sde" if own == "dpmpp_2m" else own)

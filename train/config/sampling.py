@@ -1,7 +1,7 @@
 """The sampling options of the command line."""
 
-from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from dataclasses import dataclass, replace
+from typing import Annotated, Self, TypedDict
 
 import tyro
 
@@ -17,7 +17,7 @@ class Sampling(TypedDict):
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
     dynamic_threshold: tuple[float, float] | None
-    sampler: SamplerKind
+    sampler: SamplerKind | None
     spacing: Spacing | None
     eta: float
 
@@ -26,8 +26,8 @@ class Sampling(TypedDict):
 class SamplingOptions:
     """Sampling options shared by all commands that generate images."""
 
-    steps: int = 25
-    """Number of sampler steps."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Number of sampler steps. None: 25, or 4 with sampler lcm."""
     guidance_scale: float = 3.0
     """Guidance scale: 1 is no guidance; larger values follow the prompt more closely."""
     guidance_rescale: float = 0.0
@@ -39,8 +39,9 @@ class SamplingOptions:
     """Limit of the latents' values, e.g. 0.995 3, against the oversaturation that a large guidance scale causes.
     If less than SHARE of an image's values is within LIMIT, all are clipped and scaled (Saharia et al. 2022).
     None: no limit."""
-    sampler: SamplerKind = "dpmpp_2m"
-    """Sampler; docs/mathematics.md describes the samplers and compares the number of steps that they need."""
+    sampler: SamplerKind | None = None
+    """Sampler; docs/mathematics.md describes the samplers and compares the number of steps that they need.
+    None: the model's own, lcm for a consistency model and dpmpp_2m for all others."""
     spacing: Spacing | None = None
     """Spacing of the steps over the noise levels (Lin et al. 2024; Karras et al. 2022). None: the model's own.
     With linspace, ddim leaves noise in the image.
@@ -48,10 +49,20 @@ class SamplingOptions:
     eta: float = 0.0
     """Amount of noise that ddim adds at each step, 0 (none) to 1 (as much as ddpm)."""
 
+    @property
+    def number_of_steps(self) -> int:
+        """Number of sampler steps, given or not."""
+        return self.steps if self.steps is not None else 4 if self.sampler == "lcm" else 25
+
+    def for_sampler(self, own: SamplerKind) -> Self:
+        """Return the options with a sampler and a number of steps. own: the sampler of the model."""
+        chosen = replace(self, sampler=self.sampler or own)
+        return replace(chosen, steps=chosen.number_of_steps)
+
     def sampling(self) -> Sampling:
         """Return the options as arguments of the pipeline."""
         return Sampling(
-            num_inference_steps=self.steps,
+            num_inference_steps=self.number_of_steps,
             guidance_scale=self.guidance_scale,
             guidance_rescale=self.guidance_rescale,
             guidance_interval=self.guidance_interval,

@@ -78,7 +78,7 @@ def text_encoder_of(model: str) -> str:
     try:
         stored = folder.with_name("config.yaml")  # training.json has no absolute paths
         config = read_yaml(stored) if stored.is_file() else read_json(folder / _FILE)["config"]
-        return str(config["text_encoder"])
+        return text_encoder_of(str(config["teacher"])) if "teacher" in config else str(config["text_encoder"])
     except (OSError, ValueError, TypeError, KeyError, UserError):
         return ""
 

@@ -42,7 +42,7 @@ def sweep(e: Evaluation) -> list[Part]:
     reference = min(o.images, len(e.source))
     real = e.features(e.networks[:1], (batch.pixels for batch in e.batches(e.source, reference)))
     texts = [text.all(captions, o.batch_size) for text in e.texts[:1] if text is not None]
-    scales, steps = options.guidance or (o.guidance_scale,), options.steps or (o.steps,)
+    scales, steps = options.guidance or (o.guidance_scale,), options.steps or (o.number_of_steps,)
     cells = {
         (scale, count): _cell(e, captions, scenes, real, texts, scale, count) for count, scale in product(steps, scales)
     }

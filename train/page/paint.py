@@ -51,7 +51,7 @@ class Form:
                 self.steps = gr.Number(25, label="Steps", precision=0, minimum=1, maximum=1000, min_width=90)
                 self.guidance_scale = gr.Number(3.0, label="Guidance", minimum=0, step=0.5, min_width=90)
                 self.sampler = gr.Dropdown(
-                    list(get_args(SamplerKind)), value=Txt2ImgOptions.sampler, label="Sampler", min_width=140
+                    list(get_args(SamplerKind)), value="dpmpp_2m", label="Sampler", min_width=140
                 )
             with gr.Row():
                 self.seed = gr.Number(-1, label="Seed (−1: any)", precision=0, minimum=-1, min_width=100)

@@ -87,7 +87,7 @@ def options(kind: type[Options], page: Page, values: Mapping[str, Any]) -> Optio
             _require_upload(page.places, given[name])
     o = validate(kind, {**given, "model": str(model), "out": str(out), "device": page.device})
     if isinstance(o, Img2ImgOptions | InpaintOptions):
-        steps_for_strength(o.strength, o.steps)
+        steps_for_strength(o.strength, o.number_of_steps)
     return o
 
 
@@ -122,8 +122,12 @@ def _steps(o: ModelOptions) -> int:
     """Return the number of steps of all batches."""
     if isinstance(o, InterpolateOptions):
         between = max(0, (o.frames - 1) * max(1, len(o.to)) - 1)
-        return o.steps * (2 + math.ceil(between / o.batch_size))
-    steps = steps_for_strength(o.strength, o.steps) if isinstance(o, Img2ImgOptions | InpaintOptions) else o.steps
+        return o.number_of_steps * (2 + math.ceil(between / o.batch_size))
+    steps = (
+        steps_for_strength(o.strength, o.number_of_steps)
+        if isinstance(o, Img2ImgOptions | InpaintOptions)
+        else o.number_of_steps
+    )
     return max(1, steps) * math.ceil(getattr(o, "num_images", 1) / o.batch_size)
 
 
