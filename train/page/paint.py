@@ -92,7 +92,7 @@ def tab(page: Page) -> None:
                     text = gr.Button("Generate", variant="primary", elem_id="generate-text")
                 with gr.Tab("Image to image", id=_IMAGE):
                     image, strength, edit = _image_tab()
-                with gr.Tab("Inpaint", id=_INPAINT):
+                with gr.Tab("Inpaint", id=_INPAINT, render_children=True):
                     canvas = _InpaintTab()
                 with gr.Tab("Grid", id=_GRID):
                     axes, grid = _grid_tab()
@@ -126,16 +126,16 @@ def tab(page: Page) -> None:
     use.click(plain(painter.use), [shown.chosen], everything, api_name="use")
     dropped.upload(plain(painter.drop), [dropped], everything, api_name="drop")
     to_image.click(plain(painter.to_image), [shown.chosen], [image, modes], api_name="send_to_image")
-    to_inpaint.click(
-        plain(painter.to_inpaint),
-        [shown.chosen],
-        [canvas.canvas, canvas.scale, modes],
-        api_name="send_to_inpaint",
+    # The editor must be visible before it can show an image.
+    to_inpaint.click(lambda: gr.Tabs(selected=_INPAINT), None, [modes], api_visibility="private").then(
+        plain(painter.to_inpaint), [shown.chosen], [canvas.canvas, canvas.scale], api_name="send_to_inpaint"
     )
 
 
 def _image_tab() -> tuple[Picture, gr.Slider, gr.Button]:
-    image = Picture(label="Image to start from", height=300, elem_id="start-image")
+    image = Picture(
+        label="Image to start from", height=300, sources=["upload", "clipboard"], format="png", elem_id="start-image"
+    )
     strength = gr.Slider(0, 1, 0.8, step=0.05, label="Strength: 0 keeps the image, 1 keeps only its size")
     return image, strength, gr.Button("Generate", variant="primary", elem_id="generate-image")
 
@@ -150,6 +150,9 @@ class _InpaintTab:
             brush=brush,
             transforms=(),
             layers=False,
+            sources=["upload", "clipboard"],
+            image_mode="RGBA",
+            format="png",
             canvas_size=(_EDITOR_SIDE, _EDITOR_SIDE),
             height=560,
             elem_id="canvas",
@@ -281,12 +284,12 @@ class Painter:
         """Return the chosen image, for the tab that starts from an image."""
         return str(self._png(chosen)), gr.Tabs(selected=_IMAGE)
 
-    def to_inpaint(self, chosen: Any) -> tuple[Any, int, Any]:
+    def to_inpaint(self, chosen: Any) -> tuple[Any, int]:
         """Return the chosen image enlarged, so that one can draw on it, and by how much."""
         image = read_image(str(self._png(chosen)))
         scale = max(1, math.floor(_EDITOR_SIDE / max(image.size)))
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        return {"background": image, "layers": [], "composite": None}, scale, gr.Tabs(selected=_INPAINT)
+        return {"background": image, "layers": [], "composite": None}, scale
 
     def _submit(self, what: str, kind: type[ModelOptions], values: dict[str, Any]) -> str:
         o = painting.options(kind, self.page, values)

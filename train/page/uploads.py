@@ -31,12 +31,12 @@ setattr(component_meta, "create_or_modify_pyi", lambda *_: None)  # noqa: B010
 
 
 class Picture(gr.Image):
-    """Field for an image; its value is an RGB image."""
+    """Field for an image; its value is an RGB image.
+
+    Without an `__init__` of its own, because gradio looks at its parameters.
+    """
 
     is_template = True
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(type="filepath", format="png", sources=["upload", "clipboard"], **options)
 
     @plain
     def preprocess(self, payload: ImageData | None) -> Any:
@@ -48,9 +48,6 @@ class Canvas(gr.ImageEditor):
     """Field to draw on an image; its value has the RGB image and the drawn layers, RGBA."""
 
     is_template = True
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(type="pil", image_mode="RGBA", format="png", sources=["upload", "clipboard"], **options)
 
     @plain
     def preprocess(self, payload: EditorData | None) -> Any:
