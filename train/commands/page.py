@@ -13,7 +13,7 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
     """Serve the page until it is interrupted. started: called with the address once it answers."""
-    auth = _check(o)
+    auth = check(o)
     from train.page.server import Address, isolate, start  # gradio is an extra
 
     isolate(Path(o.out))
@@ -33,7 +33,7 @@ def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
         blocks.close(verbose=False)
 
 
-def _check(o: PageOptions) -> tuple[str, str] | None:
+def check(o: PageOptions) -> tuple[str, str] | None:
     """Return the name and password. Raises UserError for options that don't fit together."""
     if find_spec("gradio") is None:
         raise UserError('the page needs the package gradio: pip install "ldm[page]"')

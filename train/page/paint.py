@@ -102,7 +102,7 @@ def tab(page: Page) -> None:
             shown = view(page, form.model)
             buttons = _gallery_buttons()
             dropped = gr.File(
-                label="Drop a PNG of this project here to use its settings", height=120, elem_id="dropped"
+                label="Drop a PNG of this project here to use its settings", height=150, elem_id="dropped"
             )
 
     def on(button: gr.Button, name: str, handler: Callable[..., Any], own: list[Any]) -> None:
@@ -123,12 +123,20 @@ def tab(page: Page) -> None:
         api_name="again",
         show_progress="hidden",
     )
-    use.click(plain(painter.use), [shown.chosen], everything, api_name="use")
-    dropped.upload(plain(painter.drop), [dropped], everything, api_name="drop")
-    to_image.click(plain(painter.to_image), [shown.chosen], [image, modes], api_name="send_to_image")
+    use.click(plain(painter.use), [shown.chosen], everything, api_name="use", show_progress="hidden")
+    dropped.upload(plain(painter.drop), [dropped], everything, api_name="drop", show_progress="hidden")
+    to_image.click(
+        plain(painter.to_image), [shown.chosen], [image, modes], api_name="send_to_image", show_progress="hidden"
+    )
     # The editor must be visible before it can show an image.
-    to_inpaint.click(lambda: gr.Tabs(selected=_INPAINT), None, [modes], api_visibility="private").then(
-        plain(painter.to_inpaint), [shown.chosen], [canvas.canvas, canvas.scale], api_name="send_to_inpaint"
+    to_inpaint.click(
+        lambda: gr.Tabs(selected=_INPAINT), None, [modes], api_visibility="private", show_progress="hidden"
+    ).then(
+        plain(painter.to_inpaint),
+        [shown.chosen],
+        [canvas.canvas, canvas.scale],
+        api_name="send_to_inpaint",
+        show_progress="hidden",
     )
 
 
@@ -293,7 +301,7 @@ class Painter:
 
     def _submit(self, what: str, kind: type[ModelOptions], values: dict[str, Any]) -> str:
         o = painting.options(kind, self.page, values)
-        title = f"{what}: {o.prompt[:60]}"
+        title = f"{what}: {o.prompt[:60]}" if o.prompt else what
         job = painting.submit(self.page, title, lambda job: painting.generate(o, job, self.page))
         return _submitted(title, job.id)
 

@@ -24,6 +24,8 @@ _POLICY = (
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 """What browsers may load for the page: only what this server sends. gradio itself needs inline scripts."""
+_STYLE = "#start-image img { width: 100%; height: 100%; object-fit: contain }"
+"""Small images are enlarged."""
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
@@ -127,6 +129,7 @@ def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
         auth=address.auth,
         share=address.share,
         theme=THEME,
+        css=_STYLE,
         prevent_thread_lock=True,
         quiet=True,
         footer_links=[],

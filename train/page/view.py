@@ -56,7 +56,7 @@ def view(page: Page, model: gr.Dropdown) -> View:
         buttons=["copy"],
         elem_id="settings",
     )
-    note = gr.Textbox(show_label=False, interactive=False, max_lines=2, elem_id="note", placeholder="")
+    note = gr.Textbox(show_label=False, interactive=False, max_lines=2, elem_id="note", visible=False)
     names, chosen, seen = gr.State([]), gr.State(""), gr.State(None)
 
     @plain

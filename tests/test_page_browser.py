@@ -1,0 +1,346 @@
+"""The web page in a real browser, headless Chromium: every feature by clicks, and no request leaves the machine.
+
+SHOTS=FOLDER keeps the screenshots.
+"""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, expect, sync_playwright
+from playwright.sync_api import Page as Tab
+
+from ldm.formats.png import read_png
+from support.page import Served, serving
+
+pytestmark = pytest.mark.slow
+SECONDS = 60_000  # milliseconds
+MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script> ${1+1} {{ 1+1 }}"
+
+
+class Shown(NamedTuple):
+    """A browser's tab with the page, and what it has requested and reported."""
+
+    tab: Tab
+    requests: list[str]
+    errors: list[str]
+
+    def button(self, id: str) -> Locator:
+        return self.tab.locator(f"#{id}")
+
+    def mode(self, name: str) -> None:
+        self.tab.get_by_role("tab", name=name, exact=True).click()
+
+    def fill(self, label: str, value: object) -> None:
+        field = self.tab.get_by_label(label, exact=True).locator("visible=true").first
+        field.fill(str(value))
+        field.blur()
+
+    def choose(self, k: int) -> None:
+        """Choose an image of the gallery."""
+        thumbnail = self.tab.locator("#gallery .thumbnail-item").nth(k)
+        expect(thumbnail).to_be_visible(timeout=SECONDS)
+        thumbnail.click()
+        expect(self.tab.locator("#settings textarea")).to_have_value(re.compile("Steps: "))
+
+    def to_inpaint(self) -> None:
+        """Send the chosen image to the editor, and wait until it is there."""
+        self.button("to-inpaint").click()
+        expect(self.tab.locator("#canvas canvas").first).to_be_visible(timeout=SECONDS)
+        expect(self.tab.locator("#canvas").get_by_text("Upload an image")).to_be_hidden(timeout=SECONDS)
+        self.tab.wait_for_timeout(2000)
+
+    def settings(self) -> str:
+        return self.tab.locator("#settings textarea").input_value()
+
+    def shoot(self, name: str) -> None:
+        if folder := os.environ.get("SHOTS"):
+            Path(folder).mkdir(exist_ok=True)
+            self.tab.wait_for_timeout(700)
+            self.tab.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("page")) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "these tests need Chromium, e.g. apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def open_page(browser: Browser, served: Served) -> Shown:
+    tab = browser.new_page(viewport={"width": 1400, "height": 1100})
+    tab.set_default_timeout(SECONDS)
+    shown = Shown(tab, [], [])
+    tab.on("request", lambda request: shown.requests.append(request.url))
+    tab.on("pageerror", lambda error: shown.errors.append(str(error)))
+    tab.goto(served.url)
+    expect(shown.button("generate-text")).to_be_visible(timeout=SECONDS)
+    return shown
+
+
+@pytest.fixture
+def shown(browser: Browser, served: Served) -> Iterator[Shown]:
+    shown = open_page(browser, served)
+    yield shown
+    shown.tab.close()
+    outside = [url for url in shown.requests if not url.startswith((served.url, "data:", "blob:"))]
+    assert outside == []
+    assert shown.errors == []
+
+
+def newest_job(served: Served):
+    return served.page.jobs.all()[0]
+
+
+def done(served: Served, count: int) -> list[Path]:
+    """Wait until job number `count` is done; return its files."""
+    deadline = time.monotonic() + 60
+    while not ((jobs := served.page.jobs.all()) and jobs[0].id >= count and jobs[0].finished):
+        assert time.monotonic() < deadline, jobs
+        time.sleep(0.05)
+    job = newest_job(served)
+    assert job.state == "done", job
+    return [served.page.places.out / name for name in job.result]
+
+
+def after(served: Served) -> int:
+    """Number of the next job."""
+    jobs = served.page.jobs.all()
+    return jobs[0].id + 1 if jobs else 1
+
+
+def test_an_image_from_text_with_its_settings(shown: Shown, served: Served) -> None:
+    number = after(served)
+    shown.fill("Prompt", "a small red star")
+    shown.fill("Steps", 5)
+    shown.fill("Seed (−1: any)", 7)
+    shown.fill("Number", 2)
+    shown.button("generate-text").click()
+    first, second = done(served, number)
+    assert [read_png(path)["seed"] for path in (first, second)] == [7, 8]
+    assert read_png(first)["steps"] == 5
+    shown.choose(1)
+    assert shown.settings().startswith("a small red star\nSteps: 5")
+    shown.shoot("text")
+
+
+def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> None:
+    shown.fill("Seed (−1: any)", 1)
+    shown.fill("Number", 1)
+    shown.fill("Steps", 3)
+    files = []
+    for name in ("small", "other"):
+        number = after(served)
+        field = shown.tab.get_by_label("Model", exact=True).locator("visible=true").first
+        field.click()
+        shown.tab.get_by_role("option", name=name, exact=True).click()
+        shown.button("generate-text").click()
+        files += done(served, number)
+    small, other = (np.asarray(Image.open(path)) for path in files)
+    assert (small != other).any()
+
+
+def test_preview_cancel_and_a_reload_in_the_middle(shown: Shown, browser: Browser, served: Served) -> None:
+    shown.fill("Prompt", "a large blue circle")
+    shown.fill("Steps", 1000)
+    shown.fill("Number", 8)
+    number = after(served)
+    shown.button("generate-text").click()
+    expect(shown.tab.locator("#status img")).to_be_visible(timeout=SECONDS)  # the preview
+    shown.shoot("preview")
+    shown.tab.reload()
+    expect(shown.tab.locator("#status")).to_contain_text(f"job {number}, running", timeout=SECONDS)
+    second = open_page(browser, served)  # sees the same job
+    expect(second.tab.locator("#status")).to_contain_text(f"job {number}, running")
+    second.button("cancel").click()
+    expect(shown.tab.locator("#status")).to_contain_text(f"job {number}, cancelled")
+    second.tab.close()
+    assert newest_job(served).result == []
+
+
+def test_image_to_image_from_the_gallery_and_from_an_upload(shown: Shown, served: Served, tmp_path: Path) -> None:
+    shown.fill("Steps", 4)
+    shown.fill("Number", 1)
+    shown.choose(0)
+    shown.button("to-image").click()
+    expect(shown.tab.locator("#start-image img")).to_be_visible()
+    number = after(served)
+    shown.button("generate-image").click()
+    (path,) = done(served, number)
+    assert read_png(path)["strength"] == 0.8
+    shown.shoot("image")
+    Image.effect_noise((40, 56), 90).convert("RGB").save(tmp_path / "noise.jpg")
+    shown.tab.locator("#start-image button[aria-label*='emove'], #start-image button[aria-label*='lear']").first.click()
+    shown.tab.locator("#start-image input[type=file]").set_input_files(tmp_path / "noise.jpg")
+    expect(shown.tab.locator("#start-image img")).to_be_visible()
+    number = after(served)
+    shown.button("generate-image").click()
+    (path,) = done(served, number)
+    assert Image.open(path).size == (40, 56)
+
+
+def drag(shown: Shown, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw on the canvas with the mouse; positions are shares of its width and height."""
+    box = shown.tab.locator("#canvas canvas").first.bounding_box()
+    assert box
+    points = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (start, end)]
+    mouse = shown.tab.mouse
+    mouse.move(*points[0])
+    mouse.down()
+    mouse.move(*points[1], steps=15)
+    mouse.up()
+
+
+def test_a_mask_drawn_with_the_mouse_is_inpainted(shown: Shown, served: Served) -> None:
+    shown.fill("Prompt", "a small red star")
+    shown.fill("Steps", 4)
+    shown.fill("Number", 1)
+    shown.choose(0)
+    shown.to_inpaint()
+    shown.shoot("canvas")
+    drag(shown, (0.4, 0.4), (0.6, 0.4))
+    shown.shoot("drawn")
+    number = after(served)
+    shown.button("generate-inpaint").click()
+    (path,) = done(served, number)
+    settings = read_png(path)
+    mask, given, made = (np.asarray(Image.open(p).convert("RGB")) for p in (settings["mask"], settings["image"], path))
+    white = mask[..., 0] == 255
+    assert 0 < white.mean() < 0.5
+    assert (made[~white] == given[~white]).all()
+    assert (made[white] != given[white]).any()
+
+
+def test_an_image_is_extended(shown: Shown, served: Served) -> None:
+    shown.fill("Steps", 4)
+    shown.fill("Number", 1)
+    shown.choose(0)
+    shown.to_inpaint()
+    shown.fill("right", 8)
+    number = after(served)
+    shown.button("generate-inpaint").click()
+    (path,) = done(served, number)
+    given = np.asarray(Image.open(read_png(path)["image"]))
+    made = np.asarray(Image.open(path))
+    assert made.shape == (given.shape[0], given.shape[1] + 8, 3)
+    assert (made[:, :-8] == given).all()
+
+
+def test_again_with_this_seed_and_use_its_settings(shown: Shown, served: Served) -> None:
+    shown.choose(0)
+    name = re.search(r"Seed: (\d+)", shown.settings())
+    assert name
+    shown.fill("Prompt", "a blue square")
+    shown.fill("Steps", 3)
+    number = after(served)
+    shown.button("again").click()
+    (path,) = done(served, number)
+    assert read_png(path)["seed"] == int(name[1])
+    assert read_png(path)["prompt"] == "a blue square"
+    shown.fill("Prompt", "")
+    shown.tab.wait_for_timeout(1500)
+    shown.choose(0)
+    shown.button("use").click()
+    expect(shown.tab.get_by_label("Prompt", exact=True).first).to_have_value("a blue square")
+
+
+def test_a_dropped_png_repeats_its_image(shown: Shown, served: Served) -> None:
+    number = after(served)
+    shown.fill("Prompt", "a green square")
+    shown.fill("Steps", 6)
+    shown.fill("Seed (−1: any)", 5)
+    shown.fill("Number", 1)
+    shown.button("generate-text").click()
+    (path,) = done(served, number)
+    shown.tab.reload()
+    expect(shown.button("generate-text")).to_be_visible()
+    shown.tab.locator("#dropped input[type=file]").set_input_files(path)
+    expect(shown.tab.get_by_label("Prompt", exact=True).first).to_have_value("a green square")
+    shown.shoot("dropped")
+    content = path.read_bytes()
+    path.unlink()
+    number = after(served)
+    shown.button("generate-text").click()
+    (again,) = done(served, number)
+    assert again.read_bytes() == content
+
+
+def test_a_grid_of_two_settings(shown: Shown, served: Served) -> None:
+    shown.fill("Prompt", "a small red star")
+    shown.mode("Grid")
+    shown.tab.get_by_label("Values", exact=True).nth(0).fill("2, 4-6 (+2)")
+    shown.tab.get_by_label("Values", exact=True).nth(1).fill("1, 3")
+    number = after(served)
+    shown.button("generate-grid").click()
+    *cells, sheet = done(served, number)
+    assert [(read_png(p)["steps"], read_png(p)["guidance_scale"]) for p in cells] == [
+        (steps, guidance) for guidance in (1, 3) for steps in (2, 4, 6)
+    ]
+    assert read_png(sheet)["grid"] == {"Steps": ["2", "4", "6"], "Guidance": ["1", "3"]}
+    shown.choose(0)
+    shown.shoot("grid")
+
+
+def test_an_animation(shown: Shown, served: Served) -> None:
+    shown.fill("Prompt", "a small red star")
+    shown.fill("Steps", 2)
+    shown.mode("Animation")
+    shown.fill("Prompts to change to, one per line", "a large blue square")
+    shown.fill("Frames per prompt", 5)
+    number = after(served)
+    shown.button("generate-gif").click()
+    *frames, animation = done(served, number)
+    assert len(frames) == 5
+    with Image.open(animation) as image:
+        assert (image.format, image.n_frames) == ("GIF", 5)
+    shown.tab.wait_for_timeout(1500)
+    shown.choose(0)
+    shown.shoot("animation")
+
+
+def test_markup_in_a_prompt_is_text(shown: Shown, served: Served, tmp_path: Path) -> None:
+    number = after(served)
+    shown.fill("Prompt", MARKUP)
+    shown.fill("Steps", 2)
+    shown.fill("Number", 1)
+    shown.button("generate-text").click()
+    done(served, number)
+    expect(shown.tab.locator("#status")).to_contain_text("<img src=x")
+    shown.tab.wait_for_timeout(1500)
+    shown.choose(0)
+    assert shown.settings().startswith(MARKUP)
+    named = tmp_path / "<img src=x onerror=document.title='run'>.png"
+    named.write_bytes(b"not an image")
+    shown.tab.locator("#dropped input[type=file]").set_input_files(named)
+    expect(shown.tab.locator(".toast-body")).to_be_visible()
+    shown.shoot("markup")
+    assert shown.tab.title() != "run"
+
+
+def test_an_error_is_one_line(shown: Shown, served: Served) -> None:
+    shown.fill("Prompt", "a star")
+    shown.fill("Width (0: own)", 33)
+    number = after(served)
+    shown.button("generate-text").click()
+    expect(shown.tab.locator("#status")).to_contain_text(f"job {number}, failed")
+    expect(shown.tab.locator("#status")).to_contain_text("must be positive multiples")
+    shown.mode("Inpaint")
+    shown.button("generate-inpaint").click()
+    expect(shown.tab.locator(".toast-body")).to_contain_text("give an image to inpaint")
+    shown.shoot("error")
