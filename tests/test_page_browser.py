@@ -19,6 +19,8 @@ from playwright.sync_api import Page as Tab
 
 from ldm.formats.png import read_png
 from support.page import Served, serving
+from train.config.generation import Txt2ImgOptions
+from train.page import painting
 
 pytestmark = pytest.mark.slow
 SECONDS = 60_000  # milliseconds
@@ -70,6 +72,10 @@ class Shown(NamedTuple):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(tmp_path_factory.mktemp("page")) as served:
+        values = {"model": "small", "prompt": "a small red star", "steps": 2, "num_images": 2, "seed": 0}
+        o = painting.options(Txt2ImgOptions, served.page, values)
+        painting.submit(served.page, "first", lambda job: painting.generate(o, job, served.page))
+        done(served, 1)
         yield served
 
 
@@ -128,7 +134,7 @@ def after(served: Served) -> int:
 def test_an_image_from_text_with_its_settings(shown: Shown, served: Served) -> None:
     number = after(served)
     shown.fill("Prompt", "a small red star")
-    shown.fill("Steps", 5)
+    shown.fill("Steps (0: own)", 5)
     shown.fill("Seed (−1: any)", 7)
     shown.fill("Number", 2)
     shown.button("generate-text").click()
@@ -143,7 +149,7 @@ def test_an_image_from_text_with_its_settings(shown: Shown, served: Served) -> N
 def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> None:
     shown.fill("Seed (−1: any)", 1)
     shown.fill("Number", 1)
-    shown.fill("Steps", 3)
+    shown.fill("Steps (0: own)", 3)
     files = []
     for name in ("small", "other"):
         number = after(served)
@@ -158,7 +164,7 @@ def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> 
 
 def test_preview_cancel_and_a_reload_in_the_middle(shown: Shown, browser: Browser, served: Served) -> None:
     shown.fill("Prompt", "a large blue circle")
-    shown.fill("Steps", 1000)
+    shown.fill("Steps (0: own)", 1000)
     shown.fill("Number", 8)
     number = after(served)
     shown.button("generate-text").click()
@@ -175,7 +181,7 @@ def test_preview_cancel_and_a_reload_in_the_middle(shown: Shown, browser: Browse
 
 
 def test_image_to_image_from_the_gallery_and_from_an_upload(shown: Shown, served: Served, tmp_path: Path) -> None:
-    shown.fill("Steps", 4)
+    shown.fill("Steps (0: own)", 4)
     shown.fill("Number", 1)
     shown.choose(0)
     shown.button("to-image").click()
@@ -209,7 +215,7 @@ def drag(shown: Shown, start: tuple[float, float], end: tuple[float, float]) -> 
 
 def test_a_mask_drawn_with_the_mouse_is_inpainted(shown: Shown, served: Served) -> None:
     shown.fill("Prompt", "a small red star")
-    shown.fill("Steps", 4)
+    shown.fill("Steps (0: own)", 4)
     shown.fill("Number", 1)
     shown.choose(0)
     shown.to_inpaint()
@@ -228,7 +234,7 @@ def test_a_mask_drawn_with_the_mouse_is_inpainted(shown: Shown, served: Served) 
 
 
 def test_an_image_is_extended(shown: Shown, served: Served) -> None:
-    shown.fill("Steps", 4)
+    shown.fill("Steps (0: own)", 4)
     shown.fill("Number", 1)
     shown.choose(0)
     shown.to_inpaint()
@@ -247,7 +253,7 @@ def test_again_with_this_seed_and_use_its_settings(shown: Shown, served: Served)
     name = re.search(r"Seed: (\d+)", shown.settings())
     assert name
     shown.fill("Prompt", "a blue square")
-    shown.fill("Steps", 3)
+    shown.fill("Steps (0: own)", 3)
     number = after(served)
     shown.button("again").click()
     (path,) = done(served, number)
@@ -263,7 +269,7 @@ def test_again_with_this_seed_and_use_its_settings(shown: Shown, served: Served)
 def test_a_dropped_png_repeats_its_image(shown: Shown, served: Served) -> None:
     number = after(served)
     shown.fill("Prompt", "a green square")
-    shown.fill("Steps", 6)
+    shown.fill("Steps (0: own)", 6)
     shown.fill("Seed (−1: any)", 5)
     shown.fill("Number", 1)
     shown.button("generate-text").click()
@@ -299,7 +305,7 @@ def test_a_grid_of_two_settings(shown: Shown, served: Served) -> None:
 
 def test_an_animation(shown: Shown, served: Served) -> None:
     shown.fill("Prompt", "a small red star")
-    shown.fill("Steps", 2)
+    shown.fill("Steps (0: own)", 2)
     shown.mode("Animation")
     shown.fill("Prompts to change to, one per line", "a large blue square")
     shown.fill("Frames per prompt", 5)
@@ -317,7 +323,7 @@ def test_an_animation(shown: Shown, served: Served) -> None:
 def test_markup_in_a_prompt_is_text(shown: Shown, served: Served, tmp_path: Path) -> None:
     number = after(served)
     shown.fill("Prompt", MARKUP)
-    shown.fill("Steps", 2)
+    shown.fill("Steps (0: own)", 2)
     shown.fill("Number", 1)
     shown.button("generate-text").click()
     done(served, number)

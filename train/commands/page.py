@@ -1,5 +1,6 @@
 """Serve the web page."""
 
+import socket
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
 
     page = Page(Places(Path(o.models), Path(o.runs), Path(o.data), Path(o.out)), device=o.device)
     host = "0.0.0.0" if o.listen and o.host in _LOCAL else o.host
+    _require_free(host, o.port)
     blocks = build(page)
     try:
         started(start(blocks, page, Address(host, o.port, auth, o.share)))
@@ -50,3 +52,13 @@ def check(o: PageOptions) -> tuple[str, str] | None:
     if o.share and not o.auth:
         raise UserError("--share: the whole internet could use the page; add --auth NAME:PASSWORD")
     return (name, password) if o.auth else None
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise UserError if the address can't be used, e.g. because another program does."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"--host {host} --port {port}: can't be used: {error.strerror}; choose another") from None

@@ -130,7 +130,7 @@ def paint_grid(page: Page, job: Job, o: Txt2ImgOptions, columns: Axis, rows: Axi
     options = {
         (r, c): column(line(o)) for r, (_, line) in enumerate(lines) for c, (_, column) in enumerate(columns.values)
     }
-    session = Session(page.models.load, Progress(job, sum(one.number_of_steps for one in options.values())))
+    session = Session(page.models.load, Progress(job, *options.values()))
     paths: dict[tuple[int, int], Path] = {}
     for cell in sorted(options, key=lambda cell: options[cell].model):  # so that each model is loaded once
         (paths[cell],) = txt2img(options[cell], session)

@@ -31,7 +31,8 @@ from train.page.uploads import Canvas, Picture, as_path, read_image
 from train.page.view import view
 
 _TEXT, _IMAGE, _INPAINT, _GRID, _ANIMATION = "text", "image", "inpaint", "grid", "animation"
-_OWN = "the model's own"
+_OWN = "own"
+_CHOSEN = ("sampler", "spacing")  # by the model, if the form doesn't
 _EDITOR_SIDE = 512  # pixels; smaller images are enlarged to draw on them
 
 
@@ -48,11 +49,9 @@ class Form:
             self.negative_prompt = gr.Textbox(label="Negative prompt", lines=1, max_lines=4)
         with gr.Group():
             with gr.Row():
-                self.steps = gr.Number(25, label="Steps", precision=0, minimum=1, maximum=1000, min_width=90)
+                self.steps = gr.Number(0, label="Steps (0: own)", precision=0, minimum=0, maximum=1000, min_width=90)
                 self.guidance_scale = gr.Number(3.0, label="Guidance", minimum=0, step=0.5, min_width=90)
-                self.sampler = gr.Dropdown(
-                    list(get_args(SamplerKind)), value="dpmpp_2m", label="Sampler", min_width=140
-                )
+                self.sampler = gr.Dropdown([_OWN, *get_args(SamplerKind)], value=_OWN, label="Sampler", min_width=140)
             with gr.Row():
                 self.seed = gr.Number(-1, label="Seed (−1: any)", precision=0, minimum=-1, min_width=100)
                 self.num_images = gr.Number(4, label="Number", precision=0, minimum=1, maximum=64, min_width=80)
@@ -78,7 +77,7 @@ class Form:
     def read(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """Return the values of the fields by the names of their options."""
         given = dict(zip(self.fields(), values, strict=True))
-        return given | {"spacing": None if given["spacing"] == _OWN else given["spacing"]}
+        return {name: None if value == _OWN and name in _CHOSEN else value for name, value in given.items()}
 
 
 def tab(page: Page) -> None:
@@ -331,8 +330,9 @@ class Painter:
         model, note = self._model(o.model, sha256.get("model"))
         known = {f.name for f in fields(o)}
         values = {name: getattr(o, name) for name in self.form.fields() if name in known}
-        values |= {name: 0 for name in ("width", "height") if values.get(name, 0) is None}
-        values |= {"model": model, "spacing": o.spacing or _OWN, "num_images": 1}
+        values |= {name: 0 for name in painting.OWN_NUMBERS if values.get(name, 0) is None}
+        values |= {name: getattr(o, name) or _OWN for name in _CHOSEN}
+        values |= {"model": model, "num_images": 1}
         updates = [values.get(name, gr.skip()) for name in self.form.fields()]
         image, strength, mode = gr.skip(), gr.skip(), _TEXT
         if isinstance(o, Img2ImgOptions):

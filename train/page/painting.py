@@ -37,6 +37,8 @@ from train.page.shared import Page
 Options = TypeVar("Options", bound=ModelOptions)
 MOST = {"steps": 1000, "num_images": 64, "width": 4096, "height": 4096, "frames": 250}
 """Largest numbers that the page accepts."""
+OWN_NUMBERS = ("steps", "width", "height")
+"""Numbers that are the model's own if the form has 0."""
 RANDOM_SEED = -1
 """Seed for which the page draws one."""
 _PREVIEW_SECONDS = 0.2
@@ -47,16 +49,17 @@ _SHOWN = 48  # images in the gallery
 class Progress:
     """Callback of sampling that shows a job's progress, and ends it when it is cancelled."""
 
-    def __init__(self, job: Job, steps: int) -> None:
-        """steps: of all images together."""
-        self.job, self.steps, self.done, self.shown = job, steps, 0, 0.0
+    def __init__(self, job: Job, *options: ModelOptions) -> None:
+        """options: those of all commands that the job runs."""
+        self.job, self.options, self.done, self.shown = job, options, 0, 0.0
 
     def __call__(self, pipe: LatentDiffusionPipeline, step: int, _: float, tensors: dict[str, Tensor]) -> None:
         self.done += 1
         preview = None
         if (now := time.monotonic()) - self.shown > _PREVIEW_SECONDS and pipe.autoencoder.colours is not None:
             self.shown, preview = now, _preview(pipe, tensors["denoised"])
-        self.job.report(min(1.0, self.done / self.steps), f"step {self.done} of {self.steps}", preview)
+        total = max(self.done, sum(_steps(o.for_sampler(pipe.process.sampler)) for o in self.options))
+        self.job.report(self.done / total, f"step {self.done} of {total}", preview)
 
 
 def _preview(pipe: LatentDiffusionPipeline, denoised: Tensor) -> Image.Image:
@@ -71,10 +74,10 @@ def _preview(pipe: LatentDiffusionPipeline, denoised: Tensor) -> Image.Image:
 def options(kind: type[Options], page: Page, values: Mapping[str, Any]) -> Options:
     """Return the options of a command from the values in the page's form. Raises UserError for values that don't fit.
 
-    A seed of -1 is drawn. Empty fields, and sides of 0, keep their defaults.
+    A seed of -1 is drawn. Empty fields, and the `OWN_NUMBERS` of 0, keep their defaults.
     """
     given = {name: _number(value) for name, value in values.items() if value is not None and value != ""}
-    given = {name: value for name, value in given.items() if value != 0 or name not in ("width", "height")}
+    given = {name: value for name, value in given.items() if value != 0 or name not in OWN_NUMBERS}
     for name, most in MOST.items():
         if name in given and not 1 <= given[name] <= most:
             raise UserError(f"{name.replace('_', ' ')} {given[name]:g}: must be 1 to {most}")
@@ -104,7 +107,7 @@ def _require_upload(places: Places, given: str | tuple[str, ...]) -> None:
 
 def generate(o: ModelOptions, job: Job, page: Page) -> Iterator[Path]:
     """Generate images with the command that has these options, and yield the path of each file."""
-    session = Session(page.models.load, Progress(job, _steps(o)))
+    session = Session(page.models.load, Progress(job, o))
     match o:
         case Txt2ImgOptions():
             yield from txt2img(o, session)

@@ -47,9 +47,14 @@ class Address:
 class Guard:
     """Refuse what no visitor of the page needs: foreign hosts and origins, huge requests, files elsewhere."""
 
-    def __init__(self, app: ASGIApp, local: bool, folders: Sequence[Path]) -> None:
-        """local: accept only requests to localhost. folders: those whose files are served."""
-        self.app, self.local, self.folders = app, local, [folder.resolve() for folder in folders]
+    def __init__(self, app: ASGIApp, local: bool, tunnel: bool, folders: Sequence[Path]) -> None:
+        """Guard an app.
+
+        local: accept only requests to localhost. tunnel: the host's name may change on the way. folders: those whose
+        files are served.
+        """
+        self.app, self.local, self.tunnel = app, local, tunnel
+        self.folders = [folder.resolve() for folder in folders]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,7 +90,7 @@ class Guard:
         if self.local and _name(host) not in ("127.0.0.1", "localhost", "[::1]"):
             return 403, "this page answers only requests to localhost"
         origin = headers.get("origin", "")
-        if origin and origin.partition("://")[2] != host:
+        if origin and origin.partition("://")[2] != host and not self.tunnel:
             return 403, "requests from other web pages aren't accepted"
         if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", 0)) > _LARGEST_REQUEST:
             return 413, f"a request can have up to {_LARGEST_REQUEST // 2**20} MB"
@@ -122,7 +127,7 @@ def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
     for folder in (images, animations, cache):
         folder.mkdir(parents=True, exist_ok=True)
     _forbid_downloads()
-    guard = Middleware(Guard, local=address.is_local, folders=[images, animations, cache])
+    guard = Middleware(Guard, local=address.is_local, tunnel=address.share, folders=[images, animations, cache])
     _, url, _ = blocks.launch(
         server_name=address.host,
         server_port=address.port,
