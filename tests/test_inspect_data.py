@@ -98,6 +98,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: P
         "too_long": 2,
         "chunks_for_all": 2,
         "left_or_right": 2,
+        "words": {"median": 2.0, "short": 15, "distinct": 8, "shared": 12},
         "tokenizer": str(small_clip),
         "room_from": "--text-encoder",
     }
@@ -134,6 +135,11 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: P
         "no caption: 1 image (7 %); they are trained with the empty prompt",
         "captions over 8 tokens: 2 captions (13 %); the rest of them is ignored; "
         "--text-chunks 2 in stage 2 avoids this",
+        "short captions: all 15 captions with fewer than 8 words, median 2; a prompt can control only what captions "
+        "mention, and the rest of the image will be random; name objects, colours, background and style in 10 to 40 "
+        "words",
+        "captions of several images: 12 images (80 %) have only captions that others have too; the model can't "
+        "distinguish these images by a prompt, and generates any of them",
         "left or right: in 2 captions (13 %); leave --input.flip off, because it mirrors images",
         "images below 60 pixels: 5 images (38 %); they are enlarged; --input.min-size 60 leaves them out",
         "held-out images with a copy in training: 2; measurements on them are better than on new images",

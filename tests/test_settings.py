@@ -40,6 +40,7 @@ SHARED = {
     "settings_data::test_links_out_of_the_folder_are_followed_only_if_configured": "input.follow_links",
     "duplicates::test_copies_are_left_out": "input.duplicates input.copies",
     "settings_data::test_an_epoch_repeats_images": "input.repeats",
+    "settings_data::test_tags_are_left_out_and_shuffled": "input.tag_dropout input.tag_shuffle input.tag_variants",
     "settings_data::test_a_share_of_the_images_is_held_out": "input.validation_fraction",
     "settings_data::test_a_stream_is_shuffled_in_a_buffer_of_this_size": "input.stream_buffer",
     "settings_data::test_images_above_and_below_the_sizes_are_left_out": "input.max_pixels input.min_size",

@@ -1,9 +1,11 @@
 """Settings of the images and captions: each has its effect on the examples of every stage, computed by other means."""
 
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.model import Autoencoder
+from conditioning.clip import ClipTextEncoder
 from ldm.errors import RunError, UserError
 from support.runs import stage_config
-from support.stepping import record, uniforms
+from support.stepping import record, stream, uniforms
 from train.config.data import DataConfig
+from train.config.ldm import LdmConfig
 from train.data.batches.images import Inputs
 from train.engine.open_data import open_inputs
 
@@ -235,6 +239,66 @@ def test_an_epoch_repeats_images(way: str, parts: Path, tmp_path: Path) -> None:
     found: list[int] = []
     record(config, 0, lambda stage: found.extend(stage.training.__getitems__(list(range(21))).index.tolist()))
     assert np.bincount(found).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def varied(caption: str, seed: int, dropout: float, shuffle: bool, count: int) -> list[str]:
+    """Return the variants of a caption, from the stream of purpose 18 at the caption's hash."""
+    tags = caption.split(", ")
+    place = int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+    u, places = stream(seed, 18, place).random((2, count, len(tags)))
+    found = []
+    for k in range(count):
+        kept = [t for t in range(len(tags)) if u[k, t] >= dropout] or [int(u[k].argmax())]
+        found.append(", ".join(tags[t] for t in (sorted(kept, key=lambda t: places[k, t]) if shuffle else kept)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("way", "dropout", "shuffle", "count"),
+    [("clip", 0.5, True, 3), ("ldm", 0.9, False, 8), ("ldm", 0.0, True, 4), ("cached ldm", 0.4, True, 5)],
+)
+def test_tags_are_left_out_and_shuffled(
+    way: str, dropout: float, shuffle: bool, count: int, parts: Path, tmp_path: Path
+) -> None:
+    texts = [f"a, b, c, {k}" for k in range(8)] + ["one tag"]
+    for k, text in enumerate(texts):
+        image(tmp_path / f"data/train/{k}.png")
+        (tmp_path / f"data/train/{k}.txt").write_text(text)
+    image(tmp_path / "data/test/0.png")
+    (tmp_path / "data/test/0.txt").write_text("held out, as it is")
+    data = DataConfig(resolution=16, tag_dropout=dropout, tag_shuffle=shuffle, tag_variants=count)
+    settings: dict[str, Any] = {"cache": str(tmp_path / "cache") if way == "cached ldm" else "off", "seed": 7}
+    stage = way.removeprefix("cached ")
+    config = stage_config(stage, tmp_path / "data", tmp_path / "run", parts, input=data, **settings)
+    if isinstance(config, LdmConfig):
+        config = replace(config, caption_dropout=0.0)
+    found: list[Any] = []
+    positions = list(range(60))
+    record(config, 0, lambda stage: found.append(stage.training.__getitems__(positions)))
+    batch = found[0]
+    expected = []
+    for index, number in zip(batch.index.tolist(), uniforms(7, 4, positions)[:, 0], strict=True):
+        variants = [texts[index]] * count if index == 8 else varied(texts[index], 7, dropout, shuffle, count)
+        expected.append(variants[int(number * count)])
+    if way == "cached ldm":
+        encoder = ClipTextEncoder.load(str(parts / "clip" / "model"))
+        torch.testing.assert_close(batch.condition, encoder.encode(expected), rtol=2e-3, atol=2e-3)
+    else:
+        assert batch.captions == expected
+    assert len(set(expected)) > 8
+
+
+def test_a_streams_tags_are_not_varied(tmp_path: Path, parts: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for k in range(4):
+            image(tmp_path / f"{k}.png")
+            (tmp_path / f"{k}.txt").write_text("a, b")
+            for suffix in ("png", "txt"):
+                tar.add(tmp_path / f"{k}.{suffix}", f"{k}.{suffix}")
+    data = DataConfig(resolution=16, tag_shuffle=True)
+    config = stage_config("clip", f"pipe:cat {tmp_path}/0.tar", tmp_path / "run", parts, input=data)
+    with pytest.raises(UserError, match="a stream's captions can't be varied"):
+        record(config, 0, lambda stage: None)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])

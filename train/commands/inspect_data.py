@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,9 @@ _MAX_BITS = 4  # largest number of different hash bits between images that look 
 _MAX_DIFFERENCE = 8  # of 255: the largest difference between the thumbnails of images that look alike
 _NEIGHBOURS = 32  # number of neighbours, in the order of hashes, with which an image is compared
 _ORIENTATION = 0x0112  # EXIF tag
+SHORT = 8  # words: captions with fewer count as short
+_WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|\w+(?:['’-]\w+)*")
+"""A word; in scripts without spaces, a character."""
 _EXAMPLES = 5  # names or groups listed in the report
 
 
@@ -283,6 +287,7 @@ def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int =
     if not n:
         return report
     hashes, tokens, left_or_right, longest = np.zeros(n, np.int64), np.zeros(n, np.int64), 0, ""
+    lengths, words = np.zeros(n, np.int64), set[str]()
     texts = selection.texts()
     for first in range(0, n, _CAPTION_BATCH):
         batch = list(itertools.islice(texts, _CAPTION_BATCH))
@@ -290,14 +295,24 @@ def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int =
         ids = tokenizer(valid, add_special_tokens=False, verbose=False)["input_ids"]
         rows = slice(first, first + len(batch))
         hashes[rows], tokens[rows] = list(map(hash, batch)), [len(caption) + 2 for caption in ids]
+        split = [_WORD.findall(text.lower()) for text in batch]
+        lengths[rows] = list(map(len, split))
+        words.update(*split)
         left_or_right += sum(bool(LEFT_OR_RIGHT.search(text)) for text in batch)
         if tokens[rows].max() > tokens[:first].max(initial=0):
             longest = batch[int(tokens[rows].argmax())]
     keys, counts = np.unique(hashes, return_counts=True)
     frequent = {int(keys[k]): int(counts[k]) for k in np.argsort(-counts, kind="stable")[:3] if counts[k] > 1}
     repeated = {text: frequent[hash(text)] for text in selection.texts() if hash(text) in frequent}
+    shared = dict(zip(keys.tolist(), counts.tolist(), strict=True))
     return report | {
         "distinct": len(keys),
+        "words": {
+            "median": float(np.median(lengths)),
+            "short": int((lengths < SHORT).sum()),
+            "distinct": len(words),
+            "shared": sum(all(shared[hash(text)] > 1 for text in texts) for texts in selection.captions() if texts),
+        },
         "most_frequent": dict(sorted(repeated.items(), key=lambda item: (-item[1], item[0]))),
         "median": int(np.median(tokens)),
         "95_percent": int(np.percentile(tokens, 95, method="inverted_cdf")),

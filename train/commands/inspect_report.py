@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from train.commands.inspect_data import Report
+from train.commands.inspect_data import SHORT, Report
 from train.config.data import DataConfig
 
 # Thresholds from which a finding is reported.
@@ -11,6 +11,8 @@ _SQUARE_SHARE = 0.8  # share of the average image that a square crop keeps
 _FEW_IMAGES = 1000  # training images
 _COPY_SHARE = 0.01  # share of images that are copies of others
 _FREQUENT_SHARE = 0.01  # share of captions with the same text
+_SHORT_SHARE = 0.5  # share of captions with few words
+_SHARED_SHARE = 0.2  # share of images that have no caption of their own
 _MAX_QUOTED = 100  # characters of a quoted caption
 
 
@@ -34,6 +36,7 @@ def advice(report: Report) -> list[str]:
         if captions["room_from"] != "--text-encoder":
             remedy = f"--text.max-length {captions['longest']} in stage 0 or {remedy}"
         lines.append(f"captions over {captions['room']} tokens: {long}; the rest of them is ignored; {remedy}")
+    lines += _word_advice(captions, n)
     if captions.get("left_or_right"):
         count = _share(captions["left_or_right"], captions["count"], "caption")
         lines.append(f"left or right: in {count}; leave --input.flip off, because it mirrors images")
@@ -56,6 +59,25 @@ def advice(report: Report) -> list[str]:
     if data["train"] < _FEW_IMAGES:
         lines.append(
             f"few images: {data['train']:,} for training; a model trained from random weights will memorise them"
+        )
+    return lines
+
+
+def _word_advice(captions: Report, images: int) -> list[str]:
+    """Return advice on captions that say too little for a model that follows prompts."""
+    if not (words := captions.get("words")):
+        return []
+    lines = []
+    if words["short"] >= _SHORT_SHARE * captions["count"]:
+        lines.append(
+            f"short captions: {_share(words['short'], captions['count'], 'caption')} with fewer than {SHORT} words, "
+            f"median {words['median']:g}; a prompt can control only what captions mention, and the rest of the image "
+            "will be random; name objects, colours, background and style in 10 to 40 words"
+        )
+    if words["shared"] >= _SHARED_SHARE * images:
+        lines.append(
+            f"captions of several images: {_share(words['shared'], images, 'image')} have only captions that others "
+            "have too; the model can't distinguish these images by a prompt, and generates any of them"
         )
     return lines
 
@@ -105,6 +127,11 @@ def _caption_rows(captions: Report) -> list[tuple[str, str]]:
         ("captions", f"{n:,}, of which {captions['distinct']:,} are distinct; {captions['mean']:.3g} per image"),
         ("", ", ".join(notes)),
         ("", f"{_share(captions['left_or_right'], n)} with left or right"),
+        (
+            "words",
+            f"median {captions['words']['median']:g}, {_share(captions['words']['short'], n)} with fewer than {SHORT}; "
+            f"{captions['words']['distinct']:,} distinct words",
+        ),
         *_block("frequent", [f"{_share(count, n)}: {_quoted(text)}" for text, count in frequent]),
         (
             "tokens",

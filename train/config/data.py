@@ -126,6 +126,12 @@ class DataConfig(SourceConfig):
     """Largest aspect ratio of the rectangles of `buckets`, longer side / shorter side; at least 1."""
     min_size: Annotated[int, ON_REQUEST] = Field(default=0, ge=0, le=10**9)
     """Smallest accepted length of an image's shorter side, in pixels; smaller images are left out."""
+    tag_dropout: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0, lt=1)
+    """Probability with which each tag of a training caption (a text between commas) is left out; one always remains."""
+    tag_shuffle: Annotated[bool, ON_REQUEST] = False
+    """Put the tags of a training caption in random order."""
+    tag_variants: Annotated[int, ON_REQUEST] = Field(default=8, ge=1, le=1000)
+    """Number of variants of each caption with `tag_dropout` or `tag_shuffle`; the features of all are cached."""
     max_damaged: Annotated[float, Resumable()] = Field(default=0.1, ge=0, le=1)
     """Largest accepted share of unreadable images, 0 to 1; training stops if there are more.
     Each image is counted once, except in streams."""

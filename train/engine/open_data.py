@@ -15,6 +15,7 @@ from train.data.batches.buckets import Buckets, bucket_sizes, measure, no_rectan
 from train.data.batches.images import Inputs
 from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
+from train.data.sources.variants import TagVariants
 
 if TYPE_CHECKING:
     from train.engine.run import AnyRun
@@ -172,6 +173,13 @@ def select_images(inputs: Inputs, run: "AnyRun", multiple: int = 1) -> Inputs:
     networks need the sides of images to be a multiple. Raises UserError if no image is left or a setting can't be used.
     """
     config = run.config.input
+    if config.tag_dropout or config.tag_shuffle:
+        if inputs.stream is not None:
+            raise UserError(
+                "--input.tag-dropout, --input.tag-shuffle: a stream's captions can't be varied; download it"
+            )
+        variants = TagVariants(run.config.seed, config.tag_dropout, config.tag_shuffle, config.tag_variants)
+        inputs = replace(inputs, source=inputs.source.varied(variants))
     if inputs.stream is None:
         run.damage.remove_repaired((inputs.source, inputs.held_out), config.max_pixels)
     for note in dict.fromkeys((*inputs.source.notes, *inputs.held_out.notes)):

@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     MASKED = 16  # the posterior of a masked image
     LEVEL = 17  # here, a position is an image and a noise level (train/evaluation/losses.py)
     GUIDANCE = 18
+    TAGS = 18  # here, a position is the hash of a caption
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:

@@ -28,6 +28,7 @@ from train.data.sources.folders import find_folder, has_images
 from train.data.sources.metadata import find_metadata
 from train.data.sources.tables import find_tables
 from train.data.sources.tars import find_tars
+from train.data.sources.variants import TagVariants
 
 Split = Literal["train", "validation", "test"]
 
@@ -63,6 +64,7 @@ class Source:
         """
         self.catalogue, self.split, self.only = catalogue, split, only
         self.repeats: NDArray[np.int64] | None = None  # number of times of each image in an epoch of training, (n,)
+        self.variants: TagVariants | None = None
         self.left_out = tuple(catalogue.left_out if left_out is None else left_out)
         self.without = np.empty(0, np.int64) if without is None else without
         self._gaps = self.without - np.arange(len(self.without))
@@ -78,7 +80,8 @@ class Source:
         return int(index + np.searchsorted(self._gaps, index, side="right"))
 
     def __getitem__(self, index: int) -> Row:
-        return self.catalogue.row(self._row(index))
+        row = self.catalogue.row(self._row(index))
+        return row if self.variants is None else row._replace(captions=self.variants(row.captions))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[k] for k in range(len(self)))
@@ -98,6 +101,7 @@ class Source:
         rows = np.array([self._row(int(k)) for k in np.flatnonzero(keep)], np.int64)
         source = Source(self.catalogue, self.split, only=rows, left_out=(*self.left_out, *left_out))
         source.repeats = None if self.repeats is None else self.repeats[keep]
+        source.variants = self.variants
         return source
 
     def repeated(self, counts: NDArray[np.int64]) -> "Source":
@@ -105,6 +109,12 @@ class Source:
         source = copy.copy(self)
         source.repeats = counts
         return source if counts.all() else source.only_where(counts > 0)
+
+    def varied(self, variants: TagVariants) -> "Source":
+        """Return a source of the same images, with variants of their captions."""
+        source = copy.copy(self)
+        source.variants = variants
+        return source
 
     def with_held_out(self, held_out: "Source", indices: Sequence[int]) -> "Source":
         """Return a source of the images and of some that are held out of the same catalogue."""
