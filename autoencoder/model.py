@@ -5,6 +5,7 @@ Diffusion needs latents with mean 0 and variance 1. For that, Stable Diffusion's
 convolutions next to the latent (`fold`). Then latent × 0.18215 is correct for every loader.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -117,6 +118,19 @@ class Halves(NamedTuple):
     decoder: Callable[[Tensor], Tensor]
 
 
+class LastLayer(NamedTuple):
+    """The encoder's last layer, a 1×1 convolution or none, which gives the posterior of normalised latents."""
+
+    layer: nn.Module
+    scale: float
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Posterior:
+        mean, logvar = self.layer(hidden).chunk(2, 1)
+        std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))  # as diffusers does
+        return Posterior(mean * self.scale, std * self.scale)
+
+
 class Autoencoder:
     """An AutoencoderKL with the interface for diffusion: normalised latents, images in [−1, 1].
 
@@ -187,6 +201,20 @@ class Autoencoder:
         found = moments(pixels) if t is None else tiled(moments, pixels, t, down=f, network=self.vae.encoder)
         mean, std = found.chunk(2, 1)
         return Posterior(mean * self.scale, std * self.scale)
+
+    @property
+    def encoder_digest(self) -> str:
+        """Hash of the encoder's weights without its last layer, `quant_conv`, which normalisation changes (`fold`)."""
+        return digest(self.vae.encoder)
+
+    @torch.no_grad()
+    def hidden(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's outputs before its last layer, (b, 2c, h, w), for images as in `encode`."""
+        return self.vae.encoder(pad_to_multiple(pixels, self.factor).to(self.vae.device, self.vae.dtype))
+
+    def last_layer(self) -> "LastLayer":
+        """Return the function from outputs of `hidden` to the posterior, in fp32 on the CPU."""
+        return LastLayer(copy.deepcopy(self.vae.quant_conv or nn.Identity()).float().cpu(), self.scale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

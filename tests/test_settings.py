@@ -72,6 +72,7 @@ VAE = {
         "model.channels model.layers model.latent_channels model.groups model.attention"
     ),
     "settings_vae::test_gradient_checkpointing_computes_activations_twice": "gradient_checkpointing",
+    "encode_once::test_stage_2_takes_what_stage_1_encoded": "encode_once",
     "settings_vae::test_training_starts_from_init_and_moves_what_it_should": "init decoder_only",
     "settings_vae::test_validation_measures_the_averaged_weights_on_so_many_images": (
         "validation_examples validation_features"
@@ -95,6 +96,7 @@ LDM = {
     "settings_ldm::test_the_parts_are_those_that_are_named": "init vae text_encoder",
     "settings_ldm::test_features_skip_layers_and_have_their_chunks": "clip_skip text_chunks",
     "settings_ldm::test_the_task_determines_the_input": "task",
+    "encode_once::test_stage_2_takes_what_stage_1_encoded": "encode_once",
     "settings_ldm::test_the_attention_is_the_configured_one": "attention",
     "settings_ldm::test_gradient_checkpointing_computes_activations_twice": "gradient_checkpointing",
     "settings_ldm::test_validation_measures_the_averaged_weights_on_so_many_examples": (
@@ -107,6 +109,7 @@ LDM = {
     "settings_ldm::test_sheets_are_sampled_as_configured": "prompts sample_steps guidance_scale",
 }
 LATENT = {test: names for test, names in LDM.items() if test.startswith("overfitting::")} | {
+    "encode_once::test_stage_2_takes_what_stage_1_encoded": "encode_once",
     "settings_ldm::test_the_attention_is_the_configured_one": "attention",
     "settings_ldm::test_gradient_checkpointing_computes_activations_twice": "gradient_checkpointing",
     "settings_ldm::test_validation_measures_the_averaged_weights_on_so_many_examples": (

@@ -9,7 +9,7 @@ from ldm.kinds import AttentionBackend
 from train.config.limits import MOST_EXAMPLES, MOST_STEPS, PathText
 from train.config.optimizer import strict
 from train.config.resumable import ON_REQUEST, Resumable
-from train.config.run import RunConfig
+from train.config.run import RunConfig, require_cache
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -19,6 +19,10 @@ class LatentConfig(RunConfig):
     attention: Annotated[AttentionBackend, Resumable()] = "sdpa"
     """Attention implementation: `sdpa` (torch), `xformers` or `auto` (xformers if it works, else sdpa).
     `xformers` needs a GPU and `pip install xformers`."""
+    encode_once: Annotated[bool, ON_REQUEST] = False
+    """Take what stage 1 has stored with the same setting, `precision` and images, instead of encoding them again.
+    The encoder runs in `precision` (fp16: fp32). The cache has its outputs before the last layer (docs/cache.md).
+    Else it has those of the complete encoder in fp32."""
     gradient_checkpointing: Annotated[bool, ON_REQUEST] = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0, le=MOST_EXAMPLES)
@@ -46,6 +50,7 @@ class LatentConfig(RunConfig):
 
     @model_validator(mode="after")
     def _crops_fit_the_cache(self) -> Self:
+        require_cache(self)
         crop, crops = self.input.crop, self.input.crops
         if self.cache == "off" and crops:
             raise ValueError(

@@ -94,6 +94,13 @@ class RunConfig:
 Stage = TypeVar("Stage", bound=RunConfig)
 
 
+def require_cache(config: Stage) -> Stage:
+    """Return the configuration of stage 1 or 2. Raises ValueError if images can't be encoded once without a cache."""
+    if getattr(config, "encode_once", False) and config.cache == "off":
+        raise ValueError("encode_once with cache off: encoded images are kept in a cache; leave out one of the two")
+    return config
+
+
 def require_squares(config: Stage) -> Stage:
     """Return the configuration of stage 0 or 1. Raises ValueError for buckets or cached crops, which need stage 2."""
     for name in ("buckets", "crops"):

@@ -10,7 +10,7 @@ from ldm.errors import UserError
 from train.config.limits import MOST_EXAMPLES, MOST_LAYERS, MOST_LEVELS, MOST_STEPS, Count, require_possible
 from train.config.optimizer import strict
 from train.config.resumable import ON_REQUEST, Fixed, Location, Resumable
-from train.config.run import RunConfig, require_squares
+from train.config.run import RunConfig, require_cache, require_squares
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -173,6 +173,10 @@ class VaeConfig(RunConfig):
     """Adversarial loss."""
     equivariance: EquivarianceConfig = Field(default_factory=EquivarianceConfig)
     """Equivariance of the latents."""
+    encode_once: Annotated[bool, ON_REQUEST] = False
+    """Encode the training images once for the statistics of the latents and for stage 2, which needs the same setting.
+    The encoder runs in `precision` (fp16: fp32), and its outputs are stored in `cache`.
+    Else the statistics are computed in fp32, and nothing is stored."""
     gradient_checkpointing: Annotated[bool, ON_REQUEST] = False
     """Recompute activations in the backward pass instead of storing them: about a third slower, much less memory."""
     validation_examples: Annotated[int, Resumable()] = Field(default=512, gt=0, le=MOST_EXAMPLES)
@@ -184,7 +188,7 @@ class VaeConfig(RunConfig):
 
     @model_validator(mode="after")
     def _requires_squares(self) -> Self:
-        return require_squares(self)
+        return require_cache(require_squares(self))
 
     @model_validator(mode="after")
     def _decoder_only_fits(self) -> Self:

@@ -8,13 +8,12 @@ from train.data.batches.buckets import Buckets
 from train.data.batches.cached import CachedDataset, Originals
 from train.data.batches.draws import DEFAULT_NOISING, LatentNoise, Noising
 from train.data.batches.images import ImageDataset, Inputs, StreamDataset
-from train.data.batches.latent_cache import LatentCache
 from train.data.batches.records import DrawnNoise
 from train.data.batches.text_cache import TextCache
 from train.data.sources.splits import Source
-from train.data.store.shards import Stored
 from train.engine.run import Run
 from train.stages.caption_warnings import TruncatedCaptions
+from train.stages.latents import open_latents, stored_type
 from train.stages.ldm_init import Components
 
 Examples = CachedDataset | ImageDataset[DrawnNoise]
@@ -53,21 +52,14 @@ def cached(
     """Return the latents and text features of a source from the cache; compute and store those that are missing."""
     config: LatentConfig = run.config
     autoencoder, text_encoder, training = components.autoencoder, components.text_encoder, source.split == "train"
-    dtype: Stored = "float32" if config.precision == "fp32" else "float16"
     framing = config.input.framing() if training else config.input.center_framing(config.input.resolution)
-    latents = LatentCache.open(
-        run.cache,
+    latents = open_latents(
+        run,
+        autoencoder,
         source,
-        autoencoder.encode,
-        digest=autoencoder.digest,
         framing=framing,
-        channels=autoencoder.latent_channels,
-        factor=autoencoder.factor,
         crops=max(1, config.input.crops) if training else 1,
         buckets=buckets,
-        dtype=dtype,
-        workers=config.workers,
-        processes=run.processes,
         count=partial(run.damage.counter(source.left_out).count, complete=True),
     )
     truncated = TruncatedCaptions(run.print, "--text-chunks")
@@ -78,7 +70,7 @@ def cached(
             text_encoder.encode,
             digest=text_encoder.digest,
             shape=(text_encoder.tokens, text_encoder.width),
-            dtype=dtype,
+            dtype=stored_type(config.precision),
             processes=run.processes,
         )
     if truncated.count > 1:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from autoencoder.discriminator import frozen
@@ -13,13 +15,16 @@ from autoencoder.equivariance import draw
 from autoencoder.model import (
     Autoencoder,
     LatentStatistics,
+    Posterior,
     digest,
     fold,
     latent_statistics,
+    latent_sums,
     measure,
 )
 from autoencoder.preview import fit_colours
 from ldm.errors import UserError
+from ldm.float64 import float64_device
 from ldm.libraries import AutoencoderKL
 from train.config.vae import VaeConfig
 from train.data.batches.draws import PosteriorNoise
@@ -41,11 +46,13 @@ from train.evaluation.autoencoder import measure_reconstruction
 from train.evaluation.features import load_features
 from train.evaluation.sheets import reconstruction_sheet, save_sheet
 from train.stages.cards import about_vae
+from train.stages.latents import open_latents
 from train.stages.terms import Term
 from train.stages.vae_step import AutoencoderLoss, DiscriminatorLoss, Reconstruction, VaeBatch
 
 _REFRESH = 2048  # most images whose latents determine the normalisation of an unfinished run's model/
 _COLOURS = 512  # most images to which the preview colours are fitted; 2,048 give the same
+_READ = 256  # images whose latents are read from the cache at once
 _SHEET = 8  # number of images in a sheet
 _NOISE = (0.2,)  # noise levels added to latents in validation; scripts/evaluate_vae.py has more
 
@@ -164,20 +171,38 @@ class VaeStage:
         return (batch.to(accelerator.device) for batch in batches)
 
     def _normalised(
-        self, images: ImageDataset[Tensor], indices: range
+        self, images: ImageDataset[Tensor], indices: range, once: bool = False
     ) -> tuple[AutoencoderKL, LatentStatistics | None]:
         """Return a copy of the averaged network whose latents are normalised over these images, and their statistics.
 
-        If only the decoder is trained, latents aren't normalised again, and the statistics are None.
+        If only the decoder is trained, latents aren't normalised again, and the statistics are None. once: encode all
+        training images for stage 2 too.
         """
         vae = copy.deepcopy(self.ema.module)
         if self.config.decoder_only:
             return vae, None
-        batches = ((part.pixels, part.drawn) for part in self._own_batches(images, indices, "normalising the latents"))
-        sums = measure(vae, batches, channels=self.latent_channels)
-        statistics = latent_statistics(self._sum(sums).cpu())
+        if once:
+            statistics = self._training_statistics(vae)
+        else:
+            parts = self._own_batches(images, indices, "normalising the latents")
+            sums = measure(vae, ((part.pixels, part.drawn) for part in parts), channels=self.latent_channels)
+            statistics = latent_statistics(self._sum(sums).cpu())
         fold(vae, statistics.mean, statistics.std)
         return vae, statistics
+
+    def _training_statistics(self, vae: AutoencoderKL) -> LatentStatistics:
+        """Return the statistics of the latents of all readable training images, from the cache that stage 2 uses."""
+        accelerator, source = self.run.accelerator, self.inputs.source
+        autoencoder = Autoencoder(vae)
+        latents = open_latents(self.run, autoencoder, source, framing=self.unshuffled.builder.framing)
+        readable, size = np.flatnonzero(~latents.damaged), self.unshuffled.builder.framing.square
+        sums = torch.zeros(self.latent_channels, 5, dtype=torch.float64)
+        starts = range(accelerator.process_index * _READ, len(readable), accelerator.num_processes * _READ)
+        for indices in (readable[start : start + _READ] for start in starts):
+            mean, std = (latents.gather(indices) / autoencoder.scale).unbind(1)
+            noise = PosteriorNoise(self.latent_channels, self.factor)(self.config.seed, indices, size)
+            sums += latent_sums(Posterior(mean, std), noise)
+        return latent_statistics(self._sum(sums.to(float64_device(accelerator.device))).cpu())
 
     def validate(self, step: int) -> Validation:
         count = min(len(self.held_out.source), self.config.validation_examples)
@@ -205,7 +230,8 @@ class VaeStage:
         Latents are normalised over all training images at the end of the run, and over a part of them before.
         """
         count = len(self.unshuffled.source)
-        vae, statistics = self._normalised(self.unshuffled, range(count) if final else _spread(count, _REFRESH))
+        indices = range(count) if final else _spread(count, _REFRESH)
+        vae, statistics = self._normalised(self.unshuffled, indices, once=final and self.config.encode_once)
         autoencoder = Autoencoder(vae)
         batches = self._own_batches(self.unshuffled, _spread(count, _COLOURS), "fitting the preview's colours")
         images = (part.pixels for part in batches)

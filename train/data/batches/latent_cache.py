@@ -32,16 +32,24 @@ _PIXELS_AT_ONCE = 2**22  # 16 images of 512 × 512; an autoencoder in fp32 needs
 
 
 class ImageEncoder(Protocol):
-    """Frozen encoder: images (b, 3, H, W) in [−1, 1] → mean and standard deviation of scaled latents, (b, c, h, w)."""
+    """Frozen encoder: images (b, 3, H, W) in [−1, 1] → mean and standard deviation of scaled latents, (b, c, h, w).
+
+    If the cache has a last layer, the encoder's output is the input of this layer instead, in two halves.
+    """
 
     def __call__(self, pixels: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+LastLayer = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Function from what the cache stores of each image, (b, 2c, h, w), to mean and standard deviation of its latents."""
 
 
 class LatentCache:
     """Posterior of each image's latent: mean and standard deviation, as the encoder returned them.
 
-    damaged: (n,) bool, true for unreadable images, which have no latent. crops: number of crops per image. flip:
-    whether each crop is also stored mirrored. With buckets, images of one rectangle have latents of one shape.
+    With a last layer, they are its outputs for what the encoder returned, computed at each read. damaged: (n,) bool,
+    true for unreadable images, which have no latent. crops: number of crops per image. flip: whether each crop is also
+    stored mirrored. With buckets, images of one rectangle have latents of one shape.
     """
 
     def __init__(
@@ -51,8 +59,10 @@ class LatentCache:
         flip: bool,
         damaged: NDArray[np.bool_],
         buckets: Buckets | None = None,
+        last_layer: LastLayer | None = None,
     ) -> None:
         self.shards, self.crops, self.flip, self.damaged, self.buckets = list(shards), crops, flip, damaged, buckets
+        self.last_layer = last_layer
         self._member = np.arange(len(damaged))  # index of each image within its bucket
         for members in buckets.members if buckets else ():
             self._member[members] = np.arange(len(members))
@@ -75,7 +85,8 @@ class LatentCache:
         crop: number of each image's crop. mirrored: whether it is mirrored. All latents must have one shape.
         """
         rows = (self._member[indices] * self.crops + crop) * (1 + self.flip) + mirrored
-        return self._shards_of(int(indices[0])).gather(rows)
+        stored = self._shards_of(int(indices[0])).gather(rows)
+        return stored if self.last_layer is None else torch.stack(self.last_layer(stored.flatten(1, 2)), 1)
 
     @classmethod
     def open(
@@ -88,6 +99,7 @@ class LatentCache:
         framing: Framing,
         channels: int,
         factor: int,
+        last_layer: LastLayer | None = None,
         crops: int = 1,
         buckets: Buckets | None = None,
         dtype: Stored = "float32",
@@ -98,12 +110,12 @@ class LatentCache:
     ) -> Self:
         """Open the cache of a source under `folder`, and complete it if needed; `encode` runs only for missing latents.
 
-        digest: hash of the encoder's weights and of everything else its output depends on. channels: channels of a
-        latent. factor: side of an image divided by the side of its latent. crops: random crops per image, fixed by the
-        image's name. With framing.flip, latents of the mirrored images are cached too. batch_size: images encoded at
-        once, by default as many as fit into a GPU's memory. count: called with the number of readable images, and the
-        (name, reason) of each unreadable one. Raises RunError if no image can be read, if the encoder returns another
-        shape or non-finite numbers, or if the disk is full.
+        digest: hash of the encoder's weights and of everything else its output depends on; not of the last layer.
+        channels: channels of a latent. factor: side of an image divided by the side of its latent. crops: random crops
+        per image, fixed by the image's name. With framing.flip, latents of the mirrored images are cached too.
+        batch_size: images encoded at once, by default as many as fit into a GPU's memory. count: called with the number
+        of readable images, and the (name, reason) of each unreadable one. Raises RunError if no image can be read, if
+        the encoder returns another shape or non-finite numbers, or if the disk is full.
         """
         processes = processes or Processes()
         sizes = buckets.sizes if buckets else [framing.square]
@@ -131,7 +143,7 @@ class LatentCache:
         processes.barrier()  # so that the others read the report of the first
         if processes.rank != 0:
             count(len(source) - len(unreadable), unreadable)
-        return cls(shards, crops, framing.flip, damaged, buckets)
+        return cls(shards, crops, framing.flip, damaged, buckets, last_layer)
 
 
 class _View(NamedTuple):
