@@ -52,6 +52,11 @@ class Shown(NamedTuple):
         thumbnail.click()
         expect(self.tab.locator("#settings textarea")).to_have_value(re.compile("Steps: "))
 
+    def see(self, path: Path) -> None:
+        """Wait until the gallery shows a file as its newest."""
+        newest = self.tab.locator("#gallery .thumbnail-item img").first
+        expect(newest).to_have_attribute("src", re.compile(re.escape(path.name) + "$"), timeout=SECONDS)
+
     def to_inpaint(self) -> None:
         """Send the chosen image to the editor, and wait until it is there."""
         self.button("to-inpaint").click()
@@ -141,6 +146,7 @@ def test_an_image_from_text_with_its_settings(shown: Shown, served: Served) -> N
     first, second = done(served, number)
     assert [read_png(path)["seed"] for path in (first, second)] == [7, 8]
     assert read_png(first)["steps"] == 5
+    shown.see(second)
     shown.choose(1)
     assert shown.settings().startswith("a small red star\nSteps: 5")
     shown.shoot("text")
@@ -260,7 +266,7 @@ def test_again_with_this_seed_and_use_its_settings(shown: Shown, served: Served)
     assert read_png(path)["seed"] == int(name[1])
     assert read_png(path)["prompt"] == "a blue square"
     shown.fill("Prompt", "")
-    shown.tab.wait_for_timeout(1500)
+    shown.see(path)
     shown.choose(0)
     shown.button("use").click()
     expect(shown.tab.get_by_label("Prompt", exact=True).first).to_have_value("a blue square")
@@ -299,6 +305,7 @@ def test_a_grid_of_two_settings(shown: Shown, served: Served) -> None:
         (steps, guidance) for guidance in (1, 3) for steps in (2, 4, 6)
     ]
     assert read_png(sheet)["grid"] == {"Steps": ["2", "4", "6"], "Guidance": ["1", "3"]}
+    shown.see(sheet)
     shown.choose(0)
     shown.shoot("grid")
 
@@ -315,7 +322,7 @@ def test_an_animation(shown: Shown, served: Served) -> None:
     assert len(frames) == 5
     with Image.open(animation) as image:
         assert (image.format, image.n_frames) == ("GIF", 5)
-    shown.tab.wait_for_timeout(1500)
+    shown.see(animation)
     shown.choose(0)
     shown.shoot("animation")
 
@@ -326,9 +333,9 @@ def test_markup_in_a_prompt_is_text(shown: Shown, served: Served, tmp_path: Path
     shown.fill("Steps (0: own)", 2)
     shown.fill("Number", 1)
     shown.button("generate-text").click()
-    done(served, number)
+    (path,) = done(served, number)
     expect(shown.tab.locator("#status")).to_contain_text("<img src=x")
-    shown.tab.wait_for_timeout(1500)
+    shown.see(path)
     shown.choose(0)
     assert shown.settings().startswith(MARKUP)
     named = tmp_path / "<img src=x onerror=document.title='run'>.png"

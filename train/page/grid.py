@@ -24,6 +24,8 @@ from train.page.places import Places
 from train.page.shared import Page
 
 MOST_CELLS = 100
+_CELL = 128  # pixels
+_EXACT = Image.Resampling.NEAREST
 _RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\s*-\s*(-?\d+(?:\.\d+)?)\s*(?:\(([+-]\d+(?:\.\d+)?)\)|\[(\d+)\])?")
 _REPLACE = "Prompt: search and replace"
 AXES: dict[str, str] = {
@@ -148,9 +150,14 @@ def paint_grid(page: Page, job: Job, o: Txt2ImgOptions, columns: Axis, rows: Axi
 def draw_grid(
     images: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str], font_size: int = 14
 ) -> Image.Image:
-    """Draw images in a table with labels of its columns and rows, whose text is broken to fit."""
+    """Draw images in a table with labels of its columns and rows, whose text is broken to fit.
+
+    Small images are enlarged by a whole factor.
+    """
     font, gap = ImageFont.load_default(font_size), 6
-    width = max(96, *(image.width for row in images for image in row))
+    factor = max(1, _CELL // max(side for row in images for image in row for side in image.size))
+    images = [[image.resize((factor * image.width, factor * image.height), _EXACT) for image in row] for row in images]
+    width = max(_CELL, *(image.width for row in images for image in row))
     height = max(image.height for row in images for image in row)
     broken = [_lines(label, width, font) for label in columns]
     named = [_lines(label, 160, font) for label in rows]
