@@ -30,6 +30,7 @@ from train.config.page import PageOptions
 from train.page.grid import Axis, draw_grid
 from train.page.jobs import Job, Jobs
 from train.page.painting import drawn_mask
+from train.page.uploads import Canvas
 
 SECRET = "canary-5d1f"
 FORM = {
@@ -320,6 +321,51 @@ def test_no_file_outside_is_served(served: Served) -> None:
             assert answer.status_code >= 400, (form, file)
             assert SECRET not in answer.text
             assert "root:" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("gradio_api/proxy=http://127.0.0.1:1/", "gradio_api/vibe-edit", "gradio_api/vibe-code", "monitoring", "docs"),
+        *(
+            "gradio_api/process_recording",
+            "gradio_api/run-history/records",
+            "gradio_api/profiling/clear",
+            "openapi.json",
+        ),
+        *("gradio_api/custom_component/1/client/component/x.js", "gradio_api/dev/reload", "gradio_api/deep_link"),
+        *("../etc/passwd", "%2e%2e/etc/passwd", "svelte/..%2f..%2f..%2fetc/passwd", "pwa_icon/1", "gradio_api/runs"),
+    ],
+)
+def test_endpoints_that_the_page_does_not_need_are_closed(served: Served, path: str) -> None:
+    assert httpx.get(f"{served.url}/{path}").status_code == 404
+    assert httpx.post(f"{served.url}/{path}", content=b"{}").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["assets/../../../../etc/passwd", "static/..%2f..%2f..%2f..%2fetc%2fpasswd"])
+def test_no_asset_leads_elsewhere(served: Served, path: str) -> None:
+    answer = httpx.get(f"{served.url}/{path}")
+    assert answer.status_code >= 400
+    assert "root:" not in answer.text
+
+
+def test_a_drawing_is_kept_within_limits(served: Served) -> None:
+    """The endpoint that receives what was drawn."""
+    editor = next(c for c in httpx.get(f"{served.url}/config").json()["components"] if c["type"] == "imageeditor")
+
+    def send(index: str, content: bytes, id: str = "x") -> int:
+        data = {"type": "layer", "index": index, "id": id, "fn_name": "accept_blobs", "session_hash": "s"}
+        form = {"component_id": str(editor["id"])} | data
+        files = {"file": ("blob", content)}
+        return httpx.post(f"{served.url}/gradio_api/component_server", data=form, files=files, timeout=60).status_code
+
+    assert send("0", b"x") == 200
+    for index in ("1000000000", "-1", "x"):
+        assert send(index, b"x") >= 400
+    for k in range(40):
+        send("0", b"x", str(k))
+    (canvas,) = (block for block in served.blocks.blocks.values() if isinstance(block, Canvas))
+    assert len(canvas.blob_storage) <= 16
 
 
 def test_a_generated_image_is_served(served: Served) -> None:

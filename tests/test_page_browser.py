@@ -1,77 +1,23 @@
-"""The web page in a real browser, headless Chromium: every feature by clicks, and no request leaves the machine.
+"""The web page in a real browser, headless Chromium: every feature by clicks, and no request leaves the machine."""
 
-SHOTS=FOLDER keeps the screenshots.
-"""
-
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, expect, sync_playwright
-from playwright.sync_api import Page as Tab
+from playwright.sync_api import Browser, expect
 
 from ldm.formats.png import read_png
+from support.browser import SECONDS, Shown, chromium, open_page
 from support.page import Served, serving
 from train.config.generation import Txt2ImgOptions
 from train.page import painting
 
 pytestmark = pytest.mark.slow
-SECONDS = 60_000  # milliseconds
 MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script> ${1+1} {{ 1+1 }}"
-
-
-class Shown(NamedTuple):
-    """A browser's tab with the page, and what it has requested and reported."""
-
-    tab: Tab
-    requests: list[str]
-    errors: list[str]
-
-    def button(self, id: str) -> Locator:
-        return self.tab.locator(f"#{id}")
-
-    def mode(self, name: str) -> None:
-        self.tab.get_by_role("tab", name=name, exact=True).click()
-
-    def fill(self, label: str, value: object) -> None:
-        field = self.tab.get_by_label(label, exact=True).locator("visible=true").first
-        field.fill(str(value))
-        field.blur()
-
-    def choose(self, k: int) -> None:
-        """Choose an image of the gallery."""
-        thumbnail = self.tab.locator("#gallery .thumbnail-item").nth(k)
-        expect(thumbnail).to_be_visible(timeout=SECONDS)
-        thumbnail.click()
-        expect(self.tab.locator("#settings textarea")).to_have_value(re.compile("Steps: "))
-
-    def see(self, path: Path) -> None:
-        """Wait until the gallery shows a file as its newest."""
-        newest = self.tab.locator("#gallery .thumbnail-item img").first
-        expect(newest).to_have_attribute("src", re.compile(re.escape(path.name) + "$"), timeout=SECONDS)
-
-    def to_inpaint(self) -> None:
-        """Send the chosen image to the editor, and wait until it is there."""
-        self.button("to-inpaint").click()
-        expect(self.tab.locator("#canvas canvas").first).to_be_visible(timeout=SECONDS)
-        expect(self.tab.locator("#canvas").get_by_text("Upload an image")).to_be_hidden(timeout=SECONDS)
-        self.tab.wait_for_timeout(2000)
-
-    def settings(self) -> str:
-        return self.tab.locator("#settings textarea").input_value()
-
-    def shoot(self, name: str) -> None:
-        if folder := os.environ.get("SHOTS"):
-            Path(folder).mkdir(exist_ok=True)
-            self.tab.wait_for_timeout(700)
-            self.tab.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +32,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "these tests need Chromium, e.g. apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
-
-
-def open_page(browser: Browser, served: Served) -> Shown:
-    tab = browser.new_page(viewport={"width": 1400, "height": 1100})
-    tab.set_default_timeout(SECONDS)
-    shown = Shown(tab, [], [])
-    tab.on("request", lambda request: shown.requests.append(request.url))
-    tab.on("pageerror", lambda error: shown.errors.append(str(error)))
-    tab.goto(served.url)
-    expect(shown.button("generate-text")).to_be_visible(timeout=SECONDS)
-    return shown
 
 
 @pytest.fixture
@@ -110,9 +41,7 @@ def shown(browser: Browser, served: Served) -> Iterator[Shown]:
     shown = open_page(browser, served)
     yield shown
     shown.tab.close()
-    outside = [url for url in shown.requests if not url.startswith((served.url, "data:", "blob:"))]
-    assert outside == []
-    assert shown.errors == []
+    shown.check(served)
 
 
 def newest_job(served: Served):

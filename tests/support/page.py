@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ class Served:
     url: str
     page: Page
     root: Path
+    blocks: gr.Blocks
 
 
 def make_folders(root: Path) -> Places:
@@ -60,7 +62,7 @@ def serving(root: Path, auth: tuple[str, str] | None = None, places: Places | No
         blocks = build(page)
         try:
             url = start(blocks, page, Address("127.0.0.1", free_port(), auth))
-            yield Served(url.rstrip("/"), page, root)
+            yield Served(url.rstrip("/"), page, root, blocks)
         finally:
             page.jobs.close()
             blocks.close(verbose=False)

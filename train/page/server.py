@@ -24,6 +24,13 @@ _POLICY = (
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 """What browsers may load for the page: only what this server sends. gradio itself needs inline scripts."""
+_ENDPOINTS = re.compile(
+    r"/((assets|static)/.*|config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|login/?|logout|gradio_api/("
+    r"queue/(join|data)|(call|run|api|heartbeat)/.*|upload|upload_progress|file[=/].*|component_server/?|"
+    r"startup-events|cancel|reset/?|info/?|openapi\.json|app_id/?|login_check/?|user/?|token/?|theme\.css))?",
+    re.DOTALL,
+)
+"""The endpoints of gradio that the page needs. Others edit code, convert recordings or fetch addresses."""
 _STYLE = "#start-image img { width: 100%; height: 100%; object-fit: contain }"
 """Small images are enlarged."""
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -94,8 +101,8 @@ class Guard:
             return 403, "requests from other web pages aren't accepted"
         if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", 0)) > _LARGEST_REQUEST:
             return 413, f"a request can have up to {_LARGEST_REQUEST // 2**20} MB"
-        if "/proxy=" in path:
-            return 403, "addresses aren't fetched"
+        if not _ENDPOINTS.fullmatch(path):
+            return 404, "the page has nothing here"
         if file := re.search(r"/file[=/](.*)", path, re.DOTALL):
             return None if self._is_served(file[1]) else (403, "this file isn't served")
         return None
