@@ -6,7 +6,6 @@ The page is started as a user starts it, and asked over HTTP. Then page and comm
 process, in turn, each with the model already loaded; the page also makes previews. Under a minute on two cores.
 """
 
-import json
 import socket
 import statistics
 import subprocess
@@ -44,7 +43,9 @@ def first_image(model: Path, out: Path) -> float:
         form = [model.name, "a small red star", "", 25, 3.0, "own", 0, 1, 0, 0, "own", 0.0, 0.0, "none", "fp32"]
         while time.perf_counter() - started < 120:
             try:
-                httpx.post(f"http://127.0.0.1:{port}/gradio_api/call/text_to_image", content=json.dumps({"data": form}))
+                httpx.post(
+                    f"http://127.0.0.1:{port}/gradio_api/call/text_to_image", json={"data": form}
+                ).raise_for_status()
                 break
             except httpx.TransportError:
                 time.sleep(0.05)
