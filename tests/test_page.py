@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.formats.png import png_bytes, read_png
 from support.commands import run_script
 from support.page import Served, serving
-from train.commands.page import check
+from train.commands.page import check, serve
 from train.config.generation import Txt2ImgOptions
 from train.config.page import PageOptions
 from train.page.grid import Axis, draw_grid
@@ -224,6 +224,12 @@ def test_options_that_open_the_page_need_a_word_more() -> None:
         with pytest.raises(UserError, match=said):
             check(PageOptions(**options))
     assert check(PageOptions(auth="a:b:c", share=True)) == ("a", "b:c")
+
+
+def test_a_port_in_use_is_one_line(served: Served) -> None:
+    port = int(served.url.rpartition(":")[2])
+    with pytest.raises(UserError, match="choose another"):
+        serve(PageOptions(port=port))
 
 
 def test_the_password_is_needed(tmp_path: Path, served: Served) -> None:

@@ -14,8 +14,9 @@ import torch
 from autoencoder.preview import fit_colours
 from support.models import tiny_pipeline
 from train.page.app import build
+from train.page.isolation import isolate
 from train.page.places import Places
-from train.page.server import Address, isolate, start
+from train.page.server import Address, start
 from train.page.shared import Page
 
 

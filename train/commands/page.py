@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ldm.errors import UserError
+from train.commands.main import imports
 from train.config.page import PageOptions
+from train.page.isolation import isolate
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -15,16 +17,16 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
     """Serve the page until it is interrupted. started: called with the address once it answers."""
     auth = check(o)
-    from train.page.server import Address, isolate, start  # gradio is an extra
-
-    isolate(Path(o.out))
-    from train.page.app import build
-    from train.page.places import Places
-    from train.page.shared import Page
-
-    page = Page(Places(Path(o.models), Path(o.runs), Path(o.data), Path(o.out)), device=o.device)
     host = "0.0.0.0" if o.listen and o.host in _LOCAL else o.host
     _require_free(host, o.port)
+    isolate(Path(o.out))
+    with imports():  # gradio is an extra
+        from train.page.app import build
+        from train.page.places import Places
+        from train.page.server import Address, start
+        from train.page.shared import Page
+
+    page = Page(Places(Path(o.models), Path(o.runs), Path(o.data), Path(o.out)), device=o.device)
     blocks = build(page)
     try:
         started(start(blocks, page, Address(host, o.port, auth, o.share)))

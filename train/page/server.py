@@ -1,7 +1,6 @@
 """The server of the page: loopback by default, no request to anywhere else, limits on what is sent to it."""
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,19 +155,6 @@ def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
         app_kwargs={"middleware": [guard]},
     )
     return url
-
-
-def isolate(out: Path) -> None:
-    """Keep all libraries from sending requests, and gradio's files in `out`. Call it before the page is built."""
-    cache = out.absolute() / "cache"
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_TEMP_DIR": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
 
 
 def _forbid_downloads() -> None:
