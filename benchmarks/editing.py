@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.samplers import SamplerKind
 from train.commands.main import command
 from train.config.load import overlay
 from train.config.sampling import SamplingOptions
@@ -48,7 +49,7 @@ from train.evaluation.sheets import sheet, to_uint8
 RED_STAR = Object("star", "red", "small")
 BOX_SIDES = (0.36, 0.5)  # of the image's side; the largest small object needs 0.3
 STRENGTHS = (0.5, 0.6, 0.7, 0.8)
-SAMPLERS = ("dpmpp_2m", "dpmpp_2m_sde")  # for inpainting, where noise drawn at each step helps
+SAMPLERS: tuple[SamplerKind, ...] = ("dpmpp_2m", "dpmpp_2m_sde")  # for inpainting, where noise drawn at each step helps
 NEAR = 0.1  # of the side: an object that moved no farther counts as in place
 SHOWN = 10  # examples on a sheet
 Images = NDArray[np.float32]
@@ -250,6 +251,8 @@ def main() -> None:
     models = {"blending": o.model} | ({"trained to inpaint": o.inpaint_model} if o.inpaint_model else {})
     pipes = {name: LatentDiffusionPipeline.from_pretrained(folder) for name, folder in models.items()}
     pipe, out = pipes["blending"], Path(o.out)
+    own = pipe.process.sampler
+    samplers, o = SAMPLERS if own in SAMPLERS else (own,), o.for_sampler(own)
     given = given_images(o.data, pipe.backbone.sample_size[0] * pipe.autoencoder.factor)
     out.mkdir(parents=True, exist_ok=True)
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -267,7 +270,7 @@ def main() -> None:
         generated = {
             f"{name}, {sampler}": generate(pipe, edits, o, sampler=sampler)
             for name, pipe in pipes.items()
-            for sampler in SAMPLERS
+            for sampler in samplers
         }
         table = {f"{what}, {name}": shares(check_inpainting, p, edits) for name, p in generated.items()}
         show("Inpainting: shares correct", table)

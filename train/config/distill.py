@@ -25,8 +25,7 @@ class DistillConfig(LatentConfig):
     The student starts with its weights, and has its autoencoder and text encoder."""
     method: Annotated[Literal["guidance", "consistency"], Fixed()] = "guidance"
     """Kind of student. `guidance`: one evaluation per step, as it reads the guidance scale (Meng et al. 2023).
-    `consistency`: also few steps, with sampler lcm (Song et al. 2023; Luo et al. 2023).
-    Its best teacher is a student of the first kind."""
+    `consistency`: also few steps, with sampler lcm (Song et al. 2023; Luo et al. 2023)."""
     scales: Annotated[tuple[float, float], ON_REQUEST] = (1.0, 8.0)
     """Smallest and largest guidance scale that the student learns; each example draws one, uniformly."""
     solver_steps: Annotated[int, Fixed()] = Field(default=50, gt=0, le=100_000)
