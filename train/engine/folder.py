@@ -1,6 +1,7 @@
 """The folder of a run: the paths in it, and the lock that keeps a second process out."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from train.data.store.atomic import remove
+from train.engine.owner import Owner
 
 _FIRST_FILES = {".lock", ".tmp-config.yaml"}  # all that a start may leave that is killed before it wrote config.yaml
 
@@ -33,6 +35,11 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def lock(self) -> Path:
+        """File that is locked during training, and that names the process."""
+        return self.path / ".lock"
 
     @property
     def settings(self) -> Path:
@@ -91,23 +98,29 @@ class RunFolder:
             raise UserError(
                 f"--out {str(self)!r}: can't be a folder, because {error.filename!r} is a file; choose another"
             ) from None
-        with open(self.path / ".lock", "w") as lock:
+        with open(self.lock, "ab", buffering=0) as lock:  # "w" would remove what the process that trains wrote
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(
                     f"--out {str(self)!r}: another process is training there; wait until it ends, or use another"
                 ) from None
+            with suppress(OSError):  # a full disk; nothing depends on it
+                lock.truncate(0)
+                lock.write(Owner.of(os.getpid()).text().encode())
             try:
                 yield
             except UserError:
                 if new and not self.checkpoints.exists():
                     self._remove(keep_folder=existed)
                 raise
+            finally:
+                with suppress(OSError):
+                    lock.truncate(0)
 
     def _require_kinds(self) -> None:
         """Raise UserError if a file or folder of the run is something else, e.g. a pipe, which would never end."""
-        for path in (self.path / ".lock", self.settings, self.metrics, self.damaged, self.changes):
+        for path in (self.lock, self.settings, self.metrics, self.damaged, self.changes):
             if path.exists() and not path.is_file():
                 raise UserError(f"--out {str(self)!r}: {path.name} in it is not a regular file; choose another folder")
         for path in (self.checkpoints, self.samples, self.model, self.best, self.tokenizer):
