@@ -93,6 +93,7 @@ def test_the_report_of_a_known_folder(known: Path, small_clip: Path, tmp_path: P
         "median": 6,
         "95_percent": 14,
         "longest": 14,
+        "lengths": {"3": 3, "6": 10, "13": 1, "14": 1},
         "longest_caption": "abcdefghijkl",
         "room": 8,
         "too_long": 2,

@@ -1,7 +1,7 @@
 """Inspect images and captions before training: write statistics, problems and a contact sheet."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ from train.evaluation.sheets import in_rows, save_sheet, sheet, to_uint8
 _SHOWN, _COLUMNS, _SIDE = 48, 8, 128  # images, columns and side in pixels of the contact sheet
 
 
-def inspect(o: InspectOptions, config: str = "") -> Report:
+def inspect(o: InspectOptions, config: str = "", *, progress: Callable[[float], None] = lambda share: None) -> Report:
     """Inspect a dataset and return the report, which is also written to `o.out` with a contact sheet.
 
-    config: configuration that the length of a caption is from; empty: it is from an option.
+    config: configuration that the length of a caption is from; empty: it is from an option. progress: called with the
+    share of the images that are read, 0 to 1.
     """
     if not o.data:
         raise UserError("--data is missing: give the images to inspect, e.g. --data data/shapes")
@@ -53,7 +54,7 @@ def inspect(o: InspectOptions, config: str = "") -> Report:
         tokenizer, chunks = train_tokenizer(texts, o.text.vocab_size, o.text.max_length), o.text_chunks or 1
     else:
         tokenizer, chunks = encoder.tokenizer, encoder.chunks
-    images = InspectedImages(selection, o.input.center_framing(_SIDE), o.workers)
+    images = InspectedImages(selection, o.input.center_framing(_SIDE), o.workers, progress)
     duplicates, left_out = images.duplicates(), left_out_files(inputs)
     tokenizer_name = o.text_encoder or "the one that stage 0 would train on these captions"
     report: Report = {

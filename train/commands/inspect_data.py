@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,7 +162,14 @@ def _traits(header: Image.Image) -> Iterator[str]:
 class InspectedImages:
     """Properties of all selected image files. Raises UserError if none can be read."""
 
-    def __init__(self, selection: Selection, framing: Framing, workers: int) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        framing: Framing,
+        workers: int,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        """progress: called with the share of the images that are read, 0 to 1."""
         n = len(selection)
         self.selection, self.framing = selection, framing
         self.digests, self.sizes = np.zeros(n, "S32"), np.zeros((n, 2), np.int32)
@@ -176,6 +183,7 @@ class InspectedImages:
                 for k, properties in zip(part, batch, strict=True):
                     self._add(k, properties)
                 bar.update(len(part))
+                progress((part[-1] + 1) / n)
         self.readable = np.flatnonzero(self.sizes[:, 0])
         if not len(self.readable):
             raise UserError(f"none of the {n:,} images can be read, e.g. {': '.join(self.damaged[0])}")
@@ -275,7 +283,10 @@ def left_out_files(inputs: Inputs) -> list[tuple[str, str]]:
 
 
 def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int = 1) -> Report:
-    """Return statistics of all captions. Token counts include begin and end. chunks: chunks per caption."""
+    """Return statistics of all captions. Token counts include begin and end. chunks: chunks per caption.
+
+    lengths: number of captions with each number of tokens.
+    """
     numbers = np.fromiter(map(len, selection.captions()), np.int64, len(selection))
     n, size = int(numbers.sum()), tokenizer.model_max_length - 2
     report: Report = {
@@ -302,6 +313,7 @@ def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int =
         if tokens[rows].max() > tokens[:first].max(initial=0):
             longest = batch[int(tokens[rows].argmax())]
     keys, counts = np.unique(hashes, return_counts=True)
+    lengths, numbers_of = np.unique(tokens, return_counts=True)
     frequent = {int(keys[k]): int(counts[k]) for k in np.argsort(-counts, kind="stable")[:3] if counts[k] > 1}
     repeated = {text: frequent[hash(text)] for text in selection.texts() if hash(text) in frequent}
     shared = dict(zip(keys.tolist(), counts.tolist(), strict=True))
@@ -317,6 +329,7 @@ def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int =
         "median": int(np.median(tokens)),
         "95_percent": int(np.percentile(tokens, 95, method="inverted_cdf")),
         "longest": int(tokens.max()),
+        "lengths": dict(zip(map(str, lengths.tolist()), numbers_of.tolist(), strict=True)),
         "longest_caption": longest,
         "room": chunks * size + 2,
         "too_long": int((tokens > chunks * size + 2).sum()),
