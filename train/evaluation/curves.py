@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ def training_plots(model: str) -> list[Plot]:
     return plots
 
 
+def run_plots(metrics: Sequence[Mapping[str, float]], stage: str) -> list[Plot]:
+    """Return all the curves of one run from its lines of metrics: losses, measures of held-out images, and its speed.
+
+    Plots of the same name belong together, also if the runs are of different stages.
+    """
+    plots = _stage_plots(metrics, stage, "")
+    for name, title, label, key in (
+        ("lr", "learning rate", "learning rate", "lr"),
+        ("speed", "speed", "images per second", "images_per_second"),
+        ("skipped", "skipped steps", "steps, since the start", "skipped"),
+    ):
+        if line := _line(metrics, key, "this run"):
+            plots.append(_plot(name, title, label, [line]))
+    return [replace(plot, title=plot.title[:1].upper() + plot.title[1:]) for plot in plots]
+
+
 def _settings(run: Path) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -38,7 +55,11 @@ def _settings(run: Path) -> Mapping[str, Any]:
 def _stage(run: Path, stage: str, title: str) -> list[Plot]:
     if not (run / "config.yaml").is_file():
         return []
-    lines = list(_lines(run / "metrics.jsonl"))
+    return _stage_plots(list(read_metrics(run / "metrics.jsonl")), stage, f"{title}: ")
+
+
+def _stage_plots(lines: Sequence[Mapping[str, float]], stage: str, title: str) -> list[Plot]:
+    """Return the plots of the losses and of the stage's measures. title: start of their titles."""
     loss = [s for s in (_line(lines, "loss", "training"), _line(lines, "val_loss", "held-out images")) if s]
     others = {
         "ldm": ("Held-out error by noise level", "error", _bands(lines)),
@@ -49,10 +70,10 @@ def _stage(run: Path, stage: str, title: str) -> list[Plot]:
             [_line(lines, f"val_{n}", n[:-2].replace("_", " ")) for n in ("image_to_text@1", "text_to_image@1")],
         ),
     }
-    name, label, further = others[stage]
-    plots = [_plot(f"{stage}_loss", f"{title}: loss", "loss", loss, log=True)] if loss else []
+    name, label, further = others.get(stage, others["ldm"])
+    plots = [_plot(f"{stage}_loss", f"{title}loss", "loss", loss, log=True)] if loss else []
     shown = [series for series in further if series and len(series.x) > 1]
-    return plots + ([_plot(f"{stage}_held_out", f"{title}: {name}", label, shown)] if shown else [])
+    return plots + ([_plot(f"{stage}_held_out", f"{title}{name}", label, shown)] if shown else [])
 
 
 def _bands(lines: Sequence[Mapping[str, float]]) -> list[Series | None]:
@@ -76,7 +97,7 @@ def _line(lines: Sequence[Mapping[str, float]], name: str, label: str) -> Series
     return Series(name=label, x=[x for x, _ in means], y=[y for _, y in means]) if points else None
 
 
-def _lines(path: Path) -> Iterator[dict[str, float]]:
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     """Yield the lines of a metrics.jsonl; others are ignored."""
     for line in read_lines(path):
         try:
