@@ -62,7 +62,7 @@ def read_options(kind: type, arguments: Sequence[str], *, flags: bool, also: Col
             raise UserError(f"{text}: needs " + (f"{count} values" if count > 1 else f"a value{_few(types[name])}"))
         if (group := _group_size(types[name])) and len(words) % group:
             raise UserError(f"{text}: needs {group} values for each entry; --help describes them")
-        options[name] = Option(_nested(types[name], words), text)
+        options[name] = Option(nested_words(types[name], words), text)
     return options
 
 
@@ -133,14 +133,14 @@ def _group_size(hint: Any) -> int | None:
     return _word_count(parts[0]) if get_origin(hint) is tuple and parts[-1] is ... else None
 
 
-def _nested(hint: Any, words: Sequence[str]) -> Any:
+def nested_words(hint: Any, words: Sequence[str]) -> Any:
     """Return the words as nested lists, as None, or as a single word."""
     parts = [part for part in get_args(hint) if part is not NoneType]
     if NoneType in get_args(hint):
-        return None if words == ["None"] else _nested(parts[0], words)
+        return None if words == ["None"] else nested_words(parts[0], words)
     if get_origin(hint) is not tuple:
         return words[0]
     if parts[-1] is not ...:
         return words
     step = _word_count(parts[0]) or 1
-    return [_nested(parts[0], words[k : k + step]) for k in range(0, len(words), step)]
+    return [nested_words(parts[0], words[k : k + step]) for k in range(0, len(words), step)]

@@ -1,0 +1,147 @@
+"""Start, stop and continue runs as processes of their own, which go on when the page or its server is closed.
+
+Beside the folder of a run NAME that the page starts are .NAME.page.yaml, the configuration that the command is given,
+.NAME.page.log, its output, and .NAME.page.json, its process. The command is the one that a user would type.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from ldm.errors import UserError, one_line
+from train.config.load import RESUME_WITH_CHANGES, dump, validate
+from train.config.run import RunConfig
+from train.config.vae import VaeConfig
+from train.data.store.atomic import write_text
+from train.engine.changes import Saved
+from train.engine.owner import Owner
+from train.page.forms import STAGES, TRACKERS, locations
+from train.page.places import Places
+from train.page.runs import RunView
+
+_LOG_END = 2**16  # bytes of a log that are read
+_START = threading.Lock()
+
+
+def started_by_page(run: Path) -> Owner | None:
+    """Return the process that the page has started for a run, if it still runs."""
+    owner = Owner.read(_beside(run, "json"))
+    return owner if owner and owner.runs else None
+
+
+def require_inside(config: RunConfig, places: Places) -> None:
+    """Raise UserError if a configuration needs something that isn't in the given folders, or another machine."""
+    for name, value in locations(config):
+        if name == "cache" and value == "off":
+            continue
+        if name in ("out", "cache"):
+            inside = places.name("runs", Path(value)) not in (None, ".")
+            if not inside:
+                raise UserError(f"{name} {value!r}: must be a folder in --runs, {str(places.runs)!r}")
+            continue
+        found = [place for place in ("data", "runs", "models") if places.name(place, Path(value)) is not None]
+        if not found or not Path(value).exists():
+            raise UserError(f"{name} {value!r}: isn't in --data, --runs or --models; the page accepts no other path")
+    if others := [name for name in config.trackers if name not in TRACKERS]:
+        raise UserError(f"trackers {' '.join(others)}: sends data to other machines; the page accepts tensorboard")
+    if config.input.follow_links:
+        raise UserError("input.follow_links True: the page reads only files in the given folders; set it to False")
+    if isinstance(config, VaeConfig) and config.perceptual.kind.startswith("lpips") and not config.perceptual.model:
+        raise UserError(
+            f"perceptual.kind {config.perceptual.kind} needs perceptual.model: the page downloads nothing, so give a "
+            "file of torchvision's weights"
+        )
+
+
+def start(config: RunConfig, places: Places, *, with_changes: bool = False) -> Path:
+    """Start or continue the run in `config.out`. Returns its folder. Raises UserError for what the page doesn't do.
+
+    The command checks the data, the models and the changes itself; `problem` returns what it finds.
+    """
+    for name in ("data", "out"):
+        if not getattr(config, name):
+            raise UserError(f"{name} is missing: choose one")
+    require_inside(config, places)
+    run = Path(config.out)
+    with _START:
+        if (run / ".lock").exists() and (owner := Owner.read(run / ".lock")) and owner.runs:
+            raise UserError(f"{run.name}: is training already; stop it first")
+        if started_by_page(run):
+            raise UserError(f"{run.name}: is starting already")
+        run.parent.mkdir(parents=True, exist_ok=True)
+        for kind in ("yaml", "log", "json"):
+            _require_file(_beside(run, kind))
+        write_text(_beside(run, "yaml"), dump(config))
+        words = [str(_beside(run, "yaml")), *[RESUME_WITH_CHANGES] * with_changes]
+        process = _launch(config.stage, words, _beside(run, "log"))
+        write_text(_beside(run, "json"), Owner.of(process.pid).text())
+    threading.Thread(target=process.wait, daemon=True).start()  # else it would remain as a zombie
+    return run
+
+
+def stop(run: RunView) -> None:
+    """Ask a run to save a checkpoint after this step and to end. Raises UserError if it doesn't train."""
+    owner = run.owner or started_by_page(run.path)
+    if owner is None:
+        raise UserError(f"{run.path.name}: isn't training")
+    with suppress(ProcessLookupError):
+        os.kill(owner.pid, signal.SIGTERM)
+
+
+def problem(run: Path) -> str:
+    """Return the line with which a run that the page started has failed; "" if it runs, or ended well."""
+    if started_by_page(run):
+        return ""
+    lines = log_lines(run)
+    return next((line for line in reversed(lines[-5:]) if line.startswith("error: ")), "").removeprefix("error: ")
+
+
+def log_lines(run: Path, most: int = 100) -> list[str]:
+    """Return the last lines of output of a run that the page started, as a terminal shows them."""
+    path = _beside(run, "log")
+    if path.is_symlink() or not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_END))
+        text = file.read(_LOG_END).decode(errors="replace")
+    lines = (re.split(r"\r(?!\n)", line.rstrip("\r"))[-1] for line in text.split("\n"))
+    return [one_line(line, 500) for line in lines if line.strip()][-most:]
+
+
+def settings_of(run: RunView) -> RunConfig:
+    """Return the configuration of a run, to continue it. Raises UserError if its config.yaml can't be read."""
+    return validate(STAGES[run.stage], Saved.read(run.folder.settings).values)
+
+
+def _launch(stage: str, words: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start the training command of a stage in a session of its own."""
+    command = "distill" if stage == "distill" else f"train_{stage}"
+    program = (
+        f"import sys; sys.argv[0] = {f'scripts/{command}.py'!r}; from train.commands.cli import {command}; {command}()"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+
+
+def _require_file(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path.name}: is not a regular file; move it away")
+
+
+def _beside(run: Path, kind: str) -> Path:
+    return run.with_name(f".{run.name}.page.{kind}")
