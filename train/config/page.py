@@ -14,11 +14,13 @@ class PageOptions:
     models: str = "runs"
     """Folder in which models are searched, at any depth up to five. Visitors can use all of them."""
     runs: str = "runs"
-    """Folder of the training runs. Visitors can see them, and start, stop and continue them."""
+    """Folder of the training runs. Visitors can see them, and start, stop and continue them.
+    Comparisons of two models and their votes are written to compare/ in it."""
     data: str = "data"
     """Folder of the datasets. Visitors can see the images and captions."""
     out: str = "out"
-    """Folder of the images that visitors generate or upload, and of votes. Visitors can see all images in it."""
+    """Folder of the images that visitors generate or upload, and of reports on datasets.
+    Visitors can see all images in it."""
     host: str = "127.0.0.1"
     """Address to answer at. Another address than that of this machine itself needs --listen."""
     port: int = 7860
