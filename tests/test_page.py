@@ -226,6 +226,12 @@ def test_options_that_open_the_page_need_a_word_more() -> None:
     assert check(PageOptions(auth="a:b:c", share=True)) == ("a", "b:c")
 
 
+def test_without_gradio_a_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.commands.page.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install \"ldm\[page\]\""):
+        check(PageOptions())
+
+
 def test_a_port_in_use_is_one_line(served: Served) -> None:
     port = int(served.url.rpartition(":")[2])
     with pytest.raises(UserError, match="choose another"):

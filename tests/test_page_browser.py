@@ -81,6 +81,13 @@ def test_an_image_from_text_with_its_settings(shown: Shown, served: Served) -> N
     shown.shoot("text")
 
 
+def test_every_tab_opens(shown: Shown) -> None:
+    for name in ("Train", "Data", "Compare", "Paint"):
+        shown.mode(name)
+        expect(shown.tab.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+        shown.shoot(f"tab-{name}")
+
+
 def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> None:
     shown.fill("Seed (−1: any)", 1)
     shown.fill("Number", 1)
@@ -198,7 +205,7 @@ def test_again_with_this_seed_and_use_its_settings(shown: Shown, served: Served)
     shown.see(path)
     shown.choose(0)
     shown.button("use").click()
-    expect(shown.tab.get_by_label("Prompt", exact=True).first).to_have_value("a blue square")
+    expect(shown.tab.get_by_label("Prompt", exact=True).locator("visible=true").first).to_have_value("a blue square")
 
 
 def test_a_dropped_png_repeats_its_image(shown: Shown, served: Served) -> None:
@@ -212,7 +219,7 @@ def test_a_dropped_png_repeats_its_image(shown: Shown, served: Served) -> None:
     shown.tab.reload()
     expect(shown.button("generate-text")).to_be_visible()
     shown.tab.locator("#dropped input[type=file]").set_input_files(path)
-    expect(shown.tab.get_by_label("Prompt", exact=True).first).to_have_value("a green square")
+    expect(shown.tab.get_by_label("Prompt", exact=True).locator("visible=true").first).to_have_value("a green square")
     shown.shoot("dropped")
     content = path.read_bytes()
     path.unlink()

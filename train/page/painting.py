@@ -44,6 +44,7 @@ RANDOM_SEED = -1
 _PREVIEW_SECONDS = 0.2
 _SMALLEST_PREVIEW = 256  # pixels
 _SHOWN = 48  # images in the gallery
+_GALLERY = ("images/*.png", "animations/*.gif")
 
 
 class Progress:
@@ -173,10 +174,15 @@ def drawn_mask(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image 
 
 def gallery(places: Places) -> list[str]:
     """Return the names in `out` of the newest images and animations, the newest first."""
-    patterns = ("images/*.png", "animations/*.gif")
-    files = [path for pattern in patterns for path in places.out.glob(pattern) if places.name("out", path)]
+    files = [path for pattern in _GALLERY for path in places.out.glob(pattern) if places.name("out", path)]
     newest = sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)[:_SHOWN]
     return [str(path.relative_to(places.out)) for path in newest]
+
+
+def folder_times(places: Places) -> list[int]:
+    """Return when files were last added to or removed from the gallery's folders."""
+    folders = [places.out / Path(pattern).parent for pattern in _GALLERY]
+    return [folder.stat().st_mtime_ns if folder.is_dir() else 0 for folder in folders]
 
 
 def shown_settings(path: Path) -> str:

@@ -61,13 +61,13 @@ def view(page: Page, model: gr.Dropdown) -> View:
 
     @plain
     def look(before: Any) -> tuple[Any, ...]:
-        images = painting.gallery(page.places)
-        now = (page.jobs.version, tuple(images))
-        if now == before:
+        now = (page.jobs.version, *painting.folder_times(page.places))
+        if before is not None and before[0] == now:
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
-        changed = before is None or before[1] != now[1]
+        images = painting.gallery(page.places)
+        changed = before is None or before[1] != images
         files = [str(page.places.out / name) for name in images] if changed else gr.skip()
-        return describe(page), files, images if changed else gr.skip(), now
+        return describe(page), files, images if changed else gr.skip(), (now, images)
 
     @plain
     def choose(shown: Any, event: gr.SelectData) -> tuple[str, str]:
