@@ -82,10 +82,12 @@ def test_an_image_from_text_with_its_settings(shown: Shown, served: Served) -> N
 
 
 def test_every_tab_opens(shown: Shown) -> None:
+    """Without an error, also where there is nothing to show."""
     for name in ("Train", "Data", "Compare", "Paint"):
         shown.mode(name)
         expect(shown.tab.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
         shown.shoot(f"tab-{name}")
+    expect(shown.tab.locator(".toast-body")).to_have_count(0)
 
 
 def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import gradio as gr
 from PIL import Image
 
-from ldm.errors import UserError
 from ldm.files import read_json
 from train.commands.inspect import inspect
 from train.commands.inspect_report import describe
@@ -218,7 +217,7 @@ def _sheet(path: Path) -> Image.Image | None:
 def _search(places: Places, name: str, words: str, number: int | None) -> tuple[str, Any]:
     """Return a line on what was found, and the images of a page of it."""
     if not name:
-        raise UserError("dataset: choose one")
+        return "no dataset is chosen", []
     first = (max(1, int(number or 1)) - 1) * _SHOWN
     count, found = search(places.existing("data", name), words or "", first, _SHOWN)
     pages = max(1, -(-count // _SHOWN))
