@@ -11,6 +11,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ldm.bound import gaussian_kl, negative_log_likelihood, prior_term, variances
+from ldm.denoiser import split_output
 from ldm.errors import UserError
 from ldm.objective import Objective
 from ldm.parameterization import target_of
@@ -280,6 +281,17 @@ def test_hybrid_trains_the_variance_and_keeps_the_gradient_of_the_mean(name, tar
     torch.testing.assert_close(vlb.weighted, schedule.T * vlb.unweighted)
     torch.testing.assert_close(hybrid.weighted, simple.weighted + vlb.weighted / 1000)
     torch.testing.assert_close(hybrid.unweighted, simple.unweighted)
+
+
+def test_the_variance_is_the_second_half_of_the_output():
+    output = torch.linspace(-1, 1, 16).view(1, 4, 2, 2)
+    prediction, fraction = split_output(output, 3)
+    assert torch.equal(prediction, output[:, :3])
+    assert fraction is not None
+    torch.testing.assert_close(fraction, (output[:, 3:] + 1) / 2)
+    prediction, fraction = split_output(output, 4)
+    assert torch.equal(prediction, output)
+    assert fraction is None
 
 
 def test_a_network_must_have_the_channels_of_its_variance():
