@@ -30,7 +30,6 @@ def to_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Image.Im
     """Return the image in mode RGB, with EXIF and profile applied. Raises ValueError for 32 bits per pixel."""
     transpose = _transpose(image)
     rgb = _opaque_rgb(image if transpose is None else image.transpose(transpose), background)
-    rgb = rgb.copy() if rgb is image else rgb
     rgb.info = {}
     return rgb
 
