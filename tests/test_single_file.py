@@ -38,6 +38,7 @@ from ldm.formats.single_file import (
     save_single_file,
     to_original,
 )
+from ldm.networks.unet import add_guidance
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.schedule import BetaSchedule
 from support.commands import Ended, run_script
@@ -439,6 +440,9 @@ def test_parts_without_a_counterpart_are_named() -> None:
     unet = small_unet(modulation=True)
     with pytest.raises(UserError, match=r"unet\.modulation .* has no counterpart"):
         to_original(LatentDiffusionPipeline(unet, pipe.autoencoder, pipe.text_encoder, pipe.process))
+    add_guidance(pipe.unet)
+    with pytest.raises(UserError, match=r"unet\.time_embedding\.cond_proj\.weight: has no counterpart"):
+        to_original(pipe)
 
 
 @pytest.mark.parametrize(
