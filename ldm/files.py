@@ -14,6 +14,7 @@ from typing import Any
 LARGEST_TEXT = 2**24
 """Largest accepted size of a file of settings, of prompts or of a tokenizer, in bytes."""
 _MOST_LAYERS, _MOST_ENTRIES, _LARGEST_NUMBER = 1000, 1000, 2**20
+_AT_ONCE = 2**14  # bytes; files that grow, or don't state a size, take several reads
 _PIPE_SECONDS = 10.0  # longest wait for a pipe's next bytes
 
 
@@ -38,8 +39,11 @@ def read_regular(path: str | Path, limit: int = LARGEST_TEXT, *, pipe: bool = Fa
         if pipe and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
             return _read_pipe(descriptor, path, limit)
         size = _require_regular(descriptor, path)
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content = file.read(limit + 1) if size <= limit else b""
+        parts, left = [], limit + 1 if size <= limit else 0
+        while part := os.read(descriptor, min(left, max(size + 1, _AT_ONCE))):  # memory for the file, not for the limit
+            parts.append(part)
+            left -= len(part)
+        content = b"".join(parts)
         if max(size, len(content)) > limit:
             raise OSError(errno.EFBIG, f"it has {max(size, len(content)):,} bytes; up to {limit:,} are accepted", path)
         return content

@@ -75,7 +75,7 @@ class Folder(Catalogue):
 
     def read(self, k: int) -> bytes:
         try:
-            return read_regular(self.folder / self.names[k], MAX_BYTES)
+            return read_regular(os.path.join(self.folder, self.names[k]), MAX_BYTES)
         except OSError as error:
             if error.errno in SYSTEM_ERRORS:
                 raise
