@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import yaml
 
@@ -25,7 +26,7 @@ from train.page.markup import card, figures, lines, status, table
 from train.page.offers import offers, open_run, starting_config, starting_points
 from train.page.places import Places
 from train.page.runs import RunView, find_runs
-from train.page.training import curves, run_status, sheets
+from train.page.training import _update, curves, run_status, sheets
 from train.page.training_form import checked
 
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -131,6 +132,26 @@ def test_a_real_run_is_shown(parts: Path) -> None:
     assert "autoencoder" in run.card().lower()
     assert not run.card().startswith("---")
     assert "finished" in run_status(run)
+
+
+def test_only_what_changed_is_sent_again(tmp_path: Path) -> None:
+    """A film strip stays as it is when only metrics were logged."""
+    places = Places(tmp_path, tmp_path, tmp_path, tmp_path)
+    folder = made(tmp_path / "run")
+    (folder / "samples").mkdir()
+    unseen = {"run": None}
+    status, versions, shown, strip, _, card, *_ = _update(places, ("run", None), (unseen, unseen))
+    assert "stopped: step 50 of 100" in status
+    assert "<svg" in shown
+    assert strip.visible
+    assert "no model yet" in card.value
+    assert _update(places, ("run", None), versions)[1:] == [gr.skip()] * 10
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 55, "time": 122.0, "loss": 0.5}\n')
+    status, _, shown, strip, *_ = _update(places, ("run", None), versions)
+    assert "step 55 of 100" in status
+    assert strip == gr.skip()
+    assert "<svg" in shown
 
 
 def test_plots_of_a_run_are_its_metrics() -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,9 +87,7 @@ class RunView:
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """Lines of metrics.jsonl, of which all numbers are finite."""
-        with suppress(UserError):
-            return [line for line in read_metrics(self.folder.metrics) if all(map(math.isfinite, line.values()))]
-        return []
+        return _finite_metrics(self.folder.metrics, _stamp(self.folder.metrics))
 
     @property
     def step(self) -> int:
@@ -146,11 +144,11 @@ class RunView:
             return ""
         return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
 
-    def version(self) -> tuple[Any, ...]:
-        """Return a value that changes when one of the files changes that the page shows."""
-        folder = self.folder
-        files = (folder.settings, folder.metrics, folder.damaged, folder.samples, folder.model, folder.lock)
-        return (str(self.path), *map(_stamp, files), self.state)
+    def version(self) -> dict[str, Any]:
+        """Return a value for each file that the page shows, which changes with the file."""
+        f = self.folder
+        files = (f.settings, f.metrics, f.damaged, f.samples, f.model, f.lock)
+        return {"run": self.name, "state": self.state} | {path.name: _stamp(path) for path in files}
 
 
 def find_runs(folder: Path) -> list[str]:
@@ -180,6 +178,14 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
                 entry = json.loads(line)
                 pairs.append((str(entry["file"]), str(entry["reason"])))
     return pairs
+
+
+@lru_cache(maxsize=4)
+def _finite_metrics(path: Path, stamp: tuple[float, int]) -> list[dict[str, float]]:
+    """Return a file's lines of metrics. They are kept until its stamp changes, because the page asks often."""
+    with suppress(UserError):
+        return [line for line in read_metrics(path) if all(map(math.isfinite, line.values()))]
+    return []
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -18,6 +18,9 @@ from train.page.runs import RunView, find_runs
 from train.page.shared import Page
 from train.page.training_form import form
 
+Version = dict[str, Any]
+"""What `RunView.version` returns; empty without a run."""
+_UNSEEN: Version = {"run": None}
 _SECONDS = 3.0  # between two looks at the runs
 _MOST_SHEETS = 24
 _LARGEST_SHEET = 2**25  # pixels
@@ -32,7 +35,7 @@ def tab(page: Page) -> None:
         refresh = gr.Button("Look again", elem_id="runs-refresh", scale=1, min_width=110)
         stop = gr.Button("Stop", variant="stop", elem_id="run-stop", scale=1, min_width=90)
     status = gr.HTML(elem_id="run-status")
-    seen = gr.State(("", ""))
+    seen = gr.State((_UNSEEN, _UNSEEN))
     with gr.Tab("Curves"):
         curves = gr.HTML(elem_id="run-curves")
     with gr.Tab("Samples"), gr.Row():
@@ -48,11 +51,11 @@ def tab(page: Page) -> None:
     shown = [status, seen, curves, *strips, *cards, *damaged, *output]
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 
-    def update(first: str | None, second: str | None, before: tuple[str, str]) -> list[Any]:
+    def update(first: str | None, second: str | None, before: Sequence[Version]) -> list[Any]:
         return _update(places, (first, second), before)
 
     def anew(first: str | None, second: str | None) -> list[Any]:
-        return _update(places, (first, second), ("", ""))
+        return _update(places, (first, second), (_UNSEEN, _UNSEEN))
 
     def names(first: str | None, second: str | None) -> tuple[Any, Any]:
         found = find_runs(places.runs)
@@ -84,34 +87,43 @@ def _strip(name: str, **options: Any) -> gr.Gallery:
     )
 
 
-def _update(places: Places, names: Sequence[str | None], before: tuple[str, str]) -> list[Any]:
+def _update(places: Places, names: Sequence[str | None], before: Sequence[Version]) -> list[Any]:
     """Return the new contents; what hasn't changed since the versions `before` is left alone."""
     runs = [open_run(places, name) if name else None for name in names]
-    versions = tuple(repr(run.version()) if run else "" for run in runs)
+    versions = tuple(run.version() if run else {} for run in runs)
     status = markup.styled("".join(run_status(run) for run in runs if run) or markup.quiet("no runs yet"))
     if versions == before:
-        return [status, *[gr.skip()] * 10]
-    changed = [now != then for now, then in zip(versions, before, strict=True)]
-    parts = [_parts(run, visible=bool(run) or k == 0) if changed[k] else [gr.skip()] * 4 for k, run in enumerate(runs)]
+        busy = [run is not None and bool(run.owner or trainings.started_by_page(run.path)) for run in runs]
+        output = [_output(run) if run and b else gr.skip() for run, b in zip(runs, busy, strict=True)]
+        return [status, *[gr.skip()] * 8, *output]
+    parts = [_parts(run, now, then) for run, now, then in zip(runs, versions, before, strict=True)]
     by_kind = [part for kind in zip(*parts, strict=True) for part in kind]
     return [status, versions, markup.styled(curves([run for run in runs if run])), *by_kind]
 
 
-def _parts(run: RunView | None, *, visible: bool) -> list[Any]:
-    """Return the contents of the samples, the card, the damaged images and the output of a run."""
+def _parts(run: RunView | None, now: Version, then: Version) -> list[Any]:
+    """Return the contents of the samples, the card, the damaged images and the output of a run.
+
+    now, then: its version, and the one that is shown. A film strip that hasn't changed stays at the chosen sheet.
+    """
+    if now == then:
+        return [gr.skip()] * 4
     if run is None:
-        return [
-            gr.Gallery(value=[], visible=visible),
-            gr.Markdown("", visible=visible),
-            *[gr.HTML("", visible=visible)] * 2,
-        ]
-    shown = sheets(run)
+        return [gr.Gallery(value=[], visible=False), gr.Markdown("", visible=False), *[gr.HTML("", visible=False)] * 2]
+    strip: Any = gr.skip()
+    if any(now[name] != then.get(name) for name in ("run", "samples")):
+        shown = sheets(run)
+        strip = gr.Gallery(value=shown, visible=True, selected_index=len(shown) - 1 if shown else None)
     return [
-        gr.Gallery(value=shown, visible=True, selected_index=len(shown) - 1 if shown else None),
+        strip,
         gr.Markdown(markup.card(run.card()) or "*no model yet*", visible=True),
         gr.HTML(markup.styled(_damaged(run)), visible=True),
-        gr.HTML(markup.styled(markup.lines(trainings.log_lines(run.path))), visible=True),
+        gr.HTML(_output(run), visible=True),
     ]
+
+
+def _output(run: RunView) -> str:
+    return markup.styled(markup.lines(trainings.log_lines(run.path)))
 
 
 def run_status(run: RunView) -> str:

@@ -68,12 +68,18 @@ def _form(places: Places, stage: str, point: str, run: gr.Dropdown, quiet: dict[
             values[field] = offered[field][0]
     name = point.partition(":")[2] if continued else ""
     out = gr.Textbox(
-        name, label="Name of the run", elem_id="run-name", info=f"Folder in {places.runs}.", max_length=200
+        name,
+        interactive=True,
+        label="Name of the run",
+        elem_id="run-name",
+        info=f"Folder in {places.runs}",
+        max_length=200,
     )
     widgets = dict(_widgets(stage, values, offered))
     with gr.Row():
         changes = gr.Checkbox(
             False,
+            interactive=True,
             label="Accept changed settings",
             info="Continue a run with other settings where that is possible, as --resume-with-changes does.",
             visible=continued,
@@ -128,6 +134,7 @@ def _widget(field: Field, value: Any, offered: list[str]) -> Any:
         "info": field.help,
         "elem_id": f"field-{field.name.replace('.', '-')}",
         "min_width": 300,
+        "interactive": True,
     }
     match field.kind:
         case "switch":

@@ -94,8 +94,10 @@ def stop(run: RunView) -> None:
 
 
 def problem(run: Path) -> str:
-    """Return the line with which a run that the page started has failed; "" if it runs, or ended well."""
-    if started_by_page(run):
+    """Return the line with which a run that the page started has failed; "" if it runs, ended well or went on."""
+    log, metrics = _beside(run, "log"), run / "metrics.jsonl"
+    later = log.exists() and metrics.exists() and metrics.stat().st_mtime > log.stat().st_mtime
+    if later or started_by_page(run):
         return ""
     lines = log_lines(run)
     return next((line for line in reversed(lines[-5:]) if line.startswith("error: ")), "").removeprefix("error: ")
