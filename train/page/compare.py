@@ -105,7 +105,7 @@ def _new_comparison(page: Page, status: gr.HTML, quiet: dict[str, Any], acted: d
             )
             steps = gr.Number(25, label="Steps", precision=0, elem_id="compare-steps", min_width=90)
             scale = gr.Number(SamplingOptions.guidance_scale, label="Guidance", min_width=90)
-            sampler = gr.Dropdown(list(get_args(SamplerKind)), value=SamplingOptions.sampler, label="Sampler")
+            sampler = gr.Dropdown(list(get_args(SamplerKind)), value="dpmpp_2m", label="Sampler")
             seed = gr.Number(0, label="Seed", precision=0, min_width=90)
         with gr.Row():
             start = gr.Button("Generate the images", variant="primary", elem_id="compare-start")
