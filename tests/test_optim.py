@@ -118,3 +118,12 @@ def test_embeddings_biases_and_norms_are_adamws() -> None:
     assert all(kind == {"step", "exp_avg", "exp_avg_sq"} for kind in kinds.values())
     decays = [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
     assert decays == [(1, 0.1), (1, 0.1), (3, 0.0)]  # the matrix, the table, the rest
+
+
+def test_wsd_is_the_same_for_more_steps_until_its_decay() -> None:
+    short = OptimizerConfig(schedule="wsd", warmup=10, final=0.1)
+    rates = [short.lr_share(step, 110) for step in range(110)]
+    assert rates[:90] == [short.lr_share(step, 1000) for step in range(90)]
+    assert rates[10:91] == [1.0] * 81
+    assert rates[90:] == sorted(set(rates[90:]), reverse=True)
+    assert short.lr_share(110, 110) == pytest.approx(0.1)

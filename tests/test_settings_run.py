@@ -69,6 +69,7 @@ OPTIMIZERS = [
     ("clip", muon(schedule="cosine", warmup=1, final=0.2, clip=0.4)),
     ("vae", adamw(schedule="cosine", warmup=2, final=0.2, clip=0.4)),
     ("vae", muon(schedule="constant", warmup=3, clip=0.0)),
+    ("clip", adamw(schedule="wsd", warmup=1, final=0.3)),
     ("ldm", adamw(schedule="constant", warmup=3, clip=0.0)),
     ("ldm", muon(schedule="linear", warmup=1, final=0.5, clip=0.3)),
     ("clip", muon(schedule="cosine", warmup=1, newton_schulz="polar_express")),

@@ -131,7 +131,8 @@ def lr_share(c: OptimizerConfig, step: int, steps: int) -> float:
     if step < c.warmup:
         return (step + 1) / c.warmup
     done = (step - c.warmup) / (steps - c.warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[c.schedule]
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    shape = (shapes | {"wsd": 1 - math.sqrt(max(0.0, 5 * done - 4))})[c.schedule]
     return shape if c.schedule == "constant" else c.final + (1 - c.final) * shape
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 NewtonSchulz = Literal["jordan", "polar_express"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+_WSD_DECAY = 0.2  # share of the steps after the warm-up in which the schedule wsd decays
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -28,10 +29,12 @@ class OptimizerConfig:
     Muon makes more progress per step, but its steps take longer; small networks gain most."""
     lr: Annotated[float, ON_REQUEST] = Field(default=1e-4, gt=0)
     """Peak learning rate, reached after the warm-up."""
-    schedule: Annotated[Literal["constant", "cosine", "linear"], ON_REQUEST] = "constant"
-    """Shape of the learning rate's decay after the warm-up, from the peak to `final` times the peak."""
+    schedule: Annotated[Literal["constant", "cosine", "linear", "wsd"], ON_REQUEST] = "constant"
+    """Shape of the learning rate's decay after the warm-up, from the peak to `final` times the peak.
+    `wsd` (warm-up, stable, decay; Hägele et al. 2024) stays at the peak for 80 % of the steps after the warm-up, then
+    falls as 1 − √x. A run continued with more `steps` before its decay is the run that had them from the start."""
     final: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0, le=1)
-    """Learning rate at the last step as a share of the peak, 0 to 1, in schedules cosine and linear."""
+    """Learning rate at the last step as a share of the peak, 0 to 1, in schedules cosine, linear and wsd."""
     warmup: Annotated[int, ON_REQUEST] = Field(default=500, ge=0, le=MOST_STEPS)
     """Number of steps in which the learning rate rises linearly from 0 to its peak."""
     betas: Annotated[tuple[Decay, Decay], ON_REQUEST] = (0.9, 0.999)
@@ -61,6 +64,9 @@ class OptimizerConfig:
                 return 1 - (1 - self.final) * progress
             case "cosine":
                 return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+            case "wsd":
+                decay = max(0.0, progress - (1 - _WSD_DECAY)) / _WSD_DECAY
+                return 1 - (1 - self.final) * math.sqrt(min(1.0, decay))
             case _:
                 assert_never(self.schedule)
 
