@@ -342,7 +342,7 @@ def test_a_run_starts_stops_and_continues(
 
 def test_a_failed_start_shows_the_commands_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (tmp_path / ".run.page.log").write_text("loading\r 50%\rdone\nerror: --data 'x': no such folder <b>\n")
+    (tmp_path / ".run.page.log").write_text("loading\r 50%\rdone\n\x1b[A\nerror: --data 'x': no such folder <b>\n")
     assert trainings.log_lines(run) == ["done", "error: --data 'x': no such folder <b>"]
     assert trainings.problem(run) == "--data 'x': no such folder <b>"
     view = RunView(run, tmp_path)

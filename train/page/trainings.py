@@ -25,6 +25,7 @@ from train.page.places import Places
 from train.page.runs import RunView
 
 _LOG_END = 2**16  # bytes of a log that are read
+_MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of progress bars in a terminal
 _START = threading.Lock()
 
 
@@ -88,7 +89,7 @@ def stop(run: RunView) -> None:
     """Ask a run to save a checkpoint after this step and to end. Raises UserError if it doesn't train."""
     owner = run.owner or started_by_page(run.path)
     if owner is None:
-        raise UserError(f"{run.path.name}: isn't training")
+        raise UserError(f"{run.name}: isn't training")
     with suppress(ProcessLookupError):
         os.kill(owner.pid, signal.SIGTERM)
 
@@ -110,7 +111,7 @@ def log_lines(run: Path, most: int = 100) -> list[str]:
         return []
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _LOG_END))
-        text = file.read(_LOG_END).decode(errors="replace")
+        text = _MOVES.sub("", file.read(_LOG_END).decode(errors="replace"))
     lines = (re.split(r"\r(?!\n)", line.rstrip("\r"))[-1] for line in text.split("\n"))
     return [one_line(line, 500) for line in lines if line.strip()][-most:]
 
