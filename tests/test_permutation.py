@@ -36,6 +36,7 @@ def test_purposes_keep_their_numbers():
         "MASKED": 16,
         "LEVEL": 17,
         "GUIDANCE": 18,
+        "TAGS": 19,
     }
 
 

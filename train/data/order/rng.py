@@ -7,7 +7,7 @@ position has its own 2^128 blocks, whatever the process, worker, batch or restar
 
 import math
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 from numpy.random import Generator, Philox
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Positions = Sequence[int] | NDArray[np.int64]
 
 
+@unique
 class Purpose(IntEnum):
     """Purpose of a random stream. The numbers are part of every run: add at the end, never change or reorder."""
 
@@ -37,7 +38,7 @@ class Purpose(IntEnum):
     MASKED = 16  # the posterior of a masked image
     LEVEL = 17  # here, a position is an image and a noise level (train/evaluation/losses.py)
     GUIDANCE = 18
-    TAGS = 18  # here, a position is the hash of a caption
+    TAGS = 19  # here, a position is the hash of a caption
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:
