@@ -91,7 +91,7 @@ def test_a_run_is_started_stopped_and_continued_by_clicks(shown: Shown, served: 
     shown.mode("Train")
     shown.tab.locator("#run-form button").first.click()
     shown.tab.get_by_label("1: autoencoder").click()
-    shown.tab.wait_for_timeout(1000)
+    expect(shown.tab.locator("#run-point input")).to_have_value("pictures/vae", timeout=SECONDS)
     pick(shown, "run-point", "continue the run vae")
     name = shown.tab.locator("#run-name input, #run-name textarea").first
     expect(name).to_have_value("vae", timeout=SECONDS)
@@ -125,7 +125,7 @@ def test_a_run_is_started_stopped_and_continued_by_clicks(shown: Shown, served: 
     expect(shown.tab.get_by_text("mine/new: isn't training")).to_be_visible()
     shown.tab.locator("#run-form button").first.click()
     shown.tab.get_by_label("1: autoencoder").click()
-    shown.tab.wait_for_timeout(1000)
+    expect(shown.tab.locator("#run-point input")).to_have_value("pictures/vae", timeout=SECONDS)
     pick(shown, "run-point", "continue the run mine/new")
     expect(shown.tab.locator("#run-name input, #run-name textarea").first).to_have_value("mine/new", timeout=SECONDS)
     shown.tab.locator("#field-steps input").fill(str(step + 20))
