@@ -245,7 +245,7 @@ def varied(caption: str, seed: int, dropout: float, shuffle: bool, count: int) -
     """Return the variants of a caption, from the stream of purpose 18 at the caption's hash."""
     tags = caption.split(", ")
     place = int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
-    u, places = stream(seed, 18, place).random((2, count, len(tags)))
+    u, places = stream(seed, 19, place).random((2, count, len(tags)))
     found = []
     for k in range(count):
         kept = [t for t in range(len(tags)) if u[k, t] >= dropout] or [int(u[k].argmax())]
