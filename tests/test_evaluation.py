@@ -74,6 +74,7 @@ def report(models: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory)
 def measured(o: EvaluateOptions) -> list[Part]:
     """Measure only the generated images."""
     pipe = LatentDiffusionPipeline.from_pretrained(o.model)
+    o = o.for_sampler(pipe.process.sampler)
     return measure_generated(Evaluation.open(pipe, open_inputs(o.data, o.input), o))
 
 

@@ -298,7 +298,7 @@ def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int =
     if not n:
         return report
     hashes, tokens, left_or_right, longest = np.zeros(n, np.int64), np.zeros(n, np.int64), 0, ""
-    lengths, words = np.zeros(n, np.int64), set[str]()
+    words, distinct_words = np.zeros(n, np.int64), set[str]()
     texts = selection.texts()
     for first in range(0, n, _CAPTION_BATCH):
         batch = list(itertools.islice(texts, _CAPTION_BATCH))
@@ -307,8 +307,8 @@ def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int =
         rows = slice(first, first + len(batch))
         hashes[rows], tokens[rows] = list(map(hash, batch)), [len(caption) + 2 for caption in ids]
         split = [_WORD.findall(text.lower()) for text in batch]
-        lengths[rows] = list(map(len, split))
-        words.update(*split)
+        words[rows] = list(map(len, split))
+        distinct_words.update(*split)
         left_or_right += sum(bool(LEFT_OR_RIGHT.search(text)) for text in batch)
         if tokens[rows].max() > tokens[:first].max(initial=0):
             longest = batch[int(tokens[rows].argmax())]
@@ -320,9 +320,9 @@ def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int =
     return report | {
         "distinct": len(keys),
         "words": {
-            "median": float(np.median(lengths)),
-            "short": int((lengths < SHORT).sum()),
-            "distinct": len(words),
+            "median": float(np.median(words)),
+            "short": int((words < SHORT).sum()),
+            "distinct": len(distinct_words),
             "shared": sum(all(shared[hash(text)] > 1 for text in texts) for texts in selection.captions() if texts),
         },
         "most_frequent": dict(sorted(repeated.items(), key=lambda item: (-item[1], item[0]))),

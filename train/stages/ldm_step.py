@@ -106,7 +106,11 @@ class LossesOfExamples(Protocol):
 class Loss(nn.Module):
     """A network and its loss; the phase's module, whose `forward` takes a DiffusionBatch and returns a StepOutput."""
 
-    importance: Importance | None = None
+    importance: Importance | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.importance = None  # an attribute of the class would hide a module of this name
 
     def losses(self, batch: DiffusionBatch) -> LossesOfExamples:
         """Return the losses of each example."""
