@@ -163,7 +163,8 @@ def test_a_dropped_png_fills_the_form(served: Served) -> None:
 
 
 def test_a_grid_has_an_image_for_each_pair_of_values(served: Served) -> None:
-    assert call(served, "grid", "Steps", "1-3 (+2)", "Prompt: search and replace", "red, blue", *FORM.values()).data
+    answer = call(served, "grid", "Steps", "1-3 (+2)", "Prompt: search and replace", "red, blue", *FORM.values())
+    assert answer.data is not None, answer
     *cells, sheet = finished(served).result
     saved = [read_png(served.page.places.out / name) for name in cells]
     prompts = [f"a small {colour} star" for colour in ("red", "blue")]

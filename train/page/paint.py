@@ -39,7 +39,8 @@ def tab(page: Page) -> None:
             )
 
     def on(button: gr.Button, name: str, handler: Callable[..., Any], own: list[Any]) -> None:
-        button.click(plain(handler), [*own, *shared], [shown.status], api_name=name, show_progress="hidden")
+        # Nothing is written to the status here: an answer that comes late would hide the job's newer state.
+        button.click(plain(handler), [*own, *shared], None, api_name=name, show_progress="hidden")
 
     painter = Painter(page, form)
     on(text, "text_to_image", painter.text, [])

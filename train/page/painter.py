@@ -1,6 +1,5 @@
 """The handlers of the tab that generates."""
 
-import html
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -30,18 +29,18 @@ class Painter:
     def __init__(self, page: Page, form: Form) -> None:
         self.page, self.form = page, form
 
-    def text(self, *values: Any) -> str:
+    def text(self, *values: Any) -> None:
         """Generate from text."""
-        return self._submit("text to image", Txt2ImgOptions, self.form.read(values))
+        self._submit("text to image", Txt2ImgOptions, self.form.read(values))
 
-    def image(self, image: Any, strength: Any, *values: Any) -> str:
+    def image(self, image: Any, strength: Any, *values: Any) -> None:
         """Generate from an image."""
         if image is None:
             raise UserError("give an image to start from: upload one, or send one from the gallery")
         given = self._edited(values) | {"image": (painting.keep_upload(self.page, image),), "strength": strength}
-        return self._submit("image to image", Img2ImgOptions, given)
+        self._submit("image to image", Img2ImgOptions, given)
 
-    def inpaint(self, drawing: Any, scale: Any, strength: Any, feather: Any, *rest: Any) -> str:
+    def inpaint(self, drawing: Any, scale: Any, strength: Any, feather: Any, *rest: Any) -> None:
         """Inpaint what was drawn over, or extend the image."""
         extend, values = rest[:4], rest[4:]
         if not drawing:
@@ -62,19 +61,18 @@ class Painter:
             "feather": feather or 0,
             "extend": tuple(int(side) for side in sides),
         }
-        return self._submit("inpaint", InpaintOptions, given)
+        self._submit("inpaint", InpaintOptions, given)
 
-    def grid(self, x: Any, xs: Any, y: Any, ys: Any, *values: Any) -> str:
+    def grid(self, x: Any, xs: Any, y: Any, ys: Any, *values: Any) -> None:
         """Generate an image for each pair of values of two settings."""
         given = self.form.read(values) | {"num_images": 1}
         o = painting.options(Txt2ImgOptions, self.page, given)
         columns = Axis.read(x, xs, self.page.places, o)
         rows = Axis.read(y, ys, self.page.places, o) if y != "none" else None
         title = f"grid of {require_few(columns, rows)} images"
-        job = painting.submit(self.page, title, lambda job: paint_grid(self.page, job, o, columns, rows))
-        return _submitted(title, job.id)
+        painting.submit(self.page, title, lambda job: paint_grid(self.page, job, o, columns, rows))
 
-    def animation(self, to: Any, to_seed: Any, frames: Any, fps: Any, *values: Any) -> str:
+    def animation(self, to: Any, to_seed: Any, frames: Any, fps: Any, *values: Any) -> None:
         """Interpolate to other prompts or to another seed."""
         given = self.form.read(values)
         given.pop("num_images")
@@ -83,7 +81,7 @@ class Painter:
         if not prompts and to_seed is None:
             raise UserError("nothing to change to: give a prompt to change to, or a seed")
         given |= {"to": prompts, "to_seed": to_seed, "frames": frames, "fps": fps}
-        return self._submit("animation", InterpolateOptions, given)
+        self._submit("animation", InterpolateOptions, given)
 
     def again(self, chosen: Any, *values: Any) -> int:
         """Generate with the form's settings and the seed of the chosen image; return that seed."""
@@ -113,11 +111,10 @@ class Painter:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         return {"background": image, "layers": [], "composite": None}, scale
 
-    def _submit(self, what: str, kind: type[ModelOptions], values: dict[str, Any]) -> str:
+    def _submit(self, what: str, kind: type[ModelOptions], values: dict[str, Any]) -> None:
         o = painting.options(kind, self.page, values)
         title = f"{what}: {o.prompt[:60]}" if o.prompt else what
-        job = painting.submit(self.page, title, lambda job: painting.generate(o, job, self.page))
-        return _submitted(title, job.id)
+        painting.submit(self.page, title, lambda job: painting.generate(o, job, self.page))
 
     def _edited(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """Return the form without the size, which is that of the given image."""
@@ -179,7 +176,3 @@ class Painter:
         if name in names:
             return name, " Its model has changed since then, so the image will differ."
         return gr.skip(), " Its model isn't in --models, so the chosen one stays."
-
-
-def _submitted(title: str, id: int) -> str:
-    return f'<div class="status">job {id}: {html.escape(title)}</div>'
