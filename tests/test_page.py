@@ -31,6 +31,7 @@ from train.page.grid import Axis, draw_grid
 from train.page.jobs import Job, Jobs
 from train.page.painting import drawn_mask
 from train.page.uploads import Canvas
+from train.page.view import describe
 
 SECRET = "canary-5d1f"
 FORM = {
@@ -525,7 +526,7 @@ def test_a_hostile_prompt_is_only_text(served: Served, prompt: str) -> None:
     if answer.data is not None:
         job = finished(served)
         assert job.state == "done"
-        assert "<script" not in answer.data[0]
+        assert "<script" not in describe(served.page)
         path = served.page.places.out / job.result[0]
         assert path.parent == served.page.places.out / "images"
         assert read_png(path)["prompt"] == prompt
