@@ -73,11 +73,10 @@ def test_runs_are_found_at_any_depth_but_not_inside_runs(tmp_path: Path) -> None
 def test_time_left_is_the_remaining_steps_at_the_last_speed(tmp_path: Path) -> None:
     """Lines every 5 steps and 2 s: the 50 steps after step 50 of 100 take 20 s."""
     folder = made(tmp_path / "run")
-    (folder / ".lock").write_text(Owner.of(os.getpid()).text())
-    run = RunView(folder, tmp_path)
-    assert run.seconds_left() == pytest.approx(20.0)
-    assert run.status() == "training: step 50 of 100, about 20 s left"
-    (folder / ".lock").unlink()
+    with RunFolder(folder).locked():
+        run = RunView(folder, tmp_path)
+        assert run.seconds_left() == pytest.approx(20.0)
+        assert run.status() == "training: step 50 of 100, about 20 s left"
     assert RunView(folder, tmp_path).status() == "stopped: step 50 of 100"
     one = RunView(made(tmp_path / "one", lines=1), tmp_path)
     assert one.seconds_left() is None

@@ -52,6 +52,31 @@ class Owner:
         state, started = _state(self.pid)
         return started == self.started and state != "Z"  # a zombie has ended
 
+    def has_open(self, path: Path) -> bool | None:
+        """Return whether the process has this file open; None if this user may not see its files."""
+        try:
+            wanted = path.stat()
+            if not Path("/proc/self").exists():
+                return _named_by_lsof(self.pid, path)
+            return any(_is_same(entry.path, wanted) for entry in os.scandir(f"/proc/{self.pid}/fd"))
+        except PermissionError:
+            return None
+        except OSError:
+            return False
+
+
+def _is_same(path: str, wanted: os.stat_result) -> bool:
+    with suppress(OSError):  # closed since then
+        return os.path.samestat(os.stat(path), wanted)
+    return False
+
+
+def _named_by_lsof(pid: int, path: Path) -> bool | None:
+    with suppress(OSError, subprocess.TimeoutExpired):
+        shown = subprocess.run(["lsof", "-a", "-p", str(pid), "-F", "n"], capture_output=True, text=True, timeout=5)
+        return f"n{path.resolve()}" in shown.stdout.splitlines()
+    return None
+
 
 def _state(pid: int) -> tuple[str, str]:
     """Return the state of a process, as one letter, and its start; empty texts if there is none."""

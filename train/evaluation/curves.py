@@ -1,7 +1,8 @@
 """The curves of training runs, from their metrics.jsonl, as plots of a report."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import yaml
 from train.data.store.lines import read_lines
 from train.evaluation.results import Plot, Series
 
+_BAND = re.compile(r"val_error_noise_\d{1,3}-\d{1,3}", re.ASCII)
+_MOST_BANDS = 20
 _POINTS = 200  # most points of a line; neighbours are averaged
 
 
@@ -77,7 +80,7 @@ def _stage_plots(lines: Sequence[Mapping[str, float]], stage: str, title: str) -
 
 
 def _bands(lines: Sequence[Mapping[str, float]]) -> list[Series | None]:
-    names = sorted({name for line in lines for name in line if name.startswith("val_error_noise_")})
+    names = sorted({name for line in lines for name in line if _BAND.fullmatch(name)})[:_MOST_BANDS]
     names.sort(key=lambda name: int(name.rpartition("_")[2].partition("-")[0]))
     return [_line(lines, name, f"timesteps {name.rpartition('_')[2].replace('-', '–')} %") for name in names]
 
@@ -99,7 +102,12 @@ def _line(lines: Sequence[Mapping[str, float]], name: str, label: str) -> Series
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     """Yield the lines of a metrics.jsonl; others are ignored."""
-    for line in read_lines(path):
+    return parse_metrics(read_lines(path))
+
+
+def parse_metrics(lines: Iterable[bytes]) -> Iterator[dict[str, float]]:
+    """Yield the metrics in lines of JSON; other lines are ignored."""
+    for line in lines:
         try:
             logged = json.loads(line)
         except (ValueError, RecursionError):

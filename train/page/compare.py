@@ -5,7 +5,7 @@ from typing import Any, get_args
 import gradio as gr
 from PIL import Image
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.samplers import SamplerKind
 from train.config.sampling import SamplingOptions
 from train.page import markup
@@ -143,7 +143,7 @@ def _voting(places: Places, choice: str) -> Any:
 
 
 def _poll(places: Places, study: object) -> Poll:
-    if not study or "/" in str(study):
+    if not study or "/" in str(study) or str(study).startswith("."):
         raise UserError(f"comparison {str(study)!r:.100}: choose one")
     return Poll.open(places.existing("runs", f"compare/{study}"))
 
@@ -157,7 +157,7 @@ def _pair(places: Places, study: str | None, voter: str) -> list[Any]:
         return [None, gr.Textbox("", label=label), None, None, *buttons]
     label = f"Which image is better? Pair {pair.done + 1:,} of {pair.total:,}"
     images = [enlarged(Image.fromarray(pixels), _SIDE) for pixels in (pair.left, pair.right)]
-    return [pair.number, gr.Textbox(pair.prompt, label=label), *images, *buttons]
+    return [pair.number, gr.Textbox(printable(pair.prompt), label=label), *images, *buttons]
 
 
 def _result(places: Places, study: str | None) -> str:

@@ -56,6 +56,8 @@ def submit(page: Page, name: object, models: Sequence[object], settings: Mapping
                         raise UserError(f"the models generate images of different sizes ({shown}), so all could see")
                     save_image(temporary, number, side, image)
             study.write(temporary)
+            if folder.exists():  # made since then, with votes that would be lost
+                raise UserError(f"name {str(name)!r}: there is a comparison with this name; choose another")
         return str(name)
 
     return page.jobs.submit(KIND, f"comparison {name}", work)

@@ -3,11 +3,13 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import gradio as gr
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.files import read_json
 from train.commands.inspect import inspect
 from train.commands.inspect_report import describe
@@ -23,6 +25,7 @@ from train.page.places import Places
 from train.page.runs import read_pairs
 from train.page.shared import Page
 
+_LONGEST_WORDS = 500  # characters
 _SHOWN = 48  # images of a search at once
 _LARGEST_SHEET = 2**25  # pixels
 _BARS = 24  # most bars of the lengths of captions
@@ -44,7 +47,7 @@ def tab(page: Page) -> None:
     seen = gr.State("")
     with gr.Tab("Search"):
         with gr.Row():
-            words = gr.Textbox(label="Caption contains", elem_id="search-words", scale=4, max_length=500)
+            words = gr.Textbox(label="Caption contains", elem_id="search-words", scale=4, max_length=_LONGEST_WORDS)
             number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, elem_id="search-page")
             find = gr.Button("Search", elem_id="search", min_width=100)
         found = gr.Markdown(elem_id="search-found")
@@ -157,8 +160,8 @@ def _report(places: Places, name: str | None, before: str) -> list[Any]:
         return [gr.skip()] * 7
     try:
         report = read_json(folder / "report.json")
-        figures, text = _figures(report), describe(report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        figures, text, facts = _figures(report), describe(report), _copies(report["duplicates"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):  # another program's file
         none = markup.styled(markup.quiet("not inspected yet: click Inspect"))
         return [version, none, "", None, none, [], none]
     found = duplicate_groups(places.existing("data", name), folder)
@@ -169,7 +172,7 @@ def _report(places: Places, name: str | None, before: str) -> list[Any]:
         markup.styled(markup.grid(figures)),
         markup.styled(markup.lines(text.splitlines())),
         _sheet(folder / "contact_sheet.png"),
-        markup.styled(markup.facts(_copies(report["duplicates"]))),
+        markup.styled(markup.facts(facts)),
         shown,
         markup.styled(markup.table(("file", "why"), pairs) if pairs else markup.quiet("no damaged images were found")),
     ]
@@ -218,7 +221,11 @@ def _search(places: Places, name: str, words: str, number: int | None) -> tuple[
     """Return a line on what was found, and the images of a page of it."""
     if not name:
         return "no dataset is chosen", []
-    first = (max(1, int(number or 1)) - 1) * _SHOWN
+    if not isinstance(number, int | NoneType) or not isinstance(words, str | NoneType):
+        raise UserError("a search needs words and the number of a page")
+    if len(words or "") > _LONGEST_WORDS:
+        raise UserError(f"the words have {len(words):,} characters; the maximum is {_LONGEST_WORDS}")
+    first = (max(1, number or 1) - 1) * _SHOWN
     count, found = search(places.existing("data", name), words or "", first, _SHOWN)
     pages = max(1, -(-count // _SHOWN))
     images = "1 image" if count == 1 else f"{count:,} images"

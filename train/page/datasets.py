@@ -13,16 +13,17 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.files import read_regular
 from train.config.data import SourceConfig
 from train.data.images.decode import DamagedImage
 from train.data.sources.splits import Source
 from train.engine.open_data import open_inputs
-from train.page.places import Places
+from train.page.places import Places, shown_names
 
 _KEPT_SECONDS = 60.0  # after which a dataset's list of files is read again
 _SIDE = 256  # longest side of a small copy, in pixels
+_LONGEST_CAPTION = 2000  # characters of a line that are shown
 _MOST_GROUPS, _MOST_IN_GROUP = 24, 4
 _FORMS = (".parquet", ".tar", ".arrow", ".jsonl", ".csv", ".json")
 _OPENED: dict[Path, tuple[float, list[Source]]] = {}
@@ -40,7 +41,7 @@ def dataset_names(places: Places) -> list[str]:
     """Return the names of what may be datasets: the folders and archives directly in --data."""
     with suppress(OSError):
         entries = [path for path in places.data.iterdir() if not path.name.startswith(".")]
-        return sorted(path.name for path in entries if path.is_dir() or path.suffix in _FORMS[:2])
+        return sorted(shown_names(path.name for path in entries if path.is_dir() or path.suffix in _FORMS[:2]))
     return []
 
 
@@ -95,7 +96,7 @@ def _by_name(sources: Iterable[Source], wanted: set[str]) -> dict[str, Found]:
 
 
 def _found(source: Source, k: int, caption: str) -> Found:
-    return Found(small_copy(source, k), source[k].name, caption)
+    return Found(small_copy(source, k), printable(source[k].name), printable(caption, _LONGEST_CAPTION))
 
 
 def small_copy(source: Source, k: int) -> Image.Image:

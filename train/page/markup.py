@@ -104,11 +104,12 @@ def quiet(text: str) -> str:
 
 def card(text: str) -> str:
     """Return Markdown without HTML and without images, which might be on other machines."""
-    text = re.sub(r"!\[[^\]\n]*\]\([^)\n]*\)", "", text)
+    text = re.sub(r"!\[[^\[\]\n]{0,300}\]\([^()\n]{0,1000}\)", "", text)  # limits, so that the time is linear
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
     return text.replace("![", "&#33;[")
 
 
 def styled(content: str) -> str:
     """Return HTML with the page's own rules of style."""
+    content = content.encode(errors="replace").decode()  # halves of characters can't be sent
     return Markup("<style>{}</style>{}").format(Markup(CSS), Markup(content))

@@ -4,7 +4,6 @@ Everything is read from the run's files, so a run looks the same whoever started
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,14 +13,15 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.errors import UserError
-from ldm.files import read_regular
+from ldm.errors import UserError, one_line
+from ldm.files import open_regular, read_regular
 from ldm.formats.plain_yaml import read_yaml
 from train.data.store.shards import duration
 from train.engine.folder import RunFolder
 from train.engine.owner import Owner
 from train.engine.provenance import is_result
-from train.evaluation.curves import read_metrics
+from train.evaluation.curves import parse_metrics
+from train.page.places import shown_names
 
 State = Literal["training", "finished", "stopped"]
 _MOST_RUNS = 1000
@@ -30,6 +30,10 @@ _DEEPEST = 8  # folders below the given one
 _RECENT = 10  # lines of metrics from which the speed is computed
 _MOST_LINES = 1000  # lines that are shown of a list of damaged images
 _MOST_SHEETS = 500
+_MOST_METRICS = 200_000  # lines
+_READ = 2**24  # bytes that are read of a file of lines
+_LONGEST = 500  # characters of a file's name or a reason
+_LARGEST = 1e100  # number in metrics that a plot can show
 _CARD = 2**20  # bytes of a model card
 _NOT_SEARCHED = {"checkpoints", "cache", "samples", "model", "model-best", "tokenizer"}
 
@@ -66,7 +70,8 @@ class RunView:
     def settings(self) -> Mapping[str, Any]:
         """Settings of config.yaml; none if it can't be read."""
         with suppress(OSError, UserError):
-            return read_yaml(self.folder.settings)
+            if self.folder.settings.is_file():  # reading a pipe would wait
+                return read_yaml(self.folder.settings)
         return {}
 
     @property
@@ -98,7 +103,7 @@ class RunView:
     def owner(self) -> Owner | None:
         """The process that trains here now."""
         owner = Owner.read(self.folder.lock)
-        return owner if owner and owner.runs else None
+        return owner if owner and owner.runs and owner.has_open(self.folder.lock) is not False else None
 
     @property
     def state(self) -> State:
@@ -162,30 +167,39 @@ def find_runs(folder: Path) -> list[str]:
         if "config.yaml" in names and names & {".lock", "metrics.jsonl", "checkpoints", "model"}:
             found[parent] = _changed(parent)
         for name in names:
-            if match := re.fullmatch(r"\.(.+)\.page\.json", name):
+            if (match := re.fullmatch(r"\.(.+)\.page\.json", name)) and match[1] not in (".", ".."):
                 found.setdefault(parent / match[1], _stamp(parent / name)[0])
         if len(found) >= _MOST_RUNS:
             break
-    return [str(path.relative_to(folder)) for path in sorted(found, key=lambda path: (-found[path], path))]
+    return shown_names(str(path.relative_to(folder)) for path in sorted(found, key=lambda path: (-found[path], path)))
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:
     """Return the files and reasons of a damaged.jsonl, the first ones only; lines of another kind are left out."""
     pairs: list[tuple[str, str]] = []
     with suppress(OSError):
-        for line in read_regular(file, 2**27).split(b"\n")[:_MOST_LINES]:
+        for line in _part(file, end=False).split(b"\n", _MOST_LINES)[:_MOST_LINES]:
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
-                pairs.append((str(entry["file"]), str(entry["reason"])))
+                pairs.append((one_line(entry["file"], _LONGEST), one_line(entry["reason"], _LONGEST)))
     return pairs
 
 
 @lru_cache(maxsize=4)
 def _finite_metrics(path: Path, stamp: tuple[float, int]) -> list[dict[str, float]]:
     """Return a file's lines of metrics. They are kept until its stamp changes, because the page asks often."""
-    with suppress(UserError):
-        return [line for line in read_metrics(path) if all(map(math.isfinite, line.values()))]
+    with suppress(OSError):
+        lines = parse_metrics(_part(path, end=True).rsplit(b"\n", _MOST_METRICS)[-_MOST_METRICS:])
+        return [line for line in lines if all(abs(value) <= _LARGEST for value in line.values())]
     return []
+
+
+def _part(path: Path, *, end: bool) -> bytes:
+    """Return the first or the last 16 MB of a file, of which a hostile one may have any number. Raises OSError."""
+    with open_regular(path) as file:
+        if end:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _READ))
+        return file.read(_READ)
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ Order and sides are functions of the secret, the voter's name and the pair. The 
 the number of a pair, from which nobody can see which model is on which side.
 """
 
+import errno
 import json
 import os
 import random
@@ -23,16 +24,20 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.errors import UserError, is_printable
+from ldm.errors import UserError
 from ldm.files import read_json, read_regular
 from train.data.images.decode import DamagedImage, load_image
 from train.data.store.atomic import plain_errors, sync, write_text
 from train.evaluation.preference import Preference
 from train.evaluation.sheets import save_sheet
+from train.page.places import is_name, shown_names
 
 Choice = Literal["left", "right", "tie"]
 _CHOICES = ("left", "right", "tie")
-_MOST_VOTES = 10**6
+_MOST_PAIRS = 10_000  # in a study.json
+_MOST_VOTES = 10**5
+_LARGEST_VOTES = 2**27  # bytes of votes.jsonl
+_MOST_PIXELS = 2**25  # of an image
 _LONGEST_VOTER = 60
 _LOCK = threading.Lock()
 
@@ -68,10 +73,10 @@ class Study:
     def read(cls, folder: Path) -> Self:
         """Read a study. Raises UserError if the folder has none."""
         try:
-            study = TypeAdapter(cls).validate_python(read_json(folder / "study.json"))
+            study = TypeAdapter(cls).validate_python(read_json(_own(folder / "study.json", folder)))
         except (OSError, ValueError, ValidationError):
             raise UserError(f"{folder.name}: isn't a comparison that this page made") from None
-        if len(study.prompts) != len(study.seeds):
+        if not len(study.prompts) == len(study.seeds) <= _MOST_PAIRS:
             raise UserError(f"{folder.name}: study.json was edited; make a new comparison")
         return study
 
@@ -108,7 +113,7 @@ class Poll:
     def votes(self) -> list[Mapping[str, Any]]:
         """Return the valid votes, one for each voter and pair; other lines are ignored."""
         try:
-            lines = read_regular(self.file, 2**30).split(b"\n")
+            lines = read_regular(_own(self.file, self.folder), _LARGEST_VOTES).split(b"\n")
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -117,8 +122,9 @@ class Poll:
         for line in lines:
             try:
                 vote = json.loads(line)
-                key = str(vote["voter"]), int(vote["pair"])
-                valid = vote["winner"] in ("first", "second", "tie") and 0 <= key[1] < len(self.study.prompts)
+                key = vote["voter"], vote["pair"]
+                valid = vote["winner"] in ("first", "second", "tie") and type(key[0]) is str and type(key[1]) is int
+                valid = valid and 0 <= key[1] < len(self.study.prompts)
             except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
                 continue
             if valid:
@@ -147,8 +153,10 @@ class Poll:
         if choice not in _CHOICES:
             raise UserError(f"vote {choice!r:.50}: choose {', '.join(_CHOICES)}")
         with _LOCK:
-            if self._next(_voter(voter))[0] != number or len(self.votes()) >= _MOST_VOTES:
+            if type(number) is not int or self._next(_voter(voter))[0] != number:
                 return
+            if len(self.votes()) >= _MOST_VOTES:
+                raise UserError(f"{self.folder.name}: has {_MOST_VOTES:,} votes already; no more are accepted")
             left = "first" if self.study.first_is_left(voter, number) else "second"
             right = "second" if left == "first" else "first"
             line = {
@@ -164,7 +172,10 @@ class Poll:
             self._append(json.dumps(line))
 
     def _append(self, line: str) -> None:
-        incomplete = self.file.is_file() and read_regular(self.file, 2**30)[-1:] not in (b"", b"\n")  # a crash
+        content = read_regular(self.file, _LARGEST_VOTES) if self.file.is_file() else b""
+        if len(content) + len(line) + 2 > _LARGEST_VOTES:
+            raise UserError(f"{self.folder.name}: {self.file.name} is full; no more votes are accepted")
+        incomplete = content[-1:] not in (b"", b"\n")  # a crash
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         with plain_errors(self.file), os.fdopen(descriptor, "ab") as file:
             file.write(("\n" * incomplete + line + "\n").encode())
@@ -179,9 +190,16 @@ class Poll:
     def _image(self, number: int, side: str) -> np.ndarray:
         path = image_path(self.folder, number, side)
         try:
-            return np.asarray(load_image(path))
+            return np.asarray(load_image(_own(path, self.folder), max_pixels=_MOST_PIXELS))
         except (OSError, DamagedImage):
             raise UserError(f"{path.name} of the comparison {self.folder.name!r}: can't be read") from None
+
+
+def _own(path: Path, folder: Path) -> Path:
+    """Return the path of a study's file. Raises OSError if a link leads out of its folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise OSError(errno.ELOOP, "a link leads out of the comparison's folder", str(path))
+    return path
 
 
 def image_path(folder: Path, number: int, side: str) -> Path:
@@ -198,8 +216,8 @@ def save_image(folder: Path, number: int, side: str, image: Image.Image) -> None
 
 def find_studies(folder: Path) -> list[str]:
     """Return the names of the studies in a folder, the newest first."""
-    found = [path.parent for path in folder.glob("*/study.json") if path.is_file()]
-    return [path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+    found = [path.parent for path in folder.glob("[!.]*/study.json") if path.is_file()]
+    return shown_names(path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime))
 
 
 def pairs_of(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], list[int]]:
@@ -209,6 +227,6 @@ def pairs_of(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], 
 
 def _voter(name: str) -> str:
     """Return a voter's name. Raises UserError if it can't be one."""
-    if not isinstance(name, str) or len(name) > _LONGEST_VOTER or not is_printable(name):
+    if not isinstance(name, str) or len(name) > _LONGEST_VOTER or not is_name(name):
         raise UserError(f"voter: give a name of up to {_LONGEST_VOTER} characters")
     return name

@@ -23,7 +23,7 @@ Version = dict[str, Any]
 _UNSEEN: Version = {"run": None}
 _SECONDS = 3.0  # between two looks at the runs
 _MOST_SHEETS = 24
-_LARGEST_SHEET = 2**25  # pixels
+_LARGEST_SHEET, _MOST_PIXELS = 2**25, 2**26  # of one sheet, and of all that are shown
 
 
 def tab(page: Page) -> None:
@@ -151,13 +151,17 @@ def sheets(run: RunView | None) -> list[tuple[Image.Image, str]]:
     files = run.sheets() if run else []
     if len(files) > _MOST_SHEETS:
         files = [files[k * (len(files) - 1) // (_MOST_SHEETS - 1)] for k in range(_MOST_SHEETS)]
-    shown = []
-    for path, step in files:
+    shown, left = [], _MOST_PIXELS
+    for path, step in reversed(files):  # the newest first, because the last ones may not fit
         try:
-            shown.append((load_image(path, max_pixels=_LARGEST_SHEET), f"step {step:,}"))
+            image = load_image(path, max_pixels=min(_LARGEST_SHEET, left))
         except (OSError, DamagedImage):
             continue
-    return shown
+        shown.append((image, f"step {step:,}"))
+        left -= image.width * image.height
+        if left <= 0:
+            break
+    return shown[::-1]
 
 
 def _damaged(run: RunView) -> str:

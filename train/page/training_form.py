@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.errors import UserError
+from ldm.errors import UserError, one_line
 from train.config.run import RunConfig
 from train.page import trainings
 from train.page.errors import plain
@@ -59,7 +59,7 @@ def _form(places: Places, stage: str, point: str, run: gr.Dropdown, quiet: dict[
     try:
         config = starting_config(places, stage, point)
     except UserError as error:
-        gr.Textbox(str(error), label="These settings can't be used", interactive=False)
+        gr.Textbox(one_line(error, 500), label="These settings can't be used", interactive=False)
         return
     continued = point.startswith("run:")
     values, offered = values_of(config), offers(places, stage)
@@ -92,7 +92,7 @@ def _form(places: Places, stage: str, point: str, run: gr.Dropdown, quiet: dict[
             config = checked(places, stage, out, dict(zip(widgets, given, strict=True)))
             trainings.start(config, places, with_changes=changes)
         except UserError as error:
-            return gr.skip(), f"not started: {error}"
+            return gr.skip(), f"not started: {one_line(error, 500)}"
         name = str(Path(config.out).relative_to(places.runs))
         return gr.Dropdown(choices=find_runs(places.runs), value=name), f"{name} is starting; the status is above"
 

@@ -21,18 +21,22 @@ from train.data.store.atomic import write_text
 from train.engine.changes import Saved
 from train.engine.owner import Owner
 from train.page.forms import STAGES, TRACKERS, locations
-from train.page.places import Places
+from train.page.places import Place, Places, is_name
 from train.page.runs import RunView
 
+_LONGEST_PATH = 4000  # characters
 _LOG_END = 2**16  # bytes of a log that are read
 _MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of progress bars in a terminal
+_SCHEME = re.compile(r"[a-z0-9+.-]+:", re.IGNORECASE)  # pipe:, openclip:, inception:, https: and the like
+_NETWORKS = ("inception", "dinov2", "clip", "-")  # not paths, also where a folder has this name
+_REPORTS: dict[str, tuple[Place, ...]] = {"input.duplicates": ("out",)}  # what inspections write
 _START = threading.Lock()
 
 
 def started_by_page(run: Path) -> Owner | None:
     """Return the process that the page has started for a run, if it still runs."""
     owner = Owner.read(_beside(run, "json"))
-    return owner if owner and owner.runs else None
+    return owner if owner and owner.runs and owner.has_open(_beside(run, "log")) is not False else None
 
 
 def require_inside(config: RunConfig, places: Places) -> None:
@@ -40,14 +44,16 @@ def require_inside(config: RunConfig, places: Places) -> None:
     for name, value in locations(config):
         if name == "cache" and value == "off":
             continue
+        if not is_name(value) or len(value) > _LONGEST_PATH or _SCHEME.match(value) or value in _NETWORKS:
+            raise UserError(f"{name} {value!r:.200}: isn't a plain path; the page accepts no other")
         if name in ("out", "cache"):
-            inside = places.name("runs", Path(value)) not in (None, ".")
-            if not inside:
-                raise UserError(f"{name} {value!r}: must be a folder in --runs, {str(places.runs)!r}")
+            _require_own_folder(name, value, places)
             continue
-        found = [place for place in ("data", "runs", "models") if places.name(place, Path(value)) is not None]
-        if not found or not Path(value).exists():
-            raise UserError(f"{name} {value!r}: isn't in --data, --runs or --models; the page accepts no other path")
+        among: list[Place] = ["data", "runs", "models", *_REPORTS.get(name, ())]
+        if not (path := Path(value)).exists() or all(places.name(place, path) is None for place in among):
+            raise UserError(f"{name} {value!r:.200}: isn't in --{', --'.join(among)}; the page accepts no other path")
+        if name != "data" and path.is_dir():  # links in datasets aren't followed
+            places.require_own_files(path, among, f"{name} {value!r:.200}")
     if others := [name for name in config.trackers if name not in TRACKERS]:
         raise UserError(f"trackers {' '.join(others)}: sends data to other machines; the page accepts tensorboard")
     if config.input.follow_links:
@@ -57,6 +63,20 @@ def require_inside(config: RunConfig, places: Places) -> None:
             f"perceptual.kind {config.perceptual.kind} needs perceptual.model: the page downloads nothing, so give a "
             "file of torchvision's weights"
         )
+
+
+def _require_own_folder(name: str, value: str, places: Places) -> None:
+    """Raise UserError unless a folder is in --runs, and in no run or model, whose files a training might replace."""
+    path = Path(value)
+    up = max((k + 1 for k, part in enumerate(path.parts) if part == ".."), default=0)
+    exists = Path(*path.parts[:up]).is_dir()  # else what is before a .. would be created too
+    if not exists or places.name("runs", path) in (None, "."):
+        raise UserError(f"{name} {value!r:.200}: must be a folder in --runs, {str(places.runs)!r}")
+    root = places.runs.resolve()
+    folders = [folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_relative_to(root)][:-1]
+    for folder in folders[1:] if name == "out" else folders:
+        if (folder / "config.yaml").exists() or (folder / "model_index.json").exists():
+            raise UserError(f"{name} {value!r:.200}: {folder.name!r} is a run or a model; choose a folder outside it")
 
 
 def start(config: RunConfig, places: Places, *, with_changes: bool = False) -> Path:
@@ -70,7 +90,7 @@ def start(config: RunConfig, places: Places, *, with_changes: bool = False) -> P
     require_inside(config, places)
     run = Path(config.out)
     with _START:
-        if (run / ".lock").exists() and (owner := Owner.read(run / ".lock")) and owner.runs:
+        if RunView(run, places.runs).owner:
             raise UserError(f"{run.name}: is training already; stop it first")
         if started_by_page(run):
             raise UserError(f"{run.name}: is starting already")
@@ -86,10 +106,15 @@ def start(config: RunConfig, places: Places, *, with_changes: bool = False) -> P
 
 
 def stop(run: RunView) -> None:
-    """Ask a run to save a checkpoint after this step and to end. Raises UserError if it doesn't train."""
+    """Ask a run to save a checkpoint after this step and to end. Raises UserError if it doesn't train.
+
+    Only a process that has the run's files open gets the signal, because anybody may have written its number.
+    """
     owner = run.owner or started_by_page(run.path)
     if owner is None:
         raise UserError(f"{run.name}: isn't training")
+    if not (owner.has_open(run.folder.lock) or owner.has_open(_beside(run.path, "log"))):
+        raise UserError(f"{run.name}: process {owner.pid} isn't known to train it; stop it yourself")
     with suppress(ProcessLookupError):
         os.kill(owner.pid, signal.SIGTERM)
 
@@ -118,6 +143,8 @@ def log_lines(run: Path, most: int = 100) -> list[str]:
 
 def settings_of(run: RunView) -> RunConfig:
     """Return the configuration of a run, to continue it. Raises UserError if its config.yaml can't be read."""
+    if not run.folder.settings.is_file():  # reading a pipe would wait
+        raise UserError(f"{run.name}: has no config.yaml")
     return validate(STAGES[run.stage], Saved.read(run.folder.settings).values)
 
 
