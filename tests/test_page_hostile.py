@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
+import httpx
 import numpy as np
 import orjson
 import pytest
@@ -25,6 +26,7 @@ from PIL import Image
 
 from ldm.errors import UserError
 from support.models import PROMPTS
+from support.page import serving
 from train.config.ldm import LdmConfig
 from train.config.load import dump, validate
 from train.config.vae import VaeConfig
@@ -796,3 +798,28 @@ def test_a_second_comparison_of_the_same_name_replaces_no_votes(page: Page, monk
     assert (job.state, "choose another" in job.text) == ("failed", True)
     assert (folder / "votes.jsonl").read_text() == "vote\n"
     refused(comparing.submit, page, "mine", ("a", "b"), usual)
+
+
+# -- over HTTP ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_each_event_of_the_page_answers_hostile_json(tmp_path: Path) -> None:
+    """Also those that only the page's own script uses."""
+    with serving(tmp_path) as served:
+        (tmp_path / "secret.txt").write_text(SECRET)
+        with httpx.Client(base_url=served.url, timeout=20) as client:
+            events = [e for e in client.get("/config").json()["dependencies"] if e["backend_fn"]]
+            for value in ("../secret.txt", 1e30, ["pipe:touch canary"]):
+                for event in events:
+                    hash = f"s{event['id']}"
+                    body = {"fn_index": event["id"], "data": [value] * len(event["inputs"]), "session_hash": hash}
+                    answer = client.post("/gradio_api/queue/join", json=body)
+                    texts = answer.text
+                    if answer.status_code == 200:
+                        texts += client.get("/gradio_api/queue/data", params={"session_hash": hash}).text
+                    assert SECRET not in texts
+                    assert "Traceback" not in texts
+            assert client.get("/config").status_code == 200
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "models", "out", "runs", "secret.txt"]
+        assert list(served.page.places.runs.iterdir()) == []
