@@ -52,10 +52,11 @@ def tab(page: Page) -> None:
             find = gr.Button("Search", elem_id="search", min_width=100)
         found = gr.Markdown(elem_id="search-found")
         images = _gallery("search-images", 6)
-    with gr.Tab("Report"):
+    # A hidden tab is rendered too, so that an update that comes while it is opened isn't lost.
+    with gr.Tab("Report", render_children=True):
         figures = gr.HTML(elem_id="data-figures")
         text = gr.HTML(elem_id="data-report")
-    with gr.Tab("Contact sheet"):
+    with gr.Tab("Contact sheet", render_children=True):
         sheet = gr.Image(
             label="Contact sheet",
             elem_id="contact-sheet",
@@ -63,10 +64,10 @@ def tab(page: Page) -> None:
             format="png",
             buttons=["fullscreen", "download"],
         )
-    with gr.Tab("Duplicates"):
+    with gr.Tab("Duplicates", render_children=True):
         copies = gr.HTML(elem_id="duplicates-text")
         groups = _gallery("duplicates", 4)
-    with gr.Tab("Damaged"):
+    with gr.Tab("Damaged", render_children=True):
         damaged = gr.HTML(elem_id="data-damaged")
 
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private", "queue": False}

@@ -36,15 +36,15 @@ def tab(page: Page) -> None:
         stop = gr.Button("Stop", variant="stop", elem_id="run-stop", scale=1, min_width=90)
     status = gr.HTML(elem_id="run-status")
     seen = gr.State((_UNSEEN, _UNSEEN))
-    with gr.Tab("Curves"):
+    with gr.Tab("Curves", render_children=True):
         curves = gr.HTML(elem_id="run-curves")
-    with gr.Tab("Samples"), gr.Row():
+    with gr.Tab("Samples", render_children=True), gr.Row():
         strips = [_strip("run-samples"), _strip("run-samples-beside", visible=False)]
-    with gr.Tab("Card"), gr.Row():
+    with gr.Tab("Card", render_children=True), gr.Row():
         cards = [gr.Markdown(elem_id=f"run-card{end}", container=True, visible=not end) for end in ("", "-beside")]
-    with gr.Tab("Damaged images"), gr.Row():
+    with gr.Tab("Damaged images", render_children=True), gr.Row():
         damaged = [gr.HTML(elem_id=f"run-damaged{end}", visible=not end) for end in ("", "-beside")]
-    with gr.Tab("Output"), gr.Row():
+    with gr.Tab("Output", render_children=True), gr.Row():
         output = [gr.HTML(elem_id=f"run-output{end}", visible=not end) for end in ("", "-beside")]
     form(page, run)
 
