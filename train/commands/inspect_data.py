@@ -285,7 +285,7 @@ def left_out_files(inputs: Inputs) -> list[tuple[str, str]]:
 def caption_report(selection: Selection, tokenizer: CLIPTokenizer, chunks: int = 1) -> Report:
     """Return statistics of all captions. Token counts include begin and end. chunks: chunks per caption.
 
-    lengths: number of captions with each number of tokens.
+    `lengths` in the result is the number of captions with each number of tokens.
     """
     numbers = np.fromiter(map(len, selection.captions()), np.int64, len(selection))
     n, size = int(numbers.sum()), tokenizer.model_max_length - 2

@@ -40,7 +40,7 @@ def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
 def check(o: PageOptions) -> tuple[str, str] | None:
     """Return the name and password. Raises UserError for options that don't fit together."""
     if find_spec("gradio") is None:
-        raise UserError('the page needs the package gradio: pip install "ldm[page]"')
+        raise UserError("the page needs the package gradio: run pip install gradio")
     for name in ("models", "runs", "data"):
         if Path(getattr(o, name)).is_file():
             raise UserError(f"--{name} {getattr(o, name)!r}: is a file; give a folder")

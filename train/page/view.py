@@ -25,7 +25,6 @@ _SECONDS = 0.5  # between two looks at the queue
 class View:
     """The fields that other parts of the tab use."""
 
-    status: gr.HTML
     chosen: gr.State
     """Name in `out` of the chosen image."""
     note: gr.Textbox
@@ -102,7 +101,7 @@ def view(page: Page, model: gr.Dropdown) -> View:
     if context is not None:
         context.load(look, *seeing, api_visibility="private", **quiet)
         context.load(opened, None, [model], api_visibility="private", **quiet)
-    return View(status, chosen, note)
+    return View(chosen, note)
 
 
 def describe(page: Page) -> str:
