@@ -41,7 +41,7 @@ part() { # name, limit in seconds, command: run it within the limit and the tota
 
 peers() { # name, limit in seconds, seconds per row, rows
     local name=$1 limit=$2 seconds=$(($3 * slower)); shift 3
-    part "$name" "$limit" "$python" benchmarks/peers.py ${tiny:+--tiny} --only "$@" --seconds "$seconds" \
+    part "$name" "$limit" "$python" benchmarks/peers.py ${tiny:+--tiny --repeats 2} --only "$@" --seconds "$seconds" \
         --work "$work/peers" --out "$out/peers.json" ${tiny:+--without compiled}
     "$python" benchmarks/peers.py --table --out "$out/peers.json" > "$out/peers.md" 2>> "$out/log.txt"
 }

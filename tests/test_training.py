@@ -37,7 +37,7 @@ from train.engine.stage import Batch, Hooks
 from train.engine.trainer import Trainer
 
 
-@pytest.mark.parametrize(("accumulation", "workers", "kind"), [(1, 0, "muon"), (4, 2, "adamw")])
+@pytest.mark.parametrize(("accumulation", "workers", "kind"), [(1, 0, "muon"), (4, 2, "adamw"), (1, 0, "adamw_8bit")])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_run(
     start: Start, tmp_path: Path, accumulation: int, workers: int, kind: str
 ) -> None:

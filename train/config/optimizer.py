@@ -23,10 +23,11 @@ _WSD_DECAY = 0.2  # share of the steps after the warm-up in which the schedule w
 class OptimizerConfig:
     """Optimizer and its learning rate over time."""
 
-    kind: Annotated[Literal["adamw", "muon"], Fixed("the optimizer's state has another form")] = "adamw"
-    """Optimizer: `adamw` (Loshchilov & Hutter 2019) or `muon` (Jordan et al. 2024).
+    kind: Annotated[Literal["adamw", "muon", "adamw_8bit"], Fixed("the optimizer's state has another form")] = "adamw"
+    """Optimizer: `adamw` (Loshchilov & Hutter 2019), `muon` (Jordan et al. 2024) or `adamw_8bit`.
     Muon updates the matrices; AdamW updates all other weights.
-    Muon makes more progress per step, but its steps take longer; small networks gain most."""
+    Muon makes more progress per step, but its steps take longer; small networks gain most.
+    `adamw_8bit` stores AdamW's moments of large matrices in 8 bits: a quarter of their memory, slightly inexact."""
     lr: Annotated[float, ON_REQUEST] = Field(default=1e-4, gt=0)
     """Peak learning rate, reached after the warm-up."""
     schedule: Annotated[Literal["constant", "cosine", "linear", "wsd"], ON_REQUEST] = "constant"
@@ -74,9 +75,11 @@ class OptimizerConfig:
         """Return the optimizer of a module's trainable weights. lr: peak rate; default: this configuration's."""
         from torch.optim import AdamW
 
+        from train.engine.eight_bit import AdamW8bit
         from train.engine.optim import Muon, parameter_groups
 
-        groups = parameter_groups(module, self.weight_decay, orthogonal=self.kind == "muon")
+        marked = {"orthogonal": self.kind == "muon", "eight_bit": self.kind == "adamw_8bit"}
+        groups = parameter_groups(module, self.weight_decay, **marked)
         rate = self.lr if lr is None else lr
         match self.kind:
             case "adamw":
@@ -85,5 +88,7 @@ class OptimizerConfig:
                 return Muon(
                     groups, rate, self.betas, self.eps, momentum=self.momentum, newton_schulz=self.newton_schulz
                 )
+            case "adamw_8bit":
+                return AdamW8bit(groups, rate, self.betas, self.eps)
             case _:
                 assert_never(self.kind)

@@ -29,7 +29,8 @@ def estimate(run: AnyRun, stage: Stage, parts: list[Batch], start: int) -> float
     early = sum(_trial(run, stage, parts, start)) if _next_phase(stage, start, last) else 0.0
     weights = sum(p.numel() for q in stage.phases for p in q.module.parameters())
     trained = sum(p.numel() for q in stage.phases for p in q.module.parameters() if p.requires_grad)
-    known = 4 * (weights + 4 * trained) / 2**20  # weights; gradient, two moments, moving average
+    moments = 0.5 if config.optimizer.kind == "adamw_8bit" else 2
+    known = 4 * (weights + (2 + moments) * trained) / 2**20  # weights; gradient, moving average, moments
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _resident_mib()
     run.print(
         f"{trained / 1e6:.2f} M trainable parameters; memory: about {max(peak, known):,.0f} MiB, of which weights, "

@@ -7,16 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from train.config.optimizer import NewtonSchulz
+from train.engine.eight_bit import AdamW8bit, empty_state
 from train.engine.orthogonal import orthogonalised
 
 _MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
 """Names of the entries of AdamW's and Muon's state of a weight."""
 
 
-def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, decay: float, *, orthogonal: bool, eight_bit: bool = False
+) -> list[dict[str, Any]]:
     """Return a module's trainable weights as parameter groups; weights of one dimension get no weight decay.
 
-    orthogonal: mark matrices and kernels for Muon; AdamW still trains embeddings, biases and normalisation weights.
+    orthogonal, eight_bit: mark matrices and kernels for Muon or AdamW8bit. AdamW still trains embeddings, biases and
+    normalisation weights.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in module.parameters() if p.requires_grad]
@@ -25,6 +29,7 @@ def parameter_groups(module: nn.Module, decay: float, *, orthogonal: bool) -> li
             "params": [p for p in weights if p.ndim > 1 and id(p) not in embeddings],
             "weight_decay": decay,
             "orthogonal": orthogonal,
+            **({"eight_bit": True} if eight_bit else {}),
         },
         {"params": [p for p in weights if p.ndim > 1 and id(p) in embeddings], "weight_decay": decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
@@ -41,13 +46,23 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    large = {id(p): empty_state(p.to("meta")) for p, _ in optimizer.large} if isinstance(optimizer, AdamW8bit) else {}
     for weight, moments in optimizer.state.items():
+        if (empty := large.get(id(weight))) is not None:
+            if _forms(moments) != _forms(empty):
+                raise ValueError(f"the optimizer's moments don't fit a weight of shape {tuple(weight.shape)}")
+            continue
         if not isinstance(weight, Tensor) or set(moments) not in _MOMENTS:
             raise ValueError(f"the optimizer's state has the unknown entries {', '.join(map(str, moments))}")
         for name, value in moments.items():
             fits = isinstance(value, Tensor) and _layout(value) == ([] if name == "step" else _layout(weight))
             if not fits or not value.is_floating_point():
                 raise ValueError(f"the optimizer's {name} doesn't fit a weight of shape {tuple(weight.shape)}")
+
+
+def _forms(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the shape and dtype of each entry of a state; of something other than a tensor, its type."""
+    return {name: (v.shape, v.dtype) if isinstance(v, Tensor) else type(v) for name, v in state.items()}
 
 
 def _layout(value: Tensor) -> list[tuple[int, int]]:
