@@ -99,6 +99,7 @@ class AdamW8bit(torch.optim.AdamW):
             self.state[p] |= empty_state(p)
         state, (beta1, beta2) = self.state[p], group["betas"]
         step = state["step"].add_(finite)
+        assert p.grad is not None
         gradient = p.grad.reshape(-1, BLOCK).float()
         moments = {name: decode(name, state[name], state[f"{name}_scale"]) for name in _CODES}
         moments["exp_avg"].lerp_(gradient, 1 - beta1)
