@@ -6,6 +6,7 @@ eq. 5 with rho 7, from the schedule's highest noise level to its lowest.
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, assert_never
 
@@ -60,6 +61,7 @@ class Grid:
     """Spacings for which the first state is sigma eps; for the others it is eps, which has the variance of x_t."""
 
 
+@lru_cache(maxsize=64)  # a plan takes milliseconds, as long as a step of a small network
 def make_plan(
     schedule: Schedule,
     grid: Grid,

@@ -151,7 +151,7 @@ def test_the_core_is_the_unet(change: dict[str, Any]) -> None:
     unet, scale = UNet.wrap(module, 4), torch.tensor([2.0, 7.5])
     x, time, condition = inputs(unet)
     with torch.no_grad():
-        embedding, prompt = unet.per_step(time, condition, scale), unet.per_prompt(condition)
+        embedding, prompt = unet.per_step(time, scale), unet.per_prompt(condition)
         expected = unet(x, time, condition, scale)
         assert torch.equal(unet.core()(x, embedding, *prompt), expected)
         assert torch.equal(unet.for_sampling()(x, time, condition, scale), expected)

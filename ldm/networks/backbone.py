@@ -70,7 +70,7 @@ class Backbone(ABC):
         """Return the part that is called in each step: (x, the output of `per_step`, *the output of `per_prompt`)."""
         return self.module
 
-    def per_step(self, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
+    def per_step(self, time: Tensor, scale: Tensor | None = None) -> Tensor:
         """Return what `core` needs in each step; default: the time."""
         return time
 

@@ -117,14 +117,12 @@ class OpenVinoEngine(Engine):
 
     def __init__(self, module: nn.Module, required: bool = True) -> None:
         super().__init__(module, required)
-        self.requests: dict[Shapes, Any] = {}
+        self.models: dict[Shapes, _OpenVinoModel] = {}
 
     def run(self, shapes: Shapes, inputs: tuple[Tensor, ...]) -> Tensor:
-        if shapes not in self.requests:
-            self.requests[shapes] = self._compile(inputs)
-        request = self.requests[shapes]
-        request.infer([x.float().contiguous().numpy() for x in inputs], share_inputs=True)
-        return torch.from_numpy(request.get_output_tensor(0).data).to(inputs[0].dtype, copy=True)
+        if shapes not in self.models:
+            self.models[shapes] = _OpenVinoModel(self._compile(inputs), inputs)
+        return self.models[shapes](inputs)
 
     def _compile(self, inputs: tuple[Tensor, ...]) -> Any:
         """Compile the module for inputs of these shapes, and return a request that runs it."""
@@ -152,6 +150,29 @@ class OpenVinoEngine(Engine):
         return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
 
+class _OpenVinoModel:
+    """A request of OpenVINO whose inputs and output are tensors in the memory of torch."""
+
+    def __init__(self, request: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Allocate tensors for inputs of these shapes, float32."""
+        import openvino
+
+        self.request = request
+        self.buffers = [torch.empty(x.shape) for x in inputs]
+        self.last: list[Tensor | None] = [None] * len(inputs)
+        for i, buffer in enumerate(self.buffers):
+            request.set_input_tensor(i, openvino.Tensor(buffer.numpy(), shared_memory=True))
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return the output. From the third input on, the same object as in the last call isn't copied again."""
+        for i, x in enumerate(inputs):
+            if i < 2 or x is not self.last[i]:
+                self.buffers[i].copy_(x)
+                self.last[i] = x
+        self.request.infer()
+        return torch.from_numpy(self.request.get_output_tensor(0).data).to(inputs[0].dtype, copy=True)
+
+
 class EngineNetwork:
     """A backbone `(x, time, condition) → prediction` whose core an engine runs.
 
@@ -166,7 +187,7 @@ class EngineNetwork:
     def __call__(self, x: Tensor, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
         if condition is not self.condition:
             self.condition, self.prompt = condition, self.backbone.per_prompt(condition)
-        return self.engine(x.to(self.backbone.dtype), self.backbone.per_step(time, condition, scale), *self.prompt)
+        return self.engine(x.to(self.backbone.dtype), self.backbone.per_step(time, scale), *self.prompt)
 
 
 def choose_engine(

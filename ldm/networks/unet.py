@@ -18,7 +18,7 @@ from ldm.formats.hub import WEIGHTS, load_network
 from ldm.libraries import UNet2DConditionModel
 from ldm.networks.attention import AttentionBackend, KeysValues, use_attention
 from ldm.networks.backbone import Backbone
-from ldm.networks.unet_sampling import PromptOnce, UNetCore, keys_values, time_embedding
+from ldm.networks.unet_sampling import PromptOnce, UNetCore, keys_values, pooled_text, time_features
 
 _INPAINTING_CHANNELS = 9  # input channels of diffusers' inpainting UNets
 _BLOCKS = (
@@ -109,11 +109,13 @@ class UNet(Backbone):
     def core(self) -> nn.Module:
         return UNetCore(self.module)
 
-    def per_step(self, time: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
-        return time_embedding(self.module, time, condition, self._guidance(time, scale))
+    def per_step(self, time: Tensor, scale: Tensor | None = None) -> Tensor:
+        return time_features(self.module, time, self._guidance(time, scale))
 
     def per_prompt(self, condition: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x for pair in keys_values(self.module, condition).values() for x in pair)
+        pooled = pooled_text(self.module, condition)
+        pairs = keys_values(self.module, condition).values()
+        return (*([] if pooled is None else [pooled]), *(x for pair in pairs for x in pair))
 
     def save(self, folder: Path) -> None:
         self.module.save_pretrained(str(folder), safe_serialization=True)

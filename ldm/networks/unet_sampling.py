@@ -28,18 +28,18 @@ def keys_values(unet: UNet2DConditionModel, condition: Tensor) -> dict[Attention
     return {attn: (attn.to_k(condition), attn.to_v(condition)) for attn in cross_attentions(unet)}
 
 
-def time_embedding(
-    unet: UNet2DConditionModel, time: Tensor, condition: Tensor, guidance: Tensor | None = None
-) -> Tensor:
-    """Return the embedding (b, c) of model times (b,), and of the pooled text and the guidance if the UNet reads them.
+def time_features(unet: UNet2DConditionModel, time: Tensor, guidance: Tensor | None = None) -> Tensor:
+    """Return the sinusoids (b, c) of model times (b,), from which the UNet's layers make the time embedding.
 
-    guidance: embedding of the guidance scales.
+    guidance: embedding of the guidance scales, whose projection is added, for a UNet that reads them.
     """
-    weights = next(unet.parameters())
-    embedding = unet.time_embedding(unet.time_proj(time).to(weights.dtype), guidance)
-    text = unet.get_aug_embed(emb=embedding, encoder_hidden_states=condition, added_cond_kwargs={})
-    embedding = embedding if text is None else embedding + text
-    return embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
+    features = unet.time_proj(time).to(next(unet.parameters()).dtype)
+    return features if guidance is None else features + unet.time_embedding.cond_proj(guidance)
+
+
+def pooled_text(unet: UNet2DConditionModel, condition: Tensor) -> Tensor | None:
+    """Return what a condition (b, tokens, width) adds to the time embedding, (b, e); None: nothing."""
+    return unet.get_aug_embed(emb=condition, encoder_hidden_states=condition, added_cond_kwargs={})
 
 
 class PromptOnce:
@@ -70,7 +70,7 @@ def _can_reuse(unet: UNet2DConditionModel) -> bool:
 
 
 class UNetCore(nn.Module):
-    """The layers of a UNet between its embeddings and its output, whose inputs are only tensors.
+    """A UNet without the sinusoids of the time and the projections of the condition, whose inputs are only tensors.
 
     Its weights are those of the UNet, and its forward pass is that of diffusers' UNet2DConditionModel with the inputs
     that ldm supports.
@@ -82,9 +82,18 @@ class UNetCore(nn.Module):
         self.attentions = cross_attentions(unet)
         self.center_input: bool = unet.config.center_input_sample
 
-    def forward(self, x: Tensor, embedding: Tensor, *keys_values: Tensor) -> Tensor:
-        """Predict from states (b, c, h, w), embeddings (b, e), and the keys and values of each cross-attention."""
+    def forward(self, x: Tensor, time: Tensor, *prompt: Tensor) -> Tensor:
+        """Predict from states (b, c, h, w), `time_features` (b, c), and what depends on the condition.
+
+        The latter are `pooled_text` (b, e) if there is one, then the keys and values of each cross-attention.
+        """
         unet = self.unet
+        embedding = unet.time_embedding(time)
+        n = len(prompt) - 2 * len(self.attentions)
+        embedding = sum(prompt[:n], embedding)
+        if unet.time_embed_act is not None:
+            embedding = unet.time_embed_act(embedding)
+        keys_values = prompt[n:]
         pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
         given = {"keys_values": dict(zip(self.attentions, pairs, strict=True))}
 
