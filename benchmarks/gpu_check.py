@@ -294,12 +294,12 @@ def _optimized(out: Path) -> dict[str, Any]:
     eager, fast = (LatentDiffusionPipeline.from_pretrained(folder).to(device, dtype=torch.bfloat16) for _ in range(2))
     fast.optimize()
     far: dict[str, list[float]] = {"eager": [], "optimized": []}
-    for n in (1, 3):
+    for n in (3, 2):  # the second one is padded to the first, which is compiled
         target = images(exact, n)
         for name, pipe in (("eager", eager), ("optimized", fast)):
             far[name].append(255 * float(np.abs(images(pipe, n) - target).mean()))
     started = time.perf_counter()
-    images(fast, 1)
+    images(fast, 3)
     ok = all(b <= 1.5 * a + 0.5 for a, b in zip(far["eager"], far["optimized"], strict=True))
     return {"ok": ok, "mean difference of 255": far, "seconds of a second call": time.perf_counter() - started}
 

@@ -198,6 +198,21 @@ def test_a_smaller_batch_is_padded_and_a_new_size_is_compiled() -> None:
     assert engine.batches == [3, 3, 1, 2, 3]
 
 
+def test_further_sizes_are_compiled_when_they_are_used_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plain, "patience", 3)
+    unet = UNet.wrap(small_unet().eval(), 4)
+    engine = Plain(unet.core(), error=1e-5)  # shows which calls were the engine's
+    network, compiled = EngineNetwork(unet, engine), []
+    for b, side in [(2, 16), *[(1, 8), (2, 16)] * 5, (1, 16), (2, 8)]:
+        x, time, condition = inputs(unet, b, side)
+        with torch.no_grad():
+            output, expected = network(x, time, condition), unet(x, time, condition)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        compiled.append(not torch.allclose(output, expected, rtol=3e-6, atol=1e-8))
+    assert compiled == [True, *3 * [False, True], *2 * [True, True], True, False]
+    assert engine.batches == [2, *3 * [2], *2 * [1, 2], 2]
+
+
 def test_a_wrong_engine_is_refused_or_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
     unet = UNet.wrap(small_unet().eval(), 4)
     with pytest.raises(RunError, match=r"compile doesn't work for this network: its output differs by 1\.0e-02"):

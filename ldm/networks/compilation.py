@@ -9,6 +9,7 @@ import math
 import shutil
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from importlib.util import find_spec
 from typing import Any, ClassVar, assert_never, get_args
 
@@ -29,18 +30,21 @@ class Engine(ABC):
     """A compiled module `(*inputs) → output`. Inputs and output are tensors whose first dimension is the batch.
 
     Each new combination of input shapes is compiled, and its first output is compared with that of the module itself.
-    A batch is padded to a compiled size instead, if that is at most twice as large. The weights are those at the time
-    of compiling.
+    A batch is padded to a compiled size instead, if that is at most twice as large. If compiling is slow, further
+    combinations are compiled only when they are used often. The weights are those at the time of compiling.
     """
 
     kind: ClassVar[EngineKind]
     pays: ClassVar[float]
     """Seconds of work from which compiling takes less time than it saves."""
+    patience: ClassVar[int] = 0
+    """Number of calls in which the module itself runs for input shapes that aren't the first ones."""
 
     def __init__(self, module: nn.Module, required: bool = True) -> None:
         """Prepare the engine of a module. required: raise RunError if it doesn't work, instead of doing without it."""
         self.module, self.required = module.eval(), required
         self.checked: set[Shapes] = set()
+        self.waiting = Counter[Shapes]()
         self.failed = False
 
     @torch.no_grad()
@@ -49,6 +53,9 @@ class Engine(ABC):
             return self.module(*inputs)
         b, shapes = len(inputs[0]), tuple(tuple(x.shape[1:]) for x in inputs)
         if (size := min((n for n, rest in self.checked if rest == shapes and b <= n <= 2 * b), default=0)) == 0:
+            self.waiting[b, shapes] += 1
+            if self.checked and self.waiting[b, shapes] <= self.patience:
+                return self.module(*inputs)
             return self._first((b, shapes), inputs)
         if size > b:
             inputs = tuple(torch.cat([x, x[-1:].expand(size - b, *x.shape[1:])]) for x in inputs)
@@ -86,6 +93,7 @@ class TorchEngine(Engine):
 
     kind = "compile"
     pays = 200.0
+    patience = 200
 
     def __init__(self, module: nn.Module, required: bool = True) -> None:
         super().__init__(module, required)
