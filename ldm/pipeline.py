@@ -337,8 +337,9 @@ class LatentDiffusionPipeline:
         seconds: expected time of the work without an engine; `auto` chooses no engine if compiling would cost more
             time than it saves.
 
-        OpenVINO compiles each new size or batch size when it first occurs, torch's compiler only the first one; others
-        after 200 calls of the network. Call it after `to`, and again after changing weights. Raises UserError if the engine can't be used.
+        OpenVINO compiles each new size or batch size when it first occurs. torch's compiler does so only with the first
+        one, and with others after 200 calls of the network. Call it after `to`, and again after changing weights.
+        Raises UserError if the engine can't be used.
         """
         return self.model.optimize(engine, seconds)
 

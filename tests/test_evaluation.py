@@ -1,6 +1,7 @@
 """The evaluation of generated images: the same numbers from the files that it leaves, and planted copies."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import train.commands.evaluate
 import train.evaluation.generated
 from autoencoder.model import Posterior
 from ldm.errors import UserError
@@ -261,6 +263,25 @@ def test_a_model_that_recites_is_told_from_one_that_generalises(
         else:
             assert copies.value < 0.15
             assert abs(nearer.value - 0.5) < 4 * nearer.error
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_the_search_of_copies_gets_the_reconstructions_that_were_measured(
+    models: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    def compare(e: Evaluation, reconstructions: Sequence[Tensor]) -> None:
+        assert len(reconstructions) == (len(e.with_pixels) if split == "test" else 0)
+        for found, expected in zip(reconstructions, e.reconstructions(), strict=False):
+            assert torch.equal(found, expected)
+        raise Stopped
+
+    monkeypatch.setattr(train.commands.evaluate, "measure_generated", compare)
+    with pytest.raises(Stopped):
+        evaluate(options(models, shapes, tmp_path, split=split))
 
 
 def nearest(images: Tensor, training: Tensor) -> Tensor:

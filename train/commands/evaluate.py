@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -73,7 +74,14 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
             yield batch
 
     pairs = ((batch.pixels, batch.drawn) for batch in batches(count))
-    report: dict[str, Any] = {"vae": measure_reconstruction(pipe.autoencoder, pairs, levels=(0.2,))}
+    reconstructed: list[list[Tensor]] = []  # features of each batch, for the search of copies, which needs them again
+
+    def keep(decoded: Tensor) -> None:
+        if o.split == "test" and o.samples and o.copies:
+            reconstructed.append(evaluation.features(evaluation.with_pixels, [decoded]))
+
+    quality = measure_reconstruction(pipe.autoencoder, pairs, levels=(0.2,), on_decoded=keep)
+    report: dict[str, Any] = {"vae": quality}
     bounded = batches(min(o.likelihoods, count))
     bits, error = bits_per_dimension(pipe, ((batch.pixels, batch.captions) for batch in bounded), o.seed)
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
@@ -90,7 +98,11 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
         captions = [source[k].captions[0] for k in choose(min(16, count), len(source), o.seed)]
         images = list(generate(pipe, captions, **sampling))
     parts: list[Part] = standard_parts(report, count)
-    parts += measure_generated(evaluation) if o.samples else []
+    parts += (
+        measure_generated(evaluation, [torch.cat(each) for each in zip(*reconstructed, strict=True)])
+        if o.samples
+        else []
+    )
     if (Path(o.data) / ABOUT).is_file():
         report["styles"], styled = measure_styles(evaluation)
         parts += styled

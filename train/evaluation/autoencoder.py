@@ -178,6 +178,7 @@ def measure_reconstruction(
     reduce: Reduce = lambda sums: sums,
     levels: Sequence[float] = NOISE_LEVELS,
     latents: LatentSums | None = None,
+    on_decoded: Callable[[Tensor], object] = lambda decoded: None,
 ) -> dict[str, float]:
     """Measure reconstructions and latents over batches of (images, noise).
 
@@ -185,7 +186,8 @@ def measure_reconstruction(
     Reconstructions use the posterior mean. `perceptual` returns the mean distance between reconstructions and images of
     a batch. `features` returns features for the Fréchet distance. Both are on the autoencoder's device. Every process
     must call this, with or without images. For statistics of each channel, pass empty `latents` and call their `health`
-    afterwards. Raises UserError if no process has an image.
+    afterwards. `on_decoded` is called with the reconstructions of each batch. Raises UserError if no process has an
+    image.
     """
     device = autoencoder.vae.device
     names = ["psnr", "ssim", *(f"noise_psnr_{level:g}" for level in levels)]
@@ -200,6 +202,7 @@ def measure_reconstruction(
         posterior = autoencoder.encode(pixels)
         noise = noise.to(posterior.mean)
         decoded = autoencoder.decode(posterior.mean)
+        on_decoded(decoded)
         row = [1.0, *reconstruction_quality(decoded, pixels)]
         row += noise_robustness(autoencoder, pixels, posterior, noise, levels)
         row += [float(perceptual(decoded, pixels))] if perceptual is not None else []

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ class Evaluation:
             **{**self.o.sampling(), **sampling},
         )
 
+    @cached_property
+    def with_pixels(self) -> list[Features]:
+        """The networks, and the pixels themselves."""
+        return [*self.networks, PixelFeatures(self.framing.resolution)]
+
     def features(self, networks: Sequence[Features], batches: Iterable[Tensor]) -> list[Tensor]:
         """Return the features (n, d) of all images by each network, on the CPU."""
         parts: list[list[Tensor]] = [[] for _ in networks]
@@ -98,9 +104,20 @@ class Evaluation:
                 part.append(network(pixels.to(self.pipe.device)).float().cpu())
         return [torch.cat(part) for part in parts]
 
+    def reconstructions(self) -> list[Tensor]:
+        """Return the features of held-out images after a pass through the autoencoder, by each of `with_pixels`."""
+        autoencoder, source = self.pipe.autoencoder, self.inputs.held_out
+        batches = self.batches(source, min(self.o.images, len(source)))
+        return self.features(
+            self.with_pixels, (autoencoder.decode(autoencoder.encode(batch.pixels).mean) for batch in batches)
+        )
 
-def measure_generated(e: Evaluation) -> list[Part]:
-    """Return measures of --samples generated images, and of their nearest training images."""
+
+def measure_generated(e: Evaluation, reconstructions: Sequence[Tensor] = ()) -> list[Part]:
+    """Return measures of --samples generated images, and of their nearest training images.
+
+    reconstructions: those of the evaluation, if they have been computed already.
+    """
     reference = min(e.o.images, len(e.source))
     if reference < 2:
         warnings.warn(
@@ -116,13 +133,12 @@ def measure_generated(e: Evaluation) -> list[Part]:
         )
     captions = e.captions(e.o.samples)
     generated = e.generated("generated", captions)
-    networks = [*e.networks, PixelFeatures(e.framing.resolution)]
-    made = e.features(networks, generated.batches())
+    made = e.features(e.with_pixels, generated.batches())
     parts = _distribution(e, made, captions, reference)
     if e.networks and e.o.seeds:
         parts += _seeds(e, made)
     if e.o.copies:
-        parts += _memorisation(e, networks, made, generated)
+        parts += _memorisation(e, made, generated, reconstructions or e.reconstructions())
     return parts
 
 
@@ -162,14 +178,10 @@ def _seeds(e: Evaluation, made: Sequence[Tensor]) -> list[Part]:
 
 
 def _memorisation(
-    e: Evaluation, networks: Sequence[Features], made: Sequence[Tensor], generated: GeneratedImages
+    e: Evaluation, made: Sequence[Tensor], generated: GeneratedImages, reconstructions: Sequence[Tensor]
 ) -> list[Part]:
     """Return measures and sheets of the generated images' nearest training images."""
     source = e.inputs.source
-    held_out = (
-        e.pipe.autoencoder.decode(e.pipe.autoencoder.encode(batch.pixels).mean)
-        for batch in e.batches(e.inputs.held_out, min(e.o.images, len(e.inputs.held_out)))
-    )
     searched = min(e.o.copies, len(source))
     training = tqdm(
         e.batches(source, searched),
@@ -180,7 +192,7 @@ def _memorisation(
     )
     pairs = ((batch.pixels, batch.index.cpu()) for batch in training)
     parts: list[Part] = []
-    for k, nearest in enumerate(search(networks, made, e.features(networks, held_out), pairs)):
+    for k, nearest in enumerate(search(e.with_pixels, made, reconstructions, pairs)):
         parts += memorisation_measures(nearest, searched)
         name = "pixels" if nearest.network.name == "pixels" else f"features_{k + 1}"
         parts.append(_nearest_sheet(e, nearest, generated, f"nearest_{name}"))
