@@ -115,6 +115,7 @@ class Muon(torch.optim.AdamW):
         if on_cpu and not finite:  # reading a number on the CPU doesn't wait
             return
         share = (1 - self.momentum) * (1 if on_cpu else finite)
+        kept = 1 - lr * weight_decay * finite
         nesterov = []
         for weights, running in zip(stacks, momenta, strict=True):
             stack = torch.empty(len(weights), *weights[0].flatten(1).shape, dtype=torch.bfloat16, device=device)
@@ -129,7 +130,7 @@ class Muon(torch.optim.AdamW):
             updates *= lr * finite * 0.2 * max(updates.shape[1:]) ** 0.5
             for p, update in zip(weights, updates, strict=True):
                 if weight_decay:
-                    p.mul_(1 - lr * weight_decay * finite)
+                    p.mul_(kept)
                 p.sub_(update.view_as(p))
 
     def _momentum(self, p: nn.Parameter) -> Tensor:
