@@ -36,19 +36,14 @@ class Lpips(nn.Module):
     std: Tensor
 
     def __init__(self, backbone: Backbone = "vgg", weights: str = "") -> None:
-        from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
+        from torchvision.models import alexnet, vgg16
 
         super().__init__()
         with torch.device("meta"):  # no random weights are allocated
-            match backbone:
-                case "vgg":
-                    network, published = vgg16(), VGG16_Weights.IMAGENET1K_V1
-                case "alex":
-                    network, published = alexnet(), AlexNet_Weights.IMAGENET1K_V1
-                case _:
-                    assert_never(backbone)
+            network = vgg16() if backbone == "vgg" else alexnet()
         taps = _TAPS[backbone]
         try:
+            published = _published(backbone)
             state = _read(weights) if weights else published.get_state_dict(check_hash=True, weights_only=True)
             layers = {k.removeprefix("features."): v.float() for k, v in state.items() if k.startswith("features.")}
             network.features.load_state_dict(layers, assign=True)
@@ -91,6 +86,23 @@ class Lpips(nn.Module):
             for a, b, weight in zip(self.features(decoded), target, self.fitted, strict=True)
         ]
         return torch.stack(each).sum(0).mean()
+
+
+def downloaded_weights(backbone: Backbone) -> Path:
+    """Return the file in which torchvision keeps a backbone's weights once it has downloaded them."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(_published(backbone).url).name
+
+
+def _published(backbone: Backbone) -> Any:
+    from torchvision.models import AlexNet_Weights, VGG16_Weights
+
+    match backbone:
+        case "vgg":
+            return VGG16_Weights.IMAGENET1K_V1
+        case "alex":
+            return AlexNet_Weights.IMAGENET1K_V1
+        case _:
+            assert_never(backbone)
 
 
 class ClipPerceptual(nn.Module):

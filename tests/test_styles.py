@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import alexnet
 
 import train.commands.make_dataset as make_module
 import train.data.synthetic.emoji_sets as sets_module
+from autoencoder.perceptual import downloaded_weights
 from ldm.errors import RunError, UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from support.models import save_models
 from train.commands.make_dataset import make
 from train.config.reports import EvaluateOptions
+from train.data.order.permutation import choose
 from train.data.sources.catalogue import Columns
 from train.data.sources.splits import find_splits, open_source
 from train.data.synthetic.emoji import base
@@ -31,7 +34,8 @@ from train.data.synthetic.emoji_styles import SPLITS, Picture, resvg, split_pict
 from train.engine.open_data import open_inputs
 from train.evaluation.generated import GeneratedImages
 from train.evaluation.quality import Evaluation
-from train.evaluation.styles import Labels, chance, copies, measure_styles, psnr, retrieval
+from train.evaluation.retrieval import Labels, chance, copies, retrieval
+from train.evaluation.styles import measure_styles, open_lpips, psnr
 
 TEXTS = {chr(0x1F400 + k): f"animal {chr(97 + k // 26)}{chr(97 + k % 26)}" for k in range(60)}
 TEXTS |= {"👋": "waving hand", "👋🏽": "waving hand: medium skin tone", "🇫🇷": "flag: France"}
@@ -432,6 +436,7 @@ def evaluation(dataset: Path, models: Path, out: Path) -> Evaluation:
 def test_a_model_that_paints_the_right_images_scores_one(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     save_models(tmp_path / "models")
     true = {
         row["text"][0]: np.asarray(Image.open(dataset / split / row["file_name"]))
@@ -456,3 +461,40 @@ def test_a_model_that_paints_the_right_images_scores_one(
     assert report["test"]["psnr_of_copying"] < 40
     assert "copying" not in report["train"]["pixels"]
     assert len(parts) == 4
+    assert "LPIPS is left out, because neither" in parts[0].note
+
+
+def test_lpips_is_measured_by_weights_at_hand(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    file = downloaded_weights("alex")
+    file.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save({f"features.{k}": v for k, v in alexnet().features.state_dict().items()}, file)
+    save_models(tmp_path / "models")
+    monkeypatch.setattr(GeneratedImages, "_generate", black_images)
+    report, parts = measure_styles(evaluation(dataset, tmp_path / "models", tmp_path / "out"))
+    lpips, about = open_lpips()
+    assert about == "LPIPS (alex)"
+    assert about in parts[0].columns
+    members = [dataset / "concepts" / row["file_name"] for row in sorted(rows(dataset, "concepts"), key=file_name)]
+    right = [np.array(Image.open(members[k])) for k in choose(min(12, len(members)), len(members), 0)]
+    values = [float(lpips(torch.full((1, 3, SIDE, SIDE), -1.0), pixels(image))) for image in right]
+    assert report["concepts"]["lpips"] == pytest.approx(np.mean(values), rel=1e-5)
+    assert report["test"]["lpips_of_copying"] > 0
+    file.write_bytes(b"damaged")
+    assert open_lpips()[0] is None
+    assert "LPIPS is left out: LPIPS with alex: its weights" in open_lpips()[1]
+
+
+def black_images(self: GeneratedImages, numbers: range) -> np.ndarray:
+    for k in numbers:
+        Image.new("RGB", (SIDE, SIDE)).save(self.path(k))
+    return np.zeros((len(numbers), SIDE, SIDE, 3), np.uint8)
+
+
+def file_name(row: dict[str, Any]) -> str:
+    return row["file_name"]
+
+
+def pixels(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image)[None].permute(0, 3, 1, 2) / 127.5 - 1

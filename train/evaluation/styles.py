@@ -6,6 +6,7 @@ The right image of a held-out pair of concept and style exists. A generated imag
     concept_all  the same among all images of the dataset, of all splits and styles
     style        share of images nearer to the right image than to the concept's images in all other styles
     psnr         peak signal-to-noise ratio to the right image, in dB
+    lpips        LPIPS to the right image, if the weights of its AlexNet or VGG16 are on this machine already
 
 The same numbers are given for copying, i.e. for the concept's training image that is nearest to the right one, and for
 chance. A model that only knows the training images can't do better than copying.
@@ -15,111 +16,34 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoencoder.perceptual import Backbone, Lpips, downloaded_weights
 from ldm.errors import UserError
 from ldm.files import open_regular
 from train.data.order.permutation import choose
-from train.data.order.rng import Purpose, generator
 from train.data.sources.splits import Source, find_splits
 from train.data.synthetic.emoji_styles import ABOUT, SPLITS, Split
+from train.engine.provenance import text_encoder_of
 from train.evaluation.features import PixelFeatures
 from train.evaluation.measures import described
-from train.evaluation.neighbours import BLOCK, squared_distances
 from train.evaluation.quality import Evaluation
 from train.evaluation.results import Part, Sheet, Table
+from train.evaluation.retrieval import Labels, chance, copies, retrieval
 from train.evaluation.sheets import in_rows, save_sheet, sheet, to_uint8
 
-_OTHERS = 99  # other images of the same style
+_BACKBONES: tuple[Backbone, ...] = ("alex", "vgg")
 _SHOWN = 16  # pairs of images on a sheet
 _TITLES: dict[Split, str] = {
     "train": "concept and style seen together in training",
     "test": "held-out pair of concept and style",
     "concepts": "held-out concept",
 }
-
-
-class Labels(NamedTuple):
-    """Labels of all images of a dataset, each (n,)."""
-
-    emoji: NDArray[np.int64]
-    style: NDArray[np.int64]
-    training: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Shares of correct images, see the top of this file."""
-
-    concept_100: float
-    concept_all: float
-    style: float | None
-    """None if no concept has several styles."""
-
-
-def retrieval(made: Tensor, right: Sequence[int], features: Tensor, labels: Labels, seed: int) -> Scores:
-    """Return the scores of images with features `made` (m, d), whose right images are `right` (m,) of all (n, d).
-
-    An image counts as correct only if the right one is nearer than each of the others, so that equal features are
-    errors. The 99 others are drawn by seed and right image, so they are the same for all models.
-    """
-    centre = features.mean(0)
-    made, features = made - centre, features - centre
-    hundred, everything, styles = [], [], []
-    for first in range(0, len(made), BLOCK):
-        distances = squared_distances(made[first : first + BLOCK], features).numpy()
-        for row, index in zip(distances, right[first : first + BLOCK], strict=True):
-            nearer = row <= row[index]
-            nearer[index] = False
-            hundred.append(not nearer[_others(index, labels, seed)].any())
-            everything.append(not nearer.any())
-            same = labels.emoji == labels.emoji[index]
-            if same.sum() > 1:
-                styles.append(not nearer[same].any())
-    return Scores(float(np.mean(hundred)), float(np.mean(everything)), float(np.mean(styles)) if styles else None)
-
-
-def chance(right: Sequence[int], labels: Labels) -> Scores:
-    """Return the scores of an image that is equally near to all."""
-    sizes = [(labels.emoji == labels.emoji[index]).sum() for index in right]
-    hundreds = [min(int((labels.style == labels.style[index]).sum()), _OTHERS + 1) for index in right]
-    several = [1 / size for size in sizes if size > 1]
-    return Scores(
-        float(np.mean([1 / n for n in hundreds])), 1 / len(labels.emoji), float(np.mean(several)) if several else None
-    )
-
-
-def _others(index: int, labels: Labels, seed: int) -> NDArray[np.int64]:
-    """Return the other images of the same style with which an image is compared."""
-    candidates = np.flatnonzero(labels.style == labels.style[index])
-    candidates = candidates[candidates != index]
-    random = generator(seed, Purpose.VALIDATION, index)
-    return candidates[random.permutation(len(candidates))[:_OTHERS]]
-
-
-def copies(right: Sequence[int], features: Tensor, labels: Labels) -> list[int]:
-    """Return for each image the training image that shows the same concept in another style and is nearest to it.
-
-    If there is none, it is the nearest training image of the same style.
-    """
-    found = []
-    for index in right:
-        same = labels.training & (labels.emoji == labels.emoji[index])
-        same[index] = False
-        if not same.any():
-            same = labels.training & (labels.style == labels.style[index])
-            same[index] = False
-        candidates = torch.from_numpy(np.flatnonzero(same))
-        if not len(candidates):
-            raise UserError(f"{ABOUT}: the dataset has no training images of a style: make it again")
-        distances = (features[candidates] - features[index]).square().sum(1)
-        found.append(int(candidates[distances.argmin()]))
-    return found
 
 
 def psnr(images: Sequence[NDArray[np.uint8]], right: Sequence[NDArray[np.uint8]]) -> float | None:
@@ -129,6 +53,24 @@ def psnr(images: Sequence[NDArray[np.uint8]], right: Sequence[NDArray[np.uint8]]
     """
     errors = [np.square(a.astype(float) - b).mean() for a, b in zip(images, right, strict=True)]
     return float(np.mean([-10 * np.log10(max(error, 0.25) / 255**2) for error in errors])) if any(errors) else None
+
+
+def open_lpips() -> tuple[Lpips | None, str]:
+    """Return LPIPS by a network whose weights were downloaded before, and its name; or None, and why it's left out."""
+    files = {backbone: downloaded_weights(backbone) for backbone in _BACKBONES}
+    backbone = next((name for name, file in files.items() if file.is_file()), None)
+    if backbone is None:
+        return None, f"LPIPS is left out, because neither {' nor '.join(map(str, files.values()))} exists."
+    try:
+        return Lpips(backbone, str(files[backbone])), f"LPIPS ({backbone})"
+    except UserError as error:
+        return None, f"LPIPS is left out: {error}."
+
+
+def perceptual_distance(lpips: Lpips, made: Tensor, right: Tensor) -> float:
+    """Return the mean LPIPS of images (n, 3, h, w) to the right ones."""
+    pairs = zip(made.split(1), right.split(1), strict=True)
+    return float(torch.stack([lpips(one, other) for one, other in pairs]).mean())
 
 
 @dataclass
@@ -204,6 +146,7 @@ def measure_styles(e: Evaluation) -> tuple[dict[str, Any], list[Part]]:
     images, labels = open_styles(e)
     networks = [PixelFeatures(e.framing.resolution), *e.networks]
     features = e.features(networks, images.batches(e))
+    lpips, about_lpips = open_lpips()
     report: dict[str, Any] = {}
     parts: list[Part] = []
     for split in SPLITS:
@@ -212,10 +155,11 @@ def measure_styles(e: Evaluation) -> tuple[dict[str, Any], list[Part]]:
         copied = copies(right, features[0], labels)
         generated = e.generated(f"styles_{split}", [images.caption(k) for k in right])
         made = e.features(networks, generated.batches())
-        own, true = [generated[k] for k in range(len(right))], to_uint8(images.pixels(e, right))
-        found: dict[str, Any] = {"prompts": len(right), "psnr": psnr(own, list(true))}
+        own, true = [generated[k] for k in range(len(right))], list(to_uint8(images.pixels(e, right)))
+        found: dict[str, Any] = {"prompts": len(right), **_distances(own, true, lpips)}
         if split != "train":
-            found["psnr_of_copying"] = psnr(list(to_uint8(images.pixels(e, copied))), list(true))
+            of_copying = _distances(list(to_uint8(images.pixels(e, copied))), true, lpips)
+            found |= {f"{name}_of_copying": value for name, value in of_copying.items()}
         for network, all_features, x in zip(networks, features, made, strict=True):
             scores = {"model": retrieval(x, right, all_features, labels, e.o.seed)}
             if split != "train":
@@ -223,23 +167,44 @@ def measure_styles(e: Evaluation) -> tuple[dict[str, Any], list[Part]]:
             scores["chance"] = chance(right, labels)
             found[network.name] = {name: vars(score) for name, score in scores.items()}
         report[split] = found
-        parts.append(_sheet(e, split, own, list(true), generated.captions))
-    return report, [*(_table(report, network.name, described(network)) for network in networks), *parts]
+        parts.append(_sheet(e, split, own, true, generated.captions))
+    own_clip = text_encoder_of(e.o.model)
+    tables = []
+    for network in networks:
+        apart = "; trained together with the model's text encoder" if network.name == own_clip else ""
+        tables.append(_table(report, network.name, described(network) + apart, about_lpips))
+    return report, [*tables, *parts]
 
 
-def _table(report: dict[str, Any], network: str, title: str) -> Table:
+def _distances(
+    images: Sequence[NDArray[np.uint8]], right: Sequence[NDArray[np.uint8]], lpips: Lpips | None
+) -> dict[str, float | None]:
+    """Return the mean distances of 8-bit images to the right ones."""
+    found = {"psnr": psnr(images, right)}
+    if lpips is not None:
+        made, true = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2) / 127.5 - 1 for x in (images, right))
+        found["lpips"] = perceptual_distance(lpips, made, true)
+    return found
+
+
+def _table(report: dict[str, Any], network: str, title: str, about_lpips: str) -> Table:
+    measured = [name for name in ("psnr", "lpips") if name in report["test"]]
     rows: list[list[float | str | None]] = []
     for split, found in report.items():
-        psnrs = {"model": found["psnr"], "copying": found.get("psnr_of_copying")}
         for name, scores in found[network].items():
-            rows.append([f"{_TITLES[split]}: {name}", *scores.values(), psnrs.get(name)])  # type: ignore[index]
+            suffix = {"model": "", "copying": "_of_copying"}.get(name, "_of_chance")
+            rows.append(
+                [f"{_TITLES[split]}: {name}", *scores.values(), *(found.get(f"{d}{suffix}") for d in measured)]  # type: ignore[index]
+            )
+    columns = ["", "right among 100 of its style", "right among all", "right style", "PSNR (dB)"]
     return Table(
         name=f"styles_{network}",
         title=f"Composition of concepts and styles, in the features {title}",
-        columns=["", "right among 100 of its style", "right among all", "right style", "PSNR (dB)"],
+        columns=[*columns, about_lpips] if "lpips" in measured else columns,
         rows=rows,
         note="Share of the images that are nearer to the right image than to each of the others. Copying: the concept's"
-        " training image nearest to the right one, or the nearest of the style if there is none.",
+        " training image nearest to the right one, or the nearest of the style if there is none."
+        + ("" if "lpips" in measured else f" {about_lpips}"),
     )
 
 
