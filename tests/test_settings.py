@@ -34,9 +34,10 @@ SHARED = {
     "progress::test_tensorboard_has_each_step_once_and_the_sheets": "trackers",
     "model_card::test_a_licence_is_stated_when_it_is_given": "license",
     "settings_data::test_datasets_are_read_as_configured": (
-        "data input.image_column input.caption_column input.caption_template input.caption_from_names "
+        "data input.image_column input.caption_template input.caption_from_names "
         "input.caption_files input.encoding input.reading input.train_split input.validation_split"
     ),
+    "caption_columns::test_captions_are_drawn_from_the_columns": "input.caption_column",
     "settings_data::test_links_out_of_the_folder_are_followed_only_if_configured": "input.follow_links",
     "duplicates::test_copies_are_left_out": "input.duplicates input.copies",
     "settings_data::test_an_epoch_repeats_images": "input.repeats",

@@ -29,6 +29,7 @@ from ldm.libraries import CLIPTokenizer
 from train.data.batches.images import Inputs
 from train.data.images.crop import Framing, Size
 from train.data.images.decode import FORMATS, DamagedImage
+from train.data.sources.caption_columns import SeveralColumns
 from train.data.sources.catalogue import Row
 from train.data.sources.folders import Folder
 from train.data.sources.splits import Source
@@ -262,7 +263,8 @@ def look_alikes(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8]) -> li
 
 def data_report(inputs: Inputs) -> Report:
     """Return the dataset's form and the numbers of images in its splits."""
-    match inputs.source.catalogue:
+    catalogue = inputs.source.catalogue
+    match catalogue.first if isinstance(catalogue, SeveralColumns) else catalogue:
         case Folder() as found:
             form = found.form
         case Table():

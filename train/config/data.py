@@ -11,6 +11,7 @@ from train.config.limits import LONGEST_SIDE, MOST_EXAMPLES, PathText
 from train.config.optimizer import strict
 from train.config.resumable import ON_REQUEST, Resumable
 from train.data.images import Crop
+from train.data.sources.caption_columns import caption_columns
 from train.data.sources.catalogue import READING, Columns
 from train.data.sources.text import check_encoding
 
@@ -30,7 +31,8 @@ class SourceConfig:
     """Column of the image (in tars: its file extension).
     Empty: `file_name` in metadata files, and the only column with images in parquet files and datasets."""
     caption_column: Annotated[str, ON_REQUEST] = ""
-    """Column of the caption (in tars: its file extension, or a key of the .json); empty: `text`, else `caption`."""
+    """Column of the caption (in tars: its file extension, or a key of the .json); empty: `text`, else `caption`.
+    Several columns have weights: with "long:3 short:1", an example's caption is `long` three times as often."""
     caption_template: Annotated[str, ON_REQUEST] = ""
     """Template that turns class labels into captions, e.g. "a photo of a {}"; empty: the captions are read as texts.
     Labels are folder names or the values of the caption column; {} is replaced by the label."""
@@ -75,6 +77,12 @@ class SourceConfig:
                 f"caption_template {self.caption_template!r}: must contain {{}}, which is replaced by the label"
             )
         return self
+
+    @field_validator("caption_column")
+    @classmethod
+    def _weights_are_valid(cls, column: str) -> str:
+        caption_columns(column)
+        return column
 
     @field_validator("encoding")
     @classmethod

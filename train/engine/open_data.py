@@ -13,6 +13,7 @@ from ldm.files import read_regular
 from train.config.data import SourceConfig
 from train.data.batches.buckets import Buckets, bucket_sizes, measure, no_rectangles
 from train.data.batches.images import Inputs
+from train.data.sources.caption_columns import caption_columns
 from train.data.sources.splits import Source, find_splits, take
 from train.data.sources.streams import Stream, is_stream
 from train.data.sources.variants import TagVariants
@@ -34,6 +35,10 @@ def open_inputs(data: str, config: SourceConfig, *, captioned: bool = True) -> I
     columns = config.columns(captioned)
     if is_stream(data):
         stream = Stream(data, columns, fraction=config.validation_fraction, buffer_size=config.stream_buffer)
+        if caption_columns(columns.caption):
+            raise UserError(
+                f"--input.caption-column {columns.caption!r}: a stream's captions are in one column; download the data"
+            )
         if config.duplicates:
             raise UserError(f"--input.duplicates {config.duplicates}: a stream's images can't be left out by name")
         if config.repeats:

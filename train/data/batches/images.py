@@ -28,6 +28,7 @@ from train.data.images.crop import Framing, Size
 from train.data.images.decode import DamagedImage
 from train.data.order.permutation import InOrder, Order, Shifted, shuffled
 from train.data.order.rng import Positions, Purpose, uniform, uniforms
+from train.data.sources.catalogue import Row
 from train.data.sources.splits import Source
 from train.data.sources.streams import Example, Stream
 
@@ -77,7 +78,7 @@ class ImageDataset(Generic[Drawn]):
         """Yield the example of a position, then its substitutes."""
         for attempt in range(1, ATTEMPTS + 2):
             row = self.source[index]
-            yield _Candidate(index, row.name, row.captions, partial(self.source.read, index))
+            yield _Candidate(index, row, partial(self.source.read, index))
             index = self.order.substitute(position, attempt)
 
 
@@ -136,7 +137,8 @@ class StreamDataset(Generic[Drawn]):
     def _candidates(self, position: int, examples: tuple[Example, ...]) -> Iterator["_Candidate"]:
         """Yield the example of a position, then its substitutes."""
         for example in examples:
-            yield _Candidate(position, example.name, example.captions, partial(bytes, example.image))
+            row = Row(example.name, len(example.image), 0, example.captions)
+            yield _Candidate(position, row, partial(bytes, example.image))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +146,7 @@ class _Candidate:
     """An example that may be used at a position."""
 
     index: int
-    name: str
-    captions: tuple[str, ...]
+    row: Row
     read: Callable[[], bytes]
 
 
@@ -168,20 +169,20 @@ class _BatchBuilder:
         for k, candidates in enumerate(examples):
             for candidate in candidates:
                 try:
-                    image = framing.load(candidate.read(), candidate.name)
+                    image = framing.load(candidate.read(), candidate.row.name)
                     break
                 except DamagedImage as error:
-                    damaged.append((candidate.name, error.reason))
+                    damaged.append((candidate.row.name, error.reason))
             else:
                 raise RunError(f"no readable image found in {location}, e.g. {': '.join(damaged[-1])}")
             pixels.append(framing.apply(image, size, places[k], bool(flips[k])))
             chosen.append(candidate)
-        caption = (uniform(seed, Purpose.CAPTION, positions) * [len(c.captions) for c in chosen]).astype(np.int64)
+        u = uniform(seed, Purpose.CAPTION, positions).tolist()
         return ImageBatch(
             position=torch.from_numpy(positions),
             index=torch.tensor([c.index for c in chosen]),
             pixels=torch.stack(pixels),
-            captions=[c.captions[k] for c, k in zip(chosen, caption, strict=True)],
+            captions=[c.row.captions[c.row.choose(value)] for c, value in zip(chosen, u, strict=True)],
             drawn=self.draws(seed, positions, size) if self.draws else None,
             damaged=damaged,
         )

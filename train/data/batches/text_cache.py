@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.data.batches.latent_cache import storable
+from train.data.order.rng import weighted_choice
 from train.data.sources.splits import Source
 from train.data.store.row_index import Digests, digests
 from train.data.store.shards import ComputedRows, Processes, Shards, Stored, open_shards
@@ -28,9 +29,18 @@ class CaptionEncoder(Protocol):
 class TextCache:
     """Features (L, d) of each distinct caption; row 0 is the null condition, the encoding of "" (no text)."""
 
-    def __init__(self, shards: Shards, captions: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """captions: row of each caption. first: (n + 1,), index in `captions` of each image's first caption."""
-        self.shards, self.captions, self.first = shards, captions, first
+    def __init__(
+        self,
+        shards: Shards,
+        captions: NDArray[np.int64],
+        first: NDArray[np.int64],
+        weights: NDArray[np.float64] | None = None,
+    ) -> None:
+        """captions: row of each caption. first: (n + 1,), index in `captions` of each image's first caption.
+
+        weights: of the captions in the random choice; None: all are equally likely.
+        """
+        self.shards, self.captions, self.first, self.weights = shards, captions, first, weights
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -38,7 +48,10 @@ class TextCache:
     def rows(self, indices: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the row of one caption for each of these images, chosen by u in [0, 1)."""
         first, end = self.first[indices], self.first[indices + 1]
-        return self.captions[first + (u * (end - first)).astype(np.int64)]
+        if self.weights is None:
+            return self.captions[first + (u * (end - first)).astype(np.int64)]
+        own = zip(first.tolist(), end.tolist(), u.tolist(), strict=True)
+        return self.captions[[a + weighted_choice(self.weights[a:b].tolist(), value) for a, b, value in own]]
 
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
         """Return the features of these rows, (b, L, d) float32."""
@@ -66,11 +79,12 @@ class TextCache:
         rows = _Texts(captions, encode, shape, dtype)
         depends_on = {"encoder": digest}
         shards, _ = open_shards(folder, "text", depends_on, rows, shape, dtype, processes or Processes(), batch_size)
-        caption_rows, first = array("q"), array("q", [0])
+        caption_rows, first, weights = array("q"), array("q", [0]), array("d")
         for image in source:
             caption_rows.extend(row[text] for text in image.captions)
+            weights.extend(image.weights)
             first.append(len(caption_rows))
-        return cls(shards, np.array(caption_rows), np.array(first))
+        return cls(shards, np.array(caption_rows), np.array(first), np.array(weights) if weights else None)
 
 
 class _Texts:

@@ -6,8 +6,10 @@ position has its own 2^128 blocks, whatever the process, worker, batch or restar
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, unique
+from itertools import accumulate
 
 import numpy as np
 from numpy.random import Generator, Philox
@@ -65,6 +67,12 @@ def normal(seed: int, purpose: Purpose, positions: Positions, shape: tuple[int, 
     for row, stream in zip(out, _streams(seed, purpose, positions), strict=True):
         stream.standard_normal(out=row, dtype=np.float32)
     return out.reshape(len(positions), *shape)
+
+
+def weighted_choice(weights: Sequence[float], u: float) -> int:
+    """Return the index that a number in [0, 1) chooses, with probabilities in proportion to the weights."""
+    ends = list(accumulate(weights))
+    return min(bisect_right(ends, u * ends[-1]), len(ends) - 1)
 
 
 def fork(seed: int, purpose: Purpose) -> int:

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ldm.errors import UserError
+from train.data.order.rng import weighted_choice
 
 MOST_HELD_OUT = 1000  # largest number of images held out of a training split
 MOST_REPEATS = 1_000_000  # largest number of repeats of an image in an epoch
@@ -43,6 +44,12 @@ class Row(NamedTuple):
     """Captions, at least one; "" is the null condition."""
     repeats: int = 1
     """Number of times that the image appears in an epoch of training, from `Columns.repeats`."""
+    weights: tuple[float, ...] = ()
+    """Weights of the captions in the random choice of one of them; empty: all are equally likely."""
+
+    def choose(self, u: float) -> int:
+        """Return the caption that a random number in [0, 1) chooses."""
+        return weighted_choice(self.weights, u) if self.weights else int(u * len(self.captions))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,29 +94,35 @@ def read_metadata(
         if number == 1:
             image = columns.image or _one_of(row, _FILE_NAMES[: 1 if columns.reading == 1 else None])
             candidates = (columns.caption,) if columns.caption else CAPTIONS
-            column = next((c for c in candidates if c in row), "")
-            if not column and not columns.caption and columns.reading > 1:
+            column = columns.caption or next((c for c in candidates if c in row), "")
+            if not column and columns.reading > 1:
                 column = _one_of(row, _OTHER_CAPTIONS)
             missing = [columns.image or FILE_NAME] if image not in row else []
             missing += [" or ".join(candidates)] if columns.captioned and not column else []
             if missing:
-                raise UserError(
-                    f"{where} has no column {', '.join(missing)}; its columns are: {', '.join(map(str, row))[:300]}; "
-                    "choose other columns with --input.image-column and --input.caption-column"
-                )
+                raise _missing(missing, row, where)
         name = files.find_named(files.safe_name(row.get(image), where, image, prefix))
         captions.setdefault(name, []).extend(_captions(row.get(column), where, columns))
         seen.update(row)
         if columns.repeats:
             repeats[name] = max(_repeats(row.get(columns.repeats), where, columns.repeats), repeats.get(name, 0))
-    if columns.repeats and captions:
-        require_column(columns.repeats, seen, str(path))  # rows of JSON needn't have it
+    if columns.repeats and captions:  # rows of JSON needn't have a column
+        require_column(columns.repeats, seen, str(path))
+    if columns.captioned and columns.caption and captions and columns.caption not in seen:
+        raise _missing([columns.caption], seen, str(path))
     if not captions:
         raise UserError(
             f"{path} has no rows: must have one row per image, with the columns "
             f"{columns.image or FILE_NAME!r} and {columns.caption or ' or '.join(CAPTIONS)!r}"
         )
     return captions
+
+
+def _missing(columns: Iterable[str], present: Iterable[str], where: str) -> UserError:
+    return UserError(
+        f"{where} has no column {', '.join(columns)}; its columns are: {', '.join(map(str, present))[:300]}; "
+        "choose other columns with --input.image-column and --input.caption-column"
+    )
 
 
 def _one_of(row: dict[str, Any], names: Iterable[str]) -> str:

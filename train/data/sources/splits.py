@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.errors import UserError
+from train.data.sources.caption_columns import caption_columns, join_columns
 from train.data.sources.catalogue import MOST_HELD_OUT, Catalogue, Columns, Opener, Row, Splits
 from train.data.sources.folders import find_folder, has_images
 from train.data.sources.metadata import find_metadata
@@ -81,7 +83,7 @@ class Source:
 
     def __getitem__(self, index: int) -> Row:
         row = self.catalogue.row(self._row(index))
-        return row if self.variants is None else row._replace(captions=self.variants(row.captions))
+        return row if self.variants is None else self.variants(row)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[k] for k in range(len(self)))
@@ -154,6 +156,8 @@ def find_splits(data: str, columns: Columns, names: tuple[str, ...] = ()) -> Spl
         raise UserError(
             "--data is missing: give a folder of captioned images, parquet or tar files, or the id of a hub dataset"
         )
+    if weights := caption_columns(columns.caption):
+        return join_columns(weights, lambda name: find_splits(data, replace(columns, caption=name), names))
     split_names = tuple(dict.fromkeys([*filter(None, names), *_NAMES]))
     is_folder = os.path.isdir(data)
     found: Splits | None = None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from train.data.order.rng import Purpose, generator
+from train.data.sources.catalogue import Row
 
 
 class TagVariants(NamedTuple):
@@ -23,9 +24,12 @@ class TagVariants(NamedTuple):
     number: int
     """Number of variants of each caption."""
 
-    def __call__(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the variants of all captions, equally many of each."""
-        return tuple(variant for caption in captions for variant in self.of(caption))
+    def __call__(self, row: Row) -> Row:
+        """Return an image's row with the variants of all its captions, equally many of each."""
+        return row._replace(
+            captions=tuple(variant for caption in row.captions for variant in self.of(caption)),
+            weights=tuple(weight for weight in row.weights for _ in range(self.number)),
+        )
 
     def of(self, caption: str) -> list[str]:
         """Return the variants of a caption; a caption of one tag stays as it is."""
