@@ -26,7 +26,9 @@ from torch import Tensor
 from autoencoder.perceptual import Backbone, Lpips, downloaded_weights
 from ldm.errors import UserError
 from ldm.files import open_regular
+from train.data.images.crop import Framing
 from train.data.order.permutation import choose
+from train.data.sources.catalogue import Columns
 from train.data.sources.splits import Source, find_splits
 from train.data.synthetic.emoji_styles import ABOUT, SPLITS, Split
 from train.engine.provenance import text_encoder_of
@@ -97,33 +99,32 @@ class StyledImages:
         at = SPLITS.index(split)
         return range(int(ends[at]), int(ends[at + 1]))
 
-    def pixels(self, e: Evaluation, indices: Sequence[int]) -> Tensor:
+    def pixels(self, framing: Framing, indices: Sequence[int]) -> Tensor:
         """Return images (b, 3, h, w) in [−1, 1]."""
-        framing, found = e.framing, []
+        found = []
         for k in indices:
             source, index = self.rows[k]
             image = framing.load(source.read(index), source[index].name)
             found.append(framing.apply(image, framing.square, (0.5, 0.5), False))
         return torch.stack(found)
 
-    def batches(self, e: Evaluation) -> Iterator[Tensor]:
+    def batches(self, framing: Framing, size: int) -> Iterator[Tensor]:
         """Yield all images in order."""
-        for first in range(0, len(self), e.o.batch_size):
-            yield self.pixels(e, range(first, min(first + e.o.batch_size, len(self))))
+        for first in range(0, len(self), size):
+            yield self.pixels(framing, range(first, min(first + size, len(self))))
 
 
-def open_styles(e: Evaluation) -> tuple[StyledImages, Labels]:
+def open_styles(data: str, columns: Columns) -> tuple[StyledImages, Labels]:
     """Open all splits of the dataset with their labels. Raises UserError if metadata lacks them."""
-    columns = e.o.input.columns(True)
-    splits = find_splits(e.o.data, columns, ("concepts",))
+    splits = find_splits(data, columns, ("concepts",))
     if missing := [name for name in SPLITS if name not in splits]:
-        raise UserError(f"--data {e.o.data}: has {ABOUT}, but no folder {missing[0]}: make the dataset again")
+        raise UserError(f"--data {data}: has {ABOUT}, but no folder {missing[0]}: make the dataset again")
     images = StyledImages([Source(splits[name]()) for name in SPLITS])
     emoji: dict[str, int] = {}
     styles: dict[str, int] = {}
     labels: list[tuple[int, int]] = []
     for name, source in zip(SPLITS, images.sources, strict=True):
-        found = _metadata(Path(e.o.data) / name / "metadata.jsonl")
+        found = _metadata(Path(data) / name / "metadata.jsonl")
         for row in source:
             text, style = found.get(row.name, ("", ""))
             labels.append((emoji.setdefault(text, len(emoji)), styles.setdefault(style, len(styles))))
@@ -143,9 +144,9 @@ def _metadata(path: Path) -> dict[str, tuple[str, str]]:
 
 def measure_styles(e: Evaluation) -> tuple[dict[str, Any], list[Part]]:
     """Generate images of --prompts images of each split, and return their scores, tables and sheets."""
-    images, labels = open_styles(e)
+    images, labels = open_styles(e.o.data, e.o.input.columns(True))
     networks = [PixelFeatures(e.framing.resolution), *e.networks]
-    features = e.features(networks, images.batches(e))
+    features = e.features(networks, images.batches(e.framing, e.o.batch_size))
     lpips, about_lpips = open_lpips()
     report: dict[str, Any] = {}
     parts: list[Part] = []
@@ -155,10 +156,10 @@ def measure_styles(e: Evaluation) -> tuple[dict[str, Any], list[Part]]:
         copied = copies(right, features[0], labels)
         generated = e.generated(f"styles_{split}", [images.caption(k) for k in right])
         made = e.features(networks, generated.batches())
-        own, true = [generated[k] for k in range(len(right))], list(to_uint8(images.pixels(e, right)))
+        own, true = [generated[k] for k in range(len(right))], list(to_uint8(images.pixels(e.framing, right)))
         found: dict[str, Any] = {"prompts": len(right), **_distances(own, true, lpips)}
         if split != "train":
-            of_copying = _distances(list(to_uint8(images.pixels(e, copied))), true, lpips)
+            of_copying = _distances(list(to_uint8(images.pixels(e.framing, copied))), true, lpips)
             found |= {f"{name}_of_copying": value for name, value in of_copying.items()}
         for network, all_features, x in zip(networks, features, made, strict=True):
             scores = {"model": retrieval(x, right, all_features, labels, e.o.seed)}
