@@ -23,6 +23,9 @@ def compile_networks(run: AnyRun, networks: Iterable[nn.Module], *, hooked: bool
         run.print(f"compile True: {problem}; training without it")
         return
     run.print("compiling the networks in the first steps, which can take minutes")
+    from torch._functorch import config
+
     torch._dynamo.config.suppress_errors = True
+    config.donated_buffer = False  # the backward pass may run twice, as for stage 1's adaptive weight
     for network in networks:
         network.compile()
