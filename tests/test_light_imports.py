@@ -31,12 +31,25 @@ def generate(folder):
     LatentDiffusionPipeline.from_pretrained(folder)("a red star", num_inference_steps=2)
     return heavy()
 
+def optimize(kind):
+    import torch
+    from train.config.optimizer import OptimizerConfig
+    network = torch.nn.Linear(64, 64)
+    optimizer = OptimizerConfig(kind=kind).build(network)
+    for _ in range(2):
+        network(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    return heavy()
+
 found = {
     "options": heavy("train.commands.cli", "train.commands.make_dataset"),
     "generating": heavy(*(f"train.commands.{c}" for c in ("txt2img", "img2img", "inpaint", "interpolate", "convert"))),
     "an image": generate(sys.argv[1]),
     "data": heavy("train.commands.inspect", "train.commands.inspect_report"),
     "stages 1 and 2": heavy("train.stages.vae", "train.stages.ldm"),
+    **{kind: optimize(kind) for kind in ("adamw", "muon", "adamw_8bit")},
     "evaluating": heavy("train.commands.evaluate", "train.commands.evaluate_vae"),
 }
 """

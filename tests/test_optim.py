@@ -79,6 +79,21 @@ def test_polar_express_equals_its_polynomials_of_the_singular_values() -> None:
         assert torch.linalg.matrix_norm(x.double() - left @ in_basis @ right.mT, 2).max() < 0.1  # bf16's
 
 
+def test_adamw_is_torchs() -> None:
+    ours = nn.Linear(8, 8)
+    theirs = copy.deepcopy(ours)
+    config = OptimizerConfig(lr=1e-2, betas=(0.8, 0.9), weight_decay=0.3)
+    groups = [{"params": [theirs.weight], "weight_decay": 0.3}, {"params": [theirs.bias], "weight_decay": 0.0}]
+    for net, by in ((ours, config.build(ours)), (theirs, torch.optim.AdamW(groups, 1e-2, (0.8, 0.9), fused=True))):
+        for step in range(3):
+            gradients(net, step)
+            by.step()
+            by.zero_grad()
+            assert all(p.grad is None for p in net.parameters())
+            by.load_state_dict(copy.deepcopy(by.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("iteration", ["jordan", "polar_express"])
 def test_a_zero_gradient_moves_nothing(iteration: NewtonSchulz) -> None:
     net = nn.Linear(8, 8)

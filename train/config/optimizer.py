@@ -73,8 +73,7 @@ class OptimizerConfig:
 
     def build(self, module: "Module", *, lr: float | None = None) -> "AdamW":
         """Return the optimizer of a module's trainable weights. lr: peak rate; default: this configuration's."""
-        from torch.optim import AdamW
-
+        from train.engine.adamw import AdamW
         from train.engine.eight_bit import AdamW8bit
         from train.engine.optim import Muon, parameter_groups
 
@@ -83,7 +82,7 @@ class OptimizerConfig:
         rate = self.lr if lr is None else lr
         match self.kind:
             case "adamw":
-                return AdamW(groups, rate, self.betas, self.eps, fused=True)
+                return AdamW(groups, rate, self.betas, self.eps)
             case "muon":
                 return Muon(
                     groups, rate, self.betas, self.eps, momentum=self.momentum, newton_schulz=self.newton_schulz

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from train.engine.adamw import AdamW
+
 BLOCK = 256
 SMALLEST = 4096
 """Number of elements from which a weight's moments are stored in 8 bits, if BLOCK divides it. Others are small."""
@@ -57,14 +59,11 @@ def decode(name: str, codes: Tensor, scale: Tensor) -> Tensor:
     return magnitude.square().square_().copysign_(magnitude).mul_(scale)
 
 
-class AdamW8bit(torch.optim.AdamW):
+class AdamW8bit(AdamW):
     """AdamW with moments in 8 bits for large weights of groups marked `eight_bit`, and in float32 for all others.
 
     Like the fused AdamW, it leaves weights and moments unchanged when `found_inf` is 1, without waiting for the device.
     """
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(groups, lr, betas, eps, fused=True)
 
     @property
     def large(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config.optimizer import NewtonSchulz
+from train.engine.adamw import AdamW
 from train.engine.eight_bit import AdamW8bit, empty_state
 from train.engine.orthogonal import orthogonalised
 
@@ -71,7 +72,7 @@ def _layout(value: Tensor) -> list[tuple[int, int]]:
     return [(n, stride) for n, stride in zip(value.shape, strides, strict=True) if n > 1]
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Optimizer: momentum with orthogonalised matrices (Jordan et al. 2024), and AdamW for all other weights.
 
     Groups marked `orthogonal` contain weights of two or more dimensions; a kernel (out, in, h, w) is treated as the
@@ -90,7 +91,7 @@ class Muon(torch.optim.AdamW):
         momentum: float = 0.95,
         newton_schulz: NewtonSchulz = "jordan",
     ) -> None:
-        super().__init__(groups, lr, betas, eps, fused=True)
+        super().__init__(groups, lr, betas, eps)
         self.momentum, self.newton_schulz = momentum, newton_schulz
 
     @torch.no_grad()
