@@ -135,9 +135,16 @@ class Model:
         parameters, (h, w) = sum(p.numel() for p in self.backbone.module.parameters()), self.backbone.sample_size
         return images * steps * 0.8 * parameters * h * w / (1e11 if self.device.type == "cpu" else 1e14)
 
-    def network(self) -> ScaledNetwork:
-        """Return the backbone for sampling. What depends only on the condition is computed once for each condition."""
-        return self.backbone.for_sampling() if self.engine is None else EngineNetwork(self.backbone, self.engine)
+    def network(self, reuse_features: int = 1) -> ScaledNetwork:
+        """Return the backbone for sampling. What depends only on the condition is computed once for each condition.
+
+        reuse_features: see `Backbone.for_sampling`. Raises UserError above 1 with an engine.
+        """
+        if self.engine is None:
+            return self.backbone.for_sampling(reuse_features)
+        if reuse_features != 1:
+            raise UserError(f"reuse features {reuse_features}: can't be used with optimize; leave one of them out")
+        return EngineNetwork(self.backbone, self.engine)
 
     # -- calling -------------------------------------------------------------------------------------------------------
 

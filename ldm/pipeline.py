@@ -130,6 +130,7 @@ class LatentDiffusionPipeline:
         weak_scale: float = 2.0,
         classifier: LogProbability | None = None,
         classifier_scale: float = 1.0,
+        reuse_features: int = 1,
         sampler: SamplerKind | None = None,
         spacing: Spacing | None = None,
         eta: float = 0.0,
@@ -163,6 +164,8 @@ class LatentDiffusionPipeline:
         compose: further prompts that every image follows too, each with its own guidance scale (Liu et al. 2022).
         weak, weak_scale: a weaker model to guide away from (Karras et al. 2024). Best with guidance_scale 1, since the
             two scales multiply. weak_scale 1 turns it off.
+        reuse_features: number of steps in which the output of the UNet's deep layers is used, which is approximate
+            (DeepCache, Ma et al. 2023). 1: it is computed in each step.
         classifier, classifier_scale: log p(y | x_t) of latents, which guides sampling (Dhariwal & Nichol 2021).
         sampler: None: the model's own, `lcm` for a consistency model and `dpmpp_2m` for all others.
         spacing: spacing of the steps over the noise levels; None: the model's own.
@@ -188,6 +191,7 @@ class LatentDiffusionPipeline:
             weak_scale=weak_scale,
             classifier=classifier,
             classifier_scale=classifier_scale,
+            reuse_features=reuse_features,
         )
         image_input = ImageInput.read(image, mask_image, strength)
         texts = Texts.read(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.model import Posterior
-from ldm.denoiser import Denoise, Denoiser, Network, at_scale, with_context
+from ldm.denoiser import Denoise, Denoiser, Network, ScaledNetwork, at_scale, with_context
 from ldm.editing import (
     BlendedStep,
     InpaintMasks,
@@ -141,11 +141,14 @@ class GuidanceSettings:
     weak_scale: float
     classifier: LogProbability | None
     classifier_scale: float
+    reuse_features: int
 
     def __post_init__(self) -> None:
         scales = (self.scale, self.weak_scale, self.classifier_scale, *(scale for _, scale in self.compose))
         if not all(map(math.isfinite, scales)):
             raise UserError(f"guidance scales {', '.join(map(str, scales))}: must be finite numbers")
+        if self.reuse_features < 1:
+            raise UserError(f"reuse features {self.reuse_features}: must be a number of steps, at least 1")
 
     @property
     def only_prompts(self) -> bool:
@@ -155,9 +158,10 @@ class GuidanceSettings:
 
 def guide(model: Model, request: Request, guidance: GuidanceSettings, context: Tensor | None) -> Denoise:
     """Return the guided denoiser. Raises UserError if the weaker model doesn't fit."""
-    denoiser, expand, texts = _denoiser(model.network(), model, context), request.expand, request.texts
+    network, expand, texts = model.network(guidance.reuse_features), request.expand, request.texts
     if model.backbone.guidance_width:
-        return _distilled(model, request, guidance, context)
+        return _distilled(model, network, request, guidance, context)
+    denoiser = _denoiser(network, model, context)
     conditions = [(expand(texts.condition), guidance.scale)]
     conditions += [(expand(model.encode([text], texts.rules)), scale) for text, scale in guidance.compose]
     denoise: Denoise = ClassifierFree(denoiser, expand(texts.negative), conditions, guidance.rescale)
@@ -179,7 +183,9 @@ def guide(model: Model, request: Request, guidance: GuidanceSettings, context: T
     return _limited(denoise, guidance)
 
 
-def _distilled(model: Model, request: Request, guidance: GuidanceSettings, context: Tensor | None) -> Denoise:
+def _distilled(
+    model: Model, network: ScaledNetwork, request: Request, guidance: GuidanceSettings, context: Tensor | None
+) -> Denoise:
     """Return the denoiser of a model that reads its guidance scale, which one evaluation is enough for."""
     refused = {
         "a negative prompt": request.texts.has_negative,
@@ -192,7 +198,7 @@ def _distilled(model: Model, request: Request, guidance: GuidanceSettings, conte
         raise UserError(
             f"{names[0]}: this model's guidance is distilled, so only its scale can be chosen; leave it out"
         )
-    denoiser = _denoiser(at_scale(model.network(), guidance.scale), model, context)
+    denoiser = _denoiser(at_scale(network, guidance.scale), model, context)
     return _limited(Conditioned(denoiser, request.expand(request.texts.condition)), guidance)
 
 

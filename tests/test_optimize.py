@@ -1,4 +1,7 @@
-"""Faster sampling generates the same images: keys and values computed once, and engines that run the networks."""
+"""Faster sampling generates the same images: keys and values computed once, and engines that run the networks.
+
+Reused deep features are an exception; they are compared with DeepCache's definition.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ from ldm.errors import RunError, UserError
 from ldm.networks import compilation
 from ldm.networks.attention import use_attention
 from ldm.networks.compilation import Engine, EngineNetwork, OpenVinoEngine, TorchEngine
-from ldm.networks.unet import UNet, widen
+from ldm.networks.unet import UNet, add_guidance, widen
 from ldm.networks.unet_sampling import cross_attentions
 from ldm.pipeline import LatentDiffusionPipeline
 from support.draws import draw, generators
@@ -100,7 +103,7 @@ def test_keys_and_values_are_computed_once_and_change_nothing(
         layers = len(cross_attentions(pipe.unet)) * (2 if "weak" in given else 1)
         first = len(calls)
         with monkeypatch.context() as patch:
-            patch.setattr(ldm.model.Model, "network", lambda model: model.backbone)
+            patch.setattr(ldm.model.Model, "network", lambda model, *_: model.backbone)
             assert torch.equal(latents(pipe, **given), once)
         assert layers <= first <= 2 * layers < len(calls) - first
     if not how:
@@ -156,6 +159,65 @@ def test_the_core_is_the_unet(change: dict[str, Any]) -> None:
         assert torch.equal(unet.core()(x, embedding, *prompt), expected)
         assert torch.equal(unet.for_sampling()(x, time, condition, scale), expected)
         assert torch.equal(unet(x, time, condition), expected) != ("guidance" in change)
+
+
+# -- deep features ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [0, 16])
+def test_deep_features_are_reused_as_in_deepcache(guidance: int) -> None:
+    """The reference is diffusers' UNet, in which the input of the last block is replaced by an earlier one."""
+    module = small_unet().eval()
+    if guidance:
+        add_guidance(module, guidance)
+        torch.nn.init.normal_(module.time_embedding.cond_proj.weight)
+    unet, scale = UNet.wrap(module, 4), torch.tensor([2.0, 7.5])
+    x, _, condition = inputs(unet)
+    deep: list[Tensor] = []
+
+    def replace_input(block: nn.Module, args: object, given: dict[str, Any]) -> tuple[object, dict[str, Any]]:
+        deep.append(given["hidden_states"])
+        return args, given | {"hidden_states": deep[0] if reused else given["hidden_states"]}
+
+    network = unet.for_sampling(3)
+    with torch.no_grad():
+        for k, time in enumerate(torch.tensor([[900, 900], [800, 800], [650, 650], [400, 400]])):
+            output, reused = network(x + k, time, condition, scale), k % 3 != 0
+            hook = module.up_blocks[-1].register_forward_pre_hook(replace_input, with_kwargs=True)
+            if not reused:
+                deep.clear()
+            assert torch.equal(unet(x + k, time, condition, scale), output)
+            hook.remove()
+            assert reused == (not torch.equal(unet(x + k, time, condition, scale), output))
+        other = condition.clone()  # a new condition starts anew
+        assert torch.equal(network(x, time, other, scale), unet(x, time, other, scale))
+
+
+@pytest.mark.parametrize("how", GUIDANCE.values(), ids=GUIDANCE)
+def test_reusing_features_saves_evaluations_of_the_deep_layers(
+    pipe: LatentDiffusionPipeline, how: dict[str, Any]
+) -> None:
+    depth: list[int] = []
+    hook = pipe.unet.mid_block.register_forward_hook(lambda *_: depth.append(1))
+    plain = latents(pipe, **how, num_inference_steps=4)
+    evaluations = len(depth)
+    assert torch.equal(latents(pipe, **how, num_inference_steps=4, reuse_features=1), plain)
+    depth.clear()
+    assert (latents(pipe, **how, num_inference_steps=4, reuse_features=2) - plain).abs().mean() > 1e-4
+    hook.remove()
+    assert evaluations / 2 <= len(depth) < evaluations
+
+
+def test_features_are_not_reused_where_that_has_no_effect(pipe: LatentDiffusionPipeline, plain_engine: None) -> None:
+    engine, module = tiny_pipeline(), small_unet()
+    with pytest.raises(UserError, match="reuse features 0: must be a number of steps"):
+        latents(pipe, reuse_features=0)
+    engine.optimize("compile")
+    with pytest.raises(UserError, match="reuse features 2: can't be used with optimize"):
+        latents(engine, reuse_features=2)
+    module.set_attn_processor(AttnProcessor2_0())
+    with pytest.raises(UserError, match="reuse features 2: needs ldm's attention"):
+        UNet.wrap(module, 4).for_sampling(2)
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------

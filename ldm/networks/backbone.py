@@ -59,11 +59,14 @@ class Backbone(ABC):
         """
         return self.module(x.to(self.dtype), time, condition)
 
-    def for_sampling(self) -> ScaledNetwork:
+    def for_sampling(self, reuse_features: int = 1) -> ScaledNetwork:
         """Return the same network for many steps with the same conditions; each call returns a new one.
 
-        What depends only on the condition is computed in the first step.
+        What depends only on the condition is computed in the first step. reuse_features: number of steps in which the
+        output of the deep layers is used, which is approximate above 1. Raises UserError if the network can't.
         """
+        if reuse_features != 1:
+            raise UserError(f"reuse features: {type(self.module).__name__} can't reuse them; leave it out")
         return self
 
     def core(self) -> nn.Module:

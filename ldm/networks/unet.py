@@ -18,7 +18,7 @@ from ldm.formats.hub import WEIGHTS, load_network
 from ldm.libraries import UNet2DConditionModel
 from ldm.networks.attention import AttentionBackend, KeysValues, use_attention
 from ldm.networks.backbone import Backbone
-from ldm.networks.unet_sampling import PromptOnce, UNetCore, keys_values, pooled_text, time_features
+from ldm.networks.unet_sampling import DeepFeatures, PromptOnce, UNetCore, keys_values, pooled_text, time_features
 
 _INPAINTING_CHANNELS = 9  # input channels of diffusers' inpainting UNets
 _BLOCKS = (
@@ -103,8 +103,8 @@ class UNet(Backbone):
         scale = torch.ones(len(time), device=time.device) if scale is None else scale
         return guidance_embedding(scale, self.guidance_width).to(self.dtype)
 
-    def for_sampling(self) -> ScaledNetwork:
-        return PromptOnce(self)
+    def for_sampling(self, reuse_features: int = 1) -> ScaledNetwork:
+        return PromptOnce(self) if reuse_features == 1 else DeepFeatures(self, reuse_features)
 
     def core(self) -> nn.Module:
         return UNetCore(self.module)

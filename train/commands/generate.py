@@ -261,7 +261,7 @@ class ImageGenerator:
             inputs["callback_on_step_end"] = self.session.on_step
         generated: list[Image.Image] = []
         remaining, spacing = iter(saved), self.pipe.process.spacing
-        engines = self._optimize(len(jobs)) if o.optimize == "auto" else []
+        engines = self._optimize(len(jobs)) if o.optimize == "auto" and o.reuse_features == 1 else []
         try:
             for batch in self._batches(jobs):
                 start = [job.image for job in batch if job.image]

@@ -17,6 +17,7 @@ class Sampling(TypedDict):
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
     dynamic_threshold: tuple[float, float] | None
+    reuse_features: int
     sampler: SamplerKind | None
     spacing: Spacing | None
     eta: float
@@ -39,6 +40,9 @@ class SamplingOptions:
     """Limit of the latents' values, e.g. 0.995 3, against the oversaturation that a large guidance scale causes.
     If less than SHARE of an image's values is within LIMIT, all are clipped and scaled (Saharia et al. 2022).
     None: no limit."""
+    reuse_features: int = 1
+    """Number of steps in which the output of the UNet's deep layers is used, which is faster but approximate
+    (DeepCache, Ma et al. 2023). 1: it is computed in each step."""
     sampler: SamplerKind | None = None
     """Sampler; docs/mathematics.md describes the samplers and compares the number of steps that they need.
     None: the model's own, lcm for a consistency model and dpmpp_2m for all others."""
@@ -67,6 +71,7 @@ class SamplingOptions:
             guidance_rescale=self.guidance_rescale,
             guidance_interval=self.guidance_interval,
             dynamic_threshold=self.dynamic_threshold,
+            reuse_features=self.reuse_features,
             sampler=self.sampler,
             spacing=self.spacing,
             eta=self.eta,

@@ -75,7 +75,7 @@ def generate(
     optimize: choose an engine if that saves time. `sampling` are arguments of the pipeline:
     num_inference_steps, guidance_scale, sampler, …
     """
-    if optimize:
+    if optimize and sampling.get("reuse_features", 1) == 1:
         pipe.optimize("auto", pipe.model.seconds(len(prompts), sampling.get("num_inference_steps", 25)))
     generated = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="generating", unit="batch", dynamic_ncols=True):
