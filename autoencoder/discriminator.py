@@ -18,7 +18,7 @@ from autoencoder import AdversarialKind
 
 
 class PatchDiscriminator(nn.Module):
-    """Discriminator: (b, 3, H, W) → logits (b, 1, h, w), one per patch.
+    """Discriminator: (b, 3, H, W) → logits (b, 1, h, w), one per patch. `inputs` channels replace the 3 of images.
 
     It has `layers` strided convolutions and two more, all 4×4. A patch has 70 pixels per side for 3 layers, 34 for 2.
     spectral: every convolution's largest singular value is kept at 1 (Miyato et al. 2018, arXiv 1802.05957). The
@@ -26,9 +26,9 @@ class PatchDiscriminator(nn.Module):
     the singular values.
     """
 
-    def __init__(self, channels: int = 32, layers: int = 2, *, spectral: bool = False) -> None:
+    def __init__(self, channels: int = 32, layers: int = 2, *, spectral: bool = False, inputs: int = 3) -> None:
         super().__init__()
-        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        parts: list[nn.Module] = [nn.Conv2d(inputs, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for layer in range(1, layers + 1):
             wider = channels * 2 if layer < 4 else channels  # at most 8 times the first width
             parts += [

@@ -2,7 +2,8 @@
 
 Guidance: Meng et al. 2023 (arXiv 2210.03142), stage one: the student reads the guidance scale and learns the guided
 prediction. Consistency: Song et al. 2023 (arXiv 2303.01469), algorithm 2, in latents and with guidance as in Luo et al.
-2023 (arXiv 2310.04378), algorithm 1.
+2023 (arXiv 2310.04378), algorithm 1. Trajectories: the ends of the teacher's trajectories are learned from pure noise,
+as in Luhman & Luhman 2021 (arXiv 2101.02388), and here also from the states on the way.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ldm.consistency import boundary, solver_indices
-from ldm.denoiser import Network
+from ldm.denoiser import Denoised, Network
 from ldm.parameterization import Target, to_eps, to_x0
-from ldm.schedule import Schedule
+from ldm.samplers import make_sampler
+from ldm.schedule import Level, Schedule
+from ldm.spacing import make_plan
 from ldm.timesteps import uniform
 
 Student = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -36,6 +39,33 @@ def guided(teacher: Network, null: Tensor) -> Student:
 
 
 @dataclass(frozen=True, slots=True)
+class Networks:
+    """The networks of distillation."""
+
+    student: Student
+    average: Student
+    """The student with averaged weights."""
+    teacher: Student
+    """The guided teacher."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """A batch of examples."""
+
+    x0: Tensor
+    """Latents, (b, c, h, w)."""
+    u: Tensor
+    """Random numbers that determine the levels, (b,), uniform in [0, 1)."""
+    noise: Tensor
+    """Noise, (b, c, h, w)."""
+    condition: Tensor
+    """Text features, (b, …)."""
+    scale: Tensor
+    """Guidance scales, (b,)."""
+
+
+@dataclass(frozen=True, slots=True)
 class DistillationLosses:
     """The losses of a batch, one number per example, (b,). Training minimises `weighted.mean()`."""
 
@@ -43,6 +73,8 @@ class DistillationLosses:
     """The objective."""
     unweighted: Tensor
     """Squared error."""
+    ends: Tensor | None = None
+    """The student's predictions of clean latents, (n b, c, h, w), if it predicts them; with gradients."""
 
 
 @dataclass(frozen=True)
@@ -67,82 +99,156 @@ class _Path:
 
 
 class GuidanceDistillation:
-    """The squared error of the student's prediction from the teacher's guided one, at all levels."""
+    """The squared error of the student's prediction from the teacher's guided one, at all levels.
 
-    def __init__(self, schedule: Schedule) -> None:
+    With `weighted`, it is multiplied by max(sigma / alpha, 1) and divided by the mean of this over all levels, because
+    errors of a prediction of eps change the images more at high noise. Salimans & Ho 2022 (arXiv 2202.00512, section 4)
+    and Meng et al. weight by its square, the truncated SNR.
+    """
+
+    def __init__(self, schedule: Schedule, *, weighted: bool = False) -> None:
         self.T, self.path = schedule.T, _Path(schedule)
+        noise = (schedule.sigma / schedule.alpha).double().clamp(min=1)
+        self.mean_weight = noise.mean().item() if weighted else None
 
-    def __call__(
-        self,
-        student: Student,
-        average: Student,
-        teacher: Student,
-        x0: Tensor,
-        u: Tensor,
-        noise: Tensor,
-        condition: Tensor,
-        scale: Tensor,
-    ) -> DistillationLosses:
-        """Return the losses of latents and noise (b, c, h, w), u (b,) in [0, 1), and guidance scales (b,).
-
-        average: not used.
-        """
-        alpha, sigma, time = self.path.at(uniform(u.to(x0.device), self.T).index, x0)
-        x_t = alpha * x0 + sigma * noise
+    def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
+        """Return the losses of the examples. The average isn't used."""
+        x0 = batch.x0
+        alpha, sigma, time = self.path.at(uniform(batch.u.to(x0.device), self.T).index, x0)
+        x_t = alpha * x0 + sigma * batch.noise
         with torch.no_grad():
-            expected = teacher(x_t, time, condition, scale).to(x0.dtype)
-        error = ((student(x_t, time, condition, scale).to(x0.dtype) - expected) ** 2).flatten(1).mean(1)
-        return DistillationLosses(error, error)
+            expected = networks.teacher(x_t, time, batch.condition, batch.scale).to(x0.dtype)
+        output = networks.student(x_t, time, batch.condition, batch.scale).to(x0.dtype)
+        error = ((output - expected) ** 2).flatten(1).mean(1)
+        if self.mean_weight is None:
+            return DistillationLosses(error, error)
+        return DistillationLosses((sigma / alpha).flatten().clamp(min=1) / self.mean_weight * error, error)
+
+
+@dataclass(frozen=True)
+class _Jump:
+    """A consistency model's jump from a state to the end of its trajectory, and the distance of two ends."""
+
+    target: Target
+    path: _Path
+    huber: float
+    """Constant c of the pseudo-Huber distance of each element, sqrt(d^2 + c^2) - c (Song & Dhariwal 2023, arXiv
+    2310.14189), as in Luo et al."""
+
+    def __call__(self, student: Student, x: Tensor, index: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
+        """Return f(x, t) for states (b, c, h, w) at indices (b,)."""
+        alpha, sigma, time = self.path.at(index, x)
+        skip, out = boundary(_column(index.to(x)))
+        output = student(x, time, condition, scale).to(x.dtype)
+        return skip * x + out * to_x0(self.target, output, x, alpha, sigma)
+
+    def distance(self, d: Tensor) -> Tensor:
+        """Return the distance of each example, (b,), from the difference of two ends (b, c, h, w)."""
+        return ((d**2 + self.huber**2).sqrt() - self.huber).flatten(1).mean(1)
 
 
 class ConsistencyDistillation:
     """The distance between the student's f at both ends of a step of the teacher's ODE, which DDIM solves.
 
     A step starts at one of the solver's levels, and ends at the next lower one; the lowest ends at t = 0, where f is
-    the state itself. The distance is pseudo-Huber, sqrt(d^2 + c^2) - c (Song & Dhariwal 2023, arXiv 2310.14189), of
-    each element, as in Luo et al.
+    the state itself. The averaged student evaluates f at the step's end.
     """
 
     def __init__(self, schedule: Schedule, target: Target, solver_steps: int, huber: float) -> None:
-        """huber: the constant c. Raises UserError if the steps don't fit the schedule."""
-        self.target, self.huber, self.path = target, huber, _Path(schedule)
+        """huber: the constant of the distance. Raises UserError if the steps don't fit the schedule."""
+        self.target, self.path = target, _Path(schedule)
+        self.jump = _Jump(target, self.path, huber)
         self.indices = torch.tensor([-1, *solver_indices(schedule.T, solver_steps)])
 
-    def __call__(
-        self,
-        student: Student,
-        average: Student,
-        teacher: Student,
-        x0: Tensor,
-        u: Tensor,
-        noise: Tensor,
-        condition: Tensor,
-        scale: Tensor,
-    ) -> DistillationLosses:
-        """Return the losses of latents and noise (b, c, h, w), u (b,) in [0, 1), and guidance scales (b,).
-
-        average: the student with averaged weights, which evaluates f at the step's end.
-        """
+    def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
+        """Return the losses of the examples."""
+        x0, given = batch.x0, (batch.condition, batch.scale)
         self.indices = self.indices.to(x0.device)
-        place = 1 + uniform(u.to(x0.device), len(self.indices) - 1).index
+        place = 1 + uniform(batch.u.to(x0.device), len(self.indices) - 1).index
         start, end = self.indices[place], self.indices[place - 1]
         alpha, sigma, time = self.path.at(start, x0)
-        x_t = alpha * x0 + sigma * noise
+        x_t = alpha * x0 + sigma * batch.noise
         with torch.no_grad():
-            output = teacher(x_t, time, condition, scale).to(x0.dtype)
+            output = networks.teacher(x_t, time, *given).to(x0.dtype)
             end_alpha, end_sigma, _ = self.path.at(end, x0)
             x_s = end_alpha * to_x0(self.target, output, x_t, alpha, sigma)
             x_s = x_s + end_sigma * to_eps(self.target, output, x_t, alpha, sigma)
-            there = torch.where(_column(end) < 0, x_s, self._f(average, x_s, end.clamp(min=0), condition, scale))
-        distance = self._f(student, x_t, start, condition, scale) - there
-        losses = (distance**2 + self.huber**2).sqrt() - self.huber
-        return DistillationLosses(losses.flatten(1).mean(1), (distance.detach() ** 2).flatten(1).mean(1))
+            there = torch.where(_column(end) < 0, x_s, self.jump(networks.average, x_s, end.clamp(min=0), *given))
+        here = self.jump(networks.student, x_t, start, *given)
+        d = here - there
+        return DistillationLosses(self.jump.distance(d), (d.detach() ** 2).flatten(1).mean(1), here)
 
-    def _f(self, student: Student, x: Tensor, index: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
-        alpha, sigma, time = self.path.at(index, x)
-        skip, out = boundary(_column(index.to(x)))
-        output = student(x, time, condition, scale).to(x.dtype)
-        return skip * x + out * to_x0(self.target, output, x, alpha, sigma)
+
+class TrajectoryDistillation:
+    """The distance between the student's f at some levels of a trajectory of the teacher, and the trajectory's end.
+
+    The trajectory starts from the example's noise, and DPM-Solver++ 2M solves it at the levels of sampler lcm. Each
+    example trains the levels at which lcm with fewer steps evaluates the network. The latents aren't used.
+
+    Sampling evaluates f at ends that f itself has predicted. So half of the examples get the states that result if the
+    end is the one that the averaged student predicts at the level above: they differ by alpha times its error.
+
+    For a network that predicts eps, the distance is weighted by sqrt(alpha / sigma): an error in eps is sigma / alpha
+    times as large in x̂0, so the highest levels would otherwise dominate.
+    """
+
+    def __init__(
+        self, schedule: Schedule, target: Target, solver_steps: int, huber: float, steps: int, levels: int
+    ) -> None:
+        """steps: steps of the trajectory. levels: steps of lcm at whose levels the student is trained; divides `steps`.
+
+        Raises UserError if the steps don't fit the schedule.
+        """
+        self.target, self.schedule, self.stride = target, schedule, steps // levels
+        self.jump = _Jump(target, _Path(schedule), huber)
+        self.plan = make_plan(schedule, make_sampler("lcm").grid, steps, "trailing", solver_steps=solver_steps)
+        self.sampler = make_sampler("dpmpp_2m")
+        self.indices = torch.tensor([pair.now.model_time for pair in self.plan.pairs[:: self.stride]])
+
+    def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
+        """Return the losses of the examples."""
+        states, end = self.trajectory(networks.teacher, batch)
+        x = torch.stack(states[:: self.stride])  # (n, b, c, h, w)
+        alpha, sigma, _ = (v.view(-1, *[1] * 4) for v in self.jump.path.at(self.indices.to(x.device), end))
+        if len(x) > 1:
+            with torch.no_grad():
+                errors = self._ends(networks.average, x[:-1], batch) - end
+            own = _column(batch.u.to(x) < 0.5)  # (b, 1, 1, 1)
+            x = torch.cat([x[:1], x[1:] + alpha[1:] * own * errors])
+        ends = self._ends(networks.student, x, batch)
+        d = (ends - end).flatten(0, 1)
+        distance, squared = (v.view(len(x), -1) for v in (self.jump.distance(d), (d.detach() ** 2).flatten(1).mean(1)))
+        weight = (alpha / sigma).sqrt().view(-1, 1) if self.target == "eps" else 1.0
+        return DistillationLosses((weight * distance).mean(0), squared.mean(0), ends.flatten(0, 1))
+
+    def _ends(self, student: Student, x: Tensor, batch: Examples) -> Tensor:
+        """Return f of states (n, b, c, h, w) at the first n levels."""
+        n, b = x.shape[:2]
+        index = self.indices[:n].to(x.device).repeat_interleave(b)
+        condition, scale = (v.repeat(n, *[1] * (v.ndim - 1)) for v in (batch.condition, batch.scale))
+        return self.jump(student, x.flatten(0, 1), index, condition, scale).view_as(x)
+
+    @torch.no_grad()
+    def trajectory(self, teacher: Student, batch: Examples) -> tuple[list[Tensor], Tensor]:
+        """Return the states (b, c, h, w) at the levels, from noise to data, and the end of the trajectory."""
+
+        def denoise(x: Tensor, level: Level) -> Denoised:
+            time = torch.full((len(x),), level.model_time, device=x.device)
+            output = teacher(x, time, batch.condition, batch.scale).to(x.dtype)
+            return Denoised(to_x0(self.target, output, x, level.alpha, level.sigma))
+
+        states, step = [self.plan.start(batch.noise)], self.sampler.step(self.schedule)
+        for now, next in self.plan.pairs:
+            states.append(step(denoise, states[-1], now, next, _no_noise))
+        return states[:-1], states[-1]
+
+
+Objective = GuidanceDistillation | ConsistencyDistillation | TrajectoryDistillation
+"""A loss (networks, examples) → losses of the examples."""
+
+
+def _no_noise() -> Tensor:
+    raise AssertionError("the solver is deterministic")
 
 
 def _column(values: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -16,11 +17,15 @@ from ldm.networks.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 from support.draws import generators
 from support.models import PROMPTS, tiny_pipeline
-from support.runs import Crash, distill_config, final_state, train_stage
+from support.runs import Crash, distill_config, final_state, train_in_processes, train_stage
 from support.stepping import record, uniforms
+from train.commands.evaluate import evaluate
 from train.config.distill import DistillConfig
+from train.config.reports import EvaluateOptions
+from train.data.synthetic.shapes import prompts
+from train.data.synthetic.shapes_checker import score_images
+from train.evaluation.diffusion import generate_batch
 
-RANGES = [(1.0, 8.0), (2.0, 3.0)]
 Student = Any
 
 
@@ -59,13 +64,14 @@ def with_guidance(pipe: LatentDiffusionPipeline, x: Tensor, time: Tensor, condit
     return without + scale.double().view(-1, 1, 1, 1) * (with_caption - without)
 
 
-@pytest.mark.parametrize("scales", RANGES)
+@pytest.mark.parametrize(("scales", "weighted"), [((1.0, 8.0), False), ((2.0, 3.0), True)])
 def test_guidance_is_learned_from_two_predictions(
-    scales: tuple[float, float], shapes: Path, teachers: Path, tmp_path: Path
+    scales: tuple[float, float], weighted: bool, shapes: Path, teachers: Path, tmp_path: Path
 ) -> None:
     """The scales of a batch, and the error of the student, which is at first the teacher at scale 1."""
-    recorded = record(config(shapes, teachers, tmp_path / "run", seed=7, scales=scales), 1)
-    (part,), teacher = recorded.parts[0], LatentDiffusionPipeline.from_pretrained(teachers / "plain")
+    name = "eps" if weighted else "plain"
+    recorded = record(config(shapes, teachers, tmp_path / "run", name, seed=7, scales=scales, weight_noise=weighted), 1)
+    (part,), teacher = recorded.parts[0], LatentDiffusionPipeline.from_pretrained(teachers / name)
     u = uniforms(7, 18, range(8))[:, 0]
     np.testing.assert_allclose(part.scale, scales[0] + (scales[1] - scales[0]) * u, rtol=1e-6)
     assert (np.sort((part.timestep * 8).long()) == np.arange(8)).all()  # one in each eighth of the levels
@@ -74,8 +80,11 @@ def test_guidance_is_learned_from_two_predictions(
     alpha, sigma = (row[index].view(-1, 1, 1, 1) for row in (schedule.alpha, schedule.sigma))
     x_t = (alpha * part.x0 + sigma * part.noise).float()
     expected = with_guidance(teacher, x_t, index, part.condition, part.scale)
-    error = ((predict(teacher, x_t, index, part.condition) - expected) ** 2).mean()
-    assert recorded.metrics[0]["loss"] == pytest.approx(error.item(), rel=1e-3)
+    errors = ((predict(teacher, x_t, index, part.condition) - expected) ** 2).mean((1, 2, 3))
+    noise = (1 / schedule.snr.double().sqrt()).clamp(min=1)
+    weights = noise[index] / noise.mean() if weighted else torch.ones(8)
+    assert recorded.metrics[0]["loss"] == pytest.approx((weights * errors).mean().item(), rel=1e-3)
+    assert recorded.metrics[0]["error"] == pytest.approx(errors.mean().item(), rel=1e-3)
     student = recorded.initial[0]
     assert student.config.time_cond_proj_dim == 256
     assert not student.time_embedding.cond_proj.weight.any()
@@ -121,11 +130,114 @@ def test_consistency_is_learned_from_a_step_of_ddim(
     assert recorded.metrics[1]["loss"] == pytest.approx(np.mean(losses), rel=2e-3)
 
 
-@pytest.mark.parametrize("method", ["guidance", "consistency"])
+@pytest.mark.parametrize(("name", "steps", "levels"), [("plain", 6, 1), ("eps", 4, 2), ("guided/model", 3, 3)])
+def test_consistency_is_learned_from_whole_trajectories(
+    name: str, steps: int, levels: int, shapes: Path, teachers: Path, guided: Path, tmp_path: Path
+) -> None:
+    """The loss of a second step, from diffusers' DPM-Solver on the timesteps of its LCMScheduler."""
+    settings: dict[str, Any] = {"method": "consistency", "trajectory": steps, "levels": levels, "huber": 0.1}
+    recorded = record(config(shapes, teachers, tmp_path / "run", name, **settings), 2)
+    (part,), teacher = recorded.parts[1], LatentDiffusionPipeline.from_pretrained(teachers / name)
+    ddim = DDIMScheduler.from_config(teacher.process.to_diffusers().config)
+    ddim.num_inference_steps = 50  # not used, but it must be set
+    lcm = LCMScheduler.from_config(ddim.config)
+    lcm.set_timesteps(steps)
+    solver = DPMSolverMultistepScheduler.from_config(ddim.config)
+    solver.set_timesteps(timesteps=lcm.timesteps.tolist())
+    x, states = part.noise.clone(), []
+    for t in lcm.timesteps:
+        states.append(x)
+        time = t.repeat(8)
+        if teacher.backbone.guidance_width:
+            output = teacher.backbone(x, time, part.condition, part.scale).detach()
+        else:
+            output = with_guidance(teacher, x, time, part.condition, part.scale).float()
+        x = solver.step(output, t, x).prev_sample
+    lcm.set_timesteps(levels)
+    student, average = (UNet.wrap(copy.deepcopy(recorded.initial[0]), 4) for _ in range(2))
+    student.module.load_state_dict(recorded.weights[0][0])
+    average.module.load_state_dict(recorded.averages[0])
+    losses = []
+    for k in range(8):
+
+        @torch.no_grad()
+        def f(net: UNet, state: Tensor, t: Tensor, k: int = k) -> Tensor:
+            skip, out = lcm.get_scalings_for_boundary_condition_discrete(int(t))
+            output = net(state, t[None], part.condition[k : k + 1], part.scale[k : k + 1])
+            return skip * state + out * ddim.step(output, int(t), state).pred_original_sample
+
+        end, error = x[k], torch.zeros(1)
+        for t in lcm.timesteps:
+            state = states[solver.timesteps.tolist().index(t)][k : k + 1]
+            noise = (state - ddim.alphas_cumprod[t] ** 0.5 * end) / (1 - ddim.alphas_cumprod[t]) ** 0.5
+            given = ddim.add_noise(end + error, noise, t[None]) if part.timestep[k] < 0.5 else state
+            d = (f(student, given, t) - end).double()
+            weight = (ddim.alphas_cumprod[t] / (1 - ddim.alphas_cumprod[t])).item() ** (0.25 * (name == "eps"))
+            losses.append(weight * ((d**2 + 0.1**2).sqrt() - 0.1).mean().item())
+            error = f(average, state, t) - end
+    assert recorded.metrics[1]["loss"] == pytest.approx(np.mean(losses), rel=2e-3)
+
+
+def test_a_trajectory_needs_no_images(shapes: Path, teachers: Path, tmp_path: Path) -> None:
+    """Its losses don't depend on the latents, and the validation has no errors by noise level."""
+    run = config(shapes, teachers, tmp_path / "run", method="consistency", trajectory=4, levels=4)
+    found: dict[str, Any] = {}
+
+    def look(stage: Any) -> None:
+        found.update(stage.validate(1).metrics)
+        (part,) = stage.prepare(0, next(iter(stage.batches(0))))
+        losses = [stage.validation_loss.losses(replace(part, x0=x0)).weighted for x0 in (part.x0, part.x0 + 1)]
+        found["equal"] = torch.equal(*losses)
+
+    record(run, 1, look)
+    assert found.pop("equal")
+    assert set(found) == {"val_loss", "val_error"}
+
+
+@pytest.mark.parametrize(("change", "lr"), [({}, 2e-4), ({"trajectory": 4, "levels": 2}, 5e-5)], ids=str)
+def test_an_adversarial_term_trains_both_networks(
+    change: dict[str, Any], lr: float, shapes: Path, teachers: Path, tmp_path: Path
+) -> None:
+    """Losses and gradients: the student gets that of -0.5 D, and the discriminator that of the hinge loss."""
+    run = config(shapes, teachers, tmp_path / "run", method="consistency", adversarial=0.5, adversarial_lr=lr, **change)
+
+    def look(stage: Any) -> None:
+        torch.manual_seed(run.seed)
+        first = run.build_discriminator(4, 16).state_dict()
+        moved = [(w - first[name]).abs().max().item() for name, w in stage.discriminator.state_dict().items()]
+        assert max(moved) == pytest.approx(lr / 3, rel=1e-2)  # AdamW's first step, in the warm-up
+        (part,) = stage.prepare(1, next(iter(stage.batches(0))))
+        student, critic = (phase.module for phase in stage.phases)
+        output = student(part)
+        output.loss.backward()
+        losses = student.losses(part)
+        expected = losses.weighted.mean() - 0.5 * stage.discriminator(losses.ends).mean()
+        assert torch.allclose(output.loss, expected)
+        weights = list(student.unet.parameters())
+        for weight, gradient in zip(weights, torch.autograd.grad(expected, weights), strict=True):
+            torch.testing.assert_close(weight.grad, gradient)
+        assert all(weight.grad is None for weight in stage.discriminator.parameters())
+        student.zero_grad()
+        judged = critic(output.batch)
+        judged.loss.backward()
+        real, fake = (stage.discriminator(latents) for latents in (part.x0, losses.ends.detach()))
+        expected = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+        assert torch.allclose(judged.loss, expected)
+        weights = list(stage.discriminator.parameters())
+        for weight, gradient in zip(weights, torch.autograd.grad(expected, weights), strict=True):
+            torch.testing.assert_close(weight.grad, gradient)
+        assert all(weight.grad is None for weight in student.unet.parameters())
+
+    record(run, 1, look)
+
+
+@pytest.mark.parametrize("method", ["guidance", "consistency", "trajectory"])
 def test_a_run_continues_exactly(method: Any, shapes: Path, teachers: Path, tmp_path: Path) -> None:
+    change = {"method": method}
+    if method == "trajectory":
+        change = {"method": "consistency", "trajectory": 2, "levels": 2, "adversarial": 0.1}
     runs = [
-        config(shapes, teachers, tmp_path / name, method=method, steps=2, checkpoint_every=1)
-        for name in ("whole", "cut")
+        config(shapes, teachers, tmp_path / name, **change, steps=2, checkpoint_every=1) for name in ("whole", "cut")
     ]
     train_stage(runs[0])
     with pytest.raises(KeyboardInterrupt):
@@ -133,7 +245,34 @@ def test_a_run_continues_exactly(method: Any, shapes: Path, teachers: Path, tmp_
     train_stage(runs[1])
     assert final_state(tmp_path / "whole", 2) == final_state(tmp_path / "cut", 2)
     with pytest.raises(UserError, match=r"--teacher: not the same content as in the run"):
-        train_stage(config(shapes, teachers, tmp_path / "cut", "eps", method=method, steps=3))
+        train_stage(config(shapes, teachers, tmp_path / "cut", "eps", **change, steps=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{}, {"method": "consistency", "trajectory": 4, "levels": 2}], ids=str)
+def test_two_processes_train_as_one(change: dict[str, Any], shapes: Path, teachers: Path, tmp_path: Path) -> None:
+    losses = []
+    for processes in (1, 2):
+        run = config(shapes, teachers, tmp_path / str(processes), steps=4, log_every=1, **change)
+        train_in_processes(run, processes)
+        rows = map(json.loads, (Path(run.out) / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_students_are_evaluated(shapes: Path, teachers: Path, guided: Path, tmp_path: Path) -> None:
+    """The report's accuracy is that of images with the student's own sampler and steps."""
+    few = config(shapes, teachers, tmp_path / "few", method="consistency", trajectory=4, levels=2, steps=1)
+    train_stage(few)
+    for folder, steps in ((guided / "model", 25), (tmp_path / "few/model", 4)):
+        out, scenes = tmp_path / str(steps), prompts("seen", 3, 5)
+        counts: dict[str, Any] = {"prompts": 3, "images": 8, "likelihoods": 1, "samples": 0}
+        evaluate(EvaluateOptions(model=str(folder), data=str(shapes), out=str(out), seed=5, **counts))
+        pipe = LatentDiffusionPipeline.from_pretrained(folder)
+        images = generate_batch(pipe, [scene.caption for scene in scenes], [5, 6, 7], num_inference_steps=steps)
+        expected = score_images(images, scenes)
+        assert json.loads((out / "report.json").read_text())["alignment"]["seen"] == pytest.approx(expected)
 
 
 def test_stock_diffusers_generates_the_same_images(shapes: Path, teachers: Path, guided: Path, tmp_path: Path) -> None:
@@ -175,6 +314,7 @@ def test_an_inpainting_model_is_distilled(shapes: Path, teachers: Path, tmp_path
         ({"teacher": "flow", "method": "consistency"}, "needs a beta schedule"),
         ({"solver_steps": 2000, "method": "consistency"}, "2000 steps of the solver"),
         ({"sample_steps": 1001}, "1001 sampling steps"),
+        ({"weight_noise": True}, "weight_noise: is for a teacher that predicts eps, not v"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(
@@ -200,6 +340,12 @@ def test_a_teacher_that_does_not_fit_is_refused(
         ({"scales": (4.0, 2.0)}, "scales 4 2: must be two guidance scales"),
         ({"scales": (-1.0, 2.0)}, "scales -1 2"),
         ({"method": "consistency", "solver_steps": 3, "sample_steps": 4}, "sample_steps 4: must be at most 3"),
+        ({"trajectory": 4}, "trajectory 4: only with method consistency"),
+        ({"method": "consistency", "trajectory": 51}, r"trajectory 51: must be at most 50 \(solver_steps\)"),
+        ({"method": "consistency", "trajectory": 4, "levels": 5}, "levels 5: must divide 4, the steps of a trajectory"),
+        ({"levels": 2}, "levels 2: must divide 1"),
+        ({"method": "consistency", "weight_noise": True}, "weight_noise: only with method guidance"),
+        ({"adversarial": 0.1}, "adversarial 0.1: only with method consistency"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(change: dict[str, Any], message: str) -> None:

@@ -120,8 +120,10 @@ LATENT = {test: names for test, names in LDM.items() if test.startswith("overfit
 }
 """The settings that stage 2 shares with distillation, whose code is the same."""
 DISTILL = LATENT | {
-    "distillation::test_guidance_is_learned_from_two_predictions": "teacher method scales",
+    "distillation::test_guidance_is_learned_from_two_predictions": "teacher method scales weight_noise",
     "distillation::test_consistency_is_learned_from_a_step_of_ddim": "solver_steps huber",
+    "distillation::test_consistency_is_learned_from_whole_trajectories": "trajectory levels",
+    "distillation::test_an_adversarial_term_trains_both_networks": "adversarial adversarial_lr",
 }
 """The tests, and the settings for which each of them fails."""
 

@@ -153,7 +153,12 @@ def about_distilled(config: DistillConfig, process: Process, backbone: Backbone,
     inpaints, few = bool(backbone.context_channels), config.method == "consistency"
     limits = process.diffusers_limits() or backbone.diffusers_limits()
     low, high = config.scales
-    loss = f"pseudo-Huber, c = {config.huber:g}; solver DDIM, {config.solver_steps} steps" if few else "squared error"
+    solver = f"DDIM, {config.solver_steps} steps"
+    if config.trajectory:
+        solver = f"DPM++ 2M, {config.trajectory} steps from noise, of which {config.levels} are learned"
+    loss = f"pseudo-Huber, c = {config.huber:g}; solver {solver}" if few else "squared error"
+    loss += ", weighted by max(sigma / alpha, 1)" * config.weight_noise
+    loss += f"; hinge discriminator × {config.adversarial:g}" * (config.adversarial > 0)
     return About(
         name=f"distilled {'inpainting' if inpaints else 'text-to-image'} model",
         summary="A latent diffusion model, distilled from another one. It evaluates its network once per step, "

@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autoencoder.discriminator import PatchDiscriminator, frozen, generator_loss
 from autoencoder.model import digest
+from ldm import distillation
 from ldm.denoiser import ScaledNetwork, with_context
-from ldm.distillation import ConsistencyDistillation, DistillationLosses, GuidanceDistillation, Student, guided
+from ldm.distillation import DistillationLosses, Networks, Student, guided
 from ldm.errors import UserError
 from ldm.formats.scheduler_config import Process
 from ldm.libraries import UNet2DConditionModel
@@ -22,6 +25,7 @@ from ldm.schedule import BetaSchedule
 from ldm.spacing import make_plan
 from ldm.task import task_by_channels
 from train.config.distill import DistillConfig
+from train.config.vae import AdversarialConfig
 from train.data.batches.draws import Noising
 from train.engine.device import open_accelerator
 from train.engine.loop import fit
@@ -30,14 +34,15 @@ from train.engine.open_data import select_images
 from train.engine.precision import DTYPES
 from train.engine.provenance import unfinished
 from train.engine.publish import publisher
-from train.engine.run import open_run
-from train.engine.stage import Hooks, StepOutput
+from train.engine.run import Run, open_run
+from train.engine.stage import Hooks, Phase, StepOutput
 from train.stages.cards import about_distilled
 from train.stages.ldm import LdmStage, open_captioned
 from train.stages.ldm_data import open_examples
 from train.stages.ldm_init import Components, open_init
 from train.stages.ldm_step import Denoising, DiffusionBatch, Loss
 from train.stages.terms import Term
+from train.stages.vae_step import DiscriminatorBatch, DiscriminatorLoss
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,24 @@ class DistillComponents(Components):
 
 
 class DistillationLoss(Loss):
-    """The student and its loss. average: the student with averaged weights."""
+    """The student and its loss. average: the student with averaged weights.
+
+    discriminator: judges the predicted latents, with this weight; it isn't trained here.
+    """
 
     def __init__(
         self,
         student: Backbone,
         average: Backbone,
         teacher: Teacher,
-        objective: GuidanceDistillation | ConsistencyDistillation,
+        objective: distillation.Objective,
+        discriminator: PatchDiscriminator | None = None,
+        weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.unet = student.module  # a fixed name, as checkpoints store the weights under it
         self.student, self.average, self.teacher, self.objective = student, average, teacher, objective
+        self.weight, self._not_trained = weight, {"discriminator": discriminator}  # in a dict: not a submodule
 
     def losses(self, batch: DiffusionBatch) -> DistillationLosses:
         assert batch.scale is not None
@@ -81,12 +92,21 @@ class DistillationLoss(Loss):
             network if batch.context is None else with_context(network, batch.context)
             for network in (self.student, self.average)
         )
-        inputs = batch.x0, batch.timestep, batch.noise, batch.condition, batch.scale
-        return self.objective(student, average, self.teacher(batch.context), *inputs)
+        examples = distillation.Examples(batch.x0, batch.timestep, batch.noise, batch.condition, batch.scale)
+        return self.objective(Networks(student, average, self.teacher(batch.context)), examples)
 
     def forward(self, batch: DiffusionBatch) -> StepOutput:
-        losses = self.losses(batch)
-        return StepOutput(losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}, batch)
+        losses, discriminator = self.losses(batch), self._not_trained["discriminator"]
+        loss, metrics = losses.weighted.mean(), {"error": losses.unweighted.detach().mean()}
+        if discriminator is None:
+            return StepOutput(loss, metrics, batch)
+        assert losses.ends is not None
+        with frozen(discriminator):
+            adversarial = generator_loss("hinge", discriminator(losses.ends))
+        metrics["adversarial"] = adversarial.detach()
+        real = batch.x0.repeat(len(losses.ends) // len(batch.x0), 1, 1, 1)
+        latents = DiscriminatorBatch(real, losses.ends.detach())
+        return StepOutput(loss + self.weight * adversarial, metrics, latents)
 
 
 class DistillStage(LdmStage[DistillConfig]):
@@ -94,20 +114,38 @@ class DistillStage(LdmStage[DistillConfig]):
 
     components: DistillComponents
 
+    def __init__(self, run: Run[DistillConfig], components: DistillComponents, *given: Any) -> None:
+        config, student = run.config, components.backbone
+        torch.manual_seed(config.seed)  # torch's global generator is used for the initial weights only
+        self.discriminator = config.build_discriminator(student.latent_channels, min(student.sample_size))
+        super().__init__(run, components, *given)
+        if self.discriminator is not None:
+            module = DiscriminatorLoss(self.discriminator.to(run.accelerator.device), AdversarialConfig(kind="hinge"))
+            lr = config.adversarial_lr
+            optimizer = config.optimizer.build(module, lr=lr)
+            self.phases.append(Phase("discriminator", module, optimizer, lr, prefix="discriminator_"))
+
     def networks(self) -> list[nn.Module]:
         return [*super().networks(), self.components.teacher.backbone.module]
 
     def build_losses(self, terms: Sequence[Term[Denoising]]) -> tuple[Loss, Loss]:
         student, average, teacher = self.components.backbone, self.network, self.components.teacher
-        objective = self.config.build_objective(self.components.process)
+        config = self.config
+        objective = config.build_objective(self.components.process)
         return (
-            DistillationLoss(student, average, teacher, objective),
+            DistillationLoss(student, average, teacher, objective, self.discriminator, config.adversarial),
             DistillationLoss(average, average, teacher, objective),
         )
 
     def loss_settings(self) -> object:
         c = self.config
-        return c.method, c.scales, c.solver_steps, c.huber, self.components.digests["teacher"]
+        shared = c.method, c.scales, c.solver_steps, c.huber, self.components.digests["teacher"]
+        if c.weight_noise:
+            return (*shared, "weighted")
+        return (*shared, c.trajectory, c.levels) if c.trajectory else shared  # validation has no discriminator
+
+    def error_by_noise(self, errors: Tensor) -> dict[str, float]:
+        return {} if self.config.trajectory else super().error_by_noise(errors)  # an example trains several levels
 
     def about(self) -> About:
         return about_distilled(self.config, self.components.process, self.network, self.inputs)

@@ -140,10 +140,14 @@ class LdmStage(Generic[Config]):
         draws = config.validation_draws
         inputs = (self.run.inputs["data"], config.seed, images, draws, config.input, self.loss_settings())
         return Validation(
-            metrics | error_by_noise(unweighted),
+            metrics | self.error_by_noise(unweighted),
             weighted.view(config.validation_draws, images).mean(0),
             hashlib.sha256(repr(inputs).encode()).hexdigest()[:16],
         )
+
+    def error_by_noise(self, errors: Tensor) -> dict[str, float]:
+        """Return the mean error of some ranges of timesteps, by name. errors: as in the function of this name."""
+        return error_by_noise(errors)
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """Return a pipeline with the averaged network."""
