@@ -185,9 +185,6 @@ class TrajectoryDistillation:
     The trajectory starts from the example's noise, and DPM-Solver++ 2M solves it at the levels of sampler lcm. Each
     example trains the levels at which lcm with fewer steps evaluates the network. The latents aren't used.
 
-    Sampling evaluates f at ends that f itself has predicted. So half of the examples get the states that result if the
-    end is the one that the averaged student predicts at the level above: they differ by alpha times its error.
-
     For a network that predicts eps, the distance is weighted by sqrt(alpha / sigma): an error in eps is sigma / alpha
     times as large in x̂0, so the highest levels would otherwise dominate.
     """
@@ -206,27 +203,18 @@ class TrajectoryDistillation:
         self.indices = torch.tensor([pair.now.model_time for pair in self.plan.pairs[:: self.stride]])
 
     def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
-        """Return the losses of the examples."""
+        """Return the losses of the examples. The average isn't used."""
         states, end = self.trajectory(networks.teacher, batch)
-        x = torch.stack(states[:: self.stride])  # (n, b, c, h, w)
-        alpha, sigma, _ = (v.view(-1, *[1] * 4) for v in self.jump.path.at(self.indices.to(x.device), end))
-        if len(x) > 1:
-            with torch.no_grad():
-                errors = self._ends(networks.average, x[:-1], batch) - end
-            own = _column(batch.u.to(x) < 0.5)  # (b, 1, 1, 1)
-            x = torch.cat([x[:1], x[1:] + alpha[1:] * own * errors])
-        ends = self._ends(networks.student, x, batch)
-        d = (ends - end).flatten(0, 1)
-        distance, squared = (v.view(len(x), -1) for v in (self.jump.distance(d), (d.detach() ** 2).flatten(1).mean(1)))
-        weight = (alpha / sigma).sqrt().view(-1, 1) if self.target == "eps" else 1.0
-        return DistillationLosses((weight * distance).mean(0), squared.mean(0), ends.flatten(0, 1))
-
-    def _ends(self, student: Student, x: Tensor, batch: Examples) -> Tensor:
-        """Return f of states (n, b, c, h, w) at the first n levels."""
-        n, b = x.shape[:2]
-        index = self.indices[:n].to(x.device).repeat_interleave(b)
+        index = self.indices.to(end.device).repeat_interleave(len(end))
+        x, n = torch.cat(states[:: self.stride]), len(self.indices)  # (n b, c, h, w)
         condition, scale = (v.repeat(n, *[1] * (v.ndim - 1)) for v in (batch.condition, batch.scale))
-        return self.jump(student, x.flatten(0, 1), index, condition, scale).view_as(x)
+        ends = self.jump(networks.student, x, index, condition, scale)
+        d = ends - end.repeat(n, 1, 1, 1)
+        distance, squared = self.jump.distance(d), (d.detach() ** 2).flatten(1).mean(1)
+        if self.target == "eps":
+            alpha, sigma, _ = self.jump.path.at(index, x)
+            distance = (alpha / sigma).sqrt().flatten() * distance
+        return DistillationLosses(distance.view(n, -1).mean(0), squared.view(n, -1).mean(0), ends)
 
     @torch.no_grad()
     def trajectory(self, teacher: Student, batch: Examples) -> tuple[list[Tensor], Tensor]:

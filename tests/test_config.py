@@ -66,7 +66,8 @@ def test_every_config_builds_its_networks(path: Path) -> None:
                     teacher = load(path.with_name("ldm.yaml"))
                     assert isinstance(teacher, LdmConfig)
                     objective = config.build_objective(teacher.diffusion.build_process())
-                assert type(objective).__name__ == f"{config.method.title()}Distillation"
+                kind = "trajectory" if config.trajectory else config.method
+                assert type(objective).__name__ == f"{kind.title()}Distillation"
             case ClipConfig():
                 with torch.device("cpu"):
                     tokenizer = train_tokenizer(["a red star"], config.text.vocab_size, config.text.max_length)
@@ -207,7 +208,7 @@ def test_which_settings_a_continued_run_may_change(kind: type[RunConfig]) -> Non
             fixed = (
                 name in FIXED or name.startswith(FIXED_RECORDS) or (kind.stage, name) == ("clip", "input.resolution")
             )
-            assert bool(d.why) == (fixed or name == "adversarial.kind")  # its default is none
+            assert bool(d.why) == (fixed or name in ("adversarial.kind", "adversarial"))  # its default is none
 
 
 @pytest.mark.parametrize(
