@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ldm.imports import defer, without_garbage_collection
+from ldm.imports import defer, packages_distributions, without_garbage_collection
 
 _COLLECTIONS = (  # packages whose __init__ only imports names from their modules
     *("diffusers.hooks", "diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets"),
@@ -77,7 +77,7 @@ class _Dynamo(ModuleType):
 def _light_imports() -> Iterator[None]:
     """Leave out, while diffusers' modules are imported, what they import and don't use at that time."""
     distributions = importlib.metadata.packages_distributions
-    importlib.metadata.packages_distributions = cache(distributions)  # each library asks for it
+    importlib.metadata.packages_distributions = cache(packages_distributions)  # each library asks for it
     sys.modules.setdefault("torch._dynamo", _Dynamo("torch._dynamo"))
     transformers = importlib.import_module("transformers")
     later = () if "transformers.modeling_utils" in sys.modules else _LATER

@@ -1,5 +1,6 @@
 """A command imports only what it uses, and what ldm.libraries leaves out is there for those who need it."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.imports import packages_distributions
 from ldm.networks.text_tower import TextTower
 from support import ROOT
 from support.models import tiny_pipeline
@@ -124,3 +126,28 @@ def test_the_text_tower_computes_what_transformers_does(activation: str, dtype: 
         ids = torch.randint(60, (5, length))
         with torch.no_grad():
             assert torch.equal(ours(ids).last_hidden_state, theirs(input_ids=ids).last_hidden_state)
+
+
+def test_packages_are_those_of_the_standard_library() -> None:
+    ours, theirs = packages_distributions(), importlib.metadata.packages_distributions()
+    assert ours.keys() == theirs.keys()
+    assert all(sorted(ours[package]) == sorted(theirs[package]) for package in theirs)
+    assert ours["torch"] == ["torch"]
+
+
+@pytest.mark.slow
+def test_the_page_starts_without_pandas_which_works_when_it_is_used() -> None:
+    run(
+        dedent("""
+        import sys
+        from pathlib import Path
+        from train.page.isolation import isolate
+        isolate(Path("out"))
+        import train.page.app
+        assert not [name for name in sys.modules if name.startswith("pandas.")]
+        import pandas
+        assert pandas.DataFrame({"x": [1, 2]}).x.sum() == 3
+        import gradio as gr
+        assert gr.Dataframe().postprocess(pandas.DataFrame({"x": [1]})).data == [[1]]
+        """)
+    )

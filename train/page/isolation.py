@@ -1,4 +1,4 @@
-"""Settings of the libraries that keep them from sending requests, made before they are imported."""
+"""Settings of the libraries that keep them from sending requests and from slow imports, made before their import."""
 
 import os
 import sys
@@ -8,12 +8,15 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from ldm.imports import defer
+
 
 def isolate(out: Path) -> None:
-    """Keep all libraries from sending requests, and gradio's files in `out`. Call it before the page is built."""
+    """Keep all libraries from sending requests, and gradio's files in `out`. Call it before gradio is imported."""
     cache = out.absolute() / "cache"
     if "gradio" not in sys.modules:
         sys.meta_path.insert(0, _WithoutTypeFiles())
+        defer("pandas")  # gradio needs it for tables, which the page doesn't have
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_TEMP_DIR": str(cache),
