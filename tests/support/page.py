@@ -52,7 +52,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(root: Path, auth: tuple[str, str] | None = None, places: Places | None = None) -> Iterator[Served]:
+def serving(
+    root: Path, auth: tuple[str, str] | None = None, places: Places | None = None, share: bool = False
+) -> Iterator[Served]:
     """Serve a page on loopback."""
     page = Page(places or make_folders(root), device="cpu")
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +64,7 @@ def serving(root: Path, auth: tuple[str, str] | None = None, places: Places | No
         isolate(page.places.out)
         blocks = build(page)
         try:
-            url = start(blocks, page, Address("127.0.0.1", free_port(), auth))
+            url = start(blocks, page, Address("127.0.0.1", free_port(), auth, share))
             yield Served(url.rstrip("/"), page, root, blocks)
         finally:
             page.jobs.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from ldm.errors import UserError
 from train.commands.main import imports
 from train.config.page import PageOptions
+from train.output import warn
 from train.page.isolation import isolate
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -28,6 +29,8 @@ def serve(o: PageOptions, started: Callable[[str], None] = print) -> None:
 
     page = Page(Places(Path(o.models), Path(o.runs), Path(o.data), Path(o.out)), device=o.device)
     blocks = build(page)
+    for line in opened(o):
+        warn(line)
     try:
         started(start(blocks, page, Address(host, o.port, auth, o.share)))
         while True:
@@ -54,6 +57,17 @@ def check(o: PageOptions) -> tuple[str, str] | None:
     if o.share and not o.auth:
         raise UserError("--share: the whole internet could use the page; add --auth NAME:PASSWORD")
     return (name, password) if o.auth else None
+
+
+def opened(o: PageOptions) -> list[str]:
+    """Return a line on each option that lets others use the page."""
+    lines = []
+    if o.listen:
+        without = "" if o.auth else " without a password; add --auth NAME:PASSWORD"
+        lines.append(f"--listen: everybody in the network can use the page{without}")
+    if o.share:
+        lines.append("--share: the internet can reach the page, through gradio's company, which sees all that is sent")
+    return lines
 
 
 def _require_free(host: str, port: int) -> None:

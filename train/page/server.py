@@ -1,8 +1,10 @@
 """The server of the page: loopback by default, no request to anywhere else, limits on what is sent to it."""
 
+import io
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +15,7 @@ from gradio import processing_utils
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ldm.errors import UserError
+from ldm.errors import RunError, UserError
 from train.page.shared import Page
 from train.page.uploads import LARGEST_UPLOAD
 
@@ -30,8 +32,13 @@ _ENDPOINTS = re.compile(
     re.DOTALL,
 )
 """The endpoints of gradio that the page needs. Others edit code, convert recordings or fetch addresses."""
-_STYLE = "#start-image img { width: 100%; height: 100%; object-fit: contain }"
-"""Small images are enlarged."""
+_STYLE = """
+#start-image img { width: 100%; height: 100%; object-fit: contain }
+.job progress { width: 100%; accent-color: var(--color-accent) }
+.job .failed { color: var(--error-text-color) }
+.job .warned { color: var(--body-text-color); border-left: 3px solid #d97706; padding-left: .6rem; margin: .3rem 0 }
+"""
+"""Small images are enlarged. Errors and warnings of jobs are marked."""
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
@@ -126,7 +133,10 @@ async def _answer(send: Send, status: int, line: str) -> None:
 
 
 def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
-    """Serve the page in another thread, and return its address. Raises OSError if the port can't be used."""
+    """Serve the page in another thread, and return its address.
+
+    Raises OSError if the port can't be used, and RunError if there is no tunnel although one is wanted.
+    """
     for library in ("httpx", "uvicorn"):
         logging.getLogger(library).setLevel(logging.ERROR)
     images, animations, cache = (page.places.inside("out", name) for name in ("images", "animations", "cache"))
@@ -134,27 +144,30 @@ def start(blocks: gr.Blocks, page: Page, address: Address) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     _forbid_downloads()
     guard = Middleware(Guard, local=address.is_local, tunnel=address.share, folders=[images, animations, cache])
-    _, url, _ = blocks.launch(
-        server_name=address.host,
-        server_port=address.port,
-        auth=address.auth,
-        share=address.share,
-        theme=THEME,
-        css=_STYLE,
-        prevent_thread_lock=True,
-        quiet=True,
-        footer_links=[],
-        max_file_size=LARGEST_UPLOAD,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        run_history=False,
-        inbrowser=False,
-        allowed_paths=[str(images.resolve()), str(animations.resolve())],
-        app_kwargs={"middleware": [guard]},
-    )
-    return url
+    with redirect_stdout(io.StringIO()):  # gradio's own lines on the tunnel
+        _, local, shared = blocks.launch(
+            server_name=address.host,
+            server_port=address.port,
+            auth=address.auth,
+            share=address.share,
+            theme=THEME,
+            css=_STYLE,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            max_file_size=LARGEST_UPLOAD,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            inbrowser=False,
+            allowed_paths=[str(images.resolve()), str(animations.resolve())],
+            app_kwargs={"middleware": [guard]},
+        )
+    if address.share and not shared:
+        raise RunError("--share: gradio's servers gave no tunnel; check the network, or leave --share out")
+    return shared or local
 
 
 def _forbid_downloads() -> None:
