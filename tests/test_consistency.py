@@ -1,12 +1,11 @@
 """Consistency models against diffusers: the sampler lcm, and a UNet that reads its guidance scale."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from ldm.consistency import boundary, guidance_embedding, solver_indices
@@ -22,7 +21,7 @@ from ldm.schedule import Schedule
 from ldm.spacing import make_plan
 from ldm.steps import sample
 from support.draws import draw, generators
-from support.models import PROMPTS, tiny_pipeline
+from support.models import PROMPTS, distilled_pipeline, tiny_pipeline
 from train.commands.img2img import img2img
 from train.commands.inpaint import inpaint
 from train.commands.interpolate import interpolate
@@ -106,14 +105,8 @@ def test_scale_is_embedded_as_in_diffusers(width):
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
-    """Folder of a consistency model that reads its guidance scale, all its weights random."""
-    pipe = tiny_pipeline("eps")
-    unet = UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 32, "_use_default_values": []})
-    unet.load_state_dict(pipe.unet.state_dict(), strict=False)
-    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.5, generator=torch.Generator().manual_seed(0))
-    process = replace(pipe.process, solver_steps=50)
     folder = tmp_path_factory.mktemp("distilled")
-    LatentDiffusionPipeline(unet.eval(), pipe.autoencoder, pipe.text_encoder, process).save_pretrained(folder)
+    distilled_pipeline().save_pretrained(folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
 from typing import Any, TextIO
@@ -51,6 +51,26 @@ def unescaped(text: str) -> TextIO:
     """Return the stream that writes this text to standard output unchanged, also long lines, if it is printable."""
     stream = sys.stdout
     return stream.unescaped if isinstance(stream, PrintableStream) and is_printable(text) else stream
+
+
+_LISTENERS: list[Callable[[str], None]] = []
+
+
+def warn(line: str) -> None:
+    """Print a warning to standard error, and pass it to the listeners."""
+    print(f"warning: {line}", file=sys.stderr)
+    for listener in tuple(_LISTENERS):
+        listener(line)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """Call a function with each warning of this process."""
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Small models with random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def tiny_pipeline(
         ClipTextEncoder(clip.text_model, tokenizer),
         Process(schedule=Schedule.build(schedule, **process), target=target, spacing=spacing, variance=variance),
     )
+
+
+def distilled_pipeline() -> LatentDiffusionPipeline:
+    """Build a consistency model that reads its guidance scale, all its weights random."""
+    pipe = tiny_pipeline("eps")
+    unet = UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 32, "_use_default_values": []})
+    unet.load_state_dict(pipe.unet.state_dict(), strict=False)
+    nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    process = replace(pipe.process, solver_steps=50)
+    return LatentDiffusionPipeline(unet.eval(), pipe.autoencoder, pipe.text_encoder, process)
 
 
 def save_models(folder: Path) -> None:

@@ -25,7 +25,9 @@ from train.config.generation import GenerateOptions, ModelOptions
 from train.config.load import overlay, validate
 from train.data.images.decode import DamagedImage, load_image
 from train.engine.precision import DTYPES
+from train.engine.provenance import trained_scales
 from train.evaluation.sheets import save_sheet
+from train.output import warn
 
 _UNSAVED = {  # options that aren't saved with an image
     *("out", "prompts", "num_images", "batch_size", "device", "offload", "slice", "grid", "preview", "like"),
@@ -98,10 +100,8 @@ def _check_input(name: str, path: str, sha256: str | None, like: str) -> None:
         now = model_sha256(Path(path))
         if sha256 not in (None, now):
             hashes = f"SHA-256 of the UNet's weights: {sha256[:10]!r} then, {now[:10]!r} now"
-            print(
-                f"warning: the model {path!r} has changed since {like!r} was generated, so the new image will differ "
-                f"({hashes})",
-                file=sys.stderr,
+            warn(
+                f"the model {path!r} has changed since {like!r} was generated, so the new image will differ ({hashes})"
             )
     else:
         if not Path(path).is_file():
@@ -217,6 +217,16 @@ def check_seed(option: str, seed: int, count: int = 1) -> None:
         raise UserError(f"{option} {seed}: must be 0 to {2**63 - count}")
 
 
+def warn_if_untrained(o: ModelOptions, pipe: LatentDiffusionPipeline) -> None:
+    """Warn if a network that reads the guidance scale was not trained with this one."""
+    scales = trained_scales(o.model) if pipe.backbone.guidance_width else None
+    if scales and not scales[0] <= o.guidance_scale <= scales[1]:
+        warn(
+            f"--guidance-scale {o.guidance_scale:g}: this model was trained with {scales[0]:g} to {scales[1]:g}, so "
+            "the images will be poor; choose a scale in this range"
+        )
+
+
 class ImageGenerator:
     """Image generator of a command: its options, prompts and models."""
 
@@ -230,6 +240,7 @@ class ImageGenerator:
         self.prompts, self.session = read_prompts(o), session
         self.pipe = session.load(o, o.model)
         self.o = o = o.for_sampler(self.pipe.process.sampler)
+        warn_if_untrained(o, self.pipe)
         self.weak = session.load(o, o.weak_model) if o.weak_model else None
         if o.preview:
             # Raises UserError if the model has no preview.

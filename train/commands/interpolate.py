@@ -18,7 +18,7 @@ from ldm.editing import slerp
 from ldm.errors import UserError
 from ldm.formats.png import slug
 from ldm.samplers import make_sampler
-from train.commands.generate import COMMAND_LINE, Session, check_seed, read_prompts, settings
+from train.commands.generate import COMMAND_LINE, Session, check_seed, read_prompts, settings, warn_if_untrained
 from train.commands.main import require_at_least, require_folder
 from train.commands.outputs import image_key, key_of_gif, write_file, write_png
 from train.commands.sizes import warn_if_far
@@ -48,6 +48,7 @@ class Interpolation:
         for option, seed in zip(("--seed", "--to-seed"), self.seeds, strict=True):
             check_seed(option, seed)
         self.session, self.pipe = session, session.load(o, o.model)
+        warn_if_untrained(o, self.pipe)
         self.o = o = o.for_sampler(self.pipe.process.sampler)
         sampler = o.sampler or self.pipe.process.sampler
         if make_sampler(sampler, o.eta).draws_noise and self.seeds[0] != self.seeds[1]:

@@ -1,13 +1,13 @@
 """Image sizes that suit a model: resizing to the size that it was trained at and back, and warnings."""
 
 import math
-import sys
 
 from PIL import Image
 
 from ldm.editing import paste, to_mask, to_pixels
 from ldm.pipeline import LatentDiffusionPipeline, to_pil
 from train.config.generation import Resize
+from train.output import warn
 
 _FAR = 2.25  # factor between numbers of pixels
 
@@ -47,9 +47,9 @@ def fitted(pipe: LatentDiffusionPipeline, image: Image.Image, resize: Resize, op
             f"{option}: has {_by(image.size)} pixels, far from the {_by(trained_size(pipe))} of the model's training"
         )
         if size == image.size:
-            _warn(f"{about}, so the result will be poor; leave --resize never out")
+            warn(f"{about}, so the result will be poor; leave --resize never out")
         else:
-            _warn(f"{about}; generated at {_by(size)} and resized back (--resize never: at its own size)")
+            warn(f"{about}; generated at {_by(size)} and resized back (--resize never: at its own size)")
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -68,7 +68,7 @@ def warn_if_far(pipe: LatentDiffusionPipeline, width: int | None, height: int | 
     """Warn if images of the requested size can't be good. Raises UserError for a size that the model can't have."""
     h, w = (side * pipe.autoencoder.factor for side in pipe.latent_size(height, width))
     if is_far(pipe, (w, h)):
-        _warn(
+        warn(
             f"--width {w} --height {h}: far from the {_by(trained_size(pipe))} of the model's training, so the images "
             "will be poor; leave both out, or choose sides with about as many pixels"
         )
@@ -76,7 +76,3 @@ def warn_if_far(pipe: LatentDiffusionPipeline, width: int | None, height: int | 
 
 def _by(size: tuple[int, int]) -> str:
     return f"{size[0]} × {size[1]}"
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)

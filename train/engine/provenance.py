@@ -83,6 +83,15 @@ def text_encoder_of(model: str) -> str:
         return ""
 
 
+def trained_scales(model: str | Path) -> tuple[float, float] | None:
+    """Return the smallest and largest guidance scale that a student was distilled with; None if unknown."""
+    try:
+        low, high = read_json(Path(model_folder(model)) / _FILE)["config"]["scales"]
+        return float(low), float(high)
+    except (OSError, ValueError, TypeError, KeyError, UserError):
+        return None
+
+
 def redacted(place: str) -> str:
     """Return a path or address without its private parts: parent folders of an absolute path, credentials, queries."""
     if place.startswith("pipe:"):

@@ -6,15 +6,18 @@ So a page that is closed or reloaded finds its jobs again, and two pages see the
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ldm.errors import RunError, UserError, one_line
+from train.page.notices import noticing
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 _MOST_WAITING = 100
+_MOST_WARNINGS = 20  # of a job
 _KEPT = 200  # finished jobs that are remembered
 
 
@@ -41,6 +44,10 @@ class Job:
     preview: Any = None
     """What there is to see before the end, e.g. an image."""
     result: Any = None
+    warnings: list[str] = field(default_factory=list)
+    """Lines that the work's commands have warned with."""
+    seconds: float = 0.0
+    """Time that the work has taken, once it has ended."""
     cancel_requested: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def report(self, progress: float, text: str = "", preview: Any = None) -> None:
@@ -50,6 +57,13 @@ class Job:
         if preview is not None:
             self.preview = preview
         self.changed()
+
+    def warn(self, line: str) -> None:
+        """Show a warning, once."""
+        line = one_line(line, 500)
+        if line not in self.warnings and len(self.warnings) < _MOST_WARNINGS:
+            self.warnings.append(line)
+            self.changed()
 
     def check(self) -> None:
         """Raise Cancelled if the job was cancelled."""
@@ -147,7 +161,9 @@ class Jobs:
                 job = self._waiting.popleft()
                 job.state = "running"
                 self.change()
+            started = time.perf_counter()
             state, text = self._do(job)
+            job.seconds = time.perf_counter() - started
             with self._condition:
                 job.state, job.text = state, text
                 job.progress = 1.0 if state == "done" else job.progress
@@ -157,7 +173,8 @@ class Jobs:
     def _do(self, job: Job) -> tuple[State, str]:
         """Do a job; return the state in which it ended, and a line on it."""
         try:
-            job.result = job.work(job)
+            with noticing(job.warn):
+                job.result = job.work(job)
         except Cancelled:
             return "cancelled", ""
         except (UserError, RunError, OSError) as error:
