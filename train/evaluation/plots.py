@@ -56,6 +56,8 @@ def svg(plot: Mapping[str, Any]) -> str:
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter(lambda value, _: f"{value:g}")
                 axis.set_minor_formatter(NullFormatter())
+        if not any(any(_numbers(series["y"])) for series in plot["series"]):
+            axes.set_ylim(0, 1)  # numbers that are all 0 have no negative axis
         axes.grid(True, axis="y")
         if len(plot["series"]) > 1:
             axes.legend(frameon=False)
