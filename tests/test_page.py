@@ -24,9 +24,7 @@ from ldm.errors import UserError
 from ldm.formats.png import png_bytes, read_png
 from support.commands import run_script
 from support.page import Served, serving
-from train.commands.page import check, serve
 from train.config.generation import Txt2ImgOptions
-from train.config.page import PageOptions
 from train.page.grid import Axis, draw_grid
 from train.page.jobs import Job, Jobs
 from train.page.painting import drawn_mask
@@ -39,6 +37,8 @@ FORM = {
     **{"sampler": "dpmpp_2m", "seed": 7, "num_images": 1, "width": 0, "height": 0, "spacing": "own"},
     **{"eta": 0.0, "guidance_rescale": 0.0, "prompt_weights": "none", "precision": "fp32"},
 }
+UNUSED = (None, 0.8, None, 1, 1.0, 0, 0, 0, 0, 0)
+"""Fields of the tabs for editing, in a grid of text to image."""
 SETTINGS = {"negative_prompt": "", "steps": 3, "sampler": "ddim", "guidance_scale": 2.0, "seed": 7, "prompt": "x"}
 
 
@@ -164,13 +164,46 @@ def test_a_dropped_png_fills_the_form(served: Served) -> None:
 
 
 def test_a_grid_has_an_image_for_each_pair_of_values(served: Served) -> None:
-    answer = call(served, "grid", "Steps", "1-3 (+2)", "Prompt: search and replace", "red, blue", *FORM.values())
+    axes = ("Steps", "1-3 (+2)", "Prompt: search and replace", "red, blue")
+    answer = call(served, "grid", "text", *axes, *UNUSED, *FORM.values())
     assert answer.data is not None, answer
     *cells, sheet = finished(served).result
     saved = [read_png(served.page.places.out / name) for name in cells]
     prompts = [f"a small {colour} star" for colour in ("red", "blue")]
     assert [(one["steps"], one["prompt"]) for one in saved] == [(n, prompt) for prompt in prompts for n in (1, 3)]
     assert read_png(served.page.places.out / sheet)["grid"]["Steps"] == ["1", "3"]
+
+
+def test_a_grid_of_edited_images(served: Served) -> None:
+    """Each image is that of the tab with the same settings; what isn't masked stays."""
+    noise = Image.effect_noise((32, 32), 80).convert("RGB")
+    record, layer = upload(served, "a.png", png(noise)), Image.new("RGBA", (32, 32))
+    layer.paste((255, 0, 255, 255), (4, 4, 12, 12))
+    drawing = {"background": record, "layers": [upload(served, "layer.png", png(layer))], "composite": None, "id": None}
+    fields = (record, 0.8, drawing, *UNUSED[3:], *FORM.values())
+    out = served.page.places.out
+
+    answer = call(served, "grid", "image", "Strength", "0.4, 0.8", "Steps", "2, 3", *fields)
+    assert answer.data is not None, answer
+    *cells, sheet = finished(served).result
+    saved = [read_png(out / name) for name in cells]
+    assert [(one["strength"], one["steps"]) for one in saved] == [(0.4, 2), (0.8, 2), (0.4, 3), (0.8, 3)]
+    assert read_png(out / sheet)["grid"] == {"Strength": ["0.4", "0.8"], "Steps": ["2", "3"]}
+    call(served, "image_to_image", record, 0.4, *FORM.values())
+    (single,) = finished(served).result
+    assert (out / single).read_bytes() == (out / cells[2]).read_bytes()
+
+    assert call(served, "grid", "inpaint", "Seed", "1, 2", "none", "", *fields).data is not None
+    *cells, _ = finished(served).result
+    first, second = (np.asarray(Image.open(out / name)) for name in cells)
+    kept = np.ones((32, 32), bool)
+    kept[4:12, 4:12] = False
+    assert (first[kept] == np.asarray(noise)[kept]).all()
+    assert (first[~kept] != second[~kept]).any()
+
+    refused(call(served, "grid", "image", "Width", "32", "none", "", *fields))
+    refused(call(served, "grid", "text", "Strength", "0.5", "none", "", *fields))
+    refused(call(served, "grid", "image", "Strength", "0.5, 2", "none", "", *fields))
 
 
 def test_values_of_an_axis(served: Served) -> None:
@@ -213,39 +246,6 @@ def test_the_html_names_no_address_to_load(served: Served) -> None:
     assert not re.search(
         r"url\(['\"]?https?:|@import", "".join(css) + json.dumps(httpx.get(f"{served.url}/config").json()["theme_hash"])
     )
-
-
-def test_options_that_open_the_page_need_a_word_more() -> None:
-    for options, said in (
-        ({"host": "0.0.0.0"}, "--listen"),
-        ({"share": True}, "--auth"),
-        ({"auth": "name"}, "NAME:PASSWORD"),
-        ({"port": 0}, "--port"),
-        ({"models": __file__}, "--models"),
-    ):
-        with pytest.raises(UserError, match=said):
-            check(PageOptions(**options))
-    assert check(PageOptions(auth="a:b:c", share=True)) == ("a", "b:c")
-
-
-def test_without_gradio_a_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.commands.page.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="run pip install gradio"):
-        check(PageOptions())
-
-
-def test_a_port_in_use_is_one_line(served: Served) -> None:
-    port = int(served.url.rpartition(":")[2])
-    with pytest.raises(UserError, match="choose another"):
-        serve(PageOptions(port=port))
-
-
-def test_the_password_is_needed(tmp_path: Path, served: Served) -> None:
-    with serving(tmp_path, ("name", "word"), served.page.places) as closed:
-        assert call(closed, "cancel").error
-        assert httpx.get(f"{closed.url}/config").status_code == 401
-        answer = httpx.post(f"{closed.url}/login", data={"username": "name", "password": "other"})
-        assert answer.status_code == 400
 
 
 def test_a_failing_job_gives_one_line_and_the_next_one_runs() -> None:
@@ -294,7 +294,7 @@ def refused(answer: Answer) -> None:
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:30]))
 def test_a_hostile_name_of_a_model_is_refused(served: Served, name: str) -> None:
     refused(text_to_image(served, model=name))
-    refused(call(served, "grid", "Model", json.dumps(name), "none", "", *FORM.values()))
+    refused(call(served, "grid", "text", "Model", json.dumps(name), "none", "", *UNUSED, *FORM.values()))
 
 
 @pytest.mark.parametrize("place", ["models", "runs", "data", "out"])
@@ -535,8 +535,9 @@ def test_a_hostile_prompt_is_only_text(served: Served, prompt: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("values", ["1-999999999", "1-9 (+0)", "1-9 [0]", "", ",,,", "1-9 [99999999]", "x", "0", "1e9"])
 def test_a_hostile_axis_is_refused(served: Served, values: str) -> None:
-    refused(call(served, "grid", "Steps", values, "none", "", *FORM.values()))
-    refused(call(served, "grid", values, "1", "none", "", *FORM.values()))
+    refused(call(served, "grid", "text", "Steps", values, "none", "", *UNUSED, *FORM.values()))
+    refused(call(served, "grid", "text", values, "1", "none", "", *UNUSED, *FORM.values()))
+    refused(call(served, "grid", values, "Steps", "1", "none", "", *UNUSED, *FORM.values()))
 
 
 @pytest.mark.parametrize(

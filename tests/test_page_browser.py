@@ -70,7 +70,7 @@ def test_an_image_from_text_with_its_settings(shown: Shown, served: Served) -> N
     shown.fill("Prompt", "a small red star")
     shown.fill("Steps (0: own)", 5)
     shown.fill("Seed (−1: any)", 7)
-    shown.fill("Number", 2)
+    shown.fill("Images", 2)
     shown.button("generate-text").click()
     first, second = done(served, number)
     assert [read_png(path)["seed"] for path in (first, second)] == [7, 8]
@@ -92,7 +92,7 @@ def test_every_tab_opens(shown: Shown) -> None:
 
 def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> None:
     shown.fill("Seed (−1: any)", 1)
-    shown.fill("Number", 1)
+    shown.fill("Images", 1)
     shown.fill("Steps (0: own)", 3)
     files = []
     for name in ("small", "other"):
@@ -109,7 +109,7 @@ def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> 
 def test_preview_cancel_and_a_reload_in_the_middle(shown: Shown, browser: Browser, served: Served) -> None:
     shown.fill("Prompt", "a large blue circle")
     shown.fill("Steps (0: own)", 1000)
-    shown.fill("Number", 8)
+    shown.fill("Images", 8)
     number = after(served)
     shown.button("generate-text").click()
     expect(shown.tab.locator("#status img")).to_be_visible(timeout=SECONDS)  # the preview
@@ -126,7 +126,7 @@ def test_preview_cancel_and_a_reload_in_the_middle(shown: Shown, browser: Browse
 
 def test_image_to_image_from_the_gallery_and_from_an_upload(shown: Shown, served: Served, tmp_path: Path) -> None:
     shown.fill("Steps (0: own)", 4)
-    shown.fill("Number", 1)
+    shown.fill("Images", 1)
     shown.choose(0)
     shown.button("to-image").click()
     expect(shown.tab.locator("#start-image img")).to_be_visible()
@@ -160,7 +160,7 @@ def drag(shown: Shown, start: tuple[float, float], end: tuple[float, float]) -> 
 def test_a_mask_drawn_with_the_mouse_is_inpainted(shown: Shown, served: Served) -> None:
     shown.fill("Prompt", "a small red star")
     shown.fill("Steps (0: own)", 4)
-    shown.fill("Number", 1)
+    shown.fill("Images", 1)
     shown.choose(0)
     shown.to_inpaint()
     shown.shoot("canvas")
@@ -179,7 +179,7 @@ def test_a_mask_drawn_with_the_mouse_is_inpainted(shown: Shown, served: Served) 
 
 def test_an_image_is_extended(shown: Shown, served: Served) -> None:
     shown.fill("Steps (0: own)", 4)
-    shown.fill("Number", 1)
+    shown.fill("Images", 1)
     shown.choose(0)
     shown.to_inpaint()
     shown.fill("right", 8)
@@ -215,7 +215,7 @@ def test_a_dropped_png_repeats_its_image(shown: Shown, served: Served) -> None:
     shown.fill("Prompt", "a green square")
     shown.fill("Steps (0: own)", 6)
     shown.fill("Seed (−1: any)", 5)
-    shown.fill("Number", 1)
+    shown.fill("Images", 1)
     shown.button("generate-text").click()
     (path,) = done(served, number)
     shown.tab.reload()
@@ -269,7 +269,7 @@ def test_markup_in_a_prompt_is_text(shown: Shown, served: Served, tmp_path: Path
     number = after(served)
     shown.fill("Prompt", MARKUP)
     shown.fill("Steps (0: own)", 2)
-    shown.fill("Number", 1)
+    shown.fill("Images", 1)
     shown.button("generate-text").click()
     (path,) = done(served, number)
     expect(shown.tab.locator("#status")).to_contain_text("<img src=x")

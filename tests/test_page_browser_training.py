@@ -92,7 +92,7 @@ def test_a_run_is_started_stopped_and_continued_by_clicks(shown: Shown, served: 
     shown.tab.locator("#run-form button").first.click()
     shown.tab.get_by_label("1: autoencoder").click()
     expect(shown.tab.locator("#run-point input")).to_have_value("pictures/vae", timeout=SECONDS)
-    pick(shown, "run-point", "continue the run vae")
+    pick(shown, "run-point", "the run vae")
     name = shown.tab.locator("#run-name input, #run-name textarea").first
     expect(name).to_have_value("vae", timeout=SECONDS)
     name.fill("../new")
@@ -126,7 +126,7 @@ def test_a_run_is_started_stopped_and_continued_by_clicks(shown: Shown, served: 
     shown.tab.locator("#run-form button").first.click()
     shown.tab.get_by_label("1: autoencoder").click()
     expect(shown.tab.locator("#run-point input")).to_have_value("pictures/vae", timeout=SECONDS)
-    pick(shown, "run-point", "continue the run mine/new")
+    pick(shown, "run-point", "the run mine/new")
     expect(shown.tab.locator("#run-name input, #run-name textarea").first).to_have_value("mine/new", timeout=SECONDS)
     shown.tab.locator("#field-steps input").fill(str(step + 20))
     shown.button("run-start").click()

@@ -209,7 +209,7 @@ def test_a_form_offers_what_is_there(places: Places, parts: Path, shapes: Path) 
     assert found["text_encoder"] == [str(parts / "clip/model")]
     points = dict(starting_points(places, "vae"))
     assert points["pictures/vae"] == "shipped:pictures/vae"
-    assert points["continue the run vae"] == "run:vae"
+    assert points["the run vae"] == "run:vae"
     config = starting_config(places, "vae", "run:vae")
     assert plain(config) == plain(vae_config(shapes, parts / "vae"))
     with pytest.raises(UserError):

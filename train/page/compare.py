@@ -182,6 +182,7 @@ def _result(places: Places, study: str | None) -> str:
 def _status(page: Page) -> str:
     job = next(iter(page.jobs.all(KIND)), None)
     if job is None or job.state == "done":
-        return ""
+        none = markup.quiet("no comparisons yet: make one below")
+        return "" if find_studies(page.places.runs / "compare") else markup.styled(none)
     text = f"{job.state}: {job.text}" if job.text else job.state
     return markup.styled(markup.status(job.title, text, job.progress, failed=job.state == "failed"))

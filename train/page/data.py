@@ -40,7 +40,7 @@ def tab(page: Page) -> None:
         name = gr.Dropdown([], label="Dataset", elem_id="dataset", allow_custom_value=True, scale=3)
         split = gr.Dropdown(["all", "train", "test"], value="all", label="Split", min_width=100)
         resolution = gr.Number(256, label="Resolution", precision=0, minimum=8, min_width=100)
-        limit = gr.Number(0, label="Most images (0: all)", precision=0, minimum=0, min_width=120)
+        limit = gr.Number(0, label="Most (0: all)", precision=0, minimum=0, min_width=120)
         start = gr.Button("Inspect", variant="primary", elem_id="inspect", min_width=100)
         cancel = gr.Button("Cancel", elem_id="inspect-cancel", min_width=80)
     status = gr.HTML(elem_id="inspect-status")
@@ -221,7 +221,7 @@ def _sheet(path: Path) -> Image.Image | None:
 def _search(places: Places, name: str, words: str, number: int | None) -> tuple[str, Any]:
     """Return a line on what was found, and the images of a page of it."""
     if not name:
-        return "no dataset is chosen", []
+        return f"There are no datasets in {places.data}: put one there, or start the page with --data.", []
     if not isinstance(number, int | NoneType) or not isinstance(words, str | NoneType):
         raise UserError("a search needs words and the number of a page")
     if len(words or "") > _LONGEST_WORDS:

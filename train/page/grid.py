@@ -9,17 +9,17 @@ from typing import Self, get_args
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ldm.editing import steps_for_strength
 from ldm.errors import UserError
 from ldm.formats.png import file_name, read_png
 from ldm.kinds import Spacing
 from ldm.samplers import SamplerKind
 from train.commands.generate import Session
 from train.commands.outputs import write_png
-from train.commands.txt2img import txt2img
-from train.config.generation import Txt2ImgOptions
+from train.config.generation import GenerateOptions
 from train.config.load import validate
 from train.page.jobs import Job
-from train.page.painting import MOST, Progress
+from train.page.painting import MOST, Progress, run
 from train.page.places import Places
 from train.page.shared import Page
 
@@ -42,14 +42,16 @@ AXES: dict[str, str] = {
     "Guidance rescale": "guidance_rescale",
     "Width": "width",
     "Height": "height",
+    "Strength": "strength",
+    "Feather": "feather",
 }
 """Option of each name of an axis."""
 _INTEGERS = ("steps", "seed", "width", "height")
-_NUMBERS = (*_INTEGERS, "guidance_scale", "eta", "guidance_rescale")
+_NUMBERS = (*_INTEGERS, "guidance_scale", "eta", "guidance_rescale", "strength", "feather")
 _CHOICES: dict[str, tuple[str, ...]] = {"sampler": get_args(SamplerKind), "spacing": get_args(Spacing)}
 
 
-Change = Callable[[Txt2ImgOptions], Txt2ImgOptions]
+Change = Callable[[GenerateOptions], GenerateOptions]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Axis:
     """Label of each value, and the change that it makes to the options."""
 
     @classmethod
-    def read(cls, name: object, text: object, places: Places, o: Txt2ImgOptions) -> Self:
+    def read(cls, name: object, text: object, places: Places, o: GenerateOptions) -> Self:
         """Read the values of an axis, a list separated by commas; in quotes, a value may have commas.
 
         Numbers may be ranges: 1-5, 1-9 (+2) or 1-9 [5], the latter with five values. Raises UserError.
@@ -69,6 +71,8 @@ class Axis:
         if not isinstance(name, str) or name not in AXES:
             raise UserError(f"axis {str(name)[:50]!r}: choose {', '.join(AXES)}")
         option = AXES[name]
+        if not hasattr(o, option):
+            raise UserError(f"{name}: isn't a setting of this kind of image; choose another axis")
         words = [
             word.strip() for line in csv.reader(str(text or "").split("\n"), skipinitialspace=True) for word in line
         ]
@@ -99,7 +103,7 @@ def _numbers(name: str, word: str, whole: bool) -> list[str]:
     return [str(round(number)) if whole else f"{number:g}" for number in numbers]
 
 
-def _change(name: str, word: str, first: str, places: Places, o: Txt2ImgOptions) -> Change:
+def _change(name: str, word: str, first: str, places: Places, o: GenerateOptions) -> Change:
     """Return the change that a value makes. first: the first value of the axis. Raises UserError for a wrong one."""
     option = AXES[name]
     if name == _REPLACE:
@@ -112,10 +116,12 @@ def _change(name: str, word: str, first: str, places: Places, o: Txt2ImgOptions)
     elif option in _CHOICES and word not in _CHOICES[option]:
         raise UserError(f"{name} {word[:50]!r}: choose {', '.join(_CHOICES[option])}")
     elif option in _NUMBERS:
-        value = number = getattr(validate(Txt2ImgOptions, {option: word}), option)
+        value = number = getattr(validate(type(o), {option: word}), option)
+        if option == "strength":
+            steps_for_strength(number, o.number_of_steps)
         if option in MOST and not 1 <= number <= MOST[option]:
             raise UserError(f"{name} {word[:50]}: must be 1 to {MOST[option]}")
-    return lambda o: replace(o, **{option: value})  # type: ignore[arg-type]
+    return lambda o: replace(o, **{option: value})
 
 
 def require_few(columns: Axis, rows: Axis | None) -> int:
@@ -126,7 +132,7 @@ def require_few(columns: Axis, rows: Axis | None) -> int:
     return cells
 
 
-def paint_grid(page: Page, job: Job, o: Txt2ImgOptions, columns: Axis, rows: Axis | None) -> Iterator[Path]:
+def paint_grid(page: Page, job: Job, o: GenerateOptions, columns: Axis, rows: Axis | None) -> Iterator[Path]:
     """Generate the image of each cell, and yield its path; then that of the grid."""
     lines = rows.values if rows else (("", lambda o: o),)
     options = {
@@ -135,7 +141,7 @@ def paint_grid(page: Page, job: Job, o: Txt2ImgOptions, columns: Axis, rows: Axi
     session = Session(page.models.load, Progress(job, *options.values()))
     paths: dict[tuple[int, int], Path] = {}
     for cell in sorted(options, key=lambda cell: options[cell].model):  # so that each model is loaded once
-        (paths[cell],) = txt2img(options[cell], session)
+        (paths[cell],) = run(options[cell], session)
         yield paths[cell]
     sheet = draw_grid(
         [[_open(paths[r, c]) for c in range(len(columns.values))] for r in range(len(lines))],

@@ -60,7 +60,7 @@ def starting_points(places: Places, stage: str) -> list[tuple[str, str]]:
     return [
         *((name, f"shipped:{name}") for name in shipped(stage)),
         ("the defaults", "default:"),
-        *((f"continue the run {name}", f"run:{name}") for name in runs),
+        *((f"the run {name}", f"run:{name}") for name in runs),
     ]
 
 

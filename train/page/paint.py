@@ -13,6 +13,14 @@ from train.page.shared import Page
 from train.page.uploads import Canvas, Picture
 from train.page.view import view
 
+_KEYS = """() => document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  const buttons = [...document.querySelectorAll("[id^=generate-]")];
+  buttons.find((button) => button.offsetParent !== null)?.click();
+})"""
+"""Control-Enter generates."""
+_RESTORE = "(kept, ...form) => Array.isArray(kept) && kept.length === form.length ? kept : form"
+
 
 def tab(page: Page) -> None:
     """Add the tab to the page."""
@@ -32,7 +40,7 @@ def tab(page: Page) -> None:
                 with gr.Tab("Animation", id=ANIMATION):
                     animation, animate = _animation_tab()
         with gr.Column(scale=6, min_width=420):
-            shown = view(page, form.model)
+            shown = view(page, form)
             buttons = _gallery_buttons()
             dropped = gr.File(
                 label="Drop a PNG of this project here to use its settings", height=150, elem_id="dropped"
@@ -42,14 +50,22 @@ def tab(page: Page) -> None:
         # Nothing is written to the status here: an answer that comes late would hide the job's newer state.
         button.click(plain(handler), [*own, *shared], None, api_name=name, show_progress="hidden")
 
-    painter = Painter(page, form)
+    painter, traits = Painter(page, form), gr.State(form.traits(form.model.value))
+    form.model.change(
+        plain(form.switched),
+        [form.model, traits],
+        [form.model, traits, form.steps, form.sampler, form.guidance_scale],
+        api_visibility="private",
+        show_progress="hidden",
+        queue=False,
+    )
     on(text, "text_to_image", painter.text, [])
     on(edit, "image_to_image", painter.image, [image, strength])
     on(canvas.button, "inpaint", painter.inpaint, canvas.fields())
-    on(grid, "grid", painter.grid, axes)
+    on(grid, "grid", painter.grid, [*axes, image, strength, *canvas.fields()])
     on(animate, "animation", painter.animation, animation)
     again, use, to_image, to_inpaint = buttons
-    everything = [*shared, modes, strength, image, shown.note]
+    everything = [*shared, modes, strength, image, shown.note, traits]
     again.click(
         plain(painter.again),
         [shown.chosen, *shared],
@@ -62,6 +78,7 @@ def tab(page: Page) -> None:
     to_image.click(
         plain(painter.to_image), [shown.chosen], [image, modes], api_name="send_to_image", show_progress="hidden"
     )
+    _in_the_browser(shared)
     # The editor must be visible before it can show an image.
     to_inpaint.click(
         lambda: gr.Tabs(selected=INPAINT), None, [modes], api_visibility="private", show_progress="hidden"
@@ -72,6 +89,16 @@ def tab(page: Page) -> None:
         api_name="send_to_inpaint",
         show_progress="hidden",
     )
+
+
+def _in_the_browser(form: list[Any]) -> None:
+    """Let the browser generate by keys, and keep the form, so that a reloaded page has it again."""
+    kept = gr.BrowserState(None, storage_key="ldm-form", secret="ldm")
+    private: Any = {"api_visibility": "private"}
+    gr.on([field.change for field in form], None, form, kept, js="(...form) => [form]", **private)
+    if (context := gr.context.Context.root_block) is not None:
+        context.load(None, None, None, js=_KEYS)
+        context.load(None, [kept, *form], form, js=_RESTORE, **private)
 
 
 def _image_tab() -> tuple[Picture, gr.Slider, gr.Button]:
@@ -116,6 +143,13 @@ class _InpaintTab:
 
 def _grid_tab() -> tuple[list[Any], gr.Button]:
     names = list(AXES)
+    of = gr.Radio(
+        [("Text to image", TEXT), ("Image to image", IMAGE), ("Inpaint", INPAINT)],
+        value=TEXT,
+        label="Grid of",
+        info="The image, the mask and their settings are those of the tabs.",
+        elem_id="grid-of",
+    )
     gr.Markdown("One image for each pair of values. Lists: `1, 2, 5`; ranges: `1-9 (+2)` or `1-9 [5]`.")
     with gr.Row():
         x = gr.Dropdown(names, value="Steps", label="Columns", min_width=140)
@@ -123,7 +157,7 @@ def _grid_tab() -> tuple[list[Any], gr.Button]:
     with gr.Row():
         y = gr.Dropdown(["none", *names], value="Guidance", label="Rows", min_width=140)
         ys = gr.Textbox("1, 3, 6", label="Values", scale=2)
-    return [x, xs, y, ys], gr.Button("Generate the grid", variant="primary", elem_id="generate-grid")
+    return [of, x, xs, y, ys], gr.Button("Generate the grid", variant="primary", elem_id="generate-grid")
 
 
 def _animation_tab() -> tuple[list[Any], gr.Button]:

@@ -1,7 +1,7 @@
 """The handlers of the tab that generates."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,14 @@ from PIL import Image
 
 from ldm.errors import UserError
 from train.commands.generate import model_sha256, read_options
-from train.config.generation import Img2ImgOptions, InpaintOptions, InterpolateOptions, ModelOptions, Txt2ImgOptions
+from train.config.generation import (
+    GenerateOptions,
+    Img2ImgOptions,
+    InpaintOptions,
+    InterpolateOptions,
+    ModelOptions,
+    Txt2ImgOptions,
+)
 from train.page import painting
 from train.page.grid import Axis, paint_grid, require_few
 from train.page.paint_form import CHOSEN, OWN, Form
@@ -31,18 +38,28 @@ class Painter:
 
     def text(self, *values: Any) -> None:
         """Generate from text."""
-        self._submit("text to image", Txt2ImgOptions, self.form.read(values))
+        self._submit("text to image", self._text(values))
 
     def image(self, image: Any, strength: Any, *values: Any) -> None:
         """Generate from an image."""
+        self._submit("image to image", self._image(image, strength, values))
+
+    def inpaint(self, *values: Any) -> None:
+        """Inpaint what was drawn over, or extend the image."""
+        self._submit("inpaint", self._inpaint(values[:8], values[8:]))
+
+    def _text(self, values: tuple[Any, ...]) -> Txt2ImgOptions:
+        return painting.options(Txt2ImgOptions, self.page, self.form.read(values))
+
+    def _image(self, image: Any, strength: Any, values: tuple[Any, ...]) -> Img2ImgOptions:
         if image is None:
             raise UserError("give an image to start from: upload one, or send one from the gallery")
         given = self._edited(values) | {"image": (painting.keep_upload(self.page, image),), "strength": strength}
-        self._submit("image to image", Img2ImgOptions, given)
+        return painting.options(Img2ImgOptions, self.page, given)
 
-    def inpaint(self, drawing: Any, scale: Any, strength: Any, feather: Any, *rest: Any) -> None:
-        """Inpaint what was drawn over, or extend the image."""
-        extend, values = rest[:4], rest[4:]
+    def _inpaint(self, own: tuple[Any, ...], values: tuple[Any, ...]) -> InpaintOptions:
+        """Return the options of the tab's own fields, in their order, and of the form."""
+        drawing, scale, strength, feather, *extend = own
         if not drawing:
             raise UserError("give an image to inpaint: upload one, or send one from the gallery")
         image, sides = drawing["background"], [side or 0 for side in extend]
@@ -61,12 +78,24 @@ class Painter:
             "feather": feather or 0,
             "extend": tuple(int(side) for side in sides),
         }
-        self._submit("inpaint", InpaintOptions, given)
+        return painting.options(InpaintOptions, self.page, given)
 
-    def grid(self, x: Any, xs: Any, y: Any, ys: Any, *values: Any) -> None:
-        """Generate an image for each pair of values of two settings."""
-        given = self.form.read(values) | {"num_images": 1}
-        o = painting.options(Txt2ImgOptions, self.page, given)
+    def grid(self, of: Any, x: Any, xs: Any, y: Any, ys: Any, *values: Any) -> None:
+        """Generate an image for each pair of values of two settings.
+
+        of: the tab whose kind of image is generated. values: the fields of these tabs and of the form.
+        """
+        edited, form = values[:10], values[10:]
+        match of:
+            case "text":
+                kind: GenerateOptions = self._text(form)
+            case "image":
+                kind = self._image(*edited[:2], form)
+            case "inpaint":
+                kind = self._inpaint(edited[2:], form)
+            case _:
+                raise UserError(f"grid of {str(of)[:50]!r}: choose {TEXT}, {IMAGE} or {INPAINT}")
+        o = replace(kind, num_images=1)
         columns = Axis.read(x, xs, self.page.places, o)
         rows = Axis.read(y, ys, self.page.places, o) if y != "none" else None
         title = f"grid of {require_few(columns, rows)} images"
@@ -81,7 +110,7 @@ class Painter:
         if not prompts and to_seed is None:
             raise UserError("nothing to change to: give a prompt to change to, or a seed")
         given |= {"to": prompts, "to_seed": to_seed, "frames": frames, "fps": fps}
-        self._submit("animation", InterpolateOptions, given)
+        self._submit("animation", painting.options(InterpolateOptions, self.page, given))
 
     def again(self, chosen: Any, *values: Any) -> int:
         """Generate with the form's settings and the seed of the chosen image; return that seed."""
@@ -89,7 +118,8 @@ class Painter:
         seed = settings.get("seed")
         if not isinstance(seed, int):
             raise UserError("this image has no seed")
-        self._submit("again", Txt2ImgOptions, self.form.read(values) | {"seed": seed, "num_images": 1})
+        given = self.form.read(values) | {"seed": seed, "num_images": 1}
+        self._submit("again", painting.options(Txt2ImgOptions, self.page, given))
         return seed
 
     def use(self, chosen: Any) -> list[Any]:
@@ -111,8 +141,7 @@ class Painter:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         return {"background": image, "layers": [], "composite": None}, scale
 
-    def _submit(self, what: str, kind: type[ModelOptions], values: dict[str, Any]) -> None:
-        o = painting.options(kind, self.page, values)
+    def _submit(self, what: str, o: ModelOptions) -> None:
         title = f"{what}: {o.prompt[:60]}" if o.prompt else what
         painting.submit(self.page, title, lambda job: painting.generate(o, job, self.page))
 
@@ -162,7 +191,8 @@ class Painter:
             gr.Tabs(selected=mode),
             strength,
             image,
-            f"The settings of {path.name} are in the form.{note}",
+            gr.Textbox(f"The settings of {path.name} are in the form.{note}", visible=True),
+            self.form.traits(model) if isinstance(model, str) else gr.skip(),  # so that the settings stay
         ]
 
     def _model(self, given: str, sha256: str | None) -> tuple[Any, str]:

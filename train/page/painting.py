@@ -30,6 +30,7 @@ from train.config.generation import (
     Txt2ImgOptions,
 )
 from train.config.load import validate
+from train.data.store.shards import duration
 from train.page.jobs import Job
 from train.page.places import Places
 from train.page.shared import Page
@@ -52,15 +53,19 @@ class Progress:
 
     def __init__(self, job: Job, *options: ModelOptions) -> None:
         """options: those of all commands that the job runs."""
-        self.job, self.options, self.done, self.shown = job, options, 0, 0.0
+        self.job, self.options, self.done = job, options, 0
+        self.began, self.shown = 0.0, 0.0
 
     def __call__(self, pipe: LatentDiffusionPipeline, step: int, _: float, tensors: dict[str, Tensor]) -> None:
         self.done += 1
-        preview = None
-        if (now := time.monotonic()) - self.shown > _PREVIEW_SECONDS and pipe.autoencoder.colours is not None:
+        preview, now = None, time.monotonic()
+        self.began = self.began or now
+        if now - self.shown > _PREVIEW_SECONDS and pipe.autoencoder.colours is not None:
             self.shown, preview = now, _preview(pipe, tensors["denoised"])
         total = max(self.done, sum(_steps(o.for_sampler(pipe.process.sampler)) for o in self.options))
-        self.job.report(self.done / total, f"step {self.done} of {total}", preview)
+        left = (now - self.began) * (total - self.done) / (self.done - 1) if self.done > 1 else 0.0
+        remaining = f", about {duration(left)} left" if left >= 1 else ""
+        self.job.report(self.done / total, f"step {self.done} of {total}{remaining}", preview)
 
 
 def _preview(pipe: LatentDiffusionPipeline, denoised: Tensor) -> Image.Image:
@@ -84,7 +89,9 @@ def options(kind: type[Options], page: Page, values: Mapping[str, Any]) -> Optio
             raise UserError(f"{name.replace('_', ' ')} {given[name]:g}: must be 1 to {most}")
     if given.get("seed", RANDOM_SEED) == RANDOM_SEED:
         given["seed"] = secrets.randbelow(2**32)
-    model = page.places.model(given.pop("model", ""))
+    if not given.get("model"):
+        raise UserError(f"no model is chosen: there must be one in --models {str(page.places.models)!r}")
+    model = page.places.model(given.pop("model"))
     out = page.places.inside("out", "animations" if kind is InterpolateOptions else "images")
     for name in ("image", "mask"):
         if given.get(name):
@@ -108,7 +115,11 @@ def _require_upload(places: Places, given: str | tuple[str, ...]) -> None:
 
 def generate(o: ModelOptions, job: Job, page: Page) -> Iterator[Path]:
     """Generate images with the command that has these options, and yield the path of each file."""
-    session = Session(page.models.load, Progress(job, o))
+    return run(o, Session(page.models.load, Progress(job, o)))
+
+
+def run(o: ModelOptions, session: Session) -> Iterator[Path]:
+    """Run the command that has these options, and yield the path of each file."""
     match o:
         case Txt2ImgOptions():
             yield from txt2img(o, session)
@@ -138,15 +149,16 @@ def _steps(o: ModelOptions) -> int:
 def submit(page: Page, title: str, work: Callable[[Job], Iterator[Path]]) -> Job:
     """Add a job to the queue. Its result is the list of the names in `out`, which grows as files are written."""
 
-    def run(job: Job) -> list[str]:
+    def do(job: Job) -> list[str]:
         job.result = []
+        job.report(0.0, "loading the model")
         for path in work(job):
             job.result.append(page.places.name("out", path))
             job.check()
             page.jobs.change()
         return job.result
 
-    return page.jobs.submit("paint", title, run)
+    return page.jobs.submit("paint", title, do)
 
 
 # -- uploaded and generated images -------------------------------------------------------------------------------------

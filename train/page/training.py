@@ -91,7 +91,10 @@ def _update(places: Places, names: Sequence[str | None], before: Sequence[Versio
     """Return the new contents; what hasn't changed since the versions `before` is left alone."""
     runs = [open_run(places, name) if name else None for name in names]
     versions = tuple(run.version() if run else {} for run in runs)
-    status = markup.styled("".join(run_status(run) for run in runs if run) or markup.quiet("no runs yet"))
+    status = markup.styled(
+        "".join(run_status(run) for run in runs if run)
+        or markup.quiet(f"no runs in {places.runs} yet: start one below")
+    )
     if versions == before:
         busy = [run is not None and bool(run.owner or trainings.started_by_page(run.path)) for run in runs]
         output = [_output(run) if run and b else gr.skip() for run, b in zip(runs, busy, strict=True)]

@@ -72,7 +72,7 @@ def _form(places: Places, stage: str, point: str, run: gr.Dropdown, quiet: dict[
         interactive=True,
         label="Name of the run",
         elem_id="run-name",
-        info=f"Folder in {places.runs}",
+        info=f"Folder in {places.runs}." + " The same name continues the run, another one starts anew." * continued,
         max_length=200,
     )
     widgets = dict(_widgets(stage, values, offered))
@@ -84,7 +84,7 @@ def _form(places: Places, stage: str, point: str, run: gr.Dropdown, quiet: dict[
             info="Continue a run with other settings where that is possible, as --resume-with-changes does.",
             visible=continued,
         )
-        start = gr.Button("Continue" if continued else "Start", variant="primary", elem_id="run-start")
+        start = gr.Button("Start or continue" if continued else "Start", variant="primary", elem_id="run-start")
     message = gr.Textbox(label="Result", elem_id="run-result", interactive=False, lines=1)
 
     def started(out: str, changes: bool, *given: Any) -> tuple[Any, str]:

@@ -16,9 +16,11 @@ from ldm.errors import UserError
 from train.page import painting
 from train.page.errors import plain
 from train.page.jobs import Job
+from train.page.paint_form import Form
 from train.page.shared import Page
 
 _SECONDS = 0.5  # between two looks at the queue
+_MODELS_SECONDS = 5.0  # between two looks at the models
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class View:
     """Line on the settings in the form."""
 
 
-def view(page: Page, model: gr.Dropdown) -> View:
-    """Add the view to the page. model: the choice of models, which is brought up to date when the page opens."""
+def view(page: Page, form: Form) -> View:
+    """Add the view to the page. form: its choice of models is kept up to date."""
     status = gr.HTML(elem_id="status")
     with gr.Row():
-        cancel = gr.Button("Cancel", variant="stop", size="sm", elem_id="cancel")
-        clear = gr.Button("Cancel all that wait", size="sm", elem_id="cancel-waiting")
+        cancel = gr.Button("Cancel", variant="stop", size="sm", elem_id="cancel", interactive=False)
+        clear = gr.Button("Cancel all that wait", size="sm", elem_id="cancel-waiting", interactive=False)
     gallery = gr.Gallery(
         label="Images, the newest first",
         columns=4,
@@ -56,24 +58,32 @@ def view(page: Page, model: gr.Dropdown) -> View:
         elem_id="settings",
     )
     note = gr.Textbox(show_label=False, interactive=False, max_lines=2, elem_id="note", visible=False)
-    names, chosen, seen = gr.State([]), gr.State(""), gr.State(None)
+    names, chosen, opened = gr.State([]), gr.State(""), gr.State(False)
+    seen, models = gr.State(None), gr.State(None)
 
     @plain
-    def look(before: Any) -> tuple[Any, ...]:
+    def look(before: Any, name: Any, opened: Any) -> tuple[Any, ...]:
         now = (page.jobs.version, *painting.folder_times(page.places))
         if before is not None and before[0] == now:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 6
         images = painting.gallery(page.places)
         changed = before is None or before[1] != images
-        files = [str(page.places.out / name) for name in images] if changed else gr.skip()
-        return describe(page), files, images if changed else gr.skip(), (now, images)
+        files: Any = gr.skip()
+        if changed:  # the image that is seen stays, although newer ones come before it
+            index = images.index(name) if opened and name in images else None
+            files = gr.Gallery([str(page.places.out / image) for image in images], selected_index=index)
+        jobs = page.jobs.all("paint")
+        buttons = [gr.Button(interactive=any(job.state == state for job in jobs)) for state in ("running", "waiting")]
+        return describe(page), files, images if changed else gr.skip(), (now, images), *buttons
 
     @plain
-    def choose(shown: Any, event: gr.SelectData) -> tuple[str, str]:
+    def choose(shown: Any, event: gr.SelectData) -> tuple[str, bool, str, Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(shown):
             raise UserError("this image isn't in the gallery any more")
         name = shown[event.index]
-        return name, painting.shown_settings(page.places.existing("out", name))
+        warned = next((job.warnings for job in page.jobs.all("paint") if name in (job.result or ())), [])
+        note = gr.Textbox("\n".join(f"warning: {line}" for line in warned), visible=bool(warned))
+        return name, True, painting.shown_settings(page.places.existing("out", name)), note
 
     @plain
     def stop() -> None:
@@ -87,20 +97,25 @@ def view(page: Page, model: gr.Dropdown) -> View:
                 page.jobs.cancel(job.id)
 
     @plain
-    def opened() -> Any:
+    def find_models(chosen: Any, before: Any) -> tuple[Any, Any]:
         names = page.places.model_names()
-        return gr.Dropdown(choices=names) if names else gr.skip()
+        if names == before:
+            return gr.skip(), gr.skip()
+        return gr.Dropdown(choices=names, value=chosen if chosen in names else next(iter(names), None)), names
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-    seeing = ([seen], [status, gallery, names, seen])
+    seeing = ([seen, chosen, opened], [status, gallery, names, seen, cancel, clear])
+    finding = ([form.model, models], [form.model, models])
     gr.Timer(_SECONDS).tick(look, *seeing, api_visibility="private", **quiet)
-    gallery.select(choose, [names], [chosen, settings], api_visibility="private", **quiet)
+    gr.Timer(_MODELS_SECONDS).tick(find_models, *finding, api_visibility="private", **quiet)
+    gallery.select(choose, [names], [chosen, opened, settings, note], api_visibility="private", **quiet)
+    gallery.preview_close(lambda: False, None, opened, api_visibility="private", **quiet)
     cancel.click(stop, None, None, api_name="cancel", **quiet)
     clear.click(stop_waiting, None, None, api_name="cancel_waiting", **quiet)
     context = gr.context.Context.root_block
     if context is not None:
         context.load(look, *seeing, api_visibility="private", **quiet)
-        context.load(opened, None, [model], api_visibility="private", **quiet)
+        context.load(find_models, *finding, api_visibility="private", **quiet)
     return View(chosen, note)
 
 
@@ -113,9 +128,12 @@ def describe(page: Page) -> str:
     if job is None:
         return '<div class="job">Nothing is running.</div>'
     queue = f"; {waiting} waiting" if waiting else ""
-    parts = [f"job {job.id}, {job.state}{queue}: {html.escape(job.title)}", html.escape(job.text)]
-    bar = f'<progress max="1" value="{job.progress:.4f}" style="width: 100%"></progress>'
-    return f'<div class="job"><div>{"<br>".join(filter(None, parts))}</div>{bar}{_picture(job)}</div>'
+    took = f" in {job.seconds:.1f} s" if job.state == "done" else ""
+    line = f"job {job.id}, {job.state}{took}{queue}: {html.escape(job.title)}"
+    text = f'<div class="{"failed" if job.state == "failed" else ""}">{html.escape(job.text)}</div>' if job.text else ""
+    warned = "".join(f'<div class="warned">warning: {html.escape(warning)}</div>' for warning in job.warnings)
+    bar = f'<progress max="1" value="{job.progress:.4f}"></progress>' if not job.finished else ""
+    return f'<div class="job"><div>{line}</div>{text}{warned}{bar}{_picture(job)}</div>'
 
 
 def _picture(job: Job) -> str:
