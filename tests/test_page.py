@@ -6,6 +6,7 @@ One server with small models serves all tests of this file.
 import io
 import json
 import re
+import socket
 import struct
 import time
 import zlib
@@ -32,6 +33,7 @@ from train.page.uploads import Canvas
 from train.page.view import describe
 
 SECRET = "canary-5d1f"
+LOCAL = ("127.0.0.1", "::1", "localhost", None, "")
 FORM = {
     **{"model": "small", "prompt": "a small red star", "negative_prompt": "", "steps": 3, "guidance_scale": 3.0},
     **{"sampler": "dpmpp_2m", "seed": 7, "num_images": 1, "width": 0, "height": 0, "spacing": "own"},
@@ -43,7 +45,29 @@ SETTINGS = {"negative_prompt": "", "steps": 3, "sampler": "ddim", "guidance_scal
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def asked() -> Iterator[list[str]]:
+    """The addresses outside of this machine that this process has tried to reach."""
+    found: list[str] = []
+    connect, lookup = socket.socket.connect, socket.getaddrinfo
+
+    def connecting(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOCAL:
+            found.append(str(address))
+        connect(self, address)
+
+    def looking(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host not in LOCAL:
+            found.append(str(host))
+        return lookup(host, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connecting)
+        patch.setattr(socket, "getaddrinfo", looking)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, asked: list[str]) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("page")
     (root / "secret").mkdir()
     (root / "secret" / "secret.txt").write_text(SECRET)
@@ -557,8 +581,9 @@ def test_requests_from_other_pages_are_refused(served: Served, headers: dict[str
     )
 
 
-def test_nothing_outside_was_written_and_the_page_still_works(served: Served) -> None:
+def test_nothing_outside_was_reached_or_written_and_the_page_still_works(served: Served, asked: list[str]) -> None:
     """The last test, after all attacks."""
+    assert asked == []
     assert sorted(path.name for path in served.root.iterdir()) == ["data", "models", "out", "runs", "secret"]
     assert (served.root / "secret" / "secret.txt").read_text() == SECRET
     assert sorted(path.name for path in (served.root / "secret").iterdir()) == ["secret.png", "secret.txt"]

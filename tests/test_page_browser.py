@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, expect
 
 from ldm.formats.png import read_png
 from support.browser import SECONDS, Shown, chromium, open_page
+from support.models import distilled_pipeline
 from support.page import Served, serving
 from train.config.generation import Txt2ImgOptions
 from train.page import painting
@@ -23,6 +24,8 @@ MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='ru
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(tmp_path_factory.mktemp("page")) as served:
+        distilled_pipeline().save_pretrained(served.page.places.models / "student")
+        (served.page.places.models / "student/training.json").write_text('{"config": {"scales": [2, 6]}}')
         values = {"model": "small", "prompt": "a small red star", "steps": 2, "num_images": 2, "seed": 0}
         o = painting.options(Txt2ImgOptions, served.page, values)
         painting.submit(served.page, "first", lambda job: painting.generate(o, job, served.page))
@@ -90,6 +93,69 @@ def test_every_tab_opens(shown: Shown) -> None:
     expect(shown.tab.locator(".toast-body")).to_have_count(0)
 
 
+def choose_model(shown: Shown, name: str) -> None:
+    shown.tab.locator("#model input").click()
+    shown.tab.get_by_role("option", name=name, exact=True).click()
+
+
+def value(shown: Shown, label: str) -> str:
+    return shown.tab.get_by_label(label, exact=True).locator("visible=true").first.input_value()
+
+
+def test_a_student_brings_its_own_settings_and_warnings_are_shown(shown: Shown, served: Served) -> None:
+    expect(shown.button("model")).to_contain_text("25 steps of dpmpp_2m, 32 × 32 pixels")
+    shown.fill("Steps (0: own)", 30)
+    shown.fill("Images", 1)
+    choose_model(shown, "student")
+    expect(shown.button("model")).to_contain_text(
+        "4 steps of lcm, 32 × 32 pixels. Guidance 2 to 6. No negative prompt."
+    )
+    assert value(shown, "Steps (0: own)") == "0"
+    shown.fill("Guidance (CFG)", 9)
+    number = after(served)
+    shown.button("generate-text").click()
+    (path,) = done(served, number)
+    assert (read_png(path)["steps"], read_png(path)["sampler"]) == (4, "lcm")
+    expect(shown.tab.locator("#status .warned")).to_contain_text("this model was trained with 2 to 6")
+    shown.see(path)
+    shown.choose(0)
+    expect(shown.tab.locator("#note textarea")).to_have_value(re.compile("trained with 2 to 6"))
+    shown.shoot("student")
+    shown.fill("Negative prompt", "blue")
+    number = after(served)
+    shown.button("generate-text").click()
+    expect(shown.tab.locator("#status")).to_contain_text(f"job {number}, failed")
+    expect(shown.tab.locator("#status .failed")).to_contain_text("this model's guidance is distilled")
+    choose_model(shown, "small")
+    expect(shown.button("model")).to_contain_text("25 steps of dpmpp_2m")
+    assert value(shown, "Guidance (CFG)") == "3"
+
+
+def test_the_seen_image_stays_when_newer_ones_come(shown: Shown, served: Served) -> None:
+    shown.fill("Steps (0: own)", 2)
+    shown.choose(1)
+    settings, seen = shown.settings(), shown.tab.locator("#gallery .media-button img").first
+    source = seen.get_attribute("src")
+    number = after(served)
+    shown.button("generate-text").click()
+    done(served, number)
+    shown.tab.wait_for_timeout(2000)
+    assert (seen.get_attribute("src"), shown.settings()) == (source, settings)
+
+
+def test_control_enter_generates_and_a_reload_keeps_the_form(shown: Shown, served: Served) -> None:
+    shown.fill("Steps (0: own)", 3)
+    shown.fill("Images", 1)
+    shown.fill("Prompt", "a kept prompt")
+    number = after(served)
+    shown.tab.get_by_label("Prompt", exact=True).locator("visible=true").first.press("Control+Enter")
+    (path,) = done(served, number)
+    assert (read_png(path)["steps"], read_png(path)["prompt"]) == (3, "a kept prompt")
+    shown.tab.reload()
+    expect(shown.tab.get_by_label("Prompt", exact=True).locator("visible=true").first).to_have_value("a kept prompt")
+    assert (value(shown, "Steps (0: own)"), value(shown, "Images")) == ("3", "1")
+
+
 def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> None:
     shown.fill("Seed (−1: any)", 1)
     shown.fill("Images", 1)
@@ -97,9 +163,7 @@ def test_models_are_switched_without_a_restart(shown: Shown, served: Served) -> 
     files = []
     for name in ("small", "other"):
         number = after(served)
-        field = shown.tab.get_by_label("Model", exact=True).locator("visible=true").first
-        field.click()
-        shown.tab.get_by_role("option", name=name, exact=True).click()
+        choose_model(shown, name)
         shown.button("generate-text").click()
         files += done(served, number)
     small, other = (np.asarray(Image.open(path)) for path in files)
@@ -170,6 +234,8 @@ def test_a_mask_drawn_with_the_mouse_is_inpainted(shown: Shown, served: Served) 
     shown.button("generate-inpaint").click()
     (path,) = done(served, number)
     settings = read_png(path)
+    sent = served.page.places.out / painting.gallery(served.page.places)[1]
+    assert (np.asarray(Image.open(settings["image"])) == np.asarray(Image.open(sent))).all()
     mask, given, made = (np.asarray(Image.open(p).convert("RGB")) for p in (settings["mask"], settings["image"], path))
     white = mask[..., 0] == 255
     assert 0 < white.mean() < 0.5
@@ -246,6 +312,23 @@ def test_a_grid_of_two_settings(shown: Shown, served: Served) -> None:
     shown.see(sheet)
     shown.choose(0)
     shown.shoot("grid")
+
+
+def test_a_grid_of_image_to_image(shown: Shown, served: Served) -> None:
+    shown.fill("Steps (0: own)", 4)
+    shown.choose(0)
+    shown.button("to-image").click()
+    expect(shown.tab.locator("#start-image img")).to_be_visible()
+    shown.mode("Grid")
+    shown.tab.locator("#grid-of").get_by_label("Image to image").click()
+    shown.tab.get_by_label("Columns", exact=True).click()
+    shown.tab.get_by_role("option", name="Strength", exact=True).click()
+    shown.tab.get_by_label("Values", exact=True).nth(0).fill("0.25, 0.75")
+    number = after(served)
+    shown.button("generate-grid").click()
+    *cells, _ = done(served, number)
+    assert [read_png(path)["strength"] for path in cells] == [0.25, 0.75] * 3
+    shown.shoot("grid-image")
 
 
 def test_an_animation(shown: Shown, served: Served) -> None:
