@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from PIL import Image
 
 from ldm.formats.png import read_png
 from support.models import distilled_pipeline
@@ -16,6 +17,7 @@ from train.page import painting
 from train.page.jobs import Job
 from train.page.models import Traits
 from train.page.paint_form import OWN, Form
+from train.page.painter import Painter
 from train.page.shared import Page
 from train.page.view import describe
 
@@ -105,6 +107,25 @@ def test_a_job_has_a_limited_number_of_warnings_of_one_line(page: Page) -> None:
     assert len(job.warnings) == 20
     assert job.warnings[1].startswith("a b 1xx")
     assert max(map(len, job.warnings)) <= 500
+
+
+def test_an_image_that_was_sent_to_the_editor_keeps_its_size_and_pixels(page: Page) -> None:
+    """Although the editor shows it enlarged, and the browser may round its colours."""
+    with gr.Blocks():
+        painter = Painter(page, Form(page))
+    (name,) = generated(page, width=24, height=32).result
+    original = Image.open(page.places.out / name).convert("RGB")
+    shown, sent = painter.to_inpaint(name)
+    enlarged = shown["background"]
+    assert enlarged.size == (24 * 16, 32 * 16)
+    rounded = enlarged.point(lambda value: max(0, value - 3))
+    for image in (enlarged, rounded):
+        assert painter._as_sent(image, sent).tobytes() == original.tobytes()
+    other = enlarged.copy()
+    other.paste((0, 255, 0), (100, 100, 200, 200))
+    small = enlarged.resize((24, 40))
+    for image, name_of_sent in ((other, sent), (small, sent), (enlarged, ""), (enlarged, None), (enlarged, "../x.png")):
+        assert painter._as_sent(image, name_of_sent) is image
 
 
 def test_a_page_without_models_says_what_to_do(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def tab(page: Page) -> None:
     ).then(
         plain(painter.to_inpaint),
         [shown.chosen],
-        [canvas.canvas, canvas.scale],
+        [canvas.canvas, canvas.sent],
         api_name="send_to_inpaint",
         show_progress="hidden",
     )
@@ -126,9 +126,7 @@ class _InpaintTab:
             height=560,
             elem_id="canvas",
         )
-        self.scale = gr.State(1)
-        self.canvas.upload(lambda: 1, None, self.scale, api_visibility="private")
-        self.canvas.clear(lambda: 1, None, self.scale, api_visibility="private")
+        self.sent = gr.State(None)
         with gr.Row():
             self.strength = gr.Slider(0, 1, 1.0, step=0.05, label="Strength inside the mask", min_width=160)
             self.feather = gr.Number(0, label="Feather (pixels)", minimum=0, min_width=100)
@@ -138,7 +136,7 @@ class _InpaintTab:
         self.button = gr.Button("Generate", variant="primary", elem_id="generate-inpaint")
 
     def fields(self) -> list[Any]:
-        return [self.canvas, self.scale, self.strength, self.feather, *self.extend]
+        return [self.canvas, self.sent, self.strength, self.feather, *self.extend]
 
 
 def _grid_tab() -> tuple[list[Any], gr.Button]:

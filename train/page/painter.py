@@ -1,12 +1,12 @@
 """The handlers of the tab that generates."""
 
-import math
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
+from PIL import Image, ImageChops
 
 from ldm.errors import UserError
 from train.commands.generate import model_sha256, read_options
@@ -28,6 +28,14 @@ TEXT, IMAGE, INPAINT, GRID, ANIMATION = "text", "image", "inpaint", "grid", "ani
 """The inner tabs."""
 EDITOR_SIDE = 512
 """Pixels; smaller images are enlarged to draw on them."""
+_ALIKE = 8  # difference of pixels that a browser's canvas may cause
+_EXACT = Image.Resampling.NEAREST
+
+
+def _drawn_at(image: Image.Image) -> tuple[int, int]:
+    """Return the size of an image in the editor."""
+    scale = max(1, EDITOR_SIDE // max(image.size))
+    return image.width * scale, image.height * scale
 
 
 class Painter:
@@ -59,14 +67,11 @@ class Painter:
 
     def _inpaint(self, own: tuple[Any, ...], values: tuple[Any, ...]) -> InpaintOptions:
         """Return the options of the tab's own fields, in their order, and of the form."""
-        drawing, scale, strength, feather, *extend = own
+        drawing, sent, strength, feather, *extend = own
         if not drawing:
             raise UserError("give an image to inpaint: upload one, or send one from the gallery")
-        image, sides = drawing["background"], [side or 0 for side in extend]
-        scale = int(scale) if isinstance(scale, int) and 1 <= scale <= EDITOR_SIDE else 1
-        size = (max(1, image.width // scale), max(1, image.height // scale))
-        image = image if scale == 1 else image.resize(size, Image.Resampling.NEAREST)
-        mask = painting.drawn_mask(drawing["layers"], size)
+        image, sides = self._as_sent(drawing["background"], sent), [side or 0 for side in extend]
+        mask = painting.drawn_mask(drawing["layers"], image.size)
         if mask is None and not any(sides):
             raise UserError("draw over the part to inpaint, or give a number of pixels to extend the image by")
         if any(not 0 <= side <= 4096 for side in sides):
@@ -134,12 +139,22 @@ class Painter:
         """Return the chosen image, for the tab that starts from an image."""
         return str(self._png(chosen)), gr.Tabs(selected=IMAGE)
 
-    def to_inpaint(self, chosen: Any) -> tuple[Any, int]:
-        """Return the chosen image enlarged, so that one can draw on it, and by how much."""
+    def to_inpaint(self, chosen: Any) -> tuple[Any, str]:
+        """Return the chosen image enlarged, so that one can draw on it, and its name."""
         image = read_image(str(self._png(chosen)))
-        scale = max(1, math.floor(EDITOR_SIDE / max(image.size)))
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        return {"background": image, "layers": [], "composite": None}, scale
+        return {"background": image.resize(_drawn_at(image), _EXACT), "layers": [], "composite": None}, chosen
+
+    def _as_sent(self, image: Image.Image, sent: Any) -> Image.Image:
+        """Return the image that was sent to the editor at its own size, if it is still there; else the editor's."""
+        if not sent:
+            return image
+        with suppress(UserError):  # it may have been deleted
+            original = read_image(str(self._png(sent)))
+            if image.size == _drawn_at(original):
+                difference = ImageChops.difference(image.resize(original.size, _EXACT), original)
+                if max(high for _, high in difference.getextrema()) <= _ALIKE:
+                    return original
+        return image
 
     def _submit(self, what: str, o: ModelOptions) -> None:
         title = f"{what}: {o.prompt[:60]}" if o.prompt else what
