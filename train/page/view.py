@@ -101,7 +101,8 @@ def view(page: Page, form: Form) -> View:
         names = page.places.model_names()
         if names == before:
             return gr.skip(), gr.skip()
-        return gr.Dropdown(choices=names, value=chosen if chosen in names else next(iter(names), None)), names
+        new: Any = {} if chosen in names else {"value": next(iter(names), None)}  # the browser may just restore it
+        return gr.Dropdown(choices=names, **new), names
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
     seeing = ([seen, chosen, opened], [status, gallery, names, seen, cancel, clear])
