@@ -88,7 +88,7 @@ def trained_scales(model: str | Path) -> tuple[float, float] | None:
     try:
         low, high = read_json(Path(model_folder(model)) / _FILE)["config"]["scales"]
         return float(low), float(high)
-    except (OSError, ValueError, TypeError, KeyError, UserError):
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, UserError):
         return None
 
 

@@ -121,7 +121,7 @@ def _change(name: str, word: str, first: str, places: Places, o: GenerateOptions
             steps_for_strength(number, o.number_of_steps)
         if option in MOST and not 1 <= number <= MOST[option]:
             raise UserError(f"{name} {word[:50]}: must be 1 to {MOST[option]}")
-    return lambda o: replace(o, **{option: value})
+    return lambda o: replace(o, **{option: value})  # type: ignore[arg-type]
 
 
 def require_few(columns: Axis, rows: Axis | None) -> int:

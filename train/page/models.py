@@ -42,7 +42,7 @@ class Traits:
             steps = ModelOptions().for_sampler(sampler).number_of_steps
             size = (int(width) * factor, int(height) * factor)
             return cls(sampler, steps, size, distilled, trained_scales(folder) if distilled else None)
-        except (UserError, OSError, ValueError, TypeError, LookupError, AttributeError):
+        except (UserError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
             return cls()
 
     def line(self) -> str:
