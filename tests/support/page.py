@@ -58,7 +58,7 @@ def serving(
     """Serve a page on loopback."""
     page = Page(places or make_folders(root), device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "GRADIO_ANALYTICS_CACHE_FREQUENCY"):
             patch.setenv(name, "")  # restored at the end
         before = dict(os.environ)
         isolate(page.places.out)

@@ -19,6 +19,7 @@ def isolate(out: Path) -> None:
         defer("pandas")  # gradio needs it for tables, which the page doesn't have
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(2**31),  # events until a table of events is made, with pandas
         "GRADIO_TEMP_DIR": str(cache),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
