@@ -35,6 +35,7 @@ def tab(page: Page) -> None:
         refresh = gr.Button("Look again", elem_id="runs-refresh", scale=1, min_width=110)
         stop = gr.Button("Stop", variant="stop", elem_id="run-stop", scale=1, min_width=90)
     status = gr.HTML(elem_id="run-status")
+    form(page, run)
     seen = gr.State((_UNSEEN, _UNSEEN))
     with gr.Tab("Curves", render_children=True):
         curves = gr.HTML(elem_id="run-curves")
@@ -46,7 +47,6 @@ def tab(page: Page) -> None:
         damaged = [gr.HTML(elem_id=f"run-damaged{end}", visible=not end) for end in ("", "-beside")]
     with gr.Tab("Output", render_children=True), gr.Row():
         output = [gr.HTML(elem_id=f"run-output{end}", visible=not end) for end in ("", "-beside")]
-    form(page, run)
 
     shown = [status, seen, curves, *strips, *cards, *damaged, *output]
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
