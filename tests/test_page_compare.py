@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import binomtest
 
 from ldm.errors import UserError
-from support.models import PROMPTS, tiny_pipeline
+from support.models import PROMPTS, distilled_pipeline, tiny_pipeline
 from train.evaluation.preference import Interval, Preference, Z, sign_test, wilson
 from train.page import compare, comparing
 from train.page.places import Places
@@ -187,8 +188,6 @@ def test_both_models_generate_from_the_same_prompts_and_seeds(models: Path, tmp_
     poll = Poll.open(folder)
     assert poll.study.prompts == (PROMPTS[0], PROMPTS[1], PROMPTS[0])
     assert poll.study.seeds == (5, 6, 7)
-    import torch
-
     own = tiny_pipeline()(
         PROMPTS[1],
         num_inference_steps=2,
@@ -201,6 +200,28 @@ def test_both_models_generate_from_the_same_prompts_and_seeds(models: Path, tmp_
         assert np.abs(np.asarray(stored, int) - np.asarray(own, int)).max() <= 1  # batches round differently
     with pytest.raises(UserError, match="there is a comparison with this name"):
         comparing.submit(page, "mine", ("a", "b"), SETTINGS)
+
+
+def test_each_model_can_have_its_own_sampler_and_steps(tmp_path: Path) -> None:
+    distilled_pipeline().save_pretrained(tmp_path / "models/student")
+    tiny_pipeline().save_pretrained(tmp_path / "models/plain")
+    page = Page(Places(tmp_path / "models", tmp_path / "runs", tmp_path, tmp_path / "out"), device="cpu")
+    job = comparing.submit(page, "mine", ("plain", "student"), SETTINGS | {"sampler": "own", "pairs": 1, "steps": 7})
+    assert page.jobs.wait(job, 60)
+    assert (job.state, job.text) == ("done", "")
+    for side, pipe, steps, sampler in (
+        ("first", tiny_pipeline(), 25, "dpmpp_2m"),
+        ("second", distilled_pipeline(), 4, "lcm"),
+    ):
+        (expected,) = pipe(
+            PROMPTS[0],
+            num_inference_steps=steps,
+            guidance_scale=1.5,
+            sampler=sampler,
+            generator=torch.Generator().manual_seed(5),
+        ).images
+        with Image.open(image_path(tmp_path / "runs/compare/mine", 0, side)) as stored:
+            assert np.abs(np.asarray(stored, int) - np.asarray(expected, int)).max() <= 1
 
 
 @pytest.mark.parametrize(

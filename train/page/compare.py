@@ -9,7 +9,7 @@ from ldm.errors import UserError, printable
 from ldm.samplers import SamplerKind
 from train.config.sampling import SamplingOptions
 from train.page import markup
-from train.page.comparing import KIND, MOST_PAIRS, submit
+from train.page.comparing import KIND, MOST_PAIRS, OWN, submit
 from train.page.datasets import dataset_names, enlarged
 from train.page.errors import plain
 from train.page.places import Places
@@ -103,9 +103,14 @@ def _new_comparison(page: Page, status: gr.HTML, quiet: dict[str, Any], acted: d
             pairs = gr.Number(
                 50, label=f"Pairs, up to {MOST_PAIRS}", precision=0, elem_id="compare-pairs", min_width=90
             )
-            steps = gr.Number(25, label="Steps", precision=0, elem_id="compare-steps", min_width=90)
+            steps = gr.Number(25, label="Steps (other samplers)", precision=0, elem_id="compare-steps", min_width=90)
             scale = gr.Number(SamplingOptions.guidance_scale, label="Guidance", min_width=90)
-            sampler = gr.Dropdown(list(get_args(SamplerKind)), value="dpmpp_2m", label="Sampler")
+            sampler = gr.Dropdown(
+                [("each model's own, with its steps", OWN), *((name, name) for name in get_args(SamplerKind))],
+                value=OWN,
+                label="Sampler",
+                elem_id="compare-sampler",
+            )
             seed = gr.Number(0, label="Seed", precision=0, min_width=90)
         with gr.Row():
             start = gr.Button("Generate the images", variant="primary", elem_id="compare-start")
@@ -166,8 +171,8 @@ def _result(places: Places, study: str | None) -> str:
     counts, n = poll.result(), poll.result().votes
     low, high = counts.interval
     rows = [
-        (poll.study.first, f"{counts.first:,} votes"),
-        (poll.study.second, f"{counts.second:,} votes"),
+        (poll.study.first, f"votes: {counts.first:,}"),
+        (poll.study.second, f"votes: {counts.second:,}"),
         ("ties", f"{counts.ties:,}"),
         (
             f"share of {poll.study.second}, ties counted half",

@@ -21,6 +21,8 @@ from train.page.studies import Study, pairs_of, save_image
 
 MOST_PAIRS = 500
 KIND = "compare"
+OWN = "own"
+"""Choice of the sampler and the number of steps that each model is used with by itself."""
 _BATCH = 8
 _MOST_STEPS = 1000
 _LONGEST_PROMPT = 2000
@@ -41,15 +43,16 @@ def submit(page: Page, name: object, models: Sequence[object], settings: Mapping
     names = [str(model) for model in models]
     options = [validate(ModelOptions, {"model": str(places.model(model)), "device": page.device}) for model in names]
     study = _study(places, names, settings)
-    sampling = validate(SamplingOptions, study.sampling).sampling()
+    sampling = validate(SamplingOptions, study.sampling)
 
     def work(job: Job) -> str:
         with atomic_folder(folder) as temporary:
-            progress = _Progress(job, 2 * -(-len(study.prompts) // _BATCH) * study.sampling["steps"])
+            progress = _Progress(job, 2 * -(-len(study.prompts) // _BATCH) * sampling.number_of_steps)
             sizes = set()
             for side, o in zip(("first", "second"), options, strict=True):
-                images = _images(page.models.load(o, o.model), study, sampling, progress)
-                for number, image in enumerate(images):
+                pipe = page.models.load(o, o.model)
+                own = sampling.for_sampler(pipe.process.sampler).sampling()
+                for number, image in enumerate(_images(pipe, study, own, progress)):
                     sizes.add(image.size)
                     if len(sizes) > 1:
                         shown = " and ".join(f"{width} × {height}" for width, height in sorted(sizes))
@@ -91,6 +94,8 @@ def _study(places: Places, models: Sequence[str], settings: Mapping[str, Any]) -
         raise UserError(f"a prompt has {longest:,} characters; the maximum is {_LONGEST_PROMPT:,}")
     texts, seeds = pairs_of(prompts, count, seed)
     sampling = {"steps": steps} | {name: settings[name] for name in ("guidance_scale", "sampler")}
+    if sampling["sampler"] == OWN:  # and its own number of steps
+        sampling = {"guidance_scale": sampling["guidance_scale"]}
     return Study(first=models[0], second=models[1], prompts=tuple(texts), seeds=tuple(seeds), sampling=sampling)
 
 
