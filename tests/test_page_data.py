@@ -94,7 +94,8 @@ def test_only_datasets_in_the_folder_are_read(page: Page, name: str) -> None:
         with pytest.raises(UserError):
             data._search(page.places, name, "", 1)
     else:
-        assert data._search(page.places, name, "", 1) == ("no dataset is chosen", [])
+        line = f"no dataset is chosen: there must be one in --data {str(page.places.data)!r}"
+        assert data._search(page.places, name, "", 1) == (line, [])
     assert page.jobs.all() == []
 
 

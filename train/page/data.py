@@ -221,7 +221,7 @@ def _sheet(path: Path) -> Image.Image | None:
 def _search(places: Places, name: str, words: str, number: int | None) -> tuple[str, Any]:
     """Return a line on what was found, and the images of a page of it."""
     if not name:
-        return f"There are no datasets in {places.data}: put one there, or start the page with --data.", []
+        return f"no dataset is chosen: there must be one in --data {str(places.data)!r}", []
     if not isinstance(number, int | NoneType) or not isinstance(words, str | NoneType):
         raise UserError("a search needs words and the number of a page")
     if len(words or "") > _LONGEST_WORDS:
