@@ -96,7 +96,7 @@ class Painter:
             case "text":
                 kind: GenerateOptions = self._text(form)
             case "image":
-                kind = self._image(*edited[:2], form)
+                kind = self._image(edited[0], edited[1], form)
             case "inpaint":
                 kind = self._inpaint(edited[2:], form)
             case _:
