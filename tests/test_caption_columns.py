@@ -181,6 +181,13 @@ def test_a_missing_column_is_named(tmp_path: Path, form: str, column: str, messa
         open_inputs(write(form, tmp_path / "data"), DataConfig(caption_column=column))
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv", "tar", "files"])
+def test_a_missing_column_is_named_where_captions_are_not_required(tmp_path: Path, form: str) -> None:
+    config = DataConfig(caption_column="long:1 title:2")
+    with pytest.raises(UserError, match=r"--input.caption-column title: .*"):
+        open_inputs(write(form, tmp_path / "data"), config, captioned=False)
+
+
 def test_a_column_that_damages_rows_is_named(tmp_path: Path) -> None:
     data = write("tar", tmp_path / "data", lambda k: texts(k) | {"tags": {"not": "a text"} if k == 2 else "x"})
     with pytest.raises(UserError, match=r"--input.caption-column tags: gives other images than long, e.g. .*must be a"):

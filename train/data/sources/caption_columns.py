@@ -90,7 +90,9 @@ def _join(split: str, found: Mapping[str, Splits], weights: Mapping[str, float])
         with _naming(name):
             if split not in splits:
                 raise UserError(f"no captions in the split {split!r}")
-            columns[name] = splits[split]()
+            columns[name] = column = splits[split]()
+            if column.uncaptioned == len(column):  # also where captions aren't required, e.g. in inspect_data.py
+                raise UserError(f"{column.location} has no captions in this column")
     return SeveralColumns(columns, list(weights.values()))
 
 
