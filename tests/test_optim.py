@@ -21,13 +21,20 @@ def gradients(net: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
-def test_matrices_step_as_with_torchs_muon(shape: tuple[int, int]) -> None:
+def test_matrices_step_as_with_torchs_muon(shape: tuple[int, int], scale: str) -> None:
+    """With a matrix_lr, steps have the scale of Jordan et al., and weights decay with lr as before."""
     ours = nn.ModuleList(nn.Linear(*shape, bias=False) for _ in range(3))
     theirs = copy.deepcopy(ours)
-    optimizer = replace(CONFIG, weight_decay=5.0).build(ours)
+    original = scale == "original"
+    optimizer = replace(CONFIG, weight_decay=5.0, matrix_lr=0.02 if original else 0.0).build(ours)
     reference = torch.optim.Muon(
-        theirs.parameters(), lr=1e-2, weight_decay=5.0, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+        theirs.parameters(),
+        lr=0.02 if original else 1e-2,
+        weight_decay=2.5 if original else 5.0,
+        momentum=0.9,
+        adjust_lr_fn=scale,
     )
     for step in range(4):
         for net, by in ((ours, optimizer), (theirs, reference)):
