@@ -56,7 +56,7 @@ def tab(page: Page) -> None:
     with gr.Tab("Report", render_children=True):
         figures = gr.HTML(elem_id="data-figures")
         text = gr.HTML(elem_id="data-report")
-    with gr.Tab("Contact sheet", render_children=True):
+    with gr.Tab("Contact sheet", render_children=True) as contact:
         sheet = gr.Image(
             label="Contact sheet",
             elem_id="contact-sheet",
@@ -101,6 +101,8 @@ def tab(page: Page) -> None:
     gr.Timer(_SECONDS).tick(plain(look), [name, seen], [status, *shown], **quiet)
     for event in (find.click, words.submit, name.change):
         event(plain(first_page), [name, words], [number, found, images], **acted)
+    # Its update may come while its tab is opened, and is then lost in the browser.
+    contact.select(plain(lambda name: _contact_sheet(places, name)), name, sheet, **quiet)
     number.input(
         plain(lambda name, words, n: _search(places, name, words, n)),
         [name, words, number],
@@ -210,6 +212,10 @@ def _copies(duplicates: dict[str, Any]) -> list[tuple[str, object]]:
         )
         for kind, title in kinds
     ]
+
+
+def _contact_sheet(places: Places, name: str | None) -> Image.Image | None:
+    return _sheet(report_folder(places, name) / "contact_sheet.png") if name else None
 
 
 def _sheet(path: Path) -> Image.Image | None:
