@@ -51,8 +51,8 @@ def submit(page: Page, name: object, models: Sequence[object], settings: Mapping
             sizes = set()
             for side, o in zip(("first", "second"), options, strict=True):
                 pipe = page.models.load(o, o.model)
-                own = sampling.for_sampler(pipe.process.sampler).sampling()
-                for number, image in enumerate(_images(pipe, study, own, progress)):
+                chosen = sampling if sampling.sampler else sampling.for_sampler(pipe.process.sampler)
+                for number, image in enumerate(_images(pipe, study, chosen.sampling(), progress)):
                     sizes.add(image.size)
                     if len(sizes) > 1:
                         shown = " and ".join(f"{width} × {height}" for width, height in sorted(sizes))
