@@ -43,26 +43,35 @@ class Texts:
         """
         if rules not in get_args(PromptWeights):
             raise UserError(f"prompt_weights {rules!r}: choose {', '.join(get_args(PromptWeights))}")
-        prompts, condition = _features(model, prompt, prompt_embeds, "prompt", rules)
-        _, negative = _features(model, negative_prompt or "", negative_prompt_embeds, "negative_prompt", rules)
+        prompts = _texts(prompt, prompt_embeds, "prompt")
+        negatives = _texts(negative_prompt or "", negative_prompt_embeds, "negative_prompt")
+        rows, n = model.encode([*prompts, *negatives], rules), len(prompts)
+        condition = rows[:n] if prompt_embeds is None else _checked(model, prompt_embeds, "prompt_embeds")
+        negative = (
+            rows[n:]
+            if negative_prompt_embeds is None
+            else _checked(model, negative_prompt_embeds, "negative_prompt_embeds")
+        )
         has_negative = negative_prompt_embeds is not None or any(negative_prompt or ())
         return cls(prompts, condition, negative, rules, has_negative)
 
 
-def _features(
-    model: Model, texts: str | Sequence[str] | None, embeds: Tensor | None, argument: str, rules: PromptWeights
-) -> tuple[list[str], Tensor]:
-    if embeds is None:
-        prompts = [texts] if isinstance(texts, str) else list(texts or ())
-        if not prompts:
-            raise UserError(f"{argument} {texts!r}: give at least one, or {argument}_embeds")
-        return prompts, model.encode(prompts, rules)
-    if texts:
+def _texts(texts: str | Sequence[str] | None, embeds: Tensor | None, argument: str) -> list[str]:
+    """Return the texts to encode; empty if features are given. Raises UserError if there are neither or both."""
+    prompts = [texts] if isinstance(texts, str) and (texts or embeds is None) else list(texts or ())
+    if embeds is None and not prompts:
+        raise UserError(f"{argument} {texts!r}: give at least one, or {argument}_embeds")
+    if embeds is not None and prompts:
         raise UserError(f"{argument} and {argument}_embeds are both given: give only one of them")
+    return prompts
+
+
+def _checked(model: Model, embeds: Tensor, argument: str) -> Tensor:
+    """Return features (b, tokens, width) for the backbone. Raises UserError if they have a wrong shape."""
     shape = (model.text_encoder.tokens, model.text_encoder.width)
     if embeds.ndim != 3 or not len(embeds) or embeds.shape[1:] != shape:
-        raise UserError(f"{argument}_embeds of shape {tuple(embeds.shape)}: must be (b, {shape[0]}, {shape[1]})")
-    return [], embeds.to(model.device, model.backbone.dtype)
+        raise UserError(f"{argument} of shape {tuple(embeds.shape)}: must be (b, {shape[0]}, {shape[1]})")
+    return embeds.to(model.device, model.backbone.dtype)
 
 
 @dataclass(frozen=True)

@@ -586,7 +586,7 @@ def test_options_that_save_memory_generate_the_same(folder: Path, monkeypatch: p
     pipe.model.offload = torch.device("cpu", 0)  # its name distinguishes it from the device where the networks stay
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     np.testing.assert_array_equal(pipe(PROMPTS, generator=generators(2, 5), **how).images, plain)
-    networks = ["TextTower", "TextTower", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
+    networks = ["TextTower", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
     assert moved == [(name, device) for name in networks for device in ("cpu:0", "cpu")]
 
     weak = LatentDiffusionPipeline.from_pretrained(folder)
