@@ -139,15 +139,16 @@ def test_only_what_changed_is_sent_again(tmp_path: Path) -> None:
     folder = made(tmp_path / "run")
     (folder / "samples").mkdir()
     unseen = {"run": None}
-    status, versions, shown, strip, _, card, *_ = _update(places, ("run", None), (unseen, unseen))
+    status, stop, versions, shown, strip, _, card, *_ = _update(places, ("run", None), (unseen, unseen))
+    assert not stop.interactive  # nothing runs
     assert "stopped: step 50 of 100" in status
     assert "<svg" in shown
     assert strip.visible
     assert "no model yet" in card.value
-    assert _update(places, ("run", None), versions)[1:] == [gr.skip()] * 10
+    assert _update(places, ("run", None), versions)[2:] == [gr.skip()] * 10
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 55, "time": 122.0, "loss": 0.5}\n')
-    status, _, shown, strip, *_ = _update(places, ("run", None), versions)
+    status, _, _, shown, strip, *_ = _update(places, ("run", None), versions)
     assert "step 55 of 100" in status
     assert strip == gr.skip()
     assert "<svg" in shown

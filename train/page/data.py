@@ -1,6 +1,7 @@
 """The tab that shows a dataset: what inspect_data finds in it, and its images by caption."""
 
 import json
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -189,7 +190,12 @@ def _figures(report: dict[str, Any]) -> list[str]:
     figures.append(markup.bars("Shapes, width : height", [(shape, n) for shape, n in images["shapes"].items() if n]))
     figures.append(markup.bars("Formats", list((images["formats"] | images["traits"]).items())))
     if frequent := captions.get("most_frequent"):
-        figures.append(markup.bars("Most frequent captions", [(text[:60], n) for text, n in frequent.items()]))
+        figures.append(
+            markup.bars(
+                "Most frequent captions",
+                [(textwrap.shorten(text, 60, placeholder=" …"), n) for text, n in frequent.items()],
+            )
+        )
     return figures
 
 

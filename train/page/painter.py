@@ -1,5 +1,6 @@
 """The handlers of the tab that generates."""
 
+import textwrap
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -158,7 +159,7 @@ class Painter:
         return image
 
     def _submit(self, what: str, o: ModelOptions) -> None:
-        title = f"{what}: {o.prompt[:60]}" if o.prompt else what
+        title = f"{what}: {textwrap.shorten(o.prompt, 80, placeholder=' …')}" if o.prompt else what
         painting.submit(self.page, title, lambda job: painting.generate(o, job, self.page))
 
     def _edited(self, values: tuple[Any, ...]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def tab(page: Page) -> None:
     with gr.Tab("Output", render_children=True), gr.Row():
         output = [gr.HTML(elem_id=f"run-output{end}", visible=not end) for end in ("", "-beside")]
 
-    shown = [status, seen, curves, *strips, *cards, *damaged, *output]
+    shown = [status, stop, seen, curves, *strips, *cards, *damaged, *output]
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 
     def update(first: str | None, second: str | None, before: Sequence[Version]) -> list[Any]:
@@ -95,13 +95,14 @@ def _update(places: Places, names: Sequence[str | None], before: Sequence[Versio
         "".join(run_status(run) for run in runs if run)
         or markup.quiet(f"no runs in {places.runs} yet: start one below")
     )
+    busy = [run is not None and bool(run.owner or trainings.started_by_page(run.path)) for run in runs]
+    stop = gr.Button(interactive=busy[0])
     if versions == before:
-        busy = [run is not None and bool(run.owner or trainings.started_by_page(run.path)) for run in runs]
         output = [_output(run) if run and b else gr.skip() for run, b in zip(runs, busy, strict=True)]
-        return [status, *[gr.skip()] * 8, *output]
+        return [status, stop, *[gr.skip()] * 8, *output]
     parts = [_parts(run, now, then) for run, now, then in zip(runs, versions, before, strict=True)]
     by_kind = [part for kind in zip(*parts, strict=True) for part in kind]
-    return [status, versions, markup.styled(curves([run for run in runs if run])), *by_kind]
+    return [status, stop, versions, markup.styled(curves([run for run in runs if run])), *by_kind]
 
 
 def _parts(run: RunView | None, now: Version, then: Version) -> list[Any]:
