@@ -24,7 +24,7 @@ def gradients(net: nn.Module, seed: int) -> None:
 @pytest.mark.parametrize("scale", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
 def test_matrices_step_as_with_torchs_muon(shape: tuple[int, int], scale: str) -> None:
-    """With a matrix_lr, steps have the scale of Jordan et al., and weights decay with lr as before."""
+    """Steps have the scale of Jordan et al. if there is a matrix_lr, and weights decay with lr as before."""
     ours = nn.ModuleList(nn.Linear(*shape, bias=False) for _ in range(3))
     theirs = copy.deepcopy(ours)
     original = scale == "original"
