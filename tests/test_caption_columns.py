@@ -206,5 +206,5 @@ def test_weights_are_read() -> None:
     for name in ("", "text", "a b", "a:b", "txt"):
         assert caption_columns(name) == {}
     for wrong in ("a:3 b", "a:0 b:1", "a:-1 b:1", "a:1 a:2", "a:1,b:2", "a: 3 b:1", ":3", "a:1e400", "a:9999999 b:1"):
-        with pytest.raises(ValueError, match="caption_column"):
+        with pytest.raises(ValueError, match="must"):
             caption_columns(wrong)

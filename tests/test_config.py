@@ -286,6 +286,7 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("optimizer: {lr: .nan}", ["optimizer.lr", "finite"]),
         ("optimizer: {rate: 1}", ["optimizer.rate"]),
         ("precision: fp8", ["precision", "fp8", "bf16"]),
+        ("input: {encoding: utf-9}", ["input.encoding = 'utf-9': is unknown; accepted"]),
         ("unet: {channels: [32], heads: [1, 2]}", ["unet", "one entry per level"]),
         ("- steps", ["list", "mapping"]),
         ("steps: !!python/object/apply:os.system ['true']", ["YAML"]),
@@ -336,6 +337,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, words: list[
         (["--steps", "0"], ["steps", "greater than 0"]),
         (["--precision", "fp8"], ["fp8", "bf16"]),
         (["--optimizer.lr"], ["optimizer.lr"]),
+        (["--input.encoding", "utf-9"], ["--input.encoding utf-9: is unknown; accepted: utf-8"]),
+        (["--input.caption-column", "a:0"], ["--input.caption-column a:0: must be the name of a column, or names"]),
     ],
 )
 def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], words: list[str]) -> None:
@@ -603,6 +606,6 @@ def test_absurd_sizes_are_refused_at_once(kind: Any, words: str, message: str) -
 def test_a_path_with_a_nul_character_is_refused(name: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(f'{name}: "a\\0b"{"}" * ("{" in name)}\n')
-    with pytest.raises(UserError, match=r"'a\\x00b' contains a NUL character") as caught:
+    with pytest.raises(UserError, match=r" = 'a\\x00b': contains a NUL character") as caught:
         parse(LdmConfig, [str(file)])
     assert name.rpartition("{")[2] in str(caught.value)

@@ -27,7 +27,7 @@ Side = Annotated[int, Field(le=LONGEST_SIDE)]
 
 def _without_nul(path: str) -> str:
     if "\0" in path:
-        raise ValueError(f"{path[:80]!r} contains a NUL character, which no path can")
+        raise ValueError("contains a NUL character, which no path can")
     return path
 
 

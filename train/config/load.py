@@ -34,6 +34,7 @@ class Checked(Protocol):
 
 RESUME_WITH_CHANGES = "--resume-with-changes"
 """Option of the training commands that lets a run continue with other settings. It isn't a setting itself."""
+_MOST_QUOTED = 100  # characters of a wrong value
 Config = TypeVar("Config")
 Stage = TypeVar("Stage", bound=Checked)
 
@@ -178,9 +179,9 @@ def first_error(error: ValidationError, options: Mapping[str, Option] | None = N
     if first["type"] == "value_error":
         if not name or reason.startswith(name):
             return reason
-        # Fields of a record contradict each other, and the reason starts with the name of one; or a value is wrong.
-        return f"{name}.{reason}" if isinstance(first["input"], dict) else f"{name}: {reason}"
-    return f"{name} = {first['input']!r}: {reason}"
+        if isinstance(first["input"], dict):  # fields of a record contradict each other; the reason names one of them
+            return f"{name}.{reason}"
+    return f"{name} = {repr(first['input'])[:_MOST_QUOTED]}: {reason}"
 
 
 def _reason(first: "ErrorDetails") -> str:

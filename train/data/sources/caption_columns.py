@@ -30,12 +30,9 @@ def caption_columns(text: str) -> dict[str, float]:
         return {}
     unclear = _PAIRS.sub("", text) or any(_ATTEMPT.search(name) for name, _ in pairs)
     if unclear or not all(0 < weight <= _MOST for _, weight in pairs):
-        raise ValueError(
-            f"caption_column {text!r}: must be the name of a column, or names with weights above 0, "
-            "e.g. 'long:3 short:1'"
-        )
+        raise ValueError("must be the name of a column, or names with weights above 0, e.g. 'long:3 short:1'")
     if len(weights := dict(pairs)) < len(pairs):
-        raise ValueError(f"caption_column {text!r}: each column must be named once")
+        raise ValueError("must name each column once")
     return weights
 
 

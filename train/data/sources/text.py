@@ -98,7 +98,7 @@ def check_encoding(name: str) -> None:
     try:
         "".encode(name)
     except (LookupError, ValueError):
-        raise ValueError(f"encoding {name!r}: is unknown; accepted: utf-8, cp932, gb18030, cp1251, cp1252, …") from None
+        raise ValueError("is unknown; accepted: utf-8, cp932, gb18030, cp1251, cp1252, …") from None
 
 
 def require_encoding(encoding: str, file: str) -> str:
