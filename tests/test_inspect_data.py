@@ -297,6 +297,19 @@ def test_images_without_captions(tmp_path: Path) -> None:
     assert "no captions: you can train an autoencoder" in printed
 
 
+def test_a_misspelt_caption_column_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for k in range(4):
+        image(k).save(tmp_path / "data" / f"{k}.png")
+    rows = [json.dumps({"file_name": f"{k}.png", "title": f"image {k}"}) + "\n" for k in range(4)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(rows))
+    words = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 0, "--input.caption-column")
+    assert inspect(*words, "title")[0] == 0
+    status, _, errors = inspect(*words, "tilte")
+    assert status == 2
+    assert errors == f"error: --input.caption-column tilte: {tmp_path / 'data'} has no captions in this column\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -46,6 +46,9 @@ def inspect(o: InspectOptions, config: str = "", *, progress: Callable[[float], 
     require_at_least(0, o, "limit", "workers", "text_chunks")
     encoder = ClipTextEncoder.load(o.text_encoder, chunks=o.text_chunks or None) if o.text_encoder else None
     inputs = open_inputs(o.data, o.input, captioned=False)
+    catalogue, column = inputs.source.catalogue, o.input.caption_column
+    if column and catalogue.uncaptioned == len(catalogue):
+        raise UserError(f"--input.caption-column {column}: {catalogue.location} has no captions in this column")
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that an error costs no time
     selection = Selection([s for s in (inputs.source, inputs.held_out) if o.split in ("all", s.split)], o.limit)
