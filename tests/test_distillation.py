@@ -20,6 +20,7 @@ from support.models import PROMPTS, tiny_pipeline
 from support.runs import Crash, distill_config, final_state, train_in_processes, train_stage
 from support.stepping import record, uniforms
 from train.commands.evaluate import evaluate
+from train.config.data import DataConfig
 from train.config.distill import DistillConfig
 from train.config.reports import EvaluateOptions
 from train.data.synthetic.shapes import prompts
@@ -306,6 +307,10 @@ def test_an_inpainting_model_is_distilled(shapes: Path, teachers: Path, tmp_path
         ({"solver_steps": 2000, "method": "consistency"}, "2000 steps of the solver"),
         ({"sample_steps": 1001}, "1001 sampling steps"),
         ({"weight_noise": True}, "weight_noise: is for a teacher that predicts eps, not v"),
+        (
+            {"method": "consistency", "adversarial": 0.1, "input": DataConfig(resolution=8)},
+            "adversarial 0.1: latents of 4 × 4 are too small",
+        ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(
@@ -334,7 +339,8 @@ def test_a_teacher_that_does_not_fit_is_refused(
         ({"trajectory": 4}, "trajectory 4: only with method consistency"),
         ({"method": "consistency", "trajectory": 51}, r"trajectory 51: must be at most 50 \(solver_steps\)"),
         ({"method": "consistency", "trajectory": 4, "levels": 5}, "levels 5: must divide 4, the steps of a trajectory"),
-        ({"levels": 2}, "levels 2: must divide 1"),
+        ({"levels": 2}, "levels 2: only with a trajectory; set it to 1"),
+        ({"evaluate_every": 5}, "evaluate_every 5: needs evaluation_features"),
         ({"method": "consistency", "weight_noise": True}, "weight_noise: only with method guidance"),
         ({"adversarial": 0.1}, "adversarial 0.1: only with method consistency"),
     ],

@@ -78,16 +78,22 @@ class DistillConfig(LatentConfig):
     @model_validator(mode="after")
     def _trajectories_fit(self) -> Self:
         if self.trajectory and self.method != "consistency":
-            raise ValueError(f"trajectory {self.trajectory}: only with method consistency; leave it out")
+            raise ValueError(f"trajectory {self.trajectory}: only with method consistency; set it to 0")
         if self.trajectory > self.solver_steps:
             raise ValueError(f"trajectory {self.trajectory}: must be at most {self.solver_steps} (solver_steps)")
-        if (self.trajectory or 1) % self.levels:
-            raise ValueError(f"levels {self.levels}: must divide {self.trajectory or 1}, the steps of a trajectory")
+        if not self.trajectory and self.levels > 1:
+            raise ValueError(f"levels {self.levels}: only with a trajectory; set it to 1")
+        if self.trajectory % self.levels:
+            raise ValueError(f"levels {self.levels}: must divide {self.trajectory}, the steps of a trajectory")
         return self
 
-    @property
-    def own_features(self) -> str:
-        return self.teacher
+    @model_validator(mode="after")
+    def _evaluations_have_features(self) -> Self:
+        if self.evaluate_every and not self.evaluation_features:
+            raise ValueError(
+                f"evaluate_every {self.evaluate_every}: needs evaluation_features, e.g. inception or runs/clip/model"
+            )
+        return self
 
     def build_discriminator(self, channels: int, side: int) -> "PatchDiscriminator | None":
         """Return the discriminator of latents (channels, side, side), or None. Raises UserError if they are too small.

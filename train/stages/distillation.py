@@ -64,6 +64,7 @@ class DistillComponents(Components):
     """Components of distillation; `backbone` is the student."""
 
     teacher: Teacher
+    discriminator: PatchDiscriminator | None
 
 
 class DistillationLoss(Loss):
@@ -115,9 +116,7 @@ class DistillStage(LdmStage[DistillConfig]):
     components: DistillComponents
 
     def __init__(self, run: Run[DistillConfig], components: DistillComponents, *given: Any) -> None:
-        config, student = run.config, components.backbone
-        torch.manual_seed(config.seed)  # torch's global generator is used for the initial weights only
-        self.discriminator = config.build_discriminator(student.latent_channels, min(student.sample_size))
+        config, self.discriminator = run.config, components.discriminator
         super().__init__(run, components, *given)
         if self.discriminator is not None:
             module = DiscriminatorLoss(self.discriminator.to(run.accelerator.device), AdversarialConfig(kind="hinge"))
@@ -168,6 +167,8 @@ def load_components(config: DistillConfig, device: torch.device) -> DistillCompo
     if task == "inpaint" and config.prompts:
         raise UserError("prompts with an inpainting teacher: its sample sheets use held-out images; leave prompts out")
     backbone = student_of(unet, channels, side)
+    torch.manual_seed(config.seed)  # torch's global generator is used for the initial weights only
+    discriminator = config.build_discriminator(channels, side)
     for network in (unet, backbone.module, autoencoder.vae):
         network.to(device)
     text_encoder.to(device)
@@ -188,6 +189,7 @@ def load_components(config: DistillConfig, device: torch.device) -> DistillCompo
         attention[0],
         changes=(),
         teacher=Teacher(teacher, text_encoder.encode([""]).float()),
+        discriminator=discriminator,
     )
 
 
