@@ -1,11 +1,13 @@
 """Measure a trained model on a dataset, and write a report and a sample sheet."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -33,10 +35,11 @@ from train.evaluation.styles import measure_styles
 from train.evaluation.sweep import sweep
 
 _LEVELS = 16  # noise levels of the curve of held-out errors
+_SHOWN = 16  # images on the sheet; of Shapes, of each kind of prompts
 
 
-def evaluate(o: EvaluateOptions) -> dict[str, Any]:
-    """Measure a model and return the report, which is also written to `o.out` with a sample sheet."""
+def _check(o: EvaluateOptions) -> None:
+    """Raise UserError for a missing option or a number out of range."""
     for name, example in (("model", "runs/ldm/model"), ("data", "data/shapes")):
         if not getattr(o, name):
             raise UserError(f"--{name} is missing: give e.g. --{name} {example}")
@@ -50,6 +53,11 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
         raise UserError(f"--sweep.samples {o.sweep.samples}: must be at least 2")
     if min(o.sweep.steps, default=1) < 1:
         raise UserError(f"--sweep.steps {min(o.sweep.steps)}: must be at least 1")
+
+
+def evaluate(o: EvaluateOptions) -> dict[str, Any]:
+    """Measure a model and return the report, which is also written to `o.out` with a sample sheet."""
+    _check(o)
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
     o = o.for_sampler(pipe.process.sampler)
     if o.optimize != "auto":
@@ -87,22 +95,13 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
     sampling: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}
     if (Path(o.data) / "shapes.json").is_file():
-        report["alignment"] = {"prompts": o.prompts}
-        images, captions = [], []
-        for kind in ("seen", "unseen"):
-            scenes, auto = prompts(kind, o.prompts, o.seed), o.optimize == "auto" and kind == "seen"
-            report["alignment"][kind], generated = alignment(pipe, scenes, optimize=auto, **sampling)
-            images += list(generated[:16])
-            captions += [scene.caption for scene in scenes[:16]]
+        report["alignment"], images, captions = _alignment(pipe, o, sampling)
     else:
-        captions = [source[k].captions[0] for k in choose(min(16, count), len(source), o.seed)]
+        captions = [source[k].captions[0] for k in choose(min(_SHOWN, count), len(source), o.seed)]
         images = list(generate(pipe, captions, **sampling))
     parts: list[Part] = standard_parts(report, count)
-    parts += (
-        measure_generated(evaluation, [torch.cat(each) for each in zip(*reconstructed, strict=True)])
-        if o.samples
-        else []
-    )
+    if o.samples:
+        parts += measure_generated(evaluation, [torch.cat(each) for each in zip(*reconstructed, strict=True)])
     if (Path(o.data) / ABOUT).is_file():
         report["styles"], styled = measure_styles(evaluation)
         parts += styled
@@ -120,3 +119,17 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_report([Model(o.model, report, folder)], folder / "report.html")
     return report
+
+
+def _alignment(
+    pipe: LatentDiffusionPipeline, o: EvaluateOptions, sampling: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[NDArray[np.uint8]], list[str]]:
+    """Return how well images of Shapes follow seen and unseen prompts, and the first of them with their prompts."""
+    report: dict[str, Any] = {"prompts": o.prompts}
+    images, captions = [], []
+    for kind in ("seen", "unseen"):
+        scenes, auto = prompts(kind, o.prompts, o.seed), o.optimize == "auto" and kind == "seen"
+        report[kind], generated = alignment(pipe, scenes, optimize=auto, **sampling)
+        images += list(generated[:_SHOWN])
+        captions += [scene.caption for scene in scenes[:_SHOWN]]
+    return report, images, captions
