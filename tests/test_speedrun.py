@@ -1,15 +1,19 @@
-"""The record of stage 2: its rule, its prompts and what it stores; training doesn't know the dataset's renderer."""
+"""Records of training: their rules, their prompts and what they store; training doesn't know the dataset's renderer."""
 
 import ast
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import speedrun
 import torch
-from speedrun import Options, contestant, is_valid, measure, read_record, step_seconds, table, train_seeds
+from tracks import records, stage2, trainings
+from tracks.options import Options
+from tracks.records import is_accurate, is_complete, read_record, store, table
+from tracks.trainings import contestant, run_folder, step_seconds, train_seeds
 
 import train.stages.ldm
 from ldm.errors import RunError, UserError
@@ -24,6 +28,9 @@ SETTINGS = (
     "--unet.channels 16 32 --unet.attention False True --unet.heads 2 2 --unet.groups 8 --batch-size 4 --trackers "
     "--validation-examples 4 --sample-steps 1 --precision fp32 --first-samples 0 --keep-best False"
 )
+
+
+SAMPLING: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "sampler": "dpmpp_2m"}
 
 
 @pytest.fixture
@@ -45,13 +52,14 @@ def o(shapes: Path, parts: Path, tmp_path: Path) -> Options:
 
 
 def words(o: Options) -> list[str]:
-    return speedrun.arguments(str(ROOT / o.config), o.settings, o)
+    return trainings.ldm_arguments(o, str(ROOT / "configs/shapes/ldm.yaml"), o.settings, o.vae)
 
 
-def train_here(o: Options, words: list[str]) -> None:
+def train_here(o: Options, program: Callable[[int], list[str]]) -> None:
     for seed in o.seeds:
-        own = ["--steps", str(o.steps), "--seed", str(seed), "--out", str(speedrun.run_folder(o, seed))]
-        train.stages.ldm.train(parse(LdmConfig, [*words, *own]))
+        _, script, *arguments = program(seed)
+        assert script == str(ROOT / "scripts/train_ldm.py")
+        train.stages.ldm.train(parse(LdmConfig, arguments))
 
 
 @pytest.mark.parametrize(
@@ -68,78 +76,117 @@ def train_here(o: Options, words: list[str]) -> None:
     ],
 )
 def test_the_rule_of_a_record(means: list[float], change: dict[str, Any], valid: bool) -> None:
-    assert is_valid(means, replace(Options(), **change)) == valid
+    assert (is_complete(replace(Options(), **change)) and is_accurate(means)) == valid
 
 
-def test_a_record_stores_what_it_measured(o: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "sampler": "dpmpp_2m"}
-    monkeypatch.setattr(speedrun, "_SAMPLING", sampling)
-    monkeypatch.setattr(speedrun, "train_seeds", train_here)
-    monkeypatch.setattr(speedrun.machine, "matrix_rates", lambda: {"fp32": 1.0})
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements that are made here, with few sampler steps, and with CPU seconds of a step that are known."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(trainings, "SAMPLING", SAMPLING)
+    monkeypatch.setattr(records.machine, "matrix_rates", lambda: {"fp32": 1.0})
     seconds = {"before": {"cpu": 3.0}, "this": {"cpu": 1.5}}
-    monkeypatch.setattr(speedrun.contest, "run", lambda row, *_: {c.name: seconds[c.name] for c in row.contestants})
-    first = measure(o, words(o), None)
+    monkeypatch.setattr(trainings.contest, "run", lambda row, *_: {c.name: seconds[c.name] for c in row.contestants})
+
+
+def test_a_record_stores_what_it_measured(
+    o: Options, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage2, "train_seeds", train_here)
+    measured = stage2.measure(o, None)
+    first = measured.record
     assert (first["valid"], first["before"], first["steps"]) == (False, None, 2)
     assert first["cpu_seconds"] == {"step": 1.5, "training": 3.0}
-    pipe = LatentDiffusionPipeline.from_pretrained(str(speedrun.run_folder(o, 5) / "model"))
+    pipe = LatentDiffusionPipeline.from_pretrained(str(run_folder(o, 5) / "model"))
     for kind in ("seen", "unseen"):
-        shares, _ = alignment(pipe, prompts(kind, 3, 70_001), seed=70_001, **sampling)
+        shares, _ = alignment(pipe, prompts(kind, 3, 70_001), seed=70_001, **SAMPLING)
         assert first["accuracy"]["seeds"]["5"][kind] == shares["all"]
     assert set(first["accuracy"]["seeds"]) == {"4", "5"}
+    path = store(o, measured)
+    assert json.loads(path.read_text()) == first
+    assert (path.parent / "seed-5.jsonl").read_text() == (run_folder(o, 5) / "metrics.jsonl").read_text()
 
     def known(o: Options, model: Path) -> dict[str, float]:
         return first["accuracy"]["seeds"][model.parent.name.removeprefix("seed-")]
 
-    monkeypatch.setattr(speedrun, "accuracy", known)
-    monkeypatch.setattr(speedrun, "train_seeds", lambda o, words: None)
-    path = tmp_path / "first.json"
+    monkeypatch.setattr(stage2, "accuracy", known)
+    monkeypatch.setattr(stage2, "train_seeds", lambda o, program: None)
     path.write_text(json.dumps(first | {"steps": 8}))
-    again = measure(o, words(o), read_record(path))
+    again = stage2.measure(o, read_record(path)).record
     assert again["before"]["ratio"] == 2 * 1.5 / (8 * 3.0)
     assert again["accuracy"] == first["accuracy"]
-    assert measure(replace(o, choosing=True), words(o), None)["prompts"] == {"count": 3, "seed": 60_001}
+    assert stage2.measure(replace(o, choosing=True), None).record["prompts"] == {"count": 3, "seed": 60_001}
     path.write_text(json.dumps(first | {"digests": {"vae": "another"}}))
-    with pytest.raises(UserError, match="another autoencoder"):
-        measure(o, words(o), read_record(path))
+    with pytest.raises(UserError, match="another vae or text encoder"):
+        stage2.measure(o, read_record(path))
 
-    records = tmp_path / "records"
-    assert table(records) == "No record yet."
-    for name, stored in (("a", first), ("b", again | {"valid": True})):
-        (records / name).mkdir(parents=True)
-        (records / name / "record.json").write_text(json.dumps(stored))
-    lines = table(records).splitlines()
-    assert len(lines) == 3
-    assert lines[2].startswith("| tiny | 2 | 3 | 0.12 × tiny | 0.000, 0.000 |")
-    for content in ("{}", "[", '{"name": 1}'):
+
+STORED: dict[str, Any] = {
+    "name": "first",
+    "track": "stage-2",
+    "config": "a.yaml",
+    "settings": "",
+    "steps": 1800,
+    "accuracy": {"mean": 0.9612, "least": 0.931},
+    "valid": True,
+    "cpu_seconds": {"step": 0.2, "training": 360.0},
+    "before": None,
+    "digests": {},
+    "machine": {"date": "2026-11-27T00:00:00", "commit": "0123456789"},
+}
+
+
+def test_the_table_has_the_records_of_all_tracks(tmp_path: Path) -> None:
+    assert table(tmp_path) == "No record yet."
+    before = {"name": "first", "ratio": 1.5}
+    failed = {"valid": False, "accuracy": {"mean": 0.5, "least": 0.4}}
+    stored = [
+        STORED,
+        STORED | {"name": "failed"} | failed,
+        STORED | {"name": "shipped", "track": "peer", "before": before} | failed,
+        STORED | {"name": "vae", "track": "stage-1", "steps": 300, "psnr": {"least": 34.26}},
+        STORED | {"name": "whole", "track": "demo", "steps": 0},
+    ]
+    for record in stored:
+        (tmp_path / record["name"]).mkdir()
+        (tmp_path / record["name"] / "record.json").write_text(json.dumps(record))
+    assert table(tmp_path).splitlines()[2:] == [
+        "| demo | whole |  | 360 |  | 0.961, 0.931 | 2026-11-27 | 01234567 |",
+        "| peer | shipped | 1,800 | 360 | 1.50 × first | 0.500, 0.400 (fails the rule) | 2026-11-27 | 01234567 |",
+        "| stage-1 | vae | 300 | 360 |  | 0.961, 0.931; 34.3 dB | 2026-11-27 | 01234567 |",
+        "| stage-2 | first | 1,800 | 360 |  | 0.961, 0.931 | 2026-11-27 | 01234567 |",
+    ]
+    path = tmp_path / "first/record.json"
+    with pytest.raises(UserError, match="is a record of the track stage-2; must be one of demo"):
+        read_record(path, "demo")
+    for content in ("{}", "[", '{"name": 1}', json.dumps(STORED | {"steps": "a"})):
         path.write_text(content)
         with pytest.raises(UserError, match=r"must be a record\.json"):
             read_record(path)
 
 
-def test_trainings_run_side_by_side_and_a_failure_ends_all(
-    o: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speedrun, "ROOT", tmp_path)
-    (tmp_path / "scripts").mkdir()
+def test_trainings_run_side_by_side_and_a_failure_ends_all(o: Options, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    (tmp_path / "scripts/train_ldm.py").write_text(
-        "import os, sys, time\n"
-        "seed = sys.argv[sys.argv.index('--seed') + 1]\n"
+    code = (
+        "import sys, time\n"
         f"open({str(log)!r}, 'a').write('+')\n"
         "time.sleep(0.3)\n"
         f"open({str(log)!r}, 'a').write('-')\n"
-        "sys.exit(3 if seed == '7' else 0)\n"
+        "sys.exit(3 if sys.argv[1] == '7' else 0)\n"
     )
-    o = replace(o, seeds=(1, 2, 3, 4))
-    train_seeds(o, words(o))
+
+    def program(seed: int) -> list[str]:
+        return [sys.executable, "-c", code, str(seed)]
+
+    train_seeds(replace(o, seeds=(1, 2, 3, 4)), program)
     assert log.read_text().count("+") == log.read_text().count("-") == 4
     assert log.read_text().startswith("++-")
     with pytest.raises(RunError, match="seed 7 ended with status 3"):
-        train_seeds(replace(o, seeds=(7, 8), jobs=2), words(o))
+        train_seeds(replace(o, seeds=(7, 8)), program)
 
 
 def test_a_checkout_is_timed_with_its_own_code(o: Options, tmp_path: Path) -> None:
-    this = contestant(o, "before", words(o), tmp_path)
+    this = contestant(o, "before", "ldm", words(o), str(tmp_path))
     assert this.command()[1] == str(tmp_path / "benchmarks/against/training.py")
     assert this.environment()["PYTHONPATH"] == f"{tmp_path}/benchmarks:{tmp_path}"
     spec = json.loads(this.command()[2])
@@ -151,9 +198,9 @@ def test_a_checkout_is_timed_with_its_own_code(o: Options, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_step_is_timed_in_turn_with_the_record_before(o: Options) -> None:
-    before = {"config": str(ROOT / o.config), "settings": f"{SETTINGS} --batch-size 64"}
     torch.set_num_threads(1)
-    seconds = step_seconds(replace(o, calls=3, turns=3), words(o), before)
+    found = [contestant(o, "before", "ldm", [*words(o), "--batch-size", "64"]), contestant(o, "this", "ldm", words(o))]
+    seconds = step_seconds(replace(o, calls=3, turns=3), found)
     assert set(seconds) == {"this", "before"}
     assert 0 < seconds["this"] < seconds["before"]
 

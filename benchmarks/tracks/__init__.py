@@ -1,0 +1,1 @@
+"""Tracks of `speedrun.py`: what each measures, and how records are stored."""
