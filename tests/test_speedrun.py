@@ -2,64 +2,38 @@
 
 import ast
 import json
+import re
+import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import speedrun
 import torch
-from tracks import records, stage2, trainings
+from tracks import stage2, trainings
 from tracks.options import Options
 from tracks.records import is_accurate, is_complete, read_record, store, table
 from tracks.trainings import contestant, run_folder, step_seconds, train_seeds
 
-import train.stages.ldm
 from ldm.errors import RunError, UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from support import ROOT
+from support.records import SAMPLING, quick, tiny_options, train_here
 from train.config.ldm import LdmConfig
-from train.config.load import parse
+from train.config.load import overlay, parse
 from train.data.synthetic.shapes import prompts
 from train.evaluation.diffusion import alignment
-
-SETTINGS = (
-    "--unet.channels 16 32 --unet.attention False True --unet.heads 2 2 --unet.groups 8 --batch-size 4 --trackers "
-    "--validation-examples 4 --sample-steps 1 --precision fp32 --first-samples 0 --keep-best False"
-)
-
-
-SAMPLING: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "sampler": "dpmpp_2m"}
-
-
-@pytest.fixture
-def o(shapes: Path, parts: Path, tmp_path: Path) -> Options:
-    return Options(
-        name="tiny",
-        steps=2,
-        settings=SETTINGS,
-        seeds=(4, 5),
-        prompts=3,
-        data=str(shapes),
-        vae=str(parts / "vae/model"),
-        text_encoder=str(parts / "clip/model"),
-        work=str(tmp_path / "work"),
-        records=str(tmp_path / "records"),
-        calls=1,
-        turns=2,
-    )
 
 
 def words(o: Options) -> list[str]:
     return trainings.ldm_arguments(o, str(ROOT / "configs/shapes/ldm.yaml"), o.settings, o.vae)
 
 
-def train_here(o: Options, program: Callable[[int], list[str]]) -> None:
-    for seed in o.seeds:
-        _, script, *arguments = program(seed)
-        assert script == str(ROOT / "scripts/train_ldm.py")
-        train.stages.ldm.train(parse(LdmConfig, arguments))
+@pytest.fixture
+def o(shapes: Path, parts: Path, tmp_path: Path) -> Options:
+    return tiny_options(shapes, parts, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,19 +53,8 @@ def test_the_rule_of_a_record(means: list[float], change: dict[str, Any], valid:
     assert (is_complete(replace(Options(), **change)) and is_accurate(means)) == valid
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements that are made here, with few sampler steps, and with CPU seconds of a step that are known."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(trainings, "SAMPLING", SAMPLING)
-    monkeypatch.setattr(records.machine, "matrix_rates", lambda: {"fp32": 1.0})
-    seconds = {"before": {"cpu": 3.0}, "this": {"cpu": 1.5}}
-    monkeypatch.setattr(trainings.contest, "run", lambda row, *_: {c.name: seconds[c.name] for c in row.contestants})
-
-
-def test_a_record_stores_what_it_measured(
-    o: Options, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_stores_what_it_measured(o: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
     monkeypatch.setattr(stage2, "train_seeds", train_here)
     measured = stage2.measure(o, None)
     first = measured.record
@@ -163,6 +126,16 @@ def test_the_table_has_the_records_of_all_tracks(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match=r"must be a record\.json"):
             read_record(path)
+
+
+def test_the_commands_in_the_documentation_are_accepted() -> None:
+    text = (ROOT / "docs/RECORDS.md").read_text().replace("\\\n", " ") + speedrun.__doc__.replace("\\\n", " ")
+    commands = re.findall(r"^    python benchmarks/speedrun\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) > 10
+    for line in commands:
+        o = overlay(Options, Options(), shlex.split(line, comments=True))
+        if not o.table:
+            speedrun.check(o)
 
 
 def test_trainings_run_side_by_side_and_a_failure_ends_all(o: Options, tmp_path: Path) -> None:

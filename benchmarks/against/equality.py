@@ -2,16 +2,18 @@
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from against.contest import Contestant
+from against.finetuning import AUTOCAST, Finetuning
 from against.models import SHAPES, pipeline_folder
 from against.options import Options
-from against.training import Finetuning
 from ldm.errors import RunError, one_line
 
 STEPS = 5
@@ -21,30 +23,35 @@ _ENDLESS = 1_000_000
 def as_shipped(
     o: Options, name: str, shape: str, batch: int, data: str, record: str = "", steps: int = _ENDLESS
 ) -> Contestant:
-    """Return diffusers' script as a contestant; it encodes images and captions in each step."""
-    side, out = SHAPES[shape].side * SHAPES[shape].factor, Path(o.work) / "runs" / f"{name}-script"
+    """Return diffusers' script as a contestant that trains a model of this shape."""
+    out = Path(o.work) / "runs" / f"{name}-script"
     shutil.rmtree(out, ignore_errors=True)
-    arguments = [
-        "--pretrained_model_name_or_path",
-        str(pipeline_folder(shape, Path(o.work))),
-        "--train_data_dir",
-        f"{data}/train",
-    ]
-    arguments += [
-        "--resolution",
-        str(side),
-        "--train_batch_size",
-        str(batch),
-        "--max_train_steps",
-        str(steps),
-        "--use_ema",
-    ]
-    arguments += ["--learning_rate", "1e-3", "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--seed", "0"]
-    arguments += ["--checkpointing_steps", str(_ENDLESS), "--output_dir", str(out), "--cache_dir", f"{out}-cache"]
-    arguments += ["--mixed_precision", {"fp32": "no"}.get(o.precision, o.precision), "--report_to", "tensorboard"]
-    script = str(Path(o.diffusers) / "examples/text_to_image/train_text_to_image.py")
-    spec = {"script": script, "arguments": arguments, "record": record, "threads": torch.get_num_threads()}
-    return Contestant("train_text_to_image.py as shipped", "script.py", spec)
+    sizes = {"resolution": SHAPES[shape].side * SHAPES[shape].factor, "train_batch_size": batch}
+    settings = {"learning_rate": 1e-3, "max_train_steps": steps, "mixed_precision": o.precision, "seed": 0} | sizes
+    spec = script_spec(o.diffusers, pipeline_folder(shape, Path(o.work)), data, out, settings)
+    return Contestant("train_text_to_image.py as shipped", "script.py", spec | {"record": record})
+
+
+def script_spec(diffusers: str, model: Path, data: str, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the specification for `script.py`. settings: the script's options by name.
+
+    The script encodes images and captions in each step, and its learning rate is constant.
+    """
+    named: dict[str, Any] = {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": f"{data}/train",
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "checkpointing_steps": _ENDLESS,
+        "output_dir": out,
+        "cache_dir": f"{out}-cache",
+        "report_to": "tensorboard",
+        **settings,
+    }
+    named["mixed_precision"] = {"fp32": "no"}.get(named["mixed_precision"], named["mixed_precision"])
+    arguments = ["--use_ema", *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
+    path = str(Path(diffusers) / "examples/text_to_image/train_text_to_image.py")
+    return {"script": path, "arguments": arguments, "record": "", "log": "", "threads": torch.get_num_threads()}
 
 
 def compare(o: Options, shape: str, data: str, batch: int = 8) -> dict[str, list[float]]:
@@ -68,7 +75,7 @@ def compare(o: Options, shape: str, data: str, batch: int = 8) -> dict[str, list
 def _losses(o: Options, folder: Path, record: dict[str, list[torch.Tensor]], how: str) -> list[float]:
     from ldm.networks.attention import use_attention
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
+    dtype = AUTOCAST[o.precision]
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
     text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)

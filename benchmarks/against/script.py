@@ -1,10 +1,11 @@
-"""A process that runs diffusers' train_text_to_image.py unchanged, for `peers.py`.
+"""A process that runs diffusers' train_text_to_image.py unchanged, for `peers.py` and `speedrun.py`.
 
-    python benchmarks/against/script.py '{"script": …, "arguments": […], "record": ""}'
+    python benchmarks/against/script.py '{"script": …, "arguments": […], "record": "", "log": "", "threads": 1}'
 
 The script runs as it is. Functions of the libraries that it calls are wrapped: the update of its moving average, the
 last call of each step, waits for the next turn. With `record`, the script's inputs, random numbers and losses are
-written into that file instead, so that another loop can be compared with it.
+written into that file instead, so that another loop can be compared with it. With `log`, it trains to its end, and its
+losses are written into that file.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from against.finetuning import LOG_EVERY, write_loss
 from against.served import Server, open_server
 
 Wrap = Callable[..., Any]
@@ -78,11 +80,27 @@ def record(path: str) -> None:
     accelerate.Accelerator.end_training = end  # type: ignore[method-assign]
 
 
+def log_losses(path: str) -> None:
+    """Write a line with the mean loss of each 50 steps into a file."""
+    import accelerate
+
+    losses: list[float] = []
+
+    def log(self: Any, values: Mapping[str, Any], step: int, *arguments: Any, **named: Any) -> None:
+        losses.append(values["train_loss"])
+        if step % LOG_EVERY == 0:
+            write_loss(path, step, losses)
+
+    accelerate.Accelerator.log = log  # type: ignore[method-assign]
+
+
 def main() -> None:
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
     if spec["record"]:
         record(spec["record"])
+    elif spec["log"]:
+        log_losses(spec["log"])
     else:
         wait_for_turns(open_server("cuda" if torch.cuda.is_available() else "cpu"))
     sys.argv = [spec["script"], *spec["arguments"]]

@@ -3,7 +3,7 @@
 ldm's training is the complete one, with data loading, logging and averages; a hook makes it wait for its turn. The
 loops have their inputs in memory:
 
-- stage 2: that of diffusers' train_text_to_image.py, with cached latents and text features (`Finetuning`)
+- stage 2: that of diffusers' train_text_to_image.py, with cached latents and text features (finetuning.py)
 - stage 1: that of its train_autoencoderkl.py, corrected: LPIPS has a gradient, and the discriminator's gradient doesn't
   reach the autoencoder
 - stage 0: a CLIPModel with its contrastive loss
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from against.finetuning import AUTOCAST, EXAMPLES, finetuning, train_peer
 from against.served import Server, open_server
 
-Step = Callable[[], None]
-_EXAMPLES = 512  # in memory
+Step = Callable[[], object]
 
 
 def train_ours(spec: Mapping[str, Any], server: Server) -> None:
@@ -54,79 +54,6 @@ def train_ours(spec: Mapping[str, Any], server: Server) -> None:
     train(parse(kind, spec["arguments"]), Turns())  # type: ignore[operator, type-var]
 
 
-class Finetuning:
-    """The step of train_text_to_image.py, with latents and text features in memory."""
-
-    def __init__(self, unet: nn.Module, device: torch.device, precision: str, how: str, lr: float = 1e-3) -> None:
-        """how: words of optimisations: fused (AdamW), compiled, channels_last; shipped: the script's own calls."""
-        from diffusers import DDPMScheduler
-        from diffusers.training_utils import EMAModel
-
-        words = how.split()
-        self.shipped = "shipped" in words
-        self.unet, self.device, self.dtype = unet.to(device).train(), device, _AUTOCAST[precision]
-        if "channels_last" in words:
-            unet.to(memory_format=torch.channels_last)
-        self.weights = list[Tensor](unet.parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, lr, weight_decay=1e-2, fused="fused" in words or None)
-        self.scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        self.ema = EMAModel(self.weights) if self.shipped else None
-        self.average = [] if self.shipped else [w.detach().clone() for w in self.weights]
-        if self.ema is not None:
-            self.ema.to(device)
-        if "compiled" in words:
-            unet.compile()
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-    def step(self, x0: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Make a step on scaled latents (b, c, h, w) and text features (b, L, d), and return the loss."""
-        noisy = self.scheduler.add_noise(x0, noise, timesteps)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.unet(noisy, timesteps, condition, return_dict=False)[0]
-        loss = F.mse_loss(output.float(), noise.float())
-        if self.shipped:
-            loss.item()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.step(self.weights)
-            loss.item()
-        else:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.weights, 1e-4)
-        return loss.detach()
-
-
-def finetuning(spec: Mapping[str, Any], device: torch.device) -> Step:
-    """Return a step of diffusers' UNet with its own initial weights, on random inputs in memory."""
-    from diffusers import UNet2DConditionModel
-
-    from ldm.networks.attention import use_attention
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet = UNet2DConditionModel(**spec["unet"])
-    if "attention" in spec["how"].split():
-        use_attention(unet)
-    loop, b = Finetuning(unet, device, spec["precision"], spec["how"]), spec["batch"]
-    n, (length, width), side = max(b, _EXAMPLES if b < 512 else b), spec["condition"], spec["unet"]["sample_size"]
-    mean, std = torch.randn(n, 4, side, side, device=device), torch.full((n, 4, side, side), 0.1, device=device)
-    texts, null = torch.randn(n, length, width, device=device), torch.randn(length, width, device=device)
-
-    def step() -> None:
-        index = torch.randint(n, (b,), device=device)
-        x0 = mean[index] + std[index] * torch.randn(b, 4, side, side, device=device)
-        dropped = torch.rand(b, 1, 1, device=device) < 0.1
-        timesteps = torch.randint(1000, (b,), device=device)
-        loop.step(x0, torch.randn_like(x0), timesteps, torch.where(dropped, null, texts[index]))
-
-    return step
-
-
 def autoencoding(spec: Mapping[str, Any], device: torch.device) -> Step:
     """Return a step of stage 1, with one forward pass for both networks; see the module's docstring."""
     from diffusers import AutoencoderKL
@@ -134,11 +61,11 @@ def autoencoding(spec: Mapping[str, Any], device: torch.device) -> Step:
     torch.manual_seed(0)
     vae = AutoencoderKL(**spec["vae"]).to(device)
     b, side, words = spec["batch"], spec["side"], spec["how"].split()
-    images, fused = torch.rand(_EXAMPLES, 3, side, side, device=device) * 2 - 1, "fused" in words or None
+    images, fused = torch.rand(EXAMPLES, 3, side, side, device=device) * 2 - 1, "fused" in words or None
     optimizer = torch.optim.AdamW(vae.parameters(), 1e-4, weight_decay=0.01, fused=fused)
     average = [w.detach().clone() for w in vae.parameters()]
     adversary = _Adversary(spec, device, fused) if spec.get("vgg") else None
-    dtype = _AUTOCAST[spec["precision"]]
+    dtype = AUTOCAST[spec["precision"]]
     if "compiled" in words:
         vae.encoder.compile()
         vae.decoder.compile()
@@ -146,7 +73,7 @@ def autoencoding(spec: Mapping[str, Any], device: torch.device) -> Step:
             adversary.lpips.compile()
 
     def step() -> None:
-        pixels = images[torch.randint(_EXAMPLES, (b,), device=device)]
+        pixels = images[torch.randint(EXAMPLES, (b,), device=device)]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
@@ -207,12 +134,12 @@ def contrasting(spec: Mapping[str, Any], device: torch.device) -> Step:
     if "compiled" in spec["how"].split():
         model.compile()
     text, vision, b = model.config.text_config, model.config.vision_config, spec["batch"]
-    ids = torch.randint(text.vocab_size, (_EXAMPLES, text.max_position_embeddings), device=device)
-    images = torch.rand(_EXAMPLES, 3, vision.image_size, vision.image_size, device=device) * 2 - 1
-    dtype = _AUTOCAST[spec["precision"]]
+    ids = torch.randint(text.vocab_size, (EXAMPLES, text.max_position_embeddings), device=device)
+    images = torch.rand(EXAMPLES, 3, vision.image_size, vision.image_size, device=device) * 2 - 1
+    dtype = AUTOCAST[spec["precision"]]
 
     def step() -> None:
-        index = torch.randint(_EXAMPLES, (b,), device=device)
+        index = torch.randint(EXAMPLES, (b,), device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=ids[index], pixel_values=images[index], return_loss=True).loss
         _update(loss, model, optimizer)
@@ -229,7 +156,6 @@ def _update(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -
     optimizer.zero_grad(set_to_none=True)
 
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOOPS: dict[str, Callable[..., Step]] = {"ldm": finetuning, "vae": autoencoding, "clip": contrasting}
 
 
@@ -237,6 +163,9 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(spec["threads"])
+    if "out" in spec:
+        train_peer(spec, device)
+        return
     server = open_server(device.type)
     if spec["who"] == "ldm":
         train_ours(spec, server)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Track = Literal["stage-2"]
+Track = Literal["stage-2", "stage-1", "demo", "peer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Options:
     config: str = ""
     """Configuration of the stage. Empty: configs/shapes/ldm.yaml, and configs/shapes/vae.yaml for stage 1."""
     settings: str = ""
-    """Further options of train_ldm.py (stage 1: train_vae.py) in one text, e.g. "--optimizer.lr 3e-3"."""
+    """Further options of train_ldm.py (stage 1: train_vae.py) in one text: --settings="--optimizer.lr 3e-3"."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds of the trainings; a record needs five."""
     prompts: int = 512
