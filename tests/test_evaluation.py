@@ -223,6 +223,8 @@ def test_the_clip_of_the_run_is_found(models: Path, tmp_path: Path) -> None:
     assert text_encoder_of(str(tmp_path / "model")) == "runs/clip"
     (tmp_path / "config.yaml").write_text(f"text_encoder: {models}/clip\n")  # the run's own has the whole path
     assert has_image_tower(text_encoder_of(str(tmp_path / "model")))
+    (tmp_path / "config.yaml").write_text(f"teacher: {tmp_path}/model\n")  # an endless loop
+    assert text_encoder_of(str(tmp_path / "model")) == ""
     assert not has_image_tower(str(models / "model/text_encoder"))
     assert not has_image_tower("")
 

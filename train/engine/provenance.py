@@ -79,7 +79,7 @@ def text_encoder_of(model: str) -> str:
         stored = folder.with_name("config.yaml")  # training.json has no absolute paths
         config = read_yaml(stored) if stored.is_file() else read_json(folder / _FILE)["config"]
         return text_encoder_of(str(config["teacher"])) if "teacher" in config else str(config["text_encoder"])
-    except (OSError, ValueError, TypeError, KeyError, UserError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError):  # a model may name itself as teacher
         return ""
 
 
