@@ -253,16 +253,22 @@ def test_two_processes_train_as_one(change: dict[str, Any], shapes: Path, teache
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_students_are_evaluated(shapes: Path, teachers: Path, guided: Path, tmp_path: Path) -> None:
-    """The report's accuracy is that of images with the student's own sampler and steps."""
+def test_students_are_evaluated(
+    shapes: Path, teachers: Path, guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report's accuracy is that of images with the student's own sampler and steps.
+
+    A guidance scale that it wasn't trained with causes a warning.
+    """
     few = config(shapes, teachers, tmp_path / "few", method="consistency", trajectory=4, levels=2, steps=1)
     train_stage(few)
-    for folder, steps in ((guided / "model", 25), (tmp_path / "few/model", 4)):
-        out, scenes = tmp_path / str(steps), prompts("seen", 3, 5)
+    for folder, steps, scale in ((guided / "model", 25, 3.0), (tmp_path / "few/model", 4, 9.0)):
+        out, scenes, how = tmp_path / str(steps), prompts("seen", 3, 5), {"guidance_scale": scale}
         counts: dict[str, Any] = {"prompts": 3, "images": 8, "likelihoods": 1, "samples": 0}
-        evaluate(EvaluateOptions(model=str(folder), data=str(shapes), out=str(out), seed=5, **counts))
+        evaluate(EvaluateOptions(model=str(folder), data=str(shapes), out=str(out), seed=5, **how, **counts))
+        assert ("--guidance-scale 9: this model was trained with 1 to 8" in capsys.readouterr().err) == (scale == 9)
         pipe = LatentDiffusionPipeline.from_pretrained(folder)
-        images = generate_batch(pipe, [scene.caption for scene in scenes], [5, 6, 7], num_inference_steps=steps)
+        images = generate_batch(pipe, [scene.caption for scene in scenes], [5, 6, 7], num_inference_steps=steps, **how)
         expected = score_images(images, scenes)
         assert json.loads((out / "report.json").read_text())["alignment"]["seen"] == pytest.approx(expected)
 
@@ -289,8 +295,12 @@ def test_stock_diffusers_generates_the_same_images(shapes: Path, teachers: Path,
     assert about["config"]["method"] == "consistency"
 
 
-def test_an_inpainting_model_is_distilled(shapes: Path, teachers: Path, tmp_path: Path) -> None:
-    train_stage(config(shapes, teachers, tmp_path / "run", "inpaint", steps=1, validate_every=1))
+def test_an_inpainting_model_is_distilled(
+    shapes: Path, teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The guidance scale of its sheets is one that it doesn't learn, which causes a warning."""
+    train_stage(config(shapes, teachers, tmp_path / "run", "inpaint", steps=1, validate_every=1, scales=(4.0, 8.0)))
+    assert "warning: guidance_scale 3: the student learns 4 to 8" in capsys.readouterr().out
     pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
     assert pipe.inpaints
     assert pipe.backbone.guidance_width == 256

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
+from train.commands.generate import warn_if_untrained
 from train.commands.main import require_at_least, require_folder, use_device
 from train.config.reports import EvaluateOptions
 from train.data.batches.draws import PosteriorNoise
@@ -60,6 +61,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     _check(o)
     pipe = LatentDiffusionPipeline.from_pretrained(o.model).to(use_device(o.device))
     o = o.for_sampler(pipe.process.sampler)
+    warn_if_untrained(o, pipe)
     if o.optimize != "auto":
         pipe.optimize(o.optimize)
     side = pipe.backbone.sample_size[0] * pipe.autoencoder.factor

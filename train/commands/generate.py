@@ -23,6 +23,7 @@ from train.commands.main import require_at_least, require_folder, tiles, use_dev
 from train.commands.outputs import INPUTS, MODELS, image_key, would_replace, write_png
 from train.config.generation import GenerateOptions, ModelOptions
 from train.config.load import overlay, validate
+from train.config.reports import EvaluateOptions
 from train.data.images.decode import DamagedImage, load_image
 from train.engine.precision import DTYPES
 from train.engine.provenance import trained_scales
@@ -217,7 +218,7 @@ def check_seed(option: str, seed: int, count: int = 1) -> None:
         raise UserError(f"{option} {seed}: must be 0 to {2**63 - count}")
 
 
-def warn_if_untrained(o: ModelOptions, pipe: LatentDiffusionPipeline) -> None:
+def warn_if_untrained(o: ModelOptions | EvaluateOptions, pipe: LatentDiffusionPipeline) -> None:
     """Warn if a network that reads the guidance scale was not trained with this one."""
     scales = trained_scales(o.model) if pipe.backbone.guidance_width else None
     if scales and not scales[0] <= o.guidance_scale <= scales[1]:

@@ -245,6 +245,12 @@ def train(config: DistillConfig, hooks: Hooks | None = None, *, with_changes: bo
     with open_run(config, accelerator, digests, components.attention, with_changes=with_changes) as run:
         for line in unfinished("--teacher", config.teacher):
             run.print(line)
+        low, high = config.scales
+        if not low <= config.guidance_scale <= high:
+            run.print(
+                f"warning: guidance_scale {config.guidance_scale:g}: the student learns {low:g} to {high:g}, so its "
+                "sample sheets will be poor; choose a scale in this range"
+            )
         inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)
         noising = Noising(strata=config.batch_size, scales=config.scales)
         examples = open_examples(run, components, inputs, noising, noising._replace(strata=1))
