@@ -46,13 +46,10 @@ def tab(page: Page) -> None:
         cancel = gr.Button("Cancel", elem_id="inspect-cancel", min_width=80)
     status = gr.HTML(elem_id="inspect-status")
     seen = gr.State("")
+    quiet: Any = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+    acted = quiet | {"queue": True}  # only queued events show their errors
     with gr.Tab("Search"):
-        with gr.Row():
-            words = gr.Textbox(label="Caption contains", elem_id="search-words", scale=4, max_length=_LONGEST_WORDS)
-            number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, elem_id="search-page")
-            find = gr.Button("Search", elem_id="search", min_width=100)
-        found = gr.Markdown(elem_id="search-found")
-        images = _gallery("search-images", 6)
+        _search_tab(places, name, acted)
     # A hidden tab is rendered too, so that an update that comes while it is opened isn't lost.
     with gr.Tab("Report", render_children=True):
         figures = gr.HTML(elem_id="data-figures")
@@ -71,8 +68,6 @@ def tab(page: Page) -> None:
     with gr.Tab("Damaged", render_children=True):
         damaged = gr.HTML(elem_id="data-damaged")
 
-    quiet: Any = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-    acted = quiet | {"queue": True}  # only queued events show their errors
     shown = [seen, figures, text, sheet, copies, groups, damaged]
 
     def names() -> Any:
@@ -92,24 +87,33 @@ def tab(page: Page) -> None:
                 page.jobs.cancel(job.id)
         return _status(page)
 
-    def first_page(name: str, words: str) -> tuple[Any, ...]:
-        return 1, *_search(places, name, words, 1)
-
     gr.on(None, plain(names), None, name, **quiet)  # when the page is opened
     start.click(plain(inspected), [name, split, resolution, limit], status, **acted)
     cancel.click(plain(cancelled), None, status, **acted)
     name.change(plain(lambda name: _report(places, name, "")), name, shown, **quiet)
     gr.Timer(_SECONDS).tick(plain(look), [name, seen], [status, *shown], **quiet)
-    for event in (find.click, words.submit, name.change):
-        event(plain(first_page), [name, words], [number, found, images], **acted)
     # Its update may come while its tab is opened, and is then lost in the browser.
     contact.select(plain(lambda name: _contact_sheet(places, name)), name, sheet, **quiet)
-    number.input(
-        plain(lambda name, words, n: _search(places, name, words, n)),
-        [name, words, number],
-        [found, images],
-        **acted,
-    )
+
+
+def _search_tab(places: Places, name: gr.Dropdown, acted: dict[str, Any]) -> None:
+    """Add the search to its tab. name: the dataset."""
+    with gr.Row():
+        words = gr.Textbox(label="Caption contains", elem_id="search-words", scale=4, max_length=_LONGEST_WORDS)
+        number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, elem_id="search-page")
+        find = gr.Button("Search", elem_id="search", min_width=100)
+    found = gr.Markdown(elem_id="search-found")
+    images = _gallery("search-images", 6)
+
+    def search_page(name: str, words: str, number: int | None) -> tuple[Any, ...]:
+        return _search(places, name, words, number)
+
+    def first_page(name: str, words: str) -> tuple[Any, ...]:
+        return 1, *_search(places, name, words, 1)
+
+    for event in (find.click, words.submit, name.change):
+        event(plain(first_page), [name, words], [number, found, images], **acted)
+    number.input(plain(search_page), [name, words, number], [found, images], **acted)
 
 
 def _gallery(name: str, columns: int) -> gr.Gallery:

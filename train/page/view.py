@@ -60,9 +60,34 @@ def view(page: Page, form: Form) -> View:
     note = gr.Textbox(show_label=False, interactive=False, max_lines=2, elem_id="note", visible=False)
     names, chosen, opened = gr.State([]), gr.State(""), gr.State(False)
     seen, models = gr.State(None), gr.State(None)
+    viewer = _Viewer(page)
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+    seeing = ([seen, chosen, opened], [status, gallery, names, seen, cancel, clear])
+    finding = ([form.model, models], [form.model, models])
+    gr.Timer(_SECONDS).tick(plain(viewer.look), *seeing, api_visibility="private", **quiet)
+    gr.Timer(_MODELS_SECONDS).tick(plain(viewer.find_models), *finding, api_visibility="private", **quiet)
+    gallery.select(plain(viewer.choose), [names], [chosen, opened, settings, note], api_visibility="private", **quiet)
+    gallery.preview_close(lambda: False, None, opened, api_visibility="private", **quiet)
+    cancel.click(plain(viewer.stop), None, None, api_name="cancel", **quiet)
+    clear.click(plain(viewer.stop_waiting), None, None, api_name="cancel_waiting", **quiet)
+    if (context := gr.context.Context.root_block) is not None:
+        context.load(plain(viewer.look), *seeing, api_visibility="private", **quiet)
+        context.load(plain(viewer.find_models), *finding, api_visibility="private", **quiet)
+    return View(chosen, note)
 
-    @plain
-    def look(before: Any, name: Any, opened: Any) -> tuple[Any, ...]:
+
+class _Viewer:
+    """The handlers of the view."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    def look(self, before: Any, name: Any, opened: Any) -> tuple[Any, ...]:
+        """Return the status, the images, their names, what was seen, and both buttons, as far as they have changed.
+
+        before: what was seen at the last look. name, opened: the chosen image, and whether it is shown large.
+        """
+        page = self.page
         now = (page.jobs.version, *painting.folder_times(page.places))
         if before is not None and before[0] == now:
             return (gr.skip(),) * 6
@@ -76,48 +101,34 @@ def view(page: Page, form: Form) -> View:
         buttons = [gr.Button(interactive=any(job.state == state for job in jobs)) for state in ("running", "waiting")]
         return describe(page), files, images if changed else gr.skip(), (now, images), *buttons
 
-    @plain
-    def choose(shown: Any, event: gr.SelectData) -> tuple[str, bool, str, Any]:
+    def choose(self, shown: Any, event: gr.SelectData) -> tuple[str, bool, str, Any]:
+        """Return the name of the chosen image, that it is open, its settings, and the warnings of its job."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(shown):
             raise UserError("this image isn't in the gallery any more")
         name = shown[event.index]
-        warned = next((job.warnings for job in page.jobs.all("paint") if name in (job.result or ())), [])
+        jobs = self.page.jobs.all("paint")
+        warned = next((job.warnings for job in jobs if name in (job.result or ())), [])
         note = gr.Textbox("\n".join(f"warning: {line}" for line in warned), visible=bool(warned))
-        return name, True, painting.shown_settings(page.places.existing("out", name)), note
+        return name, True, painting.shown_settings(self.page.places.existing("out", name)), note
 
-    @plain
-    def stop() -> None:
-        if (job := page.jobs.running) is not None and job.kind == "paint":
-            page.jobs.cancel(job.id)
+    def stop(self) -> None:
+        """Cancel the running job, if it generates images."""
+        if (job := self.page.jobs.running) is not None and job.kind == "paint":
+            self.page.jobs.cancel(job.id)
 
-    @plain
-    def stop_waiting() -> None:
-        for job in page.jobs.all("paint"):
+    def stop_waiting(self) -> None:
+        """Cancel all waiting jobs that generate images."""
+        for job in self.page.jobs.all("paint"):
             if job.state == "waiting":
-                page.jobs.cancel(job.id)
+                self.page.jobs.cancel(job.id)
 
-    @plain
-    def find_models(chosen: Any, before: Any) -> tuple[Any, Any]:
-        names = page.places.model_names()
+    def find_models(self, chosen: Any, before: Any) -> tuple[Any, Any]:
+        """Return the choice of models and their names, if these have changed. before: the names of the last look."""
+        names = self.page.places.model_names()
         if names == before:
             return gr.skip(), gr.skip()
         new: Any = {} if chosen in names else {"value": next(iter(names), None)}  # the browser may just restore it
         return gr.Dropdown(choices=names, **new), names
-
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-    seeing = ([seen, chosen, opened], [status, gallery, names, seen, cancel, clear])
-    finding = ([form.model, models], [form.model, models])
-    gr.Timer(_SECONDS).tick(look, *seeing, api_visibility="private", **quiet)
-    gr.Timer(_MODELS_SECONDS).tick(find_models, *finding, api_visibility="private", **quiet)
-    gallery.select(choose, [names], [chosen, opened, settings, note], api_visibility="private", **quiet)
-    gallery.preview_close(lambda: False, None, opened, api_visibility="private", **quiet)
-    cancel.click(stop, None, None, api_name="cancel", **quiet)
-    clear.click(stop_waiting, None, None, api_name="cancel_waiting", **quiet)
-    context = gr.context.Context.root_block
-    if context is not None:
-        context.load(look, *seeing, api_visibility="private", **quiet)
-        context.load(find_models, *finding, api_visibility="private", **quiet)
-    return View(chosen, note)
 
 
 def describe(page: Page) -> str:
