@@ -194,7 +194,7 @@ def load(o: ModelOptions, model: str) -> LatentDiffusionPipeline:
 
 @dataclass(frozen=True)
 class Session:
-    """What a program that generates again and again gives to these commands. The command line uses the defaults."""
+    """Inputs of these commands from a program that generates again and again. The command line uses the defaults."""
 
     load: Callable[[ModelOptions, str], LatentDiffusionPipeline] = load
     """Function that returns a model, which may be loaded already."""

@@ -47,8 +47,8 @@ class DistillConfig(LatentConfig):
     network. It must divide `trajectory`. The network's batch is `levels` times as large as `batch_size`."""
 
     adversarial: Annotated[float, Resumable(on_request=True, never=0.0)] = Field(default=0.0, ge=0, le=1e6)
-    """Weight of an adversarial loss of consistency distillation: a patch discriminator, trained with the student, tells
-    the clean latents that it predicts from those of images (hinge: Lim & Ye 2017). 0: no discriminator."""
+    """Weight of an adversarial loss of consistency distillation (hinge: Lim & Ye 2017). 0: no discriminator.
+    A patch discriminator, trained with the student, distinguishes its predicted clean latents from those of images."""
     adversarial_lr: Annotated[float, ON_REQUEST] = Field(default=1e-4, gt=0)
     """Peak learning rate of the discriminator; it follows the schedule of the optimizer settings."""
 

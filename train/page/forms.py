@@ -61,7 +61,7 @@ class Field:
                 return " ".join(map(_word, value)) if isinstance(value, list | tuple) else _word(value)
 
     def read(self, value: Any) -> Any:
-        """Convert the widget's value to one that the configuration's check can judge."""
+        """Convert the widget's value to one that the configuration's check accepts or refuses."""
         match self.kind:
             case "switch" | "choices" | "integer":
                 return value

@@ -27,7 +27,7 @@ class Cancelled(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """A piece of work, and all that the page shows of it."""
+    """A piece of work, and everything that the page shows about it."""
 
     id: int
     kind: str
@@ -42,7 +42,7 @@ class Job:
     text: str = ""
     """Line on what it does at the moment, or on why it failed."""
     preview: Any = None
-    """What there is to see before the end, e.g. an image."""
+    """Preview of the result, e.g. an image."""
     result: Any = None
     warnings: list[str] = field(default_factory=list)
     """Lines that the work's commands have warned with."""

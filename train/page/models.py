@@ -18,7 +18,7 @@ _LOADED = 2
 
 @dataclass(frozen=True)
 class Traits:
-    """What a form needs to know of a model, read from its folder without loading it."""
+    """Properties of a model that the form shows, read from its folder without loading it."""
 
     sampler: str = ""
     steps: int = 0

@@ -1,4 +1,4 @@
-"""What the given folders contain that a training can use: datasets, autoencoders, text encoders, configurations."""
+"""Choices of the training form from the given folders: datasets, autoencoders, text encoders, configurations."""
 
 from contextlib import suppress
 from pathlib import Path

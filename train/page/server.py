@@ -24,7 +24,7 @@ _POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval' 'wasm-unsafe-eval'; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-"""What browsers may load for the page: only what this server sends. gradio itself needs inline scripts."""
+"""Policy of browsers: the page may load only files of this server. gradio itself needs inline scripts."""
 _ENDPOINTS = re.compile(
     r"/((assets|static)/.*|config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|login/?|logout|gradio_api/("
     r"queue/(join|data)|(call|run|api|heartbeat)/.*|upload|upload_progress|file[=/].*|component_server/?|"
@@ -44,7 +44,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 @dataclass(frozen=True)
 class Address:
-    """Where and for whom the page is served."""
+    """Address of the page, and who can reach it."""
 
     host: str
     port: int

@@ -1,4 +1,4 @@
-"""What the tabs of the page share."""
+"""State that the tabs of the page share."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from train.page.places import Places
 
 @dataclass(frozen=True)
 class Page:
-    """What all tabs share: the folders that they may touch, and the queue of jobs."""
+    """State that all tabs share: the folders that they may touch, the queue of jobs, and the loaded models."""
 
     places: Places
     jobs: Jobs = field(default_factory=Jobs)

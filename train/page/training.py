@@ -19,7 +19,7 @@ from train.page.shared import Page
 from train.page.training_form import form
 
 Version = dict[str, Any]
-"""What `RunView.version` returns; empty without a run."""
+"""Result of `RunView.version`; empty without a run."""
 _UNSEEN: Version = {"run": None}
 _SECONDS = 3.0  # between two looks at the runs
 _MOST_SHEETS = 24

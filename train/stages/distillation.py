@@ -70,7 +70,7 @@ class DistillComponents(Components):
 class DistillationLoss(Loss):
     """The student and its loss. average: the student with averaged weights.
 
-    discriminator: judges the predicted latents, with this weight; it isn't trained here.
+    discriminator, weight: those of the adversarial loss of the predicted latents; it isn't trained here.
     """
 
     def __init__(
