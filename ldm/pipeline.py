@@ -165,7 +165,8 @@ class LatentDiffusionPipeline:
         weak, weak_scale: a weaker model to guide away from (Karras et al. 2024). Best with guidance_scale 1, since the
             two scales multiply. weak_scale 1 turns it off.
         reuse_features: number of steps in which the output of the UNet's deep layers is used, which is approximate
-            (DeepCache, Ma et al. 2023). 1: it is computed in each step.
+            (DeepCache, Ma et al. 2023). 1: it is computed in each step. With several evaluations per step, as in heun,
+            it counts these.
         classifier, classifier_scale: log p(y | x_t) of latents, which guides sampling (Dhariwal & Nichol 2021).
         sampler: None: the model's own, `lcm` for a consistency model and `dpmpp_2m` for all others.
         spacing: spacing of the steps over the noise levels; None: the model's own.

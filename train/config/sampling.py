@@ -42,7 +42,8 @@ class SamplingOptions:
     None: no limit."""
     reuse_features: int = 1
     """Number of steps in which the output of the UNet's deep layers is used, which is faster but approximate
-    (DeepCache, Ma et al. 2023). 1: it is computed in each step."""
+    (DeepCache, Ma et al. 2023). 1: it is computed in each step.
+    For samplers that evaluate the UNet several times per step, such as heun, it is a number of evaluations."""
     sampler: SamplerKind | None = None
     """Sampler; docs/mathematics.md describes the samplers and compares the number of steps that they need.
     None: the model's own, lcm for a consistency model and dpmpp_2m for all others."""
