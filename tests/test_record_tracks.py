@@ -207,7 +207,9 @@ def checkout(folder: Path, seconds: float) -> Path:
     (folder / "configs").mkdir()
     (folder / "scripts/part.py").write_text(SCRIPT.format(seconds=seconds))
     lines = {"data": "scripts/part.py --out data", "ldm": "scripts/part.py --out runs/demo/ldm"}
-    (folder / "scripts/demo.py").write_text(f"STAGES = {lines!r}\n")
+    (folder / "train").mkdir()
+    (folder / "train/__init__.py").write_text(f"LINES = {lines!r}\n")
+    (folder / "scripts/demo.py").write_text("from train import LINES as STAGES\n")
     return folder
 
 
@@ -237,10 +239,13 @@ def test_the_demos_parts_take_turns_with_another_checkout(
     broken = checkout(tmp_path / "broken", 0.0)
     with pytest.raises(RunError, match="data ended with status 1; its output is in"):
         demo.measure(replace(o, name="next", checkout=str(broken)), None)
+    faulty = checkout(tmp_path / "faulty", 0.0)
+    (faulty / "scripts/demo.py").write_text("import nowhere")
     (broken / "scripts/demo.py").write_text("STAGES = {'data': 'a'}")
     for change, message in (
         ({"checkout": str(broken)}, "its demo has other parts: data"),
-        ({"checkout": str(tmp_path)}, r"its scripts/demo\.py can't be read"),
+        ({"checkout": str(tmp_path)}, r"has no scripts/demo\.py"),
+        ({"checkout": str(faulty)}, r"scripts/demo\.py can't be read \(ModuleNotFoundError: No module named 'nowhere'"),
         ({"settings": "--seed 1"}, "the demo has its own"),
     ):
         with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import RunError, UserError
+from ldm.errors import RunError, UserError, one_line
 from ldm.files import read_json
 from tracks.options import Options
 from tracks.records import Measured, record
@@ -54,10 +54,13 @@ def measure(o: Options, before: Mapping[str, Any] | None) -> Measured:
 
 def commands(code: Path) -> dict[str, list[str]]:
     """Return the command of each part of a checkout's demo, by name. Raises UserError if it has none."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(code / "scripts"), str(code)])}
-    done = subprocess.run([sys.executable, "-c", _READ], env=environment, capture_output=True, text=True)
+    here = code / "scripts"  # not this code's folder, because the current folder comes first in Python's path
+    command, environment = [sys.executable, "-c", _READ], os.environ | {"PYTHONPATH": str(code)}
+    if not (here / "demo.py").is_file():
+        raise UserError(f"--checkout {code}: has no scripts/demo.py; must be a checkout of this project")
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"--checkout {code}: its scripts/demo.py can't be read; must be a checkout of this project")
+        raise UserError(f"--checkout {code}: scripts/demo.py can't be read ({one_line(done.stderr.splitlines()[-1])})")
     return {part: line.split() for part, line in json.loads(done.stdout).items()}
 
 
