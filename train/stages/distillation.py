@@ -1,7 +1,7 @@
 """Distillation: train a student that predicts with guidance in one evaluation, or that needs few steps."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -232,6 +232,24 @@ def student_process(config: DistillConfig, process: Process, teacher: Backbone, 
     return process
 
 
+def warnings_of(config: DistillConfig, components: DistillComponents) -> Iterator[str]:
+    """Yield a line on each setting that the student's quality will suffer from."""
+    yield from unfinished("--teacher", config.teacher)
+    (low, high), scale, resolution = config.scales, config.guidance_scale, config.input.resolution
+    if not low <= scale <= high:
+        yield (
+            f"warning: guidance_scale {scale:g}: the student learns {low:g} to {high:g}, so its sample sheets will be "
+            "poor; choose a scale in this range"
+        )
+    height, width = (side * components.autoencoder.factor for side in components.teacher.backbone.sample_size)
+    if (height, width) != (resolution, resolution):
+        yield (
+            f"warning: input.resolution {resolution}: the student will generate {resolution} × {resolution} pixels, "
+            f"but its teacher was trained for {width} × {height}; add --input.resolution {min(width, height)} unless "
+            "this is intended"
+        )
+
+
 def train(config: DistillConfig, hooks: Hooks | None = None, *, with_changes: bool = False) -> None:
     """Distil a model into `config.out`, or continue the run in it.
 
@@ -243,14 +261,8 @@ def train(config: DistillConfig, hooks: Hooks | None = None, *, with_changes: bo
     inputs = open_captioned(config)
     digests = {"data": inputs.fingerprint, **components.digests}
     with open_run(config, accelerator, digests, components.attention, with_changes=with_changes) as run:
-        for line in unfinished("--teacher", config.teacher):
+        for line in warnings_of(config, components):
             run.print(line)
-        low, high = config.scales
-        if not low <= config.guidance_scale <= high:
-            run.print(
-                f"warning: guidance_scale {config.guidance_scale:g}: the student learns {low:g} to {high:g}, so its "
-                "sample sheets will be poor; choose a scale in this range"
-            )
         inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)
         noising = Noising(strata=config.batch_size, scales=config.scales)
         examples = open_examples(run, components, inputs, noising, noising._replace(strata=1))
