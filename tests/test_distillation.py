@@ -26,7 +26,7 @@ from train.config.reports import EvaluateOptions
 from train.data.synthetic.shapes import prompts
 from train.data.synthetic.shapes_checker import score_images
 from train.evaluation.diffusion import generate_batch
-from train.stages.distillation import load_components, warnings_of
+from train.stages.distillation_init import load_components, warnings_of
 
 Student = Any
 
