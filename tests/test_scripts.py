@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from ldm.formats.png import read_png
 from support import ROOT
 from support.commands import OFFLINE, Ended, run_command
+from support.models import tiny_pipeline
 from support.processes import run_forked
 
 TRAIN = "--steps 4 --batch-size 8 --optimizer.warmup 0 --log-every 1 --checkpoint-every 2"
@@ -455,6 +456,23 @@ def test_a_closed_output_gives_one_line() -> None:
         os.close(write)
     assert done.returncode == 1
     assert done.stderr == "error: the output was closed before all of it was written\n"
+
+
+@pytest.mark.parametrize("script", ["train_clip", "evaluate"])
+def test_a_command_that_has_imported_triton_ends_with_one_line(script: str, tmp_path: Path) -> None:
+    """transformers' model classes import TorchDynamo and Triton, which reports at exit what is still alive."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    options = {"train_clip": ["configs/shapes/clip.yaml"], "evaluate": ["--model", str(tmp_path / "model")]}
+    done = subprocess.run(
+        [sys.executable, f"scripts/{script}.py", *options[script], "--data", str(tmp_path / "data"), "--out", "out"],
+        cwd=ROOT,
+        env=os.environ | OFFLINE,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    one_line(Ended(done.returncode, done.stdout, done.stderr), 2)
 
 
 @pytest.mark.parametrize("script", ["demo", "train_ldm"])
