@@ -3,11 +3,14 @@
 Guidance: Meng et al. 2023 (arXiv 2210.03142), stage one: the student reads the guidance scale and learns the guided
 prediction. Consistency: Song et al. 2023 (arXiv 2303.01469), algorithm 2, in latents and with guidance as in Luo et al.
 2023 (arXiv 2310.04378), algorithm 1. Trajectories: the ends of the teacher's trajectories are learned from pure noise,
-as in Luhman & Luhman 2021 (arXiv 2101.02388), and here also from the states on the way.
+as in Luhman & Luhman 2021 (arXiv 2101.02388), and here also from the states on the way. On-policy: the student's own
+states are learned too, with the teacher's trajectories from there, as in DAgger (Ross et al. 2011, arXiv 1011.0686) and
+Imagine Flash (Kohler et al. 2024, arXiv 2405.05224).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -63,6 +66,13 @@ class Examples:
     """Text features, (b, …)."""
     scale: Tensor
     """Guidance scales, (b,)."""
+    renoise: Tensor | None = None
+    """Noise for the student's own states, (b, c, h, w)."""
+
+    def select(self, places: Tensor) -> Self:
+        """Return some of the examples."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: part if part is None else part[places] for name, part in parts.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,48 +197,80 @@ class TrajectoryDistillation:
 
     For a network that predicts eps, the distance is weighted by sqrt(alpha / sigma): an error in eps is sigma / alpha
     times as large in x̂0, so the highest levels would otherwise dominate.
+
+    A share `on_policy` of the examples start where `lcm` with two steps gets instead: at the averaged student's
+    prediction from pure noise, with new noise of the middle level. There the student learns what the teacher makes of
+    its errors.
     """
 
     def __init__(
-        self, schedule: Schedule, target: Target, solver_steps: int, huber: float, steps: int, levels: int
+        self,
+        schedule: Schedule,
+        target: Target,
+        solver_steps: int,
+        huber: float,
+        steps: int,
+        levels: int,
+        on_policy: float = 0.0,
     ) -> None:
-        """steps: steps of the trajectory. levels: steps of lcm at whose levels the student is trained; divides `steps`.
+        """steps: steps of the trajectory. levels: steps of lcm at whose levels the student is trained; divides `steps`,
+        and is even with `on_policy`.
 
         Raises UserError if the steps don't fit the schedule.
         """
-        self.target, self.schedule, self.stride = target, schedule, steps // levels
+        self.target, self.schedule, self.stride, self.on_policy = target, schedule, steps // levels, on_policy
         self.jump = _Jump(target, _Path(schedule), huber)
         self.plan = make_plan(schedule, make_sampler("lcm").grid, steps, "trailing", solver_steps=solver_steps)
         self.sampler = make_sampler("dpmpp_2m")
-        self.indices = torch.tensor([pair.now.model_time for pair in self.plan.pairs[:: self.stride]])
+        self.levels = levels * (1 - on_policy) + levels / 2 * on_policy  # mean number of an example
 
     def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
-        """Return the losses of the examples. The average isn't used."""
-        states, end = self.trajectory(networks.teacher, batch)
-        index = self.indices.to(end.device).repeat_interleave(len(end))
-        x, n = torch.cat(states[:: self.stride]), len(self.indices)  # (n b, c, h, w)
-        condition, scale = (v.repeat(n, *[1] * (v.ndim - 1)) for v in (batch.condition, batch.scale))
-        ends = self.jump(networks.student, x, index, condition, scale)
-        d = ends - end.repeat(n, 1, 1, 1)
+        """Return the losses of the examples: sums over their levels, over the mean number of levels."""
+        own, middle = batch.u < self.on_policy, len(self.plan.pairs) // 2
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for place, first in ((~own).nonzero().flatten(), 0), (own.nonzero().flatten(), middle):
+            if len(place):
+                part = batch.select(place)
+                start = self.plan.start(part.noise) if first == 0 else self._reached(networks, part, first)
+                states, end = self.trajectory(networks.teacher, part, start, first)
+                levels = [pair.now.model_time for pair in self.plan.pairs[first :: self.stride]]
+                learned = zip(levels, states[:: self.stride], strict=True)
+                found += [(place, torch.full_like(place, level), state, end) for level, state in learned]
+        place, index, x, end = (torch.cat(parts) for parts in zip(*found, strict=True))  # of each state
+        ends = self.jump(networks.student, x, index, batch.condition[place], batch.scale[place])
+        d = ends - end
         distance, squared = self.jump.distance(d), (d.detach() ** 2).flatten(1).mean(1)
         if self.target == "eps":
             alpha, sigma, _ = self.jump.path.at(index, x)
             distance = (alpha / sigma).sqrt().flatten() * distance
-        return DistillationLosses(distance.view(n, -1).mean(0), squared.view(n, -1).mean(0), ends)
+        of_examples = (distance.new_zeros(len(own)).index_add(0, place, v) / self.levels for v in (distance, squared))
+        return DistillationLosses(*of_examples, ends)
 
     @torch.no_grad()
-    def trajectory(self, teacher: Student, batch: Examples) -> tuple[list[Tensor], Tensor]:
-        """Return the states (b, c, h, w) at the levels, from noise to data, and the end of the trajectory."""
+    def trajectory(
+        self, teacher: Student, batch: Examples, start: Tensor, first: int = 0
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the states at the plan's levels, from `start` at level `first`, and the end; all are (b, c, h, w)."""
 
         def denoise(x: Tensor, level: Level) -> Denoised:
             time = torch.full((len(x),), level.model_time, device=x.device)
             output = teacher(x, time, batch.condition, batch.scale).to(x.dtype)
             return Denoised(to_x0(self.target, output, x, level.alpha, level.sigma))
 
-        states, step = [self.plan.start(batch.noise)], self.sampler.step(self.schedule)
-        for now, next in self.plan.pairs:
+        states, step = [start], self.sampler.step(self.schedule)
+        for now, next in self.plan.pairs[first:]:
             states.append(step(denoise, states[-1], now, next, _no_noise))
         return states[:-1], states[-1]
+
+    @torch.no_grad()
+    def _reached(self, networks: Networks, batch: Examples, place: int) -> Tensor:
+        """Return the state that the averaged student reaches in one step of lcm from pure noise to a level."""
+        assert batch.renoise is not None
+        top, level = self.plan.pairs[0].now, self.plan.pairs[place].now
+        index = torch.full((len(batch.noise),), top.model_time, device=batch.noise.device)
+        start = self.plan.start(batch.noise)
+        end = self.jump(networks.average, start, index, batch.condition, batch.scale)
+        return level.alpha * end + level.sigma * batch.renoise
 
 
 Objective = GuidanceDistillation | ConsistencyDistillation | TrajectoryDistillation

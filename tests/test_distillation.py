@@ -132,43 +132,68 @@ def test_consistency_is_learned_from_a_step_of_ddim(
     assert recorded.metrics[1]["loss"] == pytest.approx(np.mean(losses), rel=2e-3)
 
 
-@pytest.mark.parametrize(("name", "steps", "levels"), [("plain", 6, 1), ("eps", 4, 2), ("guided/model", 3, 3)])
+@pytest.mark.parametrize(
+    ("name", "steps", "levels", "on_policy"),
+    [("plain", 6, 1, 0.0), ("eps", 4, 2, 0.0), ("guided/model", 3, 3, 0.0), ("eps", 8, 4, 0.6)],
+)
 def test_consistency_is_learned_from_whole_trajectories(
-    name: str, steps: int, levels: int, shapes: Path, teachers: Path, guided: Path, tmp_path: Path
+    name: str, steps: int, levels: int, on_policy: float, shapes: Path, teachers: Path, guided: Path, tmp_path: Path
 ) -> None:
     """The loss of a second step, from diffusers' DPM-Solver on the timesteps of its LCMScheduler."""
-    settings: dict[str, Any] = {"method": "consistency", "trajectory": steps, "levels": levels, "huber": 0.1}
-    recorded = record(config(shapes, teachers, tmp_path / "run", name, **settings), 2)
+    settings: dict[str, Any] = {"method": "consistency", "trajectory": steps, "levels": levels, "on_policy": on_policy}
+    recorded = record(config(shapes, teachers, tmp_path / "run", name, **settings, huber=0.1), 2)
     (part,), teacher = recorded.parts[1], LatentDiffusionPipeline.from_pretrained(teachers / name)
     ddim = DDIMScheduler.from_config(teacher.process.to_diffusers().config)
     ddim.num_inference_steps = 50  # not used, but it must be set
     lcm = LCMScheduler.from_config(ddim.config)
     lcm.set_timesteps(steps)
-    solver = DPMSolverMultistepScheduler.from_config(ddim.config)
-    solver.set_timesteps(timesteps=lcm.timesteps.tolist())
-    x, states = part.noise.clone(), []
-    for t in lcm.timesteps:
-        states.append(x)
-        time = t.repeat(8)
-        if teacher.backbone.guidance_width:
-            output = teacher.backbone(x, time, part.condition, part.scale).detach()
-        else:
-            output = with_guidance(teacher, x, time, part.condition, part.scale).float()
-        x = solver.step(output, t, x).prev_sample
-    lcm.set_timesteps(levels)
-    student = UNet.wrap(copy.deepcopy(recorded.initial[0]), 4)
+    timesteps = lcm.timesteps
+
+    def solve(x: Tensor, timesteps: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the teacher's states from x on, and the end, by timestep."""
+        solver = DPMSolverMultistepScheduler.from_config(ddim.config)
+        solver.set_timesteps(timesteps=timesteps.tolist())
+        states = []
+        for t in timesteps:
+            states.append(x)
+            time = t.repeat(8)
+            if teacher.backbone.guidance_width:
+                output = teacher.backbone(x, time, part.condition, part.scale).detach()
+            else:
+                output = with_guidance(teacher, x, time, part.condition, part.scale).float()
+            x = solver.step(output, t, x).prev_sample
+        return {int(t): (state, x) for t, state in zip(timesteps, states, strict=True)}
+
+    student, average = (UNet.wrap(copy.deepcopy(recorded.initial[0]), 4) for _ in range(2))
     student.module.load_state_dict(recorded.weights[0][0])
+    average.module.load_state_dict(recorded.averages[0])
+
+    @torch.no_grad()
+    def f(net: UNet, x: Tensor, t: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
+        skip, out = lcm.get_scalings_for_boundary_condition_discrete(int(t))
+        return skip * x + out * ddim.step(net(x, t.repeat(len(x)), condition, scale), int(t), x).pred_original_sample
+
+    starts = {False: solve(part.noise.clone(), timesteps)}
+    if on_policy:  # diffusers' sampler, of which one step is done with the averaged student
+        lcm.set_timesteps(2)
+        t, middle = lcm.timesteps
+        reached = f(average, part.noise, t, part.condition, part.scale)
+        starts[True] = solve(ddim.add_noise(reached, part.renoise, middle).float(), timesteps[timesteps <= middle])
+    own = (part.timestep < on_policy).tolist()
+    assert set(own) == set(starts)
+    lcm.set_timesteps(levels)
     losses = []
     for k in range(8):
+        states = starts[own[k]]
         for t in lcm.timesteps:
-            state = states[solver.timesteps.tolist().index(t)][k : k + 1]
-            skip, out = lcm.get_scalings_for_boundary_condition_discrete(int(t))
-            with torch.no_grad():
-                output = student(state, t[None], part.condition[k : k + 1], part.scale[k : k + 1])
-            d = (skip * state + out * ddim.step(output, int(t), state).pred_original_sample - x[k]).double()
+            if int(t) not in states:
+                continue
+            state, end = (x[k : k + 1] for x in states[int(t)])
+            d = (f(student, state, t, part.condition[k : k + 1], part.scale[k : k + 1]) - end).double()
             weight = (ddim.alphas_cumprod[t] / (1 - ddim.alphas_cumprod[t])).item() ** (0.25 * (name == "eps"))
             losses.append(weight * ((d**2 + 0.1**2).sqrt() - 0.1).mean().item())
-    assert recorded.metrics[1]["loss"] == pytest.approx(np.mean(losses), rel=2e-3)
+    expected = np.sum(losses) / (8 * levels * (1 - on_policy / 2))  # the mean over all levels of all examples, expected
+    assert recorded.metrics[1]["loss"] == pytest.approx(expected, rel=2e-3)
 
 
 def test_a_trajectory_needs_no_images(shapes: Path, teachers: Path, tmp_path: Path) -> None:
@@ -228,7 +253,7 @@ def test_an_adversarial_term_trains_both_networks(
 def test_a_run_continues_exactly(method: Any, shapes: Path, teachers: Path, tmp_path: Path) -> None:
     change = {"method": method}
     if method == "trajectory":
-        change = {"method": "consistency", "trajectory": 2, "levels": 2, "adversarial": 0.1}
+        change = {"method": "consistency", "trajectory": 2, "levels": 2, "on_policy": 0.5, "adversarial": 0.1}
     runs = [
         config(shapes, teachers, tmp_path / name, **change, steps=2, checkpoint_every=1) for name in ("whole", "cut")
     ]
@@ -242,7 +267,9 @@ def test_a_run_continues_exactly(method: Any, shapes: Path, teachers: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{}, {"method": "consistency", "trajectory": 4, "levels": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"method": "consistency", "trajectory": 4, "levels": 2, "on_policy": 0.5}], ids=str
+)
 def test_two_processes_train_as_one(change: dict[str, Any], shapes: Path, teachers: Path, tmp_path: Path) -> None:
     losses = []
     for processes in (1, 2):
@@ -366,6 +393,7 @@ def test_a_teacher_that_does_not_fit_is_refused(
         ({"trajectory": 4}, "trajectory 4: only with method consistency"),
         ({"method": "consistency", "trajectory": 51}, r"trajectory 51: must be at most 50 \(solver_steps\)"),
         ({"method": "consistency", "trajectory": 4, "levels": 5}, "levels 5: must divide 4, the steps of a trajectory"),
+        ({"method": "consistency", "on_policy": 0.5}, "on_policy 0.5 with levels 1: needs an even number of levels"),
         ({"levels": 2}, "levels 2: only with a trajectory; set it to 1"),
         ({"evaluate_every": 5}, "evaluate_every 5: needs evaluation_features"),
         ({"method": "consistency", "weight_noise": True}, "weight_noise: only with method guidance"),

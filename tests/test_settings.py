@@ -122,7 +122,7 @@ LATENT = {test: names for test, names in LDM.items() if test.startswith("overfit
 DISTILL = LATENT | {
     "distillation::test_guidance_is_learned_from_two_predictions": "teacher method scales weight_noise",
     "distillation::test_consistency_is_learned_from_a_step_of_ddim": "solver_steps huber",
-    "distillation::test_consistency_is_learned_from_whole_trajectories": "trajectory levels",
+    "distillation::test_consistency_is_learned_from_whole_trajectories": "trajectory levels on_policy",
     "distillation::test_an_adversarial_term_trains_both_networks": "adversarial adversarial_lr",
 }
 """The tests, and the settings for which each of them fails."""

@@ -45,6 +45,9 @@ class DistillConfig(LatentConfig):
     levels: Annotated[int, ON_REQUEST] = Field(default=1, gt=0, le=100_000)
     """Number of states of each trajectory that train the student: those at which `lcm` with as many steps evaluates the
     network. It must divide `trajectory`. The network's batch is `levels` times as large as `batch_size`."""
+    on_policy: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0, lt=1)
+    """Share of the examples whose trajectories start at the student's own states: those that `lcm` with two steps
+    reaches (Kohler et al. 2024). They have half of the levels. It needs `trajectory` and an even number of `levels`."""
 
     adversarial: Annotated[float, Resumable(on_request=True, never=0.0)] = Field(default=0.0, ge=0, le=1e6)
     """Weight of an adversarial loss of consistency distillation (hinge: Lim & Ye 2017). 0: no discriminator.
@@ -85,6 +88,8 @@ class DistillConfig(LatentConfig):
             raise ValueError(f"levels {self.levels}: only with a trajectory; set it to 1")
         if self.trajectory % self.levels:
             raise ValueError(f"levels {self.levels}: must divide {self.trajectory}, the steps of a trajectory")
+        if self.on_policy and self.levels % 2:
+            raise ValueError(f"on_policy {self.on_policy:g} with levels {self.levels}: needs an even number of levels")
         return self
 
     @model_validator(mode="after")
@@ -120,4 +125,4 @@ class DistillConfig(LatentConfig):
         common = teacher.schedule, teacher.target, self.solver_steps, self.huber
         if not self.trajectory:
             return ConsistencyDistillation(*common)
-        return TrajectoryDistillation(*common, self.trajectory, self.levels)
+        return TrajectoryDistillation(*common, self.trajectory, self.levels, self.on_policy)

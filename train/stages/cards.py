@@ -156,6 +156,7 @@ def about_distilled(config: DistillConfig, process: Process, backbone: Backbone,
     solver = f"DDIM, {config.solver_steps} steps"
     if config.trajectory:
         solver = f"DPM++ 2M, {config.trajectory} steps from noise, of which {config.levels} are learned"
+        solver += f", {config.on_policy:.0%} of them from the student's own states" * (config.on_policy > 0)
     loss = f"pseudo-Huber, c = {config.huber:g}; solver {solver}" if few else "squared error"
     loss += ", weighted by max(sigma / alpha, 1)" * config.weight_noise
     loss += f"; hinge discriminator × {config.adversarial:g}" * (config.adversarial > 0)

@@ -56,7 +56,9 @@ class DistillationLoss(Loss):
             network if batch.context is None else with_context(network, batch.context)
             for network in (self.student, self.average)
         )
-        examples = distillation.Examples(batch.x0, batch.timestep, batch.noise, batch.condition, batch.scale)
+        examples = distillation.Examples(
+            batch.x0, batch.timestep, batch.noise, batch.condition, batch.scale, batch.renoise
+        )
         return self.objective(Networks(student, average, self.teacher(batch.context)), examples)
 
     def forward(self, batch: DiffusionBatch) -> StepOutput:
@@ -68,8 +70,8 @@ class DistillationLoss(Loss):
         with frozen(discriminator):
             adversarial = generator_loss("hinge", discriminator(losses.ends))
         metrics["adversarial"] = adversarial.detach()
-        real = batch.x0.repeat(len(losses.ends) // len(batch.x0), 1, 1, 1)
-        latents = DiscriminatorBatch(real, losses.ends.detach())
+        places = torch.arange(len(losses.ends), device=batch.x0.device) % len(batch.x0)  # as many real latents
+        latents = DiscriminatorBatch(batch.x0[places], losses.ends.detach())
         return StepOutput(loss + self.weight * adversarial, metrics, latents)
 
 
@@ -104,6 +106,8 @@ class DistillStage(LdmStage[DistillConfig]):
         shared = c.method, c.scales, c.solver_steps, c.huber, self.components.digests["teacher"]
         if c.weight_noise:
             return (*shared, "weighted")
+        if c.on_policy:
+            return (*shared, c.trajectory, c.levels, c.on_policy)
         return (*shared, c.trajectory, c.levels) if c.trajectory else shared  # validation has no discriminator
 
     def error_by_noise(self, errors: Tensor) -> dict[str, float]:
@@ -127,7 +131,7 @@ def train(config: DistillConfig, hooks: Hooks | None = None, *, with_changes: bo
         for line in warnings_of(config, components):
             run.print(line)
         inputs = select_images(inputs, run, components.autoencoder.factor * components.backbone.size_multiple)
-        noising = Noising(strata=config.batch_size, scales=config.scales)
+        noising = Noising(strata=config.batch_size, scales=config.scales, renoise=config.on_policy > 0)
         examples = open_examples(run, components, inputs, noising, noising._replace(strata=1))
         stage = DistillStage(run, components, inputs, *examples)
         fit(run, stage, publisher(run, stage), hooks)

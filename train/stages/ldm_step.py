@@ -39,6 +39,8 @@ class DiffusionBatch(Record):
     """Mask and latents of the masked image, (b, 1 + c, h, w), for a network that inpaints."""
     scale: Tensor | None = None
     """Guidance scales, (b,), for a network that reads them."""
+    renoise: Tensor | None = None
+    """Noise for a second start of a trajectory, (b, c, h, w)."""
 
 
 class Completion:
@@ -71,7 +73,7 @@ class Completion:
             masked_mean, masked_std = self._posterior(masked_image(part.pixels, mask))
             context = inpainting_context(mask, masked_mean + masked_std * drawn.masks.noise)
         x0 = mean + std * drawn.posterior_noise
-        return DiffusionBatch(x0, drawn.timestep, drawn.noise, condition, context, drawn.scale)
+        return DiffusionBatch(x0, drawn.timestep, drawn.noise, condition, context, drawn.scale, drawn.renoise)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latents' mean and standard deviation, (b, c, h, w) each; computed in fp32 or bf16, never fp16."""

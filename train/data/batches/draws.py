@@ -47,6 +47,8 @@ class Noising(NamedTuple):
     shift an image's mean (Guttenberg 2023, "Diffusion with offset noise")."""
     scales: tuple[float, float] | None = None
     """Smallest and largest guidance scale, for a network that reads one; None: none are drawn."""
+    renoise: bool = False
+    """Whether noise for a second start of a trajectory is drawn."""
 
     def draw(
         self, seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], masks: DrawnMasks | None = None
@@ -62,6 +64,7 @@ class Noising(NamedTuple):
             dropped=torch.from_numpy(uniform(seed, Purpose.DROPOUT, positions) < self.dropout),
             masks=masks,
             scale=None if self.scales is None else self._scale(seed, positions, *self.scales),
+            renoise=torch.from_numpy(normal(seed, Purpose.RENOISE, positions, shape)) if self.renoise else None,
         )
 
     @staticmethod

@@ -78,6 +78,8 @@ class DrawnNoise(Record):
     masks: DrawnMasks | None = None
     scale: Tensor | None = None
     """Guidance scales, (b,), for a network that reads them."""
+    renoise: Tensor | None = None
+    """Noise for a second start of a trajectory, (b, c, h, w)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     LEVEL = 17  # here, a position is an image and a noise level (train/evaluation/losses.py)
     GUIDANCE = 18
     TAGS = 19  # here, a position is the hash of a caption
+    RENOISE = 20
 
 
 def generator(seed: int, purpose: Purpose, position: int) -> Generator:
