@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import sys
 import warnings
@@ -57,6 +58,17 @@ def test_every_line_is_escaped_and_cut(
         assert not RAW & set(line)
         assert len(line) <= 5000
     assert "\\x1b[2J" in out.getvalue() or "1,000," in out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["warning", "error"])
+def test_logged_lines_say_what_they_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    err, logger = io.StringIO(), logging.getLogger("ldm.nothing")
+    monkeypatch.setattr(logger, "propagate", False)  # pytest's handlers are the root's
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(warnings, "filters", [*warnings.filters])
+    with redirect_stderr(err), pytest.raises(SystemExit):
+        main.command(lambda: getattr(logger, kind)("the model is large"))()
+    assert err.getvalue() == f"{kind}: the model is large\n"
 
 
 def test_printable_text_stays_as_it_is() -> None:

@@ -50,6 +50,10 @@ def _run(main: Callable[[], None]) -> NoReturn:
         _exit(2, "runs on Linux and macOS only; on Windows, install WSL, which runs Linux: wsl --install")
     warnings.filterwarnings("ignore", module="huggingface_hub")  # its warnings are about calls by other libraries
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
+    if logging.lastResort is not None:  # logged warnings look like the others
+        logging.addLevelName(logging.WARNING, "warning")
+        logging.addLevelName(logging.ERROR, "error")
+        logging.lastResort.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     _quieten()
     signal.signal(signal.SIGINT, _interrupt)
     try:
