@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autoencoder.discriminator import PatchDiscriminator, frozen, generator_loss
