@@ -108,7 +108,7 @@ def read_record(path: Path, track: str = "") -> dict[str, Any]:
         for name in ("name", "track", "config", "settings"):
             if not isinstance(found[name], str):
                 raise TypeError
-        int(found["steps"])
+        int(found["steps"]), int(found["prompts"]["count"]), bool(found["valid"]), str(found["machine"]["date"])
         float(found["cpu_seconds"]["training"]), float(found["accuracy"]["mean"]), dict(found["digests"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: must be a record.json of this program ({type(error).__name__})") from None

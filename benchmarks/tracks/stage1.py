@@ -38,8 +38,9 @@ def measure(o: Options, before: Mapping[str, Any] | None) -> Measured:
     words = arguments(o, o.config, o.settings)
     side = parse(VaeConfig, [*words, "--steps", str(o.steps)]).input.resolution
     parse(LdmConfig, ldm_arguments(o, JUDGE, o.judge, "an autoencoder"))  # an error costs no training
-    if before is not None and (before["judge"], before["prompts"]["count"]) != (o.judge, o.prompts):
-        raise UserError(f"--before {o.before}: was judged with --judge {before['judge']!r}, or with other prompts")
+    if before is not None and (before.get("judge"), before["prompts"]["count"]) != (o.judge, o.prompts):
+        judge, count = before.get("judge"), before["prompts"]["count"]
+        raise UserError(f"--before {o.before}: was judged with --judge {judge!r} --prompts {count}; must be the same")
     digests = digests_of(o, before, "text_encoder")
     train_seeds(o, script(o, "train_vae.py", [*words, "--steps", str(o.steps)]))
     images = held_out_images(o, side)
