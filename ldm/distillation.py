@@ -10,7 +10,7 @@ Imagine Flash (Kohler et al. 2024, arXiv 2405.05224).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Networks:
     """The guided teacher."""
 
 
+NetworksOf = Callable[[Tensor | None], Networks]
+"""Function that returns the networks for examples with this context, (b, k, h, w); None: the networks have none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Examples:
     """A batch of examples."""
@@ -66,13 +70,16 @@ class Examples:
     """Text features, (b, …)."""
     scale: Tensor
     """Guidance scales, (b,)."""
+    context: Tensor | None = None
+    """Context channels, (b, k, h, w), for networks that inpaint."""
     renoise: Tensor | None = None
     """Noise for the student's own states, (b, c, h, w)."""
 
     def select(self, places: Tensor) -> Self:
         """Return some of the examples."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: part if part is None else part[places] for name, part in parts.items()})
+        chosen: dict[str, Any] = {name: None if part is None else part[places] for name, part in parts.items()}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +128,9 @@ class GuidanceDistillation:
         noise = (schedule.sigma / schedule.alpha).double().clamp(min=1)
         self.mean_weight = noise.mean().item() if weighted else None
 
-    def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
+    def __call__(self, networks_of: NetworksOf, batch: Examples) -> DistillationLosses:
         """Return the losses of the examples. The average isn't used."""
-        x0 = batch.x0
+        x0, networks = batch.x0, networks_of(batch.context)
         alpha, sigma, time = self.path.at(uniform(batch.u.to(x0.device), self.T).index, x0)
         x_t = alpha * x0 + sigma * batch.noise
         with torch.no_grad():
@@ -170,9 +177,9 @@ class ConsistencyDistillation:
         self.jump = _Jump(target, self.path, huber)
         self.indices = torch.tensor([-1, *solver_indices(schedule.T, solver_steps)])
 
-    def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
+    def __call__(self, networks_of: NetworksOf, batch: Examples) -> DistillationLosses:
         """Return the losses of the examples."""
-        x0, given = batch.x0, (batch.condition, batch.scale)
+        x0, given, networks = batch.x0, (batch.condition, batch.scale), networks_of(batch.context)
         self.indices = self.indices.to(x0.device)
         place = 1 + uniform(batch.u.to(x0.device), len(self.indices) - 1).index
         start, end = self.indices[place], self.indices[place - 1]
@@ -224,27 +231,31 @@ class TrajectoryDistillation:
         self.sampler = make_sampler("dpmpp_2m")
         self.levels = levels * (1 - on_policy) + levels / 2 * on_policy  # mean number of an example
 
-    def __call__(self, networks: Networks, batch: Examples) -> DistillationLosses:
+    def __call__(self, networks_of: NetworksOf, batch: Examples) -> DistillationLosses:
         """Return the losses of the examples: sums over their levels, over the mean number of levels."""
         own, middle = batch.u < self.on_policy, len(self.plan.pairs) // 2
         found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for place, first in ((~own).nonzero().flatten(), 0), (own.nonzero().flatten(), middle):
             if len(place):
                 part = batch.select(place)
+                networks = networks_of(part.context)
                 start = self.plan.start(part.noise) if first == 0 else self._reached(networks, part, first)
                 states, end = self.trajectory(networks.teacher, part, start, first)
                 levels = [pair.now.model_time for pair in self.plan.pairs[first :: self.stride]]
                 learned = zip(levels, states[:: self.stride], strict=True)
                 found += [(place, torch.full_like(place, level), state, end) for level, state in learned]
         place, index, x, end = (torch.cat(parts) for parts in zip(*found, strict=True))  # of each state
-        ends = self.jump(networks.student, x, index, batch.condition[place], batch.scale[place])
+        chosen = batch.select(place)
+        ends = self.jump(networks_of(chosen.context).student, x, index, chosen.condition, chosen.scale)
         d = ends - end
         distance, squared = self.jump.distance(d), (d.detach() ** 2).flatten(1).mean(1)
         if self.target == "eps":
             alpha, sigma, _ = self.jump.path.at(index, x)
             distance = (alpha / sigma).sqrt().flatten() * distance
-        of_examples = (distance.new_zeros(len(own)).index_add(0, place, v) / self.levels for v in (distance, squared))
-        return DistillationLosses(*of_examples, ends)
+        weighted, unweighted = (
+            distance.new_zeros(len(own)).index_add(0, place, v) / self.levels for v in (distance, squared)
+        )
+        return DistillationLosses(weighted, unweighted, ends)
 
     @torch.no_grad()
     def trajectory(
@@ -274,7 +285,7 @@ class TrajectoryDistillation:
 
 
 Objective = GuidanceDistillation | ConsistencyDistillation | TrajectoryDistillation
-"""A loss (networks, examples) → losses of the examples."""
+"""A loss (networks of a context, examples) → losses of the examples."""
 
 
 def _no_noise() -> Tensor:

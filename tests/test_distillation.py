@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,24 @@ def test_consistency_is_learned_from_whole_trajectories(
             losses.append(weight * ((d**2 + 0.1**2).sqrt() - 0.1).mean().item())
     expected = np.sum(losses) / (8 * levels * (1 - on_policy / 2))  # the mean over all levels of all examples, expected
     assert recorded.metrics[1]["loss"] == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["eps", "inpaint"])
+def test_an_example_does_not_depend_on_the_others(name: str, shapes: Path, teachers: Path, tmp_path: Path) -> None:
+    """Its loss is the same alone, with its own context and the start of its own trajectory."""
+    change: dict[str, Any] = {"method": "consistency", "trajectory": 4, "levels": 2, "on_policy": 0.5}
+    found: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def look(stage: Any) -> None:
+        (part,) = stage.prepare(0, next(iter(stage.batches(0))))
+        given = {f.name: x for f in fields(part) if isinstance(x := getattr(part, f.name), Tensor)}
+        alone = [replace(part, **{field: x[k : k + 1] for field, x in given.items()}) for k in range(8)]
+        found["together"] = stage.validation_loss.losses(part).weighted
+        found["alone"] = torch.cat([stage.validation_loss.losses(example).weighted for example in alone])
+
+    record(config(shapes, teachers, tmp_path / "run", name, **change), 1, look)
+    torch.testing.assert_close(found["together"], found["alone"], rtol=1e-3, atol=1e-6)
 
 
 def test_a_trajectory_needs_no_images(shapes: Path, teachers: Path, tmp_path: Path) -> None:

@@ -53,14 +53,15 @@ class DistillationLoss(Loss):
 
     def losses(self, batch: DiffusionBatch) -> DistillationLosses:
         assert batch.scale is not None
-        student, average = (
-            network if batch.context is None else with_context(network, batch.context)
-            for network in (self.student, self.average)
-        )
         examples = distillation.Examples(
-            batch.x0, batch.timestep, batch.noise, batch.condition, batch.scale, batch.renoise
+            batch.x0, batch.timestep, batch.noise, batch.condition, batch.scale, batch.context, batch.renoise
         )
-        return self.objective(Networks(student, average, self.teacher(batch.context)), examples)
+        return self.objective(self.networks, examples)
+
+    def networks(self, context: Tensor | None) -> Networks:
+        """Return the networks, for examples with a context or without one."""
+        student, average = (n if context is None else with_context(n, context) for n in (self.student, self.average))
+        return Networks(student, average, self.teacher(context))
 
     def forward(self, batch: DiffusionBatch) -> StepOutput:
         losses, discriminator = self.losses(batch), self._not_trained["discriminator"]
