@@ -89,7 +89,9 @@ class DistillConfig(LatentConfig):
         if self.trajectory % self.levels:
             raise ValueError(f"levels {self.levels}: must divide {self.trajectory}, the steps of a trajectory")
         if self.on_policy and self.levels % 2:
-            raise ValueError(f"on_policy {self.on_policy:g} with levels {self.levels}: needs an even number of levels")
+            raise ValueError(
+                f"on_policy {self.on_policy:g} with levels {self.levels}: needs a trajectory with an even number"
+            )
         return self
 
     @model_validator(mode="after")
