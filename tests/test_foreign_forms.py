@@ -238,7 +238,7 @@ def test_an_encoding_may_be_given_and_one_that_cannot_be_guessed_is_refused(tmp_
         rows(tmp_path)
     ended = run_script("inspect_data", "--data", tmp_path, "--input.encoding", "cp9999")
     assert ended.status == 2
-    assert "encoding 'cp9999': is unknown" in ended.err
+    assert "--input.encoding cp9999: is unknown" in ended.err
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])

@@ -37,6 +37,7 @@ def test_purposes_keep_their_numbers():
         "LEVEL": 17,
         "GUIDANCE": 18,
         "TAGS": 19,
+        "RENOISE": 20,
     }
 
 
