@@ -91,7 +91,7 @@ class DistillationLosses:
     unweighted: Tensor
     """Squared error."""
     ends: Tensor | None = None
-    """The student's predictions of clean latents, (n b, c, h, w), if it predicts them; with gradients."""
+    """The student's predictions of clean latents from all states, (n, c, h, w), if it predicts them; with gradients."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class TrajectoryDistillation:
 
     def __call__(self, networks_of: NetworksOf, batch: Examples) -> DistillationLosses:
         """Return the losses of the examples: sums over their levels, over the mean number of levels."""
-        own, middle = batch.u < self.on_policy, len(self.plan.pairs) // 2
+        own, middle = batch.u.to(batch.noise.device) < self.on_policy, len(self.plan.pairs) // 2
         found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for place, first in ((~own).nonzero().flatten(), 0), (own.nonzero().flatten(), middle):
             if len(place):

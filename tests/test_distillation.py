@@ -411,7 +411,10 @@ def test_a_teacher_that_does_not_fit_is_refused(
         ({"trajectory": 4}, "trajectory 4: only with method consistency"),
         ({"method": "consistency", "trajectory": 51}, r"trajectory 51: must be at most 50 \(solver_steps\)"),
         ({"method": "consistency", "trajectory": 4, "levels": 5}, "levels 5: must divide 4, the steps of a trajectory"),
-        ({"method": "consistency", "on_policy": 0.5}, "on_policy 0.5 with levels 1: needs a trajectory with an even"),
+        (
+            {"method": "consistency", "on_policy": 0.5},
+            "on_policy 0.5: needs a trajectory with an even number of levels, not 1",
+        ),
         ({"levels": 2}, "levels 2: only with a trajectory; set it to 1"),
         ({"evaluate_every": 5}, "evaluate_every 5: needs evaluation_features"),
         ({"method": "consistency", "weight_noise": True}, "weight_noise: only with method guidance"),

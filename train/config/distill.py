@@ -90,7 +90,7 @@ class DistillConfig(LatentConfig):
             raise ValueError(f"levels {self.levels}: must divide {self.trajectory}, the steps of a trajectory")
         if self.on_policy and self.levels % 2:
             raise ValueError(
-                f"on_policy {self.on_policy:g} with levels {self.levels}: needs a trajectory with an even number"
+                f"on_policy {self.on_policy:g}: needs a trajectory with an even number of levels, not {self.levels}"
             )
         return self
 
