@@ -421,12 +421,19 @@ def test_the_files_of_earlier_code_are_read(run: Folder) -> None:
     run.reach(4)
     content = yaml.safe_load(run.folder.settings.read_text())
     content["accept_changed_data"] = True
+    content["optimizer"]["matrix_lr"] = 0.0
     content["about"]["earlier_data"] = ["0" * 64]
     run.folder.settings.write_text(yaml.safe_dump(content))
     run.start(CLIP)
     saved = Saved.read(run.folder.settings)
     assert (saved.earlier_data, saved.changes) == (["0" * 64], [])
-    assert "accept_changed_data" not in run.folder.settings.read_text()
+    text = run.folder.settings.read_text()
+    assert "accept_changed_data" not in text
+    assert "matrix_lr" not in text
+    content["optimizer"]["matrix_lr"] = 0.02  # a rule that no longer exists
+    run.folder.settings.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="matrix_lr"):
+        run.start(CLIP)
 
 
 @pytest.mark.parametrize(

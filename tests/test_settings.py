@@ -18,8 +18,8 @@ from train.config.vae import VaeConfig
 SHARED = {
     "settings_run::test_steps_equal_plain_torch": (
         "steps ema_decay optimizer.kind optimizer.lr optimizer.schedule optimizer.final optimizer.warmup "
-        "optimizer.betas optimizer.eps optimizer.momentum optimizer.newton_schulz optimizer.matrix_lr "
-        "optimizer.weight_decay optimizer.clip"
+        "optimizer.betas optimizer.eps optimizer.momentum optimizer.newton_schulz optimizer.weight_decay "
+        "optimizer.clip"
     ),
     "settings_run::test_the_seed_determines_weights_and_order": "seed batch_size accumulation",
     "settings_run::test_the_loop_acts_at_the_configured_steps": (

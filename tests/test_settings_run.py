@@ -73,7 +73,6 @@ OPTIMIZERS = [
     ("ldm", adamw(schedule="constant", warmup=3, clip=0.0)),
     ("ldm", muon(schedule="linear", warmup=1, final=0.5, clip=0.3)),
     ("clip", muon(schedule="cosine", warmup=1, newton_schulz="polar_express")),
-    ("vae", muon(schedule="linear", warmup=1, matrix_lr=0.004)),
     ("clip", adamw(kind="adamw_8bit", schedule="linear", warmup=2, final=0.3)),
 ]
 

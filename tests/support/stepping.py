@@ -137,7 +137,7 @@ def lr_share(c: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def momentum_step(c: OptimizerConfig, weight: Tensor, grad: Tensor, mean: Tensor, lr: float) -> None:
-    """Make a step of Muon (Jordan et al. 2024) in float64; without a matrix_lr, with the scale of Liu et al. 2025."""
+    """Make a step of Muon (Jordan et al. 2024), with the scale of Liu et al. 2025, in float64."""
     mean.mul_(c.momentum).add_(grad, alpha=1 - c.momentum)
     x = (c.momentum * mean + (1 - c.momentum) * grad).double().flatten(1)
     x = x / x.norm().clamp(min=1e-7)
@@ -150,8 +150,6 @@ def momentum_step(c: OptimizerConfig, weight: Tensor, grad: Tensor, mean: Tensor
         a = x @ x.T
         x = first * x + (third * a + fifth * a @ a) @ x
     size = 0.2 * max(x.shape) ** 0.5
-    if c.matrix_lr:
-        size = c.matrix_lr / c.lr * max(1, len(x) / len(x.T)) ** 0.5
     weight.mul_(1 - lr * c.weight_decay).sub_((lr * size * x).view_as(weight).float())
 
 

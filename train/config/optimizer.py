@@ -48,10 +48,6 @@ class OptimizerConfig:
     """Iteration that orthogonalises Muon's matrices.
     `jordan`: five steps (Jordan et al. 2024).
     `polar_express`: three steps with better coefficients (Amsel et al. 2025), which take about 0.6 of the time."""
-    matrix_lr: Annotated[float, ON_REQUEST] = Field(default=0.0, ge=0)
-    """Peak learning rate of Muon's matrices, whose steps have the spectral norm matrix_lr · √max(1, rows / columns).
-    That is the scale of Jordan et al. 2024; it moves small matrices, such as attention's, faster compared with kernels.
-    0: `lr` is used for matrices too, in steps whose elements are as large as AdamW's (Liu et al. 2025)."""
     weight_decay: Annotated[float, ON_REQUEST] = Field(default=0.01, ge=0)
     """Strength of the decoupled weight decay, on matrices and convolution kernels only; 0: none."""
     clip: Annotated[float, ON_REQUEST] = Field(default=1.0, ge=0)
@@ -89,13 +85,7 @@ class OptimizerConfig:
                 return AdamW(groups, rate, self.betas, self.eps)
             case "muon":
                 return Muon(
-                    groups,
-                    rate,
-                    self.betas,
-                    self.eps,
-                    momentum=self.momentum,
-                    newton_schulz=self.newton_schulz,
-                    matrix_ratio=self.matrix_lr / self.lr,
+                    groups, rate, self.betas, self.eps, momentum=self.momentum, newton_schulz=self.newton_schulz
                 )
             case "adamw_8bit":
                 return AdamW8bit(groups, rate, self.betas, self.eps)

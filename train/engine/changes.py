@@ -74,6 +74,8 @@ class Saved:
         values = read_yaml(path)
         values.pop("accept_changed_data", None)  # a former setting
         try:
+            if values.get("optimizer", {}).get("matrix_lr") == 0:  # another; with a value, the run can't be continued
+                del values["optimizer"]["matrix_lr"]
             about = _ABOUT.validate_python(values.pop("about", {}))
             values.setdefault("input", {}).setdefault("reading", 1)  # the rules before there was a choice
         except (ValidationError, AttributeError):

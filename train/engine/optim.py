@@ -77,9 +77,8 @@ class Muon(AdamW):
 
     Groups marked `orthogonal` contain weights of two or more dimensions; a kernel (out, in, h, w) is treated as the
     matrix (out, in·h·w). Their step is 0.2 √max(rows, columns) · UVᵀ of the Nesterov momentum USVᵀ. Its elements are
-    then as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, sec. 2.2). With
-    a `matrix_ratio`, it is matrix_ratio · √max(1, rows / columns) · UVᵀ, as by Jordan et al. Like the fused AdamW, it
-    leaves weights and momenta unchanged when `found_inf` is 1, without waiting for the device.
+    then as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, sec. 2.2). Like
+    the fused AdamW, it leaves weights and momenta unchanged when `found_inf` is 1, without waiting for the device.
     """
 
     def __init__(
@@ -91,10 +90,9 @@ class Muon(AdamW):
         *,
         momentum: float = 0.95,
         newton_schulz: NewtonSchulz = "jordan",
-        matrix_ratio: float = 0.0,
     ) -> None:
         super().__init__(groups, lr, betas, eps)
-        self.momentum, self.newton_schulz, self.matrix_ratio = momentum, newton_schulz, matrix_ratio
+        self.momentum, self.newton_schulz = momentum, newton_schulz
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -130,9 +128,7 @@ class Muon(AdamW):
                 matrix.copy_(gradient.lerp_(momentum, self.momentum).flatten(1))
             nesterov.append(stack)
         for weights, updates in zip(stacks, orthogonalised(nesterov, self.newton_schulz), strict=True):
-            rows, columns = updates.shape[1:]
-            scale, size = (ratio, max(1, rows / columns)) if (ratio := self.matrix_ratio) else (0.2, max(rows, columns))
-            updates *= lr * finite * scale * size**0.5
+            updates *= lr * finite * 0.2 * max(updates.shape[1:]) ** 0.5
             for p, update in zip(weights, updates, strict=True):
                 if weight_decay:
                     p.mul_(kept)
