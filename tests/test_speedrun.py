@@ -170,6 +170,20 @@ def test_a_checkout_is_timed_with_its_own_code(o: Options, tmp_path: Path) -> No
     assert (config.steps, config.optimizer.warmup) == (10**6, 0)
 
 
+def test_a_checkout_is_timed_with_its_own_configuration(o: Options, tmp_path: Path) -> None:
+    """A record names its configuration by a path, whose content may have changed since."""
+    here, there = "configs/shapes/ldm.yaml", tmp_path / "configs/shapes/ldm.yaml"
+    there.parent.mkdir(parents=True)
+    there.write_text("batch_size: 7\n")
+    before = {"config": here, "settings": ""}
+    then = stage2.contestant_before(replace(o, checkout=str(tmp_path)), before)
+    now = stage2.contestant_before(o, before)
+    assert then is not None
+    assert now is not None
+    sizes = [parse(LdmConfig, json.loads(each.command()[2])["arguments"]).batch_size for each in (then, now)]
+    assert sizes == [7, parse(LdmConfig, [str(ROOT / here)]).batch_size]
+
+
 @pytest.mark.slow
 def test_the_step_is_timed_in_turn_with_the_record_before(o: Options) -> None:
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ class Options:
     """File record.json of the record before, whose step is timed in turn with this one. Empty: only this step."""
     checkout: str = ""
     """Folder with the code of the record before. Empty: this code with its settings. Demo: the code to compare with."""
-    judge: str = "--steps 1000"
+    judge: str = "--steps 560"
     """Options of train_ldm.py for the stage 2 that is trained on each autoencoder of stage 1, in one text."""
     peer: Literal["best", "compiled", "shipped"] = "best"
     """Form of diffusers' loop: improved by hand, the same compiled, or its script as shipped."""

@@ -107,12 +107,17 @@ class Training(Contestant):
 
 
 def contestant(o: Options, name: str, stage: str, words: Sequence[str], checkout: str = "") -> Training:
-    """Return the training of a stage, `vae` or `ldm`, as a contestant that makes steps without an end."""
+    """Return the training of a stage, `vae` or `ldm`, as a contestant that makes steps without an end.
+
+    words: arguments of the training, the configuration first. With a checkout, it is the configuration there.
+    """
     out = Path(o.work).resolve() / "timing" / name
     shutil.rmtree(out, ignore_errors=True)
-    how = [*words, *shlex.split(_ENDLESS), "--out", str(out)]
+    code = Path(checkout).resolve() if checkout else ROOT
+    config = str(code / words[0]) if checkout else words[0]
+    how = [config, *words[1:], *shlex.split(_ENDLESS), "--out", str(out)]
     spec = {"who": "ldm", "stage": stage, "arguments": how, "threads": torch.get_num_threads()}
-    return Training(name, "training.py", spec, checkout=str(Path(checkout).resolve() if checkout else ROOT))
+    return Training(name, "training.py", spec, checkout=str(code))
 
 
 def step_seconds(o: Options, found: Sequence[Contestant]) -> dict[str, float]:
