@@ -160,7 +160,8 @@ def test_trainings_run_side_by_side_and_a_failure_ends_all(o: Options, tmp_path:
 
 
 def test_a_checkout_is_timed_with_its_own_code(o: Options, tmp_path: Path) -> None:
-    this = contestant(o, "before", "ldm", words(o), str(tmp_path))
+    (tmp_path / "shapes.yaml").touch()
+    this = contestant(o, "before", "ldm", ["shapes.yaml", *words(o)[1:]], str(tmp_path))
     assert this.command()[1] == str(tmp_path / "benchmarks/against/training.py")
     assert this.environment()["PYTHONPATH"] == f"{tmp_path}/benchmarks:{tmp_path}"
     spec = json.loads(this.command()[2])
@@ -182,6 +183,9 @@ def test_a_checkout_is_timed_with_its_own_configuration(o: Options, tmp_path: Pa
     assert now is not None
     sizes = [parse(LdmConfig, json.loads(each.command()[2])["arguments"]).batch_size for each in (then, now)]
     assert sizes == [7, parse(LdmConfig, [str(ROOT / here)]).batch_size]
+    there.unlink()
+    with pytest.raises(UserError, match=rf"--checkout {tmp_path}: has no {here}"):
+        stage2.contestant_before(replace(o, checkout=str(tmp_path)), before)
 
 
 @pytest.mark.slow

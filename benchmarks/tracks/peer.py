@@ -50,6 +50,8 @@ def measure(o: Options, before: Mapping[str, Any] | None) -> Measured:
         raise UserError("--track peer: diffusers' loop needs diffusion.target eps and diffusion.schedule scaled_linear")
     if o.peer == "shipped" and not (Path(o.diffusers) / "examples/text_to_image/train_text_to_image.py").is_file():
         raise UserError(f"--diffusers {o.diffusers!r}: must be a checkout of diffusers, for --peer shipped")
+    ours = {"name": "stage 2 as configured", "steps": o.steps, "config": o.config, "settings": o.settings}
+    then = contestant_before(o, before or ours)
     digests = digests_of(o, before, "vae", "text_encoder")
     work = run_folder(o, o.seeds[0], "-start").parent.resolve()
     prepare(o, config, work)
@@ -58,9 +60,8 @@ def measure(o: Options, before: Mapping[str, Any] | None) -> Measured:
     for seed in waiting.seeds:
         keep_model(work / f"seed-{seed}", own_folder(o, seed))
     found = {str(seed): accuracy(o, own_folder(o, seed) / "model") for seed in o.seeds}
-    ours = {"name": "stage 2 as configured", "steps": o.steps, "config": o.config, "settings": o.settings}
     this = timing(o, config, work, o.seeds[0])
-    seconds, earlier = times(o, this, contestant_before(o, before or ours), before or ours)
+    seconds, earlier = times(o, this, then, before or ours)
     logs = {f"seed-{seed}.jsonl": own_folder(o, seed) / "metrics.jsonl" for seed in o.seeds}
     own = {"peer": o.peer, "peer_lr": o.peer_lr}
     return Measured(record(o, found, seconds, earlier, digests, **own), logs)

@@ -41,15 +41,15 @@ def measure(o: Options, before: Mapping[str, Any] | None) -> Measured:
     if before is not None and (before.get("judge"), before["prompts"]["count"]) != (o.judge, o.prompts):
         judge, count = before.get("judge"), before["prompts"]["count"]
         raise UserError(f"--before {o.before}: was judged with --judge {judge!r} --prompts {count}; must be the same")
+    then = None
+    if before is not None:
+        then = contestant(o, "before", "vae", arguments(o, before["config"], before["settings"]), o.checkout)
     digests = digests_of(o, before, "text_encoder")
     train_seeds(o, script(o, "train_vae.py", [*words, "--steps", str(o.steps)]))
     images = held_out_images(o, side)
     reports = {str(seed): report(o, run_folder(o, seed), images, side) for seed in o.seeds}
     found = judged(o)
     this = contestant(o, "this", "vae", words)
-    then = None
-    if before is not None:
-        then = contestant(o, "before", "vae", arguments(o, before["config"], before["settings"]), o.checkout)
     seconds, earlier = times(o, this, then, before)
     own = {"psnr": psnr(reports), "latents": reports, "judge": o.judge}
     stored = record(o, found, seconds, earlier, digests, **own)

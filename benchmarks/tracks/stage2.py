@@ -17,11 +17,11 @@ def measure(o: Options, before: Mapping[str, Any] | None) -> Measured:
     words = ldm_arguments(o, o.config, o.settings, o.vae)
     ended = [*words, "--steps", str(o.steps)]
     parse(LdmConfig, ended)  # an error costs no training
-    digests = digests_of(o, before, "vae", "text_encoder")
+    digests, then = digests_of(o, before, "vae", "text_encoder"), contestant_before(o, before)
     train_seeds(o, script(o, "train_ldm.py", ended))
     found = {str(seed): accuracy(o, run_folder(o, seed) / "model") for seed in o.seeds}
     this = contestant(o, "this", "ldm", words)
-    seconds, earlier = times(o, this, contestant_before(o, before), before)
+    seconds, earlier = times(o, this, then, before)
     logs = {f"seed-{seed}.jsonl": run_folder(o, seed) / "metrics.jsonl" for seed in o.seeds}
     return Measured(record(o, found, seconds, earlier, digests), logs)
 

@@ -16,7 +16,7 @@ import torch
 from against import contest
 from against.contest import Contestant, Row
 
-from ldm.errors import RunError
+from ldm.errors import RunError, UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from tracks.options import Options
 from tracks.records import held_back
@@ -109,12 +109,15 @@ class Training(Contestant):
 def contestant(o: Options, name: str, stage: str, words: Sequence[str], checkout: str = "") -> Training:
     """Return the training of a stage, `vae` or `ldm`, as a contestant that makes steps without an end.
 
-    words: arguments of the training, the configuration first. With a checkout, it is the configuration there.
+    words: arguments of the training, the configuration first. With a checkout, it is the configuration there; raises
+    UserError if there is none.
     """
-    out = Path(o.work).resolve() / "timing" / name
-    shutil.rmtree(out, ignore_errors=True)
     code = Path(checkout).resolve() if checkout else ROOT
     config = str(code / words[0]) if checkout else words[0]
+    if checkout and not Path(config).is_file():
+        raise UserError(f"--checkout {checkout}: has no {words[0]}; must be a checkout of the commit in --before")
+    out = Path(o.work).resolve() / "timing" / name
+    shutil.rmtree(out, ignore_errors=True)
     how = [config, *words[1:], *shlex.split(_ENDLESS), "--out", str(out)]
     spec = {"who": "ldm", "stage": stage, "arguments": how, "threads": torch.get_num_threads()}
     return Training(name, "training.py", spec, checkout=str(code))
