@@ -87,8 +87,8 @@ def test_the_duration_includes_a_phase_that_starts_later(
 def test_tensorboard_has_each_step_once_and_the_sheets(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # TensorBoard reads files of the same second in the order of their numbers as text: 10 before 9. A process
-    # numbers its files from 0, and only the processes of tests write that many.
+    # A process numbers its event files, and TensorBoard reads those of the same second in the order of the numbers as
+    # text: 10 before 9. With two digits, that is their true order, whatever tests have run in this process before.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10))
     settings: dict[str, Any] = {"trackers": ("tensorboard",), "log_every": 1, "validate_every": 2}
     for at in (2, 5, 7):  # before the first checkpoint, and after the first and the second
