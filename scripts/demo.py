@@ -25,7 +25,7 @@ STAGES = {
     "ldm": f"scripts/train_ldm.py configs/shapes/ldm.yaml --data {DATA} --vae {RUNS}/vae/model "
     f"--text-encoder {RUNS}/clip/model --out {RUNS}/ldm",
     "evaluate": f"scripts/evaluate.py --model {RUNS}/ldm/model --data {DATA} --split test --out {RUNS}/report "
-    "--samples 256 --seeds 4",
+    "--samples 256 --seeds 4 --precision bf16",
 }
 
 

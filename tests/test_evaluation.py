@@ -185,6 +185,25 @@ def test_an_interrupted_evaluation_continues(
     assert not {"near_copies", "seeds_distance"} & {part.name for part in parts}
 
 
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_images_are_generated_in_the_precision(models: Path, shapes: Path, tmp_path: Path, reuse: int) -> None:
+    """bf16 is that of the UNet's arithmetic; the text encoder and the decoder stay fp32."""
+    o = options(models, shapes, tmp_path, precision="bf16", steps=2, guidance_scale=1.0, reuse_features=reuse)
+    pipe = LatentDiffusionPipeline.from_pretrained(o.model)
+    seen: dict[str, set[torch.dtype]] = {"unet": set(), "text": set(), "decoder": set()}
+    text = next(m for m in pipe.text_encoder.modules() if isinstance(m, torch.nn.Linear))
+    modules = {"unet": pipe.unet.conv_in, "text": text, "decoder": pipe.autoencoder.vae.decoder.conv_out}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, __, output, name=name: seen[name].add(output.dtype))
+    images = generate_batch(pipe, ["a red star", "a blue circle"], [5, 6], **o.generation())
+    assert seen == {"unet": {torch.bfloat16}, "text": {torch.float32}, "decoder": {torch.float32}}
+    exact = generate_batch(pipe, ["a red star", "a blue circle"], [5, 6], **o.generation() | {"precision": "fp32"})
+    difference = np.abs(images.astype(int) - exact)
+    assert 0 < difference.mean() < 3
+    evaluate(o)
+    assert json.loads((tmp_path / "generated/about.json").read_text())["precision"] == "bf16"
+
+
 def test_a_folder_with_other_files_is_left_alone(models: Path, shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "generated").mkdir()
     (tmp_path / "generated/mine.png").write_bytes(b"mine")

@@ -95,7 +95,7 @@ def evaluate(o: EvaluateOptions) -> dict[str, Any]:
     bounded = batches(min(o.likelihoods, count))
     bits, error = bits_per_dimension(pipe, ((batch.pixels, batch.captions) for batch in bounded), o.seed)
     report["latents"] = {"bits_per_dimension": bits, "standard_error": error}
-    sampling: dict[str, Any] = {**o.sampling(), "seed": o.seed, "batch_size": b}
+    sampling: dict[str, Any] = {**o.generation(), "seed": o.seed, "batch_size": b}
     if (Path(o.data) / "shapes.json").is_file():
         report["alignment"], images, captions = _alignment(pipe, o, sampling)
     else:

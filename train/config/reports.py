@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field
@@ -12,7 +12,7 @@ from train.config.clip import ClipConfig, TextTowerConfig
 from train.config.data import SourceConfig
 from train.config.ldm import LdmConfig
 from train.config.limits import MOST_WORKERS, Number, Side
-from train.config.run import RunConfig
+from train.config.run import Precision, RunConfig
 from train.config.sampling import SamplingOptions
 
 
@@ -69,11 +69,18 @@ class EvaluateOptions(SamplingOptions):
     """Number of images processed at once."""
     device: str = ""
     """Device to run on, e.g. cpu, cuda:1 or mps; empty: the GPU if there is one (cuda or Apple's mps), else the CPU."""
+    precision: Precision = "fp32"
+    """Number format of the UNet's arithmetic when it generates images (autocast); bf16 and fp16 are faster.
+    The autoencoder and the likelihood are measured in fp32."""
     optimize: EngineKind = "auto"
     """Faster engine that runs the networks: openvino (CPU; needs the package openvino), compile (torch.compile), off.
     auto: one of them, but only if there is enough to generate that it saves more time than compiling takes."""
     input: SourceConfig = field(default_factory=SourceConfig)
     """Settings to find and decode the images and captions."""
+
+    def generation(self) -> dict[str, Any]:
+        """Return the options as arguments of `generate_batch`."""
+        return {**self.sampling(), "precision": self.precision}
 
 
 @dataclass(frozen=True, kw_only=True)

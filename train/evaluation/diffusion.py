@@ -19,8 +19,10 @@ from ldm.denoiser import Network
 from ldm.float64 import double
 from ldm.objective import Objective
 from ldm.pipeline import LatentDiffusionPipeline
+from train.config.run import Precision
 from train.data.synthetic.shapes import Scene
 from train.data.synthetic.shapes_checker import score_images
+from train.engine.precision import autocast
 
 
 @torch.no_grad()
@@ -73,7 +75,7 @@ def generate(
     """Generate one image per prompt, (n, h, w, 3) uint8. seed + k seeds image k's noise, for any batch size.
 
     optimize: choose an engine if that saves time. `sampling` are arguments of the pipeline:
-    num_inference_steps, guidance_scale, sampler, …
+    num_inference_steps, guidance_scale, sampler, …; and precision, see `generate_batch`.
     """
     if optimize and sampling.get("reuse_features", 1) == 1:
         pipe.optimize("auto", pipe.model.seconds(len(prompts), sampling.get("num_inference_steps", 25)))
@@ -85,12 +87,23 @@ def generate(
 
 
 def generate_batch(
-    pipe: LatentDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], **sampling: Any
+    pipe: LatentDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    precision: Precision = "fp32",
+    **sampling: Any,
 ) -> NDArray[np.uint8]:
-    """Generate one image per prompt in one batch, (b, h, w, 3) uint8. The seeds are those of the noise."""
+    """Generate one image per prompt in one batch, (b, h, w, 3) uint8. The seeds are those of the noise.
+
+    precision: of the denoising network's arithmetic (autocast, as in training); its weights and the other networks
+        keep theirs.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    array = pipe(list(prompts), generator=generators, output_type="np", **sampling).images
-    return (np.asarray(array) * 255).round().astype(np.uint8)
+    with autocast(pipe.device, precision):
+        latents = pipe(list(prompts), generator=generators, output_type="latent", **sampling).images
+    assert isinstance(latents, torch.Tensor)
+    return (pipe.decode(latents).permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
 
 
 def alignment(

@@ -88,7 +88,7 @@ class Evaluation:
             identity(self.o.model) | {"data": self.source.fingerprint},
             batch_size=self.o.batch_size,
             seed=self.o.seed,
-            **{**self.o.sampling(), **sampling},
+            **{**self.o.generation(), **sampling},
         )
 
     @cached_property

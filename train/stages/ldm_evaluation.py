@@ -55,7 +55,11 @@ class GeneratedImages:
             pixels = ImageDataset(self.held_out, framing, config.seed, shuffle=False).__getitems__(self.chosen).pixels
             self.reference = self._features(pixels)
         prompts = [self.held_out[k].captions[0] for k in self.chosen]
-        sampling: dict[str, Any] = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
+        sampling: dict[str, Any] = {
+            "num_inference_steps": config.sample_steps,
+            "guidance_scale": config.guidance_scale,
+            "precision": config.precision,
+        }
         images = generate(pipe, prompts, seed=config.seed, batch_size=config.batch_size, **sampling)
         generated = self._features(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
         sums = [FrechetSums(self.features.dim, self.reference.device) for _ in range(2)]
