@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
+from transformers import CLIPModel
 
+from conditioning.contrastive import save_clip
+from conditioning.tokenizer import train_tokenizer
 from ldm.errors import UserError
 from ldm.networks import attention as module
 from ldm.networks.attention import AttentionProcessor, require_attention, sdpa, use_attention
-from support.models import small_unet, tiny_pipeline
+from support.models import PROMPTS, small_clip_model, small_unet, tiny_pipeline
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,6 +95,50 @@ def test_a_layer_equals_diffusers_attention(context: tuple[int, ...] | None) -> 
     plain = AttnProcessor()(layer, x, text)
     torch.testing.assert_close(AttentionProcessor(sdpa)(layer, x, text), plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(AttentionProcessor(definition)(layer, x, text), plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_clips_attention_is_transformers_own_and_fast_in_16_bits(tmp_path: Path) -> None:
+    """In training, bf16 attention is computed in fp32; everything else, and the saved model, are as in transformers."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(PROMPTS, 600, 12)
+    clip = small_clip_model(tokenizer)
+    save_clip(clip, tokenizer, tmp_path / "clip")
+    assert "attn_implementation" not in (tmp_path / "clip/config.json").read_text()
+    plain = CLIPModel.from_pretrained(tmp_path / "clip", attn_implementation="sdpa")
+    inputs = {
+        "input_ids": torch.randint(0, len(tokenizer), (3, tokenizer.model_max_length)),
+        "pixel_values": tensors((3, 3, 16, 16), dtype=torch.float32, gradient=False)[0],
+    }
+    for tower, name in (("text_model", "input_ids"), ("vision_model", "pixel_values")):
+        outputs = []
+        for model in (clip, plain):
+            output = getattr(model, tower)(**{name: inputs[name]}).last_hidden_state
+            output.square().mean().backward()
+            outputs.append(output)
+        assert torch.equal(*outputs)
+    for mine, theirs in zip(clip.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+    assert attention_dtypes(clip, inputs, gradient=True) == {torch.float32}
+    assert attention_dtypes(clip, inputs, gradient=False) == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        half = clip(**inputs).text_embeds
+    torch.testing.assert_close(half.float(), plain(**inputs).text_embeds, rtol=0, atol=0.02)
+
+
+def attention_dtypes(clip: CLIPModel, inputs: dict[str, Tensor], *, gradient: bool) -> set[torch.dtype]:
+    """Return the dtypes in which torch computes the attention of a CLIP under autocast to bf16."""
+    found = set()
+
+    def recorded(q: Tensor, *others: Any, **how: Any) -> Tensor:
+        found.add(q.dtype)
+        return attend(q, *others, **how)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(gradient), torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+        clip(**inputs)
+    return found
 
 
 # -- backends -----------------------------------------------------------------------------------------------------

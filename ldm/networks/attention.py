@@ -82,19 +82,23 @@ class AttentionProcessor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute attention with torch; see `Attend` for the shapes.
-
-    On the CPU, torch's backward pass of attention is much slower in 16 bits than in 32
-    (benchmarks/choices.py measures it). So 16-bit attention on the CPU is computed in fp32 when gradients are needed.
-    """
+    """Compute attention with torch; see `Attend` for the shapes."""
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, n, d)
-    if q.device.type == "cpu" and dtype.itemsize < 4 and torch.is_grad_enabled():
+    if needs_fp32(q):
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2)
+
+
+def needs_fp32(q: Tensor) -> bool:
+    """Return whether attention should be computed in fp32: in 16 bits on the CPU, when gradients are needed.
+
+    Torch's backward pass of attention is much slower there in 16 bits than in 32 (benchmarks/choices.py measures it).
+    """
+    return q.device.type == "cpu" and q.dtype.itemsize < 4 and torch.is_grad_enabled()
 
 
 def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[int], gradients: bool) -> Attend:
