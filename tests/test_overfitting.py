@@ -163,12 +163,18 @@ def test_evaluation_does_not_change_the_training(
     inner = train.stages.ldm_evaluation.generate
 
     def noted(*args: Any, **how: Any) -> np.ndarray:
-        assert how["seed"] == 7
+        assert (how["seed"], how["precision"]) == (7, "bf16")
         made.append(inner(*args, **how))
         return made[-1]
 
     monkeypatch.setattr(train.stages.ldm_evaluation, "generate", noted)
-    brief: dict[str, Any] = {"seed": 7, "steps": 4, "validate_every": 1, "checkpoint_every": 4}
+    brief: dict[str, Any] = {
+        "seed": 7,
+        "steps": 4,
+        "validate_every": 1,
+        "checkpoint_every": 4,
+        "precision": "bf16",
+    }
     train_stage(ldm_config(shapes, tmp_path / "without", parts, **brief))
     settings: dict[str, Any] = {"evaluation_images": 6, "evaluation_features": str(small_clip)}
     train_stage(ldm_config(shapes, tmp_path / "with", parts, evaluate_every=2, **brief, **settings))

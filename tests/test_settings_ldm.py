@@ -355,16 +355,20 @@ def test_validation_measures_the_averaged_weights_on_so_many_examples(
 def test_sheets_are_sampled_as_configured(
     task: str, prompts: tuple[str, ...], small: LdmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The averaged network generates the sheet's images, with the steps, guidance scale, prompts and seed."""
+    """The averaged network generates the sheet's images, with the steps, guidance scale, prompts, seed and precision.
+
+    Only inpainting is in fp32, because its decoder isn't separate from its network.
+    """
     calls: list[dict[str, Any]] = []
     call = LatentDiffusionPipeline.__call__
 
     def noted(pipe: LatentDiffusionPipeline, prompt: Any, *args: Any, **how: Any) -> Any:
-        calls.append({"prompt": list(prompt), "net": pipe.backbone.module, **how})
+        half = torch.is_autocast_enabled("cpu")
+        calls.append({"prompt": list(prompt), "net": pipe.backbone.module, "half": half, **how})
         return call(pipe, prompt, *args, **how)
 
     monkeypatch.setattr(LatentDiffusionPipeline, "__call__", noted)
-    settings = {"sample_steps": 3, "guidance_scale": 1.7, "prompts": prompts, "seed": 4}
+    settings = {"sample_steps": 3, "guidance_scale": 1.7, "prompts": prompts, "seed": 4, "precision": "bf16"}
     config = changed(small, out=str(tmp_path / "run"), task=task, **settings)
     held_out: list[str] = []
 
@@ -376,5 +380,6 @@ def test_sheets_are_sampled_as_configured(
     record(config, 1, draw)
     (seen,) = calls
     assert (seen["num_inference_steps"], seen["guidance_scale"]) == (3, 1.7)
+    assert seen["half"] == (task == "txt2img")
     assert seen["prompt"] == list(prompts) if prompts else set(seen["prompt"]) <= set(held_out)
     assert [g.initial_seed() for g in seen["generator"]] == [4 + k for k in range(len(seen["prompt"]))]
