@@ -28,11 +28,11 @@ from conditioning.token_tasks import TokenTasks
 from conditioning.tokenizer import save_tokenizer
 from ldm.errors import UserError
 from ldm.libraries import CLIPConfig, CLIPTokenizer
-from ldm.networks.attention import needs_fp32
+from ldm.networks.attention_precision import needs_fp32
 
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5
 _TOKEN_STD = 1.0  # of the initial token embeddings; transformers' 0.02 is small against what the layers add
-_ATTENTION = "sdpa_fast_backward"  # name in transformers' registry
+_ATTENTION = "sdpa_fast_backward"  # our name in transformers' registry
 MEAN = STD = 0.5  # normalisation of the vision tower's input, which is images in [-1, 1]
 
 

@@ -26,7 +26,7 @@ def imported(path: Path) -> set[str]:
 
 LEAVES = (
     *("ldm.errors", "ldm.files", "ldm.float64", "ldm.formats.hub", "ldm.formats.clip_layout"),
-    *("ldm.imports", "ldm.libraries", "ldm.networks.text_tower"),
+    *("ldm.imports", "ldm.libraries", "ldm.networks.attention_precision", "ldm.networks.text_tower"),
 )
 
 

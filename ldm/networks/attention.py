@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.kinds import AttentionBackend
 from ldm.libraries import Attention, UNet2DConditionModel
+from ldm.networks.attention_precision import needs_fp32
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention: queries (b, n, heads, d), keys and values (b, m, heads, d) → softmax(q kᵀ / √d) v, (b, n, heads, d)."""
@@ -91,14 +92,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2)
-
-
-def needs_fp32(q: Tensor) -> bool:
-    """Return whether attention should be computed in fp32: in 16 bits on the CPU, when gradients are needed.
-
-    Torch's backward pass of attention is much slower there in 16 bits than in 32 (benchmarks/choices.py measures it).
-    """
-    return q.device.type == "cpu" and q.dtype.itemsize < 4 and torch.is_grad_enabled()
 
 
 def _load_xformers(device: torch.device, dtype: torch.dtype, widths: Iterable[int], gradients: bool) -> Attend:
