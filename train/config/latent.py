@@ -9,7 +9,7 @@ from ldm.kinds import AttentionBackend
 from train.config.limits import MOST_EXAMPLES, MOST_STEPS, PathText
 from train.config.optimizer import strict
 from train.config.resumable import ON_REQUEST, Resumable
-from train.config.run import RunConfig, require_cache
+from train.config.run import Precision, RunConfig, require_cache
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -63,6 +63,11 @@ class LatentConfig(RunConfig):
                 "or give --cache off"
             )
         return self
+
+    @property
+    def sampling_precision(self) -> Precision:
+        """Precision in which images are generated in training: fp32 for fp16, whose overflow would end the run."""
+        return "bf16" if self.precision == "bf16" else "fp32"
 
     @property
     def own_features(self) -> str:

@@ -173,7 +173,7 @@ class LdmStage(Generic[Config]):
             num_inference_steps=config.sample_steps,
             guidance_scale=config.guidance_scale,
             seed=config.seed,
-            precision=config.precision,
+            precision=config.sampling_precision,
         )
         save_sheet(sheet(in_rows(list(images), 4), prompts), path)
 

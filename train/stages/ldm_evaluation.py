@@ -58,7 +58,7 @@ class GeneratedImages:
         sampling: dict[str, Any] = {
             "num_inference_steps": config.sample_steps,
             "guidance_scale": config.guidance_scale,
-            "precision": config.precision,
+            "precision": config.sampling_precision,
         }
         images = generate(pipe, prompts, seed=config.seed, batch_size=config.batch_size, **sampling)
         generated = self._features(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
