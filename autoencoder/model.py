@@ -1,14 +1,9 @@
-"""The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1) and the normalisation of its latents.
-
-Diffusion needs latents with mean 0 and variance 1. For that, Stable Diffusion's tools have one number,
-`scaling_factor`, and most have 0.18215 hard-coded. So the statistics of each channel are folded into the two 1×1
-convolutions next to the latent (`fold`). Then latent × 0.18215 is correct for every loader.
-"""
+"""The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1)."""
 
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -18,13 +13,11 @@ from torch import Tensor, nn
 from autoencoder.preview import Colours
 from autoencoder.tiling import Tiles, pad_to_multiple, tiled
 from ldm.errors import UserError
-from ldm.float64 import double, float64_device
 from ldm.formats.hub import WEIGHTS, fetch, is_hub_id, load_network, model_folder
 from ldm.libraries import AutoencoderKL
 
 SCALING_FACTOR = 0.18215  # diffusers' default, hard-coded elsewhere
 _FIRST_LOGVAR = -6.0  # log variance of the posterior before training, a standard deviation of 0.05
-_DEAD = 0.05  # a channel is dead if its mean varies by less than this share of its standard deviation
 
 
 def build_autoencoder(
@@ -204,7 +197,7 @@ class Autoencoder:
 
     @property
     def encoder_digest(self) -> str:
-        """Hash of the encoder's weights without its last layer, `quant_conv`, which normalisation changes (`fold`)."""
+        """Hash of the encoder's weights without its last layer, `quant_conv`, which normalisation changes."""
         return digest(self.vae.encoder)
 
     @torch.no_grad()
@@ -236,66 +229,3 @@ def _try(vae: AutoencoderKL) -> None:
             f"its config.json gives latents of {tuple(moments.shape[2:])} and an image of {tuple(decoded.shape[1:])} "
             f"for an image of {(3, side, side)}"
         )
-
-
-class LatentStatistics(NamedTuple):
-    """Statistics of each channel of posterior samples before folding, float64."""
-
-    mean: Tensor  # (c,)
-    std: Tensor  # (c,), with a lower bound
-    dead: list[int]
-    """Channels whose posterior mean hardly depends on the image."""
-
-
-def latent_statistics(sums: Tensor) -> LatentStatistics:
-    """Return the statistics from `latent_sums` added up over a dataset (and over processes)."""
-    n, sample, square, mean, mean_square = double(sums).unbind(1)
-    std = (square / n - (sample / n) ** 2).clamp_min(0).sqrt()
-    signal = (mean_square / n - (mean / n) ** 2).clamp_min(0).sqrt()
-    floor = 1e-3 * std.max().clamp_min(1e-6)
-    dead = (signal < _DEAD * std.clamp_min(floor)).nonzero().flatten().tolist()
-    return LatentStatistics(sample / n, torch.maximum(std, floor), dead)
-
-
-def latent_sums(posterior: Posterior, noise: Tensor) -> Tensor:
-    """Return the count, Σ sample, Σ sample², Σ mean and Σ mean² of each channel, (c, 5) float64."""
-    mean, sample = double(posterior.mean), double(posterior.sample(noise))
-    each = torch.stack([torch.ones_like(mean), sample, sample**2, mean, mean**2])  # (5, b, c, h, w)
-    return each.sum(dim=(1, 3, 4)).T
-
-
-@torch.no_grad()
-def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Fold z → (z − mean) / std into `quant_conv` and `post_quant_conv`, in place and exactly.
-
-    With s = std × scaling_factor, the encoder's latent becomes (z − mean) / s, so that latent × scaling_factor has
-    mean 0 and variance 1. The decoder undoes this. Both convolutions are 1×1, so only their weights change. Raises
-    UserError for an autoencoder without them: folding wouldn't be exact, since the decoder pads with zeros.
-    """
-    if vae.quant_conv is None or vae.post_quant_conv is None:
-        raise UserError(
-            "the autoencoder has no quant convolutions, so normalising its latents isn't exact: use one that has them"
-        )
-    device = float64_device(vae.device)
-    mean, s = double(mean).to(device), double(std).to(device) * vae.config.scaling_factor
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    c = len(mean)
-    weight, bias = double(quant.weight), double(quant.bias)
-    weight[:c] /= s.view(-1, 1, 1, 1)
-    bias[:c] = (bias[:c] - mean) / s
-    bias[c:] -= 2 * s.log()  # the variance shrinks by s²
-    quant.weight.copy_(weight)
-    quant.bias.copy_(bias)
-    weight, bias = double(post.weight), double(post.bias)
-    post.bias.copy_(bias + weight[:, :, 0, 0] @ mean)
-    post.weight.copy_(weight * s.view(1, -1, 1, 1))
-
-
-@torch.no_grad()
-def measure(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
-    """Return `latent_sums` of an unfolded autoencoder over batches of (images, noise); zeros without batches."""
-    total = torch.zeros(channels, 5, dtype=torch.float64, device=float64_device(vae.device))
-    for pixels, noise in batches:
-        q = vae.encode(pixels.to(vae.device)).latent_dist
-        total += latent_sums(Posterior(q.mean, q.std), noise.to(vae.device))
-    return total

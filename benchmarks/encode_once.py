@@ -11,7 +11,8 @@ import time
 import torch
 from torch import Tensor
 
-from autoencoder.model import Autoencoder, Posterior, latent_statistics, latent_sums
+from autoencoder.model import Autoencoder, Posterior
+from autoencoder.normalisation import latent_statistics, latent_sums
 from train.config.data import DataConfig
 from train.data.batches.images import ImageDataset
 from train.engine.open_data import open_inputs

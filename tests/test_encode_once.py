@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoencoder.model import Autoencoder, Posterior, fold, latent_statistics, latent_sums
+from autoencoder.model import Autoencoder, Posterior
+from autoencoder.normalisation import by_channels, fold, latent_statistics, latent_sums, measure
 from support.models import small_vae
 from support.runs import ldm_config, vae_config
 from support.stepping import record
@@ -90,7 +91,8 @@ def test_the_last_layer_completes_the_encoder() -> None:
     vae = small_vae()
     pixels = torch.rand(2, 3, 32, 30, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before = Autoencoder(copy.deepcopy(vae))
-    fold(vae, torch.randn(4), torch.rand(4) + 0.5)
+    statistics = latent_statistics(measure(vae, [(pixels, torch.randn(2, 4, 16, 15))], 4))
+    fold(vae, statistics, by_channels(statistics))
     without = copy.deepcopy(vae)
     without.quant_conv = None
     without.register_to_config(use_quant_conv=False)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import train.engine.checkpoint
 import train.engine.trainer
 from autoencoder.losses import adaptive_weight
-from autoencoder.model import Autoencoder, fold, latent_statistics, measure
+from autoencoder.model import Autoencoder
+from autoencoder.normalisation import by_pixels, fold, latent_statistics, measure, sensitivity
 from autoencoder.preview import fit_colours
 from autoencoder.tiling import Tiles
 from ldm.editing import slerp
@@ -83,8 +84,8 @@ def test_an_autoencoder_is_normalised_and_measured(tmp_path: Path) -> None:
 
     def normalise(pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float], Tensor]:
         vae = small_vae().to(pixels.device)
-        statistics = latent_statistics(measure(vae, [(pixels, noise)], 4).cpu())
-        fold(vae, statistics.mean, statistics.std)
+        statistics = latent_statistics(measure(vae, [(pixels, noise)], 4))
+        fold(vae, statistics, by_pixels(statistics, sensitivity(vae, [(pixels, noise)], statistics.std)))
         autoencoder = Autoencoder(vae)
         scores = measure_reconstruction(autoencoder, [(pixels, noise)])
         return vae.quant_conv.weight.detach().cpu(), scores, fit_colours(autoencoder, [pixels]).weight

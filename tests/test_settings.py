@@ -74,6 +74,7 @@ VAE = {
     ),
     "settings_vae::test_gradient_checkpointing_computes_activations_twice": "gradient_checkpointing",
     "encode_once::test_stage_2_takes_what_stage_1_encoded": "encode_once",
+    "settings_vae::test_latents_are_normalised_as_configured": "normalisation",
     "settings_vae::test_training_starts_from_init_and_moves_what_it_should": "init decoder_only",
     "settings_vae::test_validation_measures_the_averaged_weights_on_so_many_images": (
         "validation_examples validation_features"

@@ -1,5 +1,6 @@
 """Settings of stage 1: each has its effect on a step of the stage, computed by other means."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torchvision.models import alexnet
 from transformers import CLIPVisionModel
 
 from autoencoder.model import Autoencoder
+from autoencoder.normalisation import sensitivity
 from ldm.errors import UserError
+from support.models import small_vae
 from support.reference_losses import vae_terms
 from support.runs import vae_config
 from support.stepping import Recorded, change, record, uniforms
@@ -240,6 +243,31 @@ def test_training_starts_from_init_and_moves_what_it_should(
     for part, moves in (("encoder", not decoder_only), ("quant_conv", not decoder_only), ("decoder", True)):
         moved = [n for n in stored if n.startswith(part) and not torch.equal(after[f"vae.{n}"], stored[n])]
         assert bool(moved) == moves, part
+
+
+@pytest.mark.parametrize("normalisation", ["channels", "pixels"])
+def test_latents_are_normalised_as_configured(normalisation: Any, shapes: Path, tmp_path: Path) -> None:
+    """Each channel has variance 1, or the decoder is as sensitive in each direction, with a mean variance of 1."""
+    small_vae().save_pretrained(tmp_path / "given")
+    config = vae_config(shapes, tmp_path / "run", init=str(tmp_path / "given"), model=AutoencoderConfig())
+    seen: dict[str, Tensor] = {}
+
+    def export(stage: Any) -> None:
+        stage.export(tmp_path / "model", final=True)
+        batch = stage.unshuffled.__getitems__(range(64))
+        seen.update(pixels=batch.pixels, noise=batch.drawn)
+
+    record(replace(config, normalisation=normalisation), 0, export)
+    made = Autoencoder.load(tmp_path / "model")
+    latents = made.encode(seen["pixels"])
+    variance = latents.sample(seen["noise"]).var((0, 2, 3))
+    values = torch.linalg.eigvalsh(sensitivity(made.vae, [tuple(seen.values())], torch.full((4,), 1 / made.scale)))
+    assert float(variance.mean()) == pytest.approx(1, abs=1e-3)
+    assert bool((variance - 1).abs().max() < 2e-3) == (normalisation == "channels")
+    assert bool(values[-1] / values[0] < 1.1) == (normalisation == "pixels")
+    given = Autoencoder.load(tmp_path / "given")
+    expected = given.decode(given.encode(seen["pixels"]).mean)
+    torch.testing.assert_close(made.decode(latents.mean), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_an_encoder_without_quant_convolutions_is_not_trained(shapes: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, assert_nev
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from autoencoder import AdversarialKind, ReconstructionKind
+from autoencoder import AdversarialKind, Normalisation, ReconstructionKind
 from ldm.errors import UserError
 from train.config.limits import MOST_EXAMPLES, MOST_LAYERS, MOST_LEVELS, MOST_STEPS, Count, require_possible
 from train.config.optimizer import strict
@@ -165,6 +165,11 @@ class VaeConfig(RunConfig):
     kl_weight: Annotated[float, ON_REQUEST] = Field(default=1e-6, ge=0)
     """Weight of the KL divergence of the latents from N(0, 1).
     The divergence is summed over an image's latents, in nats, and divided by the image's number of values (3·h·w)."""
+    normalisation: Annotated[Normalisation, ON_REQUEST] = "channels"
+    """Linear map that normalises the latents, which becomes part of the exported weights.
+    `channels`: each channel gets a variance of 1.
+    `pixels`: errors of the latents cost the same in pixels in each direction, and the mean variance is 1;
+    stage 2 then learns faster (docs/autoencoder.md)."""
     learn_logvar: Annotated[bool, Fixed()] = False
     """Learn a scale s for the sum of reconstruction and perceptual loss: divide it by exp(s), and add s to the loss."""
     perceptual: PerceptualConfig = Field(default_factory=PerceptualConfig)

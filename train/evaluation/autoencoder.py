@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoencoder.model import Autoencoder, Posterior, latent_statistics, latent_sums
+from autoencoder.model import Autoencoder, Posterior
+from autoencoder.normalisation import latent_statistics, latent_sums
 from ldm.errors import UserError
 from ldm.float64 import double, float64_device
 from train.evaluation.features import Features, eight_bits
@@ -99,9 +100,8 @@ class LatentSums:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.channels = channels
         shapes = {
-            "statistics": (channels, 5),  # from `latent_sums`
+            "statistics": (channels, 5 + channels),  # from `latent_sums`
             "moments": (channels, 4),  # Σ sample³, Σ sample⁴, Σ posterior deviation, Σ KL
-            "products": (channels, channels),  # Σ products of samples at the same position
             "pairs": (len(LAGS), channels, 3),  # neighbours: count, Σ product, Σ sum
             "histogram": (channels, _BINS),
         }
@@ -116,7 +116,6 @@ class LatentSums:
         self.sums["statistics"] += latent_sums(Posterior(mean, std), noise)
         self.sums["moments"] += torch.stack([z**3, z**4, std, kl]).sum(dim=(1, 3, 4)).T
         rows = z.movedim(1, 0).flatten(1)  # (c, b h w)
-        self.sums["products"] += rows @ rows.T
         for sums, lag in zip(self.sums["pairs"], LAGS, strict=True):
             for one, other in ((z[..., lag:], z[..., :-lag]), (z[..., lag:, :], z[..., :-lag, :])):
                 sums += torch.stack([torch.ones_like(one), one * other, one + other]).sum(dim=(1, 3, 4)).T
@@ -130,9 +129,10 @@ class LatentSums:
     def health(self) -> LatentHealth:
         """Return the statistics; all are nan if nothing was added."""
         sums = {name: value.cpu() for name, value in self.sums.items()}
-        mean, std, dead = latent_statistics(sums["statistics"])
         n = sums["statistics"][:, :1]  # (c, 1)
-        _, _, square, mu, mu_square = (sums["statistics"] / n).unbind(1)
+        statistics = latent_statistics(sums["statistics"])
+        mean, std = statistics.mean, statistics.std
+        square = statistics.covariance.diagonal() + mean**2
         cube, fourth, noise, kl = (sums["moments"] / n).unbind(1)
         pairs, product, both = sums["pairs"].unbind(2)  # (lags, c) each
         edges = torch.linspace(-_REACH, _REACH, _BINS + 1, dtype=torch.float64)
@@ -141,14 +141,14 @@ class LatentSums:
         return LatentHealth(
             mean=mean,
             std=std,
-            signal=(mu_square - mu**2).clamp_min(0).sqrt(),
+            signal=statistics.signal,
             noise=noise,
-            dead=dead,
+            dead=statistics.dead,
             kl=kl,
             skewness=(cube - 3 * mean * square + 2 * mean**3) / std**3,
             kurtosis=(fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4) / std**4 - 3,
             w1=torch.trapezoid((cdf - torch.special.ndtr(x)).abs(), x),  # ∫ |F − Φ|
-            correlation=(sums["products"] / n - torch.outer(mean, mean)) / torch.outer(std, std),
+            correlation=statistics.covariance / torch.outer(std, std),
             autocorrelation=(product / pairs - mean * both / pairs + mean**2) / std**2,
         )
 

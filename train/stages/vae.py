@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 
 from autoencoder.discriminator import frozen
 from autoencoder.equivariance import draw
-from autoencoder.model import (
-    Autoencoder,
+from autoencoder.model import Autoencoder, Posterior, digest
+from autoencoder.normalisation import (
     LatentStatistics,
-    Posterior,
-    digest,
+    by_channels,
+    by_pixels,
     fold,
     latent_statistics,
     latent_sums,
     measure,
+    sensitivity,
 )
 from autoencoder.preview import fit_colours
 from ldm.errors import UserError
@@ -51,6 +53,7 @@ from train.stages.terms import Term
 from train.stages.vae_step import AutoencoderLoss, DiscriminatorLoss, Reconstruction, VaeBatch
 
 _REFRESH = 2048  # most images whose latents determine the normalisation of an unfinished run's model/
+_NUDGED = 128  # most images that show how the decoder depends on its latents
 _COLOURS = 512  # most images to which the preview colours are fitted; 2,048 give the same
 _READ = 256  # images whose latents are read from the cache at once
 _SHEET = 8  # number of images in a sheet
@@ -186,8 +189,17 @@ class VaeStage:
         else:
             parts = self._own_batches(images, indices, "normalising the latents")
             sums = measure(vae, ((part.pixels, part.drawn) for part in parts), channels=self.latent_channels)
-            statistics = latent_statistics(self._sum(sums).cpu())
-        fold(vae, statistics.mean, statistics.std)
+            statistics = latent_statistics(self._sum(sums))
+        match self.config.normalisation:
+            case "channels":
+                matrix = by_channels(statistics)
+            case "pixels":
+                parts = self._own_batches(images, _spread(indices, _NUDGED), "measuring the decoder")
+                changes = sensitivity(vae, ((part.pixels, part.drawn) for part in parts), statistics.std)
+                matrix = by_pixels(statistics, self._sum(changes))
+            case _:
+                assert_never(self.config.normalisation)
+        fold(vae, statistics, matrix)
         return vae, statistics
 
     def _training_statistics(self, vae: AutoencoderKL) -> LatentStatistics:
@@ -196,13 +208,13 @@ class VaeStage:
         autoencoder = Autoencoder(vae)
         latents = open_latents(self.run, autoencoder, source, framing=self.unshuffled.builder.framing)
         readable, size = np.flatnonzero(~latents.damaged), self.unshuffled.builder.framing.square
-        sums = torch.zeros(self.latent_channels, 5, dtype=torch.float64)
+        sums = torch.zeros(self.latent_channels, 5 + self.latent_channels, dtype=torch.float64)
         starts = range(accelerator.process_index * _READ, len(readable), accelerator.num_processes * _READ)
         for indices in (readable[start : start + _READ] for start in starts):
             mean, std = (latents.gather(indices) / autoencoder.scale).unbind(1)
             noise = PosteriorNoise(self.latent_channels, self.factor)(self.config.seed, indices, size)
             sums += latent_sums(Posterior(mean, std), noise)
-        return latent_statistics(self._sum(sums.to(float64_device(accelerator.device))).cpu())
+        return latent_statistics(self._sum(sums.to(float64_device(accelerator.device))))
 
     def validate(self, step: int) -> Validation:
         count = min(len(self.held_out.source), self.config.validation_examples)
@@ -229,11 +241,11 @@ class VaeStage:
 
         Latents are normalised over all training images at the end of the run, and over a part of them before.
         """
-        count = len(self.unshuffled.source)
-        indices = range(count) if final else _spread(count, _REFRESH)
+        everything = range(len(self.unshuffled.source))
+        indices = everything if final else _spread(everything, _REFRESH)
         vae, statistics = self._normalised(self.unshuffled, indices, once=final and self.config.encode_once)
         autoencoder = Autoencoder(vae)
-        batches = self._own_batches(self.unshuffled, _spread(count, _COLOURS), "fitting the preview's colours")
+        batches = self._own_batches(self.unshuffled, _spread(everything, _COLOURS), "fitting the preview's colours")
         images = (part.pixels for part in batches)
         autoencoder.colours = fit_colours(autoencoder, images, reduce=self._sum)
         if self.run.main:
@@ -251,9 +263,9 @@ class VaeStage:
         return about_vae(self.config, self.ema.module)
 
 
-def _spread(count: int, most: int) -> range:
-    """Return at most `most` of the indices 0 to count − 1, spread evenly, because a dataset may be sorted."""
-    return range(0, count, math.ceil(count / most))
+def _spread(indices: range, most: int) -> range:
+    """Return at most `most` of the indices, spread evenly, because a dataset may be sorted."""
+    return indices[:: max(1, math.ceil(len(indices) / most))]
 
 
 def train(
