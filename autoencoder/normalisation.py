@@ -11,6 +11,7 @@ factor and to first order. Else it spends as much on directions that the decoder
 what is seen.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def sensitivity(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], st
     """Return how the squared change of the image depends on the direction of a change of the latent, (c, c) float64.
 
     It is Jᵀ J, the metric that the decoder with Jacobian J gives its latents (Arvanitidis et al. 2018, arXiv
-    1710.11379, eq. 5), summed over positions and images. A change of one channel at all positions at once, by noise,
+    1710.11379, sec. 2), summed over positions and images. A change of one channel at all positions at once, by noise,
     has this sum as its mean, as the noise of different positions is independent (Hutchinson's estimator).
 
     batches: images and standard normal noise (b, c, h, w), of which the first channel is used. std: (c,), of the
@@ -127,8 +128,14 @@ def by_pixels(statistics: LatentStatistics, sensitivity: Tensor) -> Tensor:
 
 
 def _power(matrix: Tensor, exponent: float, least: float) -> Tensor:
-    """Return a power of a symmetric matrix. least: lower bound of its eigenvalues' roots, as a share of the largest."""
-    values, vectors = torch.linalg.eigh(double(matrix))
+    """Return a power of a symmetric matrix; nan if it isn't finite, as after a divergence.
+
+    least: lower bound of the eigenvalues' roots, as a share of the largest.
+    """
+    matrix = double(matrix)
+    if not matrix.isfinite().all():
+        return torch.full_like(matrix, math.nan)
+    values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp_min(max(least**2 * float(values[-1]), 1e-30))
     return (vectors * values.pow(exponent)) @ vectors.T
 

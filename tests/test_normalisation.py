@@ -233,3 +233,14 @@ def test_a_direction_that_the_decoder_ignores_is_not_scaled_to_nothing() -> None
     torch.testing.assert_close(scales / scales[0], torch.tensor([1.0, 1.0, 0.03, 0.5]).double())
     constant = by_pixels(statistics(torch.zeros(3)), torch.zeros(3, 3))
     torch.testing.assert_close(constant, torch.eye(3).double())
+
+
+@torch.no_grad()
+def test_a_diverged_network_is_normalised_to_nan() -> None:
+    """Without an error: validation then reports nan, and the run goes back to its last good weights."""
+    vae = small_vae()
+    vae.encoder.conv_in.bias.fill_(torch.nan)
+    batches = [(normal(2, 3, 32, 32), normal(2, 4, 16, 16))]
+    found = latent_statistics(measure(vae, batches, 4))
+    fold(vae, found, by_pixels(found, sensitivity(vae, batches, found.std)))
+    assert vae.post_quant_conv.weight.isnan().all()
