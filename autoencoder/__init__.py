@@ -1,4 +1,4 @@
-"""Network and losses of stage 1, which maps images to latents of mean 0 and variance 1, and back."""
+"""Network and losses of stage 1, which maps images to normalised latents, and back."""
 
 from typing import Literal
 

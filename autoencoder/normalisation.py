@@ -4,11 +4,10 @@ Diffusion needs latents of mean 0 and variance 1. For that, Stable Diffusion's t
 `scaling_factor`, and most have 0.18215 hard-coded. So the normalisation, a linear map, is folded into the two 1×1
 convolutions next to the latent (`fold`). Then latent × 0.18215 is correct for every loader.
 
-There are two such maps. `by_channels` divides each channel by its standard deviation. `by_pixels` also mixes and scales
-the channels so that an error of the latents changes the image by as much, whichever its direction in the space of
-channels. The loss of a diffusion model is the squared error of its latents; then it is that of its pixels, up to a
-factor and to first order. Else it spends as much on directions that the decoder hardly reads as on those that decide
-what is seen.
+There are two such maps. `by_channels` divides each channel by its standard deviation. `by_pixels` mixes and scales the
+channels so that errors of the same size change the image equally in every direction of the channel space, on average
+over positions and images. The loss of a diffusion model is the squared error of its latents. After `by_channels`,
+directions that hardly change the image have the same weight in it as those that change it most.
 """
 
 import math
@@ -25,7 +24,7 @@ from ldm.libraries import AutoencoderKL
 
 _DEAD = 0.05  # a channel is dead if its mean varies by less than this share of its standard deviation
 _LEAST_STD = 1e-3  # smallest standard deviation of a channel, as a share of the largest
-_LEAST_SCALE = 0.03  # the same for directions of latents normalised by pixels
+_LEAST_SCALE = 0.03  # smallest standard deviation of a direction after by_pixels, as a share of the largest
 _NUDGE = 0.05  # size of the change that measures the decoder's sensitivity, in standard deviations of the latents
 
 
@@ -89,12 +88,18 @@ def sensitivity(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], st
     """Return how the squared change of the image depends on the direction of a change of the latent, (c, c) float64.
 
     It is Jᵀ J, the metric that the decoder with Jacobian J gives its latents (Arvanitidis et al. 2018, arXiv
-    1710.11379, sec. 2), summed over positions and images. A change of one channel at all positions at once, by noise,
-    has this sum as its mean, as the noise of different positions is independent (Hutchinson's estimator).
+    1710.11379, sec. 2), for changes at one position, summed over positions and images. All positions of one channel
+    are changed at once, by noise; each channel gets the same noise. The noise of different positions is independent, so
+    the mean of the products of two channels' changes is this sum (Hutchinson's estimator).
 
     batches: images and standard normal noise (b, c, h, w), of which the first channel is used. std: (c,), of the
     channels of unfolded latents. Returns zeros without batches.
     """
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # whose rounding is as large as small changes
+        return _changes(vae, batches, std)
+
+
+def _changes(vae: AutoencoderKL, batches: Iterable[tuple[Tensor, Tensor]], std: Tensor) -> Tensor:
     total = torch.zeros(len(std), len(std), dtype=torch.float64, device=float64_device(vae.device))
     for pixels, noise in batches:
         z = vae.encode(pixels.to(vae.device)).latent_dist.mean
@@ -117,9 +122,9 @@ def by_channels(statistics: LatentStatistics) -> Tensor:
 def by_pixels(statistics: LatentStatistics, sensitivity: Tensor) -> Tensor:
     """Return the symmetric map (c, c) after which the sensitivity is equal in all directions.
 
-    It is √S for the sensitivity S, (c, c), scaled so that the mean over channels of the variance is 1. But directions
-    in which the standard deviation would be less than 0.03 of the largest are scaled to that: the errors that a sampler
-    leaves would be large there, compared with the latents.
+    It is √S for the sensitivity S, (c, c), scaled so that the mean over channels of the variance is 1. Directions
+    with a standard deviation below 0.03 of the largest are enlarged to it. Otherwise a sampler's errors would be large
+    compared with the latents.
     """
     half, inverse = (_power(statistics.covariance, k, _LEAST_STD) for k in (0.5, -0.5))
     contributions = _power(half @ double(sensitivity).cpu() @ half, 1.0, _LEAST_SCALE)  # of each direction to pixels
@@ -142,12 +147,12 @@ def _power(matrix: Tensor, exponent: float, least: float) -> Tensor:
 
 @torch.no_grad()
 def fold(vae: AutoencoderKL, statistics: LatentStatistics, matrix: Tensor) -> None:
-    """Fold z → M (z − mean) into `quant_conv` and `post_quant_conv`, in place and exactly.
+    """Fold z → M (z − mean) into `quant_conv` and `post_quant_conv`, in place.
 
-    The encoder's latent becomes M (z − mean) / scaling_factor, and the decoder undoes this. Both convolutions are 1×1,
-    so only their weights change. The posterior stays diagonal: correlations that M gives to its noise are left out, and
-    the logarithm of its variances, diag(M Σ Mᵀ), is linearised at the mean log variances. Both are exact for a
-    diagonal M.
+    The encoder's mean becomes M (z − mean) / scaling_factor, and the decoder undoes this, both exactly. Only weights
+    change, as the convolutions are 1×1. The posterior stays diagonal. Correlations that M gives to its noise are left
+    out, and the logarithm of its variances, diag(M Σ Mᵀ), is linearised at the mean log variances, which makes it a
+    little too small. For a diagonal M, the posterior is exact too.
 
     matrix: M, (c, c), invertible. Raises UserError for an autoencoder without these convolutions: folding wouldn't be
     exact, since the decoder pads with zeros.

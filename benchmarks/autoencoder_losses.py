@@ -58,7 +58,7 @@ def options(o: Options) -> dict[str, list[str]]:
 def measure(name: str, arguments: list[str], o: Options) -> dict[str, float]:
     """Train and measure one autoencoder."""
     out, common = f"{o.out}/{name}", ["--data", o.data, "--steps", str(o.steps), "--validate-every", str(o.steps)]
-    common += ["--normalisation", "channels"]  # in which the noise is equal for all
+    common += ["--normalisation", "channels"]  # so that a noise level means the same for each
     started = time.process_time()
     train(parse(VaeConfig, ["shapes/vae", "--out", out, *common, *arguments]))
     seconds = time.process_time() - started

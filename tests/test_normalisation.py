@@ -1,4 +1,4 @@
-"""Folding normalises latents exactly, and the decoder's sensitivity is what its Jacobian says."""
+"""Folding normalises latents exactly, and the measured sensitivity equals that of the decoder's Jacobian."""
 
 import copy
 import math

@@ -245,8 +245,11 @@ def test_training_starts_from_init_and_moves_what_it_should(
         assert bool(moved) == moves, part
 
 
+@pytest.mark.parametrize("encode_once", [False, True])
 @pytest.mark.parametrize("normalisation", ["channels", "pixels"])
-def test_latents_are_normalised_as_configured(normalisation: Any, shapes: Path, tmp_path: Path) -> None:
+def test_latents_are_normalised_as_configured(
+    normalisation: Any, encode_once: bool, shapes: Path, tmp_path: Path
+) -> None:
     """Each channel has variance 1, or the decoder is as sensitive in each direction, with a mean variance of 1."""
     small_vae().save_pretrained(tmp_path / "given")
     config = vae_config(shapes, tmp_path / "run", init=str(tmp_path / "given"), model=AutoencoderConfig())
@@ -257,7 +260,7 @@ def test_latents_are_normalised_as_configured(normalisation: Any, shapes: Path, 
         batch = stage.unshuffled.__getitems__(range(64))
         seen.update(pixels=batch.pixels, noise=batch.drawn)
 
-    record(replace(config, normalisation=normalisation), 0, export)
+    record(replace(config, normalisation=normalisation, encode_once=encode_once, cache=""), 0, export)
     made = Autoencoder.load(tmp_path / "model")
     latents = made.encode(seen["pixels"])
     variance = latents.sample(seen["noise"]).var((0, 2, 3))

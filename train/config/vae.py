@@ -166,10 +166,10 @@ class VaeConfig(RunConfig):
     """Weight of the KL divergence of the latents from N(0, 1).
     The divergence is summed over an image's latents, in nats, and divided by the image's number of values (3·h·w)."""
     normalisation: Annotated[Normalisation, ON_REQUEST] = "channels"
-    """Linear map that normalises the latents, which becomes part of the exported weights.
+    """Linear map that normalises the latents, which becomes part of the exported weights (not with decoder_only).
     `channels`: each channel gets a variance of 1.
-    `pixels`: errors of the latents cost the same in pixels in each direction, and the mean variance is 1;
-    stage 2 then learns faster (docs/autoencoder.md)."""
+    `pixels`: errors of the latents change the image equally in each direction, and the mean variance is 1;
+    stage 2 of the demo then becomes better (docs/autoencoder.md)."""
     learn_logvar: Annotated[bool, Fixed()] = False
     """Learn a scale s for the sum of reconstruction and perceptual loss: divide it by exp(s), and add s to the loss."""
     perceptual: PerceptualConfig = Field(default_factory=PerceptualConfig)
