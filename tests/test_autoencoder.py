@@ -9,17 +9,7 @@ from autoencoder.model import Autoencoder, build_autoencoder
 from autoencoder.tiling import Tiles
 from ldm.errors import UserError
 from support.images import smooth_pixels
-
-
-def small_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    vae = build_autoencoder(channels=(16, 32), layers=1, latent_channels=4, groups=8, attention=True)
-    # Latents are far from normalised, differently in each channel.
-    with torch.no_grad():
-        vae.quant_conv.weight[:4] *= torch.tensor([1.0, 30.0, 0.2, 5.0]).view(4, 1, 1, 1)
-        vae.quant_conv.bias[:4] = torch.tensor([0.0, 3.0, -7.0, 0.5])
-        vae.quant_conv.bias[4:] = torch.tensor([-8.0, -2.0, -9.0, -4.0])
-    return vae.eval()
+from support.models import uneven_vae
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:
@@ -29,7 +19,7 @@ def test_groups_that_do_not_divide_are_refused() -> None:
 
 @torch.no_grad()
 def test_images_of_any_size_go_through_in_tiles() -> None:
-    vae = small_vae()
+    vae = uneven_vae()
     for name, module in vae.named_modules():
         if name.endswith(".conv2"):
             module.weight.copy_(0.02 * torch.randn(module.weight.shape))  # so that no branch is zero
@@ -60,7 +50,7 @@ def test_loading_errors_name_the_problem(tmp_path) -> None:
 
 
 def test_the_digest_follows_the_weights() -> None:
-    vae = small_vae()
+    vae = uneven_vae()
     before = Autoencoder(vae).digest
     assert Autoencoder(vae).digest == before
     with torch.no_grad():

@@ -23,18 +23,7 @@ from autoencoder.normalisation import (
 )
 from ldm.errors import UserError
 from support.images import smooth_pixels
-from support.models import small_vae
-
-
-def uneven_vae() -> AutoencoderKL:
-    """Build an autoencoder whose latents are far from normalised, differently in each channel."""
-    torch.manual_seed(0)
-    vae = build_autoencoder(channels=(16, 32), layers=1, latent_channels=4, groups=8, attention=True)
-    with torch.no_grad():
-        vae.quant_conv.weight[:4] *= torch.tensor([1.0, 30.0, 0.2, 5.0]).view(4, 1, 1, 1)
-        vae.quant_conv.bias[:4] = torch.tensor([0.0, 3.0, -7.0, 0.5])
-        vae.quant_conv.bias[4:] = torch.tensor([-8.0, -2.0, -9.0, -4.0])
-    return vae.eval()
+from support.models import small_vae, uneven_vae
 
 
 def statistics(mean: Tensor, log_variance: Tensor | None = None, covariance: Tensor | None = None) -> LatentStatistics:
