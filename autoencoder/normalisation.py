@@ -166,7 +166,7 @@ def fold(vae: AutoencoderKL, statistics: LatentStatistics, matrix: Tensor) -> No
     m = double(matrix).to(device) / vae.config.scaling_factor
     quant, post = vae.quant_conv, vae.post_quant_conv
     c = len(mean)
-    variances = m**2 * log_variance.exp()  # (c, c), the share of each old channel in the variance of each new one
+    variances = m**2 * log_variance.exp()  # (c, c), what each old channel adds to the variance of each new one
     total = variances.sum(1)
     shares = variances / total[:, None]
 
